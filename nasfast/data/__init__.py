@@ -1,0 +1,64 @@
+"""Segmentation datasets, their splits and their transforms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nasfast.data.base import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Sample,
+    SegmentationDataset,
+    Splits,
+    normalize,
+    split_for_search,
+)
+from nasfast.data.camvid import CAMVID_LAYOUT, open_camvid
+from nasfast.data.folder import FOLDER_LAYOUT, FileDataset, open_folder
+from nasfast.data.synthetic import SyntheticStreets
+from nasfast.data.transforms import TrainTransform, Transform, ValTransform, batch
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "FileDataset",
+    "Sample",
+    "SegmentationDataset",
+    "Splits",
+    "SyntheticStreets",
+    "TrainTransform",
+    "Transform",
+    "ValTransform",
+    "batch",
+    "load_splits",
+    "normalize",
+    "open_camvid",
+    "open_folder",
+    "split_for_search",
+]
+
+
+def load_splits(source: str | Path, *, seed: int = 0, cache_in_memory: bool = True) -> Splits:
+    """Open a dataset and divide it; `seed` decides only what of `train` validates a search.
+
+    `source` is "synthetic" (512 + 128 frames of 96x128), a CamVid folder, or a folder of images
+    and masks (`open_folder`); the kind of a folder is recognised by what it holds.
+    """
+    root = Path(source)
+    if source == "synthetic":
+        train, val = (
+            SyntheticStreets(count, stream=stream, cache_in_memory=cache_in_memory)
+            for count, stream in ((512, "train"), (128, "val"))
+        )
+        return split_for_search(train, val, seed=seed)
+    if not root.is_dir():
+        raise FileNotFoundError(f"data: wanted 'synthetic' or a folder, got {str(source)!r}")
+    if (root / "train.txt").is_file() and (root / "trainannot").is_dir():
+        return split_for_search(*open_camvid(root, cache_in_memory=cache_in_memory), seed=seed)
+    if all((root / name).exists() for name in ("images", "masks", "classes.txt")):
+        return split_for_search(*open_folder(root, cache_in_memory=cache_in_memory), seed=seed)
+    found = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
+    raise ValueError(
+        f"data: {root} has no known layout: wanted CamVid ({CAMVID_LAYOUT}) or a folder pair "
+        f"({FOLDER_LAYOUT}), found {found}"
+    )

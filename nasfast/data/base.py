@@ -1,0 +1,121 @@
+"""What a segmentation dataset is, and how one is divided for a search."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One frame and its labels."""
+
+    image: Tensor  # uint8 [3, H, W], RGB
+    mask: Tensor  # uint8 [H, W], class index or the dataset's ignore index
+
+
+class SegmentationDataset(ABC):
+    """A finite, indexable set of samples: `len(d)`, `d[i]`, iteration."""
+
+    name: str
+    classes: tuple[str, ...]
+    ignore_index: int  # mask value that no loss and no metric counts
+    colors: tuple[tuple[int, int, int], ...]  # RGB, one per class
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample:
+        """Negative indices count from the end; IndexError outside."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over all that determines the samples; equal in every process."""
+
+    def subset(self, indices: Sequence[int]) -> SegmentationDataset:
+        """The samples at `indices`, in that order. IndexError outside."""
+        return Subset(self, indices)
+
+
+class Subset(SegmentationDataset):
+    """A view of some samples of `dataset`."""
+
+    def __init__(self, dataset: SegmentationDataset, indices: Sequence[int]) -> None:
+        self.name, self.classes = dataset.name, dataset.classes
+        self.ignore_index, self.colors = dataset.ignore_index, dataset.colors
+        self._dataset = dataset
+        self._indices = tuple(range(len(dataset))[i] for i in indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._dataset[self._indices[index]]
+
+    def fingerprint(self) -> str:
+        return digest("subset", self._dataset.fingerprint(), self._indices)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The parts of a dataset. `search_train` and `search_val` divide `train`; a search never
+    sees `val`."""
+
+    search_train: SegmentationDataset
+    search_val: SegmentationDataset
+    train: SegmentationDataset
+    val: SegmentationDataset
+
+
+def split_for_search(
+    train: SegmentationDataset, val: SegmentationDataset, *, seed: int, fraction: float = 0.1
+) -> Splits:
+    """Keep a seeded `fraction` of `train` (at least one sample) to validate candidates on:
+    90/10 in Fast NAS (CVPR 2019)."""
+    if len(train) < 2:
+        raise ValueError(
+            f"{train.name}: a search divides the training set in two and needs at least 2 "
+            f"training samples, got {len(train)}"
+        )
+    held_out = max(1, round(fraction * len(train)))
+    order = random.Random(seed).sample(range(len(train)), len(train))
+    return Splits(
+        search_train=train.subset(sorted(order[held_out:])),
+        search_val=train.subset(sorted(order[:held_out])),
+        train=train,
+        val=val,
+    )
+
+
+def digest(*parts: object) -> str:
+    """SHA-256 (hex) of the representation of `parts`: strings, numbers and tuples of them."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def default_colors(count: int) -> tuple[tuple[int, int, int], ...]:
+    """The PASCAL VOC colour map: bit k of each channel comes from bits 3k, 3k+1, 3k+2 of the
+    index, most significant first."""
+
+    def channel(index: int, shift: int) -> int:
+        return sum((index >> 3 * k + shift & 1) << 7 - k for k in range(8))
+
+    return tuple((channel(i, 0), channel(i, 1), channel(i, 2)) for i in range(count))
+
+
+def normalize(images: Tensor) -> Tensor:
+    """Images of 0..255 (any dtype) [N, 3, H, W] -> float32 with ImageNet mean and deviation."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"normalize: wanted images [N, 3, H, W], got {list(images.shape)}")
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
+    return (images.to(torch.float32) - 255 * mean) / (255 * std)  # [N, 3, H, W]
