@@ -1,0 +1,37 @@
+"""Frozen dataclasses from the plain mappings that they were saved as."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+T = TypeVar("T")
+
+
+def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
+    """Rebuild a (nested) dataclass; fields that the mapping lacks keep their defaults.
+
+    Raises:
+        ValueError: the mapping has a field that the dataclass does not know.
+    """
+    hints = get_type_hints(cls)
+    names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(mapping) - names)
+    if unknown:
+        raise ValueError(
+            f"{where}: unknown setting {unknown[0]!r}; wanted some of {', '.join(sorted(names))}. "
+            "Was the file written by another version of nasfast?"
+        )
+    values = {}
+    for name, value in mapping.items():
+        kind = next((arg for arg in get_args(hints[name]) if arg is Path), hints[name])
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            value = from_mapping(kind, value, f"{where}, {name}")
+        elif kind is Path:
+            value = Path(value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        values[name] = value
+    return cls(**values)

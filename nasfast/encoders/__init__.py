@@ -1,0 +1,69 @@
+"""Encoders with torchvision's key names, and the reader of their weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nasfast.encoders.mobilenet_v2 import FeatureInfo, MobileNetV2
+
+__all__ = ["PACKAGED_WEIGHTS", "FeatureInfo", "MobileNetV2", "load_encoder", "read_weights"]
+
+PACKAGED_WEIGHTS = Path(__file__).parent / "weights" / "mobilenet_v2_035_synthetic.safetensors"
+"""A small encoder of our own, trained on the synthetic set by ``python -m nasfast.pretrain``."""
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read tensors and metadata from ``.safetensors``, or tensors from ``.pth``/``.pt``.
+
+    Pickles are read with ``weights_only=True``: no code of the file is run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the suffix is unknown or the file is not a flat dict of tensors.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"weights: no file {path}; give a .safetensors, .pth or .pt file")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                return tensors, dict(file.metadata() or {})
+        except SafetensorError as error:
+            raise ValueError(f"weights: {path} is not a safetensors file: {error}") from error
+    if path.suffix not in {".pth", ".pt"}:
+        raise ValueError(
+            f"weights: wanted a .safetensors, .pth or .pt file, got {path.name}; convert it first"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"weights: {path} could not be read as a plain state dict ({error}); "
+            "save it again with torch.save(model.state_dict(), path)"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(
+            f"weights: wanted a flat dict of tensors in {path}, got {type(state).__name__}; "
+            "save model.state_dict() alone"
+        )
+    return state, {}
+
+
+def load_encoder(path: Path | None = None) -> MobileNetV2:
+    """Build the encoder that a weight file belongs to and load it strictly.
+
+    Args:
+        path: torchvision-style MobileNet-v2 weights; ``None`` takes the packaged small encoder.
+            The width comes from the file's metadata (``nasfast.encoder``) or is 1.0.
+    """
+    path = path or PACKAGED_WEIGHTS
+    state, metadata = read_weights(path)
+    width = float(json.loads(metadata.get("nasfast.encoder", "{}")).get("width", 1.0))
+    encoder = MobileNetV2(width)
+    encoder.load_strict(state, str(path))
+    return encoder.eval()

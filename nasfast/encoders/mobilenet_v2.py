@@ -1,0 +1,143 @@
+"""MobileNet-v2 (Sandler et al., CVPR 2018) as an encoder, with torchvision's key names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+# expansion t, channels c, repeats n, stride s: table 2 of the paper
+_ROWS = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+_TAPPED_ROWS = (1, 2, 4, 6)
+_HEAD_KEYS = ("features.18.", "classifier.")
+
+
+@dataclass(frozen=True)
+class FeatureInfo:
+    """One tap of an encoder."""
+
+    module: str
+    """Name of the submodule whose output is tapped."""
+    channels: int
+    """Channels of the feature map."""
+    stride: int
+    """Input pixels per feature-map pixel, along each axis."""
+
+
+def _divisible_by_8(channels: float) -> int:
+    """Round to a multiple of 8 without losing more than 10 % (Howard et al., MobileNets)."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
+
+
+def _conv_bn_relu6(
+    in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(
+            in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False
+        ),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU6(inplace=True),
+    )
+
+
+class InvertedResidual(nn.Module):
+    """Expand 1x1, depthwise 3x3, project 1x1 without activation; residual where shapes allow."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        hidden = in_channels * expansion
+        expand = [_conv_bn_relu6(in_channels, hidden, 1)] if expansion != 1 else []
+        self.residual = stride == 1 and in_channels == out_channels
+        self.conv = nn.Sequential(
+            *expand,
+            _conv_bn_relu6(hidden, hidden, 3, stride, groups=hidden),
+            nn.Conv2d(hidden, out_channels, 1, bias=False),
+            nn.BatchNorm2d(out_channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        return x + y if self.residual else y
+
+
+class MobileNetV2(nn.Module):
+    """MobileNet-v2 as an encoder: taps at strides 4, 8, 16 and 32.
+
+    Args:
+        width: channel multiplier; at 1.0 the taps have 24, 32, 96 and 320 channels.
+
+    Shapes: ``[N, 3, H, W]`` to a list of ``[N, C_i, ceil(H / s_i), ceil(W / s_i)]``.
+    """
+
+    name = "mobilenet_v2"
+
+    def __init__(self, width: float = 1.0) -> None:
+        super().__init__()
+        self.width = width
+        channels = _divisible_by_8(32 * width)
+        blocks: list[nn.Module] = [_conv_bn_relu6(3, channels, 3, stride=2)]
+        info: list[FeatureInfo] = []
+        total_stride = 2
+        for row, (expansion, c, repeats, stride) in enumerate(_ROWS):
+            out_channels = _divisible_by_8(c * width)
+            total_stride *= stride
+            for repeat in range(repeats):
+                step = stride if repeat == 0 else 1
+                blocks.append(InvertedResidual(channels, out_channels, step, expansion))
+                channels = out_channels
+            if row in _TAPPED_ROWS:
+                info.append(FeatureInfo(f"features.{len(blocks) - 1}", channels, total_stride))
+        self.features = nn.Sequential(*blocks)
+        self.feature_info = tuple(info)
+        self._taps = frozenset(int(tap.module.split(".")[1]) for tap in info)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        taps = []
+        for index, block in enumerate(self.features):
+            x = block(x)
+            if index in self._taps:
+                taps.append(x)
+        return taps
+
+    def load_strict(self, state: Mapping[str, Tensor], source: str) -> None:
+        """Load a torchvision-style state dict; the unused classification head may be present.
+
+        Raises:
+            ValueError: a key is missing, unknown or of another shape; the message names it.
+        """
+        own = self.state_dict()
+        given = {k: v for k, v in state.items() if not k.startswith(_HEAD_KEYS)}
+        # a checkpoint with BatchNorm folded away or renamed must not leave random weights behind
+        missing = [k for k in own if k not in given and not k.endswith("num_batches_tracked")]
+        unknown = [k for k in given if k not in own]
+        shapes = [
+            f"{k}: wanted {list(own[k].shape)}, got {list(v.shape)}"
+            for k, v in given.items()
+            if k in own and v.shape != own[k].shape
+        ]
+        for problem, keys in (
+            ("missing", missing),
+            ("unknown", unknown),
+            ("of another shape", shapes),
+        ):
+            if keys:
+                shown = ", ".join(keys[:5]) + (
+                    f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+                )
+                raise ValueError(
+                    f"mobilenet_v2 weights {source}: {len(keys)} key(s) {problem}: {shown}. "
+                    f"Wanted torchvision's mobilenet_v2 state dict at width {self.width:g}; "
+                    "convert the key names or give another file."
+                )
+        self.load_state_dict({k: v.to(own[k].dtype) for k, v in given.items()}, strict=False)

@@ -1,0 +1,380 @@
+"""Genotype to evaluation: a pure function of genotype, data, configuration and seed."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nasfast.cache import FeatureCache, tensors_fingerprint
+from nasfast.data import TrainTransform, ValTransform, batch
+from nasfast.encoders import MobileNetV2
+from nasfast.models.segmenter import Decoder, DecoderConfig, Segmenter
+from nasfast.records import Evaluation
+from nasfast.spaces.fast_nas import FastNASGenotype
+from nasfast.tasks.segmentation import (
+    SegmentationTask,
+    image_batches,
+    prepare_images,
+    resize_labels,
+)
+from nasfast.training.cost import count_macs, count_parameters
+from nasfast.training.loop import (
+    Group,
+    NonFiniteLossError,
+    Runtime,
+    epoch_indices,
+    in_order,
+    train_epoch,
+)
+from nasfast.training.metrics import SegmentationScores
+from nasfast.training.polyak import PolyakAverage
+
+
+@dataclass(frozen=True)
+class Stage0Config:
+    """Decoder alone, on cached features of the frozen encoder."""
+
+    samples: int = 4000
+    """Crops in the cache, each augmented once for the whole search."""
+    crop: int = 256
+    """Side of a crop, in pixels."""
+    shorter_side: int = 300
+    """Images are enlarged so that their shorter side has at least this many pixels."""
+    epochs: int = 5
+    """Passes over the cache."""
+    batch_size: int = 64
+    """Crops a step."""
+    lr: float = 3e-3
+    """Adam's learning rate."""
+    weight_decay: float = 1e-5
+    """Adam's L2 penalty."""
+    max_grad_norm: float = 3.0
+    """Gradients are scaled down to this L2 norm."""
+    polyak_decay: float = 0.9
+    """Decay a step of the weight average, which replaces the weights after every epoch."""
+    aux_weight: float = 0.15
+    """Weight of each auxiliary head's loss."""
+    kd_weight: float = 0.3
+    """Weight of the distillation loss where a teacher is given."""
+
+
+@dataclass(frozen=True)
+class Stage1Config:
+    """Encoder and decoder end to end, for candidates that pass the gate."""
+
+    epochs: int = 1
+    """Passes over the training images; 0 leaves the stage out."""
+    crop: int = 350
+    """Side of a crop, in pixels."""
+    shorter_side: int = 400
+    """Images are enlarged so that their shorter side has at least this many pixels."""
+    batch_size: int = 32
+    """Crops a step."""
+    encoder_lr: float = 1e-3
+    """Learning rate of the encoder's SGD (momentum 0.9)."""
+    decoder_lr: float = 3e-3
+    """Learning rate of the decoder's Adam."""
+    weight_decay: float = 1e-5
+    """L2 penalty of both."""
+    max_grad_norm: float = 3.0
+    """Gradients of encoder and of decoder are scaled down to this L2 norm each."""
+    polyak_decay: float = 0.99
+    """Decay a step of the weight average, which replaces the weights at the end."""
+    aux_weight: float = 0.15
+    """Weight of each auxiliary head's loss."""
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed from anything with a stable text: equal parts, equal seed, on any machine."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def build_segmenter(
+    encoder: MobileNetV2, genotype: FastNASGenotype, num_classes: int, config: DecoderConfig
+) -> Segmenter:
+    """A network of the space on (not a copy of) an encoder."""
+    return Segmenter(encoder, Decoder(genotype, encoder.feature_info, num_classes, config))
+
+
+class SegmentationEvaluator:
+    """Trains and scores one candidate at a time (section 3.3 of Fast NAS).
+
+    Stage 0 trains the decoder on cached features; only when its reward beats ``gate``, the running
+    mean of earlier stage-0 rewards, stage 1 trains the whole network. The rewards of the two
+    stages are kept apart: they are not on one scale.
+
+    Args:
+        task: data, loss and reward.
+        encoder: frozen encoder; candidates fine-tune copies.
+        decoder: size of the candidates' decoders.
+        stage0, stage1: training of the two stages.
+        runtime: device and precision.
+        seed: decides crops, initial weights and order, together with the candidate's index.
+        cache_dir: where feature caches are kept between searches.
+        val_crop: side of the centre crop that candidates are scored on; None takes whole images,
+            which must then share one size.
+        teacher: network whose logits candidates imitate in stage 0.
+    """
+
+    def __init__(
+        self,
+        task: SegmentationTask,
+        encoder: MobileNetV2,
+        decoder: DecoderConfig,
+        stage0: Stage0Config,
+        stage1: Stage1Config,
+        runtime: Runtime,
+        *,
+        seed: int,
+        cache_dir: Path,
+        val_crop: int | None = None,
+        teacher: Segmenter | None = None,
+    ) -> None:
+        self.task = task
+        self.decoder = decoder
+        self.stage0 = stage0
+        self.stage1 = stage1
+        self.runtime = runtime
+        self.seed = seed
+        self._val_transform = ValTransform(val_crop)
+        self._encoder = encoder.eval().requires_grad_(False)
+        runtime.place(self._encoder)
+        self.seconds: dict[str, float] = {}
+        with _timed(self.seconds, "encode"):
+            self._train_cache, self._val_cache = self._fill(cache_dir, teacher)
+        labels = self._val_cache.batch(torch.tensor([0]))["labels"]
+        self.val_size: tuple[int, int] = (labels.shape[-2], labels.shape[-1])
+
+    def _fill(
+        self, directory: Path, teacher: Segmenter | None
+    ) -> tuple[FeatureCache, FeatureCache]:
+        splits, config = self.task.splits, self.stage0
+        dtype = torch.bfloat16 if self.runtime.dtype == torch.bfloat16 else torch.float16
+        transform = TrainTransform(config.crop, config.shorter_side)
+        key = {
+            "encoder": tensors_fingerprint(self._encoder.state_dict()),
+            "dtype": str(dtype).removeprefix("torch."),
+            "precision": str(self.runtime.dtype).removeprefix("torch."),
+        }
+        if teacher is not None:
+            self.runtime.place(teacher).eval().requires_grad_(False)
+
+        @torch.inference_mode()
+        def train_batches() -> Iterator[dict[str, Tensor]]:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "crops"))
+            count = len(splits.search_train)
+            for chunk in in_order(config.samples, 16):
+                images, labels = batch(
+                    splits.search_train, [i % count for i in chunk.tolist()], transform, generator
+                )
+                arrays = self._encode(images, dtype)
+                size = (arrays["tap0"].shape[-2], arrays["tap0"].shape[-1])
+                arrays["labels"] = resize_labels(labels, size)
+                if teacher is not None:
+                    with self.runtime.autocast():
+                        arrays["teacher"] = teacher(prepare_images(images, self.runtime))[0].to(
+                            dtype
+                        )
+                yield arrays
+
+        @torch.inference_mode()
+        def val_batches() -> Iterator[dict[str, Tensor]]:
+            for chunk in in_order(len(splits.search_val), 8):
+                images, labels = batch(splits.search_val, chunk.tolist(), self._val_transform)
+                yield self._encode(images, dtype) | {"labels": labels}
+
+        train_key = key | {
+            "data": splits.search_train.fingerprint(),
+            "preprocessing": f"{transform} x {config.samples}, seed {self.seed}",
+            "teacher": tensors_fingerprint(teacher.state_dict()) if teacher else "none",
+        }
+        val_key = key | {
+            "data": splits.search_val.fingerprint(),
+            "preprocessing": str(self._val_transform),
+        }
+        device = self.runtime.device
+        return (
+            FeatureCache.load_or_build(directory, train_key, config.samples, train_batches).to(
+                device
+            ),
+            FeatureCache.load_or_build(directory, val_key, len(splits.search_val), val_batches).to(
+                device
+            ),
+        )
+
+    def _encode(self, images: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        self.runtime.heartbeat()
+        with self.runtime.autocast():
+            taps = self._encoder(prepare_images(images, self.runtime))
+        return {f"tap{i}": tap.to(dtype) for i, tap in enumerate(taps)}
+
+    def _taps(self, arrays: dict[str, Tensor]) -> list[Tensor]:
+        count = len(self._encoder.feature_info)
+        return [arrays[f"tap{i}"].to(self.runtime.dtype) for i in range(count)]
+
+    def __call__(self, genotype: FastNASGenotype, index: int, gate: float | None) -> Evaluation:
+        """Evaluate a candidate.
+
+        Args:
+            genotype: the architecture.
+            index: the candidate's number in the search; with the seed it decides all chance.
+            gate: reward that stage 0 has to beat for stage 1; None passes every candidate.
+
+        Returns:
+            Rewards and metrics by stage. Running out of memory and a loss that is not finite are
+            told in ``failure``; any other error is a defect and is raised.
+        """
+        seconds: dict[str, float] = {}
+        rewards: dict[str, float] = {}
+        metrics: dict[str, dict[str, float]] = {}
+        stage, failure = "build", None
+        model = macs = params = None
+        with torch.random.fork_rng():
+            torch.manual_seed(derive_seed(self.seed, index))
+            try:
+                decoder = Decoder(
+                    genotype, self._encoder.feature_info, self.task.num_classes, self.decoder
+                )
+                model = Segmenter(self._encoder, decoder)
+                params, macs = count_parameters(model), count_macs(model, self.val_size)
+                self.runtime.place(decoder)
+                stages = {"stage0": self._run_stage0, "stage1": self._run_stage1}
+                for stage, run in stages.items():
+                    scores = run(model, index, seconds)
+                    rewards[stage], metrics[stage] = scores.reward, scores.as_dict()
+                    if self.stage1.epochs == 0 or (gate is not None and scores.reward <= gate):
+                        break
+            except (RuntimeError, MemoryError, NonFiniteLossError) as error:
+                failure = _cause(error)
+                if failure is None:
+                    raise
+                failure = f"{stage}: {failure}"
+                rewards, metrics = {}, {}
+        return Evaluation(
+            rewards=rewards,
+            metrics=metrics,
+            gate=gate,
+            params=params or 0,
+            macs=macs or 0,
+            seconds=seconds,
+            failure=failure,
+        )
+
+    def _run_stage0(
+        self, model: Segmenter, index: int, seconds: dict[str, float]
+    ) -> SegmentationScores:
+        config, decoder = self.stage0, model.decoder
+        parameters = list(decoder.parameters())
+        optimizer = torch.optim.Adam(
+            parameters, config.lr, weight_decay=config.weight_decay, fused=True
+        )
+        average = PolyakAverage(parameters, config.polyak_decay)
+        group = Group(parameters, optimizer, config.max_grad_norm)
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, index, "stage0"))
+
+        def loss_of(indices: Tensor) -> Tensor:
+            arrays = self._train_cache.batch(indices)
+            with self.runtime.autocast():
+                logits, aux = decoder(self._taps(arrays))
+            return self.task.loss(
+                logits,
+                aux,
+                arrays["labels"],
+                aux_weight=config.aux_weight,
+                teacher=arrays.get("teacher"),
+                kd_weight=config.kd_weight,
+            )
+
+        with _timed(seconds, "stage0_train"):
+            decoder.train()
+            for _ in range(config.epochs):
+                indices = epoch_indices(config.samples, config.batch_size, generator)
+                train_epoch(indices, loss_of, [group], self.runtime, average)
+                average.copy_to_parameters()
+
+        def val_batches() -> Iterator[tuple[list[Tensor], Tensor]]:
+            for chunk in in_order(self._val_cache.count, 8):
+                arrays = self._val_cache.batch(chunk)
+                yield self._taps(arrays), arrays["labels"]
+
+        with _timed(seconds, "stage0_validate"):
+            decoder.eval()
+            return self.task.score(val_batches(), lambda taps: decoder(taps)[0], self.runtime)
+
+    def _run_stage1(
+        self, model: Segmenter, index: int, seconds: dict[str, float]
+    ) -> SegmentationScores:
+        config, task = self.stage1, self.task
+        model = copy.deepcopy(model)
+        model.encoder.requires_grad_(True)
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, index, "stage1"))
+        transform = TrainTransform(config.crop, config.shorter_side)
+        parts = {
+            "decoder": torch.optim.Adam(
+                model.decoder.parameters(),
+                config.decoder_lr,
+                weight_decay=config.weight_decay,
+                fused=True,
+            ),
+            "encoder": torch.optim.SGD(
+                model.encoder.parameters(),
+                config.encoder_lr,
+                momentum=0.9,
+                weight_decay=config.weight_decay,
+                fused=True,
+            ),
+        }
+        average = PolyakAverage(model.parameters(), config.polyak_decay)
+        groups = [
+            Group(list(model.get_submodule(part).parameters()), optimizer, config.max_grad_norm)
+            for part, optimizer in parts.items()
+        ]
+
+        def loss_of(pair: tuple[Tensor, Tensor]) -> Tensor:
+            images, labels = pair
+            with self.runtime.autocast():
+                logits, aux = model(images)
+            labels = resize_labels(labels, (logits.shape[-2], logits.shape[-1]))
+            return task.loss(logits, aux, labels, aux_weight=config.aux_weight)
+
+        with _timed(seconds, "stage1_train"):
+            model.train()
+            data = task.splits.search_train
+            for _ in range(config.epochs):
+                indices = epoch_indices(len(data), config.batch_size, generator)
+                pairs = image_batches(data, indices, transform, self.runtime, generator)
+                train_epoch(pairs, loss_of, groups, self.runtime, average)
+            average.copy_to_parameters()
+
+        with _timed(seconds, "stage1_validate"):
+            return task.score_images(
+                model, task.splits.search_val, self._val_transform, self.runtime
+            )
+
+
+def _cause(error: Exception) -> str | None:
+    """Why a candidate failed, or None for an error that is not the candidate's."""
+    if isinstance(error, NonFiniteLossError):
+        return str(error)
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    # torch's CPU allocator raises a plain RuntimeError
+    if exhausted or "allocate memory" in text or "out of memory" in text.lower():
+        return f"out of memory ({text})"
+    return None
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start

@@ -1,0 +1,195 @@
+"""Segmentation networks of the Fast-NAS space (Nekrasov et al., CVPR 2019)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nasfast.encoders import FeatureInfo, MobileNetV2, read_weights
+from nasfast.files import atomic_write
+from nasfast.models.layers import ConvBNReLU, build_op, largest, resize
+from nasfast.spaces.fast_nas import Cell, FastNASGenotype, FastNASSpace
+
+FORMAT = "nasfast.segmenter"
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Size of the decoder around a genotype."""
+
+    agg_size: int = 48
+    """Channels of every cell; the published search uses 48 and its final networks 64."""
+    sep_repeats: int = 1
+    """Repeats inside separable convolutions; the published search uses 1, final networks 2."""
+    aux_cell: bool = True
+    """Auxiliary heads hold a whole cell (the over-parameterised search form) or one convolution."""
+
+
+class ContextualCell(nn.Module):
+    """The cell of section 3.2: a small graph of operations on one map, loose ends summed."""
+
+    def __init__(self, cell: Cell, channels: int, sep_repeats: int) -> None:
+        super().__init__()
+        self.inputs = [position for layer in cell.layers for position in layer[:2]]
+        self.loose_ends = cell.loose_ends
+        ops = [cell.op0] + [op for layer in cell.layers for op in layer[2:]]
+        self.ops = nn.ModuleList(build_op(op, channels, sep_repeats) for op in ops)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features: list[Tensor] = [x, self.ops[0](x)]
+        for left in range(0, len(self.inputs), 2):
+            a = self.ops[left + 1](features[self.inputs[left]])
+            b = self.ops[left + 2](features[self.inputs[left + 1]])
+            features += [a, b, a + b]
+        out = features[self.loose_ends[0]]
+        for position in self.loose_ends[1:]:
+            out = out + features[position]
+        return out
+
+
+class FusionBlock(nn.Module):
+    """Two maps, each through its own copy of the cell and a 1x1 convolution, summed."""
+
+    def __init__(self, cell: Cell, channels: int, sep_repeats: int) -> None:
+        super().__init__()
+        self.left, self.right = (
+            nn.Sequential(
+                ContextualCell(cell, channels, sep_repeats), ConvBNReLU(channels, channels)
+            )
+            for _ in range(2)
+        )
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        maps = [self.left(x), self.right(y)]
+        size = largest(maps)
+        return resize(maps[0], size) + resize(maps[1], size)
+
+
+class Decoder(nn.Module):
+    """A genotype as a network on the encoder's taps.
+
+    Args:
+        genotype: cell and connections.
+        feature_info: the encoder's taps.
+        num_classes: output channels.
+        config: widths and the form of the auxiliary heads.
+
+    Shapes: taps ``[N, C_i, H_i, W_i]`` to logits ``[N, num_classes, H, W]`` at the resolution of
+    the largest collected block, and in training mode one auxiliary map per block.
+    """
+
+    def __init__(
+        self,
+        genotype: FastNASGenotype,
+        feature_info: Sequence[FeatureInfo],
+        num_classes: int,
+        config: DecoderConfig,
+    ) -> None:
+        super().__init__()
+        c, cell = config.agg_size, genotype.cell
+        self.connections = genotype.connections
+        self.collected = genotype.collected_blocks
+        self.adapt = nn.ModuleList(ConvBNReLU(tap.channels, c) for tap in feature_info)
+        self.blocks = nn.ModuleList(
+            FusionBlock(cell, c, config.sep_repeats) for _ in self.connections
+        )
+        self.pre_clf = ConvBNReLU(c * len(self.collected), c)
+        self.conv_clf = nn.Conv2d(c, num_classes, 3, padding=1)
+        self.aux_heads = nn.ModuleList(
+            nn.Sequential(
+                *([ContextualCell(cell, c, config.sep_repeats)] if config.aux_cell else []),
+                nn.Conv2d(c, num_classes, 3, padding=1),
+            )
+            for _ in self.connections
+        )
+
+    def forward(self, taps: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Logits and, in training mode, the auxiliary logits (an empty list otherwise)."""
+        pool = [adapt(tap) for adapt, tap in zip(self.adapt, taps, strict=True)]
+        num_taps = len(pool)
+        for block, (i, j) in zip(self.blocks, self.connections, strict=True):
+            pool.append(block(pool[i], pool[j]))
+        outputs = pool[num_taps:]
+        collected = [outputs[i] for i in self.collected]
+        size = largest(collected)
+        fused = F.relu(torch.cat([resize(x, size) for x in collected], dim=1))
+        logits = self.conv_clf(self.pre_clf(fused))
+        aux = [h(x) for h, x in zip(self.aux_heads, outputs, strict=True)] if self.training else []
+        return logits, aux
+
+
+class Segmenter(nn.Module):
+    """Encoder and decoder; ``forward`` gives logits at the decoder's resolution."""
+
+    def __init__(self, encoder: MobileNetV2, decoder: Decoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        logits, aux = self.decoder(self.encoder(images))
+        return logits, aux
+
+
+def save_segmenter(path: Path, model: Segmenter, description: Mapping[str, Any]) -> None:
+    """Write weights and what is needed to build the network again, atomically.
+
+    Args:
+        path: a ``.safetensors`` file.
+        model: the network.
+        description: ``genotype``, ``decoder`` (:class:`DecoderConfig` as a mapping), ``classes``
+            and anything else worth keeping, as plain JSON.
+    """
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    encoder = {"name": model.encoder.name, "width": model.encoder.width}
+    metadata = {FORMAT: json.dumps({**description, "encoder": encoder})}
+    atomic_write(path, save(tensors, metadata))
+
+
+def read_segmenter(path: Path) -> tuple[Segmenter, dict[str, Any]]:
+    """Read a network and its description from a file of :func:`save_segmenter`.
+
+    Raises:
+        ValueError: the file is not one of those; the message says what it lacks.
+    """
+    tensors, metadata = read_weights(path)
+    if FORMAT not in metadata:
+        raise ValueError(
+            f"segmenter {path}: wanted a model.safetensors that nasfast.train wrote, got a file "
+            f"without {FORMAT!r} in its metadata"
+        )
+    description: dict[str, Any] = json.loads(metadata[FORMAT])
+    encoder = MobileNetV2(description["encoder"]["width"])
+    space = FastNASSpace()
+    decoder = Decoder(
+        space.from_json(description["genotype"]),
+        encoder.feature_info,
+        len(description["classes"]),
+        DecoderConfig(**description["decoder"]),
+    )
+    model = Segmenter(encoder, decoder)
+    model.load_state_dict(tensors)
+    return model.eval(), description
+
+
+def load_teacher(path: Path, classes: Sequence[str]) -> Segmenter:
+    """A trained network to distil from.
+
+    Raises:
+        ValueError: it was trained for other classes; both lists are shown.
+    """
+    model, description = read_segmenter(path)
+    if tuple(description["classes"]) != tuple(classes):
+        raise ValueError(
+            f"teacher {path}: wanted a network for {', '.join(classes)}, got one for "
+            f"{', '.join(description['classes'])}; train one on this data first"
+        )
+    return model

@@ -1,0 +1,1 @@
+"""Tasks: data, loss, metric and reward, one file each."""

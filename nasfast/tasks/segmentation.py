@@ -1,0 +1,135 @@
+"""Semantic segmentation: cross-entropy with auxiliary and distillation terms, IoU-based reward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nasfast.data import SegmentationDataset, Splits, Transform, batch, normalize
+from nasfast.models.layers import resize
+from nasfast.models.segmenter import Segmenter
+from nasfast.training.loop import Runtime, in_order
+from nasfast.training.metrics import ConfusionMatrix, SegmentationScores
+
+T = TypeVar("T")
+
+
+def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Nearest-neighbour resize of labels ``[N, H, W]`` to ``size`` = (H, W)."""
+    return F.interpolate(labels[:, None].float(), size, mode="nearest-exact")[:, 0].to(labels.dtype)
+
+
+def prepare_images(images: Tensor, runtime: Runtime) -> Tensor:
+    """uint8 ``[N, 3, H, W]`` to normalised channels-last float images on the device."""
+    images = normalize(images.to(runtime.device))
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def image_batches(
+    dataset: SegmentationDataset,
+    indices: Iterable[Tensor],
+    transform: Transform,
+    runtime: Runtime,
+    generator: torch.Generator | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Prepared images ``[N, 3, h, w]`` and labels ``[N, h, w]`` on the device, batch by batch."""
+    for chunk in indices:
+        images, labels = batch(dataset, chunk.tolist(), transform, generator)
+        yield prepare_images(images, runtime), labels.to(runtime.device)
+
+
+@dataclass(frozen=True)
+class SegmentationTask:
+    """What a segmentation network is trained on and judged by."""
+
+    splits: Splits
+    omit: tuple[int, ...] = ()
+    """Classes left out of the reward (class 0, the background, in the paper's VOC search)."""
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.splits.train.classes)
+
+    @property
+    def ignore_index(self) -> int:
+        """Label that neither loss nor metrics see."""
+        return self.splits.train.ignore_index
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy of ``[N, K, h, w]`` at the labels' resolution ``[N, H, W]``.
+
+        A batch without a single labelled pixel gives zero, not NaN.
+        """
+        scores = resize(logits.float(), (labels.shape[-2], labels.shape[-1]))
+        labels = labels.long()
+        total = F.cross_entropy(
+            scores, labels, weight, ignore_index=self.ignore_index, reduction="sum"
+        )
+        counted = labels != self.ignore_index
+        if weight is not None:
+            pixels = (weight[labels.masked_fill(~counted, 0)] * counted).sum()
+        else:
+            pixels = counted.sum()
+        return total / pixels.clamp(min=1)
+
+    def loss(
+        self,
+        logits: Tensor,
+        aux: Sequence[Tensor],
+        labels: Tensor,
+        *,
+        aux_weight: float,
+        teacher: Tensor | None = None,
+        kd_weight: float = 0.0,
+        class_weight: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy + ``aux_weight`` * the auxiliary heads' + ``kd_weight`` * distillation.
+
+        Distillation is the mean squared error between logits and the teacher's logits, without
+        softmax or temperature (section 3.3 of Fast NAS).
+        """
+        loss = self.cross_entropy(logits, labels, class_weight)
+        for map_ in aux:
+            loss = loss + aux_weight * self.cross_entropy(map_, labels, class_weight)
+        if teacher is not None:
+            student = resize(logits.float(), (teacher.shape[-2], teacher.shape[-1]))
+            loss = loss + kd_weight * F.mse_loss(student, teacher.float())
+        return loss
+
+    @torch.inference_mode()
+    def score(
+        self, batches: Iterable[tuple[T, Tensor]], predict: Callable[[T], Tensor], runtime: Runtime
+    ) -> SegmentationScores:
+        """Scores of logits, bilinearly resized to the labels' full resolution.
+
+        Args:
+            batches: pairs of an input of ``predict`` and labels ``[N, H, W]``.
+            predict: gives logits ``[N, K, h, w]``.
+            runtime: device and precision.
+        """
+        matrix = ConfusionMatrix(self.num_classes, self.ignore_index, runtime.device)
+        for inputs, labels in batches:
+            runtime.heartbeat()
+            with runtime.autocast():
+                logits = predict(inputs)
+            size = (labels.shape[-2], labels.shape[-1])
+            matrix.update(resize(logits, size).argmax(1), labels.to(runtime.device))
+        return matrix.compute(self.omit)
+
+    def score_images(
+        self,
+        model: Segmenter,
+        dataset: SegmentationDataset,
+        transform: Transform,
+        runtime: Runtime,
+        batch_size: int = 8,
+    ) -> SegmentationScores:
+        """Scores of a network, put in evaluation mode, on a dataset."""
+        model.eval()
+        pairs = image_batches(dataset, in_order(len(dataset), batch_size), transform, runtime)
+        return self.score(pairs, lambda images: model(images)[0], runtime)

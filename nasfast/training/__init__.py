@@ -1,0 +1,1 @@
+"""Training loops, averaging, metrics and cost measures."""

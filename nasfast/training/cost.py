@@ -1,0 +1,94 @@
+"""Size and speed of a network."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from nasfast.training.loop import Runtime
+
+
+def count_parameters(module: nn.Module, *, exclude: str = "aux_heads") -> int:
+    """Parameters, BatchNorm's included, outside submodules whose path has ``exclude``."""
+    return sum(p.numel() for name, p in module.named_parameters() if exclude not in name)
+
+
+def count_macs(module: nn.Module, size: tuple[int, int]) -> int:
+    """Multiply-accumulates of convolutions and products for one image in evaluation mode.
+
+    Args:
+        module: a network on images ``[1, 3, H, W]``; it is not run, only traced on meta tensors.
+        size: (H, W) of the image.
+    """
+    meta = copy.deepcopy(module).to("meta").eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        meta(torch.empty(1, 3, *size, device="meta"))
+    return int(counter.get_total_flops()) // 2
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of one forward pass, in milliseconds."""
+
+    median: float
+    low: float
+    """10th percentile."""
+    high: float
+    """90th percentile."""
+    runs: int
+    batch: int
+    size: tuple[int, int]
+    """(H, W) of the images."""
+    dtype: str
+    device: str
+    threads: int
+
+
+@torch.inference_mode()
+def measure_latency(
+    module: nn.Module,
+    size: tuple[int, int],
+    runtime: Runtime,
+    *,
+    batch: int = 1,
+    seconds: float = 3.0,
+) -> Latency:
+    """Time forward passes for about ``seconds`` after a warm-up of a fifth of that."""
+    images = torch.rand(batch, 3, *size, device=runtime.device)
+    images = images.contiguous(memory_format=torch.channels_last)
+
+    def once() -> float:
+        start = time.perf_counter()
+        with runtime.autocast():
+            module(images)
+        if runtime.device.type == "cuda":
+            torch.cuda.synchronize(runtime.device)
+        return (time.perf_counter() - start) * 1e3
+
+    def run_for(budget: float) -> list[float]:
+        times: list[float] = []
+        deadline = time.perf_counter() + budget
+        while time.perf_counter() < deadline or len(times) < 5:
+            times.append(once())
+        return times
+
+    run_for(seconds / 5)
+    times = run_for(seconds)
+    deciles = statistics.quantiles(times, n=10)
+    return Latency(
+        median=statistics.median(times),
+        low=deciles[0],
+        high=deciles[-1],
+        runs=len(times),
+        batch=batch,
+        size=size,
+        dtype=str(runtime.dtype).removeprefix("torch."),
+        device=str(runtime.device),
+        threads=torch.get_num_threads(),
+    )
