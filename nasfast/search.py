@@ -1,0 +1,348 @@
+"""Find an architecture: ``python -m nasfast.search``.
+
+Without arguments it searches a small segmentation network for generated street scenes, in a
+minute. ``--data DIR`` takes a CamVid folder or a folder with images/, masks/ and classes.txt.
+``--resume RUN [--budget N]`` continues a run where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+
+from nasfast.cache import default_directory
+from nasfast.config import from_mapping
+from nasfast.data import load_splits
+from nasfast.device import machine_info, resolve_device
+from nasfast.encoders import load_encoder
+from nasfast.evaluator import SegmentationEvaluator, Stage0Config, Stage1Config, derive_seed
+from nasfast.interrupt import Interrupt, StopRequested
+from nasfast.models.segmenter import DecoderConfig, load_teacher
+from nasfast.records import Evaluation, Record
+from nasfast.report import terminal_table, write_report
+from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
+from nasfast.strategies import PPOConfig, Strategy, make_strategy
+from nasfast.study import Study
+from nasfast.tasks.segmentation import SegmentationTask
+from nasfast.training.loop import Runtime
+
+FEEDBACK = "stage0"
+"""The stage whose reward the strategy learns from, for every candidate: all have passed it, so it
+is one scale. Stage 1 only ranks."""
+_MAX_FAILURES = 5
+_MAX_DUPLICATES = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig:
+    """Settings of a search; a preset gives the defaults."""
+
+    method: Annotated[Literal["segmentation"], tyro.conf.Positional] = "segmentation"
+    """What to search."""
+    data: str = "synthetic"
+    """"synthetic", a CamVid folder, or a folder with images/, masks/ and classes.txt."""
+    preset: Literal["demo", "quick", "paper"] = "demo"
+    """demo: a minute on a laptop (default for the synthetic set). quick: about 30 s a candidate
+    on two cores (default for other data). paper: the published schedule, for a GPU."""
+    budget: int = 8
+    """Candidates to evaluate; repeated architectures do not count."""
+    strategy: Literal["ppo", "random"] = "ppo"
+    """ppo: the recurrent controller; random: uniform sampling, the baseline to beat."""
+    encoder_weights: Path | None = None
+    """MobileNet-v2 weights with torchvision's key names; default: the packaged small encoder."""
+    teacher: Path | None = None
+    """Network to distil from: a model.safetensors that nasfast.train wrote for the same classes."""
+    seed: int = 0
+    """Decides everything that is drawn."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    name: str | None = None
+    """Name of the run; default: that of the data."""
+    runs: Path = Path("runs")
+    """Directory that run directories are made in."""
+    cache_dir: Path | None = None
+    """Where encoder features are kept between searches; default: $NASFAST_CACHE or
+    ~/.cache/nasfast."""
+    val_crop: int | None = None
+    """Score candidates on centre crops of this side; default: whole images of one size."""
+    decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
+    """Size of the candidates' decoders."""
+    stage0: Stage0Config = dataclasses.field(default_factory=Stage0Config)
+    """Training of the decoder alone."""
+    stage1: Stage1Config = dataclasses.field(default_factory=Stage1Config)
+    """Training end to end, after the gate."""
+    ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
+    """The controller."""
+
+    def __post_init__(self) -> None:
+        if self.budget < 1:
+            raise ValueError(f"search: wanted a budget of at least 1 candidate, got {self.budget}")
+
+
+PRESETS = {
+    "demo": SearchConfig(
+        preset="demo",
+        budget=8,
+        decoder=DecoderConfig(agg_size=24),
+        stage0=Stage0Config(samples=448, crop=96, shorter_side=96, epochs=3, batch_size=16),
+        stage1=Stage1Config(crop=96, shorter_side=96, batch_size=16, polyak_decay=0.9),
+    ),
+    "quick": SearchConfig(
+        preset="quick",
+        budget=24,
+        decoder=DecoderConfig(agg_size=32),
+        stage0=Stage0Config(samples=320, crop=160, shorter_side=240, epochs=4, batch_size=16),
+        stage1=Stage1Config(crop=224, shorter_side=260, batch_size=16, polyak_decay=0.9),
+    ),
+    "paper": SearchConfig(preset="paper", budget=2000, val_crop=400),
+}
+
+
+def parse(argv: Sequence[str]) -> SearchConfig:
+    """Settings from a command line: the preset's, overridden flag by flag."""
+    preset = _peek(argv, "--preset")
+    if preset not in PRESETS:  # absent, or wrong and then refused by the parser
+        preset = "demo" if _peek(argv, "--data") in (None, "synthetic") else "quick"
+    config = tyro.cli(
+        SearchConfig, args=argv, default=PRESETS[preset], description=__doc__, prog="nasfast.search"
+    )
+    paths = {
+        field: getattr(config, field).expanduser().resolve()
+        for field in ("encoder_weights", "teacher", "runs", "cache_dir")
+        if getattr(config, field) is not None
+    }
+    if config.data != "synthetic":
+        paths["data"] = str(Path(config.data).expanduser().resolve())
+    return dataclasses.replace(config, **paths)
+
+
+def _peek(argv: Sequence[str], flag: str) -> str | None:
+    """Value of a flag before the command line is parsed."""
+    for i, word in enumerate(argv):
+        if word == flag and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Resume:
+    """Continue a run."""
+
+    resume: Path
+    """Run directory."""
+    budget: int | None = None
+    """Candidates to evaluate in all, where it should be more than before."""
+    device: str | None = None
+    """Another device than before."""
+
+
+def build(config: SearchConfig, interrupt: Interrupt, console: Console) -> SegmentationEvaluator:
+    """Open data, encoder and teacher and fill the feature cache."""
+    runtime = Runtime(resolve_device(config.device), interrupt.check)
+    splits = load_splits(config.data, seed=config.seed)
+    task = SegmentationTask(splits)
+    encoder = load_encoder(config.encoder_weights)
+    console.print(
+        f"data     {splits.train.name}: {len(splits.search_train)} frames to train candidates, "
+        f"{len(splits.search_val)} to score them, {task.num_classes} classes\n"
+        f"encoder  {encoder.name} x{encoder.width:g}, "
+        f"{config.encoder_weights or 'packaged weights (trained on generated scenes)'}\n"
+        f"device   {runtime.device}, {torch.get_num_threads()} threads, "
+        f"{str(runtime.dtype).removeprefix('torch.')}\n"
+        f"space    {FastNASSpace().size():.2e} decoders; strategy {config.strategy}, "
+        f"{config.budget} candidates",
+        highlight=False,
+    )
+    evaluator = SegmentationEvaluator(
+        task,
+        encoder,
+        config.decoder,
+        config.stage0,
+        config.stage1,
+        runtime,
+        seed=config.seed,
+        cache_dir=config.cache_dir or default_directory(),
+        val_crop=config.val_crop,
+        teacher=load_teacher(config.teacher, splits.train.classes) if config.teacher else None,
+    )
+    console.print(f"features of the frozen encoder ready in {evaluator.seconds['encode']:.1f} s")
+    return evaluator
+
+
+def run(
+    study: Study,
+    space: FastNASSpace,
+    strategy: Strategy[FastNASGenotype],
+    evaluator: SegmentationEvaluator,
+    budget: int,
+    console: Console,
+) -> None:
+    """Ask, evaluate, record, tell, until ``budget`` candidates are evaluated.
+
+    After a crash the strategy continues from its checkpoint; a record that the checkpoint has not
+    seen is told again, not evaluated again.
+
+    Raises:
+        RuntimeError: the last candidates all failed, or all repeated earlier ones.
+    """
+    checkpoint = study.load_checkpoint()
+    told = 0
+    if checkpoint is not None:
+        told = checkpoint["told"]
+        strategy.load_state_dict(checkpoint["strategy"])
+    first = {_key(r.canonical): r for r in reversed(study.records) if r.duplicate_of is None}
+    while told < len(study.records) or _evaluated(study) < budget:
+        genotype = strategy.ask()
+        if told < len(study.records):
+            record = study.records[told]
+            if space.from_json(record.genotype) != genotype:
+                raise RuntimeError(
+                    f"{study.path}: record {told} is not what the strategy asked for; the records "
+                    "or the checkpoint were edited, start a new run"
+                )
+        else:
+            canonical = genotype.canonical().to_json()
+            earlier = first.get(_key(canonical))
+            record = Record(
+                index=told,
+                genotype=genotype.to_json(),
+                canonical=canonical,
+                seed=derive_seed(evaluator.seed, told),
+                evaluation=(
+                    evaluator(genotype, told, _gate(study)) if not earlier else earlier.evaluation
+                ),
+                duplicate_of=earlier.index if earlier else None,
+                time=datetime.now(UTC).isoformat(timespec="seconds"),
+            )
+            study.append(record)
+            first.setdefault(_key(canonical), record)
+            _print_record(study, record, budget, console)
+        strategy.tell(genotype, record.evaluation.rewards.get(FEEDBACK))
+        told += 1
+        study.save_checkpoint({"told": told, "strategy": strategy.state_dict()})
+        _check_progress(study)
+
+
+def _key(canonical: dict[str, object]) -> str:
+    return repr(sorted(canonical.items()))
+
+
+def _fresh(study: Study) -> list[Evaluation]:
+    return [r.evaluation for r in study.records if r.duplicate_of is None]
+
+
+def _evaluated(study: Study) -> int:
+    return len(_fresh(study))
+
+
+def _gate(study: Study) -> float | None:
+    """Running mean of the stage-0 rewards so far (section 3.3: a candidate must beat it)."""
+    rewards = [e.rewards[FEEDBACK] for e in _fresh(study) if FEEDBACK in e.rewards]
+    return statistics.fmean(rewards) if rewards else None
+
+
+def _check_progress(study: Study) -> None:
+    failures = [e.failure for e in _fresh(study)[-_MAX_FAILURES:]]
+    if len(failures) == _MAX_FAILURES and all(failures):
+        raise RuntimeError(
+            f"the last {_MAX_FAILURES} candidates failed, the last one: {failures[-1]}; make "
+            "--stage0.batch-size, --stage1.batch-size or the crops smaller, or lower the "
+            "learning rates"
+        )
+    if all(r.duplicate_of is not None for r in study.records[-_MAX_DUPLICATES:]):
+        raise RuntimeError(
+            f"the last {_MAX_DUPLICATES} architectures repeat earlier ones: the controller has "
+            "converged; raise --ppo.ent-coef or take the best one found"
+        )
+
+
+def _print_record(study: Study, record: Record, budget: int, console: Console) -> None:
+    evaluation = record.evaluation
+    place = f"[{_evaluated(study):>{len(str(budget))}}/{budget}]"
+    if record.duplicate_of is not None:
+        console.print(f"{place} repeats architecture {record.duplicate_of}", markup=False)
+        return
+    rewards = "  ".join(f"{stage} {reward:.4f}" for stage, reward in evaluation.rewards.items())
+    outcome = f"failed: {evaluation.failure}" if evaluation.failure else rewards
+    mark = "  best so far" if study.best is record else ""
+    console.print(
+        f"{place} {outcome:<32} {evaluation.params / 1e6:.2f} M params  "
+        f"{sum(evaluation.seconds.values()):5.1f} s{mark}",
+        markup=False,
+        highlight=False,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status (130 after Ctrl-C)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    console = Console()
+    with Interrupt() as interrupt:
+        if _peek(argv, "--resume") is not None:
+            arguments = tyro.cli(_Resume, args=argv, prog="nasfast.search")
+            study = Study.open(arguments.resume)
+            config = from_mapping(SearchConfig, study.config, str(study.path / "config.toml"))
+            config = dataclasses.replace(
+                config,
+                budget=arguments.budget or config.budget,
+                device=arguments.device or config.device,
+            )
+        else:
+            config = parse(argv)
+            env: dict[str, Any] = machine_info() | {
+                "command": ["python", "-m", "nasfast.search", *argv],
+                "feedback": FEEDBACK,
+            }
+            study = Study.create(
+                config.runs,
+                config.method,
+                config.name or Path(config.data).name,
+                dataclasses.asdict(config),
+                env,
+            )
+        with study:
+            console.print(f"run      {study.path}", highlight=False, soft_wrap=True)
+            start = time.perf_counter()
+            status = 0
+            try:
+                evaluator = build(config, interrupt, console)
+                space = FastNASSpace()
+                strategy = make_strategy(config.strategy, space, config.seed, config.ppo)
+                run(study, space, strategy, evaluator, config.budget, console)
+            except StopRequested:
+                status = 130
+            finally:
+                report = write_report(study)
+            if status:
+                console.print(
+                    f"\nstopped; everything is saved. Continue with\n"
+                    f"  python -m nasfast.search --resume {study.path}",
+                    soft_wrap=True,
+                )
+                return status
+            console.print(terminal_table(study))
+            console.print(
+                f"{time.perf_counter() - start:.0f} s; everything is in {study.path}\n"
+                f"  python -m nasfast.train {study.path}      # train the best one in full\n"
+                f"  python -m nasfast.search --resume {study.path} --budget {2 * config.budget}\n"
+                f"  open {report}",
+                soft_wrap=True,
+                highlight=False,
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
