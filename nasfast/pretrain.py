@@ -8,7 +8,9 @@ of their own, under a decoder that is thrown away. The result is the encoder tha
 from __future__ import annotations
 
 import json
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from rich.console import Console
 from safetensors.torch import save
 from torch import Tensor
 
+from nasfast.cli import reports_errors
 from nasfast.data import SyntheticStreets, TrainTransform, ValTransform
 from nasfast.data.base import split_for_search
 from nasfast.device import resolve_device
@@ -56,7 +59,7 @@ class PretrainConfig:
     """auto, cpu, cuda or cuda:N."""
 
 
-def main(config: PretrainConfig) -> None:
+def pretrain(config: PretrainConfig) -> None:
     """Train, score on unseen frames and write the weights."""
     console = Console()
     torch.manual_seed(config.seed)
@@ -113,5 +116,12 @@ def main(config: PretrainConfig) -> None:
     )
 
 
+@reports_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    pretrain(tyro.cli(PretrainConfig, args=argv, description=__doc__, prog="nasfast.pretrain"))
+    return 0
+
+
 if __name__ == "__main__":
-    main(tyro.cli(PretrainConfig, description=__doc__))
+    sys.exit(main())

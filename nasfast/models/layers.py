@@ -24,17 +24,44 @@ def largest(maps: list[Tensor]) -> tuple[int, int]:
     return winner.shape[-2], winner.shape[-1]
 
 
+class Conv2d(nn.Conv2d):
+    """Convolution without bias that keeps height and width, safe under bfloat16 on a CPU.
+
+    There the weight gradient of a dilated convolution is wrong in torch 2.13 (oneDNN reads memory
+    that nothing wrote; the values differ from run to run) if it is depthwise or its channels are
+    no multiple of 16. Such a convolution runs in float32, which is also the faster way.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, dilation: int = 1, groups: int = 1
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel,
+            padding=dilation * (kernel // 2),
+            dilation=dilation,
+            groups=groups,
+            bias=False,
+        )
+        ragged = bool(in_channels % 16 or out_channels % 16)
+        self._float32_on_cpu = dilation > 1 and (groups > 1 or ragged)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self._float32_on_cpu and x.device.type == "cpu"):
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 class ConvBNReLU(nn.Sequential):
     """Convolution without bias, BatchNorm, ReLU; output size equals input size."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel: int = 1, dilation: int = 1
     ) -> None:
-        padding = dilation * (kernel // 2)
         super().__init__(
-            nn.Conv2d(
-                in_channels, out_channels, kernel, padding=padding, dilation=dilation, bias=False
-            ),
+            Conv2d(in_channels, out_channels, kernel, dilation),
             nn.BatchNorm2d(out_channels),
             nn.ReLU(inplace=True),
         )
@@ -44,19 +71,10 @@ class SepConv(nn.Sequential):
     """``repeats`` times depthwise, pointwise, BatchNorm, ReLU (nothing between the first two)."""
 
     def __init__(self, channels: int, kernel: int, dilation: int = 1, repeats: int = 1) -> None:
-        padding = dilation * (kernel // 2)
         layers: list[nn.Module] = []
         for _ in range(repeats):
             layers += [
-                nn.Conv2d(
-                    channels,
-                    channels,
-                    kernel,
-                    padding=padding,
-                    dilation=dilation,
-                    groups=channels,
-                    bias=False,
-                ),
+                Conv2d(channels, channels, kernel, dilation, groups=channels),
                 ConvBNReLU(channels, channels),
             ]
         super().__init__(*layers)
@@ -71,7 +89,7 @@ class GlobalAveragePool(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 1, bias=False)
+        self.conv = Conv2d(channels, channels, 1)
         self.bn = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
