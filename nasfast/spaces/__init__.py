@@ -1,0 +1,14 @@
+"""What an architecture is: decisions, genotypes, canonical form, mutation. Pure Python."""
+
+from nasfast.spaces.base import Decision, Genotype, Space
+from nasfast.spaces.fast_nas import PRIMITIVES, Cell, FastNASGenotype, FastNASSpace
+
+__all__ = [
+    "PRIMITIVES",
+    "Cell",
+    "Decision",
+    "FastNASGenotype",
+    "FastNASSpace",
+    "Genotype",
+    "Space",
+]

@@ -1,0 +1,92 @@
+"""What an architecture is: a sequence of categorical decisions that decodes to a genotype."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self, TypeVar
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One categorical choice of a space."""
+
+    name: str
+    """Unique in its space, e.g. "cell.layer2.input1"."""
+    head: str
+    """Decisions with the same head share one classifier of the policy; else equal to `name`."""
+    size: int
+    """Number of choices, 0 .. size - 1."""
+
+
+class Genotype(Protocol):
+    """A discrete description of one architecture: frozen and hashable."""
+
+    def __hash__(self) -> int: ...
+
+    def canonical(self) -> Self:
+        """One representative of all genotypes that are this network up to renaming."""
+
+    def to_json(self) -> dict[str, object]:
+        """Plain JSON; `Space.from_json` reads it back."""
+
+
+G = TypeVar("G", bound=Genotype)
+
+
+class Space(Protocol[G]):
+    """The set of genotypes a search chooses from."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """In sampling order."""
+
+    def size(self) -> int:
+        """Exact number of ordered genotypes (not deduplicated by canonical form)."""
+
+    def decode(self, choices: Sequence[int]) -> G:
+        """The genotype of one choice per decision; ValueError names a decision out of range."""
+
+    def encode(self, genotype: G) -> tuple[int, ...]:
+        """The choices that decode to `genotype`; ValueError if it is not of this space."""
+
+    def sample(self, rng: random.Random) -> G:
+        """Uniform over ordered genotypes."""
+
+    def mutate(self, genotype: G, rng: random.Random) -> G:
+        """Exactly one decision changes, to one of its other choices, uniformly."""
+
+    def from_json(self, obj: object) -> G:
+        """Read `Genotype.to_json`, or the list form of the publication."""
+
+
+def check_choices(decisions: Sequence[Decision], choices: Sequence[int]) -> None:
+    """ValueError unless `choices` holds one integer in range for each decision."""
+    if len(choices) != len(decisions):
+        raise ValueError(
+            f"choices: wanted {len(decisions)} integers, one per decision, got {len(choices)}; "
+            "Space.decisions lists them in order"
+        )
+    for decision, choice in zip(decisions, choices, strict=True):
+        if type(choice) is not int or not 0 <= choice < decision.size:
+            raise ValueError(
+                f"{decision.name}: wanted an integer in 0..{decision.size - 1}, got {choice!r}; "
+                "check that the genotype was made for this space"
+            )
+
+
+def sample_choices(decisions: Sequence[Decision], rng: random.Random) -> tuple[int, ...]:
+    """Independent and uniform."""
+    return tuple(rng.randrange(decision.size) for decision in decisions)
+
+
+def mutate_choices(
+    decisions: Sequence[Decision], choices: Sequence[int], rng: random.Random
+) -> tuple[int, ...]:
+    """Change one decision, uniform among those with an alternative, to another choice, uniform."""
+    at = rng.choice([i for i, decision in enumerate(decisions) if decision.size > 1])
+    other = rng.randrange(decisions[at].size - 1)
+    other += other >= choices[at]
+    return (*choices[:at], other, *choices[at + 1 :])

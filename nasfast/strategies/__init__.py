@@ -1,0 +1,24 @@
+"""Search strategies. To add one: a file beside this one and a line in STRATEGIES."""
+
+from collections.abc import Callable
+from typing import Any
+
+from nasfast.spaces.base import G, Space
+from nasfast.strategies.base import Strategy
+from nasfast.strategies.ppo import PPO, PPOConfig
+from nasfast.strategies.random import RandomSearch
+
+STRATEGIES: dict[str, Callable[[Space[Any], int, PPOConfig], Strategy[Any]]] = {
+    "ppo": lambda space, seed, ppo: PPO(space, ppo, seed),
+    "random": lambda space, seed, ppo: RandomSearch(space, seed),
+}
+
+
+def make_strategy(name: str, space: Space[G], seed: int, ppo: PPOConfig) -> Strategy[G]:
+    """The strategy of that name; ValueError lists the choices."""
+    if name not in STRATEGIES:
+        raise ValueError(f"strategy: wanted one of {', '.join(STRATEGIES)}, got {name!r}")
+    return STRATEGIES[name](space, seed, ppo)
+
+
+__all__ = ["PPO", "STRATEGIES", "PPOConfig", "RandomSearch", "Strategy", "make_strategy"]

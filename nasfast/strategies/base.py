@@ -1,0 +1,35 @@
+"""How a search proposes architectures: ask for one, tell its reward."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from nasfast.spaces.base import G
+
+
+class Strategy(Protocol[G]):
+    """Proposes genotypes and learns from their rewards; it never sees the evaluator.
+
+    Loading `state_dict` into a new strategy of the same arguments, at any point between calls,
+    continues the identical sequence: a strategy draws from its own generators only.
+    """
+
+    def ask(self) -> G:
+        """The next genotype to evaluate."""
+
+    def tell(self, genotype: G, reward: float | None) -> None:
+        """The reward of a genotype, in the order asked; None if its evaluation failed."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain Python only: loads with torch.load(weights_only=True)."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`; ValueError if another strategy wrote it."""
+
+
+def check_state(state: Mapping[str, Any], strategy: str) -> None:
+    """ValueError unless `state` names the strategy that is about to load it."""
+    if state.get("strategy") != strategy:
+        raise ValueError(
+            f'state["strategy"]: wanted "{strategy}", got {state.get("strategy")!r}; '
+            "resume with the strategy that wrote the checkpoint"
+        )

@@ -1,0 +1,352 @@
+import copy
+import io
+import math
+import random
+import re
+from dataclasses import fields
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nasfast.spaces import Decision, FastNASSpace
+from nasfast.strategies import PPO, PPOConfig, RandomSearch
+from nasfast.strategies.ppo import Controller, leave_one_out_advantages
+
+SPACE = FastNASSpace()
+PUBLISHED = PPOConfig()
+SMALL = {"hidden_size": 8, "lr": 1e-2}
+
+
+def controller(config=PUBLISHED, decisions=SPACE.decisions, seed=0):
+    return Controller(decisions, config, torch.Generator().manual_seed(seed))
+
+
+def parameters(strategy):
+    return torch.cat([p.detach().flatten() for p in strategy.controller.parameters()])
+
+
+def samples(count, seed=0):
+    rng = random.Random(seed)
+    return torch.tensor([SPACE.encode(SPACE.sample(rng)) for _ in range(count)])
+
+
+# Controller
+
+
+def test_parameter_count_at_published_settings():
+    lstm = 2 * (4 * 100 * (100 + 100) + 2 * 4 * 100)
+    heads = (4 + 4 + 5 + 5 + 6 + 6) + (2 + 2 + 5 + 5 + 8 + 8) + 11
+    assert sum(p.numel() for p in controller().parameters()) == lstm + 100 + heads * (100 + 1)
+    assert lstm + 100 + heads * (100 + 1) == 168_871
+
+
+def test_initial_policy_is_nearly_uniform():
+    log_prob, entropy = controller()(samples(3))
+    uniform = sum(math.log(d.size) for d in SPACE.decisions)
+    assert log_prob.shape == entropy.shape == (3,)
+    assert 0 < uniform - entropy[0].item() < 0.1
+    assert torch.allclose(log_prob, torch.full((3,), -uniform), atol=1.5)
+    assert all(p.abs().max() <= 0.1 for p in controller().parameters())
+
+
+def test_log_probabilities_of_all_samples_sum_to_one():
+    decisions = [Decision("a", "a", 2), Decision("b", "bc", 3), Decision("c", "bc", 3)]
+    every = torch.cartesian_prod(*(torch.arange(d.size) for d in decisions))
+    for embed in (False, True):
+        policy = controller(PPOConfig(embed_decisions=embed), decisions)
+        for p in policy.parameters():
+            p.data.mul_(20)  # far from uniform
+        log_prob, entropy = policy(every)
+        assert torch.allclose(log_prob.exp().sum(), torch.tensor(1.0))
+        mean = (log_prob.exp() * entropy).sum()
+        assert torch.allclose(mean, -(log_prob.exp() * log_prob).sum(), atol=1e-5), embed
+        generator = torch.Generator().manual_seed(0)
+        counts = torch.zeros(2, 3, 3)
+        for _ in range(1000):
+            counts[policy.sample(generator)] += 1
+        assert (counts.flatten() / 1000 - log_prob.exp()).abs().max() < 0.06
+
+
+def test_only_embedded_decisions_depend_on_each_other():
+    decisions = [Decision("a", "a", 2), Decision("b", "b", 2)]
+    every = torch.cartesian_prod(torch.arange(2), torch.arange(2))
+    for embed in (False, True):
+        log_prob, _ = controller(PPOConfig(embed_decisions=embed), decisions)(every)
+        interaction = log_prob[0] - log_prob[1] - log_prob[2] + log_prob[3]
+        assert (interaction.abs() > 1e-5) == embed
+
+
+def test_a_batch_gives_the_log_probabilities_of_its_samples():
+    choices = samples(5)
+    for embed in (False, True):
+        policy = controller(PPOConfig(embed_decisions=embed))
+        single = torch.cat([policy(row[None])[0] for row in choices])
+        assert torch.allclose(policy(choices)[0], single, atol=1e-4)
+
+
+def test_gradient_of_one_decision():
+    policy = controller(PPOConfig(warmup_steps=0), [Decision("a", "a", 3)])
+    policy(torch.tensor([[1]]))[0].sum().backward()
+    x = h = torch.zeros(1, 100)
+    x = policy.start[None].detach()
+    for cell in policy.cells:
+        x, _ = cell(x, (h, torch.zeros(1, 100)))
+    probs = torch.softmax(x @ policy.heads.weight.T + policy.heads.bias, -1)[0]
+    delta = torch.tensor([0.0, 1.0, 0.0]) - probs  # d log p_1 / d logits
+    assert torch.allclose(policy.heads.bias.grad, delta, atol=1e-6)
+    assert torch.allclose(policy.heads.weight.grad, delta[:, None] * x, atol=1e-6)
+
+
+def test_shared_head_of_two_sizes():
+    message = (
+        'b: wanted size 2, as the other decisions of head "h", got 3; give it a head of its own'
+    )
+    with pytest.raises(ValueError, match=message):
+        controller(decisions=[Decision("a", "h", 2), Decision("b", "h", 3)])
+
+
+# Updates
+
+
+def test_advantages_leave_the_own_reward_out():
+    got = leave_one_out_advantages([1.0, 2.0, 4.0], 0.5)  # weights 1/4, 1/2, 1
+    want = [1 - (2 / 2 + 4) / 1.5, 2 - (1 / 4 + 4) / 1.25, 4 - (1 / 4 + 2 / 2) / 0.75]
+    assert torch.allclose(got, torch.tensor(want))
+    assert torch.allclose(leave_one_out_advantages([1.0, 3.0], 1.0), torch.tensor([-2.0, 2.0]))
+
+
+def test_first_step_is_the_policy_gradient_of_the_weighted_samples(monkeypatch):
+    seen = []
+    step = torch.optim.Adam.step
+
+    def record(optimizer):
+        seen.append(torch.cat([p.grad.flatten() for p in optimizer.param_groups[0]["params"]]))
+        step(optimizer)
+
+    config = PPOConfig(batch_size=3, minibatch_size=3, max_grad_norm=1e9, ent_coef=0.01)
+    strategy = PPO(SPACE, config, 0)
+    twin = copy.deepcopy(strategy.controller)
+    monkeypatch.setattr(torch.optim.Adam, "step", record)
+    rewards, asked = (0.1, 0.5, 0.3), [strategy.ask() for _ in range(3)]
+    choices, log_prob, _ = zip(*((*entry, 0) for entry in strategy._asked), strict=True)
+    strategy._asked[1] = (choices[1], log_prob[1] + math.log(4))  # drawn 4 times as often
+    strategy._asked[2] = (choices[2], log_prob[2] - math.log(4))  # truncated at 1
+    for genotype, reward in zip(asked, rewards, strict=True):
+        strategy.tell(genotype, reward)
+    log_probs, entropy = twin(torch.tensor(choices))
+    advantages = leave_one_out_advantages(rewards, config.baseline_decay)
+    gain = torch.tensor([1.0, 0.25, 1.0]) * advantages * log_probs
+    (-gain.mean() - 0.01 * entropy[0]).backward()
+    want = torch.cat([p.grad.flatten() for p in twin.parameters()])
+    assert len(seen) == 1
+    assert torch.allclose(seen[0], want, atol=1e-6)
+
+
+@pytest.mark.parametrize(("minibatch_size", "steps"), [(1, 5), (2, 3), (5, 1), (100, 1)])
+def test_every_sample_once_per_epoch_and_nothing_else(monkeypatch, minibatch_size, steps):
+    config = PPOConfig(batch_size=5, minibatch_size=minibatch_size, update_epochs=2, **SMALL)
+    strategy = PPO(SPACE, config, 0)
+    asked = [strategy.ask() for _ in range(5)]
+    seen, forward = [], strategy.controller.forward
+
+    def record(choices):
+        log_probs, entropy = forward(choices)
+        assert log_probs.shape == entropy.shape == (len(choices),)
+        seen.append(choices.tolist())
+        return log_probs, entropy
+
+    monkeypatch.setattr(strategy.controller, "forward", record)
+    for i, genotype in enumerate(asked):
+        strategy.tell(genotype, i / 10)
+    whole, *batches = seen  # the proximal log-probabilities, then the steps
+    assert len(whole) == 5
+    assert len(batches) == 2 * steps
+    for epoch in (batches[:steps], batches[steps:]):
+        assert sorted(row for batch in epoch for row in batch) == sorted(whole)
+
+
+def test_buffer_keeps_the_latest():
+    strategy = PPO(SPACE, PPOConfig(buffer_size=3, **SMALL), 0)
+    for i in range(5):
+        strategy.tell(strategy.ask(), float(i))
+    assert [reward for *_, reward in strategy.state_dict()["buffer"]] == [2.0, 3.0, 4.0]
+
+
+def test_equal_rewards_and_a_single_one_change_nothing():
+    strategy = PPO(SPACE, PPOConfig(**SMALL), 0)
+    before = parameters(strategy)
+    for _ in range(3):
+        strategy.tell(strategy.ask(), 0.5)
+    assert torch.equal(parameters(strategy), before)
+
+
+def test_failed_candidates_leave_the_policy_untouched():
+    strategy = PPO(SPACE, PPOConfig(batch_size=2, **SMALL), 0)
+    for reward in (0.1, 0.9):
+        strategy.tell(strategy.ask(), reward)
+    before, buffer = parameters(strategy), strategy.state_dict()["buffer"]
+    for _ in range(5):
+        strategy.tell(strategy.ask(), None)
+    assert torch.equal(parameters(strategy), before)
+    assert strategy.state_dict()["buffer"] == buffer
+    strategy.tell(strategy.ask(), 0.3)
+    assert torch.equal(parameters(strategy), before), "failures do not fill the batch"
+    strategy.tell(strategy.ask(), 0.4)
+    assert not torch.equal(parameters(strategy), before)
+
+
+# State
+
+
+def reward_of(genotype):
+    return random.Random(str(genotype)).random()
+
+
+def play(strategy, tells, outstanding=()):
+    """Asks two ahead of what it tells; the third reward of every four is missing."""
+    asked, history = list(outstanding), []
+    for i in range(tells):
+        while len(asked) < 2:
+            asked.append(strategy.ask())
+            history.append(asked[-1])
+        strategy.tell(asked[0], None if i % 4 == 2 else reward_of(asked[0]))
+        asked.pop(0)
+    return history, asked
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    cut=st.integers(0, 11),
+    batch_size=st.integers(1, 4),
+    embed=st.booleans(),
+)
+def test_state_round_trip_is_bit_exact(cut, batch_size, embed):
+    config = PPOConfig(batch_size=batch_size, buffer_size=5, embed_decisions=embed, **SMALL)
+    strategy, resumed = PPO(SPACE, config, 0), PPO(SPACE, config, 1)
+    _, outstanding = play(strategy, 4 * (cut // 4))
+    for genotype in outstanding[: cut % 3]:  # in the middle of a batch, with or without pending
+        strategy.tell(genotype, 0.5)
+    outstanding = outstanding[cut % 3 :]
+    file = io.BytesIO()
+    torch.save(strategy.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    want = play(strategy, 12, outstanding)
+    global_state = torch.get_rng_state()
+    torch.rand(3)
+    resumed.load_state_dict(state)
+    assert play(resumed, 12, outstanding) == want
+    assert torch.equal(parameters(resumed), parameters(strategy))
+    torch.set_rng_state(global_state)
+
+
+def test_state_does_not_change_afterwards():
+    strategy = PPO(SPACE, PPOConfig(**SMALL), 0)
+    play(strategy, 3)
+    state = strategy.state_dict()
+    file = io.BytesIO()
+    torch.save(state, file)
+    play(strategy, 3, [strategy._space.decode(c) for c, _ in strategy._asked])
+    file.seek(0)
+    before = torch.load(file, weights_only=True)
+    assert all(torch.equal(state["controller"][k], v) for k, v in before["controller"].items())
+    assert state["buffer"] == before["buffer"]
+
+
+def test_seeds_and_global_generators():
+    torch.manual_seed(0)
+    random.seed(0)
+    want = torch.get_rng_state(), random.getstate()
+    runs = [play(PPO(SPACE, PPOConfig(**SMALL), seed), 6)[0] for seed in (0, 0, 1)]
+    assert runs[0] == runs[1] != runs[2]
+    assert torch.equal(torch.get_rng_state(), want[0])
+    assert random.getstate() == want[1]
+
+
+# Learning
+
+
+def mean_reward_of_last_third(strategy, evaluations, reward):
+    rewards = []
+    for _ in range(evaluations):
+        genotype = strategy.ask()
+        rewards.append(reward(SPACE.encode(genotype)))
+        strategy.tell(genotype, rewards[-1])
+    return sum(rewards[-(evaluations // 3) :]) / (evaluations // 3)
+
+
+def test_learns_a_hidden_target():
+    target = SPACE.encode(SPACE.sample(random.Random(1)))
+
+    def reward(choices):
+        return sum(a == b for a, b in zip(choices, target, strict=True)) / len(target)
+
+    ppo = mean_reward_of_last_third(PPO(SPACE, PPOConfig.short_budget(), 0), 150, reward)
+    uniform = mean_reward_of_last_third(RandomSearch(SPACE, 0), 150, reward)
+    assert uniform < 0.25
+    assert ppo > uniform + 0.15
+
+
+def test_embedded_decisions_learn_pairs():
+    """Reward for equal ends of each connection, whichever they are: marginals say nothing."""
+
+    def reward(choices):
+        return sum(choices[i] == choices[i + 1] for i in (0, 2, 4)) / 3
+
+    config = PPOConfig(lr=1e-2, batch_size=10, minibatch_size=50, embed_decisions=True)
+    ppo = mean_reward_of_last_third(PPO(SPACE, config, 0), 300, reward)
+    assert mean_reward_of_last_third(RandomSearch(SPACE, 0), 300, reward) < 0.3
+    assert ppo > 0.5
+
+
+# Errors
+
+
+def test_tell_wants_what_was_asked():
+    strategy = PPO(SPACE, PPOConfig(**SMALL), 0)
+    first, second = strategy.ask(), strategy.ask()
+    message = (
+        f"tell: wanted the reward of {first}, got {second}; "
+        "tell every genotype that was asked for once, in order"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        strategy.tell(second, 0.5)
+    strategy.tell(first, 0.5)
+    strategy.tell(second, 0.5)
+    with pytest.raises(ValueError, match="tell: wanted the reward of no genotype, got FastNASG"):
+        strategy.tell(second, 0.5)
+
+
+@pytest.mark.parametrize("reward", [math.nan, math.inf])
+def test_reward_is_finite(reward):
+    strategy = PPO(SPACE, PPOConfig(**SMALL), 0)
+    genotype = strategy.ask()
+    with pytest.raises(ValueError, match=f"a finite reward, got {reward}; tell None for a failed"):
+        strategy.tell(genotype, reward)
+    strategy.tell(genotype, None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        *(
+            (f.name, 0, "a value above 0")
+            for f in fields(PPOConfig)
+            if f.name not in ("ent_coef", "warmup_steps", "embed_decisions")
+        ),
+        ("ent_coef", -0.1, "a value at least 0"),
+        ("warmup_steps", -1, "a value at least 0"),
+        ("baseline_decay", 1.1, "at most 1"),
+        ("buffer_size", 1, "at least 2 and at least batch_size=1"),
+    ],
+)
+def test_settings_out_of_range(field, value, wanted):
+    with pytest.raises(ValueError, match=f"^PPOConfig.{field}: wanted {wanted}, got {value}"):
+        PPOConfig(**{field: value})
+
+
+def test_buffer_holds_a_batch():
+    with pytest.raises(ValueError, match="at least batch_size=200, got 100; a reward is compared"):
+        PPOConfig(batch_size=200)
