@@ -1,0 +1,26 @@
+#include <cuda_runtime_api.h>
+
+#include "common/cuda_device.h"
+
+namespace nasfast {
+
+CudaInfo cuda_info() {
+    CudaInfo info;
+    int count = 0;
+    cudaError_t status = cudaRuntimeGetVersion(&info.runtime);
+    if (status == cudaSuccess) status = cudaDriverGetVersion(&info.driver);
+    if (status == cudaSuccess) status = cudaGetDeviceCount(&count);
+    for (int device = 0; status == cudaSuccess && device < count; ++device) {
+        cudaDeviceProp properties;
+        status = cudaGetDeviceProperties(&properties, device);
+        if (status == cudaSuccess)
+            info.devices.push_back({properties.name, properties.major, properties.minor});
+    }
+    if (status != cudaSuccess) {
+        info.error = cudaGetErrorString(status);
+        cudaGetLastError();  // a query must leave no error behind for the next launch to report
+    }
+    return info;
+}
+
+}  // namespace nasfast

@@ -1,0 +1,105 @@
+"""Devices, mixed precision and the description of the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import nasfast
+from nasfast.ops import _native
+
+
+def resolve_device(name: str) -> torch.device:
+    """Device for "auto" (CUDA if present, else CPU), "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        ValueError: unknown name, or a CUDA device that this machine does not have.
+    """
+    kind, _, index = name.partition(":")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    if kind != "cuda" or (name != kind and not index.isdecimal()):
+        raise ValueError(
+            f"resolve_device: device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}; "
+            "'auto' takes a GPU where there is one"
+        )
+    if not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without it"
+        raise ValueError(
+            f"resolve_device: device must be usable here, got {name!r}, but torch finds no CUDA "
+            f"device (torch {torch.__version__} is {built}); use 'cpu' or 'auto', or run "
+            "`python -m nasfast.info` to see what is missing"
+        )
+    if index and int(index) >= torch.cuda.device_count():
+        raise ValueError(
+            f"resolve_device: device index must be below {torch.cuda.device_count()} (the CUDA "
+            f"devices of this machine), got {name!r}; use 'cuda' for the first one"
+        )
+    return torch.device(name)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Dtype for autocast that the device computes natively, or None to stay in float32.
+
+    bfloat16 on a CPU with AVX512-BF16 or AMX and on CUDA from compute capability 8.0.
+    """
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = any(_cpu_capabilities().get(flag) for flag in ("avx512_bf16", "amx_bf16"))
+    return torch.bfloat16 if native else None
+
+
+def machine_info() -> dict[str, object]:
+    """What a result depends on besides configuration and seed (written to ``env.json``)."""
+    return {
+        "nasfast": nasfast.__version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cuda_devices": [
+            torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
+        ],
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa_level": _native.isa_level(),
+    }
+
+
+def _cpu_capabilities() -> dict[str, object]:
+    query = getattr(torch.cpu, "get_capabilities", None)  # absent from the oldest torch supported
+    return dict(query()) if query else {}
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout that nasfast runs from; None for an installed package."""
+    root = Path(nasfast.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        return subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

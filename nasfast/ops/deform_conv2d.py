@@ -1,0 +1,568 @@
+"""Modulated deformable convolution (DCNv2; Zhu et al., "Deformable ConvNets v2", CVPR 2019).
+
+Argument order, shapes, border rule and state-dict keys are torchvision's. The public functions come
+first, then the reference, the checks, and the registration with ``torch.library``.
+
+Symbols in shapes: K = kh * kw taps, G = weight groups (C / weight.shape[1]), D = offset groups
+(offset.shape[1] / 2K).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+from nasfast.ops import _native
+
+_HALF = (torch.bfloat16, torch.float16)
+Ints = int | Sequence[int]
+Pair = tuple[int, int]
+
+
+def deform_conv2d(
+    input: Tensor,  # [N, C, H, W]
+    offset: Tensor,  # [N, D * K * 2, Ho, Wo], (dy, dx) of each tap, in pixels
+    weight: Tensor,  # [Co, C / G, kh, kw]
+    bias: Tensor | None = None,  # [Co]
+    stride: Ints = 1,
+    padding: Ints = 0,
+    dilation: Ints = 1,
+    mask: Tensor | None = None,  # [N, D * K, Ho, Wo], factor of each sample
+) -> Tensor:  # [N, Co, Ho, Wo], in the memory format of input
+    """Convolution whose taps sample ``input`` bilinearly at offset positions.
+
+    Outside the image the input is zero: a sample counts where -1 < y < H and -1 < x < W. Elsewhere,
+    and for offsets that are not finite, the sample and its gradients are zero. float16 and bfloat16
+    are computed in float32, also under autocast, which returns its own dtype.
+
+    Raises:
+        ValueError: tensors that do not fit together, with what was wanted and what came.
+    """
+    op = torch.ops.nasfast.deform_conv2d.default
+    stride, padding, dilation = _pairs(stride, padding, dilation)
+    output: Tensor = op(input, offset, weight, bias, stride, padding, dilation, mask)
+    return output
+
+
+class DeformConv2d(nn.Module):
+    """Layer of :func:`deform_conv2d`; offset and mask are arguments of ``forward``."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Ints,
+        stride: Ints = 1,
+        padding: Ints = 0,
+        dilation: Ints = 1,
+        groups: int = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        if groups < 1 or in_channels % groups or out_channels % groups:
+            raise _wrong(
+                "groups",
+                f"a divisor of in_channels {in_channels} and out_channels {out_channels}",
+                groups,
+                "choose one that divides both",
+            )
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size = _pair("kernel_size", kernel_size)
+        self.stride = _pair("stride", stride)
+        self.padding = _pair("padding", padding)
+        self.dilation = _pair("dilation", dilation)
+        self.weight = nn.Parameter(
+            torch.empty(out_channels, in_channels // groups, *self.kernel_size)
+        )
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialisation of ``nn.Conv2d``."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.weight[0].numel())
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        return deform_conv2d(
+            input,
+            offset,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            mask,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
+            f"groups={self.groups}, bias={self.bias is not None}"
+        )
+
+
+def deform_conv2d_reference(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints = 0,
+    dilation: Ints = 1,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """:func:`deform_conv2d` in plain PyTorch: any device and float dtype, differentiable twice."""
+    stride, padding, dilation = _pairs(stride, padding, dilation)
+    g = _check(input, offset, weight, bias, stride, padding, dilation, mask)
+    dtype, layout = input.dtype, _layout(input)
+    input, offset, weight, bias, mask = _at_least_float32(input, offset, weight, bias, mask)
+    n, c, d, k = g.batch, g.channels, g.offset_groups, g.kernel_h * g.kernel_w
+
+    def positions(out: int, stride: int, pad: int) -> Tensor:
+        return torch.arange(out, device=input.device, dtype=input.dtype) * stride - pad
+
+    tap = torch.arange(k, device=input.device)
+    tap_y = (tap // g.kernel_w * g.dilation_h).view(k, 1, 1)
+    tap_x = (tap % g.kernel_w * g.dilation_w).view(k, 1, 1)
+    offset = offset.reshape(n, d, k, 2, g.out_height, g.out_width)
+    # sample positions [N, D, K, Ho, Wo]
+    y = positions(g.out_height, g.stride_h, g.pad_h).view(-1, 1) + tap_y + offset[:, :, :, 0]
+    x = positions(g.out_width, g.stride_w, g.pad_w) + tap_x + offset[:, :, :, 1]
+    inside = (y > -1) & (y < g.height) & (x > -1) & (x < g.width)
+    y, x = y.where(inside, 0), x.where(inside, 0)
+
+    # a border of zeros to sample from
+    padded = F.pad(input, (1, 1, 1, 1)).reshape(n, d, c // d, (g.height + 2) * (g.width + 2))
+    top, left = y.floor(), x.floor()
+    wy, wx = (y - top).unsqueeze(2), (x - left).unsqueeze(2)  # [N, D, 1, K, Ho, Wo]
+
+    def corner(dy: int, dx: int) -> Tensor:  # [N, D, C/D, K, Ho, Wo]
+        index = (top.long() + 1 + dy) * (g.width + 2) + left.long() + 1 + dx
+        index = index.flatten(2).unsqueeze(2).expand(-1, -1, c // d, -1)
+        return padded.gather(3, index).view(n, d, c // d, k, g.out_height, g.out_width)
+
+    columns = (1 - wy) * ((1 - wx) * corner(0, 0) + wx * corner(0, 1)) + wy * (
+        (1 - wx) * corner(1, 0) + wx * corner(1, 1)
+    )
+    if mask is not None:
+        columns = columns * mask.reshape(n, d, 1, k, g.out_height, g.out_width)
+    columns = columns.where(inside.unsqueeze(2), 0)
+    columns = columns.reshape(n, g.groups, c // g.groups * k, g.out_height * g.out_width)
+    matrix = weight.reshape(g.groups, g.out_channels // g.groups, c // g.groups * k)
+    output = (matrix @ columns).reshape(n, g.out_channels, g.out_height, g.out_width)
+    if bias is not None:
+        output = output + bias.view(-1, 1, 1)
+    return output.to(dtype).contiguous(memory_format=layout)
+
+
+class Geometry(NamedTuple):
+    """Sizes of one call, in the order of ``Params`` in csrc/deform_conv2d/deform_conv2d.h."""
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    out_channels: int
+    out_height: int
+    out_width: int
+    kernel_h: int
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    dilation_h: int
+    dilation_w: int
+    groups: int
+    offset_groups: int
+
+
+def _wrong(argument: str, wanted: str, got: object, remedy: str) -> ValueError:
+    return ValueError(f"deform_conv2d: {argument} must be {wanted}, got {got}; {remedy}")
+
+
+def _pair(argument: str, value: Ints) -> Pair:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2:
+        raise _wrong(argument, "one integer or two (vertical, horizontal)", value, "pass two")
+    return pair
+
+
+def _pairs(stride: Ints, padding: Ints, dilation: Ints) -> tuple[Pair, Pair, Pair]:
+    return _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation)
+
+
+def _check(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    mask: Tensor | None,
+    grad: Tensor | None = None,
+) -> Geometry:
+    """Sizes of a call whose tensors fit together."""
+    if input.dtype not in (torch.float32, torch.float64, *_HALF):
+        raise _wrong("input", "of a float dtype", input.dtype, "convert it with input.float()")
+    for name, tensor, dims in (
+        ("input", input, 4),
+        ("offset", offset, 4),
+        ("weight", weight, 4),
+        ("bias", bias, 1),
+        ("mask", mask, 4),
+        ("grad", grad, 4),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dim() != dims:
+            wanted, shape = f"of {dims} dimensions", tuple(tensor.shape)
+            raise _wrong(
+                name, wanted, f"shape {shape}", "reshape it (a single image is a batch of 1)"
+            )
+        if tensor.dtype != input.dtype:
+            wanted = f"of the dtype of input, {input.dtype}"
+            raise _wrong(name, wanted, tensor.dtype, f"convert it with {name}.to(input.dtype)")
+        if tensor.device != input.device:
+            wanted = f"on the device of input, {input.device}"
+            raise _wrong(name, wanted, tensor.device, f"move it with {name}.to(input.device)")
+    for name, values, least in (
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+    ):
+        if min(values) < least:
+            raise _wrong(name, f"at least {least}", tuple(values), "change it")
+
+    batch, channels, height, width = input.shape
+    out_channels, group_channels, kernel_h, kernel_w = weight.shape
+    if 0 in weight.shape:
+        raise _wrong(
+            "weight", "of sizes above 0", f"shape {tuple(weight.shape)}", "change the layer"
+        )
+    groups = channels // group_channels
+    if groups == 0 or channels % group_channels or out_channels % groups:
+        raise _wrong(
+            "weight",
+            f"[out_channels, in_channels / groups, kh, kw] with in_channels {channels} and groups "
+            "a divisor of both",
+            f"shape {tuple(weight.shape)}",
+            "build the layer for the channels of its input",
+        )
+    out_height, out_width = (
+        (size + 2 * pad - dilated * (kernel - 1) - 1) // step + 1
+        for size, pad, dilated, kernel, step in zip(
+            (height, width), padding, dilation, (kernel_h, kernel_w), stride
+        )
+    )
+    if out_height < 1 or out_width < 1:
+        raise _wrong(
+            "input",
+            f"as large as the dilated kernel {kernel_h}x{kernel_w}",
+            f"{height}x{width}, which gives an output of {out_height}x{out_width}",
+            "enlarge the image or the padding",
+        )
+    taps = kernel_h * kernel_w
+    offset_groups = offset.shape[1] // (2 * taps)
+    if offset_groups == 0 or offset.shape[1] % (2 * taps) or channels % offset_groups:
+        raise _wrong(
+            "offset",
+            f"of 2 * offset_groups * kh * kw channels, offset_groups a divisor of {channels}",
+            f"{offset.shape[1]} with kernel {kernel_h}x{kernel_w}",
+            "change the layer that predicts it",
+        )
+    for name, tensor, shape in (
+        ("offset", offset, (batch, 2 * offset_groups * taps, out_height, out_width)),
+        ("mask", mask, (batch, offset_groups * taps, out_height, out_width)),
+        ("grad", grad, (batch, out_channels, out_height, out_width)),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            remedy = "stride, padding and dilation decide the height and width"
+            raise _wrong(name, f"of shape {shape}", tuple(tensor.shape), remedy)
+    if bias is not None and bias.shape != (out_channels,):
+        remedy = "it has one value per output channel"
+        raise _wrong("bias", f"of shape {(out_channels,)}", tuple(bias.shape), remedy)
+    return Geometry(
+        batch,
+        channels,
+        height,
+        width,
+        out_channels,
+        out_height,
+        out_width,
+        kernel_h,
+        kernel_w,
+        *stride,
+        *padding,
+        *dilation,
+        groups,
+        offset_groups,
+    )
+
+
+def _layout(tensor: Tensor) -> torch.memory_format:
+    if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def _at_least_float32(*tensors: Tensor | None) -> list[Any]:
+    """float16 and bfloat16 tensors in float32; others, and None, as they are."""
+    return [t.float() if t is not None and t.dtype in _HALF else t for t in tensors]
+
+
+def _channels_last(*tensors: Tensor | None) -> list[Any]:
+    last = torch.channels_last
+    return [None if t is None else t.contiguous(memory_format=last) for t in tensors]
+
+
+def _by_tap(weight: Tensor, g: Geometry) -> Tensor:  # [G * K, C/G, Co/G]
+    shape = (g.groups, g.out_channels // g.groups, g.channels // g.groups, g.kernel_h * g.kernel_w)
+    return weight.reshape(shape).permute(0, 3, 2, 1).flatten(0, 1).contiguous()
+
+
+def _from_by_tap(matrices: Tensor, g: Geometry) -> Tensor:  # [Co, C/G, kh, kw]
+    shape = (g.groups, g.kernel_h * g.kernel_w, *matrices.shape[1:])
+    weight_shape = (g.out_channels, g.channels // g.groups, g.kernel_h, g.kernel_w)
+    return matrices.view(shape).permute(0, 3, 2, 1).reshape(weight_shape).contiguous()
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+
+
+def _finish(tensor: Tensor, like: Tensor) -> Tensor:
+    """A channels-last result in the dtype and layout of ``like``."""
+    layout = _layout(like)
+    if tensor.dtype == like.dtype and layout == torch.channels_last:
+        return tensor
+    return torch.empty(tensor.shape, dtype=like.dtype, memory_format=layout).copy_(tensor)
+
+
+def _cpu(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    mask: Tensor | None,
+) -> Tensor:
+    g = _check(input, offset, weight, bias, stride, padding, dilation, mask)
+    x, d, w, b, m = _at_least_float32(input, offset, weight, bias, mask)
+    x, d, m = _channels_last(x, d, m)
+    b = None if b is None else b.contiguous()
+    y = _empty((g.batch, g.out_channels, g.out_height, g.out_width), x.dtype)
+    _native.call("deform_conv2d_forward", g, [x, d, m, _by_tap(w, g), b, y])
+    return _finish(y, input)
+
+
+def _cpu_backward(
+    grad: Tensor,  # [N, Co, Ho, Wo]
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    wanted: list[bool],  # of input, offset, weight, bias, mask
+) -> tuple[Tensor, ...]:
+    g = _check(input, offset, weight, None, stride, padding, dilation, mask, grad)
+    dy, x, d, w, m = _at_least_float32(grad, input, offset, weight, mask)
+    dy, x, d, m = _channels_last(dy, x, d, m)
+    w = _by_tap(w, g)
+    dx, dd, dm = (
+        _empty(t.shape, x.dtype) if want and t is not None else None
+        for t, want in zip((x, d, m), (wanted[0], wanted[1], wanted[4]))
+    )
+    dw = torch.empty_like(w) if wanted[2] else None
+    db = w.new_empty(g.out_channels) if wanted[3] else None
+    tensors = [dy, x, d, m, w.mT.contiguous(), dx, dd, dw, db, dm]
+    _native.call("deform_conv2d_backward", g, tensors)
+    none = input.new_empty
+    return (
+        none(0) if dx is None else _finish(dx, input),
+        none(0) if dd is None else _finish(dd, offset),
+        none(0) if dw is None else _from_by_tap(dw, g).to(weight.dtype),
+        none(0) if db is None else db.to(weight.dtype),
+        none(0) if dm is None or mask is None else _finish(dm, mask),
+    )
+
+
+def _fake(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    mask: Tensor | None,
+) -> Tensor:
+    g = _check(input, offset, weight, bias, stride, padding, dilation, mask)
+    shape = (g.batch, g.out_channels, g.out_height, g.out_width)
+    return input.new_empty(shape).contiguous(memory_format=_layout(input))
+
+
+def _fake_backward(
+    grad: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    g = _check(input, offset, weight, None, stride, padding, dilation, mask, grad)
+
+    def like(tensor: Tensor | None, want: bool) -> Tensor:
+        if tensor is None or not want:
+            return input.new_empty(0)
+        return torch.empty_like(tensor, memory_format=_layout(tensor))
+
+    return (
+        like(input, wanted[0]),
+        like(offset, wanted[1]),
+        weight.new_empty(weight.shape if wanted[2] else 0),
+        weight.new_empty(g.out_channels if wanted[3] else 0),
+        like(mask, wanted[4]),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, offset, weight, _, *ctx.sizes, mask = inputs
+    ctx.save_for_backward(input, offset, weight, mask)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, offset, weight, mask = ctx.saved_tensors
+    wanted = [ctx.needs_input_grad[argument] for argument in (0, 1, 2, 3, 7)]
+    op = torch.ops.nasfast.deform_conv2d_backward.default
+    gradients = op(grad, input, offset, weight, mask, *ctx.sizes, wanted)
+    dx, dd, dw, db, dm = (g if want else None for g, want in zip(gradients, wanted))
+    return dx, dd, dw, db, None, None, None, dm
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, stride, padding, dilation, ctx.wanted = inputs
+    ctx.sizes = stride, padding, dilation
+    ctx.save_for_backward(*tensors)
+
+
+def _double_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    """Second derivatives, rarely needed, by differentiating the reference twice."""
+    create_graph = torch.is_grad_enabled()
+    tensors = [
+        t if t is None or t.requires_grad else t.detach().requires_grad_()
+        for t in ctx.saved_tensors
+    ]
+    grad, input, offset, weight, mask = tensors
+    stride, padding, dilation = ctx.sizes
+    with torch.enable_grad():
+        bias = weight.new_zeros(weight.shape[0]).requires_grad_()
+        output = deform_conv2d_reference(
+            input, offset, weight, bias, stride, padding, dilation, mask
+        )
+        chosen = [
+            (tensor, cotangent)
+            for tensor, cotangent, want in zip(
+                (input, offset, weight, bias, mask), cotangents, ctx.wanted
+            )
+            if want and tensor is not None
+        ]
+        sources, cotangents = zip(*chosen)
+        gradients = torch.autograd.grad(output, sources, grad, create_graph=True)
+        second = torch.autograd.grad(
+            gradients,
+            [tensor for tensor in tensors if tensor is not None],
+            cotangents,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    rest = iter(second)
+    return (*(None if tensor is None else next(rest) for tensor in tensors), None, None, None, None)
+
+
+def _autocast(device: str) -> Callable[..., Tensor]:
+    """Computes in float32 and returns the autocast dtype; leaves float64 alone, as PyTorch does."""
+
+    def leg(
+        input: Tensor,
+        offset: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+        mask: Tensor | None,
+    ) -> Tensor:
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            input, offset, weight, bias, mask = _at_least_float32(input, offset, weight, bias, mask)
+            output = deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+        return output.to(dtype) if output.dtype == torch.float32 else output
+
+    return leg
+
+
+def _flops(*arguments: Any, out_shape: Sequence[int], **rest: Any) -> int:
+    """Of the matrix product, two per multiply-add, as PyTorch counts a convolution."""
+    batch, _, height, width = out_shape
+    return int(2 * batch * height * width * math.prod(arguments[2]))
+
+
+def _backward_flops(grad: Sequence[int], *arguments: Any, **rest: Any) -> int:
+    """One product for the gradients that pass through the samples, one for the weight."""
+    of_input, of_offset, of_weight, _, of_mask = arguments[-1]
+    products = int(of_input or of_offset or of_mask) + int(of_weight)
+    return products * _flops(*arguments, out_shape=grad)
+
+
+_SIZES = "int[2] stride, int[2] padding, int[2] dilation"
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+_library: Any = torch.library.Library("nasfast", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(
+    "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, "
+    f"{_SIZES}, Tensor? mask) -> Tensor",
+    tags=_TAGS,
+)
+_library.define(
+    "deform_conv2d_backward(Tensor grad, Tensor input, Tensor offset, Tensor weight, Tensor? mask, "
+    f"{_SIZES}, bool[5] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+for _name, _fake_kernel, _save, _differentiate, _formula in (
+    ("deform_conv2d", _fake, _setup, _backward, _flops),
+    ("deform_conv2d_backward", _fake_backward, _setup_backward, _double_backward, _backward_flops),
+):
+    torch.library.register_fake(f"nasfast::{_name}", _fake_kernel, lib=_library)
+    torch.library.register_autograd(
+        f"nasfast::{_name}", _differentiate, setup_context=_save, lib=_library
+    )
+    register_flop_formula(getattr(torch.ops.nasfast, _name))(_formula)
+for _device in ("CPU", "CUDA"):
+    _library.impl("deform_conv2d", _autocast(_device.lower()), f"Autocast{_device}")
+    if _device == "CPU" and _native.C is not None:
+        _library.impl("deform_conv2d", _cpu, _device)
+        _library.impl("deform_conv2d_backward", _cpu_backward, _device)
+    else:  # PyTorch differentiates the reference
+        _library.impl("deform_conv2d", deform_conv2d_reference, _device)
+        _library.impl("deform_conv2d", deform_conv2d_reference, f"Autograd{_device}")
+_native.LEGS["deform_conv2d"] = {
+    "cpu": "reference: " + _native.ERROR if _native.ERROR else "C++ kernel",
+    "cuda": "reference: this op has no CUDA kernel",
+}

@@ -1,0 +1,58 @@
+"""Builds ``nasfast._C`` with CMake; everything else stands in pyproject.toml.
+
+Environment:
+    NASFAST_CUDA        auto (where nvcc is found), on or off
+    NASFAST_CUDA_ARCHS  CUDA architectures as CMake names them ("80-real;90a-real;100-real;120")
+    MAX_JOBS            compiler processes at a time (one for each core)
+    DEBUG               1: unoptimised, with debug information
+
+To develop, ``pip install --no-build-isolation -e .`` (needs pybind11 in the environment) and, after
+a change in csrc/, ``cmake --build build/cmake-*``. With build isolation pip removes the build's
+pybind11 when it is done: rebuild with a second ``pip install -e .``, which compiles what changed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    """Configures and builds CMakeLists.txt in place of compiling sources."""
+
+    def run(self) -> None:
+        import pybind11
+
+        in_source = self.inplace or self.editable_mode
+        build = Path(self.build_temp).resolve()
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}" if in_source else build
+        options = {
+            "CMAKE_BUILD_TYPE": "Debug" if os.environ.get("DEBUG") == "1" else "Release",
+            "NASFAST_OUTPUT": (ROOT if in_source else Path(self.build_lib).resolve()) / "nasfast",
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+        }
+        for name in ("NASFAST_CUDA", "NASFAST_CUDA_ARCHS"):
+            if name in os.environ:
+                options[name] = os.environ[name]
+        # forget what an earlier build was told, then set
+        defines = ["-UNASFAST_CUDA*", *(f"-D{name}={value}" for name, value in options.items())]
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+        subprocess.check_call(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *defines])
+        subprocess.check_call(["cmake", "--build", str(build), "--parallel", jobs])
+
+
+setup(
+    ext_modules=[Extension("nasfast._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    # programs, fetched for the build only where the machine has none
+    setup_requires=[name for name in ("cmake", "ninja") if shutil.which(name) is None],
+)

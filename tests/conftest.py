@@ -1,0 +1,120 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from nasfast import search, train
+from nasfast.encoders import MobileNetV2
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test starts from the same random state."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  (the state that careless code under test would read)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _needs_cuda(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Folder of the real data sets: NASFAST_DATA, or shared/data beside the checkout."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    root = Path(os.environ.get("NASFAST_DATA", beside))
+    if not root.is_dir():
+        pytest.skip(f"no data at {root}; point NASFAST_DATA to the folder of the data sets")
+    return root
+
+
+@pytest.fixture
+def poison_empty() -> Iterator[None]:
+    """PyTorch fills uninitialised memory with NaN, so that an output never written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weight file of a small encoder, not trained."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("encoder") / "tiny.safetensors"
+    save_file(MobileNetV2(0.35).state_dict(), path, {"nasfast.encoder": '{"width": 0.35}'})
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of twelve images of 32x48 with three classes, the last one named [post]."""
+    root = tmp_path_factory.mktemp("data") / "three bands"
+    rng = np.random.default_rng(0)
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True)
+    (root / "classes.txt").write_text("sky\nroad\n[post]\n")
+    for i in range(12):
+        mask = np.zeros((32, 48), np.uint8)
+        mask[rng.integers(10, 22) :] = 1
+        left = rng.integers(0, 40)
+        mask[:, left : left + 8] = 2
+        image = np.array([[90, 130, 220], [90, 90, 90], [220, 200, 40]])[mask]
+        noisy = (image + rng.normal(0, 20, image.shape)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(root / "images" / f"{i:02d}.png")
+        Image.fromarray(mask).save(root / "masks" / f"{i:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_search(
+    tiny_data: Path, tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[str]:
+    """Command line of a search that takes seconds; the caller adds --runs."""
+    torch.set_num_threads(1)
+    flags = f"""
+        --device cpu --budget 6 --decoder.agg-size 8
+        --stage0.samples 16 --stage0.crop 32 --stage0.shorter-side 32
+        --stage0.epochs 3 --stage0.batch-size 4 --stage0.polyak-decay 0.5
+        --stage1.crop 32 --stage1.shorter-side 32 --stage1.batch-size 3
+        --stage1.polyak-decay 0.5
+        --ppo.lr 0.05 --ppo.batch-size 2 --ppo.minibatch-size 2
+        --cache-dir {tmp_path_factory.mktemp("cache")} --encoder-weights {tiny_weights}
+    """
+    return [*flags.split(), "--data", str(tiny_data)]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_search: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run directory of that search, never interrupted; not to be written to."""
+    runs = tmp_path_factory.mktemp("runs")
+    assert search.main([*tiny_search, "--runs", str(runs)]) == 0
+    (path,) = runs.iterdir()
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_training(tiny_run: Path) -> list[str]:
+    """Command line of a training that takes seconds; the caller adds --out."""
+    flags = "--device cpu --epochs 4 --batch-size 4 --crop 32 --decoder.agg-size 8"
+    return [str(tiny_run), *flags.split()]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_training: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of that training, never interrupted; not to be written to."""
+    out = tmp_path_factory.mktemp("model") / "train"
+    assert train.main([*tiny_training, "--out", str(out)]) == 0
+    return out

@@ -1,0 +1,588 @@
+"""deform_conv2d: one list of samples feeds forward, gradients, opcheck and compilation."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from nasfast.ops import DeformConv2d, _native, deform_conv2d, deform_conv2d_reference
+
+ROOT = Path(__file__).resolve().parents[2]
+OP = torch.ops.nasfast.deform_conv2d.default
+OP_BACKWARD = torch.ops.nasfast.deform_conv2d_backward.default
+TOLERANCE = {
+    torch.float64: {"rtol": 1e-10, "atol": 1e-10},
+    torch.float32: {"rtol": 1e-4, "atol": 1e-4},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
+    torch.float16: {"rtol": 3e-3, "atol": 3e-3},
+}
+native = pytest.mark.skipif(_native.C is None, reason=f"runs the reference: {_native.ERROR}")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Sizes of one call; ``tensors`` draws the arguments."""
+
+    id: str
+    batch: int = 2
+    channels: int = 4
+    out_channels: int = 3
+    size: tuple[int, int] = (6, 9)
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    offset_groups: int = 1
+    mask: bool = True
+    bias: bool = True
+    spread: float = 2.0  # standard deviation of the offsets, pixels
+    layout: str = "contiguous"
+
+    def tensors(self, dtype: torch.dtype = torch.float64) -> list[Tensor | None]:
+        """input, offset, weight, bias, mask."""
+        taps = self.kernel[0] * self.kernel[1] * self.offset_groups
+        out = [
+            (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+            for size, pad, dilation, kernel, stride in zip(
+                self.size, self.padding, self.dilation, self.kernel, self.stride
+            )
+        ]
+        tensors = [
+            torch.randn(self.batch, self.channels, *self.size),
+            torch.randn(self.batch, 2 * taps, *out) * self.spread,
+            torch.randn(self.out_channels, self.channels // self.groups, *self.kernel),
+            torch.randn(self.out_channels) if self.bias else None,
+            torch.rand(self.batch, taps, *out) if self.mask else None,
+        ]
+        return [None if t is None else self.arrange(t.to(dtype)) for t in tensors]
+
+    def arrange(self, tensor: Tensor) -> Tensor:
+        """The tensor in the layout of this sample."""
+        if self.layout == "channels_last" and tensor.dim() == 4:
+            return tensor.contiguous(memory_format=torch.channels_last)
+        if self.layout == "strided":
+            return torch.stack([tensor, tensor], -1)[..., 0]
+        return tensor
+
+    def arguments(self, tensors: list[Tensor | None]) -> tuple[Any, ...]:
+        """All arguments of the function, in order."""
+        *front, mask = tensors
+        return (*front, self.stride, self.padding, self.dilation, mask)
+
+
+def samples() -> list[Sample]:
+    return [
+        Sample("plain"),
+        Sample("no-mask-no-bias", mask=False, bias=False),
+        Sample("stride-2-1", stride=(2, 1), padding=(0, 2)),
+        Sample("kernel-1x3", kernel=(1, 3), padding=(0, 1)),
+        Sample("dilation", size=(9, 8), dilation=(2, 3), padding=(2, 1)),
+        Sample("groups-2", channels=6, out_channels=4, groups=2),
+        Sample("groups-3-offset-groups-2", channels=12, out_channels=6, groups=3, offset_groups=2),
+        Sample("wide", batch=1, channels=70, out_channels=37, offset_groups=2, size=(5, 9)),
+        Sample("batch-0", batch=0),
+        Sample("batch-33", batch=33, channels=2, size=(3, 4)),
+        Sample("one-pixel", size=(1, 1)),
+        Sample("far", spread=50.0),
+        Sample("strided", layout="strided"),
+        Sample("channels-last", layout="channels_last", out_channels=5),
+    ]
+
+
+every_sample = pytest.mark.parametrize("sample", samples(), ids=lambda sample: sample.id)
+
+
+def require_grad(tensors: list[Tensor | None]) -> list[Tensor]:
+    """Marks the tensors that are there; returns them."""
+    return [tensor.requires_grad_() for tensor in tensors if tensor is not None]
+
+
+def flatten_bits(*tensors: Tensor) -> list[int]:
+    return torch.cat([tensor.flatten() for tensor in tensors]).view(torch.int32).tolist()
+
+
+def run_python(code: str, *arguments: str, **environment: str) -> str:
+    """Output of a fresh interpreter in the repository."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def forward_backward(sample: Sample, tensors: list[Tensor | None]) -> list[Tensor]:
+    leaves = require_grad(tensors)
+    output = deform_conv2d(*sample.arguments(tensors))
+    return [output, *torch.autograd.grad(output, leaves, torch.ones_like(output).cumsum(-1))]
+
+
+@every_sample
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.usefixtures("poison_empty")
+def test_equals_reference(sample: Sample, dtype: torch.dtype) -> None:
+    """Output and every gradient, against autograd of the reference in float64."""
+    tensors = sample.tensors(dtype)
+    doubles = [None if t is None else t.detach().double() for t in tensors]
+    leaves, double_leaves = require_grad(tensors), require_grad(doubles)
+    output = deform_conv2d(*sample.arguments(tensors))
+    expected = deform_conv2d_reference(*sample.arguments(doubles))
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.double(), expected, **TOLERANCE[dtype])
+    cotangent = torch.randn_like(output)
+    gradients = torch.autograd.grad(output, leaves, cotangent)
+    references = torch.autograd.grad(expected, double_leaves, cotangent.double())
+    for leaf, gradient, reference in zip(leaves, gradients, references):
+        assert gradient.dtype == dtype
+        assert gradient.shape == leaf.shape
+        torch.testing.assert_close(gradient.double(), reference, **TOLERANCE[dtype])
+
+
+@every_sample
+def test_reference_in_float32(sample: Sample) -> None:
+    tensors = sample.tensors(torch.float32)
+    doubles = [None if t is None else t.double() for t in tensors]
+    output = deform_conv2d_reference(*sample.arguments(tensors))
+    expected = deform_conv2d_reference(*sample.arguments(doubles))
+    torch.testing.assert_close(output.double(), expected, **TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("function", [deform_conv2d, deform_conv2d_reference])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_zero_offsets_are_a_convolution(function: Any, groups: int) -> None:
+    sample = Sample("", out_channels=4, groups=groups, stride=(2, 1), spread=0, mask=False)
+    input, offset, weight, bias, _ = sample.tensors()
+    output = function(input, offset, weight, bias, (2, 1), 1)
+    expected = F.conv2d(input, weight, bias, (2, 1), 1, groups=groups)
+    torch.testing.assert_close(output, expected, **TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("function", [deform_conv2d, deform_conv2d_reference])
+def test_border_rule(function: Any) -> None:
+    """A sample fades to zero over the last pixel outside the image."""
+    image = torch.ones(1, 1, 2, 3, dtype=torch.float64)
+    weight = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    for shift, value in ((-0.25, 0.75), (-1.0, 0.0), (-3.0, 0.0), (1.0, 1.0), (1.5, 0.5), (2, 0.0)):
+        offset = torch.zeros(1, 2, 2, 3, dtype=torch.float64)
+        offset[:, 0] = shift
+        assert function(image, offset, weight)[0, 0, 0, 0].item() == value
+
+
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize("function", [deform_conv2d, deform_conv2d_reference])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30, -1e30])
+def test_offset_without_position(function: Any, value: float) -> None:
+    """Such a sample is zero and so are its gradients; the others are what they would be."""
+    sample = Sample("", size=(4, 5), offset_groups=2)
+    input, offset, weight, bias, mask = sample.tensors(torch.float32)
+    assert offset is not None
+    assert mask is not None
+    masked = mask.clone()
+    masked[:, 4] = masked[:, 7, 1] = 0
+    expected = function(input, offset, weight, bias, 1, 1, 1, masked)
+    offset[:, 8] = offset[:, 15, 1] = value  # y of tap 4, x of tap 7 in one row
+    tensors = [input, offset, weight, bias, mask]
+    leaves = require_grad(tensors)
+    output = function(*sample.arguments(tensors))
+    torch.testing.assert_close(output, expected)
+    gradients = torch.autograd.grad(output.square().sum(), leaves)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert gradients[1][:, 8:10].eq(0).all()
+    assert gradients[1][:, 14:16, 1].eq(0).all()
+    assert gradients[4][:, 4].eq(0).all()
+
+
+def test_gradcheck() -> None:
+    sample = Sample("", batch=1, out_channels=4, size=(3, 4), groups=2, offset_groups=2)
+    tensors = sample.tensors()
+    require_grad(tensors)
+    assert torch.autograd.gradcheck(deform_conv2d, sample.arguments(tensors))
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_gradgradcheck(mask: bool) -> None:
+    sample = Sample("", batch=1, channels=1, out_channels=1, size=(2, 3), kernel=(1, 2), mask=mask)
+    tensors = sample.tensors()
+    require_grad(tensors)
+    assert torch.autograd.gradgradcheck(deform_conv2d, sample.arguments(tensors))
+
+
+def test_expanded_gradient() -> None:
+    """``output.sum().backward()`` hands over a gradient with stride 0."""
+    sample = Sample("")
+    tensors = sample.tensors()
+    leaves = require_grad(tensors)
+    output = deform_conv2d(*sample.arguments(tensors))
+    expanded = torch.autograd.grad(output.sum(), leaves, retain_graph=True)
+    dense = torch.autograd.grad(output, leaves, torch.ones_like(output))
+    assert all(torch.equal(a, b) for a, b in zip(expanded, dense))
+
+
+@pytest.mark.parametrize("wanted", range(5))
+def test_single_gradient(wanted: int) -> None:
+    """Each gradient alone equals the one computed with the others."""
+    sample = Sample("", offset_groups=2)
+    tensors = sample.tensors()
+    expected = forward_backward(sample, tensors)[1 + wanted]
+    detached = [t.detach() for t in tensors if t is not None]
+    detached[wanted].requires_grad_()
+    output = deform_conv2d(*sample.arguments(list(detached)))
+    (gradient,) = torch.autograd.grad(
+        output, [detached[wanted]], torch.ones_like(output).cumsum(-1)
+    )
+    assert torch.equal(gradient, expected)
+
+
+@native
+@pytest.mark.parametrize("id", ["plain", "groups-3-offset-groups-2", "wide", "batch-33"])
+def test_same_bits_for_any_thread_count(id: str) -> None:
+    sample = next(sample for sample in samples() if sample.id == id)
+    tensors = sample.tensors(torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        runs = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            runs.append(flatten_bits(*forward_backward(sample, tensors)))
+    finally:
+        torch.set_num_threads(threads)
+    assert runs[0] == runs[1] == runs[2]
+
+
+@native
+@pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3"])
+def test_lower_instruction_sets(level: str) -> None:
+    """The kernels of older processors, in a process that is told to use them."""
+    if not _native.isa_level().startswith("x86-64"):
+        pytest.skip("not an x86-64 processor")
+    code = (
+        "import sys; sys.path.insert(0, 'tests/ops'); import test_deform_conv2d as t, torch\n"
+        "assert t._native.isa_level() <= sys.argv[1], t._native.isa_level()\n"
+        "for sample in t.samples():\n"
+        "    for dtype in (torch.float32, torch.float64):\n"
+        "        t.test_equals_reference(sample, dtype)\n"
+    )
+    run_python(code, level, NASFAST_ISA=level)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layout_follows_input(layout: str, dtype: torch.dtype) -> None:
+    sample = Sample("", layout=layout)
+    tensors = sample.tensors(dtype)
+    leaves = require_grad(tensors)
+    output = deform_conv2d(*sample.arguments(tensors))
+    reference = deform_conv2d_reference(*sample.arguments(tensors))
+    gradient, *_ = torch.autograd.grad(output.sum(), leaves)
+    for tensor in (output, reference, gradient):
+        last = tensor.is_contiguous(memory_format=torch.channels_last)
+        assert last == (layout == "channels_last")
+
+
+@pytest.mark.parametrize("function", [deform_conv2d, deform_conv2d_reference])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(function: Any, dtype: torch.dtype) -> None:
+    sample = Sample("", size=(6, 40))
+    tensors = sample.tensors(dtype)
+    floats = [None if t is None else t.detach().float() for t in tensors]
+    leaves, float_leaves = require_grad(tensors), require_grad(floats)
+    output = function(*sample.arguments(tensors))
+    expected = deform_conv2d(*sample.arguments(floats))
+    assert output.dtype == dtype
+    torch.testing.assert_close(output, expected.to(dtype), **TOLERANCE[dtype])
+    cotangent = torch.randn_like(output)
+    gradients = torch.autograd.grad(output, leaves, cotangent)
+    references = torch.autograd.grad(expected, float_leaves, cotangent.float())
+    for gradient, reference in zip(gradients, references):
+        torch.testing.assert_close(gradient, reference.to(dtype), **TOLERANCE[dtype])
+
+
+def test_autocast_brings_inputs_to_one_dtype() -> None:
+    sample = Sample("")
+    tensors = sample.tensors(torch.float32)
+    assert tensors[0] is not None
+    tensors[0] = tensors[0].bfloat16()
+    leaves = require_grad(tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = deform_conv2d(*sample.arguments(tensors))
+    assert output.dtype == torch.bfloat16
+    floats = [None if t is None else t.detach().float() for t in tensors]
+    expected = deform_conv2d(*sample.arguments(floats))
+    assert torch.equal(output, expected.bfloat16())
+    gradients = torch.autograd.grad(output.sum(), leaves)
+    assert [g.dtype for g in gradients] == [t.dtype for t in leaves]
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    sample = Sample("")
+    tensors = sample.tensors()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = deform_conv2d(*sample.arguments(tensors))
+    assert torch.equal(output, deform_conv2d(*sample.arguments(tensors)))
+
+
+@every_sample
+def test_opcheck(sample: Sample) -> None:
+    tensors = sample.tensors(torch.float32)
+    require_grad(tensors)
+    torch.library.opcheck(OP, sample.arguments(tensors))
+
+
+@pytest.mark.parametrize("wanted", [[True] * 5, [True, False, True, False, False]])
+def test_opcheck_backward(wanted: list[bool]) -> None:
+    sample = Sample("")
+    tensors = sample.tensors(torch.float32)
+    input, offset, weight, _, mask = require_grad(tensors)
+    grad = torch.randn(2, 3, 6, 9)
+    arguments = (grad, input, offset, weight, mask, [1, 1], [1, 1], [1, 1], wanted)
+    torch.library.opcheck(OP_BACKWARD, arguments)
+
+
+class Block(torch.nn.Module):
+    """A layer that predicts its own offsets and mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.predict = torch.nn.Conv2d(4, 27, 3, padding=1)
+        self.conv = DeformConv2d(4, 5, 3, padding=1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        offset, mask = self.predict(input).split((18, 9), 1)
+        output: Tensor = self.conv(input, offset, mask.sigmoid())
+        return output
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_fullgraph(dynamic: bool) -> None:
+    block = Block()
+    compiled = torch.compile(block, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for size in ((5, 7), (6, 9)):
+        input = torch.randn(2, 4, *size, requires_grad=True)
+        copy = input.detach().requires_grad_()
+        output, expected = compiled(input), block(copy)
+        torch.testing.assert_close(output, expected)
+        output.square().sum().backward()
+        expected.square().sum().backward()
+        torch.testing.assert_close(input.grad, copy.grad)
+
+
+def test_compile_under_autocast() -> None:
+    block = Block()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    input = torch.randn(2, 4, 5, 7)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(compiled(input), block(input), **TOLERANCE[torch.bfloat16])
+
+
+def test_export() -> None:
+    block = Block().eval()
+    input = torch.randn(2, 4, 5, 7)
+    batch, height = torch.export.Dim("batch"), torch.export.Dim("height", min=3)
+    program = torch.export.export(block, (input,), dynamic_shapes=({0: batch, 2: height},))
+    assert "nasfast.deform_conv2d" in program.graph_module.code
+    larger = torch.randn(3, 4, 11, 7)
+    torch.testing.assert_close(program.module()(larger), block(larger))
+
+
+def test_flops_are_those_of_the_convolution() -> None:
+    sample = Sample("", out_channels=4, groups=2, stride=(2, 1))
+    tensors = sample.tensors(torch.float32)
+    require_grad(tensors)
+    with FlopCounterMode(display=False) as ours:
+        output = deform_conv2d(*sample.arguments(tensors))
+    with FlopCounterMode(display=False) as convolution:
+        F.conv2d(tensors[0], tensors[2], tensors[3], (2, 1), 1, groups=2)
+    assert ours.get_total_flops() == convolution.get_total_flops() > 0
+    with FlopCounterMode(display=False) as backward:
+        output.sum().backward()
+    assert backward.get_total_flops() == 2 * ours.get_total_flops()
+
+
+def test_module() -> None:
+    """torchvision's parameter names and shapes; the initialisation of Conv2d."""
+    module = DeformConv2d(4, 6, (3, 5), stride=2, padding=(1, 2), groups=2)
+    expected = torch.nn.Conv2d(4, 6, (3, 5), stride=2, padding=(1, 2), groups=2)
+    assert {k: v.shape for k, v in module.state_dict().items()} == {
+        k: v.shape for k, v in expected.state_dict().items()
+    }
+    torch.manual_seed(1)
+    module.reset_parameters()
+    torch.manual_seed(1)
+    expected.reset_parameters()
+    assert torch.equal(module.weight, expected.weight)
+    input = torch.randn(2, 4, 7, 8)
+    output = module(input, torch.zeros(2, 30, 4, 4))
+    torch.testing.assert_close(output, expected(input), **TOLERANCE[torch.float32])
+    assert DeformConv2d(4, 6, 3, bias=False).bias is None
+    assert repr(module) == (
+        "DeformConv2d(4, 6, kernel_size=(3, 5), stride=(2, 2), padding=(1, 2), dilation=(1, 1), "
+        "groups=2, bias=True)"
+    )
+
+
+def test_module_rejects_groups() -> None:
+    with pytest.raises(ValueError) as error:
+        DeformConv2d(4, 6, 3, groups=4)
+    assert str(error.value) == (
+        "deform_conv2d: groups must be a divisor of in_channels 4 and out_channels 6, got 4; "
+        "choose one that divides both"
+    )
+
+
+BAD_INPUT: dict[str, tuple[dict[str, Any], str]] = {
+    "integer": (
+        {"input": torch.zeros(2, 4, 6, 9, dtype=torch.int64)},
+        "input must be of a float dtype, got torch.int64; convert it with input.float()",
+    ),
+    "dimensions": (
+        {"input": torch.zeros(4, 6, 9)},
+        "input must be of 4 dimensions, got shape (4, 6, 9); reshape it (a single image is a "
+        "batch of 1)",
+    ),
+    "dtype": (
+        {"offset": torch.zeros(2, 18, 6, 9, dtype=torch.float64)},
+        "offset must be of the dtype of input, torch.float32, got torch.float64; convert it with "
+        "offset.to(input.dtype)",
+    ),
+    "device": (
+        {"mask": torch.zeros(2, 9, 6, 9, device="meta")},
+        "mask must be on the device of input, cpu, got meta; move it with mask.to(input.device)",
+    ),
+    "pair": (
+        {"stride": (1, 2, 3)},
+        "stride must be one integer or two (vertical, horizontal), got (1, 2, 3); pass two",
+    ),
+    "stride": ({"stride": (1, 0)}, "stride must be at least 1, got (1, 0); change it"),
+    "padding": ({"padding": -1}, "padding must be at least 0, got (-1, -1); change it"),
+    "dilation": ({"dilation": 0}, "dilation must be at least 1, got (0, 0); change it"),
+    "empty weight": (
+        {"weight": torch.zeros(0, 4, 3, 3)},
+        "weight must be of sizes above 0, got shape (0, 4, 3, 3); change the layer",
+    ),
+    "channels": (
+        {"weight": torch.zeros(3, 3, 3, 3)},
+        "weight must be [out_channels, in_channels / groups, kh, kw] with in_channels 4 and "
+        "groups a divisor of both, got shape (3, 3, 3, 3); build the layer for the channels of "
+        "its input",
+    ),
+    "groups": (
+        {"weight": torch.zeros(3, 2, 3, 3)},
+        "weight must be [out_channels, in_channels / groups, kh, kw] with in_channels 4 and "
+        "groups a divisor of both, got shape (3, 2, 3, 3); build the layer for the channels of "
+        "its input",
+    ),
+    "small image": (
+        {"dilation": 4},
+        "input must be as large as the dilated kernel 3x3, got 6x9, which gives an output of 0x3; "
+        "enlarge the image or the padding",
+    ),
+    "offset channels": (
+        {"offset": torch.zeros(2, 20, 6, 9)},
+        "offset must be of 2 * offset_groups * kh * kw channels, offset_groups a divisor of 4, "
+        "got 20 with kernel 3x3; change the layer that predicts it",
+    ),
+    "offset groups": (
+        {"offset": torch.zeros(2, 54, 6, 9)},
+        "offset must be of 2 * offset_groups * kh * kw channels, offset_groups a divisor of 4, "
+        "got 54 with kernel 3x3; change the layer that predicts it",
+    ),
+    "offset size": (
+        {"offset": torch.zeros(2, 18, 6, 8)},
+        "offset must be of shape (2, 18, 6, 9), got (2, 18, 6, 8); stride, padding and dilation "
+        "decide the height and width",
+    ),
+    "mask size": (
+        {"mask": torch.zeros(2, 18, 6, 9)},
+        "mask must be of shape (2, 9, 6, 9), got (2, 18, 6, 9); stride, padding and dilation "
+        "decide the height and width",
+    ),
+    "bias": (
+        {"bias": torch.zeros(4)},
+        "bias must be of shape (3,), got (4,); it has one value per output channel",
+    ),
+}
+
+
+@pytest.mark.parametrize("function", [deform_conv2d, deform_conv2d_reference])
+@pytest.mark.parametrize(("change", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input(function: Any, change: dict[str, Any], message: str) -> None:
+    names = ("input", "offset", "weight", "bias", "mask")
+    arguments = dict(zip(names, Sample("").tensors(torch.float32))) | {"padding": 1}
+    with pytest.raises(ValueError) as error:
+        function(**arguments | change)
+    assert str(error.value) == f"deform_conv2d: {message}"
+
+
+def test_bad_gradient() -> None:
+    input, offset, weight, _, mask = Sample("").tensors(torch.float32)
+    grad = torch.zeros(2, 3, 6, 8)
+    with pytest.raises(ValueError) as error:
+        OP_BACKWARD(grad, input, offset, weight, mask, [1, 1], [1, 1], [1, 1], [True] * 5)
+    assert str(error.value) == (
+        "deform_conv2d: grad must be of shape (2, 3, 6, 9), got (2, 3, 6, 8); stride, padding and "
+        "dilation decide the height and width"
+    )
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (
+            torch.zeros(2, 3, 4, 5),
+            "deform_conv2d_forward: tensor must be dense in torch.channels_last, got shape "
+            "(2, 3, 4, 5) with strides (60, 20, 5, 1); call "
+            ".contiguous(memory_format=torch.channels_last) before",
+        ),
+        (
+            torch.zeros(3, dtype=torch.float64),
+            "deform_conv2d_forward: tensor must be torch.float32 on cpu, got torch.float64 on cpu; "
+            "convert it before the call",
+        ),
+    ],
+    ids=["layout", "dtype"],
+)
+@native
+def test_pointers_are_checked(tensor: Tensor, message: str) -> None:
+    """The last door before the extension, which believes what it is given."""
+    with pytest.raises(ValueError) as error:
+        _native.call("deform_conv2d_forward", (0,) * 17, [torch.zeros(1), tensor])
+    assert str(error.value) == message
+
+
+@pytest.mark.cuda
+@every_sample
+def test_cuda_equals_cpu(sample: Sample) -> None:
+    tensors = sample.tensors()
+    moved = [None if t is None else t.detach().cuda() for t in tensors]
+    expected, output = forward_backward(sample, tensors), forward_backward(sample, moved)
+    for value, reference in zip(output, expected):
+        torch.testing.assert_close(value.cpu(), reference, **TOLERANCE[torch.float64])
+
+
+def test_runs_without_the_extension() -> None:
+    """Where ``nasfast._C`` cannot be imported, the op runs its reference and says so."""
+    code = (
+        "import sys; sys.modules['nasfast._C'] = None\n"
+        "sys.path.insert(0, 'tests/ops'); import test_deform_conv2d as t, torch\n"
+        "assert t._native.C is None and t._native.isa_level() == 'none'\n"
+        "for sample in t.samples()[:3]:\n"
+        "    t.test_equals_reference(sample, torch.float64)\n"
+        "t.test_autocast_brings_inputs_to_one_dtype()\n"
+        "print(t._native.LEGS['deform_conv2d']['cpu'])\n"
+    )
+    assert run_python(code).startswith("reference: nasfast._C cannot be imported: ")
