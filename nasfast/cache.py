@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,20 @@ def _layout(count: int, first: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     arrays: list[dict[str, Any]] = []
     end = 0
     for name, batch in first.items():
+        if batch.dtype not in names:
+            raise ValueError(
+                f"feature cache: wanted {name} as one of {', '.join(_DTYPES)}, "
+                f"got {_text(batch.dtype)}; convert it"
+            )
         shape = list(_channels_last(batch)[0].shape)
         spec = {"name": name, "dtype": names[batch.dtype], "shape": shape, "offset": end}
         arrays.append(spec)
         end = _aligned(end + _nbytes(spec, count))
     return arrays
+
+
+def _text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _channels_last(batch: Tensor) -> Tensor:
@@ -161,6 +170,12 @@ class FeatureCache:
                     file.write(_MAGIC + struct.pack("<Q", len(header)) + header)
                 for spec in specs:
                     rows = _channels_last(batch[spec["name"]].detach().cpu()).contiguous()
+                    got = _text(rows.dtype), list(rows.shape[1:])
+                    if got != (spec["dtype"], spec["shape"]):
+                        raise ValueError(
+                            f"feature cache: wanted samples of {spec['name']} as {spec['dtype']} "
+                            f"{spec['shape']}, got {got[0]} {got[1]}; crop all images to one size"
+                        )
                     file.seek(data + spec["offset"] + _nbytes(spec, done))
                     file.write(rows.view(torch.uint8).numpy().data)
                 done += len(batch[specs[0]["name"]])
@@ -182,8 +197,3 @@ def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def default_directory() -> Path:
     """``$NASFAST_CACHE`` or ``~/.cache/nasfast``."""
     return Path(os.environ.get("NASFAST_CACHE", "~/.cache/nasfast")).expanduser()
-
-
-def tap_names(count: int) -> Sequence[str]:
-    """Names of the arrays that hold an encoder's taps."""
-    return [f"tap{i}" for i in range(count)]

@@ -29,9 +29,18 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
         kind = next((arg for arg in get_args(hints[name]) if arg is Path), hints[name])
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
             value = from_mapping(kind, value, f"{where}, {name}")
-        elif kind is Path:
+        elif kind is Path and value is not None:
             value = Path(value)
         elif isinstance(value, list):
             value = tuple(value)
         values[name] = value
     return cls(**values)
+
+
+def require_positive(config: object, *names: str) -> None:
+    """Raise ValueError unless these fields are above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if not value > 0:
+            where = f"{type(config).__name__}.{name}"
+            raise ValueError(f"{where}: wanted a value above 0, got {value}")

@@ -15,8 +15,11 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from nasfast.cli import reports_errors
+from nasfast.config import require_positive
 from nasfast.data import ValTransform, load_splits
 from nasfast.device import resolve_device
 from nasfast.files import atomic_write
@@ -41,7 +44,11 @@ class EvaluateConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
+    def __post_init__(self) -> None:
+        require_positive(self, "batch")
 
+
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: prints a table and writes evaluation.json beside the model."""
     config = tyro.cli(EvaluateConfig, args=argv, description=__doc__, prog="nasfast.evaluate")
@@ -74,11 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "latency_ms": dataclasses.asdict(latency),
     }
     atomic_write(path.with_name("evaluation.json"), json.dumps(result, indent=2) + "\n")
-    table = Table(title=f"{path.parent.name}, {len(val)} validation images of {val.name}")
+    table = Table(title=escape(f"{path.parent.name}, {len(val)} validation images of {val.name}"))
     table.add_column("measure")
     table.add_column("value", justify="right")
     for name, iou in class_iou.items():
-        table.add_row(f"IoU {name}", "absent" if iou is None else f"{iou:.3f}")
+        table.add_row(escape(f"IoU {name}"), "absent" if iou is None else f"{iou:.3f}")
     table.add_section()
     table.add_row("mIoU", f"{scores.miou:.4f}")
     table.add_row("mean accuracy", f"{scores.mean_accuracy:.4f}")

@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from nasfast.cli import reports_errors
+from nasfast.config import require_positive
 from nasfast.data import SyntheticStreets, TrainTransform, ValTransform
 from nasfast.data.base import split_for_search
 from nasfast.device import resolve_device
@@ -57,6 +58,9 @@ class PretrainConfig:
     """Decides weights, frames and order."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "width", "epochs", "batch_size", "crop")
 
 
 def pretrain(config: PretrainConfig) -> None:

@@ -7,7 +7,10 @@ minute. ``--data DIR`` takes a CamVid folder or a folder with images/, masks/ an
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import re
+import shlex
 import statistics
 import sys
 import time
@@ -21,7 +24,8 @@ import tyro
 from rich.console import Console
 
 from nasfast.cache import default_directory
-from nasfast.config import from_mapping
+from nasfast.cli import flag_value, reports_errors
+from nasfast.config import from_mapping, require_positive
 from nasfast.data import load_splits
 from nasfast.device import machine_info, resolve_device
 from nasfast.encoders import load_encoder
@@ -87,15 +91,20 @@ class SearchConfig:
     def __post_init__(self) -> None:
         if self.budget < 1:
             raise ValueError(f"search: wanted a budget of at least 1 candidate, got {self.budget}")
+        require_positive(self.decoder, "agg_size", "sep_repeats")
+        for stage in (self.stage0, self.stage1):
+            require_positive(stage, "crop", "shorter_side", "batch_size", "max_grad_norm")
+        require_positive(self.stage0, "samples", "epochs")
 
 
 PRESETS = {
     "demo": SearchConfig(
         preset="demo",
         budget=8,
-        decoder=DecoderConfig(agg_size=24),
+        decoder=DecoderConfig(agg_size=32),
         stage0=Stage0Config(samples=448, crop=96, shorter_side=96, epochs=3, batch_size=16),
         stage1=Stage1Config(crop=96, shorter_side=96, batch_size=16, polyak_decay=0.9),
+        ppo=PPOConfig.short_budget(),
     ),
     "quick": SearchConfig(
         preset="quick",
@@ -103,6 +112,7 @@ PRESETS = {
         decoder=DecoderConfig(agg_size=32),
         stage0=Stage0Config(samples=320, crop=160, shorter_side=240, epochs=4, batch_size=16),
         stage1=Stage1Config(crop=224, shorter_side=260, batch_size=16, polyak_decay=0.9),
+        ppo=PPOConfig.short_budget(),
     ),
     "paper": SearchConfig(preset="paper", budget=2000, val_crop=400),
 }
@@ -110,9 +120,9 @@ PRESETS = {
 
 def parse(argv: Sequence[str]) -> SearchConfig:
     """Settings from a command line: the preset's, overridden flag by flag."""
-    preset = _peek(argv, "--preset")
+    preset = flag_value(argv, "--preset")
     if preset not in PRESETS:  # absent, or wrong and then refused by the parser
-        preset = "demo" if _peek(argv, "--data") in (None, "synthetic") else "quick"
+        preset = "demo" if flag_value(argv, "--data") in (None, "synthetic") else "quick"
     config = tyro.cli(
         SearchConfig, args=argv, default=PRESETS[preset], description=__doc__, prog="nasfast.search"
     )
@@ -124,16 +134,6 @@ def parse(argv: Sequence[str]) -> SearchConfig:
     if config.data != "synthetic":
         paths["data"] = str(Path(config.data).expanduser().resolve())
     return dataclasses.replace(config, **paths)
-
-
-def _peek(argv: Sequence[str], flag: str) -> str | None:
-    """Value of a flag before the command line is parsed."""
-    for i, word in enumerate(argv):
-        if word == flag and i + 1 < len(argv):
-            return argv[i + 1]
-        if word.startswith(f"{flag}="):
-            return word.partition("=")[2]
-    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +163,9 @@ def build(config: SearchConfig, interrupt: Interrupt, console: Console) -> Segme
         f"{str(runtime.dtype).removeprefix('torch.')}\n"
         f"space    {FastNASSpace().size():.2e} decoders; strategy {config.strategy}, "
         f"{config.budget} candidates",
+        markup=False,
         highlight=False,
+        soft_wrap=True,
     )
     evaluator = SegmentationEvaluator(
         task,
@@ -285,62 +287,69 @@ def _print_record(study: Study, record: Record, budget: int, console: Console) -
     )
 
 
+def _open_run(argv: Sequence[str]) -> tuple[Study, SearchConfig]:
+    """The run that the command line wants to continue, with the settings to continue it by."""
+    arguments = tyro.cli(_Resume, args=argv, prog="nasfast.search")
+    study = Study.open(arguments.resume)
+    config = from_mapping(SearchConfig, study.config, str(study.path / "config.toml"))
+    changes: dict[str, Any] = {"budget": arguments.budget, "device": arguments.device}
+    return study, dataclasses.replace(config, **{k: v for k, v in changes.items() if v is not None})
+
+
+def _create_run(argv: Sequence[str], config: SearchConfig) -> Study:
+    environment = machine_info() | {
+        "command": ["python", "-m", "nasfast.search", *argv],
+        "feedback": FEEDBACK,
+    }
+    name = config.name or re.sub(r"[^\w.+-]+|^[.+-]+", "_", Path(config.data).name)
+    return Study.create(config.runs, config.method, name, dataclasses.asdict(config), environment)
+
+
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status (130 after Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else list(argv)
     console = Console()
-    with Interrupt() as interrupt:
-        if _peek(argv, "--resume") is not None:
-            arguments = tyro.cli(_Resume, args=argv, prog="nasfast.search")
-            study = Study.open(arguments.resume)
-            config = from_mapping(SearchConfig, study.config, str(study.path / "config.toml"))
-            config = dataclasses.replace(
-                config,
-                budget=arguments.budget or config.budget,
-                device=arguments.device or config.device,
-            )
-        else:
-            config = parse(argv)
-            env: dict[str, Any] = machine_info() | {
-                "command": ["python", "-m", "nasfast.search", *argv],
-                "feedback": FEEDBACK,
-            }
-            study = Study.create(
-                config.runs,
-                config.method,
-                config.name or Path(config.data).name,
-                dataclasses.asdict(config),
-                env,
-            )
-        with study:
-            console.print(f"run      {study.path}", highlight=False, soft_wrap=True)
-            start = time.perf_counter()
-            status = 0
-            try:
+    study, again = None, argv
+    start = time.perf_counter()
+    with Interrupt() as interrupt, contextlib.ExitStack() as stack:
+        try:
+            if flag_value(argv, "--resume") is not None:
+                study, config = _open_run(argv)
+                stack.enter_context(study)
                 evaluator = build(config, interrupt, console)
-                space = FastNASSpace()
-                strategy = make_strategy(config.strategy, space, config.seed, config.ppo)
+            else:
+                config = parse(argv)
+                evaluator = build(config, interrupt, console)  # before a run is made: it may refuse
+                study = stack.enter_context(_create_run(argv, config))
+                again = ["--resume", str(study.path)]
+            console.print(f"run      {study.path}", markup=False, highlight=False, soft_wrap=True)
+            space = FastNASSpace()
+            strategy = make_strategy(config.strategy, space, config.seed, config.ppo)
+            try:
                 run(study, space, strategy, evaluator, config.budget, console)
-            except StopRequested:
-                status = 130
             finally:
                 report = write_report(study)
-            if status:
-                console.print(
-                    f"\nstopped; everything is saved. Continue with\n"
-                    f"  python -m nasfast.search --resume {study.path}",
-                    soft_wrap=True,
-                )
-                return status
-            console.print(terminal_table(study))
+        except StopRequested:
             console.print(
-                f"{time.perf_counter() - start:.0f} s; everything is in {study.path}\n"
-                f"  python -m nasfast.train {study.path}      # train the best one in full\n"
-                f"  python -m nasfast.search --resume {study.path} --budget {2 * config.budget}\n"
-                f"  open {report}",
-                soft_wrap=True,
+                f"\nstopped; everything is saved. Continue with\n"
+                f"  python -m nasfast.search {shlex.join(again)}",
+                markup=False,
                 highlight=False,
+                soft_wrap=True,
             )
+            return 130
+        console.print(terminal_table(study))
+        path = shlex.quote(str(study.path))
+        console.print(
+            f"{time.perf_counter() - start:.0f} s; everything is in {study.path}\n"
+            f"  python -m nasfast.train {path}      # train the best one in full\n"
+            f"  python -m nasfast.search --resume {path} --budget {2 * config.budget}\n"
+            f"  open {shlex.quote(str(report))}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     return 0
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import itertools
 import json
+import shlex
 import sys
 import time
 import tomllib
@@ -23,7 +24,8 @@ import tyro
 from rich.console import Console
 from torch import Tensor
 
-from nasfast.config import from_mapping
+from nasfast.cli import flag_value, reports_errors
+from nasfast.config import from_mapping, require_positive
 from nasfast.data import TrainTransform, ValTransform, load_splits
 from nasfast.device import machine_info, resolve_device
 from nasfast.encoders import load_encoder
@@ -78,6 +80,9 @@ class TrainConfig:
     """Decides initial weights, crops and order."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "epochs", "batch_size", "crop", "max_grad_norm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +234,7 @@ class Trainer:
                 highlight=False,
             )
 
-    def finish(self, console: Console) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         """Score on the validation split, which no search has seen; write network and metrics."""
         splits, model = self.task.splits, self.model
         scores = self.task.score_images(
@@ -273,12 +278,12 @@ def _write_config(out: Path, config: TrainConfig, genotype: FastNASGenotype) -> 
 
 
 def _open(argv: Sequence[str]) -> tuple[TrainConfig, FastNASGenotype, Path]:
-    if "--resume" in argv:
+    if flag_value(argv, "--resume") is not None:
         out = tyro.cli(_Resume, args=argv, prog="nasfast.train").resume.resolve()
-        if not (out / "config.toml").is_file():
+        if not (out / "config.toml").is_file() or not (out / "genotype.json").is_file():
             raise FileNotFoundError(
-                f"train: {out} is not the directory of a training: it has no config.toml; give the "
-                "directory that nasfast.train printed"
+                f"train: {out} is not the directory of a training: it has no config.toml and "
+                "genotype.json; give the directory that nasfast.train printed"
             )
         settings = tomllib.loads((out / "config.toml").read_text())
         config = from_mapping(TrainConfig, settings, str(out / "config.toml"))
@@ -292,43 +297,49 @@ def _open(argv: Sequence[str]) -> tuple[TrainConfig, FastNASGenotype, Path]:
             f"train: {config.out} exists and is never overwritten; give another --out, or "
             f"continue it with --resume {config.out}"
         )
-    _write_config(config.out, config, genotype)
     return config, genotype, config.out
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status (130 after Ctrl-C)."""
     console = Console()
     config, genotype, out = _open(sys.argv[1:] if argv is None else list(argv))
     with Interrupt() as interrupt:
+        runtime = Runtime(resolve_device(config.device), interrupt.check)
+        trainer = Trainer(config, genotype, out, runtime)
+        if not out.exists():  # only now: data or weights may have been refused
+            _write_config(out, config, genotype)
+        console.print(
+            f"training {genotype.to_json()}\n"
+            f"data     {config.data}, {len(trainer.task.splits.train)} images\n"
+            f"size     {count_parameters(trainer.model) / 1e6:.2f} M parameters\n"
+            f"out      {out}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
         try:
-            trainer = Trainer(
-                config, genotype, out, Runtime(resolve_device(config.device), interrupt.check)
-            )
-            console.print(
-                f"training {genotype.to_json()}\n"
-                f"data     {config.data}, {len(trainer.task.splits.train)} images\n"
-                f"size     {count_parameters(trainer.model) / 1e6:.2f} M parameters\n"
-                f"out      {out}",
-                soft_wrap=True,
-                highlight=False,
-            )
             trainer.fit(console)
-            metrics = trainer.finish(console)
+            metrics = trainer.finish()
         except StopRequested:
             console.print(
                 "\nstopped; finished epochs are saved. Continue with\n"
-                f"  python -m nasfast.train --resume {out}",
+                f"  python -m nasfast.train --resume {shlex.quote(str(out))}",
+                markup=False,
+                highlight=False,
                 soft_wrap=True,
             )
             return 130
     for name, iou in metrics["class_iou"].items():
-        console.print(f"  {name:<16} {'absent' if iou is None else f'{iou:.3f}'}", highlight=False)
+        value = "absent" if iou is None else f"{iou:.3f}"
+        console.print(f"  {name:<16} {value}", markup=False, highlight=False)
     console.print(
         f"mIoU {metrics['miou']:.4f} on {metrics['split']}; {out}\n"
-        f"  python -m nasfast.evaluate {out / 'model.safetensors'}",
-        soft_wrap=True,
+        f"  python -m nasfast.evaluate {shlex.quote(str(out / 'model.safetensors'))}",
+        markup=False,
         highlight=False,
+        soft_wrap=True,
     )
     return 0
 

@@ -75,7 +75,7 @@ class SegmentationTask:
             pixels = (weight[labels.masked_fill(~counted, 0)] * counted).sum()
         else:
             pixels = counted.sum()
-        return total / pixels.clamp(min=1)
+        return total / (pixels + (pixels == 0))
 
     def loss(
         self,

@@ -1,0 +1,51 @@
+"""What the entry points share: how a user sees an error."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import ParamSpec
+
+P = ParamSpec("P")
+
+
+def reports_errors(main: Callable[P, int]) -> Callable[P, int]:
+    """Decorate an entry point: an error meant for the user is one line on stderr and status 2.
+
+    Meant for the user is what nasfast itself raises and what the operating system says of a file;
+    an error out of a library, or of another type, is a defect and keeps its traceback.
+    Ctrl-C gives status 130.
+    """
+
+    @functools.wraps(main)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            return 130
+        except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+            if not isinstance(error, OSError) and not _raised_by_nasfast(error):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return wrapped
+
+
+def flag_value(argv: Sequence[str], flag: str) -> str | None:
+    """Value of a flag before the command line is parsed; None where it is absent."""
+    for i, word in enumerate(argv):
+        if word == flag and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+    return None
+
+
+def _raised_by_nasfast(error: BaseException) -> bool:
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    package = frame.f_globals.get("__package__") or ""  # a module run by -m is named __main__
+    return package.partition(".")[0] == "nasfast"

@@ -1,0 +1,123 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from nasfast.models.layers import OPS, GlobalAveragePool, Zero, build_op, largest, resize
+from nasfast.spaces.fast_nas import PRIMITIVES
+
+# kernel, dilation, separable
+CONVS = {
+    "conv1x1": (1, 1, False),
+    "conv3x3": (3, 1, False),
+    "sep3x3": (3, 1, True),
+    "sep5x5": (5, 1, True),
+    "conv3x3_d3": (3, 3, False),
+    "conv3x3_d12": (3, 12, False),
+    "sep3x3_d3": (3, 3, True),
+    "sep5x5_d6": (5, 6, True),
+}
+
+
+def op(name, channels=6, repeats=1):
+    """An op in evaluation mode whose BatchNorm is no identity."""
+    module = build_op(PRIMITIVES.index(name), channels, repeats).eval()
+    for bn in module.modules():
+        if isinstance(bn, nn.BatchNorm2d):
+            for tensor in (bn.weight, bn.bias, bn.running_mean, bn.running_var):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+    return module
+
+
+def batch_norm_relu(x, bn):
+    scale = bn.weight / (bn.running_var + 1e-5).sqrt()
+    shift = bn.bias - bn.running_mean * scale
+    return (x * scale[:, None, None] + shift[:, None, None]).relu()
+
+
+def test_every_primitive_has_an_op():
+    assert tuple(OPS) == PRIMITIVES
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 9), (13, 2)])
+@pytest.mark.parametrize("name", PRIMITIVES)
+def test_shape(name, size, training):
+    x = torch.rand(2, 6, *size)
+    assert op(name, repeats=2).train(training)(x).shape == x.shape
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+@pytest.mark.parametrize("name", CONVS)
+@torch.no_grad()
+def test_convolutions_against_formula(name, repeats):
+    kernel, dilation, separable = CONVS[name]
+    module, x = op(name, repeats=repeats), torch.randn(2, 6, 9, 7)
+    convs = [m.weight for m in module.modules() if isinstance(m, nn.Conv2d)]
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    padding = dilation * (kernel - 1) // 2
+    expected = x
+    if separable:
+        assert len(convs) == 2 * len(norms) == 2 * repeats
+        for depthwise, pointwise, bn in zip(convs[::2], convs[1::2], norms):
+            expected = F.conv2d(expected, depthwise, None, 1, padding, dilation, groups=6)
+            expected = torch.einsum("oi,nihw->nohw", pointwise[:, :, 0, 0], expected)
+            expected = batch_norm_relu(expected, bn)
+    else:
+        assert len(convs) == len(norms) == 1
+        expected = F.conv2d(expected, convs[0], None, 1, padding, dilation)
+        expected = batch_norm_relu(expected, norms[0])
+    assert convs[0].shape[-2:] == (kernel, kernel)
+    torch.testing.assert_close(module(x), expected)
+
+
+@torch.no_grad()
+def test_gap_against_formula():
+    module, x = op("gap"), torch.randn(2, 6, 9, 7)
+    mean = torch.einsum("oi,nihw->no", module.conv.weight[:, :, 0, 0], x) / 63
+    expected = batch_norm_relu(mean[:, :, None, None], module.bn)
+    torch.testing.assert_close(module(x), expected.expand_as(x))
+
+
+def test_gap_trains_on_a_batch_of_one():
+    module = op("gap").train()
+    x = torch.randn(1, 6, 5, 4, requires_grad=True)
+    y = module(x)
+    torch.testing.assert_close(y, module.eval()(x))
+    y.sum().backward()
+    assert module.conv.weight.grad.isfinite().all()
+    assert x.grad.isfinite().all()
+
+
+def test_gap_normalises_larger_batches_over_the_batch():
+    module = GlobalAveragePool(6).train()
+    before = module.bn.running_mean.clone()
+    module(torch.randn(4, 6, 5, 4))
+    assert not torch.equal(module.bn.running_mean, before)
+
+
+def test_skip_and_none():
+    x = torch.full((1, 6, 2, 3), float("nan"))
+    assert op("skip")(x) is x
+    assert torch.equal(Zero()(x), torch.zeros(1, 6, 2, 3))
+
+
+@pytest.mark.parametrize("name", PRIMITIVES)
+def test_ops_leave_their_input_alone(name):
+    x = torch.randn(2, 6, 5, 4)
+    before = x.clone()
+    op(name).train()(x)
+    assert torch.equal(x, before)
+
+
+def test_resize():
+    x = torch.rand(1, 2, 3, 5)
+    assert resize(x, (3, 5)) is x
+    line = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2)
+    assert resize(line, (1, 4)).flatten().tolist() == [0.0, 0.25, 0.75, 1.0]
+
+
+def test_largest_compares_areas():
+    tall, wide, same = (torch.rand(1, 1, *size) for size in ((20, 2), (10, 9), (9, 10)))
+    assert largest([tall, wide]) == largest([wide, tall]) == (10, 9)
+    assert largest([same, wide]) == (9, 10)

@@ -1,0 +1,155 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from nasfast.data import SyntheticStreets, ValTransform, split_for_search
+from nasfast.tasks.segmentation import (
+    SegmentationTask,
+    image_batches,
+    prepare_images,
+    resize_labels,
+)
+from nasfast.training.loop import Runtime, in_order
+
+RUNTIME = Runtime(torch.device("cpu"))
+TRAIN = SyntheticStreets(5, size=(32, 48))
+VAL = SyntheticStreets(2, size=(32, 48), stream="val")
+TASK = SegmentationTask(split_for_search(TRAIN, VAL, seed=0))
+CLASSES = 8
+
+
+def labels_of(*size):
+    labels = torch.randint(0, CLASSES, size, dtype=torch.uint8)
+    labels[torch.rand(size) < 0.2] = 255
+    return labels
+
+
+@pytest.fixture
+def batch_of_two():
+    return torch.randn(2, CLASSES, 6, 5, requires_grad=True), labels_of(2, 6, 5)
+
+
+def test_task_reads_classes_and_ignore_index_from_the_data():
+    assert (TASK.num_classes, TASK.ignore_index) == (CLASSES, 255)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cross_entropy_against_torch(batch_of_two, weighted):
+    logits, labels = batch_of_two
+    # small weights: their sum over the pixels stays below one
+    weight = torch.rand(CLASSES) * 1e-3 if weighted else None
+    expected = F.cross_entropy(logits, labels.long(), weight, ignore_index=255)
+    torch.testing.assert_close(TASK.cross_entropy(logits, labels, weight), expected)
+
+
+def test_cross_entropy_is_at_the_labels_resolution(batch_of_two):
+    logits, labels = batch_of_two[0], labels_of(2, 24, 20)
+    enlarged = F.interpolate(logits, (24, 20), mode="bilinear")
+    expected = F.cross_entropy(enlarged, labels.long(), ignore_index=255)
+    torch.testing.assert_close(TASK.cross_entropy(logits, labels), expected)
+
+
+def test_cross_entropy_is_float32(batch_of_two):
+    logits, labels = batch_of_two
+    half = logits.detach().bfloat16()
+    loss = TASK.cross_entropy(half, labels)
+    assert loss.dtype == torch.float32
+    assert loss == TASK.cross_entropy(half.float(), labels)
+
+
+@pytest.mark.parametrize("weight", [None, torch.rand(CLASSES)])
+def test_cross_entropy_without_labels_is_zero(batch_of_two, weight):
+    logits, labels = batch_of_two
+    loss = TASK.cross_entropy(logits, torch.full_like(labels, 255), weight)
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_loss_is_the_sum_of_its_terms(batch_of_two):
+    logits, labels = batch_of_two
+    aux = [torch.randn(2, CLASSES, 3, 4), torch.randn(2, CLASSES, 6, 5)]
+    teacher = torch.randn(2, CLASSES, 12, 9, dtype=torch.float16)
+    weight = torch.rand(CLASSES) + 0.5
+
+    def cross_entropy(scores):
+        scores = F.interpolate(scores, (6, 5), mode="bilinear")
+        return F.cross_entropy(scores, labels.long(), weight, ignore_index=255)
+
+    enlarged = F.interpolate(logits, (12, 9), mode="bilinear")
+    expected = (
+        cross_entropy(logits)
+        + 0.15 * (cross_entropy(aux[0]) + cross_entropy(aux[1]))
+        + 0.3 * ((enlarged - teacher.float()) ** 2).mean()
+    )
+    loss = TASK.loss(
+        logits,
+        aux,
+        labels,
+        aux_weight=0.15,
+        teacher=teacher,
+        kd_weight=0.3,
+        class_weight=weight,
+    )
+    torch.testing.assert_close(loss, expected)
+    plain = TASK.loss(logits, [], labels, aux_weight=0.15)
+    assert plain == TASK.cross_entropy(logits, labels)
+
+
+def test_resize_labels_takes_the_nearest_label():
+    labels = torch.arange(16, dtype=torch.uint8).view(1, 4, 4) + 240
+    resized = resize_labels(labels, (2, 2))
+    assert resized.dtype == torch.uint8
+    assert resized.tolist() == [[[245, 247], [253, 255]]]
+    assert torch.equal(resize_labels(resized, (2, 2)), resized)
+
+
+def test_prepare_images():
+    images = torch.randint(0, 256, (2, 3, 4, 6), dtype=torch.uint8)
+    prepared = prepare_images(images, RUNTIME)
+    assert prepared.is_contiguous(memory_format=torch.channels_last)
+    red = (images[:, 0] / 255 - 0.485) / 0.229
+    torch.testing.assert_close(prepared[:, 0], red)
+
+
+def test_image_batches():
+    batches = list(image_batches(TRAIN, in_order(5, 2), ValTransform(None), RUNTIME))
+    assert [tuple(images.shape) for images, _ in batches] == [(2, 3, 32, 48)] * 2 + [(1, 3, 32, 48)]
+    assert torch.equal(batches[2][1][0], TRAIN[4].mask)
+
+
+class Oracle(nn.Module):
+    """Gives one-hot logits of stored labels, batch by batch, at half the resolution."""
+
+    def __init__(self, dataset):
+        super().__init__()
+        self.masks = [sample.mask for sample in dataset]
+
+    def forward(self, images):
+        assert not self.training
+        labels = torch.stack([self.masks.pop(0) for _ in images]).long()
+        logits = F.one_hot(labels.masked_fill(labels == 255, 0), CLASSES).permute(0, 3, 1, 2)
+        return logits.float()[..., ::2, ::2], []
+
+
+def test_score_images_at_full_resolution():
+    beats = []
+    runtime = Runtime(torch.device("cpu"), lambda: beats.append(1))
+    model = Oracle(TRAIN)
+    scores = TASK.score_images(model, TRAIN, ValTransform(None), runtime, batch_size=2)
+    assert len(beats) == 3
+    assert not model.masks
+    assert 0.5 < scores.miou < 1  # thin things are lost at half the resolution
+
+
+def test_score_counts_every_pixel_and_omits_classes():
+    labels = torch.tensor([[[0, 1], [1, 255]]], dtype=torch.uint8)
+    logits = F.one_hot(torch.tensor([[[1, 1], [1, 1]]]), CLASSES).permute(0, 3, 1, 2).float()
+    pairs = [(logits, labels)]
+    both = TASK.score(pairs, lambda x: x, RUNTIME)
+    assert both.class_iou[:3] == (0, pytest.approx(2 / 3), None)
+    assert both.mean_accuracy == 0.5
+    without = SegmentationTask(TASK.splits, omit=(0,)).score(pairs, lambda x: x, RUNTIME)
+    assert without.class_iou[:3] == (None, pytest.approx(2 / 3), None)
+    assert without.mean_accuracy == without.fw_iou / without.miou == 1

@@ -1,0 +1,94 @@
+"""Measuring a trained network end to end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nasfast import evaluate
+
+
+def test_it_reproduces_the_training_s_metrics(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    flags = ["--device", "cpu", "--seconds", "0.1", "--batch", "2"]
+    assert evaluate.main([str(model), *flags]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads((model / "evaluation.json").read_text())
+    metrics = json.loads((model / "metrics.json").read_text())
+    for name in ("miou", "mean_accuracy", "fw_iou", "class_iou", "params", "macs"):
+        assert result[name] == metrics[name]
+    assert result["images"] == 2
+    latency = result["latency_ms"]
+    assert 0 < latency["low"] <= latency["median"] <= latency["high"]
+    assert latency["runs"] >= 5
+    assert (latency["batch"], latency["size"], latency["device"]) == (2, [32, 48], "cpu")
+    assert latency["threads"] == 1
+    assert latency["dtype"] in ("float32", "bfloat16")
+    assert f"{metrics['miou']:.4f}" in printed
+    assert "IoU [post]" in printed
+
+
+def test_other_data_of_the_same_classes(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_model / "model.safetensors", tmp_path / "net.safetensors")
+    other = shutil.copytree(tiny_data, tmp_path / "other")
+    stems = sorted(path.stem for path in (other / "images").iterdir())
+    (other / "train.txt").write_text("\n".join(stems[5:]))
+    (other / "val.txt").write_text("\n".join(stems[:5]))
+    flags = ["--data", str(other), "--device", "cpu", "--seconds", "0.1"]
+    assert evaluate.main([str(tmp_path / "net.safetensors"), *flags]) == 0
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    assert (result["images"], result["data"]) == (5, str(other))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["MODEL", "--data", "synthetic"],
+            "evaluate MODEL/model.safetensors: wanted data of the classes sky, road, [post], got "
+            "sky, building, road, pavement, tree, car, person, pole in synthetic",
+        ),
+        (["/no/model"], "weights: no file /no/model; give a .safetensors, .pth or .pt file"),
+        (["MODEL/metrics.json"], "weights: wanted a .safetensors, .pth or .pt file, got metrics"),
+        (["MODEL", "--data", "/no"], "data: wanted 'synthetic' or a folder, got '/no'"),
+        (["MODEL", "--device", "tpu"], "resolve_device: device must be 'auto', 'cpu', 'cuda'"),
+    ],
+)
+def test_errors_are_one_line(
+    flags: list[str], message: str, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate.main([flag.replace("MODEL", str(tiny_model)) for flag in flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: " + message.replace("MODEL", str(tiny_model)))
+    assert not (tiny_model / "evaluation.json").exists()
+
+
+def test_weights_that_are_no_network(
+    tiny_weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate.main([str(tiny_weights)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: segmenter {tiny_weights}: wanted a model.safetensors that nasfast.train wrote, "
+        "got a file without 'nasfast.segmenter' in its metadata\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [
+        (["--batch", "0"], "EvaluateConfig.batch: wanted a value above 0"),
+        (["--epochs", "1"], "--epochs"),
+    ],
+)
+def test_usage_errors(
+    flags: list[str], shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main([str(tmp_path), *flags])
+    assert caught.value.code == 2
+    assert shown in capsys.readouterr().err

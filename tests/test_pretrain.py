@@ -1,0 +1,55 @@
+"""Training of the packaged encoder end to end, in miniature."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nasfast import pretrain
+from nasfast.encoders import MobileNetV2, load_encoder, read_weights
+
+TINY = ["--device", "cpu", "--width", "0.1", "--frames", "24"]
+TINY += ["--epochs", "1", "--batch-size", "8", "--crop", "48"]
+
+
+def test_it_writes_weights_that_load(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    paths = [tmp_path / "new" / "encoder.safetensors", tmp_path / "again.safetensors"]
+    for path in paths:
+        assert pretrain.main([*TINY, "--out", str(path)]) == 0
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    encoder = load_encoder(paths[0])
+    assert encoder.width == 0.1
+    tensors, metadata = read_weights(paths[0])
+    assert metadata.keys() == {"nasfast.encoder", "nasfast.pretrain"}
+    floats = {value.dtype for value in tensors.values() if value.is_floating_point()}
+    assert floats == {torch.float16}
+    torch.manual_seed(0)
+    start = MobileNetV2(0.1).state_dict()
+    assert any(not torch.equal(start[key].half(), tensors[key].half()) for key in start)
+    assert all(tap.isfinite().all() for tap in encoder(torch.rand(1, 3, 64, 64)))
+
+
+def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "encoder.safetensors"
+    assert pretrain.main([*TINY, "--frames", "0", "--out", str(out)]) == 2
+    assert capsys.readouterr().err == "error: SyntheticStreets: wanted num_samples >= 1, got 0\n"
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [
+        (["--epochs", "0"], "PretrainConfig.epochs: wanted a value above 0"),
+        (["--epoch", "1"], "--epoch"),
+    ],
+)
+def test_usage_errors(
+    flags: list[str], shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        pretrain.main([*TINY, "--out", str(tmp_path / "no"), *flags])
+    assert caught.value.code == 2
+    assert shown in capsys.readouterr().err

@@ -1,0 +1,53 @@
+import torch
+from torch import nn
+
+from nasfast.training.cost import count_macs, count_parameters, measure_latency
+from nasfast.training.loop import Runtime
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 6, 3, stride=2, padding=1),
+            nn.BatchNorm2d(6),
+            nn.Conv2d(6, 6, 5, padding=2, groups=6, bias=False),
+        )
+        self.aux_heads = nn.ModuleList([nn.Conv2d(6, 2, 1)])
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        y = self.body(x)
+        return self.aux_heads[0](y) if self.training else y
+
+
+def test_parameters_without_auxiliary_heads():
+    net = Net()
+    assert count_parameters(net) == (3 * 6 * 9 + 6) + 12 + 6 * 25
+    assert count_parameters(net, exclude="body") == 14
+
+
+def test_macs_are_those_of_evaluation_mode_and_leave_the_network_alone():
+    net = Net().train()
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    assert count_macs(net, (10, 7)) == 5 * 4 * (3 * 6 * 9 + 6 * 25)
+    assert net.training
+    assert net.calls == 0
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+
+
+def test_latency_fields():
+    net = Net().eval()
+    latency = measure_latency(net, (16, 12), Runtime(torch.device("cpu")), batch=2, seconds=0.05)
+    assert 0 < latency.low <= latency.median <= latency.high
+    assert 5 <= latency.runs <= net.calls - 5
+    assert (latency.batch, latency.size) == (2, (16, 12))
+    assert latency.dtype in {"float32", "bfloat16"}
+    assert (latency.device, latency.threads) == ("cpu", torch.get_num_threads())
+
+
+def test_latency_names_the_dtype(monkeypatch):
+    monkeypatch.setattr("nasfast.training.loop.autocast_dtype", lambda device: torch.bfloat16)
+    runtime = Runtime(torch.device("cpu"))
+    assert measure_latency(Net().eval(), (8, 8), runtime, seconds=0.01).dtype == "bfloat16"
