@@ -10,6 +10,6 @@ if "OMP_WAIT_POLICY" not in _os.environ:
 
 # torch first: nasfast._C then binds to the OpenMP runtime that torch has loaded, and both share one
 # thread pool (two pools in a process cost about 1000x on small parallel regions).
-import torch as _torch  # noqa: E402, F401
+import torch as _torch  # noqa: F401
 
 __version__ = "0.1.0"

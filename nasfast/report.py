@@ -10,6 +10,7 @@ import json
 import math
 import shlex
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import tyro
 from rich.markup import escape
 from rich.table import Table
 
+from nasfast.cli import reports_errors
 from nasfast.drawing import cell_graph, decoder_graph, element
 from nasfast.files import atomic_write
 from nasfast.records import Record
@@ -53,13 +55,16 @@ def write_report(study: Study, *, rival: Study | None = None) -> Path:
 
 
 def terminal_table(study: Study, top: int = 5) -> Table:
-    """The `top` best architectures, for the end of a search on the command line."""
-    stages, summary = _stages(study.records), _Summary.of(study)
-    table = Table(title=f"{summary.evaluated} evaluated, {summary.failed} failed; the best:")
-    for name in _columns(stages):
-        table.add_column(name, justify="left" if name == "genotype" else "right", overflow="fold")
-    for rank, record in enumerate(study.ranking()[:top], start=1):
-        table.add_row(*map(escape, _row(rank, record, stages)))
+    """The `top` best architectures, for the end of a search on the command line: 80 columns, and
+    the winner's genotype below."""
+    stages, summary, ranking = _stages(study.records), _Summary.of(study), study.ranking()
+    title = f"{summary.evaluated} evaluated, {summary.failed} failed; the best:"
+    best = f"architecture {ranking[0].index}: {_genotype(ranking[0])}" if ranking else None
+    table = Table(title=title, caption=best and escape(best), caption_justify="left")
+    for name in _columns(stages)[:-1]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for rank, record in enumerate(ranking[:top], start=1):
+        table.add_row(*map(escape, _row(rank, record, stages)[:-1]))
     return table
 
 
@@ -559,7 +564,7 @@ path.gate { stroke-dasharray: 2 3; } path.rival { stroke-dasharray: 6 4; }
 """
 
 
-def main(run: Annotated[Path, tyro.conf.Positional], rival: Path | None = None) -> None:
+def rewrite(run: Annotated[Path, tyro.conf.Positional], rival: Path | None = None) -> None:
     """Write the report of a run again.
 
     Args:
@@ -570,5 +575,12 @@ def main(run: Annotated[Path, tyro.conf.Positional], rival: Path | None = None) 
     print(write_report(Study.open(run, read_only=True), rival=other))
 
 
+@reports_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    tyro.cli(rewrite, args=argv, prog="nasfast.report")
+    return 0
+
+
 if __name__ == "__main__":
-    tyro.cli(main, prog="nasfast.report")
+    sys.exit(main())

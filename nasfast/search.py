@@ -102,7 +102,7 @@ PRESETS = {
         preset="demo",
         budget=8,
         decoder=DecoderConfig(agg_size=32),
-        stage0=Stage0Config(samples=448, crop=96, shorter_side=96, epochs=3, batch_size=16),
+        stage0=Stage0Config(samples=384, crop=96, shorter_side=96, epochs=3, batch_size=16),
         stage1=Stage1Config(crop=96, shorter_side=96, batch_size=16, polyak_decay=0.9),
         ppo=PPOConfig.short_budget(),
     ),
@@ -200,13 +200,15 @@ def run(
         RuntimeError: the last candidates all failed, or all repeated earlier ones.
     """
     checkpoint = study.load_checkpoint()
-    told = 0
+    told, controller = 0, 0.0
     if checkpoint is not None:
-        told = checkpoint["told"]
+        told, controller = checkpoint["told"], checkpoint["seconds"]["controller"]
         strategy.load_state_dict(checkpoint["strategy"])
     first = {_key(r.canonical): r for r in reversed(study.records) if r.duplicate_of is None}
     while told < len(study.records) or _evaluated(study) < budget:
+        start = time.perf_counter()
         genotype = strategy.ask()
+        controller += time.perf_counter() - start
         if told < len(study.records):
             record = study.records[told]
             if space.from_json(record.genotype) != genotype:
@@ -217,23 +219,29 @@ def run(
         else:
             canonical = genotype.canonical().to_json()
             earlier = first.get(_key(canonical))
+            if earlier:
+                evaluation = earlier.evaluation
+            else:
+                with console.status(f"training candidate {_evaluated(study) + 1} of {budget}"):
+                    evaluation = evaluator(genotype, told, _gate(study))
             record = Record(
                 index=told,
                 genotype=genotype.to_json(),
                 canonical=canonical,
                 seed=derive_seed(evaluator.seed, told),
-                evaluation=(
-                    evaluator(genotype, told, _gate(study)) if not earlier else earlier.evaluation
-                ),
+                evaluation=evaluation,
                 duplicate_of=earlier.index if earlier else None,
                 time=datetime.now(UTC).isoformat(timespec="seconds"),
             )
             study.append(record)
             first.setdefault(_key(canonical), record)
             _print_record(study, record, budget, console)
+        start = time.perf_counter()
         strategy.tell(genotype, record.evaluation.rewards.get(FEEDBACK))
+        controller += time.perf_counter() - start
         told += 1
-        study.save_checkpoint({"told": told, "strategy": strategy.state_dict()})
+        seconds = {"encode": evaluator.seconds["encode"], "controller": controller}
+        study.save_checkpoint({"told": told, "strategy": strategy.state_dict(), "seconds": seconds})
         _check_progress(study)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nasfast.encoders import FeatureInfo, MobileNetV2, read_weights
 from nasfast.files import atomic_write
@@ -120,7 +119,8 @@ class Decoder(nn.Module):
         outputs = pool[num_taps:]
         collected = [outputs[i] for i in self.collected]
         size = largest(collected)
-        fused = F.relu(torch.cat([resize(x, size) for x in collected], dim=1))
+        # blocks are sums of (resized) ReLUs: the published ReLU behind the concatenation is implied
+        fused = torch.cat([resize(x, size) for x in collected], dim=1)
         logits = self.conv_clf(self.pre_clf(fused))
         aux = [h(x) for h, x in zip(self.aux_heads, outputs, strict=True)] if self.training else []
         return logits, aux

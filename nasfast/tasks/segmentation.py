@@ -118,7 +118,7 @@ class SegmentationTask:
             with runtime.autocast():
                 logits = predict(inputs)
             size = (labels.shape[-2], labels.shape[-1])
-            matrix.update(resize(logits, size).argmax(1), labels.to(runtime.device))
+            matrix.update(resize(logits.float(), size).argmax(1), labels.to(runtime.device))
         return matrix.compute(self.omit)
 
     def score_images(
