@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nasfast.files import atomic_file
+from nasfast.files import atomic_file, remove_stale
 
 _MAGIC = b"NASFAST1"
 _ALIGN = 4096
@@ -69,15 +69,14 @@ class FeatureCache:
     Attributes:
         count: number of samples.
         path: the file behind the cache.
+        device: where the arrays are.
     """
 
     def __init__(self, path: Path, count: int, arrays: dict[str, Tensor]) -> None:
         self.path = path
         self.count = count
         self._arrays = arrays  # name -> [count, H, W, C] or [count, H, W]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._arrays
+        self.device = next(iter(arrays.values())).device
 
     def to(self, device: torch.device) -> FeatureCache:
         """The same samples resident on ``device``; on the CPU the memory map itself."""
@@ -90,8 +89,9 @@ class FeatureCache:
     def batch(self, indices: Tensor) -> dict[str, Tensor]:
         """Gather samples: maps as channels-last ``[n, C, H, W]``, labels as ``[n, H, W]``."""
         out = {}
+        indices = indices.to(self.device, non_blocking=True)
         for name, array in self._arrays.items():
-            rows = array[indices.to(array.device)]
+            rows = array[indices]
             out[name] = rows.permute(0, 3, 1, 2) if rows.dim() == 4 else rows
         return out
 
@@ -142,7 +142,8 @@ class FeatureCache:
     ) -> FeatureCache:
         """Open the cache of ``key``, or fill it.
 
-        The file appears under its name only when it is complete; a crash leaves none.
+        The file appears under its name only when it is complete. What a killed process left
+        half-written is removed by the next one that fills a cache.
 
         Args:
             directory: where cache files live; made if absent.
@@ -155,6 +156,7 @@ class FeatureCache:
         if path.exists():
             return cls.open(path, key)
         directory.mkdir(parents=True, exist_ok=True)
+        remove_stale(directory, "*.features")
         with atomic_file(path) as file:
             done, data, specs = 0, 0, list[dict[str, Any]]()
             for batch in batches():

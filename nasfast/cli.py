@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from typing import ParamSpec
 
@@ -14,8 +14,9 @@ P = ParamSpec("P")
 def reports_errors(main: Callable[P, int]) -> Callable[P, int]:
     """Decorate an entry point: an error meant for the user is one line on stderr and status 2.
 
-    Meant for the user is what nasfast itself raises and what the operating system says of a file;
-    an error out of a library, or of another type, is a defect and keeps its traceback.
+    Meant for the user is what a ``raise`` statement of nasfast says and what the operating system
+    says of a file; an error out of a library, or of another type, is a defect and keeps its
+    traceback.
     Ctrl-C gives status 130.
     """
 
@@ -46,6 +47,16 @@ def flag_value(argv: Sequence[str], flag: str) -> str | None:
 
 
 def _raised_by_nasfast(error: BaseException) -> bool:
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    package = frame.f_globals.get("__package__") or ""  # a module run by -m is named __main__
-    return package.partition(".")[0] == "nasfast"
+    """Whether the innermost frame is one of nasfast and stands at a ``raise`` statement.
+
+    The instruction tells it from an error that a builtin or an extension raised there, which has no
+    frame of its own.
+    """
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None:
+        return False
+    code, package = last.tb_frame.f_code, last.tb_frame.f_globals.get("__package__") or ""
+    deliberate = code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return deliberate and package.partition(".")[0] == "nasfast"

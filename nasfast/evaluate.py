@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, description = read_segmenter(path)
     runtime = Runtime(resolve_device(config.device))
     data = config.data or description["data"]
-    task = SegmentationTask(load_splits(data))
+    task = SegmentationTask(load_splits(data, cache_in_memory=False))
     val = task.splits.val
     if tuple(description["classes"]) != tuple(val.classes):
         raise ValueError(

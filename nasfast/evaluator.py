@@ -123,6 +123,11 @@ class SegmentationEvaluator:
         val_crop: side of the centre crop that candidates are scored on; None takes whole images,
             which must then share one size.
         teacher: network whose logits candidates imitate in stage 0.
+
+    Attributes:
+        inputs: SHA-256 of everything that was read: encoder, data, teacher.
+        val_size: (H, W) of the frames that candidates are scored on.
+        seconds: wall time of the preparation, by step.
     """
 
     def __init__(
@@ -171,11 +176,10 @@ class SegmentationEvaluator:
         @torch.inference_mode()
         def train_batches() -> Iterator[dict[str, Tensor]]:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "crops"))
-            count = len(splits.search_train)
+            order = torch.randperm(len(splits.search_train), generator=generator)
             for chunk in in_order(config.samples, 16):
-                images, labels = batch(
-                    splits.search_train, [i % count for i in chunk.tolist()], transform, generator
-                )
+                frames = order[chunk % len(order)].tolist()
+                images, labels = batch(splits.search_train, frames, transform, generator)
                 arrays = self._encode(images, dtype)
                 size = (arrays["tap0"].shape[-2], arrays["tap0"].shape[-1])
                 arrays["labels"] = resize_labels(labels, size)
@@ -192,14 +196,21 @@ class SegmentationEvaluator:
                 images, labels = batch(splits.search_val, chunk.tolist(), self._val_transform)
                 yield self._encode(images, dtype) | {"labels": labels}
 
+        teacher_hash = tensors_fingerprint(teacher.state_dict()) if teacher else "none"
         train_key = key | {
             "data": splits.search_train.fingerprint(),
-            "preprocessing": f"{transform} x {config.samples}, seed {self.seed}",
-            "teacher": tensors_fingerprint(teacher.state_dict()) if teacher else "none",
+            "preprocessing": f"{config.samples} frames drawn, {transform}, seed {self.seed}",
+            "teacher": teacher_hash,
         }
         val_key = key | {
             "data": splits.search_val.fingerprint(),
             "preprocessing": str(self._val_transform),
+        }
+        self.inputs = {
+            "encoder": key["encoder"],
+            "training data": train_key["data"],
+            "validation data": val_key["data"],
+            "teacher": teacher_hash,
         }
         device = self.runtime.device
         return (
@@ -238,7 +249,8 @@ class SegmentationEvaluator:
         metrics: dict[str, dict[str, float]] = {}
         stage, failure = "build", None
         model = macs = params = None
-        with torch.random.fork_rng():
+        device = self.runtime.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(derive_seed(self.seed, index))
             try:
                 decoder = Decoder(
@@ -246,6 +258,7 @@ class SegmentationEvaluator:
                 )
                 model = Segmenter(self._encoder, decoder)
                 params, macs = count_parameters(model), count_macs(model, self.val_size)
+                decoder.with_aux = self.stage0.aux_weight > 0
                 self.runtime.place(decoder)
                 stages = {"stage0": self._run_stage0, "stage1": self._run_stage1}
                 for stage, run in stages.items():
@@ -258,7 +271,6 @@ class SegmentationEvaluator:
                 if failure is None:
                     raise
                 failure = f"{stage}: {failure}"
-                rewards, metrics = {}, {}
         return Evaluation(
             rewards=rewards,
             metrics=metrics,
@@ -315,6 +327,7 @@ class SegmentationEvaluator:
     ) -> SegmentationScores:
         config, task = self.stage1, self.task
         model = copy.deepcopy(model)
+        model.decoder.with_aux = config.aux_weight > 0
         model.encoder.requires_grad_(True)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, index, "stage1"))
         transform = TrainTransform(config.crop, config.shorter_side)
@@ -368,7 +381,8 @@ def _cause(error: Exception) -> str | None:
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     # torch's CPU allocator raises a plain RuntimeError
-    if exhausted or "allocate memory" in text or "out of memory" in text.lower():
+    signs = ("allocate memory", "out of memory", "alloc_failed")
+    if exhausted or any(sign in text.lower() for sign in signs):
         return f"out of memory ({text})"
     return None
 

@@ -31,7 +31,7 @@ from nasfast.files import atomic_write
 from nasfast.models.segmenter import DecoderConfig
 from nasfast.spaces.fast_nas import FastNASSpace
 from nasfast.tasks.segmentation import SegmentationTask, image_batches, resize_labels
-from nasfast.training.loop import Group, Runtime, epoch_indices, train_epoch
+from nasfast.training.loop import Group, Runtime, epoch_indices, one_cycle, train_epoch
 
 _GENOTYPE = [[2, [1, 0, 3, 6], [0, 1, 2, 8], [2, 0, 6, 1]], [[2, 3], [3, 1], [4, 4]]]
 
@@ -82,8 +82,7 @@ def pretrain(config: PretrainConfig) -> None:
     optimizer = torch.optim.Adam(parameters, config.lr, weight_decay=1e-5, fused=True)
     count = len(splits.search_train)
     steps = config.epochs * (count // config.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, max(steps, 1))
-    group = Group(parameters, optimizer, 3.0, schedule)
+    group = Group(parameters, optimizer, 3.0, one_cycle(optimizer, steps))
 
     def loss_of(pair: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = pair

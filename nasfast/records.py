@@ -11,7 +11,7 @@ class Evaluation:
 
     rewards: dict[str, float]
     """Per stage, in order: {"stage0": 0.41, "stage1": 0.52}; without "stage1" where the gate
-    stopped the candidate, empty where it failed."""
+    stopped the candidate. Where it failed, those of the stages before."""
     metrics: dict[str, dict[str, float]]
     """Per stage: "miou", "mean_accuracy", "fw_iou"."""
     gate: float | None
@@ -23,13 +23,12 @@ class Evaluation:
     seconds: dict[str, float]
     """Wall time of each step: "stage0_train", "stage0_validate", .."""
     failure: str | None = None
-    """Why there is no reward, e.g. "out of memory"; None for a success."""
+    """Stage and cause where one failed, e.g. "stage1: out of memory"; None for a success."""
 
     def __post_init__(self) -> None:
-        if bool(self.rewards) == (self.failure is not None):
+        if not self.rewards and self.failure is None:
             raise ValueError(
-                "Evaluation: wanted rewards or a failure, not both and not neither, "
-                f"got rewards={self.rewards} and failure={self.failure!r}"
+                "Evaluation: wanted a reward or a failure, got neither; give the failure's cause"
             )
 
     def to_json(self) -> dict[str, object]:
@@ -63,8 +62,10 @@ class Record:
     @property
     def score(self) -> tuple[int, float] | None:
         """(stages passed, reward of the last one), which orders architectures; None if failed."""
+        if self.evaluation.failure is not None:
+            return None
         rewards = self.evaluation.rewards
-        return (len(rewards), rewards[max(rewards)]) if rewards else None
+        return len(rewards), rewards[max(rewards)]
 
     def to_json(self) -> dict[str, object]:
         """Plain JSON of all fields."""

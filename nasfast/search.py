@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypeVar
 
 import torch
 import tyro
@@ -26,7 +26,7 @@ from rich.console import Console
 from nasfast.cache import default_directory
 from nasfast.cli import flag_value, reports_errors
 from nasfast.config import from_mapping, require_positive
-from nasfast.data import load_splits
+from nasfast.data import Splits, load_splits, shorter_side
 from nasfast.device import machine_info, resolve_device
 from nasfast.encoders import load_encoder
 from nasfast.evaluator import SegmentationEvaluator, Stage0Config, Stage1Config, derive_seed
@@ -39,6 +39,8 @@ from nasfast.strategies import PPOConfig, Strategy, make_strategy
 from nasfast.study import Study
 from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.loop import Runtime
+
+StageConfig = TypeVar("StageConfig", Stage0Config, Stage1Config)
 
 FEEDBACK = "stage0"
 """The stage whose reward the strategy learns from, for every candidate: all have passed it, so it
@@ -79,6 +81,8 @@ class SearchConfig:
     ~/.cache/nasfast."""
     val_crop: int | None = None
     """Score candidates on centre crops of this side; default: whole images of one size."""
+    omit: tuple[int, ...] = ()
+    """Classes left out of the reward: 0, the background, in the paper's search on PASCAL VOC."""
     decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
     """Size of the candidates' decoders."""
     stage0: Stage0Config = dataclasses.field(default_factory=Stage0Config)
@@ -148,11 +152,44 @@ class _Resume:
     """Another device than before."""
 
 
-def build(config: SearchConfig, interrupt: Interrupt, console: Console) -> SegmentationEvaluator:
-    """Open data, encoder and teacher and fill the feature cache."""
+def fit_to_data(config: SearchConfig, splits: Splits, console: Console) -> SearchConfig:
+    """Crops that the data can fill, where candidates are scored on whole images.
+
+    A crop larger than the images would enlarge every image in training and none in validation.
+
+    Raises:
+        ValueError: whole images of more than one size cannot be scored in batches.
+    """
+    if config.val_crop is not None:
+        return config
+    data = splits.search_val
+    sizes = sorted({tuple(data[i].mask.shape) for i in range(len(data))})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"search: wanted images of one size to score candidates on, got {len(sizes)} sizes "
+            f"from {sizes[0]} to {sizes[-1]}; give --val-crop SIDE to score centre crops"
+        )
+    side = min(shorter_side(splits.search_train), *sizes[0])
+    if side >= max(config.stage0.shorter_side, config.stage1.shorter_side):
+        return config
+    console.print(f"crops are at most {side} pixels, the shorter side of the images")
+
+    def fit(stage: StageConfig) -> StageConfig:
+        return dataclasses.replace(
+            stage, crop=min(stage.crop, side), shorter_side=min(stage.shorter_side, side)
+        )
+
+    return dataclasses.replace(config, stage0=fit(config.stage0), stage1=fit(config.stage1))
+
+
+def build(
+    config: SearchConfig, interrupt: Interrupt, console: Console
+) -> tuple[SegmentationEvaluator, SearchConfig]:
+    """Open data, encoder and teacher and fill the feature cache; the settings fit the data then."""
     runtime = Runtime(resolve_device(config.device), interrupt.check)
     splits = load_splits(config.data, seed=config.seed)
-    task = SegmentationTask(splits)
+    config = fit_to_data(config, splits, console)
+    task = SegmentationTask(splits, config.omit)
     encoder = load_encoder(config.encoder_weights)
     console.print(
         f"data     {splits.train.name}: {len(splits.search_train)} frames to train candidates, "
@@ -180,7 +217,7 @@ def build(config: SearchConfig, interrupt: Interrupt, console: Console) -> Segme
         teacher=load_teacher(config.teacher, splits.train.classes) if config.teacher else None,
     )
     console.print(f"features of the frozen encoder ready in {evaluator.seconds['encode']:.1f} s")
-    return evaluator
+    return evaluator, config
 
 
 def run(
@@ -200,9 +237,10 @@ def run(
         RuntimeError: the last candidates all failed, or all repeated earlier ones.
     """
     checkpoint = study.load_checkpoint()
-    told, controller = 0, 0.0
+    told, encode, controller = 0, evaluator.seconds["encode"], 0.0
     if checkpoint is not None:
         told, controller = checkpoint["told"], checkpoint["seconds"]["controller"]
+        encode += checkpoint["seconds"]["encode"]
         strategy.load_state_dict(checkpoint["strategy"])
     first = {_key(r.canonical): r for r in reversed(study.records) if r.duplicate_of is None}
     while told < len(study.records) or _evaluated(study) < budget:
@@ -240,8 +278,14 @@ def run(
         strategy.tell(genotype, record.evaluation.rewards.get(FEEDBACK))
         controller += time.perf_counter() - start
         told += 1
-        seconds = {"encode": evaluator.seconds["encode"], "controller": controller}
-        study.save_checkpoint({"told": told, "strategy": strategy.state_dict(), "seconds": seconds})
+        study.save_checkpoint(
+            {
+                "told": told,
+                "strategy": strategy.state_dict(),
+                "seconds": {"encode": encode, "controller": controller},
+                "budget": budget,
+            }
+        )
         _check_progress(study)
 
 
@@ -300,14 +344,53 @@ def _open_run(argv: Sequence[str]) -> tuple[Study, SearchConfig]:
     arguments = tyro.cli(_Resume, args=argv, prog="nasfast.search")
     study = Study.open(arguments.resume)
     config = from_mapping(SearchConfig, study.config, str(study.path / "config.toml"))
-    changes: dict[str, Any] = {"budget": arguments.budget, "device": arguments.device}
-    return study, dataclasses.replace(config, **{k: v for k, v in changes.items() if v is not None})
+    last = (study.load_checkpoint() or {}).get("budget", config.budget)
+    return study, dataclasses.replace(
+        config,
+        budget=last if arguments.budget is None else arguments.budget,
+        device=arguments.device or config.device,
+    )
 
 
-def _create_run(argv: Sequence[str], config: SearchConfig) -> Study:
+def _identity(evaluator: SegmentationEvaluator) -> dict[str, dict[str, str]]:
+    """What a bit-exact continuation needs to be the same: what was read, and what computed."""
+    return {
+        "inputs": evaluator.inputs,
+        "computation": {
+            "device": str(evaluator.runtime.device),
+            "precision": str(evaluator.runtime.dtype).removeprefix("torch."),
+            "threads": str(torch.get_num_threads()),
+            "torch": torch.__version__,
+        },
+    }
+
+
+def _check_identity(study: Study, evaluator: SegmentationEvaluator, console: Console) -> None:
+    """Refuse to continue a run on other data or weights; say where it will not be bit-exact."""
+    now = _identity(evaluator)
+    for kind, before in study.env["identity"].items():
+        changed = [name for name, value in before.items() if now[kind][name] != value]
+        if changed and kind == "inputs":
+            raise ValueError(
+                f"resume {study.path}: wanted the {', '.join(changed)} that the run began with, "
+                "got other content in the same place; restore it or start a new run"
+            )
+        for name in changed:
+            console.print(
+                f"note: the run began with {name} {before[name]}, this is {now[kind][name]}; "
+                "rewards will not be bit-identical to an uninterrupted run",
+                markup=False,
+                soft_wrap=True,
+            )
+
+
+def _create_run(
+    argv: Sequence[str], config: SearchConfig, evaluator: SegmentationEvaluator
+) -> Study:
     environment = machine_info() | {
         "command": ["python", "-m", "nasfast.search", *argv],
         "feedback": FEEDBACK,
+        "identity": _identity(evaluator),
     }
     name = config.name or re.sub(r"[^\w.+-]+|^[.+-]+", "_", Path(config.data).name)
     return Study.create(config.runs, config.method, name, dataclasses.asdict(config), environment)
@@ -325,11 +408,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             if flag_value(argv, "--resume") is not None:
                 study, config = _open_run(argv)
                 stack.enter_context(study)
-                evaluator = build(config, interrupt, console)
+                torch.set_num_threads(int(study.env["identity"]["computation"]["threads"]))
+                evaluator, config = build(config, interrupt, console)
+                _check_identity(study, evaluator, console)
             else:
                 config = parse(argv)
-                evaluator = build(config, interrupt, console)  # before a run is made: it may refuse
-                study = stack.enter_context(_create_run(argv, config))
+                # before a run is made: this may refuse
+                evaluator, config = build(config, interrupt, console)
+                study = stack.enter_context(_create_run(argv, config, evaluator))
                 again = ["--resume", str(study.path)]
             console.print(f"run      {study.path}", markup=False, highlight=False, soft_wrap=True)
             space = FastNASSpace()
@@ -340,7 +426,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 report = write_report(study)
         except StopRequested:
             console.print(
-                f"\nstopped; everything is saved. Continue with\n"
+                f"\nstopped; {'everything is saved' if study else 'nothing was begun'}. "
+                "Continue with\n"
                 f"  python -m nasfast.search {shlex.join(again)}",
                 markup=False,
                 highlight=False,

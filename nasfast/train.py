@@ -26,7 +26,7 @@ from torch import Tensor
 
 from nasfast.cli import flag_value, reports_errors
 from nasfast.config import from_mapping, require_positive
-from nasfast.data import TrainTransform, ValTransform, load_splits
+from nasfast.data import TrainTransform, ValTransform, load_splits, shorter_side
 from nasfast.device import machine_info, resolve_device
 from nasfast.encoders import load_encoder
 from nasfast.evaluator import build_segmenter, derive_seed
@@ -37,7 +37,7 @@ from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
 from nasfast.study import Study
 from nasfast.tasks.segmentation import SegmentationTask, image_batches
 from nasfast.training.cost import count_macs, count_parameters
-from nasfast.training.loop import Group, Runtime, epoch_indices, train_epoch
+from nasfast.training.loop import Group, Runtime, epoch_indices, one_cycle, train_epoch
 
 FULL_DECODER = DecoderConfig(agg_size=64, sep_repeats=2, aux_cell=False)
 
@@ -60,8 +60,8 @@ class TrainConfig:
     """Passes over the training images."""
     batch_size: int = 8
     """Crops a step."""
-    crop: int = 288
-    """Side of a crop, in pixels."""
+    crop: int | None = None
+    """Side of a crop, in pixels; default: 288, or the shorter side of smaller images."""
     decoder_lr: float = 3e-3
     """Peak learning rate of the decoder (AdamW, one cycle to zero)."""
     encoder_lr: float = 6e-4
@@ -82,7 +82,9 @@ class TrainConfig:
     """auto, cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "epochs", "batch_size", "crop", "max_grad_norm")
+        require_positive(self, "epochs", "batch_size", "max_grad_norm")
+        if self.crop is not None:
+            require_positive(self, "crop")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +150,9 @@ class Trainer:
         assert config.data is not None
         self.config, self.genotype, self.out, self.runtime = config, genotype, out, runtime
         self.task = SegmentationTask(load_splits(config.data, seed=config.seed))
+        train = self.task.splits.train
+        # larger would enlarge every image, where validation takes them as they are
+        self.crop = config.crop or min(288, shorter_side(train))
         torch.manual_seed(derive_seed(config.seed, "train"))
         self.model = build_segmenter(
             load_encoder(config.encoder_weights), genotype, self.task.num_classes, config.decoder
@@ -165,8 +170,7 @@ class Trainer:
         lr = config.decoder_lr if part == "decoder" else config.encoder_lr
         optimizer = torch.optim.AdamW(parameters, lr, weight_decay=config.weight_decay, fused=True)
         steps = config.epochs * max(len(self.task.splits.train) // config.batch_size, 1)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
-        return Group(parameters, optimizer, config.max_grad_norm, schedule)
+        return Group(parameters, optimizer, config.max_grad_norm, one_cycle(optimizer, steps))
 
     def _balance(self) -> Tensor:
         """Class weights from the training masks, 1 on average over pixels."""
@@ -217,7 +221,7 @@ class Trainer:
     def fit(self, console: Console) -> None:
         """Train to the last epoch; a checkpoint follows every epoch."""
         config, data = self.config, self.task.splits.train
-        transform = TrainTransform(config.crop, config.crop)
+        transform = TrainTransform(self.crop, self.crop)
         while len(self.history) < config.epochs:
             start = time.perf_counter()
             self.model.train()
@@ -309,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         runtime = Runtime(resolve_device(config.device), interrupt.check)
         trainer = Trainer(config, genotype, out, runtime)
         if not out.exists():  # only now: data or weights may have been refused
-            _write_config(out, config, genotype)
+            _write_config(out, dataclasses.replace(config, crop=trainer.crop), genotype)
         console.print(
             f"training {genotype.to_json()}\n"
             f"data     {config.data}, {len(trainer.task.splits.train)} images\n"

@@ -11,6 +11,7 @@ from nasfast.data.base import (
     SegmentationDataset,
     Splits,
     normalize,
+    shorter_side,
     split_for_search,
 )
 from nasfast.data.camvid import CAMVID_LAYOUT, open_camvid
@@ -34,6 +35,7 @@ __all__ = [
     "normalize",
     "open_camvid",
     "open_folder",
+    "shorter_side",
     "split_for_search",
 ]
 

@@ -97,6 +97,11 @@ def split_for_search(
     )
 
 
+def shorter_side(dataset: SegmentationDataset) -> int:
+    """The smallest height or width of all samples, in pixels."""
+    return min(min(dataset[i].mask.shape) for i in range(len(dataset)))
+
+
 def digest(*parts: object) -> str:
     """SHA-256 (hex) of the representation of `parts`: strings, numbers and tuples of them."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -81,6 +81,9 @@ class Decoder(nn.Module):
         num_classes: output channels.
         config: widths and the form of the auxiliary heads.
 
+    Attributes:
+        with_aux: whether training mode runs the auxiliary heads.
+
     Shapes: taps ``[N, C_i, H_i, W_i]`` to logits ``[N, num_classes, H, W]`` at the resolution of
     the largest collected block, and in training mode one auxiliary map per block.
     """
@@ -94,6 +97,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         c, cell = config.agg_size, genotype.cell
+        self.with_aux = True
         self.connections = genotype.connections
         self.collected = genotype.collected_blocks
         self.adapt = nn.ModuleList(ConvBNReLU(tap.channels, c) for tap in feature_info)
@@ -122,8 +126,9 @@ class Decoder(nn.Module):
         # blocks are sums of (resized) ReLUs: the published ReLU behind the concatenation is implied
         fused = torch.cat([resize(x, size) for x in collected], dim=1)
         logits = self.conv_clf(self.pre_clf(fused))
-        aux = [h(x) for h, x in zip(self.aux_heads, outputs, strict=True)] if self.training else []
-        return logits, aux
+        if not (self.training and self.with_aux):
+            return logits, []
+        return logits, [head(x) for head, x in zip(self.aux_heads, outputs, strict=True)]
 
 
 class Segmenter(nn.Module):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from nasfast.data import SegmentationDataset, Splits, Transform, batch, normalize
 from nasfast.models.layers import resize
 from nasfast.models.segmenter import Segmenter
-from nasfast.training.loop import Runtime, in_order
+from nasfast.training.loop import NonFiniteLossError, Runtime, in_order
 from nasfast.training.metrics import ConfusionMatrix, SegmentationScores
 
 T = TypeVar("T")
@@ -111,14 +111,21 @@ class SegmentationTask:
             batches: pairs of an input of ``predict`` and labels ``[N, H, W]``.
             predict: gives logits ``[N, K, h, w]``.
             runtime: device and precision.
+
+        Raises:
+            NonFiniteLossError: logits are NaN or infinite; their argmax would look like a score.
         """
         matrix = ConfusionMatrix(self.num_classes, self.ignore_index, runtime.device)
+        finite = torch.ones((), dtype=torch.bool, device=runtime.device)
         for inputs, labels in batches:
             runtime.heartbeat()
             with runtime.autocast():
                 logits = predict(inputs)
+            finite &= logits.isfinite().all()
             size = (labels.shape[-2], labels.shape[-1])
             matrix.update(resize(logits.float(), size).argmax(1), labels.to(runtime.device))
+        if not finite.item():
+            raise NonFiniteLossError("the network's logits are not finite")
         return matrix.compute(self.omit)
 
     def score_images(

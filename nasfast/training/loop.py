@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The training loss became NaN or infinite."""
+    """The training loss, or what the trained network gives, became NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,20 @@ class Group:
     """Gradients are scaled down to this L2 norm."""
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None
     """Stepped after the optimizer."""
+
+
+def one_cycle(
+    optimizer: torch.optim.Optimizer, steps: int, warmup: float = 0.1
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up to the optimizer's learning rate over a share of the steps, cosine to zero."""
+    rise = max(1, round(warmup * steps))
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        return (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))) / 2
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def in_order(count: int, batch_size: int) -> Iterator[Tensor]:

@@ -28,12 +28,3 @@ class PolyakAverage:
     def copy_to_parameters(self) -> None:
         """Overwrite the parameters with their average."""
         torch._foreach_copy_(self._live, self._average)
-
-    def state_dict(self) -> list[Tensor]:
-        """The averaged tensors in the parameters' order."""
-        return self._average
-
-    @torch.no_grad()
-    def load_state_dict(self, state: list[Tensor]) -> None:
-        """Restore :meth:`state_dict`."""
-        torch._foreach_copy_(self._average, state)
