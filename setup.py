@@ -2,7 +2,8 @@
 
 Environment:
     NASFAST_CUDA        auto (where nvcc is found), on or off
-    NASFAST_CUDA_ARCHS  CUDA architectures as CMake names them ("80-real;90a-real;100-real;120")
+    NASFAST_CUDA_ARCHS  CUDA architectures as CMake names them (those of "80;90a-real;100-real;120"
+                        that nvcc knows)
     MAX_JOBS            compiler processes at a time (one for each core)
     DEBUG               1: unoptimised, with debug information
 
@@ -31,23 +32,31 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         import pybind11
 
-        in_source = self.inplace or self.editable_mode
-        build = Path(self.build_temp).resolve()
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}" if in_source else build
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         options = {
             "CMAKE_BUILD_TYPE": "Debug" if os.environ.get("DEBUG") == "1" else "Release",
-            "NASFAST_OUTPUT": (ROOT if in_source else Path(self.build_lib).resolve()) / "nasfast",
+            # of this build: an earlier one's may have gone with pip's build environment
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
+            "NASFAST_OUTPUT": ROOT / "nasfast",
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
         for name in ("NASFAST_CUDA", "NASFAST_CUDA_ARCHS"):
             if name in os.environ:
                 options[name] = os.environ[name]
-        # forget what an earlier build was told, then set
-        defines = ["-UNASFAST_CUDA*", *(f"-D{name}={value}" for name, value in options.items())]
+        # forget what an earlier build was told and found, then set
+        forget = ("-UNASFAST_CUDA*", "-UCMAKE_CUDA_COMPILER")
+        defines = [*forget, *(f"-D{name}={value}" for name, value in options.items())]
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         subprocess.check_call(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *defines])
         subprocess.check_call(["cmake", "--build", str(build), "--parallel", jobs])
+        if not (self.inplace or self.editable_mode):
+            # The module stays in the checkout as well: Python run there imports ./nasfast, not
+            # the installed package.
+            module = self.get_ext_filename("nasfast._C")
+            target = Path(self.build_lib, module)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / module, target)
 
 
 setup(

@@ -16,7 +16,7 @@ def extension() -> dict[str, str]:
         return {"extension": f"missing: {_native.ERROR}", "CUDA kernels": "missing: no extension"}
     rows = {"extension": str(_native.C.__file__)}
     if not hasattr(_native.C, "cuda_info"):
-        return rows | {"CUDA kernels": "not built: no nvcc at build time, or NASFAST_CUDA=off"}
+        return rows | {"CUDA kernels": "not built: NASFAST_CUDA=off, no nvcc or CMake < 3.25"}
     cuda = _native.C.cuda_info()
     rows["CUDA kernels"] = f"built with CUDA {_version(cuda['runtime'])}"
     rows["CUDA driver"] = _version(cuda["driver"]) if cuda["driver"] else "none"

@@ -26,6 +26,12 @@ def seed() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """A resumed run sets the number of threads of the process; results depend on it."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
 def _needs_cuda(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

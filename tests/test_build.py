@@ -1,11 +1,13 @@
-"""The compiled extension: one OpenMP runtime, no need of torch's libraries or of a CUDA driver."""
+"""The compiled extension: how it is built, what it links, and why it may be missing."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -32,7 +34,8 @@ def test_one_openmp_runtime() -> None:
     """The kernels run on torch's thread pool: a second pool would slow both down about 1000x."""
     done = run_python(
         "import nasfast, torch\n"
-        "from nasfast.ops import deform_conv2d\n"
+        "from nasfast.ops import _native, deform_conv2d\n"
+        "assert _native.C is not None, _native.ERROR\n"
         "deform_conv2d(torch.ones(1, 8, 9, 9), torch.zeros(1, 2, 9, 9), torch.ones(8, 8, 1, 1))\n"
         "torch.mm(torch.ones(300, 300), torch.ones(300, 300))\n"
         "files = {line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line\n"
@@ -78,16 +81,98 @@ def configure(folder: Path, **options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+def pretend(folder: Path, setting: str) -> dict[str, str]:
+    """Option that makes CMake believe another version of a program."""
+    file = folder / "pretend.cmake"
+    file.write_text(f"set({setting})\n")
+    return {"CMAKE_PROJECT_nasfast_INCLUDE": str(file)}
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], message: str) -> None:
+    assert done.returncode != 0
+    assert message in " ".join(done.stderr.split())  # CMake wraps lines
+
+
 def test_unknown_cuda_switch(tmp_path: Path) -> None:
     done = configure(tmp_path, NASFAST_CUDA="yes")
-    assert done.returncode != 0
-    assert "NASFAST_CUDA must be auto, on or off, got 'yes'" in done.stderr
+    assert_refused(done, "NASFAST_CUDA must be auto, on or off, got 'yes'")
 
 
-def test_cuda_without_nvcc(tmp_path: Path) -> None:
-    done = configure(tmp_path, NASFAST_CUDA="on", CMAKE_CUDA_COMPILER="")
-    assert done.returncode != 0
-    assert "NASFAST_CUDA must find nvcc when it is 'on'; put nvcc in PATH" in done.stderr
+def test_old_compiler(tmp_path: Path) -> None:
+    version = "CMAKE_CXX_COMPILER_ID GNU)\nset(CMAKE_CXX_COMPILER_VERSION 10.2.1"
+    done = configure(tmp_path, NASFAST_CUDA="off", **pretend(tmp_path, version))
+    assert_refused(
+        done,
+        "the C++ compiler must be GCC 11 or Clang 18, or newer, got GNU 10.2.1; set CXX to another",
+    )
+
+
+@pytest.mark.parametrize("old_cmake", [False, True])
+def test_without_cuda(tmp_path: Path, old_cmake: bool) -> None:
+    """'auto' says why it builds no CUDA kernels; 'on' is an error."""
+    if old_cmake:
+        options = pretend(tmp_path, "CMAKE_VERSION 3.22.1")
+        reason = "CMake must be 3.25 or newer, got 3.22.1; pip install cmake"
+    else:
+        options = {"CMAKE_CUDA_COMPILER": ""}
+        reason = "no working nvcc was found; put nvcc in PATH or set CUDACXX"
+    done = configure(tmp_path, NASFAST_CUDA="auto", **options)
+    assert done.returncode == 0, done.stderr
+    assert f"No CUDA kernels: {reason}\n" in done.stdout
+    done = configure(tmp_path, NASFAST_CUDA="on", **options)
+    assert_refused(done, f"NASFAST_CUDA is 'on', but {reason}")
+
+
+@pytest.mark.parametrize("newest", [70, 90])
+def test_old_nvcc(tmp_path: Path, newest: int) -> None:
+    """It gets the architectures that it knows, unless the caller names them."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    old = tmp_path / "nvcc"
+    old.write_text(
+        f'#!/bin/bash\n[[ "$*" =~ sm_([0-9]+) && ${{BASH_REMATCH[1]}} -gt {newest} ]] && exit 1\n'
+        f'exec {nvcc} "$@"\n'
+    )
+    old.chmod(0o755)
+    done = configure(tmp_path, NASFAST_CUDA="auto", CMAKE_CUDA_COMPILER=str(old))
+    assert done.returncode == 0, done.stderr
+    if newest < 80:
+        reason = f"nvcc must know sm_80, but {old} does not; install CUDA 12 or newer"
+        assert f"No CUDA kernels: {reason}\n" in done.stdout
+        return
+    ninja = (tmp_path / "build" / "build.ninja").read_text()
+    assert set(re.findall(r"code=\[([^]]*)\]", ninja)) == {"compute_80,sm_80", "sm_90a"}
+    assert configure(tmp_path, NASFAST_CUDA_ARCHS="120").returncode == 0
+    assert "code=[compute_120,sm_120]" in (tmp_path / "build" / "build.ninja").read_text()
+
+
+def test_setup(tmp_path: Path) -> None:
+    """A build serves package and checkout, and forgets the programs of an earlier one."""
+    pytest.importorskip("setuptools")
+    pytest.importorskip("pybind11")
+    module = "nasfast/_C" + sysconfig.get_config_var("EXT_SUFFIX")
+    checkout, programs = tmp_path / "checkout", tmp_path / "programs"
+    (checkout / "nasfast").mkdir(parents=True)
+    programs.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "nasfast/__init__.py"):
+        shutil.copy(ROOT / name, checkout / name)
+    for name in ("cmake", "ninja"):  # stand-ins: this one notes its arguments, for both calls
+        (programs / name).write_text(f'#!/bin/sh\necho "$@" >> log; echo built > {module}\n')
+        (programs / name).chmod(0o755)
+    subprocess.run(
+        [sys.executable, "setup.py", "build", "--build-lib", "lib"],
+        cwd=checkout,
+        env=os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        check=True,
+    )
+    assert (checkout / "lib" / module).read_text() == "built\n"
+    assert (checkout / module).is_file()
+    arguments = (checkout / "log").read_text().splitlines()[0].split()
+    assert "-UCMAKE_CUDA_COMPILER" in arguments
+    assert f"-DCMAKE_MAKE_PROGRAM={programs / 'ninja'}" in arguments
+    assert f"-DNASFAST_OUTPUT={checkout / 'nasfast'}" in arguments
 
 
 def test_cuda_build_imports_without_a_driver(tmp_path: Path) -> None:
@@ -116,7 +201,23 @@ def test_unknown_instruction_set() -> None:
     done = run_python("from nasfast.ops import _native; print(_native.ERROR)", NASFAST_ISA="avx2")
     if _native.isa_level() == "portable":
         pytest.skip("not an x86-64 processor")
-    assert done.stdout.strip() == (
+    message = (
         "nasfast._C cannot be imported: NASFAST_ISA must be x86-64-v2, x86-64-v3 or x86-64-v4, "
-        "got 'avx2'; unset it to use the best that the processor has"
+        "got 'avx2'; unset it to use the best that the processor has (`pip install .` in the "
+        "checkout builds it anew)"
     )
+    assert done.stdout.strip() == message
+    assert done.stderr.count(f"RuntimeWarning: {message}") == 1
+
+
+def test_missing_extension() -> None:
+    """Not built: no warning, the reason where one looks for it."""
+    done = run_python(
+        "import sys; sys.modules['nasfast._C'] = None\n"
+        "from nasfast.ops import _native; print(_native.ERROR)"
+    )
+    assert done.stdout.strip() == (
+        "nasfast._C cannot be imported: import of nasfast._C halted; None in sys.modules "
+        "(`pip install .` in the checkout builds it anew)"
+    )
+    assert "Warning" not in done.stderr

@@ -37,7 +37,7 @@ def native(**members: Any) -> SimpleNamespace:
             native(),
             {
                 "extension": "nasfast/_C.so",
-                "CUDA kernels": "not built: no nvcc at build time, or NASFAST_CUDA=off",
+                "CUDA kernels": "not built: NASFAST_CUDA=off, no nvcc or CMake < 3.25",
             },
         ),
         (

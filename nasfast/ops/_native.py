@@ -6,6 +6,7 @@ its reference. ``python -m nasfast.info`` shows both.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,10 @@ try:
 
     C, ERROR = _C, None
 except ImportError as error:
-    C, ERROR = None, f"nasfast._C cannot be imported: {error}"
+    remedy = "`pip install .` in the checkout builds it anew"
+    C, ERROR = None, f"nasfast._C cannot be imported: {error} ({remedy})"
+    if not isinstance(error, ModuleNotFoundError):  # it is there, but fails
+        warnings.warn(ERROR, RuntimeWarning, stacklevel=2)
 
 # op -> device type -> what runs there; each op enters itself.
 LEGS: dict[str, dict[str, str]] = {}
@@ -39,9 +43,14 @@ def call(entry: str, sizes: tuple[int, ...], tensors: Sequence[Tensor | None]) -
     Raises:
         ValueError: a tensor is not what the kernel would read.
     """
-    like = next(tensor for tensor in tensors if tensor is not None)
-    pointers = tuple(0 if t is None else _pointer(entry, t, like.dtype) for t in tensors)
-    getattr(C, entry)(like.dtype == torch.float64, sizes, pointers)
+    dtype = next(tensor.dtype for tensor in tensors if tensor is not None)
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{entry}: tensors must be torch.float32 or torch.float64, got {dtype}; convert them "
+            "before the call"
+        )
+    pointers = tuple(0 if t is None else _pointer(entry, t, dtype) for t in tensors)
+    getattr(C, entry)(dtype == torch.float64, sizes, pointers)
 
 
 def _pointer(entry: str, tensor: Tensor, dtype: torch.dtype) -> int:

@@ -245,6 +245,8 @@ def _check(
             raise _wrong(name, f"at least {least}", tuple(values), "change it")
 
     batch, channels, height, width = input.shape
+    if height == 0 or width == 0:
+        raise _wrong("input", "of a height and width above 0", f"{height}x{width}", "pass an image")
     out_channels, group_channels, kernel_h, kernel_w = weight.shape
     if 0 in weight.shape:
         raise _wrong(
@@ -466,13 +468,14 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def _double_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
     """Second derivatives, rarely needed, by differentiating the reference twice."""
     create_graph = torch.is_grad_enabled()
-    tensors = [
-        t if t is None or t.requires_grad else t.detach().requires_grad_()
-        for t in ctx.saved_tensors
-    ]
-    grad, input, offset, weight, mask = tensors
     stride, padding, dilation = ctx.sizes
     with torch.enable_grad():
+        # views, so that differentiation stops here and not in the graph that made the tensors
+        tensors: list[Any] = [
+            t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+            for t in ctx.saved_tensors
+        ]
+        grad, input, offset, weight, mask = tensors
         bias = weight.new_zeros(weight.shape[0]).requires_grad_()
         output = deform_conv2d_reference(
             input, offset, weight, bias, stride, padding, dilation, mask
