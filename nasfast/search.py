@@ -170,16 +170,16 @@ def fit_to_data(config: SearchConfig, splits: Splits, console: Console) -> Searc
             f"from {sizes[0]} to {sizes[-1]}; give --val-crop SIDE to score centre crops"
         )
     side = min(shorter_side(splits.search_train), *sizes[0])
-    if side >= max(config.stage0.shorter_side, config.stage1.shorter_side):
-        return config
-    console.print(f"crops are at most {side} pixels, the shorter side of the images")
 
     def fit(stage: StageConfig) -> StageConfig:
         return dataclasses.replace(
             stage, crop=min(stage.crop, side), shorter_side=min(stage.shorter_side, side)
         )
 
-    return dataclasses.replace(config, stage0=fit(config.stage0), stage1=fit(config.stage1))
+    fitted = dataclasses.replace(config, stage0=fit(config.stage0), stage1=fit(config.stage1))
+    if fitted != config:
+        console.print(f"crops are at most {side} pixels, the shorter side of the images")
+    return fitted
 
 
 def build(

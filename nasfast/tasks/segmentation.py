@@ -51,6 +51,13 @@ class SegmentationTask:
     omit: tuple[int, ...] = ()
     """Classes left out of the reward (class 0, the background, in the paper's VOC search)."""
 
+    def __post_init__(self) -> None:
+        for index in self.omit:
+            if not 0 <= index < self.num_classes:
+                raise ValueError(
+                    f"omit: wanted classes from 0 to {self.num_classes - 1}, got {index}"
+                )
+
     @property
     def num_classes(self) -> int:
         return len(self.splits.train.classes)
