@@ -185,9 +185,8 @@ class SegmentationEvaluator:
                 arrays["labels"] = resize_labels(labels, size)
                 if teacher is not None:
                     with self.runtime.autocast():
-                        arrays["teacher"] = teacher(prepare_images(images, self.runtime))[0].to(
-                            dtype
-                        )
+                        logits, _ = teacher(prepare_images(images, self.runtime))
+                    arrays["teacher"] = logits.to(dtype)
                 yield arrays
 
         @torch.inference_mode()
@@ -212,14 +211,10 @@ class SegmentationEvaluator:
             "validation data": val_key["data"],
             "teacher": teacher_hash,
         }
-        device = self.runtime.device
+        load, device = FeatureCache.load_or_build, self.runtime.device
         return (
-            FeatureCache.load_or_build(directory, train_key, config.samples, train_batches).to(
-                device
-            ),
-            FeatureCache.load_or_build(directory, val_key, len(splits.search_val), val_batches).to(
-                device
-            ),
+            load(directory, train_key, config.samples, train_batches).to(device),
+            load(directory, val_key, len(splits.search_val), val_batches).to(device),
         )
 
     def _encode(self, images: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -247,8 +242,7 @@ class SegmentationEvaluator:
         seconds: dict[str, float] = {}
         rewards: dict[str, float] = {}
         metrics: dict[str, dict[str, float]] = {}
-        stage, failure = "build", None
-        model = macs = params = None
+        stage, failure, params, macs = "build", None, 0, 0
         device = self.runtime.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(derive_seed(self.seed, index))
@@ -275,8 +269,8 @@ class SegmentationEvaluator:
             rewards=rewards,
             metrics=metrics,
             gate=gate,
-            params=params or 0,
-            macs=macs or 0,
+            params=params,
+            macs=macs,
             seconds=seconds,
             failure=failure,
         )

@@ -3,12 +3,15 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import nasfast
 from nasfast.cache import FeatureCache, default_directory, tensors_fingerprint
 
 KEY = {"encoder": "abc", "dtype": "float16"}
@@ -61,8 +64,6 @@ def test_round_trip(tmp_path, dtype):
     content = arrays(dtype)
     cache = build(tmp_path / "made", content)
     assert cache.count == COUNT
-    assert "tap1" in cache
-    assert "teacher" not in cache
     for indices in ([0, 1, 2, 3, 4], [4, 0, 4], [2]):
         read = cache.batch(torch.tensor(indices))
         assert list(read) == list(content)
@@ -117,6 +118,19 @@ def test_what_is_read_may_be_written_without_touching_the_file(tmp_path):
 def test_to_cpu_is_the_map_itself(tmp_path):
     cache = build(tmp_path)
     assert cache.to(torch.device("cpu")) is cache
+
+
+def test_a_batch_moves_its_indices_once(tmp_path):
+    class Indices:
+        moves = 0
+
+        def to(self, device, non_blocking):
+            self.moves += 1
+            return torch.tensor([1, 3])
+
+    indices = Indices()
+    assert len(build(tmp_path).batch(indices)["labels"]) == 2
+    assert indices.moves == 1
 
 
 @pytest.mark.cuda
@@ -211,6 +225,40 @@ def test_a_crash_leaves_no_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         FeatureCache.load_or_build(tmp_path, KEY, COUNT, crash)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fill_removes_what_a_killed_one_left_and_no_more(tmp_path):
+    code = (
+        "import sys, time, torch\n"
+        "from pathlib import Path\n"
+        "from nasfast.cache import FeatureCache\n"
+        "def batches():\n"
+        "    yield {'labels': torch.zeros(2, 3, 3, dtype=torch.uint8)}\n"
+        "    print('filling', flush=True)\n"
+        "    time.sleep(60)\n"
+        "FeatureCache.load_or_build(Path(sys.argv[1]), {'data': 'x'}, 4, batches)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(nasfast.__file__).parents[1])},
+    )
+    try:
+        assert process.stdout.readline() == "filling\n"
+        build(tmp_path)  # the other one lives: its file stays
+        (unfinished,) = tmp_path.glob(".*.tmp")
+        assert unfinished.name.endswith(f".features.{process.pid}.tmp")
+    finally:
+        process.kill()
+        process.communicate()
+    assert unfinished.exists()
+    build(tmp_path)  # an existing cache is opened, nothing is filled
+    assert unfinished.exists()
+    cache = build(tmp_path, key={"encoder": "other"})
+    assert not unfinished.exists()
+    assert len(list(tmp_path.iterdir())) == 2
+    assert cache.path.exists()
 
 
 def test_full_disk_is_an_error(tmp_path, monkeypatch):

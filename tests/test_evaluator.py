@@ -1,3 +1,4 @@
+import collections
 import copy
 import dataclasses
 import itertools
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from nasfast.data import SyntheticStreets, split_for_search
+import nasfast.evaluator
+from nasfast.cache import tensors_fingerprint
+from nasfast.data import SyntheticStreets, batch, split_for_search
 from nasfast.encoders import MobileNetV2
 from nasfast.evaluator import (
     SegmentationEvaluator,
@@ -26,6 +29,8 @@ from nasfast.spaces.fast_nas import FastNASSpace
 from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.cost import count_macs
 from nasfast.training.loop import Runtime
+from nasfast.training.metrics import ConfusionMatrix
+from nasfast.training.polyak import PolyakAverage
 
 SPACE = FastNASSpace()
 GENOTYPE = SPACE.from_json(
@@ -43,11 +48,12 @@ def make_encoder():
     return MobileNetV2(0.35)
 
 
-def make(cache_dir, stage0=STAGE0, stage1=STAGE1, beat=lambda: None, seed=7, **options):
+def make(cache_dir, stage0=STAGE0, stage1=STAGE1, beat=lambda: None, seed=7,
+         device="cpu", **options):  # fmt: skip
     train = SyntheticStreets(10, size=(48, 64), cache_in_memory=True)
     val = SyntheticStreets(1, size=(48, 64), stream="val")
     task = SegmentationTask(split_for_search(train, val, seed=0, fraction=0.3))
-    runtime = Runtime(torch.device("cpu"), beat)
+    runtime = Runtime(torch.device(device), beat)
     return SegmentationEvaluator(
         task, make_encoder(), DECODER, stage0, stage1, runtime,
         seed=seed, cache_dir=cache_dir, **options,
@@ -188,8 +194,9 @@ def test_distillation(cache_dir, evaluator, evaluation, tmp_path):
     names = {path.name for path in own.iterdir()}
     shared = names & {path.name for path in evaluator._val_cache.path.parent.iterdir()}
     assert shared == {evaluator._val_cache.path.name}
-    assert "teacher" in distilled._train_cache
-    assert "teacher" not in evaluator._train_cache
+    assert distilled.inputs == evaluator.inputs | {
+        "teacher": tensors_fingerprint(teacher.state_dict())
+    }
     assert distilled(GENOTYPE, 4, None).metrics["stage0"] != evaluation.metrics["stage0"]
     assert not any(p.requires_grad for p in teacher.parameters())
 
@@ -204,17 +211,139 @@ def test_val_crop(tmp_path):
     assert make(tmp_path, val_crop=32).val_size == (32, 32)
 
 
-@pytest.mark.parametrize("stage", ["stage0", "stage1"])
-def test_a_loss_that_is_nan_is_a_failure(cache_dir, evaluation, stage):
-    nan = {"aux_weight": float("nan")}
-    stages = {"stage0": STAGE0, "stage1": STAGE1}
-    steps = {"stage0": 2, "stage1": 1}[stage]  # 8 crops, 7 frames, 4 a step
-    stages[stage] = dataclasses.replace(stages[stage], **nan)
-    failed = make(cache_dir, **stages)(GENOTYPE, 4, None)
-    assert failed.failure == f"{stage}: training loss is nan after {steps} steps"
-    assert failed.rewards == failed.metrics == {}
+def assert_failed(failed, stage, evaluation):
+    """What was finished before the stage that failed is kept."""
+    finished = ["stage0"] if stage == "stage1" else []
+    assert failed.rewards == {name: evaluation.rewards[name] for name in finished}
+    assert failed.metrics == {name: evaluation.metrics[name] for name in finished}
     assert (failed.params, failed.macs) == (evaluation.params, evaluation.macs)
-    assert list(failed.seconds)[-1] == f"{stage}_train"
+    assert list(failed.seconds)[-1].startswith(stage)
+
+
+@pytest.mark.parametrize(
+    ("stage", "loss"),
+    [("stage0", "nan after 2"), ("stage1", "inf after 1")],  # 8 crops, 7 frames, 4 a step
+)
+def test_a_loss_that_is_not_finite_is_a_failure(cache_dir, evaluation, stage, loss):
+    stages = {"stage0": STAGE0, "stage1": STAGE1}
+    stages[stage] = dataclasses.replace(stages[stage], aux_weight=math.inf)
+    failed = make(cache_dir, **stages)(GENOTYPE, 4, None)
+    assert failed.failure == f"{stage}: training loss is {loss} steps"
+    assert_failed(failed, stage, evaluation)
+
+
+@pytest.mark.parametrize("stage", ["stage0", "stage1"])
+def test_weights_that_the_last_step_made_infinite_are_a_failure(
+    evaluator, evaluation, monkeypatch, stage
+):
+    last = {"stage0": STAGE0.epochs, "stage1": STAGE0.epochs + 1}[stage]
+    calls = itertools.count(1)
+    copy_to_parameters = PolyakAverage.copy_to_parameters
+
+    def overflow(average):
+        copy_to_parameters(average)
+        if next(calls) == last:
+            for weight in average._live:
+                weight.data.fill_(math.inf)
+
+    monkeypatch.setattr(PolyakAverage, "copy_to_parameters", overflow)
+    failed = evaluator(GENOTYPE, 4, None)
+    assert failed.failure == f"{stage}: the network's logits are not finite"
+    assert_failed(failed, stage, evaluation)
+
+
+def test_stage1_out_of_memory_keeps_stage0(evaluator, evaluation, monkeypatch):
+    def exhaust(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(SegmentationTask, "score_images", exhaust)
+    failed = evaluator(GENOTYPE, 4, None)
+    assert failed.failure == "stage1: out of memory (CUDA out of memory)"
+    assert_failed(failed, "stage1", evaluation)
+
+
+@pytest.mark.parametrize("weights", [*itertools.product((0.0, 0.15), repeat=2)])
+def test_auxiliary_heads_rest_at_weight_0(cache_dir, evaluation, monkeypatch, weights):
+    stages = [dataclasses.replace(s, aux_weight=w) for s, w in zip((STAGE0, STAGE1), weights)]
+    loss, heads = SegmentationTask.loss, []
+
+    def spy(task, logits, aux, labels, **options):
+        heads.append(len(aux))
+        return loss(task, logits, aux, labels, **options)
+
+    monkeypatch.setattr(SegmentationTask, "loss", spy)
+    done = make(cache_dir, *stages)(GENOTYPE, 4, None)
+    stage0, stage1 = (3 if weight else 0 for weight in weights)
+    assert heads == [stage0] * 4 + [stage1]
+    assert done.params == evaluation.params
+
+
+@pytest.mark.parametrize(("samples", "often"), [(4, {1}), (7, {1}), (14, {2}), (17, {2, 3})])
+def test_crops_are_drawn_from_all_frames(tmp_path, monkeypatch, samples, often):
+    frames = []
+
+    def spy(data, indices, transform, generator=None):
+        if generator is not None:  # validation is not drawn
+            frames.extend(indices)
+        return batch(data, indices, transform, generator)
+
+    monkeypatch.setattr(nasfast.evaluator, "batch", spy)
+    made = make(tmp_path, dataclasses.replace(STAGE0, samples=samples))
+    assert len(made.task.splits.search_train) == 7
+    assert len(frames) == samples
+    assert frames[:7] != list(range(7))[:samples]
+    assert set(collections.Counter(frames).values()) == often
+    assert set(frames) <= set(range(7))
+
+
+def test_inputs_are_hashes_of_what_was_read(evaluator, tmp_path):
+    splits = evaluator.task.splits
+    assert evaluator.inputs == {
+        "encoder": tensors_fingerprint(make_encoder().state_dict()),
+        "training data": splits.search_train.fingerprint(),
+        "validation data": splits.search_val.fingerprint(),
+        "teacher": "none",
+    }
+    assert make(tmp_path, seed=8).inputs == evaluator.inputs  # nothing else was read
+
+
+def test_only_the_generators_in_use_are_saved(evaluator, monkeypatch):
+    fork_rng, saved = torch.random.fork_rng, []
+
+    def spy(devices):
+        saved.append(devices)
+        return fork_rng(devices)
+
+    monkeypatch.setattr(torch.random, "fork_rng", spy)
+    evaluator(NOTHING, 0, 1.0)
+    assert saved == [[]]  # on a CPU no device's
+
+
+@pytest.mark.cuda
+def test_everything_lives_on_the_device(tmp_path, monkeypatch):
+    places = collections.defaultdict(set)
+    loss, compute = SegmentationTask.loss, ConfusionMatrix.compute
+
+    def spy_loss(task, logits, aux, labels, **options):
+        places["decoder"].update(x.device.type for x in (logits, *aux))
+        places["labels"].add(labels.device.type)
+        return loss(task, logits, aux, labels, **options)
+
+    def spy_compute(matrix, omit):
+        places["counts"].add(matrix._counts.device.type)
+        return compute(matrix, omit)
+
+    monkeypatch.setattr(SegmentationTask, "loss", spy_loss)
+    monkeypatch.setattr(ConfusionMatrix, "compute", spy_compute)
+    on_cuda = make(tmp_path, device="cuda")
+    for cache in (on_cuda._train_cache, on_cuda._val_cache):
+        assert all(array.is_cuda for array in cache.batch(torch.tensor([0])).values())
+        assert cache.device.type == "cuda"
+    before = torch.cuda.get_rng_state()
+    evaluation = on_cuda(GENOTYPE, 4, None)
+    assert list(evaluation.rewards) == ["stage0", "stage1"]
+    assert places == {"decoder": {"cuda"}, "labels": {"cuda"}, "counts": {"cuda"}}
+    assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
 def test_out_of_memory_is_a_failure(evaluator, monkeypatch):
@@ -233,6 +362,8 @@ def test_out_of_memory_is_a_failure(evaluator, monkeypatch):
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB\nmore"), "CUDA out of memory. T"),
         (MemoryError(), "MemoryError)"),
+        (RuntimeError("CUDNN_STATUS_ALLOC_FAILED: at line 3"), "CUDNN_STATUS_ALLOC_FAILED: at l"),
+        (RuntimeError("cuBLAS error CUBLAS_STATUS_ALLOC_FAILED"), "cuBLAS error CUBLAS_STATUS_A"),
     ],
 )
 def test_other_forms_of_out_of_memory(evaluator, monkeypatch, error, failure):

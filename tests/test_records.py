@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 
@@ -27,6 +28,10 @@ RECORD = Record(
 )
 FAILED = Evaluation({}, {}, None, 1, 2, {"stage0_train": 0.5}, failure="out of memory")
 
+HALF = Evaluation(
+    {"stage0": 0.9}, {"stage0": METRICS}, 0.4, 1, 2, {}, failure="stage1: out of memory (fake)"
+)
+
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 per_name = st.dictionaries(st.text(max_size=8), numbers, max_size=3)
 evaluations = st.builds(
@@ -45,7 +50,7 @@ records = st.builds(
     genotype=objects,
     canonical=objects,
     seed=st.integers(),
-    evaluation=evaluations | st.just(FAILED),
+    evaluation=evaluations | st.sampled_from([FAILED, HALF]),
     duplicate_of=st.none() | st.integers(0),
     time=st.text(),
 )
@@ -66,14 +71,16 @@ def test_score_orders_by_stages_then_reward():
     assert Record(0, {}, {}, 0, FAILED, None, "").score is None
 
 
-@pytest.mark.parametrize(("rewards", "failure"), [({}, None), ({"stage0": 0.1}, "NaN loss")])
-def test_rewards_or_failure(rewards, failure):
-    message = (
-        "Evaluation: wanted rewards or a failure, not both and not neither, "
-        f"got rewards={rewards} and failure={failure!r}"
-    )
+def test_neither_reward_nor_failure():
+    message = "Evaluation: wanted a reward or a failure, got neither; give the failure's cause"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        Evaluation(rewards, {}, None, 0, 0, {}, failure)
+        Evaluation({}, {}, None, 0, 0, {})
+
+
+def test_a_failure_keeps_finished_stages_but_has_no_score():
+    record = dataclasses.replace(RECORD, evaluation=HALF)
+    assert record.score is None
+    assert Record.from_json(json.loads(json.dumps(record.to_json()))) == record
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from itertools import combinations
@@ -13,6 +16,7 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
+import nasfast
 from nasfast.records import Evaluation, Record
 from nasfast.report import draw_cell, draw_decoder, main, terminal_table, write_report
 from nasfast.spaces.fast_nas import PRIMITIVES, FastNASGenotype, FastNASSpace
@@ -217,9 +221,25 @@ def test_report_with_a_rival(study: Study, tmp_path: Path) -> None:
 
 def test_main_rewrites_the_report(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
     fill(study)
-    main(study.path, rival=study.path)
+    assert main([str(study.path), "--rival", str(study.path)]) == 0
     assert capsys.readouterr().out.strip() == str(study.path / "report.html")
     assert "Comparison" in Page(study.path / "report.html").text
+
+
+def test_main_of_something_else(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "nasfast.report", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(nasfast.__file__).parents[1])},
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"error: {tmp_path} is not a run directory: it has no config.toml, env.json, "
+        "records.jsonl; give a directory that a search wrote, such as runs/<date>-<method>-<name>\n"
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_terminal_table(study: Study) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
+import itertools
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -19,16 +22,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
+import torch
+from PIL import Image
 from rich.console import Console
+from safetensors.torch import save_file
 
 from nasfast import search
 from nasfast.config import from_mapping
+from nasfast.data import Sample, SegmentationDataset, Splits, load_splits
+from nasfast.encoders import MobileNetV2
 from nasfast.records import Evaluation, Record
 from nasfast.search import FEEDBACK, PRESETS, SearchConfig, parse
 from nasfast.spaces.fast_nas import Cell, FastNASGenotype, FastNASSpace
 from nasfast.study import Study
 
 SPACE = FastNASSpace()
+WIDTH = '{"width": 0.35}'
 
 
 def outcome(run: Path) -> list[dict[str, Any]]:
@@ -39,7 +49,7 @@ def outcome(run: Path) -> list[dict[str, Any]]:
     return records
 
 
-def start(command: list[str]) -> subprocess.Popen[str]:
+def start(command: list[str], threads: int = 1) -> subprocess.Popen[str]:
     """`python -m nasfast.search` in a process of its own."""
     root = str(Path(search.__file__).parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
@@ -48,7 +58,8 @@ def start(command: list[str]) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        env=os.environ
+        | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "PYTHONPATH": path},
     )
 
 
@@ -68,28 +79,35 @@ def wait_for_records(process: subprocess.Popen[str], runs: Path, count: int) -> 
 
 
 def test_killed_anywhere_a_search_repeats_nothing_and_changes_nothing(
-    tiny_search: list[str], tiny_run: Path, tmp_path: Path
+    tiny_search: list[str], tmp_path: Path
 ) -> None:
-    seed = random.randrange(2**32)
+    seed = int(os.environ.get("NASFAST_TEST_SEED", random.SystemRandom().getrandbits(32)))
+    print(f"moments drawn with seed {seed}; NASFAST_TEST_SEED={seed} repeats them")
     rng = random.Random(seed)
-    print(f"moments drawn with seed {seed}")
-    lasted = sum(
-        sum(record.evaluation.seconds.values())
-        for record in Study.open(tiny_run, read_only=True).records
-    )
-    command = [*tiny_search, "--runs", str(tmp_path)]
-    # right after a record is written (the checkpoint follows), or up to two candidates later
-    for count in sorted(rng.sample(range(5), 3)):
-        process = start(command)
-        run = wait_for_records(process, tmp_path, count)
-        time.sleep(rng.choice([0, 0.002, 0.01, rng.uniform(0, lasted / 3)]))
+    begin = time.monotonic()
+    process = start([*tiny_search, "--runs", str(tmp_path / "whole")], threads=2)
+    whole = wait_for_records(process, tmp_path / "whole", 0)
+    made = time.monotonic() - begin
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    lasted = time.monotonic() - begin
+
+    runs = tmp_path / "killed"
+    command = [*tiny_search, "--runs", str(runs)]
+    for _ in range(3):
+        process = start(command, threads=2)
+        time.sleep(rng.uniform(0.9 * made, lasted))  # from before the run exists to its end
         process.kill()
         _, stderr = process.communicate()
         assert process.returncode in (-signal.SIGKILL, 0), stderr
-        command = ["--resume", str(run)]
-    with pytest.warns(UserWarning, match="was torn") if _torn(run) else contextlib.nullcontext():
-        assert search.main(command) == 0
-    assert outcome(run) == outcome(tiny_run)
+        # a run of which not even the empty records.jsonl was written has not begun
+        for path in runs.glob("*/records.jsonl"):
+            command = ["--resume", str(path.parent)]
+    process = start(command, threads=2)
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    (run,) = (path.parent for path in runs.glob("*/records.jsonl"))
+    assert outcome(run) == outcome(whole)
     assert (run / "report.html").is_file()
 
 
@@ -107,7 +125,10 @@ def test_a_signal_stops_and_tells_how_to_continue(
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert stderr == ""
-    assert f"Continue with\n  python -m nasfast.search --resume {run}\n" in stdout
+    assert (
+        "stopped; everything is saved. Continue with\n"
+        f"  python -m nasfast.search --resume {run}\n" in stdout
+    )
     assert 1 <= len(outcome(run)) < 6
     assert (run / "report.html").is_file()
     assert search.main(["--resume", str(run)]) == 0
@@ -126,7 +147,10 @@ def test_a_signal_before_the_first_candidate(
     )
     fresh = ["--cache-dir", str(tmp_path / "cache"), "--runs", str(tmp_path / "runs")]
     assert search.main([*tiny_search, *fresh]) == 130
-    assert "python -m nasfast.search --device cpu" in capsys.readouterr().out
+    assert (
+        "stopped; nothing was begun. Continue with\n  python -m nasfast.search --device cpu"
+        in capsys.readouterr().out
+    )
     assert not (tmp_path / "runs").exists()
 
 
@@ -187,6 +211,212 @@ def test_a_larger_budget_continues(
     assert first == outcome(run)[:2]
 
 
+@pytest.mark.parametrize(("flags", "budget"), [([], 2), (["--budget", "5"], 5)])
+def test_the_last_budget_holds(tmp_path: Path, flags: list[str], budget: int) -> None:
+    play(tmp_path, distinct(), lambda i: success(0.4), budget=2)  # config.toml: the default, 8
+    (run,) = tmp_path.iterdir()
+    study, config = search._open_run(["--resume", str(run), *flags])
+    study.close()
+    assert config.budget == budget
+
+
+@pytest.fixture
+def own_run(tiny_run: Path, tiny_data: Path, tiny_weights: Path, tmp_path: Path) -> Path:
+    """A copy of the run with data and encoder of its own, in data/ and encoder.safetensors."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    shutil.copytree(tiny_data, tmp_path / "data" / tiny_data.name)
+    shutil.copy(tiny_weights, tmp_path / "encoder.safetensors")
+    settings = tomllib.loads((run / "config.toml").read_text())
+    settings["data"] = str(tmp_path / "data" / tiny_data.name)
+    settings["encoder_weights"] = str(tmp_path / "encoder.safetensors")
+    (run / "config.toml").write_text(tomli_w.dumps(settings))
+    return run
+
+
+def alter_identity(run: Path, kind: str, **values: str) -> None:
+    environment = json.loads((run / "env.json").read_text())
+    environment["identity"][kind] |= values
+    (run / "env.json").write_text(json.dumps(environment))
+
+
+def test_resume_with_the_same_content_elsewhere(
+    own_run: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert search.main(["--resume", str(own_run)]) == 0
+    assert outcome(own_run) == outcome(tiny_run)
+    assert "note:" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changed", ["training data, validation data", "encoder"])
+def test_resume_with_other_content_is_refused(
+    own_run: Path, tiny_run: Path, changed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if changed == "encoder":
+        torch.manual_seed(1)
+        weights = MobileNetV2(0.35).state_dict()
+        save_file(weights, own_run.parent / "encoder.safetensors", {"nasfast.encoder": WIDTH})
+    else:
+        for path in own_run.parent.glob("data/*/masks/*.png"):
+            Image.new("L", (48, 32), 1).save(path)
+    assert search.main(["--resume", str(own_run), "--budget", "7"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: resume {own_run}: wanted the {changed} that the run began with, got other "
+        "content in the same place; restore it or start a new run\n"
+    )
+    assert outcome(own_run) == outcome(tiny_run)
+
+
+def test_resume_with_another_teacher_is_refused(
+    own_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alter_identity(own_run, "inputs", teacher="another")
+    assert search.main(["--resume", str(own_run)]) == 2
+    assert "wanted the teacher that the run began with" in capsys.readouterr().err
+
+
+def test_resume_elsewhere_is_noted(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alter_identity(own_run, "computation", torch="1.0", device="cuda:7")
+    assert search.main(["--resume", str(own_run)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("note: ") == 2
+    assert (
+        f"note: the run began with torch 1.0, this is {torch.__version__}; rewards will not be "
+        "bit-identical to an uninterrupted run\n" in out
+    )
+    assert "note: the run began with device cuda:7, this is cpu; " in out
+
+
+def test_resume_takes_the_run_s_threads(
+    own_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(search, "run", lambda *a: seen.append(torch.get_num_threads()))
+    for threads in (2, 1):
+        alter_identity(own_run, "computation", threads=str(threads))
+        assert search.main(["--resume", str(own_run)]) == 0
+    assert seen == [2, 1]
+    assert "note:" not in capsys.readouterr().out
+
+
+# ---- settings that fit the data
+
+
+def splits(*sizes: tuple[int, int], val: tuple[int, int] = (60, 80)) -> Splits:
+    """Search frames of these sizes, height and width, scored on one of ``val``."""
+    frames = Sizes(sizes), Sizes([val])
+    return Splits(*frames, *frames)
+
+
+class Sizes(SegmentationDataset):
+    def __init__(self, sizes: Sequence[tuple[int, int]]) -> None:
+        self.sizes = sizes
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> Sample:
+        mask = torch.zeros(self.sizes[index], dtype=torch.uint8)
+        return Sample(mask.expand(3, *mask.shape), mask)
+
+    def fingerprint(self) -> str:
+        return ""
+
+
+def sides(config: SearchConfig) -> tuple[int, int, int, int]:
+    stages = (config.stage0, config.stage1)
+    return tuple(side for s in stages for side in (s.crop, s.shorter_side))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("data", "crops", "fitted"),
+    [
+        (splits((70, 90)), (40, 50, 55, 60), (40, 50, 55, 60)),
+        (splits((70, 90)), (40, 50, 70, 80), (40, 50, 60, 60)),
+        (splits((70, 90), (90, 50)), (64, 65, 40, 45), (50, 50, 40, 45)),
+        (splits((20, 90), val=(200, 200)), (64, 32, 16, 18), (20, 20, 16, 18)),
+        (splits((90, 90), val=(90, 90)), (100, 80, 16, 18), (90, 80, 16, 18)),
+    ],
+)
+def test_crops_fit_the_data(data: Splits, crops: tuple[int, ...], fitted: tuple[int, ...]) -> None:
+    config = SearchConfig()
+    stage0, stage1 = (
+        dataclasses.replace(stage, crop=crop, shorter_side=side)
+        for stage, crop, side in ((config.stage0, *crops[:2]), (config.stage1, *crops[2:]))
+    )
+    config = dataclasses.replace(config, stage0=stage0, stage1=stage1)
+    console = Console(file=io.StringIO())
+    got = search.fit_to_data(config, data, console)
+    assert sides(got) == fitted
+    same = dataclasses.replace(
+        got,
+        stage0=dataclasses.replace(got.stage0, crop=crops[0], shorter_side=crops[1]),
+        stage1=dataclasses.replace(got.stage1, crop=crops[2], shorter_side=crops[3]),
+    )
+    assert same == config
+    assert ("crops are at most" in console.file.getvalue()) == (fitted != crops)  # type: ignore[attr-defined]
+    assert search.fit_to_data(got, data, console) == got
+    cropped = dataclasses.replace(config, val_crop=32)
+    assert search.fit_to_data(cropped, data, console) == cropped
+
+
+def test_fitted_crops_are_the_run_s_settings(
+    tiny_search: list[str], tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = ["--stage0.crop", "40", "--stage0.shorter-side", "50", "--stage1.shorter-side", "99"]
+    assert search.main([*tiny_search, *large, "--runs", str(tmp_path), "--budget", "1"]) == 0
+    assert (
+        "crops are at most 32 pixels, the shorter side of the images\n" in capsys.readouterr().out
+    )
+    (run,) = tmp_path.iterdir()
+    settings, wanted = (
+        tomllib.loads((path / "config.toml").read_text()) for path in (run, tiny_run)
+    )
+    assert (settings["stage0"], settings["stage1"]) == (wanted["stage0"], wanted["stage1"])
+    assert outcome(run) == outcome(tiny_run)[:1]
+
+
+def test_images_of_mixed_sizes_need_a_crop(
+    tiny_search: list[str], tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "mixed"
+    shutil.copytree(tiny_data, data)
+    for i, path in enumerate(sorted(data.glob("*/*.png"))):
+        with Image.open(path) as image:
+            image.resize((48, 32 + i % 12)).save(path)
+    places = ["--runs", str(tmp_path / "runs"), "--cache-dir", str(tmp_path / "cache")]
+    argv = [*tiny_search, "--data", str(data), *places, "--budget", "1"]
+    # the twelve images leave one to score on: a second one is needed to differ
+    frames = load_splits(data).train
+    both = dataclasses.replace(load_splits(data), search_val=frames.subset([0, 1]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "load_splits", lambda *a, **k: both)
+        assert search.main(argv) == 2
+        assert re.fullmatch(
+            r"error: search: wanted images of one size to score candidates on, got 2 sizes from "
+            r"\(\d+, 48\) to \(\d+, 48\); give --val-crop SIDE to score centre crops\n",
+            capsys.readouterr().err,
+        )
+        assert not (tmp_path / "runs").exists()
+        assert not (tmp_path / "cache").exists()
+        assert search.main([*argv, "--val-crop", "32"]) == 0
+
+
+def test_omitted_classes_do_not_count(
+    tiny_search: list[str], tiny_run: Path, tmp_path: Path
+) -> None:
+    flags = ["--omit", "0", "2", "--budget", "1", "--runs", str(tmp_path)]
+    assert search.main([*tiny_search, *flags]) == 0
+    (run,) = tmp_path.iterdir()
+    assert tomllib.loads((run / "config.toml").read_text())["omit"] == [0, 2]
+    (got,), (plain, *_) = outcome(run), outcome(tiny_run)
+    assert got["genotype"] == plain["genotype"]
+    metrics = got["evaluation"]["metrics"]["stage0"]
+    assert metrics["miou"] == pytest.approx(metrics["fw_iou"])  # of the one class left
+    assert metrics != plain["evaluation"]["metrics"]["stage0"]
+    assert search.main(["--resume", str(run), "--budget", "2"]) == 0
+
+
 def test_what_a_run_leaves(tiny_search: list[str], tiny_run: Path) -> None:
     assert re.fullmatch(r"\d{8}-\d{6}-segmentation-three_bands", tiny_run.name)
     written = tomllib.loads((tiny_run / "config.toml").read_text())
@@ -198,6 +428,10 @@ def test_what_a_run_leaves(tiny_search: list[str], tiny_run: Path) -> None:
     assert environment["command"][:3] == ["python", "-m", "nasfast.search"]
     assert environment["command"][3:-2] == tiny_search
     assert environment["feedback"] == FEEDBACK == "stage0"
+    inputs, computation = (environment["identity"][kind] for kind in ("inputs", "computation"))
+    assert set(inputs) == {"encoder", "training data", "validation data", "teacher"}
+    assert computation["threads"] == "1"
+    assert computation["torch"] == torch.__version__
     records = outcome(tiny_run)
     fresh = [r["evaluation"] for r in records if r["duplicate_of"] is None]
     assert len(fresh) == 6
@@ -245,6 +479,7 @@ def success(stage0: float, stage1: float | None = None) -> Evaluation:
     return Evaluation(rewards, {stage: {} for stage in rewards}, None, 1, 1, {})
 
 
+HALF = Evaluation({"stage0": 0.8}, {"stage0": {}}, None, 1, 1, {}, "stage1: out of memory (fake)")
 FAILURE = Evaluation({}, {}, None, 0, 0, {}, "stage0: out of memory (fake)")
 
 
@@ -252,6 +487,10 @@ class Script:
     """Strategy that asks for given genotypes, and evaluator that returns given evaluations."""
 
     seed = 5
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {"encode": 1.5}
 
     def __init__(
         self, genotypes: Iterator[FastNASGenotype], evaluate: Callable[[int], Evaluation]
@@ -329,6 +568,31 @@ def test_a_failure_is_recorded_counts_and_is_told_as_none(tmp_path: Path) -> Non
     assert script.told == [0.4, None, None, 0.4]
     assert [r.evaluation.failure for r in records] == [None, *[FAILURE.failure] * 2, None]
     assert script.gates == [None, 0.4, 0.4]
+
+
+def test_a_failure_in_stage1_is_told_by_its_stage0(tmp_path: Path) -> None:
+    evaluations = [success(0.4), HALF, success(0.3, 0.2)]
+    script, records = play(tmp_path, distinct(), evaluations.__getitem__, budget=3)
+    assert script.told == [0.4, 0.8, 0.3]
+    assert script.gates == [None, 0.4, statistics.fmean([0.4, 0.8])]
+    (run,) = tmp_path.iterdir()
+    ranking = Study.open(run, read_only=True).ranking()
+    assert [record.index for record in ranking] == [2, 0]
+    assert [record.score is None for record in records] == [False, True, False]
+
+
+def test_seconds_add_up_over_resumes(tmp_path: Path) -> None:
+    play(tmp_path, distinct(), lambda i: success(0.4), budget=1)
+    (run,) = tmp_path.iterdir()
+    for budget in (2, 3):
+        genotypes = itertools.islice(distinct(), budget - 1, None)
+        script = Script(genotypes, lambda i: success(0.4))
+        with Study.open(run) as study:
+            search.run(study, SPACE, script, script, budget, Console(quiet=True))  # type: ignore[arg-type]
+            checkpoint = study.load_checkpoint()
+            assert checkpoint is not None
+            assert checkpoint["seconds"]["encode"] == 1.5 * budget
+            assert checkpoint["budget"] == budget
 
 
 def test_five_failures_in_a_row_stop(tmp_path: Path) -> None:
@@ -432,6 +696,7 @@ def test_usage_errors(
         (["--encoder-weights", "TOML"], "weights: wanted a .safetensors, .pth or .pt file, got"),
         (["--device", "cuda:99"], "resolve_device: device "),
         (["--teacher", "ENCODER"], "segmenter "),
+        (["--omit", "3"], "omit: wanted classes from 0 to 2, got 3"),
         (["--name", "a/b"], "name: wanted letters, digits and ._+- (it becomes part of a"),
     ],
 )

@@ -8,15 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 
 from nasfast import train
+from nasfast.data import SyntheticStreets, split_for_search
 from nasfast.files import atomic_write
+from nasfast.models.segmenter import DecoderConfig
+from nasfast.spaces.fast_nas import FastNASSpace
 from nasfast.study import Study
+from nasfast.training.loop import Runtime
 
 PUBLISHED = [[8, [0, 0, 5, 2], [0, 2, 8, 8], [0, 5, 1, 4]], [[3, 3], [3, 2], [3, 0]]]
 
@@ -134,6 +140,41 @@ def test_a_genotype_file_trains(
     assert train.main([str(path), *tiny_training[1:], *flags]) == 0
     metrics = json.loads((tmp_path / "train-1" / "metrics.json").read_text())
     assert metrics["genotype"]["connections"] == PUBLISHED[1]
+
+
+def few(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """Generated scenes, but few of them."""
+    data = [SyntheticStreets(n, stream=s, **options) for n, s in ((8, "train"), (2, "val"))]
+    monkeypatch.setattr(train, "load_splits", lambda *a, **k: split_for_search(*data, seed=0))
+
+
+def test_ten_steps_on_crops_that_fit_the_data(
+    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few(monkeypatch)
+    path, out = tmp_path / "genotype.json", tmp_path / "out"
+    path.write_text(json.dumps(PUBLISHED))
+    flags = "--device cpu --epochs 5 --batch-size 4 --decoder.agg-size 8 --encoder-weights"
+    argv = [str(path), *flags.split(), str(tiny_weights), "--out", str(out)]
+    assert train.main(argv) == 0
+    assert tomllib.loads((out / "config.toml").read_text())["crop"] == 96  # of 96x128
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert [schedule["last_epoch"] for schedule in state["schedules"]] == [10, 10]
+    assert all(optimizer["param_groups"][0]["lr"] < 1e-9 for optimizer in state["optimizers"])
+    assert train.main([*argv, "--out", f"{out}-2", "--crop", "64", "--epochs", "1"]) == 0
+    assert tomllib.loads((tmp_path / "out-2" / "config.toml").read_text())["crop"] == 64
+
+
+def test_default_crop_of_large_images(
+    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few(monkeypatch, size=(300, 320))
+    config = train.TrainConfig(
+        tmp_path, data="synthetic", encoder_weights=tiny_weights, decoder=DecoderConfig(8)
+    )
+    runtime = Runtime(torch.device("cpu"))
+    genotype = FastNASSpace().from_json(PUBLISHED)
+    assert train.Trainer(config, genotype, tmp_path / "out", runtime).crop == 288
 
 
 def test_source_run_decides_and_flags_override(tiny_run: Path, tiny_data: Path) -> None:

@@ -34,6 +34,12 @@ def test_task_reads_classes_and_ignore_index_from_the_data():
     assert (TASK.num_classes, TASK.ignore_index) == (CLASSES, 255)
 
 
+@pytest.mark.parametrize("index", [-1, CLASSES])
+def test_omitted_classes_exist(index):
+    with pytest.raises(ValueError, match=f"^omit: wanted classes from 0 to 7, got {index}$"):
+        SegmentationTask(TASK.splits, (0, index))
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_cross_entropy_against_torch(batch_of_two, weighted):
     logits, labels = batch_of_two

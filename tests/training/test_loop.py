@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from nasfast.training.loop import (
     Runtime,
     epoch_indices,
     in_order,
+    one_cycle,
     train_epoch,
 )
 from nasfast.training.polyak import PolyakAverage
@@ -75,11 +78,46 @@ def test_schedule_is_stepped_after_the_optimizer():
     assert weight.item() == -(1 + 0.5 + 0.25)
 
 
+def rates(steps, **options):
+    """Learning rate of every step of a one-cycle schedule with a peak of 2, and the one after."""
+    parameter = nn.Parameter(torch.tensor(0.0))
+    optimizer = torch.optim.SGD([parameter], 2.0)
+    schedule = one_cycle(optimizer, steps, **options)
+    out = []
+    for _ in range(steps):
+        out += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    return out, schedule.get_last_lr()[0]
+
+
+def test_one_cycle():
+    out, after = rates(100)
+    assert out[0] == pytest.approx(0.2)  # no step is lost on a rate of 0
+    assert out[9] == out[10] == 2  # end of the warm-up
+    assert out[:10] == pytest.approx([0.2 * i for i in range(1, 11)])
+    assert out[55] == pytest.approx(1)  # halfway down
+    assert out[99] == pytest.approx(1 - math.cos(math.pi / 90))
+    assert 0 < out[99] < 0.01
+    assert after == pytest.approx(0)
+    assert sum(out) == pytest.approx(0.2 * 55 + 2 * 45.5)
+    assert rates(100, warmup=0.5)[0][49:51] == [2, 2]
+
+
+@pytest.mark.parametrize("steps", range(1, 13))
+def test_one_cycle_of_few_steps(steps):
+    out, _ = rates(steps)
+    assert out[0] == max(out) == 2
+    assert out == sorted(out, reverse=True)
+    assert min(out) > 0
+
+
 def test_average_follows_every_step():
     weight = nn.Parameter(torch.tensor(0.0))
     average = PolyakAverage([weight], 0.5)
     train_epoch([1.0] * 2, lambda b: b * weight, [sgd(weight)], RUNTIME, average)
-    assert average.state_dict()[0].item() == -1.25
+    average.copy_to_parameters()
+    assert weight.item() == -1.25
 
 
 def test_heartbeat_comes_before_each_step():
