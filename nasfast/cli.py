@@ -1,4 +1,4 @@
-"""What the entry points share: how a user sees an error."""
+"""What the entry points share: how a user sees text and errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dis
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import ParamSpec
+from typing import ParamSpec, Protocol
 
 P = ParamSpec("P")
 
@@ -16,8 +16,7 @@ def reports_errors(main: Callable[P, int]) -> Callable[P, int]:
 
     Meant for the user is what a ``raise`` statement of nasfast says and what the operating system
     says of a file; an error out of a library, or of another type, is a defect and keeps its
-    traceback.
-    Ctrl-C gives status 130.
+    traceback. Ctrl-C gives status 130.
     """
 
     @functools.wraps(main)
@@ -34,6 +33,17 @@ def reports_errors(main: Callable[P, int]) -> Callable[P, int]:
             return 2
 
     return wrapped
+
+
+class TextConsole(Protocol):
+    """What :func:`say` needs of a rich console."""
+
+    def print(self, *text: str, markup: bool, highlight: bool, soft_wrap: bool) -> None: ...
+
+
+def say(console: TextConsole, text: str) -> None:
+    """Print plain text: no markup, no colours, no wrapping of the commands and paths in it."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def flag_value(argv: Sequence[str], flag: str) -> str | None:

@@ -168,7 +168,7 @@ class SegmentationEvaluator:
         key = {
             "encoder": tensors_fingerprint(self._encoder.state_dict()),
             "dtype": str(dtype).removeprefix("torch."),
-            "precision": str(self.runtime.dtype).removeprefix("torch."),
+            "precision": self.runtime.precision,
         }
         if teacher is not None:
             self.runtime.place(teacher).eval().requires_grad_(False)

@@ -24,7 +24,7 @@ import tyro
 from rich.console import Console
 
 from nasfast.cache import default_directory
-from nasfast.cli import flag_value, reports_errors
+from nasfast.cli import flag_value, reports_errors, say
 from nasfast.config import from_mapping, require_positive
 from nasfast.data import Splits, load_splits, shorter_side
 from nasfast.device import machine_info, resolve_device
@@ -162,8 +162,7 @@ def fit_to_data(config: SearchConfig, splits: Splits, console: Console) -> Searc
     """
     if config.val_crop is not None:
         return config
-    data = splits.search_val
-    sizes = sorted({tuple(data[i].mask.shape) for i in range(len(data))})
+    sizes = sorted({tuple(sample.mask.shape) for sample in splits.search_val})
     if len(sizes) > 1:
         raise ValueError(
             f"search: wanted images of one size to score candidates on, got {len(sizes)} sizes "
@@ -191,18 +190,16 @@ def build(
     config = fit_to_data(config, splits, console)
     task = SegmentationTask(splits, config.omit)
     encoder = load_encoder(config.encoder_weights)
-    console.print(
+    say(
+        console,
         f"data     {splits.train.name}: {len(splits.search_train)} frames to train candidates, "
         f"{len(splits.search_val)} to score them, {task.num_classes} classes\n"
         f"encoder  {encoder.name} x{encoder.width:g}, "
         f"{config.encoder_weights or 'packaged weights (trained on generated scenes)'}\n"
         f"device   {runtime.device}, {torch.get_num_threads()} threads, "
-        f"{str(runtime.dtype).removeprefix('torch.')}\n"
+        f"{runtime.precision}\n"
         f"space    {FastNASSpace().size():.2e} decoders; strategy {config.strategy}, "
         f"{config.budget} candidates",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
     )
     evaluator = SegmentationEvaluator(
         task,
@@ -326,16 +323,15 @@ def _print_record(study: Study, record: Record, budget: int, console: Console) -
     evaluation = record.evaluation
     place = f"[{_evaluated(study):>{len(str(budget))}}/{budget}]"
     if record.duplicate_of is not None:
-        console.print(f"{place} repeats architecture {record.duplicate_of}", markup=False)
+        say(console, f"{place} repeats architecture {record.duplicate_of}")
         return
     rewards = "  ".join(f"{stage} {reward:.4f}" for stage, reward in evaluation.rewards.items())
     outcome = f"failed: {evaluation.failure}" if evaluation.failure else rewards
     mark = "  best so far" if study.best is record else ""
-    console.print(
+    say(
+        console,
         f"{place} {outcome:<32} {evaluation.params / 1e6:.2f} M params  "
         f"{sum(evaluation.seconds.values()):5.1f} s{mark}",
-        markup=False,
-        highlight=False,
     )
 
 
@@ -358,7 +354,7 @@ def _identity(evaluator: SegmentationEvaluator) -> dict[str, dict[str, str]]:
         "inputs": evaluator.inputs,
         "computation": {
             "device": str(evaluator.runtime.device),
-            "precision": str(evaluator.runtime.dtype).removeprefix("torch."),
+            "precision": evaluator.runtime.precision,
             "threads": str(torch.get_num_threads()),
             "torch": torch.__version__,
         },
@@ -376,11 +372,10 @@ def _check_identity(study: Study, evaluator: SegmentationEvaluator, console: Con
                 "got other content in the same place; restore it or start a new run"
             )
         for name in changed:
-            console.print(
+            say(
+                console,
                 f"note: the run began with {name} {before[name]}, this is {now[kind][name]}; "
                 "rewards will not be bit-identical to an uninterrupted run",
-                markup=False,
-                soft_wrap=True,
             )
 
 
@@ -417,7 +412,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 evaluator, config = build(config, interrupt, console)
                 study = stack.enter_context(_create_run(argv, config, evaluator))
                 again = ["--resume", str(study.path)]
-            console.print(f"run      {study.path}", markup=False, highlight=False, soft_wrap=True)
+            say(console, f"run      {study.path}")
             space = FastNASSpace()
             strategy = make_strategy(config.strategy, space, config.seed, config.ppo)
             try:
@@ -425,25 +420,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             finally:
                 report = write_report(study)
         except StopRequested:
-            console.print(
+            say(
+                console,
                 f"\nstopped; {'everything is saved' if study else 'nothing was begun'}. "
                 "Continue with\n"
                 f"  python -m nasfast.search {shlex.join(again)}",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
             )
             return 130
         console.print(terminal_table(study))
         path = shlex.quote(str(study.path))
-        console.print(
+        say(
+            console,
             f"{time.perf_counter() - start:.0f} s; everything is in {study.path}\n"
             f"  python -m nasfast.train {path}      # train the best one in full\n"
             f"  python -m nasfast.search --resume {path} --budget {2 * config.budget}\n"
             f"  open {shlex.quote(str(report))}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
         )
     return 0
 

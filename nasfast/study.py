@@ -12,7 +12,6 @@ import dataclasses
 import datetime
 import errno
 import fcntl
-import io
 import itertools
 import json
 import os
@@ -28,7 +27,7 @@ from typing import Any, Self
 import tomli_w
 import torch
 
-from nasfast.files import atomic_write, sync_directory
+from nasfast.files import atomic_file, atomic_write, sync_directory
 from nasfast.records import Record
 
 __all__ = ["Study"]
@@ -171,9 +170,8 @@ class Study:
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Replace checkpoint/state.pt atomically. `state`: tensors and plain Python values only."""
         self._require_lock()
-        buffer = io.BytesIO()
-        torch.save(dict(state), buffer)
-        atomic_write(self.path / "checkpoint" / "state.pt", buffer.getvalue())
+        with atomic_file(self.path / "checkpoint" / "state.pt") as file:
+            torch.save(dict(state), file)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The state last saved, on the CPU; None when the run has none yet."""

@@ -7,7 +7,6 @@ encoder), or a JSON file with a genotype. ``--resume DIR`` continues a training.
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import json
 import shlex
@@ -24,13 +23,13 @@ import tyro
 from rich.console import Console
 from torch import Tensor
 
-from nasfast.cli import flag_value, reports_errors
+from nasfast.cli import flag_value, reports_errors, say
 from nasfast.config import from_mapping, require_positive
 from nasfast.data import TrainTransform, ValTransform, load_splits, shorter_side
 from nasfast.device import machine_info, resolve_device
 from nasfast.encoders import load_encoder
 from nasfast.evaluator import build_segmenter, derive_seed
-from nasfast.files import atomic_write
+from nasfast.files import atomic_file, atomic_write
 from nasfast.interrupt import Interrupt, StopRequested
 from nasfast.models.segmenter import DecoderConfig, save_segmenter
 from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
@@ -157,6 +156,7 @@ class Trainer:
         self.model = build_segmenter(
             load_encoder(config.encoder_weights), genotype, self.task.num_classes, config.decoder
         )
+        self.model.decoder.with_aux = config.aux_weight > 0
         runtime.place(self.model)
         self.history: list[dict[str, float]] = []
         self._generator = torch.Generator().manual_seed(derive_seed(config.seed, "order"))
@@ -175,7 +175,7 @@ class Trainer:
     def _balance(self) -> Tensor:
         """Class weights from the training masks, 1 on average over pixels."""
         counts = torch.zeros(256, dtype=torch.int64)
-        for sample in (self.task.splits.train[i] for i in range(len(self.task.splits.train))):
+        for sample in self.task.splits.train:
             counts += torch.bincount(sample.mask.flatten(), minlength=256)
         frequency = counts[: self.task.num_classes].double()
         frequency /= frequency.sum()
@@ -229,13 +229,12 @@ class Trainer:
             pairs = image_batches(data, indices, transform, self.runtime, self._generator)
             loss = train_epoch(pairs, self._loss, self._groups, self.runtime)
             self.history.append({"loss": loss, "seconds": time.perf_counter() - start})
-            buffer = io.BytesIO()
-            torch.save(self._state(), buffer)
-            atomic_write(self.out / "checkpoint.pt", buffer.getvalue())
-            console.print(
+            with atomic_file(self.out / "checkpoint.pt") as file:
+                torch.save(self._state(), file)
+            say(
+                console,
                 f"epoch {len(self.history)}/{config.epochs}  loss {loss:.4f}  "
                 f"{self.history[-1]['seconds']:.1f} s",
-                highlight=False,
             )
 
     def finish(self) -> dict[str, Any]:
@@ -314,36 +313,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         trainer = Trainer(config, genotype, out, runtime)
         if not out.exists():  # only now: data or weights may have been refused
             _write_config(out, dataclasses.replace(config, crop=trainer.crop), genotype)
-        console.print(
+        say(
+            console,
             f"training {genotype.to_json()}\n"
             f"data     {config.data}, {len(trainer.task.splits.train)} images\n"
             f"size     {count_parameters(trainer.model) / 1e6:.2f} M parameters\n"
             f"out      {out}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
         )
         try:
             trainer.fit(console)
             metrics = trainer.finish()
         except StopRequested:
-            console.print(
+            say(
+                console,
                 "\nstopped; finished epochs are saved. Continue with\n"
                 f"  python -m nasfast.train --resume {shlex.quote(str(out))}",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
             )
             return 130
     for name, iou in metrics["class_iou"].items():
         value = "absent" if iou is None else f"{iou:.3f}"
-        console.print(f"  {name:<16} {value}", markup=False, highlight=False)
-    console.print(
+        say(console, f"  {name:<16} {value}")
+    say(
+        console,
         f"mIoU {metrics['miou']:.4f} on {metrics['split']}; {out}\n"
         f"  python -m nasfast.evaluate {shlex.quote(str(out / 'model.safetensors'))}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
     )
     return 0
 

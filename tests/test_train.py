@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,8 +10,9 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from safetensors import safe_open
 
 from nasfast import train
 from nasfast.data import SyntheticStreets, split_for_search
-from nasfast.files import atomic_write
+from nasfast.files import atomic_file
 from nasfast.models.segmenter import DecoderConfig
 from nasfast.spaces.fast_nas import FastNASSpace
 from nasfast.study import Study
@@ -96,14 +98,15 @@ def test_ctrl_c_tells_how_to_continue(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def write_and_interrupt(path: Path, data: bytes | str) -> None:
-        atomic_write(path, data)
-        if path.name == "checkpoint.pt":
-            os.kill(os.getpid(), signal.SIGINT)
+    @contextlib.contextmanager
+    def interrupt_after(path: Path) -> Iterator[BinaryIO]:
+        with atomic_file(path) as file:
+            yield file
+        os.kill(os.getpid(), signal.SIGINT)
 
     out = tmp_path / "a folder"
     with monkeypatch.context() as patch:
-        patch.setattr(train, "atomic_write", write_and_interrupt)
+        patch.setattr(train, "atomic_file", interrupt_after)
         assert train.main([*tiny_training, "--out", str(out)]) == 130
     printed = capsys.readouterr().out
     assert f"Continue with\n  python -m nasfast.train --resume '{out}'\n" in printed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,9 @@ class SegmentationDataset(ABC):
     @abstractmethod
     def __getitem__(self, index: int) -> Sample:
         """Negative indices count from the end; IndexError outside."""
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[i] for i in range(len(self)))
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -99,7 +102,7 @@ def split_for_search(
 
 def shorter_side(dataset: SegmentationDataset) -> int:
     """The smallest height or width of all samples, in pixels."""
-    return min(min(dataset[i].mask.shape) for i in range(len(dataset)))
+    return min(min(sample.mask.shape) for sample in dataset)
 
 
 def digest(*parts: object) -> str:

@@ -88,7 +88,7 @@ def measure_latency(
         runs=len(times),
         batch=batch,
         size=size,
-        dtype=str(runtime.dtype).removeprefix("torch."),
+        dtype=runtime.precision,
         device=str(runtime.device),
         threads=torch.get_num_threads(),
     )

@@ -35,6 +35,11 @@ class Runtime:
         """Dtype of activations under :meth:`autocast`."""
         return autocast_dtype(self.device) or torch.float32
 
+    @property
+    def precision(self) -> str:
+        """Name of :attr:`dtype`, such as "bfloat16"."""
+        return str(self.dtype).removeprefix("torch.")
+
     def autocast(self) -> AbstractContextManager[object]:
         """bfloat16 where the device computes it natively, else nothing."""
         return torch.autocast(
