@@ -6,6 +6,7 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 #include <string>
 
 #include "common/isa.hpp"
@@ -30,16 +31,23 @@ Struct unpack(const Fields<Struct>& fields) {
     return result;
 }
 
-// Python's entry for a CPU kernel: (float64, sizes, pointers); runs without the GIL.
-#define NASFAST_CPU_ENTRY(op, function, Tensors)                                                    \
-    [](bool float64, const Fields<op::Params>& sizes, const Fields<op::Tensors<float>>& pointers) { \
-        const auto params = unpack<op::Params>(sizes);                                              \
-        if (float64)                                                                                \
-            NASFAST_DISPATCH(op, function, params, unpack<op::Tensors<double>>(pointers));          \
-        else                                                                                        \
-            NASFAST_DISPATCH(op, function, params, unpack<op::Tensors<float>>(pointers));           \
-    },                                                                                              \
-        py::call_guard<py::gil_scoped_release>()
+// Python's entry for a CPU kernel: (dtype, sizes, pointers); runs without the GIL. The types are those that
+// the kernel stores.
+template <class Params, template <class> class Tensors, class... Types, class Function>
+auto cpu_entry(Function function) {
+    return [function](int64_t dtype, const Fields<Params>& sizes, const Fields<Tensors<float>>& pointers) {
+        const auto params = unpack<Params>(sizes);
+        const auto run = [&](auto type) {
+            using T = decltype(type);
+            if (nasfast::dtype_of<T> != static_cast<nasfast::DType>(dtype)) return false;
+            function(params, unpack<Tensors<T>>(pointers));
+            return true;
+        };
+        py::gil_scoped_release release;
+        if (!(run(Types()) || ...))
+            throw std::invalid_argument("no CPU kernel for dtype " + std::to_string(dtype));
+    };
+}
 
 std::string isa_name() {
     const int level = nasfast::isa_level();
@@ -62,8 +70,14 @@ py::dict cuda_info() {
 PYBIND11_MODULE(_C, m) {
     nasfast::isa_level();  // a processor or setting that cannot work fails the import, with the reason
     m.def("isa_level", &isa_name);
-    m.def("deform_conv2d_forward", NASFAST_CPU_ENTRY(dc, forward, Forward));
-    m.def("deform_conv2d_backward", NASFAST_CPU_ENTRY(dc, backward, Backward));
+    m.def("deform_conv2d_forward", cpu_entry<dc::Params, dc::Forward, float, double, nasfast::bfloat16>(
+                                       [](const auto& params, const auto& tensors) {
+                                           NASFAST_DISPATCH(dc, forward, params, tensors);
+                                       }));
+    m.def("deform_conv2d_backward",
+          cpu_entry<dc::Params, dc::Backward, float, double>([](const auto& params, const auto& tensors) {
+              NASFAST_DISPATCH(dc, backward, params, tensors);
+          }));
 #ifdef NASFAST_CUDA
     m.def("cuda_info", &cuda_info);
 #endif

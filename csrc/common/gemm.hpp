@@ -1,71 +1,246 @@
-// Small matrix product on GNU vector extensions. Included by per-ISA sources.
+// Matrix product on GNU vector extensions, near the peak of one core. Included by per-ISA sources.
+//
+// C [rows, columns] = A [rows, depth] @ B [depth, columns]. A is read in place, with any strides, and
+// broadcast; B is packed into panels of a few vectors; a block of C stays in registers over the whole depth.
+// Every element of C is summed in the order of k from zero, whatever the shape of its block: results do not
+// depend on how the rows are divided among calls.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "common/dtype.hpp"
+#include "common/parallel.hpp"
+
+#define NASFAST_INLINE inline __attribute__((always_inline))
+#define NASFAST_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace nasfast::NASFAST_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
-constexpr int kRows = 8;  // rows x columns of accumulators that fit in the registers
+constexpr int kPanelVectors = 4;  // 32 registers: 6x4, 8x3 or 12x2 sums, the vectors of B, a broadcast
+constexpr int panel_rows(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : 12; }
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
-constexpr int kRows = 4;
+constexpr int kPanelVectors = 3;  // 16 registers
+constexpr int panel_rows(int vectors) { return vectors == 3 ? 4 : 6; }
 #else
 constexpr int kVectorBytes = 16;
-constexpr int kRows = 4;
+constexpr int kPanelVectors = 3;
+constexpr int panel_rows(int vectors) { return vectors == 3 ? 4 : 6; }
 #endif
-constexpr int kColumns = 2;
+constexpr int64_t kRowMultiple = 24;  // of every number of rows above
+
+template <class T, int Width>
+struct VectorOf {
+    typedef T type __attribute__((vector_size(Width * sizeof(T)), aligned(alignof(T)), may_alias));
+};
+template <class T, int Width>
+using Vector = typename VectorOf<T, Width>::type;
+template <class T>
+constexpr int kWidth = kVectorBytes / sizeof(T);
+
+template <int Width, class T>
+NASFAST_INLINE Vector<T, Width> load(const T* from) {
+    return *reinterpret_cast<const Vector<T, Width>*>(from);
+}
+template <int Width, class T>
+NASFAST_INLINE void store(T* to, Vector<T, Width> value) {
+    *reinterpret_cast<Vector<T, Width>*>(to) = value;
+}
+
+// Parts of two vectors side by side: [a0 b0], [a1 b1] by halves; [a0 a2 b0 b2], [a1 a3 b1 b3] by quarters.
+template <class V, size_t... I>
+NASFAST_INLINE V low_halves(V a, V b, std::index_sequence<I...>) {
+    constexpr size_t half = sizeof...(I) / 2;
+    return __builtin_shufflevector(a, b, (I < half ? I : I + half)...);
+}
+template <class V, size_t... I>
+NASFAST_INLINE V high_halves(V a, V b, std::index_sequence<I...>) {
+    constexpr size_t half = sizeof...(I) / 2;
+    return __builtin_shufflevector(a, b, (I < half ? I + half : I + 2 * half)...);
+}
+template <class V, size_t... I>
+NASFAST_INLINE V even_quarters(V a, V b, std::index_sequence<I...>) {
+    constexpr size_t quarter = sizeof...(I) / 4;
+    return __builtin_shufflevector(a, b, (I + I / quarter * quarter)...);
+}
+template <class V, size_t... I>
+NASFAST_INLINE V odd_quarters(V a, V b, std::index_sequence<I...>) {
+    constexpr size_t quarter = sizeof...(I) / 4;
+    return __builtin_shufflevector(a, b, (I + I / quarter * quarter + quarter)...);
+}
+// Lane i + By in place of lane i.
+template <int By, class V, size_t... I>
+NASFAST_INLINE V rotated(V a, std::index_sequence<I...>) {
+    return __builtin_shufflevector(a, a, ((I + By) % sizeof...(I))...);
+}
+
+// Elements in the type A that they are computed in.
+template <class A, int Width, class T>
+NASFAST_INLINE Vector<A, Width> load_as(const T* from) {
+    if constexpr (std::is_same_v<T, bfloat16>) {
+        const auto bits = load<Width>(reinterpret_cast<const uint16_t*>(from));
+        return (Vector<A, Width>)(__builtin_convertvector(bits, Vector<uint32_t, Width>) << 16);
+    } else {
+        return load<Width>(from);
+    }
+}
 
 template <class T>
-struct Simd {
-    typedef T Vector __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
-    static constexpr int width = kVectorBytes / sizeof(T);
+NASFAST_INLINE Accumulate<T> widen(T value) {
+    return load_as<Accumulate<T>, 1>(&value)[0];
+}
+
+// The same back, rounded to nearest even.
+template <class T, int Width, class V>
+NASFAST_INLINE void store_as(T* to, V value) {
+    if constexpr (std::is_same_v<T, bfloat16>) {
+        using U = Vector<uint32_t, Width>;
+        const U bits = (U)value;
+        const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        const U result = value == value ? rounded : U{} + 0x7fc0;  // a NaN stays one
+        store<Width>(reinterpret_cast<uint16_t*>(to),
+                     __builtin_convertvector(result, Vector<uint16_t, Width>));
+    } else {
+        store<Width>(to, value);
+    }
+}
+
+// Calls body(width, i) so that the runs [i, i + width) cover [0, count): full vectors, then halves of them.
+template <int Width, class Body>
+NASFAST_INLINE void by_vectors(int64_t count, const Body& body, int64_t i = 0) {
+    for (; i + Width <= count; i += Width) body(std::integral_constant<int, Width>(), i);
+    if constexpr (Width > 1) by_vectors<Width / 2>(count, body, i);
+}
+
+// to[0:count] = from[0:count] in another type.
+template <class A, class T>
+NASFAST_INLINE void convert(const A* from, int64_t count, T* to) {
+    by_vectors<kWidth<A>>(count, [&](auto width, int64_t i) NASFAST_INLINE_LAMBDA {
+        constexpr int w = decltype(width)::value;
+        store_as<T, w>(to + i, load_as<A, w>(from + i));
+    });
+}
+
+// How the columns of B are divided into panels of nearly equal numbers of vectors.
+template <class T>
+struct Panels {
+    int64_t columns, vectors, count;
+
+    explicit Panels(int64_t columns)
+        : columns(columns), vectors(ceil_div(columns, kWidth<T>)), count(ceil_div(vectors, kPanelVectors)) {}
+    int64_t begin(int64_t panel) const { return panel * vectors / count * kWidth<T>; }  // first column
+    int64_t padded() const { return vectors * kWidth<T>; }
 };
 
-// c[i, j] += sum_k a[i * a_row + k * a_col] * b[k * ldb + j] for Rows x Columns vectors of c.
-template <int Rows, int Columns, class T>
-inline void gemm_block(int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t ldb, T* c,
-                       int64_t ldc) {
-    using Vector = typename Simd<T>::Vector;
-    constexpr int width = Simd<T>::width;
-    Vector sum[Rows][Columns] = {};
-    for (int64_t k = 0; k < depth; ++k) {
-        for (int j = 0; j < Columns; ++j) {
-            const Vector column = *reinterpret_cast<const Vector*>(b + k * ldb + j * width);
-            for (int i = 0; i < Rows; ++i) sum[i][j] += a[i * a_row + k * a_col] * column;
+// Writes rows [0, depth) of `b`, element (k, j) at b[k * b_row + j * b_column], into the packed matrix of
+// `total` rows, from row `at` on. Columns beyond the last are zero.
+template <class T, class S>
+void pack(const Panels<T>& panels, int64_t total, int64_t at, int64_t depth, const S* b, int64_t b_row,
+          int64_t b_column, T* packed) {
+    constexpr int64_t stripe = kWidth<T>;  // few columns at a time: their lines stay in the cache
+    for (int64_t panel = 0; panel < panels.count; ++panel) {
+        const int64_t begin = panels.begin(panel), width = panels.begin(panel + 1) - begin;
+        for (int64_t j = 0; j < width; j += stripe) {
+            T* const to = packed + total * begin + at * width + j;
+            const S* const from = b + (begin + j) * b_column;
+            const int64_t real = std::min(stripe, panels.columns - begin - j);
+            for (int64_t k = 0; k < depth; ++k) {
+                if (real == stripe)
+                    for (int64_t i = 0; i < stripe; ++i)
+                        to[k * width + i] = widen(from[k * b_row + i * b_column]);
+                else
+                    for (int64_t i = 0; i < stripe; ++i)
+                        to[k * width + i] = i < real ? widen(from[k * b_row + i * b_column]) : T(0);
+            }
         }
     }
-    for (int i = 0; i < Rows; ++i)
-        for (int j = 0; j < Columns; ++j) *reinterpret_cast<Vector*>(c + i * ldc + j * width) += sum[i][j];
 }
 
-template <int Rows, class T>
-inline void gemm_rows(int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b,
-                      int64_t ldb, T* c, int64_t ldc) {
-    constexpr int width = Simd<T>::width;
-    int64_t j = 0;
-    for (; j + kColumns * width <= columns; j += kColumns * width)
-        gemm_block<Rows, kColumns>(depth, a, a_row, a_col, b + j, ldb, c + j, ldc);
-    for (; j + width <= columns; j += width)
-        gemm_block<Rows, 1>(depth, a, a_row, a_col, b + j, ldb, c + j, ldc);
-    for (; j < columns; ++j) {
-        T sum[Rows] = {};
-        for (int64_t k = 0; k < depth; ++k)
-            for (int i = 0; i < Rows; ++i) sum[i] += a[i * a_row + k * a_col] * b[k * ldb + j];
-        for (int i = 0; i < Rows; ++i) c[i * ldc + j] += sum[i];
+enum class Into { assign, add };
+
+// c[0:Rows, 0:Vectors * width] = or += a @ b, plus bias where there is one.
+template <int Rows, int Vectors, class T>
+NASFAST_INLINE void multiply_block(int64_t depth, const T* a, int64_t a_row, int64_t a_column, const T* b,
+                                   Into into, const T* bias, T* c, int64_t c_row) {
+    constexpr int width = kWidth<T>;
+    using V = Vector<T, width>;
+    V sum[Rows][Vectors];
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < Vectors; ++j) sum[i][j] = V{};
+    for (int64_t k = 0; k < depth; ++k) {
+        V row[Vectors];
+#pragma GCC unroll 4
+        for (int j = 0; j < Vectors; ++j) row[j] = load<width>(b + (k * Vectors + j) * width);
+#pragma GCC unroll 16
+        for (int i = 0; i < Rows; ++i) {
+            const T factor = a[i * a_row + k * a_column];
+#pragma GCC unroll 4
+            for (int j = 0; j < Vectors; ++j) sum[i][j] += factor * row[j];
+        }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) {
+        const V start = bias ? load<width>(bias + j * width) : V{};
+#pragma GCC unroll 16
+        for (int i = 0; i < Rows; ++i) {
+            T* const to = c + i * c_row + j * width;
+            store<width>(to, sum[i][j] + (into == Into::add ? load<width>(to) : start));
+        }
     }
 }
 
-// c += a @ b with c [rows, columns], b [depth, columns] and a [rows, depth] of any strides. The order of
-// summation is fixed. Sums over `depth` start from zero, so that long reductions fed in pieces stay exact.
+template <int Vectors, int Rows, class T>
+NASFAST_INLINE int64_t multiply_rows(int64_t row, int64_t rows, int64_t depth, const T* a, int64_t a_row,
+                                     int64_t a_column, const T* b, Into into, const T* bias, T* c,
+                                     int64_t c_row) {
+    for (; row + Rows <= rows; row += Rows)
+        multiply_block<Rows, Vectors>(depth, a + row * a_row, a_row, a_column, b, into, bias, c + row * c_row,
+                                      c_row);
+    return row;
+}
+
+template <int Vectors, class T>
+__attribute__((noinline)) void multiply_panel(int64_t rows, int64_t depth, const T* a, int64_t a_row,
+                                              int64_t a_column, const T* b, Into into, const T* bias, T* c,
+                                              int64_t c_row) {
+    constexpr int full = panel_rows(Vectors);
+    int64_t row = multiply_rows<Vectors, full>(0, rows, depth, a, a_row, a_column, b, into, bias, c, c_row);
+    row = multiply_rows<Vectors, full / 2>(row, rows, depth, a, a_row, a_column, b, into, bias, c, c_row);
+    multiply_rows<Vectors, 1>(row, rows, depth, a, a_row, a_column, b, into, bias, c, c_row);
+}
+
+// Rows [first, first + depth) of the packed B, of `total` rows, times A [rows, depth], into the padded
+// columns of C: c_row is at least panels.padded(). `bias` [padded] is added where C is assigned.
 template <class T>
-inline void gemm(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_col,
-                 const T* b, int64_t ldb, T* c, int64_t ldc) {
-    int64_t i = 0;
-    for (; i + kRows <= rows; i += kRows)
-        gemm_rows<kRows>(columns, depth, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc);
-    for (; i < rows; ++i) gemm_rows<1>(columns, depth, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc);
+void multiply(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_column,
+              const Panels<T>& panels, const T* packed, int64_t total, int64_t first, Into into,
+              const T* bias, T* c, int64_t c_row) {
+    for (int64_t panel = 0; panel < panels.count; ++panel) {
+        const int64_t begin = panels.begin(panel), width = panels.begin(panel + 1) - begin;
+        const T* const b = packed + total * begin + first * width;
+        const T* const start = bias ? bias + begin : nullptr;
+        switch (width / kWidth<T>) {
+            case 1:
+                multiply_panel<1>(rows, depth, a, a_row, a_column, b, into, start, c + begin, c_row);
+                break;
+            case 2:
+                multiply_panel<2>(rows, depth, a, a_row, a_column, b, into, start, c + begin, c_row);
+                break;
+            case 3:
+                multiply_panel<3>(rows, depth, a, a_row, a_column, b, into, start, c + begin, c_row);
+                break;
+            default:
+                multiply_panel<kPanelVectors>(rows, depth, a, a_row, a_column, b, into, start, c + begin,
+                                              c_row);
+        }
+    }
 }
 
 }  // namespace nasfast::NASFAST_ISA

@@ -3,21 +3,77 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 
 namespace nasfast::NASFAST_ISA {
 
-// Calls body(unit, scratch) for every unit in [0, units). `scratch` holds `scratch_size` elements of T,
-// uninitialised, private to the running thread. Results do not depend on the number of threads as long
-// as no two units write the same place. Allocates before the parallel region, where it may throw.
-template <class T, class Body>
-void parallel_for(int64_t units, int64_t scratch_size, const Body& body) {
-    const int64_t padded = scratch_size + 64;  // keeps two threads off one cache line
-    std::unique_ptr<T[]> scratch(new T[static_cast<size_t>(padded * omp_get_max_threads())]);
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t unit = 0; unit < units; ++unit) body(unit, scratch.get() + padded * omp_get_thread_num());
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Hands out memory in cache lines. Without memory of its own it only counts what is taken.
+class Arena {
+public:
+    static constexpr int64_t kLine = 64;
+
+    explicit Arena(char* memory = nullptr) : memory_(memory) {}
+
+    template <class T>
+    T* take(int64_t count) {
+        char* const here = memory_ ? memory_ + used_ : nullptr;
+        used_ += round_up(count * static_cast<int64_t>(sizeof(T)), kLine);
+        return reinterpret_cast<T*>(here);
+    }
+    int64_t used() const { return used_; }
+
+private:
+    char* memory_;
+    int64_t used_ = 0;
+};
+
+// Uninitialised memory that begins on a cache line.
+class Buffer {
+public:
+    explicit Buffer(int64_t bytes)
+        : memory_(new char[static_cast<size_t>(bytes + Arena::kLine)]), begin_(memory_.get()) {
+        begin_ += -reinterpret_cast<uintptr_t>(begin_) % Arena::kLine;
+    }
+    template <class T = char>
+    T* get() const {
+        return reinterpret_cast<T*>(begin_);
+    }
+
+private:
+    std::unique_ptr<char[]> memory_;
+    char* begin_;
+};
+
+// Calls body(unit, scratch) for every unit in [0, units). `scratch` is what layout(Arena&) returns:
+// pointers into uninitialised memory of the running thread. Results do not depend on the number of threads
+// as long as no two units write the same place. Allocates before the parallel region, where it may throw.
+template <class Layout, class Body>
+void parallel_for(int64_t units, const Layout& layout, const Body& body) {
+    if (units <= 0) return;
+    Arena counted;
+    layout(counted);
+    const int64_t threads = std::min<int64_t>(omp_get_max_threads(), units);
+    const int64_t each = counted.used() + 2 * Arena::kLine;  // no two threads on neighbouring lines
+    const Buffer memory(each * threads);
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    {
+        Arena arena(memory.get() + each * omp_get_thread_num());
+        auto scratch = layout(arena);
+#pragma omp for schedule(dynamic)
+        for (int64_t unit = 0; unit < units; ++unit) body(unit, scratch);
+    }
+}
+
+// The same without scratch memory.
+template <class Body>
+void parallel_for(int64_t units, const Body& body) {
+    parallel_for(units, [](Arena&) { return 0; }, [&](int64_t unit, int) { body(unit); });
 }
 
 }  // namespace nasfast::NASFAST_ISA

@@ -1,238 +1,448 @@
-// CPU kernels of deform_conv2d, compiled once per instruction set. Every unit of work is a fixed piece of
-// the problem and owns what it writes: results are identical for any number of threads.
+// CPU kernels of deform_conv2d, compiled once per instruction set. Samples go straight into the operand of a
+// matrix product, a cache-resident tile at a time. Results are identical for any number of threads: the order
+// of every sum is fixed by the sizes.
 #include <algorithm>
-#include <cmath>
-#include <memory>
+#include <utility>
 #include <vector>
 
 #include "common/gemm.hpp"
 #include "common/parallel.hpp"
 #include "deform_conv2d/deform_conv2d.h"
+#include "deform_conv2d/deform_conv2d_sample.hpp"
 
 namespace nasfast::deform_conv2d::NASFAST_ISA {
 namespace {
 
-using nasfast::NASFAST_ISA::gemm;
-using nasfast::NASFAST_ISA::parallel_for;
+#ifndef KT
+#define KT 48
+#endif
+#ifndef KB
+#define KB 64
+#endif
+#ifndef KD
+#define KD 128
+#endif
+#ifndef KT
+#define KT 96
+#endif
+#ifndef KB
+#define KB 64
+#endif
+#ifndef KD
+#define KD 192
+#endif
+#ifndef KC
+#define KC 576
+#endif
+constexpr int64_t kTile = KT;  // output pixels of a tile
+constexpr int64_t kBackwardTile = 96;
+constexpr int64_t kBlock = KB;    // input channels that are sampled at a time, at most
+constexpr int64_t kColumns = KC;  // taps times channels that are sampled at a time
+constexpr int64_t kDepth = KD;    // rows of the weight matrix per product: a panel stays in the L1 cache
 
-constexpr int64_t kTile = 32;   // output pixels per matrix product
-constexpr int64_t kSlice = 32;  // input channels per unit of the backward pass
+// Element (tap, channel, output) of the weight of a group lies at tap * tap_step + channel * channel_step +
+// output * out_step from the group's first.
+struct WeightSteps {
+    int64_t tap, channel, out;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Bilinear sample: the four corners (top left, top right, bottom left, bottom right), their weights and the
-// derivatives of the weights by y and x. A corner outside the image is zero and marked by index -1.
-template <class T>
-struct Sample {
-    int64_t corner[4];  // element index of the corner's first channel
-    T weight[4], weight_dy[4], weight_dx[4];
-    T mask;
+    explicit WeightSteps(const Params& p) {
+        const int64_t taps = p.kernel_h * p.kernel_w, in = p.channels / p.groups;
+        tap = p.weight_channels_last ? in : 1, channel = p.weight_channels_last ? 1 : taps, out = in * taps;
+    }
 };
 
-// Samples tap `tap` of offset group `group` at output pixel `pixel` of the flattened [N, Ho, Wo]. False where
-// the position lies outside -1 < y < H, -1 < x < W or is not a number: value and gradients are then zero.
-template <class T>
-bool locate(const Params& p, const T* offset, const T* mask, int64_t pixel, int64_t group, int64_t tap,
-            Sample<T>& sample) {
-    const int64_t column = pixel % p.out_width;
-    const int64_t row = pixel / p.out_width % p.out_height;
-    const int64_t image = pixel / (p.out_width * p.out_height);
-    const int64_t index = (pixel * p.offset_groups + group) * p.kernel_h * p.kernel_w + tap;
-    const T y = T(row * p.stride_h - p.pad_h + tap / p.kernel_w * p.dilation_h) + offset[2 * index];
-    const T x = T(column * p.stride_w - p.pad_w + tap % p.kernel_w * p.dilation_w) + offset[2 * index + 1];
-    if (!(y > -1 && y < T(p.height) && x > -1 && x < T(p.width))) return false;
+// Rows of the weight matrix: blocks of channels, taps, channels of the block. One block of channels of a tile
+// is sampled at a time, so that what its pixels share stays in the L1 cache.
+struct Blocks {
+    int64_t channels, taps, size, count;
 
-    const T top = std::floor(y), left = std::floor(x);
-    const T wy = y - top, wx = x - left;
-    const T weight[4] = {(1 - wy) * (1 - wx), (1 - wy) * wx, wy * (1 - wx), wy * wx};
-    const T weight_dy[4] = {wx - 1, -wx, 1 - wx, wx};
-    const T weight_dx[4] = {wy - 1, 1 - wy, -wy, wy};
-    for (int i = 0; i < 4; ++i) {
-        const int64_t corner_y = int64_t(top) + i / 2, corner_x = int64_t(left) + i % 2;
-        const bool inside = corner_y >= 0 && corner_y < p.height && corner_x >= 0 && corner_x < p.width;
-        sample.corner[i] = inside ? ((image * p.height + corner_y) * p.width + corner_x) * p.channels : -1;
-        sample.weight[i] = weight[i];
-        sample.weight_dy[i] = weight_dy[i];
-        sample.weight_dx[i] = weight_dx[i];
+    explicit Blocks(const Params& p) : channels(p.channels / p.groups), taps(p.kernel_h * p.kernel_w) {
+        count = ceil_div(channels, std::clamp<int64_t>(kColumns / taps / 16 * 16, 16, kBlock));
+        size = ceil_div(channels, count);
     }
-    sample.mask = mask ? mask[index] : T(1);
-    return true;
+    int64_t begin(int64_t block) const { return std::min(block * size, channels); }
+    int64_t depth() const { return channels * taps; }
+};
+
+// Output [tile, Co/G] = bias + columns [tile, K * C/G] @ weight [K * C/G, Co/G]; a unit is a tile of pixels.
+template <class T>
+void forward_impl(const Params& p, const Forward<T>& t) {
+    using A = Accumulate<T>;
+    const int64_t taps = p.kernel_h * p.kernel_w;
+    const int64_t in = p.channels / p.groups, out = p.out_channels / p.groups;
+    const Blocks blocks(p);
+    const Panels<A> panels(out);
+    const WeightSteps steps(p);
+    const int64_t size = blocks.depth() * panels.padded();
+    const Buffer weights(p.groups * size * sizeof(A)), biases(p.groups * panels.padded() * sizeof(A));
+    A* const bias = t.bias ? biases.get<A>() : nullptr;
+    parallel_for(p.groups * blocks.count, [&](int64_t unit) {
+        const int64_t group = unit / blocks.count, block = unit % blocks.count;
+        const int64_t begin = blocks.begin(block), count = blocks.begin(block + 1) - begin;
+        const T* const weight = t.weight + group * out * blocks.depth() + begin * steps.channel;
+        for (int64_t tap = 0; tap < taps; ++tap)
+            pack(panels, blocks.depth(), begin * taps + tap * count, count, weight + tap * steps.tap,
+                 steps.channel, steps.out, weights.get<A>() + group * size);
+        if (bias && block == 0) {
+            A* const to = std::copy_n(t.bias + group * out, out, bias + group * panels.padded());
+            std::fill(to, bias + (group + 1) * panels.padded(), A(0));
+        }
+    });
+
+    struct Scratch {
+        Samples<A> samples;
+        A *columns, *output;
+    };
+    const auto layout = [&](Arena& arena) {
+        return Scratch{{arena, p, p.offset_groups, kTile},
+                       arena.take<A>(kTile * blocks.size * taps),
+                       arena.take<A>(kTile * panels.padded())};
+    };
+    const Tiling tiling(p, kTile);
+    parallel_for(p.batch * tiling.per_image(), layout, [&](int64_t unit, Scratch& s) {
+        const Tile tile = tiling[unit];
+        const int64_t pixels = tile.pixels();
+        const T* const image = t.input + tile.image * p.height * p.width * p.channels;
+        locate<false>(p, t.offset, t.mask, 0, tile, s.samples);
+        for (int64_t group = 0; group < p.groups; ++group) {
+            for (int64_t block = 0; block < blocks.count; ++block) {
+                const int64_t begin = blocks.begin(block), count = blocks.begin(block + 1) - begin;
+                const int64_t rows = count * taps;
+                by_offset_group(p, group * in + begin, count,
+                                [&](int64_t offset_group, int64_t channel, int64_t part, int64_t before) {
+                                    sample(p, image, s.samples, offset_group * taps, pixels, channel, part,
+                                           s.columns + before, rows, count);
+                                });
+                for (int64_t k = 0; k < rows; k += kDepth) {
+                    const bool start = block == 0 && k == 0;
+                    multiply(pixels, std::min(kDepth, rows - k), s.columns + k, rows, 1, panels,
+                             weights.get<A>() + group * size, blocks.depth(), begin * taps + k,
+                             start ? Into::assign : Into::add,
+                             start && bias ? bias + group * panels.padded() : nullptr, s.output,
+                             panels.padded());
+                }
+            }
+            for (int64_t i = 0; i < pixels; ++i)
+                convert(s.output + i * panels.padded(), out,
+                        t.output + tile.pixel(p, i) * p.out_channels + group * out);
+        }
+    });
 }
 
-// columns[0:count] = mask * bilinear(input)[begin:begin+count], channels of one offset group.
-template <class T>
-void sample_channels(const Params& p, const T* input, const T* offset, const T* mask, int64_t pixel,
-                     int64_t tap, int64_t begin, int64_t count, T* columns) {
-    std::fill_n(columns, count, T(0));
-    Sample<T> sample;
-    if (!locate(p, offset, mask, pixel, begin / (p.channels / p.offset_groups), tap, sample)) return;
-    for (int i = 0; i < 4; ++i) {
-        if (sample.corner[i] < 0) continue;
-        const T* corner = input + sample.corner[i] + begin;
-        const T weight = sample.weight[i] * sample.mask;
-        for (int64_t c = 0; c < count; ++c) columns[c] += weight * corner[c];
-    }
-}
-
-// Runs of at most kSlice input channels that lie in one group and one offset group.
+// Runs of input channels that lie in one group and one offset group. A unit of the backward pass owns such a
+// slice of grad_input, so that no two units add to the same place.
 struct Slice {
     int64_t begin, count;
 };
 
-std::vector<Slice> slices(const Params& p) {
+std::vector<Slice> slices(const Params& p, int64_t most) {
     const int64_t per_group = p.channels / p.groups, per_offset_group = p.channels / p.offset_groups;
     std::vector<Slice> result;
-    for (int64_t begin = 0; begin < p.channels; begin += result.back().count) {
-        const int64_t to_group_end = per_group - begin % per_group;
-        const int64_t to_offset_group_end = per_offset_group - begin % per_offset_group;
-        result.push_back({begin, std::min({kSlice, to_group_end, to_offset_group_end})});
+    for (int64_t begin = 0; begin < p.channels;) {
+        const int64_t end = std::min(begin - begin % per_group + per_group,
+                                     begin - begin % per_offset_group + per_offset_group);
+        const int64_t parts = ceil_div(end - begin, most);
+        const int64_t size = round_up(ceil_div(end - begin, parts), 16);
+        for (; begin < end; begin += result.back().count)
+            result.push_back({begin, std::min(size, end - begin)});
     }
     return result;
 }
 
-// Output [tile, Co] = bias + sum over taps of columns [tile, C] @ weight; a unit is a tile of output pixels.
-template <class T>
-void forward_impl(const Params& p, const Forward<T>& t) {
-    const int64_t pixels = p.batch * p.out_height * p.out_width, taps = p.kernel_h * p.kernel_w;
-    const int64_t in = p.channels / p.groups, out = p.out_channels / p.groups;
-    const int64_t per_offset_group = p.channels / p.offset_groups;
-    parallel_for<T>(ceil_div(pixels, kTile), kTile * p.channels, [&](int64_t unit, T* columns) {  // [tile, C]
-        const int64_t first = unit * kTile, rows = std::min(kTile, pixels - first);
-        T* output = t.output + first * p.out_channels;
-        for (int64_t i = 0; i < rows; ++i) {
-            if (t.bias)
-                std::copy_n(t.bias, p.out_channels, output + i * p.out_channels);
-            else
-                std::fill_n(output + i * p.out_channels, p.out_channels, T(0));
+// How the backward pass is divided. A unit is a slice of channels of every `streams`-th image; a round is
+// some tiles of some images, after which the slices' parts of grad_offset and grad_mask are summed. The sums
+// depend on `parts` and `streams`, which the sizes alone decide; the rounds only bound the memory.
+struct Plan {
+    static constexpr int64_t kWeightBytes = 1 << 20;  // of all streams' weight gradients beyond the first
+    static constexpr int64_t kPartialBytes = 2 << 20;
+    static constexpr int64_t kUnits = 8;
+
+    Tiling tiling;
+    int64_t streams;
+    std::vector<Slice> parts;
+    int64_t images, tiles;  // of a round
+
+    Plan(const Params& p, bool wants_weight, int64_t element) : tiling(p, kBackwardTile) {
+        const int64_t taps = p.kernel_h * p.kernel_w;
+        const int64_t weight_bytes = p.out_channels * p.channels / p.groups * taps * element;
+        streams =
+            std::max<int64_t>(1, wants_weight ? std::min(p.batch, 1 + kWeightBytes / weight_bytes) : p.batch);
+        parts = slices(p, 64);
+        if (streams * count() < kUnits) parts = slices(p, 32);
+        const int64_t each = count() * kBackwardTile * taps * 3 * element;
+        images = std::clamp(kPartialBytes / each / streams * streams, streams,
+                            round_up(std::max<int64_t>(p.batch, 1), streams));
+        tiles = std::clamp<int64_t>(kPartialBytes / each / images, 1, tiling.per_image());
+    }
+    int64_t count() const { return static_cast<int64_t>(parts.size()); }
+};
+
+// The sums over channels that the derivatives by the position are made of: of the gradient of the columns
+// times each of the four corners.
+template <class V>
+NASFAST_INLINE void store_sums(const V (&products)[4], std::remove_reference_t<decltype(V{}[0])>* to) {
+    using T = std::remove_reference_t<decltype(V{}[0])>;
+    constexpr int w = sizeof(V) / sizeof(T);
+    if constexpr (w >= 4) {
+        const auto halves = [](V a, V b) NASFAST_INLINE_LAMBDA {  // half of the lanes for each
+            return low_halves(a, b, std::make_index_sequence<w>()) +
+                   high_halves(a, b, std::make_index_sequence<w>());
+        };
+        const V ab = halves(products[0], products[1]), cd = halves(products[2], products[3]);
+        V sum = even_quarters(ab, cd, std::make_index_sequence<w>()) +
+                odd_quarters(ab, cd, std::make_index_sequence<w>());
+        if constexpr (w >= 16) sum += rotated<w / 8>(sum, std::make_index_sequence<w>());
+        if constexpr (w >= 8) sum += rotated<1>(sum, std::make_index_sequence<w>());
+        for (int i = 0; i < 4; ++i) to[i] = sum[i * w / 4];
+    } else {
+        for (int i = 0; i < 4; ++i) {
+            to[i] = products[i][0];
+            for (int j = 1; j < w; ++j) to[i] += products[i][j];
         }
-        for (int64_t tap = 0; tap < taps; ++tap) {
-            for (int64_t i = 0; i < rows; ++i)
-                for (int64_t c = 0; c < p.channels; c += per_offset_group)
-                    sample_channels(p, t.input, t.offset, t.mask, first + i, tap, c, per_offset_group,
-                                    columns + i * p.channels + c);
-            for (int64_t group = 0; group < p.groups; ++group)
-                gemm(rows, out, in, columns + group * in, p.channels, 1,
-                     t.weight + (group * taps + tap) * in * out, out, output + group * out, p.out_channels);
-        }
-    });
+    }
 }
 
-// Gradients of input, offset and mask. A unit is one image and one slice of channels: it owns its part of
-// grad_input; the sums over channels of grad_offset and grad_mask are completed over the slices at the end.
-template <class T>
-void backward_data(const Params& p, const Backward<T>& t) {
-    const int64_t image_pixels = p.out_height * p.out_width, pixels = p.batch * image_pixels;
-    const int64_t taps = p.kernel_h * p.kernel_w, in = p.channels / p.groups, out = p.out_channels / p.groups;
-    const int64_t per_offset_group = p.channels / p.offset_groups;
-    const std::vector<Slice> parts = slices(p);
-    const int64_t count = static_cast<int64_t>(parts.size());
-    const bool wants_position = t.grad_offset || t.grad_mask;
-    if (t.grad_input) std::fill_n(t.grad_input, p.batch * p.height * p.width * p.channels, T(0));
+// Which gradients a unit computes.
+struct Wanted {
+    bool input, position, columns;
+};
 
-    // [slices, N * Ho * Wo, K, 3]: gradients by dy, dx and mask summed over the slice
-    std::unique_ptr<T[]> partial(new T[static_cast<size_t>(wants_position ? count * pixels * taps * 3 : 0)]);
-    parallel_for<T>(p.batch * count, kTile * kSlice, [&](int64_t unit, T* grad_columns) {  // [tile, slice]
-        const int64_t part = unit % count, image = unit / count;
-        const Slice slice = parts[part];
-        const int64_t group = slice.begin / in;
-        for (int64_t first = image * image_pixels; first < (image + 1) * image_pixels; first += kTile) {
-            const int64_t rows = std::min(kTile, (image + 1) * image_pixels - first);
-            for (int64_t tap = 0; tap < taps; ++tap) {
-                std::fill_n(grad_columns, rows * kSlice, T(0));
-                gemm(rows, slice.count, out, t.grad + first * p.out_channels + group * out, p.out_channels, 1,
-                     t.weight + (group * taps + tap) * in * out + slice.begin % in, in, grad_columns, kSlice);
-                for (int64_t i = 0; i < rows; ++i) {
-                    const T* grad = grad_columns + i * kSlice;
-                    T dy = 0, dx = 0, dmask = 0;
-                    Sample<T> sample;
-                    if (locate(p, t.offset, t.mask, first + i, slice.begin / per_offset_group, tap, sample)) {
-                        for (int corner = 0; corner < 4; ++corner) {
-                            if (sample.corner[corner] < 0) continue;
-                            const int64_t at = sample.corner[corner] + slice.begin;
-                            if (t.grad_input) {
-                                const T weight = sample.weight[corner] * sample.mask;
-                                for (int64_t c = 0; c < slice.count; ++c)
-                                    t.grad_input[at + c] += weight * grad[c];
-                            }
-                            if (wants_position) {
-                                T dot = 0;
-#pragma omp simd reduction(+ : dot)
-                                for (int64_t c = 0; c < slice.count; ++c) dot += grad[c] * t.input[at + c];
-                                dy += sample.weight_dy[corner] * dot;
-                                dx += sample.weight_dx[corner] * dot;
-                                dmask += sample.weight[corner] * dot;
+// Takes the gradient of the columns of a tile, [pixel, tap, channel of the slice], apart: adds it to
+// grad_image at the corners, sums its products with the corners to sums[pixel, tap, 4], and puts the columns
+// in its place.
+template <class T>
+void scatter(const T* image, T* grad_image, const Samples<T>& samples, int64_t pixels, const Slice& slice,
+             Wanted wanted, T* tile, int64_t row, T* sums) {
+    constexpr int full = kWidth<T>;
+    for (int64_t s = 0; s < pixels * samples.per_pixel; ++s, sums += 4) {
+        T* const columns = tile + s / samples.per_pixel * row + s % samples.per_pixel * slice.count;
+        const auto sample = samples[s];
+        if (!sample.inside()) {
+            std::fill_n(columns, slice.count, T(0));
+            std::fill_n(sums, 4, T(0));
+            continue;
+        }
+        int64_t corner[4];
+        T weight[4];
+        for (int i = 0; i < 4; ++i) corner[i] = sample.corner(i) + slice.begin, weight[i] = sample.weight(i);
+        Vector<T, full> products[4] = {};
+        by_vectors<full>(slice.count, [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
+            constexpr int w = decltype(width)::value;
+            const auto grad = load<w>(columns + j);
+            Vector<T, w> column = {};
+            for (int i = 0; i < 4; ++i) {
+                const auto value = load<w>(image + corner[i] + j);
+                if (wanted.position) {
+                    if constexpr (w == full)
+                        products[i] += grad * value;
+                    else
+                        for (int k = 0; k < w; ++k) products[i][k] += grad[k] * value[k];
+                }
+                column += weight[i] * value;
+            }
+            if (wanted.input)
+                for (int i = 0; i < 4; ++i) {
+                    T* const to = grad_image + corner[i] + j;  // corners may coincide
+                    store<w>(to, load<w>(to) + weight[i] * grad);
+                }
+            if (wanted.columns) store<w>(columns + j, column);
+        });
+        if (wanted.position) store_sums(products, sums);
+    }
+}
+
+// derivatives[0, 1, 2] = gradients by y, x and mask of the samples of a tile, from the sums of scatter.
+template <class T>
+void differentiate(const Samples<T>& samples, int64_t count, const T* sums, T* derivatives, int64_t stride) {
+    constexpr int w = kWidth<T>;
+    using V = Vector<T, w>;
+    const auto lanes = std::make_index_sequence<w>();
+    for (int64_t s = 0; s < count; s += w, sums += 4 * w) {
+        const auto& block = samples.blocks[s / w];
+        const V a = load<w>(sums), b = load<w>(sums + w), c = load<w>(sums + 2 * w),
+                d = load<w>(sums + 3 * w);
+        const V even[2] = {every_second<0>(a, b, lanes), every_second<0>(c, d, lanes)};
+        const V odd[2] = {every_second<1>(a, b, lanes), every_second<1>(c, d, lanes)};
+        const V corner[4] = {every_second<0>(even[0], even[1], lanes), every_second<0>(odd[0], odd[1], lanes),
+                             every_second<1>(even[0], even[1], lanes),
+                             every_second<1>(odd[0], odd[1], lanes)};
+        const auto get = [](const T* from) { return load<w>(from); };
+        const V row[2] = {get(block.row[0]), get(block.row[1])};
+        const V column[2] = {get(block.column[0]), get(block.column[1])};
+        const V upper = column[0] * corner[0] + column[1] * corner[1];
+        const V lower = column[0] * corner[2] + column[1] * corner[3];
+        const V left = row[0] * corner[0] + row[1] * corner[2],
+                right = row[0] * corner[1] + row[1] * corner[3];
+        const V mask = get(block.mask);
+        store<w>(derivatives + s, mask * (get(block.row_slope[0]) * upper + get(block.row_slope[1]) * lower));
+        store<w>(derivatives + stride + s,
+                 mask * (get(block.column_slope[0]) * left + get(block.column_slope[1]) * right));
+        store<w>(derivatives + 2 * stride + s, row[0] * upper + row[1] * lower);
+    }
+}
+
+// Gradients of input, offset, mask and weight, in one pass over the samples.
+template <class T>
+void backward_samples(const Params& p, const Backward<T>& t) {
+    const int64_t taps = p.kernel_h * p.kernel_w, in = p.channels / p.groups, out = p.out_channels / p.groups;
+    const Wanted wanted{t.grad_input != nullptr, t.grad_offset || t.grad_mask, t.grad_weight != nullptr};
+    const Plan plan(p, wanted.columns, sizeof(T));
+    const int64_t tiles = plan.tiling.per_image();
+    const WeightSteps steps(p);
+    const Panels<T> out_panels(out);
+    int64_t widest = 0;
+    for (const Slice& slice : plan.parts) widest = std::max(widest, slice.count);
+
+    const int64_t weight_size = p.out_channels * in * taps;
+    const auto clear = [](T* memory, int64_t count) {
+        constexpr int64_t piece = 1 << 14;
+        parallel_for(memory ? ceil_div(count, piece) : 0, [&](int64_t unit) {
+            std::fill_n(memory + unit * piece, std::min(piece, count - unit * piece), T(0));
+        });
+    };
+    const Buffer streams(wanted.columns ? (plan.streams - 1) * weight_size * sizeof(T) : 0);
+    clear(t.grad_input, p.batch * p.height * p.width * p.channels);
+    clear(t.grad_weight, weight_size);
+    if (wanted.columns) clear(streams.get<T>(), (plan.streams - 1) * weight_size);
+    // of a tile and a slice: gradients by y, x and mask, [3, pixel, tap]
+    const int64_t stride = round_up(kBackwardTile * taps, kWidth<T>), each = 3 * stride;
+    const Buffer derivatives(wanted.position ? plan.images * plan.tiles * plan.count() * each * sizeof(T)
+                                             : 0);
+
+    struct Scratch {
+        Samples<T> samples;
+        T *sums, *columns, *grad, *grad_panels, *row, *weight, *grad_weight;
+    };
+    const auto layout = [&](Arena& arena) {
+        return Scratch{{arena, p, 1, kBackwardTile},
+                       arena.take<T>(4 * stride),
+                       arena.take<T>(kBackwardTile * Panels<T>(taps * widest).padded()),
+                       arena.take<T>(kBackwardTile * out),
+                       arena.take<T>(kBackwardTile * out_panels.padded()),
+                       arena.take<T>(taps * widest),
+                       arena.take<T>(out * Panels<T>(taps * widest).padded()),
+                       arena.take<T>(wanted.columns ? taps * widest * out_panels.padded() : 0)};
+    };
+    for (int64_t image = 0; image < p.batch; image += plan.images)
+        for (int64_t first = 0; first < tiles; first += plan.tiles) {
+            const int64_t images = std::min(plan.images, p.batch - image);
+            const int64_t count = std::min(plan.tiles, tiles - first);
+            const auto part_of = [&](int64_t n, int64_t tile, int64_t part) {
+                return derivatives.get<T>() + ((n * count + tile) * plan.count() + part) * each;
+            };
+            parallel_for(
+                std::min(plan.streams, images) * plan.count(), layout, [&](int64_t unit, Scratch& s) {
+                    const int64_t part = unit % plan.count(), stream = unit / plan.count();
+                    const Slice slice = plan.parts[part];
+                    const int64_t group = slice.begin / in, width = taps * slice.count;
+                    const int64_t corner = group * out * steps.out + slice.begin % in * steps.channel;
+                    const Panels<T> panels(width);
+                    // the weight of the slice, [out, (tap, channel)]
+                    for (int64_t k = 0; k < out; ++k) {
+                        const T* const from = t.weight + corner + k * steps.out;
+                        for (int64_t tap = 0; tap < taps; ++tap)
+                            for (int64_t c = 0; c < slice.count; ++c)
+                                s.row[tap * slice.count + c] = from[tap * steps.tap + c * steps.channel];
+                        pack(panels, out, k, 1, s.row, width, 1, s.weight);
+                    }
+                    if (wanted.columns) std::fill_n(s.grad_weight, width * out_panels.padded(), T(0));
+                    for (int64_t n = stream; n < images; n += plan.streams)
+                        for (int64_t i = 0; i < count; ++i) {
+                            const Tile tile = plan.tiling[(image + n) * tiles + first + i];
+                            const int64_t pixels = tile.pixels();
+                            locate<true>(p, t.offset, t.mask, slice.begin / (p.channels / p.offset_groups),
+                                         tile, s.samples);
+                            for (int64_t pixel = 0; pixel < pixels; ++pixel)
+                                std::copy_n(t.grad + tile.pixel(p, pixel) * p.out_channels + group * out, out,
+                                            s.grad + pixel * out);
+                            for (int64_t k = 0; k < out; k += kDepth)
+                                multiply(pixels, std::min(kDepth, out - k), s.grad + k, out, 1, panels,
+                                         s.weight, out, k, k ? Into::add : Into::assign,
+                                         static_cast<const T*>(nullptr), s.columns, panels.padded());
+                            const int64_t offset = (image + n) * p.height * p.width * p.channels;
+                            scatter(t.input + offset, t.grad_input + offset, s.samples, pixels, slice, wanted,
+                                    s.columns, panels.padded(), s.sums);
+                            if (wanted.position)
+                                differentiate(s.samples, pixels * taps, s.sums, part_of(n, i, part), stride);
+                            if (wanted.columns) {
+                                pack(out_panels, pixels, 0, pixels, s.grad, out, 1, s.grad_panels);
+                                multiply(width, pixels, s.columns, 1, panels.padded(), out_panels,
+                                         s.grad_panels, pixels, 0, Into::add, static_cast<const T*>(nullptr),
+                                         s.grad_weight, out_panels.padded());
                             }
                         }
-                        dy *= sample.mask;
-                        dx *= sample.mask;
+                    if (!wanted.columns) return;
+                    T* const target =
+                        (stream ? streams.get<T>() + (stream - 1) * weight_size : t.grad_weight) + corner;
+                    for (int64_t k = 0; k < out; k += 16)
+                        for (int64_t tap = 0; tap < taps; ++tap)
+                            for (int64_t c = 0; c < slice.count; ++c) {
+                                T* const to = target + k * steps.out + tap * steps.tap + c * steps.channel;
+                                const T* const from =
+                                    s.grad_weight + (tap * slice.count + c) * out_panels.padded() + k;
+                                for (int64_t j = 0; j < std::min<int64_t>(16, out - k); ++j)
+                                    to[j * steps.out] += from[j];
+                            }
+                });
+            if (wanted.position)
+                parallel_for(images * count, [&](int64_t unit) {
+                    const int64_t n = unit / count, i = unit % count;
+                    const Tile tile = plan.tiling[(image + n) * tiles + first + i];
+                    for (int64_t part = 0; part < plan.count();) {
+                        T* const sum = part_of(n, i, part);
+                        const int64_t group = plan.parts[part].begin / (p.channels / p.offset_groups);
+                        for (++part; part < plan.count() &&
+                                     plan.parts[part].begin / (p.channels / p.offset_groups) == group;
+                             ++part) {
+                            const T* const other = part_of(n, i, part);
+                            for (int64_t j = 0; j < each; ++j) sum[j] += other[j];
+                        }
+                        for (int64_t pixel = 0; pixel < tile.pixels(); ++pixel) {
+                            const int64_t at = (tile.pixel(p, pixel) * p.offset_groups + group) * taps;
+                            for (int64_t tap = 0; tap < taps; ++tap) {
+                                const T* const from = sum + pixel * taps + tap;
+                                if (t.grad_offset) {
+                                    t.grad_offset[2 * (at + tap)] = from[0];
+                                    t.grad_offset[2 * (at + tap) + 1] = from[stride];
+                                }
+                                if (t.grad_mask) t.grad_mask[at + tap] = from[2 * stride];
+                            }
+                        }
                     }
-                    if (wants_position) {
-                        T* sums = partial.get() + ((part * pixels + first + i) * taps + tap) * 3;
-                        sums[0] = dy, sums[1] = dx, sums[2] = dmask;
-                    }
-                }
-            }
+                });
         }
-    });
-    if (!wants_position) return;
-
-    parallel_for<T>(ceil_div(pixels, kTile), 0, [&](int64_t unit, T*) {
-        const int64_t per_pixel = p.offset_groups * taps, first = unit * kTile;
-        for (int64_t at = first * per_pixel; at < std::min(first + kTile, pixels) * per_pixel; ++at) {
-            const int64_t pixel = at / per_pixel, group = at % per_pixel / taps, tap = at % taps;
-            T dy = 0, dx = 0, dmask = 0;
-            for (int64_t part = 0; part < count; ++part) {
-                if (parts[part].begin / per_offset_group != group) continue;
-                const T* sums = partial.get() + ((part * pixels + pixel) * taps + tap) * 3;
-                dy += sums[0], dx += sums[1], dmask += sums[2];
-            }
-            if (t.grad_offset) t.grad_offset[2 * at] = dy, t.grad_offset[2 * at + 1] = dx;
-            if (t.grad_mask) t.grad_mask[at] = dmask;
-        }
-    });
+    if (wanted.columns)
+        parallel_for(p.out_channels, [&](int64_t unit) {
+            const int64_t row = in * taps;
+            for (int64_t stream = 1; stream < plan.streams; ++stream)
+                for (int64_t i = unit * row; i < (unit + 1) * row; ++i)
+                    t.grad_weight[i] += streams.get<T>()[(stream - 1) * weight_size + i];
+        });
 }
 
-// Weight gradient. A unit is one tap and one slice of channels, that is, rows of the weight matrix.
-template <class T>
-void backward_weight(const Params& p, const Backward<T>& t) {
-    const int64_t pixels = p.batch * p.out_height * p.out_width, taps = p.kernel_h * p.kernel_w;
-    const int64_t in = p.channels / p.groups, out = p.out_channels / p.groups;
-    const std::vector<Slice> parts = slices(p);
-    const int64_t count = static_cast<int64_t>(parts.size());
-    parallel_for<T>(taps * count, kTile * kSlice, [&](int64_t unit, T* columns) {  // [tile, slice]
-        const int64_t tap = unit % taps;
-        const Slice slice = parts[unit / taps];
-        const int64_t group = slice.begin / in;
-        T* grad_weight = t.grad_weight + ((group * taps + tap) * in + slice.begin % in) * out;
-        std::fill_n(grad_weight, slice.count * out, T(0));
-        for (int64_t first = 0; first < pixels; first += kTile) {
-            const int64_t rows = std::min(kTile, pixels - first);
-            for (int64_t i = 0; i < rows; ++i)
-                sample_channels(p, t.input, t.offset, t.mask, first + i, tap, slice.begin, slice.count,
-                                columns + i * kSlice);
-            gemm(slice.count, out, rows, columns, 1, kSlice, t.grad + first * p.out_channels + group * out,
-                 p.out_channels, grad_weight, out);
-        }
-    });
-}
-
-// Bias gradient. A unit is a run of output channels; sums in double, as they run over all pixels.
+// Bias gradient: sums over pieces of the pixels, then over the pieces, in double.
 template <class T>
 void backward_bias(const Params& p, const Backward<T>& t) {
     const int64_t pixels = p.batch * p.out_height * p.out_width;
-    parallel_for<double>(ceil_div(p.out_channels, kSlice), kSlice, [&](int64_t unit, double* sums) {
-        const int64_t begin = unit * kSlice, count = std::min(kSlice, p.out_channels - begin);
-        std::fill_n(sums, count, 0.0);
-        for (int64_t pixel = 0; pixel < pixels; ++pixel)
-            for (int64_t c = 0; c < count; ++c) sums[c] += t.grad[pixel * p.out_channels + begin + c];
-        std::copy_n(sums, count, t.grad_bias + begin);
+    const int64_t pieces = std::clamp<int64_t>(pixels / 256, 1, 64);
+    const Buffer partial(pieces * p.out_channels * sizeof(double));
+    parallel_for(pieces, [&](int64_t unit) {
+        double* const sums = partial.get<double>() + unit * p.out_channels;
+        std::fill_n(sums, p.out_channels, 0.0);
+        for (int64_t pixel = unit * pixels / pieces; pixel < (unit + 1) * pixels / pieces; ++pixel)
+            for (int64_t c = 0; c < p.out_channels; ++c) sums[c] += t.grad[pixel * p.out_channels + c];
     });
+    for (int64_t c = 0; c < p.out_channels; ++c) {
+        double sum = 0;
+        for (int64_t piece = 0; piece < pieces; ++piece)
+            sum += partial.get<double>()[piece * p.out_channels + c];
+        t.grad_bias[c] = T(sum);
+    }
 }
 
 template <class T>
 void backward_impl(const Params& p, const Backward<T>& t) {
-    if (t.grad_input || t.grad_offset || t.grad_mask) backward_data(p, t);
-    if (t.grad_weight) backward_weight(p, t);
+    if (t.grad_input || t.grad_offset || t.grad_mask || t.grad_weight) backward_samples(p, t);
     if (t.grad_bias) backward_bias(p, t);
 }
 
@@ -240,6 +450,7 @@ void backward_impl(const Params& p, const Backward<T>& t) {
 
 void forward(const Params& p, const Forward<float>& t) { forward_impl(p, t); }
 void forward(const Params& p, const Forward<double>& t) { forward_impl(p, t); }
+void forward(const Params& p, const Forward<bfloat16>& t) { forward_impl(p, t); }
 void backward(const Params& p, const Backward<float>& t) { backward_impl(p, t); }
 void backward(const Params& p, const Backward<double>& t) { backward_impl(p, t); }
 

@@ -34,33 +34,89 @@ def isa_level() -> str:
     return str(C.isa_level()) if C is not None else "none"
 
 
-def call(entry: str, sizes: tuple[int, ...], tensors: Sequence[Tensor | None]) -> None:
-    """Runs a CPU kernel of the extension on float32 or float64 tensors.
+# Codes of nasfast::DType in csrc/common/dtype.hpp.
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+# entry -> dtypes that its CPU kernel stores; the half types are computed in float32 elsewhere.
+CPU_DTYPES = {
+    "deform_conv2d_forward": (torch.float32, torch.float64, torch.bfloat16),
+    "deform_conv2d_backward": (torch.float32, torch.float64),
+}
 
-    Images [N, C, H, W] must be dense with channels last, other tensors contiguous; None becomes a
-    null pointer. ``sizes`` and ``tensors`` stand in the order of the kernel's C++ structs.
+
+def missing(op: str, device: str) -> str | None:
+    """Why the extension has no kernel of the op for a device type, or None where it has."""
+    if ERROR is not None:
+        return ERROR
+    if device == "cuda" and not hasattr(C, f"{op}_forward_cuda"):
+        return "built without CUDA (NASFAST_CUDA=off, no nvcc or CMake < 3.25)"
+    return None
+
+
+def storage(entry: str, *tensors: Tensor) -> list[Tensor]:
+    """The tensors in a dtype that the kernel stores: their own, or float32."""
+    if tensors[0].device.type == "cuda" or tensors[0].dtype in CPU_DTYPES[entry]:
+        return list(tensors)
+    return [tensor.float() for tensor in tensors]
+
+
+def pixel_step(tensor: Tensor) -> int | None:
+    """Elements between neighbouring pixels of a map [N, C, H, W] whose channels lie together.
+
+    C for a channels-last map, more for a slice of its channels, None for any other layout.
+    """
+    _, channels, height, width = tensor.shape
+    if tensor.is_contiguous(memory_format=torch.channels_last):
+        return channels
+    step = tensor.stride(3)
+    expected = (step * width * height, 1, step * width, step)
+    return step if tensor.stride() == expected and step >= channels else None
+
+
+def call(
+    entry: str,
+    dtype: torch.dtype,
+    sizes: tuple[int, ...],
+    tensors: Sequence[Tensor | None],
+    stepped: tuple[int, ...] = (),
+) -> None:
+    """Runs a kernel of the extension on the device of the tensors.
+
+    Maps [N, C, H, W] must be dense with channels last (those at the positions ``stepped`` may be
+    slices of channels), other tensors contiguous; None becomes a null pointer. ``sizes`` and
+    ``tensors`` stand in the order of the kernel's C++ structs. On CUDA it runs on the current
+    stream and gets its workspace from PyTorch's allocator.
 
     Raises:
         ValueError: a tensor is not what the kernel would read.
+        RuntimeError: the kernel cannot be launched.
     """
-    dtype = next(tensor.dtype for tensor in tensors if tensor is not None)
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"{entry}: tensors must be torch.float32 or torch.float64, got {dtype}; convert them "
-            "before the call"
-        )
-    pointers = tuple(0 if t is None else _pointer(entry, t, dtype) for t in tensors)
-    getattr(C, entry)(dtype == torch.float64, sizes, pointers)
+    device = next(tensor.device for tensor in tensors if tensor is not None)
+    pointers = tuple(
+        0 if tensor is None else _pointer(entry, tensor, dtype, device, position in stepped)
+        for position, tensor in enumerate(tensors)
+    )
+    if device.type == "cpu":
+        getattr(C, entry)(DTYPES[dtype], sizes, pointers)
+        return
+    with torch.cuda.device(device):
+        size = getattr(C, f"{entry}_cuda_workspace")(DTYPES[dtype], sizes)
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        stream = torch.cuda.current_stream().cuda_stream
+        getattr(C, f"{entry}_cuda")(DTYPES[dtype], sizes, pointers, workspace.data_ptr(), stream)
 
 
-def _pointer(entry: str, tensor: Tensor, dtype: torch.dtype) -> int:
-    if tensor.device.type != "cpu" or tensor.dtype != dtype:
+def _pointer(
+    entry: str, tensor: Tensor, dtype: torch.dtype, device: torch.device, stepped: bool
+) -> int:
+    allowed = {dtype, torch.float32} if dtype in (torch.bfloat16, torch.float16) else {dtype}
+    if tensor.device != device or tensor.dtype not in allowed:
         raise ValueError(
-            f"{entry}: tensor must be {dtype} on cpu, got {tensor.dtype} on {tensor.device}; "
+            f"{entry}: tensor must be {dtype} on {device}, got {tensor.dtype} on {tensor.device}; "
             "convert it before the call"
         )
     layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
-    if not tensor.is_contiguous(memory_format=layout):
+    dense = tensor.is_contiguous(memory_format=layout)
+    if not (dense or (stepped and pixel_step(tensor) is not None)):
         raise ValueError(
             f"{entry}: tensor must be dense in {layout}, got shape {tuple(tensor.shape)} with "
             f"strides {tensor.stride()}; call .contiguous(memory_format={layout}) before"

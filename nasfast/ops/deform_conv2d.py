@@ -38,8 +38,14 @@ def deform_conv2d(
     """Convolution whose taps sample ``input`` bilinearly at offset positions.
 
     Outside the image the input is zero: a sample counts where -1 < y < H and -1 < x < W. Elsewhere,
-    and for offsets that are not finite, the sample and its gradients are zero. float16 and bfloat16
-    are computed in float32, also under autocast, which returns its own dtype.
+    and for offsets that are not finite, the sample and its gradients are zero.
+
+    All tensors have one dtype, but beside a float16 or bfloat16 input, offset and mask may be
+    float32, which keeps positions exact; sums are in float32. Autocast casts input, weight and
+    bias, and leaves a float32 offset and mask as they are.
+
+    Channels last is the native memory format, and a slice of the channels of such a map (as of one
+    convolution that predicts offset and mask) is read in place; other maps are copied into it.
 
     Raises:
         ValueError: tensors that do not fit together, with what was wanted and what came.
@@ -165,7 +171,7 @@ def deform_conv2d_reference(
 
 
 class Geometry(NamedTuple):
-    """Sizes of one call, in the order of ``Params`` in csrc/deform_conv2d/deform_conv2d.h."""
+    """Sizes of one call: the first fields of ``Params`` in csrc/deform_conv2d/deform_conv2d.h."""
 
     batch: int
     channels: int
@@ -184,6 +190,16 @@ class Geometry(NamedTuple):
     dilation_w: int
     groups: int
     offset_groups: int
+
+
+class Layout(NamedTuple):
+    """The rest of ``Params``: how the tensors lie in memory, and choices of the CUDA kernels."""
+
+    offset_step: int
+    mask_step: int
+    weight_channels_last: int
+    deterministic: int
+    tf32: int
 
 
 def _wrong(argument: str, wanted: str, got: object, remedy: str) -> ValueError:
@@ -230,8 +246,9 @@ def _check(
             raise _wrong(
                 name, wanted, f"shape {shape}", "reshape it (a single image is a batch of 1)"
             )
-        if tensor.dtype != input.dtype:
-            wanted = f"of the dtype of input, {input.dtype}"
+        position = name in ("offset", "mask") and input.dtype in _HALF
+        if tensor.dtype != input.dtype and not (position and tensor.dtype == torch.float32):
+            wanted = f"of the dtype of input, {input.dtype}" + position * " (or torch.float32)"
             raise _wrong(name, wanted, tensor.dtype, f"convert it with {name}.to(input.dtype)")
         if tensor.device != input.device:
             wanted = f"on the device of input, {input.device}"
@@ -323,24 +340,39 @@ def _at_least_float32(*tensors: Tensor | None) -> list[Any]:
     return [t.float() if t is not None and t.dtype in _HALF else t for t in tensors]
 
 
-def _channels_last(*tensors: Tensor | None) -> list[Any]:
+def _accumulate(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _pixels(tensor: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, int]:
+    """The map in ``dtype``, channels last or a slice of the channels of such a map; its step."""
+    if tensor is None:
+        return None, 0
+    tensor = tensor.to(dtype)
+    step = _native.pixel_step(tensor)
+    if step is None:
+        tensor = tensor.contiguous(memory_format=torch.channels_last)
+        step = tensor.shape[1]
+    return tensor, step
+
+
+def _dense(weight: Tensor) -> tuple[Tensor, bool]:
+    """The weight without gaps, and whether its channels are last."""
+    last = _layout(weight) == torch.channels_last
+    if not last and weight.device.type == "cuda":
+        return weight.contiguous(memory_format=torch.channels_last), True
+    return weight if last else weight.contiguous(), last
+
+
+def _flat(weight: Tensor | None, channels_last: bool) -> Tensor | None:  # [Co * C/G * K]
+    if weight is None:
+        return None
+    return (weight.permute(0, 2, 3, 1) if channels_last else weight).reshape(-1)
+
+
+def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     last = torch.channels_last
-    return [None if t is None else t.contiguous(memory_format=last) for t in tensors]
-
-
-def _by_tap(weight: Tensor, g: Geometry) -> Tensor:  # [G * K, C/G, Co/G]
-    shape = (g.groups, g.out_channels // g.groups, g.channels // g.groups, g.kernel_h * g.kernel_w)
-    return weight.reshape(shape).permute(0, 3, 2, 1).flatten(0, 1).contiguous()
-
-
-def _from_by_tap(matrices: Tensor, g: Geometry) -> Tensor:  # [Co, C/G, kh, kw]
-    shape = (g.groups, g.kernel_h * g.kernel_w, *matrices.shape[1:])
-    weight_shape = (g.out_channels, g.channels // g.groups, g.kernel_h, g.kernel_w)
-    return matrices.view(shape).permute(0, 3, 2, 1).reshape(weight_shape).contiguous()
-
-
-def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=last)
 
 
 def _finish(tensor: Tensor, like: Tensor) -> Tensor:
@@ -348,10 +380,25 @@ def _finish(tensor: Tensor, like: Tensor) -> Tensor:
     layout = _layout(like)
     if tensor.dtype == like.dtype and layout == torch.channels_last:
         return tensor
-    return torch.empty(tensor.shape, dtype=like.dtype, memory_format=layout).copy_(tensor)
+    result = torch.empty(tensor.shape, dtype=like.dtype, device=like.device, memory_format=layout)
+    return result.copy_(tensor)
 
 
-def _cpu(
+def _choices(tensor: Tensor) -> tuple[bool, bool]:
+    """deterministic, tf32: as PyTorch's own convolutions follow the global settings."""
+    tf32 = tensor.is_cuda and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return torch.are_deterministic_algorithms_enabled(), tf32
+
+
+def _check_image(g: Geometry) -> None:
+    """The kernels count the elements of one image, though not of a batch, in 32 bits."""
+    if g.channels * g.height * g.width >= 2**31:
+        size = f"{g.channels}x{g.height}x{g.width}"
+        wanted = "of fewer than 2**31 elements an image"
+        raise _wrong("input", wanted, size, "divide the image into tiles")
+
+
+def _kernel(
     input: Tensor,
     offset: Tensor,
     weight: Tensor,
@@ -362,15 +409,22 @@ def _cpu(
     mask: Tensor | None,
 ) -> Tensor:
     g = _check(input, offset, weight, bias, stride, padding, dilation, mask)
-    x, d, w, b, m = _at_least_float32(input, offset, weight, bias, mask)
-    x, d, m = _channels_last(x, d, m)
-    b = None if b is None else b.contiguous()
-    y = _empty((g.batch, g.out_channels, g.out_height, g.out_width), x.dtype)
-    _native.call("deform_conv2d_forward", g, [x, d, m, _by_tap(w, g), b, y])
+    _check_image(g)
+    x, w = _native.storage("deform_conv2d_forward", input, weight)
+    dtype = _accumulate(x.dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    d, offset_step = _pixels(offset, dtype)
+    m, mask_step = _pixels(mask, dtype)
+    w, last = _dense(w)
+    b = None if bias is None else bias.to(dtype).contiguous()
+    y = _empty(x, (g.batch, g.out_channels, g.out_height, g.out_width), x.dtype)
+    layout = Layout(offset_step, mask_step, last, *_choices(x))
+    tensors = [x, d, m, _flat(w, last), b, y]
+    _native.call("deform_conv2d_forward", x.dtype, (*g, *layout), tensors, stepped=(1, 2))
     return _finish(y, input)
 
 
-def _cpu_backward(
+def _kernel_backward(
     grad: Tensor,  # [N, Co, Ho, Wo]
     input: Tensor,
     offset: Tensor,
@@ -382,22 +436,26 @@ def _cpu_backward(
     wanted: list[bool],  # of input, offset, weight, bias, mask
 ) -> tuple[Tensor, ...]:
     g = _check(input, offset, weight, None, stride, padding, dilation, mask, grad)
-    dy, x, d, w, m = _at_least_float32(grad, input, offset, weight, mask)
-    dy, x, d, m = _channels_last(dy, x, d, m)
-    w = _by_tap(w, g)
-    dx, dd, dm = (
-        _empty(t.shape, x.dtype) if want and t is not None else None
-        for t, want in zip((x, d, m), (wanted[0], wanted[1], wanted[4]))
-    )
-    dw = torch.empty_like(w) if wanted[2] else None
-    db = w.new_empty(g.out_channels) if wanted[3] else None
-    tensors = [dy, x, d, m, w.mT.contiguous(), dx, dd, dw, db, dm]
-    _native.call("deform_conv2d_backward", g, tensors)
+    _check_image(g)
+    dy, x, w = _native.storage("deform_conv2d_backward", grad, input, weight)
+    dtype = _accumulate(x.dtype)
+    dy, x = (t.contiguous(memory_format=torch.channels_last) for t in (dy, x))
+    d, offset_step = _pixels(offset, dtype)
+    m, mask_step = _pixels(mask, dtype)
+    w, last = _dense(w)
+    layout = Layout(offset_step, mask_step, last, *_choices(x))
+    dx = _empty(x, x.shape, x.dtype) if wanted[0] else None
+    dd = _empty(x, offset.shape, dtype) if wanted[1] else None
+    dw = torch.empty_like(w, dtype=dtype) if wanted[2] else None
+    db = w.new_empty(g.out_channels, dtype=dtype) if wanted[3] else None
+    dm = _empty(x, mask.shape, dtype) if mask is not None and wanted[4] else None
+    tensors = [dy, x, d, m, _flat(w, last), dx, dd, _flat(dw, last), db, dm]
+    _native.call("deform_conv2d_backward", x.dtype, (*g, *layout), tensors, stepped=(2, 3))
     none = input.new_empty
     return (
         none(0) if dx is None else _finish(dx, input),
         none(0) if dd is None else _finish(dd, offset),
-        none(0) if dw is None else _from_by_tap(dw, g).to(weight.dtype),
+        none(0) if dw is None else dw.to(weight.dtype, memory_format=_layout(weight)),
         none(0) if db is None else db.to(weight.dtype),
         none(0) if dm is None or mask is None else _finish(dm, mask),
     )
@@ -439,7 +497,7 @@ def _fake_backward(
     return (
         like(input, wanted[0]),
         like(offset, wanted[1]),
-        weight.new_empty(weight.shape if wanted[2] else 0),
+        like(weight, wanted[2]),
         weight.new_empty(g.out_channels if wanted[3] else 0),
         like(mask, wanted[4]),
     )
@@ -501,7 +559,7 @@ def _double_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]
 
 
 def _autocast(device: str) -> Callable[..., Tensor]:
-    """Computes in float32 and returns the autocast dtype; leaves float64 alone, as PyTorch does."""
+    """Casts as autocast does for a convolution, but leaves positions in float32; and float64."""
 
     def leg(
         input: Tensor,
@@ -515,11 +573,47 @@ def _autocast(device: str) -> Callable[..., Tensor]:
     ) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            input, offset, weight, bias, mask = _at_least_float32(input, offset, weight, bias, mask)
-            output = deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
-        return output.to(dtype) if output.dtype == torch.float32 else output
+            if input.dtype != torch.float64:
+                input, weight = input.to(dtype), weight.to(dtype)
+                bias = None if bias is None else bias.to(dtype)
+                offset = offset if offset.dtype == dtype else offset.float()
+                mask = mask if mask is None or mask.dtype == dtype else mask.float()
+            return deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
 
     return leg
+
+
+def _vmap(
+    info: Any,
+    in_dims: tuple[Any, ...],
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    mask: Tensor | None,
+) -> tuple[Tensor, int]:
+    """One call for the whole vmapped dimension: as groups if weights differ, else as a batch."""
+    b = info.batch_size
+    groups = any(in_dims[argument] is not None for argument in (2, 3))
+
+    def fold(tensor: Tensor | None, dim: int | None, into: int) -> Any:
+        if tensor is None:
+            return None
+        tensor = tensor.expand(b, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        return tensor.movedim(0, into).flatten(into, into + 1)
+
+    into = int(groups)
+    input, offset, mask = (
+        fold(tensor, in_dims[argument], into)
+        for tensor, argument in ((input, 0), (offset, 1), (mask, 7))
+    )
+    if groups:
+        weight, bias = fold(weight, in_dims[2], 0), fold(bias, in_dims[3], 0)
+    output = deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+    return output.unflatten(into, (b, output.shape[into] // b)).movedim(into, 0), 0
 
 
 def _flops(*arguments: Any, out_shape: Sequence[int], **rest: Any) -> int:
@@ -557,15 +651,15 @@ for _name, _fake_kernel, _save, _differentiate, _formula in (
         f"nasfast::{_name}", _differentiate, setup_context=_save, lib=_library
     )
     register_flop_formula(getattr(torch.ops.nasfast, _name))(_formula)
+torch.library.register_vmap("nasfast::deform_conv2d", _vmap, lib=_library)
 for _device in ("CPU", "CUDA"):
     _library.impl("deform_conv2d", _autocast(_device.lower()), f"Autocast{_device}")
-    if _device == "CPU" and _native.C is not None:
-        _library.impl("deform_conv2d", _cpu, _device)
-        _library.impl("deform_conv2d_backward", _cpu_backward, _device)
+    _reason = _native.missing("deform_conv2d", _device.lower())
+    if _reason is None:
+        _library.impl("deform_conv2d", _kernel, _device)
+        _library.impl("deform_conv2d_backward", _kernel_backward, _device)
     else:  # PyTorch differentiates the reference
         _library.impl("deform_conv2d", deform_conv2d_reference, _device)
         _library.impl("deform_conv2d", deform_conv2d_reference, f"Autograd{_device}")
-_native.LEGS["deform_conv2d"] = {
-    "cpu": "reference: " + _native.ERROR if _native.ERROR else "C++ kernel",
-    "cuda": "reference: this op has no CUDA kernel",
-}
+    _leg = f"reference: {_reason}" if _reason else {"CPU": "C++ kernel"}.get(_device, "CUDA kernel")
+    _native.LEGS.setdefault("deform_conv2d", {})[_device.lower()] = _leg

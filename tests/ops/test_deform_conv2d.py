@@ -334,19 +334,34 @@ def test_half_precision_is_computed_in_float32(function: Any, dtype: torch.dtype
 
 
 def test_autocast_brings_inputs_to_one_dtype() -> None:
+    """As for a convolution; a position in float32 stays exact, one in half precision is taken."""
     sample = Sample("")
     tensors = sample.tensors(torch.float32)
-    assert tensors[0] is not None
-    tensors[0] = tensors[0].bfloat16()
+    input, offset, weight, bias, mask = tensors
+    tensors[0], tensors[4] = input.bfloat16(), mask.half()
     leaves = require_grad(tensors)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = deform_conv2d(*sample.arguments(tensors))
     assert output.dtype == torch.bfloat16
-    floats = [None if t is None else t.detach().float() for t in tensors]
-    expected = deform_conv2d(*sample.arguments(floats))
-    assert torch.equal(output, expected.bfloat16())
+    cast = [input.bfloat16(), offset, weight.bfloat16(), bias.bfloat16(), mask.half().float()]
+    assert torch.equal(output, deform_conv2d(*sample.arguments(cast)))
     gradients = torch.autograd.grad(output.sum(), leaves)
     assert [g.dtype for g in gradients] == [t.dtype for t in leaves]
+
+
+@pytest.mark.parametrize("function", [deform_conv2d, deform_conv2d_reference])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_positions_in_float32(function: Any, dtype: torch.dtype) -> None:
+    """Beside half precision, positions keep what float32 holds of them."""
+    image = torch.arange(300, dtype=dtype).view(1, 1, 1, 300).requires_grad_()
+    offset = torch.full((1, 2, 1, 300), 1 / 512).requires_grad_()
+    offset.data[:, 0] = 0
+    output = function(image * 512, offset, torch.ones(1, 1, 1, 1, dtype=dtype))
+    assert output.dtype == dtype
+    assert output[0, 0, 0, :2].tolist() == [1, 512 if dtype == torch.bfloat16 else 513]
+    (gradient,) = torch.autograd.grad(output.sum(), offset)
+    assert gradient.dtype == torch.float32
+    assert gradient[0, 1, 0, 0] == 512
 
 
 def test_autocast_leaves_float64_alone() -> None:
@@ -490,6 +505,14 @@ BAD_INPUT: dict[str, tuple[dict[str, Any], str]] = {
         "offset must be of the dtype of input, torch.float32, got torch.float64; convert it with "
         "offset.to(input.dtype)",
     ),
+    "dtype beside half": (
+        {
+            "input": torch.zeros(2, 4, 6, 9, dtype=torch.float16),
+            "offset": torch.zeros(2, 18, 6, 9, dtype=torch.float64),
+        },
+        "offset must be of the dtype of input, torch.float16 (or torch.float32), got "
+        "torch.float64; convert it with offset.to(input.dtype)",
+    ),
     "device": (
         {"mask": torch.zeros(2, 9, 6, 9, device="meta")},
         "mask must be on the device of input, cpu, got meta; move it with mask.to(input.device)",
@@ -574,37 +597,115 @@ def test_bad_gradient() -> None:
     )
 
 
+@native
+def test_image_of_2_to_the_31_elements() -> None:
+    image = torch.zeros(1, 1, 1, 1).expand(1, 1, 2**16, 2**15)
+    offset = torch.zeros(1, 1, 1, 1).expand(1, 2, 2**16, 2**15)
+    with pytest.raises(ValueError) as error:
+        deform_conv2d(image, offset, torch.zeros(1, 1, 1, 1))
+    assert str(error.value) == (
+        "deform_conv2d: input must be of fewer than 2**31 elements an image, got 1x65536x32768; "
+        "divide the image into tiles"
+    )
+
+
 @pytest.mark.parametrize(
-    ("first", "tensor", "message"),
+    ("dtype", "tensor", "message"),
     [
         (
-            torch.zeros(1),
+            torch.float32,
             torch.zeros(2, 3, 4, 5),
-            "deform_conv2d_forward: tensor must be dense in torch.channels_last, got shape "
-            "(2, 3, 4, 5) with strides (60, 20, 5, 1); call "
-            ".contiguous(memory_format=torch.channels_last) before",
+            "tensor must be dense in torch.channels_last, got shape (2, 3, 4, 5) with strides "
+            "(60, 20, 5, 1); call .contiguous(memory_format=torch.channels_last) before",
         ),
         (
-            torch.zeros(1),
+            torch.float32,
             torch.zeros(3, dtype=torch.float64),
-            "deform_conv2d_forward: tensor must be torch.float32 on cpu, got torch.float64 on cpu; "
-            "convert it before the call",
+            "tensor must be torch.float32 on cpu, got torch.float64 on cpu; convert it before the "
+            "call",
         ),
         (
-            torch.zeros(1, dtype=torch.bfloat16),
-            torch.zeros(3, dtype=torch.bfloat16),
-            "deform_conv2d_forward: tensors must be torch.float32 or torch.float64, got "
-            "torch.bfloat16; convert them before the call",
+            torch.bfloat16,
+            torch.zeros(3, dtype=torch.float16),
+            "tensor must be torch.bfloat16 on cpu, got torch.float16 on cpu; convert it before "
+            "the call",
+        ),
+        (
+            torch.float32,
+            torch.zeros(3, device="meta"),
+            "tensor must be torch.float32 on cpu, got torch.float32 on meta; convert it before "
+            "the call",
         ),
     ],
-    ids=["layout", "other dtype", "bfloat16"],
+    ids=["layout", "other dtype", "half", "device"],
 )
 @native
-def test_pointers_are_checked(first: Tensor, tensor: Tensor, message: str) -> None:
+def test_pointers_are_checked(dtype: torch.dtype, tensor: Tensor, message: str) -> None:
     """The last door before the extension, which believes what it is given."""
     with pytest.raises(ValueError) as error:
-        _native.call("deform_conv2d_forward", (0,) * 17, [first, tensor])
-    assert str(error.value) == message
+        _native.call("deform_conv2d_forward", dtype, (0,) * 22, [torch.zeros(1).to(dtype), tensor])
+    assert str(error.value) == f"deform_conv2d_forward: {message}"
+
+
+@native
+def test_slices_of_channels_are_read_in_place() -> None:
+    """Only where a map is said to be stepped, and only if its pixels lie evenly apart."""
+    last = torch.zeros(2, 7, 4, 5).contiguous(memory_format=torch.channels_last)
+    assert _native.pixel_step(last) == 7
+    assert _native.pixel_step(last[:, 2:5]) == 7
+    assert _native.pixel_step(last[:, 2:5, :, 1:]) is None
+    assert _native.pixel_step(last[:, 2:5].flip(3)) == 3
+    assert _native.pixel_step(last.contiguous()) is None
+    with pytest.raises(ValueError, match="must be dense in torch.channels_last"):
+        _native.call("deform_conv2d_forward", last.dtype, (0,) * 22, [last[:, 2:5]])
+
+
+def test_kernel_without_the_dtype() -> None:
+    if _native.C is None:
+        pytest.skip(str(_native.ERROR))
+    with pytest.raises(ValueError, match="no CPU kernel for dtype 3"):
+        _native.C.deform_conv2d_forward(3, (0,) * 22, (0,) * 6)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize(
+    "in_dims",
+    [(0, 0, None, None, 0), (1, None, None, None, 0), (0, 0, 0, 0, 0), (None, 2, 3, None, None)],
+    ids=["images", "some images", "all", "weights"],
+)
+def test_vmap(in_dims: tuple[int | None, ...], mask: bool) -> None:
+    sample = Sample("", channels=4, out_channels=4, groups=2, offset_groups=2, mask=mask)
+    drawn = [sample.tensors() for _ in range(3)]
+    stacked = [
+        parts[0] if dim is None or parts[0] is None else torch.stack(parts, dim)  # type: ignore[arg-type]
+        for parts, dim in zip(zip(*drawn), in_dims)
+    ]
+
+    def call(*tensors: Any) -> Tensor:
+        return deform_conv2d(*tensors[:4], 1, 1, 1, tensors[4] if mask else None)
+
+    if not mask:
+        stacked, in_dims = stacked[:4], in_dims[:4]
+    output = torch.vmap(call, in_dims)(*stacked)
+    for i in range(3):
+        chosen = [
+            part if dim is None else part.select(dim, i) for part, dim in zip(stacked, in_dims)
+        ]
+        torch.testing.assert_close(output[i], call(*chosen), **TOLERANCE[torch.float64])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_batched_gradients() -> None:
+    """Several cotangents at once: vmap of the backward pass, one call for each."""
+    sample = Sample("", size=(3, 4))
+    tensors = sample.tensors()
+    leaves = require_grad(tensors)
+    output = deform_conv2d(*sample.arguments(tensors))
+    cotangents = torch.randn(3, *output.shape, dtype=output.dtype)
+    batched = torch.autograd.grad(output, leaves, cotangents, True, is_grads_batched=True)
+    for i, cotangent in enumerate(cotangents):
+        expected = torch.autograd.grad(output, leaves, cotangent, retain_graph=True)
+        torch.testing.assert_close([g[i] for g in batched], list(expected))
 
 
 @pytest.mark.cuda
