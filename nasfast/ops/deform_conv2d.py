@@ -386,7 +386,8 @@ def _finish(tensor: Tensor, like: Tensor) -> Tensor:
 
 def _choices(tensor: Tensor) -> tuple[bool, bool]:
     """deterministic, tf32: as PyTorch's own convolutions follow the global settings."""
-    tf32 = tensor.is_cuda and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    cudnn: Any = torch.backends.cudnn
+    tf32 = tensor.is_cuda and cudnn.conv.fp32_precision == "tf32"
     return torch.are_deterministic_algorithms_enabled(), tf32
 
 
@@ -613,7 +614,8 @@ def _vmap(
     if groups:
         weight, bias = fold(weight, in_dims[2], 0), fold(bias, in_dims[3], 0)
     output = deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
-    return output.unflatten(into, (b, output.shape[into] // b)).movedim(into, 0), 0
+    shape = (*output.shape[:into], b, output.shape[into] // b, *output.shape[into + 1 :])
+    return output.reshape(shape).movedim(into, 0), 0
 
 
 def _flops(*arguments: Any, out_shape: Sequence[int], **rest: Any) -> int:

@@ -656,7 +656,7 @@ def test_slices_of_channels_are_read_in_place() -> None:
     assert _native.pixel_step(last[:, 2:5, :, 1:]) is None
     assert _native.pixel_step(last[:, 2:5].flip(3)) == 3
     assert _native.pixel_step(last.contiguous()) is None
-    with pytest.raises(ValueError, match="must be dense in torch.channels_last"):
+    with pytest.raises(ValueError, match=r"must be dense in torch\.channels_last"):
         _native.call("deform_conv2d_forward", last.dtype, (0,) * 22, [last[:, 2:5]])
 
 
