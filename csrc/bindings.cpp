@@ -49,9 +49,12 @@ auto cpu_entry(Function function) {
     };
 }
 
-std::string isa_name() {
-    const int level = nasfast::isa_level();
-    return level ? "x86-64-v" + std::to_string(level) : "portable";
+template <class T>
+void forward(const dc::Params& params, const dc::Forward<T>& tensors) {
+    NASFAST_DISPATCH(dc, forward, params, tensors);
+}
+void forward(const dc::Params& params, const dc::Forward<nasfast::bfloat16>& tensors) {
+    NASFAST_DISPATCH_BF16(dc, forward, params, tensors);
 }
 
 #ifdef NASFAST_CUDA
@@ -68,16 +71,13 @@ py::dict cuda_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    nasfast::isa_level();  // a processor or setting that cannot work fails the import, with the reason
-    m.def("isa_level", &isa_name);
+    nasfast::isa();  // a processor or setting that cannot work fails the import, with the reason
+    m.def("isa_level", [] { return nasfast::isa_name(nasfast::isa()); });
     m.def("deform_conv2d_forward", cpu_entry<dc::Params, dc::Forward, float, double, nasfast::bfloat16>(
-                                       [](const auto& params, const auto& tensors) {
-                                           NASFAST_DISPATCH(dc, forward, params, tensors);
-                                       }));
+                                       [](const auto&... arguments) { forward(arguments...); }));
     m.def("deform_conv2d_backward",
-          cpu_entry<dc::Params, dc::Backward, float, double>([](const auto& params, const auto& tensors) {
-              NASFAST_DISPATCH(dc, backward, params, tensors);
-          }));
+          cpu_entry<dc::Params, dc::Backward, float, double>(
+              [](const auto&... arguments) { NASFAST_DISPATCH(dc, backward, arguments...); }));
 #ifdef NASFAST_CUDA
     m.def("cuda_info", &cuda_info);
 #endif

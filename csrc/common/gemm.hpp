@@ -6,6 +6,10 @@
 // depend on how the rows are divided among calls.
 #pragma once
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
@@ -32,7 +36,6 @@ constexpr int kVectorBytes = 16;
 constexpr int kPanelVectors = 3;
 constexpr int panel_rows(int vectors) { return vectors == 3 ? 4 : 6; }
 #endif
-constexpr int64_t kRowMultiple = 24;  // of every number of rows above
 
 template <class T, int Width>
 struct VectorOf {
@@ -100,6 +103,12 @@ template <class T, int Width, class V>
 NASFAST_INLINE void store_as(T* to, V value) {
     if constexpr (std::is_same_v<T, bfloat16>) {
         using U = Vector<uint32_t, Width>;
+#if defined(__AVX512BF16__)
+        if constexpr (Width == 16) {
+            const auto rounded = _mm512_cvtneps_pbh((__m512)value);
+            return store<Width>(reinterpret_cast<uint16_t*>(to), (Vector<uint16_t, Width>)rounded);
+        }
+#endif
         const U bits = (U)value;
         const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
         const U result = value == value ? rounded : U{} + 0x7fc0;  // a NaN stays one
@@ -127,12 +136,12 @@ NASFAST_INLINE void convert(const A* from, int64_t count, T* to) {
 }
 
 // How the columns of B are divided into panels of nearly equal numbers of vectors.
-template <class T>
+template <class T, int Most = kPanelVectors>
 struct Panels {
     int64_t columns, vectors, count;
 
     explicit Panels(int64_t columns)
-        : columns(columns), vectors(ceil_div(columns, kWidth<T>)), count(ceil_div(vectors, kPanelVectors)) {}
+        : columns(columns), vectors(ceil_div(columns, kWidth<T>)), count(ceil_div(vectors, Most)) {}
     int64_t begin(int64_t panel) const { return panel * vectors / count * kWidth<T>; }  // first column
     int64_t padded() const { return vectors * kWidth<T>; }
 };
@@ -163,10 +172,10 @@ void pack(const Panels<T>& panels, int64_t total, int64_t at, int64_t depth, con
 
 enum class Into { assign, add };
 
-// c[0:Rows, 0:Vectors * width] = or += a @ b, plus bias where there is one.
+// c[0:Rows, 0:Vectors * width] = or += a @ b.
 template <int Rows, int Vectors, class T>
 NASFAST_INLINE void multiply_block(int64_t depth, const T* a, int64_t a_row, int64_t a_column, const T* b,
-                                   Into into, const T* bias, T* c, int64_t c_row) {
+                                   Into into, T* c, int64_t c_row) {
     constexpr int width = kWidth<T>;
     using V = Vector<T, width>;
     V sum[Rows][Vectors];
@@ -187,60 +196,76 @@ NASFAST_INLINE void multiply_block(int64_t depth, const T* a, int64_t a_row, int
     }
 #pragma GCC unroll 4
     for (int j = 0; j < Vectors; ++j) {
-        const V start = bias ? load<width>(bias + j * width) : V{};
 #pragma GCC unroll 16
         for (int i = 0; i < Rows; ++i) {
             T* const to = c + i * c_row + j * width;
-            store<width>(to, sum[i][j] + (into == Into::add ? load<width>(to) : start));
+            store<width>(to, sum[i][j] + (into == Into::add ? load<width>(to) : V{}));
         }
     }
 }
 
 template <int Vectors, int Rows, class T>
 NASFAST_INLINE int64_t multiply_rows(int64_t row, int64_t rows, int64_t depth, const T* a, int64_t a_row,
-                                     int64_t a_column, const T* b, Into into, const T* bias, T* c,
-                                     int64_t c_row) {
+                                     int64_t a_column, const T* b, Into into, T* c, int64_t c_row) {
     for (; row + Rows <= rows; row += Rows)
-        multiply_block<Rows, Vectors>(depth, a + row * a_row, a_row, a_column, b, into, bias, c + row * c_row,
+        multiply_block<Rows, Vectors>(depth, a + row * a_row, a_row, a_column, b, into, c + row * c_row,
                                       c_row);
     return row;
 }
 
 template <int Vectors, class T>
 __attribute__((noinline)) void multiply_panel(int64_t rows, int64_t depth, const T* a, int64_t a_row,
-                                              int64_t a_column, const T* b, Into into, const T* bias, T* c,
-                                              int64_t c_row) {
+                                              int64_t a_column, const T* b, Into into, T* c, int64_t c_row) {
     constexpr int full = panel_rows(Vectors);
-    int64_t row = multiply_rows<Vectors, full>(0, rows, depth, a, a_row, a_column, b, into, bias, c, c_row);
-    row = multiply_rows<Vectors, full / 2>(row, rows, depth, a, a_row, a_column, b, into, bias, c, c_row);
-    multiply_rows<Vectors, 1>(row, rows, depth, a, a_row, a_column, b, into, bias, c, c_row);
+    int64_t row = multiply_rows<Vectors, full>(0, rows, depth, a, a_row, a_column, b, into, c, c_row);
+    row = multiply_rows<Vectors, full / 2>(row, rows, depth, a, a_row, a_column, b, into, c, c_row);
+    multiply_rows<Vectors, 1>(row, rows, depth, a, a_row, a_column, b, into, c, c_row);
 }
 
 // Rows [first, first + depth) of the packed B, of `total` rows, times A [rows, depth], into the padded
-// columns of C: c_row is at least panels.padded(). `bias` [padded] is added where C is assigned.
+// columns of C: c_row is at least panels.padded().
 template <class T>
 void multiply(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_column,
-              const Panels<T>& panels, const T* packed, int64_t total, int64_t first, Into into,
-              const T* bias, T* c, int64_t c_row) {
+              const Panels<T>& panels, const T* packed, int64_t total, int64_t first, Into into, T* c,
+              int64_t c_row) {
     for (int64_t panel = 0; panel < panels.count; ++panel) {
         const int64_t begin = panels.begin(panel), width = panels.begin(panel + 1) - begin;
         const T* const b = packed + total * begin + first * width;
-        const T* const start = bias ? bias + begin : nullptr;
         switch (width / kWidth<T>) {
             case 1:
-                multiply_panel<1>(rows, depth, a, a_row, a_column, b, into, start, c + begin, c_row);
+                multiply_panel<1>(rows, depth, a, a_row, a_column, b, into, c + begin, c_row);
                 break;
             case 2:
-                multiply_panel<2>(rows, depth, a, a_row, a_column, b, into, start, c + begin, c_row);
+                multiply_panel<2>(rows, depth, a, a_row, a_column, b, into, c + begin, c_row);
                 break;
             case 3:
-                multiply_panel<3>(rows, depth, a, a_row, a_column, b, into, start, c + begin, c_row);
+                multiply_panel<3>(rows, depth, a, a_row, a_column, b, into, c + begin, c_row);
                 break;
             default:
-                multiply_panel<kPanelVectors>(rows, depth, a, a_row, a_column, b, into, start, c + begin,
-                                              c_row);
+                multiply_panel<kPanelVectors>(rows, depth, a, a_row, a_column, b, into, c + begin, c_row);
         }
     }
 }
+
+// The matrix product of a forward pass: C [rows, padded columns] += A [rows, depth] @ packed B.
+template <class T>
+struct VectorProduct {
+    using Operand = T;  // of A and B
+    using Panels = NASFAST_ISA::Panels<T>;
+    static constexpr int64_t kDepthMultiple = 1;  // of the rows of B
+    static constexpr int64_t kDepth = 128;        // rows at a time: a panel stays in the L1 cache
+    static constexpr int64_t kRowMultiple = 1;    // A and C have memory for so many rows
+
+    template <class S>
+    static void pack(const Panels& panels, int64_t total, int64_t at, int64_t depth, const S* b,
+                     int64_t b_row, int64_t b_column, T* packed) {
+        NASFAST_ISA::pack(panels, total, at, depth, b, b_row, b_column, packed);
+    }
+    static void clear(const Panels&, int64_t, int64_t, int64_t, T*) {}  // rows [begin, end) that fill up
+    static void multiply(int64_t rows, int64_t depth, const T* a, int64_t a_row, const Panels& panels,
+                         const T* packed, int64_t total, int64_t first, T* c, int64_t c_row) {
+        NASFAST_ISA::multiply(rows, depth, a, a_row, 1, panels, packed, total, first, Into::add, c, c_row);
+    }
+};
 
 }  // namespace nasfast::NASFAST_ISA

@@ -58,4 +58,6 @@ NASFAST_PER_ISA(                                            //
     void backward(const Params&, const Backward<float>&);   //
     void backward(const Params&, const Backward<double>&);)
 
+NASFAST_PER_BF16_ISA(void forward(const Params&, const Forward<bfloat16>&);)
+
 }  // namespace nasfast::deform_conv2d

@@ -8,126 +8,13 @@
 #include "common/gemm.hpp"
 #include "common/parallel.hpp"
 #include "deform_conv2d/deform_conv2d.h"
+#include "deform_conv2d/deform_conv2d_forward.hpp"
 #include "deform_conv2d/deform_conv2d_sample.hpp"
 
 namespace nasfast::deform_conv2d::NASFAST_ISA {
 namespace {
 
-#ifndef KT
-#define KT 48
-#endif
-#ifndef KB
-#define KB 64
-#endif
-#ifndef KD
-#define KD 128
-#endif
-#ifndef KT
-#define KT 96
-#endif
-#ifndef KB
-#define KB 64
-#endif
-#ifndef KD
-#define KD 192
-#endif
-#ifndef KC
-#define KC 576
-#endif
-constexpr int64_t kTile = KT;  // output pixels of a tile
 constexpr int64_t kBackwardTile = 96;
-constexpr int64_t kBlock = KB;    // input channels that are sampled at a time, at most
-constexpr int64_t kColumns = KC;  // taps times channels that are sampled at a time
-constexpr int64_t kDepth = KD;    // rows of the weight matrix per product: a panel stays in the L1 cache
-
-// Element (tap, channel, output) of the weight of a group lies at tap * tap_step + channel * channel_step +
-// output * out_step from the group's first.
-struct WeightSteps {
-    int64_t tap, channel, out;
-
-    explicit WeightSteps(const Params& p) {
-        const int64_t taps = p.kernel_h * p.kernel_w, in = p.channels / p.groups;
-        tap = p.weight_channels_last ? in : 1, channel = p.weight_channels_last ? 1 : taps, out = in * taps;
-    }
-};
-
-// Rows of the weight matrix: blocks of channels, taps, channels of the block. One block of channels of a tile
-// is sampled at a time, so that what its pixels share stays in the L1 cache.
-struct Blocks {
-    int64_t channels, taps, size, count;
-
-    explicit Blocks(const Params& p) : channels(p.channels / p.groups), taps(p.kernel_h * p.kernel_w) {
-        count = ceil_div(channels, std::clamp<int64_t>(kColumns / taps / 16 * 16, 16, kBlock));
-        size = ceil_div(channels, count);
-    }
-    int64_t begin(int64_t block) const { return std::min(block * size, channels); }
-    int64_t depth() const { return channels * taps; }
-};
-
-// Output [tile, Co/G] = bias + columns [tile, K * C/G] @ weight [K * C/G, Co/G]; a unit is a tile of pixels.
-template <class T>
-void forward_impl(const Params& p, const Forward<T>& t) {
-    using A = Accumulate<T>;
-    const int64_t taps = p.kernel_h * p.kernel_w;
-    const int64_t in = p.channels / p.groups, out = p.out_channels / p.groups;
-    const Blocks blocks(p);
-    const Panels<A> panels(out);
-    const WeightSteps steps(p);
-    const int64_t size = blocks.depth() * panels.padded();
-    const Buffer weights(p.groups * size * sizeof(A)), biases(p.groups * panels.padded() * sizeof(A));
-    A* const bias = t.bias ? biases.get<A>() : nullptr;
-    parallel_for(p.groups * blocks.count, [&](int64_t unit) {
-        const int64_t group = unit / blocks.count, block = unit % blocks.count;
-        const int64_t begin = blocks.begin(block), count = blocks.begin(block + 1) - begin;
-        const T* const weight = t.weight + group * out * blocks.depth() + begin * steps.channel;
-        for (int64_t tap = 0; tap < taps; ++tap)
-            pack(panels, blocks.depth(), begin * taps + tap * count, count, weight + tap * steps.tap,
-                 steps.channel, steps.out, weights.get<A>() + group * size);
-        if (bias && block == 0) {
-            A* const to = std::copy_n(t.bias + group * out, out, bias + group * panels.padded());
-            std::fill(to, bias + (group + 1) * panels.padded(), A(0));
-        }
-    });
-
-    struct Scratch {
-        Samples<A> samples;
-        A *columns, *output;
-    };
-    const auto layout = [&](Arena& arena) {
-        return Scratch{{arena, p, p.offset_groups, kTile},
-                       arena.take<A>(kTile * blocks.size * taps),
-                       arena.take<A>(kTile * panels.padded())};
-    };
-    const Tiling tiling(p, kTile);
-    parallel_for(p.batch * tiling.per_image(), layout, [&](int64_t unit, Scratch& s) {
-        const Tile tile = tiling[unit];
-        const int64_t pixels = tile.pixels();
-        const T* const image = t.input + tile.image * p.height * p.width * p.channels;
-        locate<false>(p, t.offset, t.mask, 0, tile, s.samples);
-        for (int64_t group = 0; group < p.groups; ++group) {
-            for (int64_t block = 0; block < blocks.count; ++block) {
-                const int64_t begin = blocks.begin(block), count = blocks.begin(block + 1) - begin;
-                const int64_t rows = count * taps;
-                by_offset_group(p, group * in + begin, count,
-                                [&](int64_t offset_group, int64_t channel, int64_t part, int64_t before) {
-                                    sample(p, image, s.samples, offset_group * taps, pixels, channel, part,
-                                           s.columns + before, rows, count);
-                                });
-                for (int64_t k = 0; k < rows; k += kDepth) {
-                    const bool start = block == 0 && k == 0;
-                    multiply(pixels, std::min(kDepth, rows - k), s.columns + k, rows, 1, panels,
-                             weights.get<A>() + group * size, blocks.depth(), begin * taps + k,
-                             start ? Into::assign : Into::add,
-                             start && bias ? bias + group * panels.padded() : nullptr, s.output,
-                             panels.padded());
-                }
-            }
-            for (int64_t i = 0; i < pixels; ++i)
-                convert(s.output + i * panels.padded(), out,
-                        t.output + tile.pixel(p, i) * p.out_channels + group * out);
-        }
-    });
-}
 
 // Runs of input channels that lie in one group and one offset group. A unit of the backward pass owns such a
 // slice of grad_input, so that no two units add to the same place.
@@ -355,10 +242,10 @@ void backward_samples(const Params& p, const Backward<T>& t) {
                             for (int64_t pixel = 0; pixel < pixels; ++pixel)
                                 std::copy_n(t.grad + tile.pixel(p, pixel) * p.out_channels + group * out, out,
                                             s.grad + pixel * out);
-                            for (int64_t k = 0; k < out; k += kDepth)
-                                multiply(pixels, std::min(kDepth, out - k), s.grad + k, out, 1, panels,
-                                         s.weight, out, k, k ? Into::add : Into::assign,
-                                         static_cast<const T*>(nullptr), s.columns, panels.padded());
+                            for (int64_t k = 0; k < out; k += VectorProduct<T>::kDepth)
+                                multiply(pixels, std::min(VectorProduct<T>::kDepth, out - k), s.grad + k, out,
+                                         1, panels, s.weight, out, k, k ? Into::add : Into::assign, s.columns,
+                                         panels.padded());
                             const int64_t offset = (image + n) * p.height * p.width * p.channels;
                             scatter(t.input + offset, t.grad_input + offset, s.samples, pixels, slice, wanted,
                                     s.columns, panels.padded(), s.sums);
@@ -367,8 +254,8 @@ void backward_samples(const Params& p, const Backward<T>& t) {
                             if (wanted.columns) {
                                 pack(out_panels, pixels, 0, pixels, s.grad, out, 1, s.grad_panels);
                                 multiply(width, pixels, s.columns, 1, panels.padded(), out_panels,
-                                         s.grad_panels, pixels, 0, Into::add, static_cast<const T*>(nullptr),
-                                         s.grad_weight, out_panels.padded());
+                                         s.grad_panels, pixels, 0, Into::add, s.grad_weight,
+                                         out_panels.padded());
                             }
                         }
                     if (!wanted.columns) return;
@@ -448,9 +335,9 @@ void backward_impl(const Params& p, const Backward<T>& t) {
 
 }  // namespace
 
-void forward(const Params& p, const Forward<float>& t) { forward_impl(p, t); }
-void forward(const Params& p, const Forward<double>& t) { forward_impl(p, t); }
-void forward(const Params& p, const Forward<bfloat16>& t) { forward_impl(p, t); }
+void forward(const Params& p, const Forward<float>& t) { forward_impl<VectorProduct<float>>(p, t); }
+void forward(const Params& p, const Forward<double>& t) { forward_impl<VectorProduct<double>>(p, t); }
+void forward(const Params& p, const Forward<bfloat16>& t) { forward_impl<VectorProduct<float>>(p, t); }
 void backward(const Params& p, const Backward<float>& t) { backward_impl(p, t); }
 void backward(const Params& p, const Backward<double>& t) { backward_impl(p, t); }
 

@@ -206,17 +206,17 @@ NASFAST_INLINE void by_offset_group(const Params& p, int64_t begin, int64_t coun
 // to[i, tap * to_tap + (0:count)] = mask * bilinear(image)[channel:channel + count] of every pixel i of a
 // tile and every tap; sample `first` is the first one. Vectors: count is that many full vectors; 0 for any
 // count.
-template <int Vectors, class T, class A>
+template <int Vectors, class T, class A, class To>
 void sample_tile(const Params& p, const T* image, const Samples<A>& samples, int64_t first, int64_t pixels,
-                 int64_t channel, int64_t count, A* to, int64_t to_row, int64_t to_tap) {
+                 int64_t channel, int64_t count, To* to, int64_t to_row, int64_t to_tap) {
     if constexpr (Vectors > 0) count = Vectors * kWidth<A>;
     const int64_t taps = p.kernel_h * p.kernel_w;
     for (int64_t i = 0; i < pixels; ++i)
         for (int64_t tap = 0; tap < taps; ++tap) {
             const auto sample = samples[first + i * samples.per_pixel + tap];
-            A* const column = to + i * to_row + tap * to_tap;
+            To* const column = to + i * to_row + tap * to_tap;
             if (!sample.inside()) {
-                std::fill_n(column, count, A(0));
+                std::fill_n(column, count, To());
                 continue;
             }
             const T* const from = image + channel;
@@ -226,15 +226,15 @@ void sample_tile(const Params& p, const T* image, const Samples<A>& samples, int
                     wd = sample.weight(3);
             by_vectors<kWidth<A>>(count, [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
                 constexpr int w = decltype(width)::value;
-                store<w>(column + j, wa * load_as<A, w>(a + j) + wb * load_as<A, w>(b + j) +
-                                         wc * load_as<A, w>(c + j) + wd * load_as<A, w>(d + j));
+                store_as<To, w>(column + j, wa * load_as<A, w>(a + j) + wb * load_as<A, w>(b + j) +
+                                                wc * load_as<A, w>(c + j) + wd * load_as<A, w>(d + j));
             });
         }
 }
 
-template <class T, class A>
+template <class T, class A, class To>
 void sample(const Params& p, const T* image, const Samples<A>& samples, int64_t first, int64_t pixels,
-            int64_t channel, int64_t count, A* to, int64_t to_row, int64_t to_tap) {
+            int64_t channel, int64_t count, To* to, int64_t to_row, int64_t to_tap) {
     const auto run = [&](auto vectors) {
         sample_tile<decltype(vectors)::value>(p, image, samples, first, pixels, channel, count, to, to_row,
                                               to_tap);

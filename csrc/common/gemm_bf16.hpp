@@ -1,0 +1,190 @@
+// Matrix product of bfloat16 operands into float32, on AVX512-BF16 or AMX. Included by sources of those
+// instruction sets; see gemm.hpp for its arrangement. B is packed in pairs of rows, as both want it.
+#pragma once
+
+#include <immintrin.h>
+
+#include "common/gemm.hpp"
+
+namespace nasfast::NASFAST_ISA {
+
+// Writes rows [0, depth) of `b` into the packed matrix, pairs of rows interleaved.
+template <class Panels>
+void pack_pairs(const Panels& panels, int64_t total, int64_t at, int64_t depth, const bfloat16* b,
+                int64_t b_row, int64_t b_column, bfloat16* packed) {
+    for (int64_t panel = 0; panel < panels.count; ++panel) {
+        const int64_t begin = panels.begin(panel), width = panels.begin(panel + 1) - begin;
+        for (int64_t j = 0; j < width; ++j) {
+            const bfloat16* const from = b + (begin + j) * b_column;
+            const bool real = begin + j < panels.columns;
+            for (int64_t k = at; k < at + depth; ++k)
+                packed[total * begin + (k / 2 * width + j) * 2 + k % 2] =
+                    real ? from[(k - at) * b_row] : bfloat16();
+        }
+    }
+}
+
+// Sets rows [begin, end) of the packed matrix to zero.
+template <class Panels>
+void clear_pairs(const Panels& panels, int64_t total, int64_t begin, int64_t end, bfloat16* packed) {
+    const bfloat16 zero = bfloat16();
+    for (int64_t k = begin; k < end; ++k) pack_pairs(panels, total, k, 1, &zero, 0, 0, packed);
+}
+
+#if defined(__AMX_BF16__)
+
+// Tiles of 16 x 16 sums; each instruction multiplies 16 x 32 by 32 x 16. Blocks of 2 x 2 tiles.
+struct Bf16Product {
+    using Operand = bfloat16;
+    static constexpr int kVectors = 2;  // tiles of a panel
+    using Panels = NASFAST_ISA::Panels<float, kVectors>;
+    static constexpr int64_t kDepthMultiple = 32, kDepth = 1024, kRowMultiple = 32;
+
+    static void pack(const Panels& panels, int64_t total, int64_t at, int64_t depth, const bfloat16* b,
+                     int64_t b_row, int64_t b_column, bfloat16* packed) {
+        pack_pairs(panels, total, at, depth, b, b_row, b_column, packed);
+    }
+    static void clear(const Panels& panels, int64_t total, int64_t begin, int64_t end, bfloat16* packed) {
+        clear_pairs(panels, total, begin, end, packed);
+    }
+    // The tile registers belong to the thread; its configuration is restored to none, as others expect it.
+    static void multiply(int64_t rows, int64_t depth, const bfloat16* a, int64_t a_row, const Panels& panels,
+                         const bfloat16* packed, int64_t total, int64_t first, float* c, int64_t c_row) {
+        alignas(64) Config config = {};
+        config.palette = 1;
+        for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = 16;
+        _tile_loadconfig(&config);
+        for (int64_t panel = 0; panel < panels.count; ++panel) {
+            const int64_t begin = panels.begin(panel), width = panels.begin(panel + 1) - begin;
+            const bfloat16* const b = packed + total * begin + first * width;
+            for (int64_t row = 0; row < rows; row += kRowMultiple)
+                if (width > 16)
+                    block<2>(depth, a + row * a_row, a_row, b, c + row * c_row + begin, c_row);
+                else
+                    block<1>(depth, a + row * a_row, a_row, b, c + row * c_row + begin, c_row);
+        }
+        _tile_release();
+    }
+
+private:
+    struct Config {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    };
+
+    template <int Vectors>
+    static void block(int64_t depth, const bfloat16* a, int64_t a_row, const bfloat16* b, float* c,
+                      int64_t c_row) {
+        const int64_t a_bytes = a_row * 2, b_bytes = Vectors * 64, c_bytes = c_row * 4;
+        float* const lower = c + 16 * c_row;
+        _tile_loadd(0, c, c_bytes);
+        _tile_loadd(1, lower, c_bytes);
+        if constexpr (Vectors == 2) {
+            _tile_loadd(2, c + 16, c_bytes);
+            _tile_loadd(3, lower + 16, c_bytes);
+        }
+        for (int64_t k = 0; k < depth; k += 32) {
+            const bfloat16* const pairs = b + k * Vectors * 16;
+            _tile_loadd(4, a + k, a_bytes);
+            _tile_loadd(6, pairs, b_bytes);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(5, a + 16 * a_row + k, a_bytes);
+            _tile_dpbf16ps(1, 5, 6);
+            if constexpr (Vectors == 2) {
+                _tile_loadd(7, pairs + 32, b_bytes);
+                _tile_dpbf16ps(2, 4, 7);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+        _tile_stored(0, c, c_bytes);
+        _tile_stored(1, lower, c_bytes);
+        if constexpr (Vectors == 2) {
+            _tile_stored(2, c + 16, c_bytes);
+            _tile_stored(3, lower + 16, c_bytes);
+        }
+    }
+};
+
+#else
+
+// As VectorProduct, with two rows of B in each instruction.
+struct Bf16Product {
+    using Operand = bfloat16;
+    using Panels = NASFAST_ISA::Panels<float>;
+    static constexpr int64_t kDepthMultiple = 2, kDepth = 256, kRowMultiple = 1;
+
+    static void pack(const Panels& panels, int64_t total, int64_t at, int64_t depth, const bfloat16* b,
+                     int64_t b_row, int64_t b_column, bfloat16* packed) {
+        pack_pairs(panels, total, at, depth, b, b_row, b_column, packed);
+    }
+    static void clear(const Panels& panels, int64_t total, int64_t begin, int64_t end, bfloat16* packed) {
+        clear_pairs(panels, total, begin, end, packed);
+    }
+    static void multiply(int64_t rows, int64_t depth, const bfloat16* a, int64_t a_row, const Panels& panels,
+                         const bfloat16* packed, int64_t total, int64_t first, float* c, int64_t c_row) {
+        for (int64_t panel = 0; panel < panels.count; ++panel) {
+            const int64_t begin = panels.begin(panel), width = panels.begin(panel + 1) - begin;
+            const bfloat16* const b = packed + total * begin + first * width;
+            switch (width / 16) {
+                case 1:
+                    multiply_panel<1>(rows, depth, a, a_row, b, c + begin, c_row);
+                    break;
+                case 2:
+                    multiply_panel<2>(rows, depth, a, a_row, b, c + begin, c_row);
+                    break;
+                case 3:
+                    multiply_panel<3>(rows, depth, a, a_row, b, c + begin, c_row);
+                    break;
+                default:
+                    multiply_panel<4>(rows, depth, a, a_row, b, c + begin, c_row);
+            }
+        }
+    }
+
+private:
+    template <int Rows, int Vectors>
+    NASFAST_INLINE static void block(int64_t depth, const bfloat16* a, int64_t a_row, const bfloat16* b,
+                                     float* c, int64_t c_row) {
+        __m512 sum[Rows][Vectors];
+#pragma GCC unroll 16
+        for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < Vectors; ++j) sum[i][j] = _mm512_setzero_ps();
+        for (int64_t k = 0; k < depth; k += 2) {
+            __m512bh row[Vectors];
+#pragma GCC unroll 4
+            for (int j = 0; j < Vectors; ++j)
+                row[j] = (__m512bh)_mm512_loadu_si512(b + (k * Vectors + 2 * j) * 16);
+#pragma GCC unroll 16
+            for (int i = 0; i < Rows; ++i) {
+                int32_t pair;
+                __builtin_memcpy(&pair, a + i * a_row + k, sizeof(pair));
+                const __m512bh factor = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+                for (int j = 0; j < Vectors; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], factor, row[j]);
+            }
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < Vectors; ++j) {
+                float* const to = c + i * c_row + j * 16;
+                _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum[i][j]));
+            }
+    }
+
+    template <int Vectors>
+    static void multiply_panel(int64_t rows, int64_t depth, const bfloat16* a, int64_t a_row,
+                               const bfloat16* b, float* c, int64_t c_row) {
+        constexpr int full = panel_rows(Vectors);
+        int64_t row = 0;
+        for (; row + full <= rows; row += full)
+            block<full, Vectors>(depth, a + row * a_row, a_row, b, c + row * c_row, c_row);
+        for (; row < rows; ++row) block<1, Vectors>(depth, a + row * a_row, a_row, b, c + row * c_row, c_row);
+    }
+};
+
+#endif
+
+}  // namespace nasfast::NASFAST_ISA
