@@ -202,9 +202,9 @@ def test_unknown_instruction_set() -> None:
     if _native.isa_level() == "portable":
         pytest.skip("not an x86-64 processor")
     message = (
-        "nasfast._C cannot be imported: NASFAST_ISA must be x86-64-v2, x86-64-v3 or x86-64-v4, "
-        "got 'avx2'; unset it to use the best that the processor has (`pip install .` in the "
-        "checkout builds it anew)"
+        "nasfast._C cannot be imported: NASFAST_ISA must be x86-64-v2, x86-64-v3, x86-64-v4, "
+        "x86-64-v4-bf16 or x86-64-v4-amx, got 'avx2'; unset it to use the best that the processor "
+        "has (`pip install .` in the checkout builds it anew)"
     )
     assert done.stdout.strip() == message
     assert done.stderr.count(f"RuntimeWarning: {message}") == 1

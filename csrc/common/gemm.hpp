@@ -253,7 +253,7 @@ struct VectorProduct {
     using Operand = T;  // of A and B
     using Panels = NASFAST_ISA::Panels<T>;
     static constexpr int64_t kDepthMultiple = 1;  // of the rows of B
-    static constexpr int64_t kDepth = 128;        // rows at a time: a panel stays in the L1 cache
+    static constexpr int64_t kDepth = 144;        // rows at a time: a panel stays in the L1 cache
     static constexpr int64_t kRowMultiple = 1;    // A and C have memory for so many rows
 
     template <class S>

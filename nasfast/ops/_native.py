@@ -6,6 +6,7 @@ its reference. ``python -m nasfast.info`` shows both.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +35,10 @@ def isa_level() -> str:
     return str(C.isa_level()) if C is not None else "none"
 
 
+# op -> device types on which it runs a kernel.
+_KERNELS: dict[str, set[str]] = {}
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 # Codes of nasfast::DType in csrc/common/dtype.hpp.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # entry -> dtypes that its CPU kernel stores; the half types are computed in float32 elsewhere.
@@ -43,20 +48,72 @@ CPU_DTYPES = {
 }
 
 
-def missing(op: str, device: str) -> str | None:
-    """Why the extension has no kernel of the op for a device type, or None where it has."""
-    if ERROR is not None:
-        return ERROR
-    if device == "cuda" and not hasattr(C, f"{op}_forward_cuda"):
-        return "built without CUDA (NASFAST_CUDA=off, no nvcc or CMake < 3.25)"
-    return None
+def has_kernel(op: str, device: str) -> bool:
+    """Whether the extension has a kernel of the op for a device type; enters the answer in LEGS."""
+    reason = ERROR
+    if reason is None and device == "cuda" and not hasattr(C, f"{op}_forward_cuda"):
+        reason = "built without CUDA (NASFAST_CUDA=off, no nvcc or CMake < 3.25)"
+    if reason is None:
+        _KERNELS.setdefault(op, set()).add(device)
+    kernel = "C++ kernel" if device == "cpu" else "CUDA kernel"
+    LEGS.setdefault(op, {})[device] = f"reference: {reason}" if reason else kernel
+    return reason is None
 
 
-def storage(entry: str, *tensors: Tensor) -> list[Tensor]:
-    """The tensors in a dtype that the kernel stores: their own, or float32."""
-    if tensors[0].device.type == "cuda" or tensors[0].dtype in CPU_DTYPES[entry]:
-        return list(tensors)
-    return [tensor.float() for tensor in tensors]
+def is_eager(op: str, *tensors: Tensor | None) -> bool:
+    """Whether calling the kernel is all that PyTorch's dispatcher would do, which costs as much.
+
+    It is not where a mode, a transform, a compiler or autocast wants to see the call, nor where a
+    tensor is of a subclass or has no kernel on its device.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    internals: Any = torch._C
+    if (
+        internals._len_torch_dispatch_stack()
+        or internals._len_torch_function_stack()
+        or internals._functorch.peek_interpreter_stack() is not None
+        or internals._get_tracing_state() is not None
+    ):
+        return False
+    devices = _KERNELS.get(op, ())
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        device = tensor.device.type
+        if (
+            type(tensor) not in _PLAIN
+            or device not in devices
+            or torch.is_autocast_enabled(device)
+            or internals._dispatch_keys(tensor).raw_repr() not in _plain_keys(device)
+        ):
+            return False
+    return True
+
+
+@functools.cache
+def _plain_keys(device: str) -> set[int]:
+    """What the dispatcher knows of a tensor that is nothing but memory of a device."""
+    internals: Any = torch._C
+    keys = set()
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            tensor = torch.empty(0, device=device)
+            keys.add(internals._dispatch_keys(tensor).raw_repr())
+    return keys
+
+
+def storage(entry: str, tensor: Tensor) -> torch.dtype:
+    """The dtype that the kernel reads it in: its own, or float32."""
+    own = tensor.device.type == "cuda" or tensor.dtype in CPU_DTYPES[entry]
+    return tensor.dtype if own else torch.float32
+
+
+def describe(tensor: Tensor | None) -> tuple[object, ...] | None:
+    """All that decides how the kernels read a tensor, apart from its address."""
+    if tensor is None:
+        return None
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def pixel_step(tensor: Tensor) -> int | None:
@@ -72,29 +129,48 @@ def pixel_step(tensor: Tensor) -> int | None:
     return step if tensor.stride() == expected and step >= channels else None
 
 
-def call(
-    entry: str,
-    dtype: torch.dtype,
-    sizes: tuple[int, ...],
-    tensors: Sequence[Tensor | None],
-    stepped: tuple[int, ...] = (),
-) -> None:
-    """Runs a kernel of the extension on the device of the tensors.
+def check(entry: str, like: Tensor, dtype: torch.dtype, layout: str, tensor: Tensor | None) -> None:
+    """The last door before a kernel, which believes what it is given.
 
-    Maps [N, C, H, W] must be dense with channels last (those at the positions ``stepped`` may be
-    slices of channels), other tensors contiguous; None becomes a null pointer. ``sizes`` and
-    ``tensors`` stand in the order of the kernel's C++ structs. On CUDA it runs on the current
-    stream and gets its workspace from PyTorch's allocator.
+    ``layout`` is "map" (channels last), "slice" (of the channels of such a map) or "dense"
+    (contiguous, or channels last).
 
     Raises:
-        ValueError: a tensor is not what the kernel would read.
+        ValueError: another dtype, another device than that of ``like``, another layout.
+    """
+    if tensor is None:
+        return
+    if tensor.device != like.device or tensor.dtype != dtype:
+        raise ValueError(
+            f"{entry}: tensor must be {dtype} on {like.device}, got {tensor.dtype} on "
+            f"{tensor.device}; convert it before the call"
+        )
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    if not (
+        last
+        or (layout == "slice" and pixel_step(tensor) is not None)
+        or (layout == "dense" and tensor.is_contiguous())
+    ):
+        wanted = "contiguous" if layout == "dense" else "channels last"
+        raise ValueError(
+            f"{entry}: tensor must be {wanted}, got shape {tuple(tensor.shape)} with strides "
+            f"{tensor.stride()}; make it contiguous before the call"
+        )
+
+
+def call(
+    entry: str, dtype: torch.dtype, sizes: tuple[int, ...], tensors: Sequence[Tensor | None]
+) -> None:
+    """Runs a kernel of the extension on the device of the tensors, which :func:`check` has seen.
+
+    ``sizes`` and ``tensors`` stand in the order of the kernel's C++ structs; None becomes a null
+    pointer. On CUDA it runs on the current stream, with workspace from PyTorch's allocator.
+
+    Raises:
         RuntimeError: the kernel cannot be launched.
     """
+    pointers = tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
     device = next(tensor.device for tensor in tensors if tensor is not None)
-    pointers = tuple(
-        0 if tensor is None else _pointer(entry, tensor, dtype, device, position in stepped)
-        for position, tensor in enumerate(tensors)
-    )
     if device.type == "cpu":
         getattr(C, entry)(DTYPES[dtype], sizes, pointers)
         return
@@ -103,22 +179,3 @@ def call(
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
         stream = torch.cuda.current_stream().cuda_stream
         getattr(C, f"{entry}_cuda")(DTYPES[dtype], sizes, pointers, workspace.data_ptr(), stream)
-
-
-def _pointer(
-    entry: str, tensor: Tensor, dtype: torch.dtype, device: torch.device, stepped: bool
-) -> int:
-    allowed = {dtype, torch.float32} if dtype in (torch.bfloat16, torch.float16) else {dtype}
-    if tensor.device != device or tensor.dtype not in allowed:
-        raise ValueError(
-            f"{entry}: tensor must be {dtype} on {device}, got {tensor.dtype} on {tensor.device}; "
-            "convert it before the call"
-        )
-    layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
-    dense = tensor.is_contiguous(memory_format=layout)
-    if not (dense or (stepped and pixel_step(tensor) is not None)):
-        raise ValueError(
-            f"{entry}: tensor must be dense in {layout}, got shape {tuple(tensor.shape)} with "
-            f"strides {tensor.stride()}; call .contiguous(memory_format={layout}) before"
-        )
-    return tensor.data_ptr()

@@ -50,9 +50,13 @@ def deform_conv2d(
     Raises:
         ValueError: tensors that do not fit together, with what was wanted and what came.
     """
-    op = torch.ops.nasfast.deform_conv2d.default
     stride, padding, dilation = _pairs(stride, padding, dilation)
-    output: Tensor = op(input, offset, weight, bias, stride, padding, dilation, mask)
+    arguments = input, offset, weight, bias, stride, padding, dilation, mask
+    output: Tensor
+    if _native.is_eager("deform_conv2d", input, offset, weight, bias, mask):
+        output = _Eager.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        output = torch.ops.nasfast.deform_conv2d.default(*arguments)
     return output
 
 
@@ -330,7 +334,8 @@ def _check(
 
 
 def _layout(tensor: Tensor) -> torch.memory_format:
-    if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=torch.channels_last):
+    last = torch.channels_last
+    if tensor.is_contiguous() or tensor.dim() != 4 or not tensor.is_contiguous(memory_format=last):
         return torch.contiguous_format
     return torch.channels_last
 
@@ -340,34 +345,94 @@ def _at_least_float32(*tensors: Tensor | None) -> list[Any]:
     return [t.float() if t is not None and t.dtype in _HALF else t for t in tensors]
 
 
-def _accumulate(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+class Plan(NamedTuple):
+    """What is known of a call before its tensors are: made once for all calls alike."""
+
+    geometry: Geometry
+    sizes: tuple[int, ...] | None  # ``Params``, where the tensors can be read as they are
 
 
-def _pixels(tensor: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, int]:
-    """The map in ``dtype``, channels last or a slice of the channels of such a map; its step."""
-    if tensor is None:
-        return None, 0
-    tensor = tensor.to(dtype)
-    step = _native.pixel_step(tensor)
-    if step is None:
-        tensor = tensor.contiguous(memory_format=torch.channels_last)
-        step = tensor.shape[1]
-    return tensor, step
+_plans: dict[tuple[object, ...], Plan] = {}
 
 
-def _dense(weight: Tensor) -> tuple[Tensor, bool]:
-    """The weight without gaps, and whether its channels are last."""
-    last = _layout(weight) == torch.channels_last
-    if not last and weight.device.type == "cuda":
-        return weight.contiguous(memory_format=torch.channels_last), True
-    return weight if last else weight.contiguous(), last
+def _plan(
+    tensors: tuple[Tensor | None, ...],  # input, offset, weight, bias, mask, grad
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+) -> Plan:
+    """The checked plan of a call, from the cache where there is one of the same description.
+
+    A call costs some tens of microseconds of Python, several times that after large operations,
+    which leave none of it in the caches: as much as the convolution of a small map.
+    """
+    input = tensors[0]
+    assert input is not None
+    choices = _choices(input) if input.is_cuda else (False, False)
+    key = (*map(_native.describe, tensors), *stride, *padding, *dilation, choices)
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= 1024:
+            _plans.clear()
+        input, offset, weight, bias, mask, grad = tensors
+        g = _check(input, offset, weight, bias, stride, padding, dilation, mask, grad)  # type: ignore[arg-type]
+        if g.channels * g.height * g.width >= 2**31:  # the kernels count them in 32 bits
+            size = f"{g.channels}x{g.height}x{g.width}"
+            wanted = "of fewer than 2**31 elements an image"
+            raise _wrong("input", wanted, size, "divide the image into tiles")
+        ready = _ready(tensors)
+        same = all(a is b for a, b in zip(ready, tensors))
+        plan = _plans[key] = Plan(g, _sizes(g, ready, choices) if same else None)
+    return plan
 
 
-def _flat(weight: Tensor | None, channels_last: bool) -> Tensor | None:  # [Co * C/G * K]
-    if weight is None:
-        return None
-    return (weight.permute(0, 2, 3, 1) if channels_last else weight).reshape(-1)
+def _ready(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The tensors of :func:`_plan` in dtypes and layouts that the kernels read."""
+    input, offset, weight, bias, mask, grad = tensors
+    entry = "deform_conv2d_forward" if grad is None else "deform_conv2d_backward"
+    assert input is not None
+    assert weight is not None
+    dtype = _native.storage(entry, input)
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    last = torch.channels_last
+    if _layout(weight) != last and not (weight.is_contiguous() and not weight.is_cuda):
+        weight = weight.contiguous(
+            memory_format=last if weight.is_cuda else torch.contiguous_format
+        )
+
+    def pixels(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or _native.pixel_step(tensor.to(sums)) is not None:
+            return tensor if tensor is None else tensor.to(sums)
+        return tensor.to(sums).contiguous(memory_format=last)
+
+    return (
+        input.to(dtype).contiguous(memory_format=last),
+        pixels(offset),
+        weight.to(dtype),
+        None if bias is None else bias.to(sums).contiguous(),
+        pixels(mask),
+        None if grad is None else grad.to(dtype).contiguous(memory_format=last),
+    )
+
+
+def _sizes(
+    g: Geometry, ready: tuple[Tensor | None, ...], choices: tuple[bool, bool]
+) -> tuple[int, ...]:
+    input, offset, weight, bias, mask, grad = ready
+    assert input is not None
+    assert weight is not None
+    entry, dtype = "deform_conv2d", input.dtype
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    _native.check(entry, input, dtype, "map", input)
+    _native.check(entry, input, sums, "slice", offset)
+    _native.check(entry, input, dtype, "dense", weight)
+    _native.check(entry, input, sums, "dense", bias)
+    _native.check(entry, input, sums, "slice", mask)
+    _native.check(entry, input, dtype, "map", grad)
+    offset_step, mask_step = (
+        0 if map is None else _native.pixel_step(map) or 0 for map in (offset, mask)
+    )
+    return (*g, *Layout(offset_step, mask_step, _layout(weight) == torch.channels_last, *choices))
 
 
 def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -376,9 +441,9 @@ def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def _finish(tensor: Tensor, like: Tensor) -> Tensor:
-    """A channels-last result in the dtype and layout of ``like``."""
-    layout = _layout(like)
-    if tensor.dtype == like.dtype and layout == torch.channels_last:
+    """A result in the dtype and layout of ``like``."""
+    layout = _layout(like) if tensor.dim() == 4 else torch.contiguous_format
+    if tensor.dtype == like.dtype and _layout(tensor) == layout:
         return tensor
     result = torch.empty(tensor.shape, dtype=like.dtype, device=like.device, memory_format=layout)
     return result.copy_(tensor)
@@ -387,16 +452,7 @@ def _finish(tensor: Tensor, like: Tensor) -> Tensor:
 def _choices(tensor: Tensor) -> tuple[bool, bool]:
     """deterministic, tf32: as PyTorch's own convolutions follow the global settings."""
     cudnn: Any = torch.backends.cudnn
-    tf32 = tensor.is_cuda and cudnn.conv.fp32_precision == "tf32"
-    return torch.are_deterministic_algorithms_enabled(), tf32
-
-
-def _check_image(g: Geometry) -> None:
-    """The kernels count the elements of one image, though not of a batch, in 32 bits."""
-    if g.channels * g.height * g.width >= 2**31:
-        size = f"{g.channels}x{g.height}x{g.width}"
-        wanted = "of fewer than 2**31 elements an image"
-        raise _wrong("input", wanted, size, "divide the image into tiles")
+    return torch.are_deterministic_algorithms_enabled(), cudnn.conv.fp32_precision == "tf32"
 
 
 def _kernel(
@@ -409,19 +465,14 @@ def _kernel(
     dilation: Pair,
     mask: Tensor | None,
 ) -> Tensor:
-    g = _check(input, offset, weight, bias, stride, padding, dilation, mask)
-    _check_image(g)
-    x, w = _native.storage("deform_conv2d_forward", input, weight)
-    dtype = _accumulate(x.dtype)
-    x = x.contiguous(memory_format=torch.channels_last)
-    d, offset_step = _pixels(offset, dtype)
-    m, mask_step = _pixels(mask, dtype)
-    w, last = _dense(w)
-    b = None if bias is None else bias.to(dtype).contiguous()
+    tensors: tuple[Tensor | None, ...] = (input, offset, weight, bias, mask, None)
+    g, sizes = _plan(tensors, stride, padding, dilation)
+    ready = tensors if sizes else _ready(tensors)
+    x, d, w, b, m, _ = ready
+    assert x is not None
     y = _empty(x, (g.batch, g.out_channels, g.out_height, g.out_width), x.dtype)
-    layout = Layout(offset_step, mask_step, last, *_choices(x))
-    tensors = [x, d, m, _flat(w, last), b, y]
-    _native.call("deform_conv2d_forward", x.dtype, (*g, *layout), tensors, stepped=(1, 2))
+    sizes = sizes or _sizes(g, ready, _choices(x))
+    _native.call("deform_conv2d_forward", x.dtype, sizes, (x, d, m, w, b, y))
     return _finish(y, input)
 
 
@@ -436,29 +487,24 @@ def _kernel_backward(
     dilation: Pair,
     wanted: list[bool],  # of input, offset, weight, bias, mask
 ) -> tuple[Tensor, ...]:
-    g = _check(input, offset, weight, None, stride, padding, dilation, mask, grad)
-    _check_image(g)
-    dy, x, w = _native.storage("deform_conv2d_backward", grad, input, weight)
-    dtype = _accumulate(x.dtype)
-    dy, x = (t.contiguous(memory_format=torch.channels_last) for t in (dy, x))
-    d, offset_step = _pixels(offset, dtype)
-    m, mask_step = _pixels(mask, dtype)
-    w, last = _dense(w)
-    layout = Layout(offset_step, mask_step, last, *_choices(x))
+    tensors: tuple[Tensor | None, ...] = (input, offset, weight, None, mask, grad)
+    g, sizes = _plan(tensors, stride, padding, dilation)
+    ready = tensors if sizes else _ready(tensors)
+    x, d, w, _, m, dy = ready
+    assert x is not None
+    assert d is not None
+    assert w is not None
     dx = _empty(x, x.shape, x.dtype) if wanted[0] else None
-    dd = _empty(x, offset.shape, dtype) if wanted[1] else None
-    dw = torch.empty_like(w, dtype=dtype) if wanted[2] else None
-    db = w.new_empty(g.out_channels, dtype=dtype) if wanted[3] else None
-    dm = _empty(x, mask.shape, dtype) if mask is not None and wanted[4] else None
-    tensors = [dy, x, d, m, _flat(w, last), dx, dd, _flat(dw, last), db, dm]
-    _native.call("deform_conv2d_backward", x.dtype, (*g, *layout), tensors, stepped=(2, 3))
-    none = input.new_empty
-    return (
-        none(0) if dx is None else _finish(dx, input),
-        none(0) if dd is None else _finish(dd, offset),
-        none(0) if dw is None else dw.to(weight.dtype, memory_format=_layout(weight)),
-        none(0) if db is None else db.to(weight.dtype),
-        none(0) if dm is None or mask is None else _finish(dm, mask),
+    dd = _empty(x, d.shape, d.dtype) if wanted[1] else None
+    dw = torch.empty_like(w, dtype=d.dtype) if wanted[2] else None
+    db = w.new_empty(g.out_channels, dtype=d.dtype) if wanted[3] else None
+    dm = _empty(x, m.shape, d.dtype) if m is not None and wanted[4] else None
+    sizes = sizes or _sizes(g, ready, _choices(x))
+    results = (dx, dd, dw, db, dm)
+    _native.call("deform_conv2d_backward", x.dtype, sizes, (dy, x, d, m, w, *results))
+    return tuple(
+        input.new_empty(0) if result is None or like is None else _finish(result, like)
+        for result, like in zip(results, (input, offset, weight, input, mask))
     )
 
 
@@ -512,10 +558,23 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, offset, weight, mask = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[argument] for argument in (0, 1, 2, 3, 7)]
-    op = torch.ops.nasfast.deform_conv2d_backward.default
+    eager = _native.is_eager("deform_conv2d", grad) and not torch.is_grad_enabled()
+    op: Any = _kernel_backward if eager else torch.ops.nasfast.deform_conv2d_backward.default
     gradients = op(grad, input, offset, weight, mask, *ctx.sizes, wanted)
     dx, dd, dw, db, dm = (g if want else None for g, want in zip(gradients, wanted))
     return dx, dd, dw, db, None, None, None, dm
+
+
+class _Eager(torch.autograd.Function):
+    """What autograd does with the registered op, without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _kernel(*inputs)
+        _setup(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -656,12 +715,9 @@ for _name, _fake_kernel, _save, _differentiate, _formula in (
 torch.library.register_vmap("nasfast::deform_conv2d", _vmap, lib=_library)
 for _device in ("CPU", "CUDA"):
     _library.impl("deform_conv2d", _autocast(_device.lower()), f"Autocast{_device}")
-    _reason = _native.missing("deform_conv2d", _device.lower())
-    if _reason is None:
+    if _native.has_kernel("deform_conv2d", _device.lower()):
         _library.impl("deform_conv2d", _kernel, _device)
         _library.impl("deform_conv2d_backward", _kernel_backward, _device)
     else:  # PyTorch differentiates the reference
         _library.impl("deform_conv2d", deform_conv2d_reference, _device)
         _library.impl("deform_conv2d", deform_conv2d_reference, f"Autograd{_device}")
-    _leg = f"reference: {_reason}" if _reason else {"CPU": "C++ kernel"}.get(_device, "CUDA kernel")
-    _native.LEGS.setdefault("deform_conv2d", {})[_device.lower()] = _leg

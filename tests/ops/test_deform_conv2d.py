@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from nasfast.ops import DeformConv2d, _native, deform_conv2d, deform_conv2d_reference
@@ -609,55 +611,97 @@ def test_image_of_2_to_the_31_elements() -> None:
     )
 
 
+MAP = torch.zeros(2, 3, 4, 5)
+STRIDES = "got shape (2, 3, 4, 5) with strides (60, 20, 5, 1); make it contiguous before the call"
+
+
 @pytest.mark.parametrize(
-    ("dtype", "tensor", "message"),
+    ("layout", "tensor", "message"),
     [
+        ("map", MAP, f"channels last, {STRIDES}"),
+        ("slice", MAP, f"channels last, {STRIDES}"),
         (
-            torch.float32,
-            torch.zeros(2, 3, 4, 5),
-            "tensor must be dense in torch.channels_last, got shape (2, 3, 4, 5) with strides "
-            "(60, 20, 5, 1); call .contiguous(memory_format=torch.channels_last) before",
+            "dense",
+            torch.zeros(6)[::2],
+            "contiguous, got shape (3,) with strides (2,); make it contiguous before the call",
         ),
         (
-            torch.float32,
-            torch.zeros(3, dtype=torch.float64),
-            "tensor must be torch.float32 on cpu, got torch.float64 on cpu; convert it before the "
-            "call",
+            "map",
+            MAP.double(),
+            "torch.float32 on cpu, got torch.float64 on cpu; convert it before the call",
         ),
         (
-            torch.bfloat16,
-            torch.zeros(3, dtype=torch.float16),
-            "tensor must be torch.bfloat16 on cpu, got torch.float16 on cpu; convert it before "
-            "the call",
-        ),
-        (
-            torch.float32,
-            torch.zeros(3, device="meta"),
-            "tensor must be torch.float32 on cpu, got torch.float32 on meta; convert it before "
-            "the call",
+            "map",
+            MAP.to("meta"),
+            "torch.float32 on cpu, got torch.float32 on meta; convert it before the call",
         ),
     ],
-    ids=["layout", "other dtype", "half", "device"],
+    ids=["map", "slice", "dense", "dtype", "device"],
 )
-@native
-def test_pointers_are_checked(dtype: torch.dtype, tensor: Tensor, message: str) -> None:
+def test_what_a_kernel_reads_is_checked(layout: str, tensor: Tensor, message: str) -> None:
     """The last door before the extension, which believes what it is given."""
     with pytest.raises(ValueError) as error:
-        _native.call("deform_conv2d_forward", dtype, (0,) * 22, [torch.zeros(1).to(dtype), tensor])
-    assert str(error.value) == f"deform_conv2d_forward: {message}"
+        _native.check("op", torch.zeros(1), torch.float32, layout, tensor)
+    assert str(error.value) == f"op: tensor must be {message}"
 
 
-@native
-def test_slices_of_channels_are_read_in_place() -> None:
-    """Only where a map is said to be stepped, and only if its pixels lie evenly apart."""
+def test_slices_of_channels() -> None:
+    """Read in place where the pixels lie evenly apart."""
     last = torch.zeros(2, 7, 4, 5).contiguous(memory_format=torch.channels_last)
     assert _native.pixel_step(last) == 7
     assert _native.pixel_step(last[:, 2:5]) == 7
     assert _native.pixel_step(last[:, 2:5, :, 1:]) is None
     assert _native.pixel_step(last[:, 2:5].flip(3)) == 3
     assert _native.pixel_step(last.contiguous()) is None
-    with pytest.raises(ValueError, match=r"must be dense in torch\.channels_last"):
-        _native.call("deform_conv2d_forward", last.dtype, (0,) * 22, [last[:, 2:5]])
+
+
+@native
+def test_calls_of_one_description_are_checked_once() -> None:
+    """Another dtype, layout, size or setting is another description."""
+    plans = importlib.import_module("nasfast.ops.deform_conv2d")._plans
+    plans.clear()
+    sample = Sample("")
+    for _ in range(2):
+        deform_conv2d(*sample.arguments(sample.tensors()))
+        assert len(plans) == 1
+    deform_conv2d(*sample.arguments(sample.tensors(torch.float32)))
+    last = Sample("", layout="channels_last")
+    deform_conv2d(*last.arguments(last.tensors()))
+    wider = Sample("", padding=(2, 2))
+    deform_conv2d(*wider.arguments(wider.tensors()))
+    assert len(plans) == 4
+    for padding in range(3, 1100):
+        plan = Sample("", size=(1, 1), kernel=(1, 1), padding=(padding, 0), batch=0)
+        deform_conv2d(*plan.arguments(plan.tensors()))
+    assert len(plans) <= 1024
+
+
+def test_the_dispatcher_sees_what_it_must() -> None:
+    """Modes, transforms and subclasses get the registered op; its kernel is called else."""
+    sample = Sample("")
+    tensors = sample.tensors(torch.float32)
+    arguments = sample.arguments(tensors)
+    assert _native.is_eager("deform_conv2d", *tensors) == (_native.C is not None)
+    assert not _native.is_eager("other", *tensors)
+
+    class Subclass(Tensor):
+        pass
+
+    assert not _native.is_eager("deform_conv2d", tensors[0].as_subclass(Subclass))
+    assert not _native.is_eager("deform_conv2d", tensors[0].to("meta"))
+    negative = torch.view_as_complex(torch.randn(2, 4, 6, 9, 2)).conj().imag
+    assert not _native.is_eager("deform_conv2d", negative)
+    torch.testing.assert_close(
+        deform_conv2d(negative, *arguments[1:]), deform_conv2d(negative.clone(), *arguments[1:])
+    )
+    with FlopCounterMode(display=False) as counter:
+        assert not _native.is_eager("deform_conv2d", *tensors)
+        deform_conv2d(*arguments)
+    assert counter.get_total_flops() > 0
+    with torch.autocast("cpu"):
+        assert not _native.is_eager("deform_conv2d", *tensors)
+    traced = make_fx(lambda *tensors: deform_conv2d(*sample.arguments(list(tensors))))(*tensors)
+    assert "nasfast.deform_conv2d" in traced.code
 
 
 def test_kernel_without_the_dtype() -> None:
