@@ -56,6 +56,13 @@ void forward(const dc::Params& params, const dc::Forward<T>& tensors) {
 void forward(const dc::Params& params, const dc::Forward<nasfast::bfloat16>& tensors) {
     NASFAST_DISPATCH_BF16(dc, forward, params, tensors);
 }
+template <class T>
+void backward(const dc::Params& params, const dc::Backward<T>& tensors) {
+    NASFAST_DISPATCH(dc, backward, params, tensors);
+}
+void backward(const dc::Params& params, const dc::Backward<nasfast::bfloat16>& tensors) {
+    NASFAST_DISPATCH_BF16(dc, backward, params, tensors);
+}
 
 #ifdef NASFAST_CUDA
 py::dict cuda_info() {
@@ -75,9 +82,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("isa_level", [] { return nasfast::isa_name(nasfast::isa()); });
     m.def("deform_conv2d_forward", cpu_entry<dc::Params, dc::Forward, float, double, nasfast::bfloat16>(
                                        [](const auto&... arguments) { forward(arguments...); }));
-    m.def("deform_conv2d_backward",
-          cpu_entry<dc::Params, dc::Backward, float, double>(
-              [](const auto&... arguments) { NASFAST_DISPATCH(dc, backward, arguments...); }));
+    m.def("deform_conv2d_backward", cpu_entry<dc::Params, dc::Backward, float, double, nasfast::bfloat16>(
+                                        [](const auto&... arguments) { backward(arguments...); }));
 #ifdef NASFAST_CUDA
     m.def("cuda_info", &cuda_info);
 #endif

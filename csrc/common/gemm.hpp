@@ -98,22 +98,26 @@ NASFAST_INLINE Accumulate<T> widen(T value) {
     return load_as<Accumulate<T>, 1>(&value)[0];
 }
 
-// The same back, rounded to nearest even.
+// A bfloat16 in the upper half of each lane, rounded to nearest even; the lower half is left over.
+template <class V>
+NASFAST_INLINE auto bf16_bits(V value) {
+    using U = Vector<uint32_t, sizeof(V) / sizeof(float)>;
+    const U bits = (U)value;
+    return value == value ? bits + 0x7fff + ((bits >> 16) & 1) : U{} + 0x7fc00000;  // a NaN stays one
+}
+
+// Elements back in their own type.
 template <class T, int Width, class V>
 NASFAST_INLINE void store_as(T* to, V value) {
     if constexpr (std::is_same_v<T, bfloat16>) {
-        using U = Vector<uint32_t, Width>;
 #if defined(__AVX512BF16__)
         if constexpr (Width == 16) {
             const auto rounded = _mm512_cvtneps_pbh((__m512)value);
             return store<Width>(reinterpret_cast<uint16_t*>(to), (Vector<uint16_t, Width>)rounded);
         }
 #endif
-        const U bits = (U)value;
-        const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-        const U result = value == value ? rounded : U{} + 0x7fc0;  // a NaN stays one
-        store<Width>(reinterpret_cast<uint16_t*>(to),
-                     __builtin_convertvector(result, Vector<uint16_t, Width>));
+        const Vector<uint32_t, Width> bits = bf16_bits(value) >> 16;
+        store<Width>(reinterpret_cast<uint16_t*>(to), __builtin_convertvector(bits, Vector<uint16_t, Width>));
     } else {
         store<Width>(to, value);
     }
@@ -127,11 +131,12 @@ NASFAST_INLINE void by_vectors(int64_t count, const Body& body, int64_t i = 0) {
 }
 
 // to[0:count] = from[0:count] in another type.
-template <class A, class T>
-NASFAST_INLINE void convert(const A* from, int64_t count, T* to) {
+template <class From, class To>
+NASFAST_INLINE void convert(const From* from, int64_t count, To* to) {
+    using A = Accumulate<From>;
     by_vectors<kWidth<A>>(count, [&](auto width, int64_t i) NASFAST_INLINE_LAMBDA {
         constexpr int w = decltype(width)::value;
-        store_as<T, w>(to + i, load_as<A, w>(from + i));
+        store_as<To, w>(to + i, load_as<A, w>(from + i));
     });
 }
 
@@ -247,11 +252,38 @@ void multiply(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_
     }
 }
 
-// The matrix product of a forward pass: C [rows, padded columns] += A [rows, depth] @ packed B.
+// Sums of the products of two tiles over their pixels: sum(i, j) of columns[pixel, i] * grad[pixel, j].
+template <class T>
+class VectorOuter {
+public:
+    VectorOuter() = default;
+    VectorOuter(Arena& arena, int64_t most_rows, int64_t most_columns, int64_t pixels) {
+        const int64_t padded = Panels<T>(most_columns).padded();
+        packed_ = arena.take<T>(pixels * padded), sums_ = arena.take<T>(most_rows * padded);
+    }
+    void start(int64_t rows, int64_t columns) {
+        rows_ = rows, columns_ = columns, padded_ = Panels<T>(columns).padded();
+        std::fill_n(sums_, rows * padded_, T(0));
+    }
+    void add(int64_t pixels, const T* columns, int64_t columns_row, const T* grad, int64_t grad_row) {
+        const Panels<T> panels(columns_);
+        pack(panels, pixels, 0, pixels, grad, grad_row, 1, packed_);
+        multiply(rows_, pixels, columns, 1, columns_row, panels, packed_, pixels, 0, Into::add, sums_,
+                 padded_);
+    }
+    T sum(int64_t i, int64_t j) const { return sums_[i * padded_ + j]; }
+
+private:
+    T *packed_ = nullptr, *sums_ = nullptr;
+    int64_t rows_ = 0, columns_ = 0, padded_ = 0;
+};
+
+// A kind of matrix product: C [rows, padded columns] = or += A [rows, depth] @ packed B.
 template <class T>
 struct VectorProduct {
     using Operand = T;  // of A and B
     using Panels = NASFAST_ISA::Panels<T>;
+    using Outer = VectorOuter<T>;
     static constexpr int64_t kDepthMultiple = 1;  // of the rows of B
     static constexpr int64_t kDepth = 144;        // rows at a time: a panel stays in the L1 cache
     static constexpr int64_t kRowMultiple = 1;    // A and C have memory for so many rows
@@ -263,8 +295,8 @@ struct VectorProduct {
     }
     static void clear(const Panels&, int64_t, int64_t, int64_t, T*) {}  // rows [begin, end) that fill up
     static void multiply(int64_t rows, int64_t depth, const T* a, int64_t a_row, const Panels& panels,
-                         const T* packed, int64_t total, int64_t first, T* c, int64_t c_row) {
-        NASFAST_ISA::multiply(rows, depth, a, a_row, 1, panels, packed, total, first, Into::add, c, c_row);
+                         const T* packed, int64_t total, int64_t first, Into into, T* c, int64_t c_row) {
+        NASFAST_ISA::multiply(rows, depth, a, a_row, 1, panels, packed, total, first, into, c, c_row);
     }
 };
 

@@ -31,6 +31,55 @@ void clear_pairs(const Panels& panels, int64_t total, int64_t begin, int64_t end
     for (int64_t k = begin; k < end; ++k) pack_pairs(panels, total, k, 1, &zero, 0, 0, packed);
 }
 
+// Sums of the products of two tiles over their pixels: sum(i, j) of columns[pixel, i] * grad[pixel, j].
+template <class Product>
+class Bf16Outer {
+public:
+    Bf16Outer() = default;
+    Bf16Outer(Arena& arena, int64_t most_rows, int64_t most_columns, int64_t pixels) {
+        const int64_t padded = typename Product::Panels(most_rows).padded();
+        const int64_t depth = round_up(pixels, Product::kDepthMultiple);
+        const int64_t columns = round_up(most_columns, Product::kRowMultiple);
+        packed_ = arena.take<bfloat16>(depth * padded), transposed_ = arena.take<bfloat16>(columns * depth);
+        sums_ = arena.take<float>(columns * padded);
+    }
+    void start(int64_t rows, int64_t columns) {
+        rows_ = rows, columns_ = columns, padded_ = typename Product::Panels(rows).padded();
+        std::fill_n(sums_, round_up(columns, Product::kRowMultiple) * padded_, 0.0f);
+    }
+    void add(int64_t pixels, const float* columns, int64_t columns_row, const bfloat16* grad,
+             int64_t grad_row) {
+        const typename Product::Panels panels(rows_);
+        const int64_t depth = round_up(pixels, Product::kDepthMultiple);
+        for (int64_t pixel = 0; pixel < depth; pixel += 2)
+            for (int64_t panel = 0; panel < panels.count; ++panel) {
+                const int64_t begin = panels.begin(panel), width = panels.begin(panel + 1) - begin;
+                const float* const from = columns + pixel * columns_row + begin;
+                bfloat16* const to = packed_ + depth * begin + pixel * width;
+                for (int64_t i = 0; i < width; i += 16) {
+                    const auto row = [&](int64_t k) NASFAST_INLINE_LAMBDA {
+                        return pixel + k < pixels ? bf16_bits(load<16>(from + k * columns_row + i))
+                                                  : Vector<uint32_t, 16>{};
+                    };
+                    const auto pair = row(0) >> 16 | (row(1) & 0xffff0000);
+                    store<16>(reinterpret_cast<uint32_t*>(to) + i, pair);
+                }
+            }
+        for (int64_t j = 0; j < columns_; ++j)
+            for (int64_t pixel = 0; pixel < depth; ++pixel)
+                transposed_[j * depth + pixel] = pixel < pixels ? grad[pixel * grad_row + j] : bfloat16();
+        for (int64_t k = 0; k < depth; k += Product::kDepth)
+            Product::multiply(columns_, std::min(Product::kDepth, depth - k), transposed_ + k, depth, panels,
+                              packed_, depth, k, Into::add, sums_, padded_);
+    }
+    float sum(int64_t i, int64_t j) const { return sums_[j * padded_ + i]; }
+
+private:
+    bfloat16 *packed_ = nullptr, *transposed_ = nullptr;
+    float* sums_ = nullptr;
+    int64_t rows_ = 0, columns_ = 0, padded_ = 0;
+};
+
 #if defined(__AMX_BF16__)
 
 // Tiles of 16 x 16 sums; each instruction multiplies 16 x 32 by 32 x 16. Blocks of 2 x 2 tiles.
@@ -38,6 +87,7 @@ struct Bf16Product {
     using Operand = bfloat16;
     static constexpr int kVectors = 2;  // tiles of a panel
     using Panels = NASFAST_ISA::Panels<float, kVectors>;
+    using Outer = Bf16Outer<Bf16Product>;
     static constexpr int64_t kDepthMultiple = 32, kDepth = 1024, kRowMultiple = 32;
 
     static void pack(const Panels& panels, int64_t total, int64_t at, int64_t depth, const bfloat16* b,
@@ -49,7 +99,8 @@ struct Bf16Product {
     }
     // The tile registers belong to the thread; its configuration is restored to none, as others expect it.
     static void multiply(int64_t rows, int64_t depth, const bfloat16* a, int64_t a_row, const Panels& panels,
-                         const bfloat16* packed, int64_t total, int64_t first, float* c, int64_t c_row) {
+                         const bfloat16* packed, int64_t total, int64_t first, Into into, float* c,
+                         int64_t c_row) {
         alignas(64) Config config = {};
         config.palette = 1;
         for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = 16;
@@ -59,9 +110,9 @@ struct Bf16Product {
             const bfloat16* const b = packed + total * begin + first * width;
             for (int64_t row = 0; row < rows; row += kRowMultiple)
                 if (width > 16)
-                    block<2>(depth, a + row * a_row, a_row, b, c + row * c_row + begin, c_row);
+                    block<2>(depth, a + row * a_row, a_row, b, into, c + row * c_row + begin, c_row);
                 else
-                    block<1>(depth, a + row * a_row, a_row, b, c + row * c_row + begin, c_row);
+                    block<1>(depth, a + row * a_row, a_row, b, into, c + row * c_row + begin, c_row);
         }
         _tile_release();
     }
@@ -74,15 +125,24 @@ private:
     };
 
     template <int Vectors>
-    static void block(int64_t depth, const bfloat16* a, int64_t a_row, const bfloat16* b, float* c,
+    static void block(int64_t depth, const bfloat16* a, int64_t a_row, const bfloat16* b, Into into, float* c,
                       int64_t c_row) {
         const int64_t a_bytes = a_row * 2, b_bytes = Vectors * 64, c_bytes = c_row * 4;
         float* const lower = c + 16 * c_row;
-        _tile_loadd(0, c, c_bytes);
-        _tile_loadd(1, lower, c_bytes);
-        if constexpr (Vectors == 2) {
-            _tile_loadd(2, c + 16, c_bytes);
-            _tile_loadd(3, lower + 16, c_bytes);
+        if (into == Into::assign) {
+            _tile_zero(0);
+            _tile_zero(1);
+            if constexpr (Vectors == 2) {
+                _tile_zero(2);
+                _tile_zero(3);
+            }
+        } else {
+            _tile_loadd(0, c, c_bytes);
+            _tile_loadd(1, lower, c_bytes);
+            if constexpr (Vectors == 2) {
+                _tile_loadd(2, c + 16, c_bytes);
+                _tile_loadd(3, lower + 16, c_bytes);
+            }
         }
         for (int64_t k = 0; k < depth; k += 32) {
             const bfloat16* const pairs = b + k * Vectors * 16;
@@ -112,6 +172,7 @@ private:
 struct Bf16Product {
     using Operand = bfloat16;
     using Panels = NASFAST_ISA::Panels<float>;
+    using Outer = Bf16Outer<Bf16Product>;
     static constexpr int64_t kDepthMultiple = 2, kDepth = 256, kRowMultiple = 1;
 
     static void pack(const Panels& panels, int64_t total, int64_t at, int64_t depth, const bfloat16* b,
@@ -122,22 +183,23 @@ struct Bf16Product {
         clear_pairs(panels, total, begin, end, packed);
     }
     static void multiply(int64_t rows, int64_t depth, const bfloat16* a, int64_t a_row, const Panels& panels,
-                         const bfloat16* packed, int64_t total, int64_t first, float* c, int64_t c_row) {
+                         const bfloat16* packed, int64_t total, int64_t first, Into into, float* c,
+                         int64_t c_row) {
         for (int64_t panel = 0; panel < panels.count; ++panel) {
             const int64_t begin = panels.begin(panel), width = panels.begin(panel + 1) - begin;
             const bfloat16* const b = packed + total * begin + first * width;
             switch (width / 16) {
                 case 1:
-                    multiply_panel<1>(rows, depth, a, a_row, b, c + begin, c_row);
+                    multiply_panel<1>(rows, depth, a, a_row, b, into, c + begin, c_row);
                     break;
                 case 2:
-                    multiply_panel<2>(rows, depth, a, a_row, b, c + begin, c_row);
+                    multiply_panel<2>(rows, depth, a, a_row, b, into, c + begin, c_row);
                     break;
                 case 3:
-                    multiply_panel<3>(rows, depth, a, a_row, b, c + begin, c_row);
+                    multiply_panel<3>(rows, depth, a, a_row, b, into, c + begin, c_row);
                     break;
                 default:
-                    multiply_panel<4>(rows, depth, a, a_row, b, c + begin, c_row);
+                    multiply_panel<4>(rows, depth, a, a_row, b, into, c + begin, c_row);
             }
         }
     }
@@ -145,7 +207,7 @@ struct Bf16Product {
 private:
     template <int Rows, int Vectors>
     NASFAST_INLINE static void block(int64_t depth, const bfloat16* a, int64_t a_row, const bfloat16* b,
-                                     float* c, int64_t c_row) {
+                                     Into into, float* c, int64_t c_row) {
         __m512 sum[Rows][Vectors];
 #pragma GCC unroll 16
         for (int i = 0; i < Rows; ++i)
@@ -170,18 +232,20 @@ private:
 #pragma GCC unroll 4
             for (int j = 0; j < Vectors; ++j) {
                 float* const to = c + i * c_row + j * 16;
-                _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum[i][j]));
+                const __m512 start = into == Into::add ? _mm512_loadu_ps(to) : _mm512_setzero_ps();
+                _mm512_storeu_ps(to, _mm512_add_ps(start, sum[i][j]));
             }
     }
 
     template <int Vectors>
     static void multiply_panel(int64_t rows, int64_t depth, const bfloat16* a, int64_t a_row,
-                               const bfloat16* b, float* c, int64_t c_row) {
+                               const bfloat16* b, Into into, float* c, int64_t c_row) {
         constexpr int full = panel_rows(Vectors);
         int64_t row = 0;
         for (; row + full <= rows; row += full)
-            block<full, Vectors>(depth, a + row * a_row, a_row, b, c + row * c_row, c_row);
-        for (; row < rows; ++row) block<1, Vectors>(depth, a + row * a_row, a_row, b, c + row * c_row, c_row);
+            block<full, Vectors>(depth, a + row * a_row, a_row, b, into, c + row * c_row, c_row);
+        for (; row < rows; ++row)
+            block<1, Vectors>(depth, a + row * a_row, a_row, b, into, c + row * c_row, c_row);
     }
 };
 

@@ -33,21 +33,21 @@ private:
     int64_t used_ = 0;
 };
 
-// Uninitialised memory that begins on a cache line.
-class Buffer {
+// Uninitialised memory for `size` elements that begins on a cache line.
+template <class T>
+class Array {
 public:
-    explicit Buffer(int64_t bytes)
-        : memory_(new char[static_cast<size_t>(bytes + Arena::kLine)]), begin_(memory_.get()) {
-        begin_ += -reinterpret_cast<uintptr_t>(begin_) % Arena::kLine;
-    }
-    template <class T = char>
+    explicit Array(int64_t size)
+        : size_(size), memory_(new char[static_cast<size_t>(size * sizeof(T) + Arena::kLine)]) {}
     T* get() const {
-        return reinterpret_cast<T*>(begin_);
+        char* const begin = memory_.get();
+        return reinterpret_cast<T*>(begin + -reinterpret_cast<uintptr_t>(begin) % Arena::kLine);
     }
+    int64_t size() const { return size_; }
 
 private:
+    int64_t size_;
     std::unique_ptr<char[]> memory_;
-    char* begin_;
 };
 
 // Calls body(unit, scratch) for every unit in [0, units). `scratch` is what layout(Arena&) returns:
@@ -60,7 +60,7 @@ void parallel_for(int64_t units, const Layout& layout, const Body& body) {
     layout(counted);
     const int64_t threads = std::min<int64_t>(omp_get_max_threads(), units);
     const int64_t each = counted.used() + 2 * Arena::kLine;  // no two threads on neighbouring lines
-    const Buffer memory(each * threads);
+    const Array<char> memory(each * threads);
 #pragma omp parallel num_threads(static_cast<int>(threads))
     {
         Arena arena(memory.get() + each * omp_get_thread_num());

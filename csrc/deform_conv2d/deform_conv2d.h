@@ -56,8 +56,11 @@ NASFAST_PER_ISA(                                            //
     void forward(const Params&, const Forward<double>&);    //
     void forward(const Params&, const Forward<bfloat16>&);  //
     void backward(const Params&, const Backward<float>&);   //
-    void backward(const Params&, const Backward<double>&);)
+    void backward(const Params&, const Backward<double>&);  //
+    void backward(const Params&, const Backward<bfloat16>&);)
 
-NASFAST_PER_BF16_ISA(void forward(const Params&, const Forward<bfloat16>&);)
+NASFAST_PER_BF16_ISA(                                       //
+    void forward(const Params&, const Forward<bfloat16>&);  //
+    void backward(const Params&, const Backward<bfloat16>&);)
 
 }  // namespace nasfast::deform_conv2d

@@ -53,19 +53,20 @@ void forward_impl(const Params& p, const Forward<T>& t) {
     const WeightSteps steps(p);
     const int64_t block_rows = round_up(blocks.size * taps, Product::kDepthMultiple);
     const int64_t total = blocks.count * block_rows, size = total * panels.padded();
-    const Buffer weights(p.groups * size * sizeof(Operand)), biases(p.groups * panels.padded() * sizeof(A));
+    const Array<Operand> weights(p.groups * size);
+    const Array<A> biases(p.groups * panels.padded());
     parallel_for(p.groups * blocks.count * taps, [&](int64_t unit) {
         const int64_t group = unit / taps / blocks.count, block = unit / taps % blocks.count,
                       tap = unit % taps;
         const int64_t begin = blocks.begin(block), count = blocks.begin(block + 1) - begin;
         const T* const weight = t.weight + group * out * in * taps + begin * steps.channel + tap * steps.tap;
-        Operand* const to = weights.get<Operand>() + group * size;
+        Operand* const to = weights.get() + group * size;
         Product::pack(panels, total, block * block_rows + tap * count, count, weight, steps.channel,
                       steps.out, to);
         if (tap == taps - 1)
             Product::clear(panels, total, block * block_rows + taps * count, (block + 1) * block_rows, to);
         if (block || tap) return;
-        A* const bias = biases.get<A>() + group * panels.padded();
+        A* const bias = biases.get() + group * panels.padded();
         std::fill_n(bias, panels.padded(), A(0));
         if (t.bias) std::copy_n(t.bias + group * out, out, bias);
     });
@@ -89,7 +90,7 @@ void forward_impl(const Params& p, const Forward<T>& t) {
         const T* const image = t.input + tile.image * p.height * p.width * p.channels;
         locate<false>(p, t.offset, t.mask, 0, tile, s.samples);
         for (int64_t group = 0; group < p.groups; ++group) {
-            const A* const bias = biases.get<A>() + group * panels.padded();
+            const A* const bias = biases.get() + group * panels.padded();
             for (int64_t i = 0; i < pixels; ++i)
                 std::copy_n(bias, panels.padded(), s.output + i * panels.padded());
             for (int64_t block = 0; block < blocks.count; ++block) {
@@ -105,8 +106,8 @@ void forward_impl(const Params& p, const Forward<T>& t) {
                         std::fill(s.columns + i * rows + count * taps, s.columns + (i + 1) * rows, Operand());
                 for (int64_t k = 0; k < rows; k += Product::kDepth)
                     Product::multiply(pixels, std::min(Product::kDepth, rows - k), s.columns + k, rows,
-                                      panels, weights.get<Operand>() + group * size, total,
-                                      block * block_rows + k, s.output, panels.padded());
+                                      panels, weights.get() + group * size, total, block * block_rows + k,
+                                      Into::add, s.output, panels.padded());
             }
             for (int64_t i = 0; i < pixels; ++i)
                 convert(s.output + i * panels.padded(), out,

@@ -41,11 +41,8 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 # Codes of nasfast::DType in csrc/common/dtype.hpp.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-# entry -> dtypes that its CPU kernel stores; the half types are computed in float32 elsewhere.
-CPU_DTYPES = {
-    "deform_conv2d_forward": (torch.float32, torch.float64, torch.bfloat16),
-    "deform_conv2d_backward": (torch.float32, torch.float64),
-}
+# What the CPU kernels store; float16 they compute in float32 memory.
+CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def has_kernel(op: str, device: str) -> bool:
@@ -103,9 +100,9 @@ def _plain_keys(device: str) -> set[int]:
     return keys
 
 
-def storage(entry: str, tensor: Tensor) -> torch.dtype:
-    """The dtype that the kernel reads it in: its own, or float32."""
-    own = tensor.device.type == "cuda" or tensor.dtype in CPU_DTYPES[entry]
+def storage(tensor: Tensor) -> torch.dtype:
+    """The dtype that the kernels read it in: its own, or float32."""
+    own = tensor.device.type == "cuda" or tensor.dtype in CPU_DTYPES
     return tensor.dtype if own else torch.float32
 
 

@@ -389,10 +389,9 @@ def _plan(
 def _ready(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """The tensors of :func:`_plan` in dtypes and layouts that the kernels read."""
     input, offset, weight, bias, mask, grad = tensors
-    entry = "deform_conv2d_forward" if grad is None else "deform_conv2d_backward"
     assert input is not None
     assert weight is not None
-    dtype = _native.storage(entry, input)
+    dtype = _native.storage(input)
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     last = torch.channels_last
     if _layout(weight) != last and not (weight.is_contiguous() and not weight.is_cuda):
