@@ -11,7 +11,7 @@
 
 namespace nasfast::deform_conv2d::NASFAST_ISA {
 
-constexpr int64_t kTile = 48;        // output pixels of a tile
+constexpr int64_t kTile = 64;        // output pixels of a tile
 constexpr int64_t kLargeTile = 192;  // where a tile would be done before its weights have come from memory
 constexpr int64_t kLargeWeight = 1 << 20;  // bytes
 constexpr int64_t kBlock = 64;             // input channels that are sampled at a time, at most
