@@ -16,15 +16,14 @@ def onnx_translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.onnx.export(model.eval(), (image,), "model.onnx", **options)
 
     Batch, height and width may be dynamic; channels are attributes and may not. The border rule is
-    the same. bfloat16 needs ``opset_version=22`` and a runtime that has it: ONNX Runtime 1.32 on a
-    CPU has float32, float64 and float16. Without the compiled extension the graph holds the
-    operators of the reference instead.
+    the same. bfloat16 and mixed precision are computed in float32, between casts. Without the
+    compiled extension the graph holds the operators of the reference instead.
 
     Raises:
         ModuleNotFoundError: onnxscript is not installed.
     """
     try:
-        from onnxscript.onnx_opset import opset19
+        from onnxscript import ir, opset19
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"onnx_translation_table: onnxscript must be installed, got '{error}'; "
@@ -43,12 +42,14 @@ def onnx_translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     ) -> Any:
         _, group_channels, *kernel = weight.shape
         taps = kernel[0] * kernel[1]
-        return opset19.DeformConv(
-            input,
-            weight,
-            offset,
-            bias,
-            mask,
+        tensors = [input, weight, offset, bias, mask]
+        dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+        cast = len(dtypes) > 1 or ir.DataType.BFLOAT16 in dtypes
+        if cast:
+            single = int(ir.DataType.FLOAT)
+            tensors = [None if t is None else opset19.Cast(t, to=single) for t in tensors]
+        output = opset19.DeformConv(
+            *tensors,
             dilations=list(dilation),
             group=_channels("input", input) // group_channels,
             kernel_shape=kernel,
@@ -56,6 +57,7 @@ def onnx_translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
             pads=[*padding, *padding],
             strides=list(stride),
         )
+        return opset19.Cast(output, to=int(input.dtype)) if cast else output
 
     return {torch.ops.nasfast.deform_conv2d.default: deform_conv2d}
 
