@@ -31,8 +31,9 @@ def tables(pytestconfig: pytest.Config) -> Tables:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    for title, lines in config.stash[TABLES].items():
+    tables = config.stash[TABLES]
+    for title in sorted(tables, key=lambda title: title == "skipped"):  # in order, that one last
         terminalreporter.write_sep("-", title)
-        terminalreporter.write_line(table("case", lines))
-    if config.stash[TABLES]:
+        terminalreporter.write_line(table("case", tables[title]))
+    if tables:
         terminalreporter.write_line(machine_line())

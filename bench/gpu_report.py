@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -45,7 +46,7 @@ PRECISIONS = {
     "float16": torch.float16,
 }
 DIRECTIONS = {"forward": False, "forward and backward": True}
-LEGS = (rivals.FLOOR, "nasfast", "torchvision")
+LEGS = (rivals.FLOOR, "nasfast", "torchvision", "torchvision float32")
 LIMITS = {"build": 1500, "tests": 900, "case": 180}  # seconds
 
 
@@ -70,63 +71,63 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     report = run(options)
-    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    text = markdown(report)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    (options.out / f"{name}.md").write_text(text)
-    print(f"\nwrote {options.out / name}.json\n\n{text}")
-    return int(any(step["status"] != "ok" for step in report["steps"].values()))
+    return int(any(result["status"] != "ok" for result in report["steps"].values()))
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """All steps, one after the other."""
-    python = sys.executable
+    """All steps, one after the other; the files are written anew after each."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    file, part = options.out / f"{name}.json", options.out / f"{name}.part"
     steps: dict[str, dict[str, Any]] = {}
     cases: dict[str, Any] = {}
+    report = {"machine": harness.machine_line(), "steps": steps, "deform_conv2d": cases}
+
+    def run_step(name: str, command: list[str], limit: float) -> None:
+        part.unlink(missing_ok=True)
+        steps[name] = step(name, [sys.executable, *command], limit)
+        if part.exists():  # also of a step that ended early: the directions that it finished
+            cases[name] = json.loads(part.read_text())
+            part.unlink()
+        file.write_text(json.dumps(report, indent=1) + "\n")
+        file.with_suffix(".md").write_text(markdown(report))
+
     if not options.no_build:
-        install = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "."]
-        steps["build"] = step("build", install, LIMITS["build"])
+        install = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "."]
+        run_step("build", install, LIMITS["build"])
     if not options.no_tests:
-        tests = [python, "-m", "pytest", "-q", "-m", "cuda"]
-        steps["tests"] = step("pytest -m cuda", tests, LIMITS["tests"])
-    options.out.mkdir(parents=True, exist_ok=True)
-    part = options.out / "case.json"
+        run_step("tests", ["-m", "pytest", "-q", "-m", "cuda"], LIMITS["tests"])
     for shape in (",".join(map(str, sizes)) for sizes in SHAPES):
         for precision in PRECISIONS:
-            part.unlink(missing_ok=True)
-            command = [python, __file__, "--seconds", str(options.seconds)]
+            command = [__file__, "--seconds", str(options.seconds)]
             command += ["--case", DEVICE, shape, precision, str(part)]
-            name = f"{shape} {precision}"
-            steps[name] = step(name, command, LIMITS["case"])
-            if part.exists():  # also of a step that ended early: the directions it finished
-                cases[name] = json.loads(part.read_text())
-    part.unlink(missing_ok=True)
-    return {"machine": harness.machine_line(), "steps": steps, "deform_conv2d": cases}
+            run_step(f"{shape} {precision}", command, LIMITS["case"])
+    print(f"\nwrote {file}\n\n{markdown(report)}")
+    return report
 
 
 def step(name: str, command: list[str], limit: float) -> dict[str, Any]:
-    """Runs a command in the checkout; never raises."""
+    """Runs a command in the checkout, whatever becomes of it."""
     print(f"{name} ... ", end="", flush=True)
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     start = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": path},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=limit,
-            check=False,
-        )
-        status = "ok" if done.returncode == 0 else f"exit code {done.returncode}"
-        output = done.stdout
-    except subprocess.TimeoutExpired as error:
+        output, _ = process.communicate(timeout=limit)
+        status = f"exit code {process.returncode}" if process.returncode else "ok"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the compilers that it started, too
+        output, _ = process.communicate()
         status = f"stopped after {limit:.0f} s"
-        output = (error.stdout or b"").decode(errors="replace")
     result = {"status": status, "seconds": round(time.monotonic() - start, 1)}
     result["output"] = output[-4000:]
     print(status, f"({result['seconds']} s)", flush=True)
@@ -140,24 +141,23 @@ def measure(device: str, sizes: Sequence[int], precision: str, seconds: float, f
     problem = rivals.Problem(*sizes, dtype=PRECISIONS[precision], device=device)
     result: dict[str, Any] = {}
     for direction, backward in DIRECTIONS.items():
-        calls, skipped = rivals.calls(LEGS, problem, backward)
-        memory = {}
+        half = problem.dtype != torch.float32
+        calls, skipped = rivals.calls(LEGS if half else LEGS[:-1], problem, backward)
+        memory, eager, clock = {}, {}, harness.cpu_clock
         if device == "cuda":
             memory = {name: harness.cuda_extra_memory(call) for name, call in calls.items()}
             calls, eager = harness.cuda_graphs(calls)
-            rounds = harness.Rounds(calls, harness.CudaClock())
-        else:
-            eager = {}
-            rounds = harness.Rounds(calls)
+            clock = harness.CudaClock()
+        rounds = harness.Rounds(calls, clock)
         for _ in range(rounds.warm_up(seconds)):
             rounds.time(*calls)
         rows = harness.rows(rounds, rivals.FLOOR, problem.flops(backward), memory)
         result[direction] = {
             "rows": {name: asdict(row) for name, row in rows.items()},
             "text": {name: str(row) for name, row in rows.items()},
-            "speed over torchvision": (
-                rounds.multiple("torchvision", "nasfast") if "torchvision" in calls else None
-            ),
+            "speed over": {
+                name: rounds.multiple(name, "nasfast") for name in LEGS[2:] if name in calls
+            },
             "skipped": skipped,
             "without CUDA graph": eager,
         }
@@ -165,22 +165,21 @@ def measure(device: str, sizes: Sequence[int], precision: str, seconds: float, f
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The short form: a table per direction, then what went wrong."""
+    """The short form: a table per direction, then how the steps went that are worth a line."""
     parts = [report["machine"]]
     for direction in DIRECTIONS:
         lines = {}
         for case, result in report["deform_conv2d"].items():
             if direction in result:
-                found = result[direction]
-                speed = found["speed over torchvision"]
-                over = {"over torchvision": "" if speed is None else f"{speed:.2f}x"}
-                lines[case] = {**found["text"], **over}
+                speeds = result[direction]["speed over"].items()
+                over = {f"speed over {name}": f"{speed:.2f}x" for name, speed in speeds}
+                lines[case] = result[direction]["text"] | over
         if lines:
             parts.append(f"deform_conv2d, {direction}\n\n{harness.table('case', lines)}")
-    troubles = [
-        f"- {name}: {result['status']}"
+    notes = [
+        f"- {name}: {result['status']}; {result['output'].strip().rpartition(chr(10))[2]}"
         for name, result in report["steps"].items()
-        if result["status"] != "ok"
+        if result["status"] != "ok" or name == "tests"
     ]
     reasons = {
         f"- {leg} {what}: {reason}"
@@ -189,7 +188,7 @@ def markdown(report: dict[str, Any]) -> str:
         for what in ("skipped", "without CUDA graph")
         for leg, reason in found[what].items()
     }
-    return "\n\n".join([*parts, *filter(None, ["\n".join([*troubles, *sorted(reasons)])])]) + "\n"
+    return "\n\n".join([*parts, "\n".join([*notes, *sorted(reasons)])]).strip() + "\n"
 
 
 if __name__ == "__main__":

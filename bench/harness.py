@@ -27,8 +27,6 @@ MIB = 2**20
 
 
 def cpu_clock(call: Call) -> float:
-    """Time of the second of two calls: by then caches and thread pools are the leg's own."""
-    call()
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
@@ -81,13 +79,19 @@ class Rounds:
         """Runs each leg; how many rounds then take about ``seconds``."""
         start = time.perf_counter()
         for call in self.legs.values():
+            call()
             self.clock(call)
         return min(most, max(least, round(seconds / (time.perf_counter() - start))))
 
     def time(self, *names: str) -> None:
-        """One run of each of these legs."""
+        """One run of each of these legs, after one that makes caches and thread pools its own."""
         for name in names:
-            self.times[name].append(self.clock(self.legs[name]))
+            self.legs[name]()
+            self.time_warm(name)
+
+    def time_warm(self, name: str) -> None:
+        """One run of a leg that has just run."""
+        self.times[name].append(self.clock(self.legs[name]))
 
     def multiple(self, name: str, of: str) -> float:
         """Median over the rounds of the leg's time divided by that of another."""

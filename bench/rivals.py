@@ -123,6 +123,11 @@ def torchvision(problem: Problem) -> Leg:
     return Leg(problem.tensors().contiguous(), function)
 
 
+def torchvision_float32(problem: Problem) -> Leg:
+    """What remains to its users where it does not know a half type."""
+    return torchvision(replace(problem, dtype=torch.float32))
+
+
 def mmcv(problem: Problem) -> Leg:
     from mmcv.ops import modulated_deform_conv2d as rival
 
@@ -199,6 +204,7 @@ LEGS: dict[str, Callable[[Problem], Leg]] = {
     "nasfast": nasfast,
     "nasfast bfloat16": nasfast_bfloat16,
     "torchvision": torchvision,
+    "torchvision float32": torchvision_float32,
     "mmcv": mmcv,
     "grid_sample": grid_sample,
     "compiled gather": compiled_gather,
