@@ -12,26 +12,20 @@
 #include <memory>
 #include <random>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 #include "deform_conv2d/deform_conv2d.h"
 
 namespace {
 
-namespace kernels = nasfast::deform_conv2d::NASFAST_ISA;
+namespace dc = nasfast::deform_conv2d;
 using nasfast::Accumulate;
 using nasfast::bfloat16;
-using nasfast::deform_conv2d::Backward;
-using nasfast::deform_conv2d::Forward;
-using nasfast::deform_conv2d::Params;
+using Params = dc::Params;
 
-// The caller may leave the backward of a half type to float.
-template <class T, class = void>
-constexpr bool kHasBackward = false;
+// A half type has no backward of its own: the caller computes it in float32.
 template <class T>
-constexpr bool kHasBackward<
-    T, std::void_t<decltype(kernels::backward(std::declval<Params>(), std::declval<Backward<T>>()))>> = true;
+constexpr bool kHasBackward = !std::is_same_v<T, bfloat16>;
 
 std::mt19937_64 generator(1);
 
@@ -218,12 +212,16 @@ struct Call {
     }
 
     void run() {
-        kernels::forward(p,
-                         Forward<T>{input.data, offset.data, mask.data, weight.data, bias.data, output.data});
-        if constexpr (kHasBackward<T>)
-            kernels::backward(
-                p, Backward<T>{grad.data, input.data, offset.data, mask.data, weight.data, grad_input.data,
-                               grad_offset.data, grad_weight.data, grad_bias.data, grad_mask.data});
+        const dc::Forward<T> tensors{input.data, offset.data, mask.data, weight.data, bias.data, output.data};
+        if constexpr (kHasBackward<T>) {
+            NASFAST_DISPATCH(dc, forward, p, tensors);
+            const dc::Backward<T> gradients{
+                grad.data,       input.data,       offset.data,      mask.data,      weight.data,
+                grad_input.data, grad_offset.data, grad_weight.data, grad_bias.data, grad_mask.data};
+            NASFAST_DISPATCH(dc, backward, p, gradients);
+        } else {
+            NASFAST_DISPATCH_BF16(dc, forward, p, tensors);
+        }
     }
 
     // Whether every result is what the definition gives.
@@ -335,6 +333,7 @@ bool run(const char* dtype, int64_t calls) {
 int main(int, char** arguments) {
     const int64_t calls = std::atoll(arguments[1]);
     __sanitizer_set_death_callback(describe);
+    std::printf("%s\n", nasfast::isa_name(nasfast::isa()));
     if (run<float>("float32", calls) && run<double>("float64", calls) && run<bfloat16>("bfloat16", calls))
         return 0;
     describe();

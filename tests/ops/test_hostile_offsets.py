@@ -3,52 +3,86 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from nasfast.ops import _native
 
-HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[1] / "csrc"
-CALLS_PER_DTYPE = 3400
-SANITIZE = "-fsanitize=address,undefined,float-cast-overflow"
+ROOT = Path(__file__).resolve().parents[2]
+SANITIZE = "-O1 -g1 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all"
+SETS = ["x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16", "x86-64-v4-amx"]
 
 
-def test_hostile_offsets(tmp_path: Path) -> None:
-    """NaN, infinite, huge and denormal offsets, and positions exactly on the borders."""
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
-    if not (CSRC / "deform_conv2d").is_dir():
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The driver with all kernels, compiled as for the extension, but with sanitizers."""
+    pybind11 = pytest.importorskip("pybind11")
+    for program in ("g++", "cmake", "ninja"):
+        if shutil.which(program) is None:
+            pytest.skip(f"needs {program}")
+    if not (ROOT / "csrc").is_dir():
         pytest.skip("needs the sources of the kernels")
-    level = _native.isa_level()
-    if level == "none":
-        pytest.skip(f"the instruction set is unknown: {_native.ERROR}")
-    isa = level.removeprefix("x86-64-")
-    # as CMakeLists.txt compiles a kernel, but for the sanitizers and the lower optimisation
-    command = ["g++", "-std=c++17", "-O1", "-g", "-fopenmp", "-ffp-contract=fast"]
-    command += ["-fno-math-errno", f"-DNASFAST_ISA={isa}", f"-I{CSRC}"]
-    command += [SANITIZE, "-fno-sanitize-recover=all"]
-    if isa != level:
-        command.append(f"-march={level}")
-    sources = [HERE / "hostile_offsets.cpp", CSRC / "common" / "isa.cpp"]
-    sources += sorted((CSRC / "deform_conv2d").glob("*_cpu.cpp"))
-    program = tmp_path / "hostile_offsets"
-    done = subprocess.run(
-        [*command, *map(str, sources), "-o", str(program)], capture_output=True, text=True
-    )
-    if "cannot find" in done.stderr and "san" in done.stderr:
+    folder = tmp_path_factory.mktemp("sanitized")
+    probe = ["g++", *SANITIZE.split(), "-x", "c++", "-", "-o", str(folder / "probe")]
+    done = subprocess.run(probe, input="int main() {}", capture_output=True, text=True, check=False)
+    if done.returncode != 0:
         pytest.skip(f"the sanitizers are not installed: {done.stderr}")
-    assert done.returncode == 0, done.stderr
-    done = subprocess.run(
-        [str(program), str(CALLS_PER_DTYPE)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "2"},
+    options = {
+        "CMAKE_CXX_COMPILER": "g++",
+        "CMAKE_BUILD_TYPE": "None",
+        "CMAKE_CXX_FLAGS": SANITIZE,
+        "NASFAST_CUDA": "off",
+        "NASFAST_OUTPUT": str(folder),
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+    }
+    build = folder / "build"
+    run(
+        "cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *(f"-D{k}={v}" for k, v in options.items())
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines() == [
-        f"{CALLS_PER_DTYPE} calls of {dtype}" for dtype in ("float32", "float64", "bfloat16")
+    targets = run("ninja", "-C", build, "-t", "targets", "all")
+    run("ninja", "-C", build, *re.findall(r"^(cpu_\w+): phony", targets, re.M))
+    program = folder / "hostile_offsets"
+    sources = [
+        Path(__file__).with_name("hostile_offsets.cpp"),
+        ROOT / "csrc" / "common" / "isa.cpp",
     ]
+    flags = [*SANITIZE.split(), "-std=c++17", "-fopenmp", f"-I{ROOT / 'csrc'}"]
+    run("g++", *flags, *sources, *sorted(build.rglob("cpu_*/**/*.o")), "-o", program)
+    return program
+
+
+def run(*command: object, **environment: str) -> str:
+    done = subprocess.run(
+        [str(word) for word in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("isa", ["best", *SETS])
+def test_hostile_offsets(driver: Path, isa: str) -> None:
+    """NaN, infinite, huge and denormal offsets, and positions exactly on the borders.
+
+    Most calls go to the best instruction set of the processor, some to each of the others.
+    """
+    best = _native.isa_level()
+    if isa == "best":
+        output = run(driver, 3400, OMP_NUM_THREADS="2")
+    elif best not in SETS or SETS.index(isa) >= SETS.index(best):
+        pytest.skip(f"not below the best instruction set, {best}")
+    else:
+        output = run(driver, 200, OMP_NUM_THREADS="2", NASFAST_ISA=isa)
+        assert output.startswith(f"{isa}\n")
+    dtypes = [line.rpartition(" ")[2] for line in output.splitlines()[1:]]
+    assert dtypes == ["float32", "float64", "bfloat16"]
