@@ -71,6 +71,6 @@ def test_deform_conv2d(
     )
     cells = {name: f"{value:.2f}x" for name, value in half.items()}
     direction = "forward and backward" if backward else "forward"
-    title = f"deform_conv2d {direction}, float32, offsets within about {problem.spread} pixels"
+    title = f"deform_conv2d {direction}, float32, offsets of deviation {problem.spread} px"
     tables.setdefault(title, {})[str(problem)] = {**rows, **cells}
     tables.setdefault("skipped", {}).update({name: {"reason": skipped[name]} for name in skipped})
