@@ -1,80 +1,76 @@
-"""deform_conv2d against its reference and a plain convolution of the same shape.
+"""deform_conv2d beside its rivals, as multiples of a plain convolution of the same shape.
 
-    pytest bench/bench_deform_conv2d.py
+    pytest bench/bench_deform_conv2d.py --benchmark-json=deform_conv2d.json
 
-The legs run in turn, one after the other, so that a change of the machine's speed meets all; the
-printed lines and ``extra_info`` give the median of each in ms and as a multiple of the convolution,
-which is the floor.
+One table per direction: multiple of the convolution, ms, GFLOP/s, and the memory at the peak beyond
+output and gradients. The row that pytest-benchmark prints is the leg "nasfast".
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
+import harness
 import pytest
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+import rivals
+from rivals import Problem
 
-from nasfast.device import machine_info
-from nasfast.ops import deform_conv2d, deform_conv2d_reference
-
-# batch, channels, out_channels, size
-SHAPES = {"decoder": (2, 48, 48, (64, 80)), "head": (1, 256, 256, (40, 52))}
-
-
-def legs(
-    shape: tuple[int, int, int, tuple[int, int]], backward: bool
-) -> dict[str, Callable[[], Any]]:
-    """The calls to time, a 3x3 kernel with mask, channels last."""
-    batch, channels, out_channels, size = shape
-    last = torch.channels_last
-    input = torch.randn(batch, channels, *size).to(memory_format=last)
-    offset, mask = torch.randn(batch, 18, *size), torch.rand(batch, 9, *size)
-    weight = torch.randn(out_channels, channels, 3, 3)
-    leaves = [input, offset, weight, mask]
-    for leaf in leaves:
-        leaf.requires_grad_(backward)
-    cotangent = torch.randn(batch, out_channels, *size).to(memory_format=last)
-
-    def leg(function: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], Any]:
-        if not backward:
-            return function
-        return lambda: torch.autograd.grad(function(), leaves, cotangent)
-
-    return {
-        "convolution": leg(lambda: F.conv2d(input, weight, None, 1, 1), [input, weight]),
-        "nasfast": leg(lambda: deform_conv2d(input, offset, weight, None, 1, 1, 1, mask), leaves),
-        "reference": leg(
-            lambda: deform_conv2d_reference(input, offset, weight, None, 1, 1, 1, mask), leaves
-        ),
-    }
+SHAPES = [
+    (1, 64, 64, 64, 64),
+    (4, 64, 64, 64, 64),
+    (8, 48, 32, 32, 48),
+    (2, 256, 25, 34, 256),
+    (1, 256, 100, 136, 256),
+]
+LEGS = (
+    rivals.FLOOR,
+    "nasfast",
+    "nasfast bfloat16",
+    "torchvision",
+    "mmcv",
+    "grid_sample",
+    "onnxruntime",
+)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-backward"])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_deform_conv2d(
     benchmark: Any,
-    capsys: pytest.CaptureFixture[str],
-    shape: tuple[int, int, int, tuple[int, int]],
+    pytestconfig: pytest.Config,
+    tables: dict[str, dict[str, dict[str, object]]],
+    shape: tuple[int, int, int, int, int],
     backward: bool,
 ) -> None:
-    calls = legs(shape, backward)
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    problem = Problem(*shape, spread=pytestconfig.getoption("spread"))
+    names = (*LEGS, *(("compiled gather",) if pytestconfig.getoption("compile") else ()))
+    calls, skipped = rivals.calls(names, problem, backward)
+    rounds = harness.Rounds(calls)
+    count = rounds.warm_up(pytestconfig.getoption("seconds"))
+    others = [name for name in calls if name != "nasfast"]
 
-    def round_of_all() -> None:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
+    def setup() -> None:
+        rounds.time(*others)
+        calls["nasfast"]()
 
-    benchmark.pedantic(round_of_all, rounds=9, warmup_rounds=2)
-    medians = {name: statistics.median(values[2:]) for name, values in times.items()}
-    floor = medians["convolution"]
-    report = {name: f"{1e3 * t:.2f} ms, {t / floor:.1f}x" for name, t in medians.items()}
-    benchmark.extra_info.update(report | {"machine": machine_info()})
-    with capsys.disabled():
-        print("", *(f"{name:12} {row}" for name, row in report.items()), sep="\n  ")
+    benchmark.pedantic(rounds.time_warm, args=("nasfast",), setup=setup, rounds=count)
+    memory = {
+        name: harness.extra_memory(rivals.memory_calls, name, problem, backward) for name in calls
+    }
+    rows = harness.rows(rounds, rivals.FLOOR, problem.flops(backward), memory)
+    half = {}
+    if "nasfast bfloat16" in rows:
+        half["bfloat16 / float32"] = rounds.multiple("nasfast bfloat16", "nasfast")
+    benchmark.extra_info.update(
+        machine=harness.machine_line(),
+        spread=problem.spread,
+        rows={name: asdict(row) for name, row in rows.items()},
+        skipped=skipped,
+        **half,
+    )
+    cells = {name: f"{value:.2f}x" for name, value in half.items()}
+    direction = "forward and backward" if backward else "forward"
+    title = f"deform_conv2d {direction}, float32, offsets of deviation {problem.spread} px"
+    tables.setdefault(title, {})[str(problem)] = {**rows, **cells}
+    tables.setdefault("skipped", {}).update({name: {"reason": skipped[name]} for name in skipped})

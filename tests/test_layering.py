@@ -28,7 +28,7 @@ ONLY = {
     "data": {"torch", "numpy", "PIL"},
     "spaces": set(),
     "records": set(),
-    "ops": {"torch", "_C"},
+    "ops": {"torch", "_C", "onnxscript"},  # the last inside the function that exports
     "device": {"torch", "ops"},
     "files": set(),
     "config": set(),

@@ -1,0 +1,208 @@
+"""How every benchmark measures: legs in turn, medians, extra memory, one line on the machine.
+
+A leg is a call to time. The legs run interleaved (A B C A B C ...), so that a change of the
+machine's speed meets all of them, and multiples are medians of ratios within one round.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nasfast.device import machine_info
+
+Call = Callable[[], Any]
+Clock = Callable[[Call], float]  # seconds of a call
+MIB = 2**20
+
+
+def cpu_clock(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+class CudaClock:
+    """Time on the current stream between two events, from a cold L2 cache."""
+
+    def __init__(self) -> None:
+        floats = torch.cuda.get_device_properties().L2_cache_size  # bytes: four times the cache
+        self.larger_than_cache = torch.empty(floats, device="cuda")
+
+    def __call__(self, call: Call) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.larger_than_cache.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+def cuda_graphs(calls: Mapping[str, Call]) -> tuple[dict[str, Call], dict[str, str]]:
+    """The calls as replays of CUDA graphs, free of the time that Python takes to launch them.
+
+    A call that cannot be captured stays as it is; the second result says why.
+    """
+    replays, reasons = dict(calls), {}
+    for name, call in calls.items():
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                call()
+        except RuntimeError as error:  # it synchronises, say
+            reasons[name] = str(error).strip().partition("\n")[0]
+            torch.cuda.synchronize()
+        else:
+            replays[name] = graph.replay
+    return replays, reasons
+
+
+class Rounds:
+    """Times of interleaved legs, one of each leg per round."""
+
+    def __init__(self, legs: Mapping[str, Call], clock: Clock = cpu_clock) -> None:
+        self.legs, self.clock = legs, clock
+        self.times: dict[str, list[float]] = {name: [] for name in legs}
+
+    def warm_up(self, seconds: float, least: int = 7, most: int = 200) -> int:
+        """Runs each leg; how many rounds then take about ``seconds``."""
+        start = time.perf_counter()
+        for call in self.legs.values():
+            call()
+            self.clock(call)
+        return min(most, max(least, round(seconds / (time.perf_counter() - start))))
+
+    def time(self, *names: str) -> None:
+        """One run of each of these legs, after one that makes caches and thread pools its own."""
+        for name in names:
+            self.legs[name]()
+            self.time_warm(name)
+
+    def time_warm(self, name: str) -> None:
+        """One run of a leg that has just run."""
+        self.times[name].append(self.clock(self.legs[name]))
+
+    def multiple(self, name: str, of: str) -> float:
+        """Median over the rounds of the leg's time divided by that of another."""
+        return statistics.median(a / b for a, b in zip(self.times[name], self.times[of]))
+
+
+@dataclass(frozen=True)
+class Row:
+    """Result of one leg."""
+
+    ms: float
+    """Median."""
+    gflops: float
+    """GFLOP/s; for all legs of a benchmark the same floating-point operations."""
+    multiple: float
+    """Of the time of the floor."""
+    extra_mib: float | None
+    """Memory at the peak beyond the result; None where it was not measured."""
+    times: list[float]
+    """Seconds, one of each round."""
+
+    def __str__(self) -> str:
+        memory = "" if self.extra_mib is None else f", +{self.extra_mib:.1f} MiB"
+        return f"{self.multiple:.2f}x, {self.ms:.2f} ms, {self.gflops:.0f} GFLOP/s{memory}"
+
+
+def rows(
+    rounds: Rounds, floor: str, flops: float, extra_bytes: Mapping[str, int | None]
+) -> dict[str, Row]:
+    """Result of each leg."""
+    result = {}
+    for name, times in rounds.times.items():
+        median, extra = statistics.median(times), extra_bytes.get(name)
+        multiple = rounds.multiple(name, floor)
+        mib = None if extra is None else extra / MIB
+        result[name] = Row(1e3 * median, flops / median / 1e9, multiple, mib, times)
+    return result
+
+
+def extra_memory(make: Callable[..., tuple[Call, Call]], *arguments: Any) -> int | None:
+    """Bytes that a call needs at its peak beyond the tensors that it returns.
+
+    ``make(*arguments)`` gives a small call, which loads and starts whatever the first call does,
+    and the call in question. It runs in a fresh process, so that no buffer of an earlier call hides
+    a need, and counts resident memory, so that it matters not who allocates. None where the system
+    is not Linux or forbids it.
+    """
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        return None
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # torch is imported once
+    with ProcessPoolExecutor(1, context) as pool:
+        job = pool.submit(_resident_growth, torch.get_num_threads(), make, arguments)
+        return job.result()
+
+
+def _resident_growth(
+    threads: int, make: Callable[..., tuple[Call, Call]], arguments: Sequence[Any]
+) -> int:
+    torch.set_num_threads(threads)
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 65536)  # M_MMAP_THRESHOLD: whatever is larger comes from and returns to Linux
+    libc.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: no huge pages, which round up
+    small, call = make(*arguments)
+    small()
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _status("VmRSS")
+    result = call()
+    return max(0, _status("VmHWM") - before - result_bytes(result))
+
+
+def cuda_extra_memory(call: Call) -> int:
+    """Bytes that a call allocates at its peak beyond the tensors that it returns."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    return max(0, torch.cuda.max_memory_allocated() - before - result_bytes(result))
+
+
+def result_bytes(result: Tensor | Sequence[Tensor]) -> int:
+    tensors = [result] if isinstance(result, Tensor) else result
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise LookupError(f"/proc/self/status has no {field}")
+
+
+def machine_line() -> str:
+    info: dict[str, Any] = machine_info()
+    devices = ", ".join(info["cuda_devices"]) or f"{info['cpu']} ({info['isa_level']})"
+    commit = f" at {info['git_commit'][:9]}" if info["git_commit"] else ""
+    return (
+        f"{devices}, {info['threads']} threads, torch {info['torch']}, "
+        f"nasfast {info['nasfast']}{commit}"
+    )
+
+
+def table(head: str, lines: Mapping[str, Mapping[str, object]]) -> str:
+    """Markdown: a line of each case, a column of each leg."""
+    names = list(dict.fromkeys(name for line in lines.values() for name in line))
+    text = [f"| {' | '.join([head, *names])} |", "|---" * (1 + len(names)) + "|"]
+    for case, line in lines.items():
+        cells = [str(line.get(name, "")) for name in names]
+        text.append(f"| {' | '.join([case, *cells])} |")
+    return "\n".join(text)
