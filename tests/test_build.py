@@ -99,11 +99,11 @@ def test_unknown_cuda_switch(tmp_path: Path) -> None:
 
 
 def test_old_compiler(tmp_path: Path) -> None:
-    version = "CMAKE_CXX_COMPILER_ID GNU)\nset(CMAKE_CXX_COMPILER_VERSION 10.2.1"
+    version = "CMAKE_CXX_COMPILER_ID GNU)\nset(CMAKE_CXX_COMPILER_VERSION 11.4.0"
     done = configure(tmp_path, NASFAST_CUDA="off", **pretend(tmp_path, version))
     assert_refused(
         done,
-        "the C++ compiler must be GCC 11 or Clang 18, or newer, got GNU 10.2.1; set CXX to another",
+        "the C++ compiler must be GCC 12 or Clang 18, or newer, got GNU 11.4.0; set CXX to another",
     )
 
 

@@ -102,9 +102,8 @@ NASFAST_INLINE Vector<T, Width> every_other(T even, T odd, std::index_sequence<I
     return Vector<T, Width>{(I % 2 ? odd : even)...};
 }
 
-template <int Width, class V>
-NASFAST_INLINE auto first_lanes(const V& vector) {
-    using T = std::remove_cv_t<std::remove_reference_t<decltype(vector[0])>>;
+template <int Width, class T, int All>
+NASFAST_INLINE Vector<T, Width> first_lanes(const Vector<T, All>& vector) {
     Vector<T, Width> result;
     __builtin_memcpy(&result, &vector, sizeof(result));
     return result;
@@ -136,7 +135,7 @@ void locate(const Params& p, const A* offset, const A* mask, int64_t group, cons
             const A* const from = offset + (first + column) * p.offset_step + 2 * skip;
             by_vectors<w>(2 * per_pixel, [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
                 constexpr int n = decltype(width)::value;
-                const auto start = load<n>(samples.taps + j) + first_lanes<n>(origin);
+                const auto start = load<n>(samples.taps + j) + first_lanes<n, A, w>(origin);
                 store<n>(position + j, start + load<n>(from + j));
             });
             position += 2 * per_pixel;
