@@ -1,8 +1,9 @@
-// Modulated deformable convolution (DCNv2, Zhu et al., CVPR 2019). All tensors are dense, channels last.
+// Modulated deformable convolution (DCNv2, Zhu et al., CVPR 2019). Maps are channels last.
 #pragma once
 
 #include <cstdint>
 
+#include "common/dtype.hpp"
 #include "common/isa.hpp"
 
 namespace nasfast::deform_conv2d {
@@ -16,38 +17,47 @@ struct Params {
     int64_t pad_h, pad_w;
     int64_t dilation_h, dilation_w;
     int64_t groups, offset_groups;
+    int64_t offset_step, mask_step;  // elements from one output pixel to the next in offset and in mask
+    int64_t weight_channels_last;    // 0: weight and grad_weight are [Co, C/G, kh, kw]; CUDA always gets 1
+    int64_t deterministic;           // CUDA: the same bits in every run
+    int64_t tf32;                    // CUDA: float32 products may use tf32 tensor cores
 };
 
 // K = kernel_h * kernel_w taps, G = groups, D = offset_groups. Null pointers: mask and bias where there is
-// none, every gradient that is not wanted (grad_mask only with mask).
+// none, every gradient that is not wanted (grad_mask only with mask). Dense unless a step is named.
 template <class T>
 struct Forward {
+    using A = Accumulate<T>;
     const T* input;   // [N, H, W, C]
-    const T* offset;  // [N, Ho, Wo, D, K, 2], (dy, dx) in pixels
-    const T* mask;    // [N, Ho, Wo, D, K]
-    const T* weight;  // [G, K, C/G, Co/G]
-    const T* bias;    // [Co]
+    const A* offset;  // [N, Ho, Wo, D, K, 2], (dy, dx) in pixels; offset_step
+    const A* mask;    // [N, Ho, Wo, D, K]; mask_step
+    const T* weight;  // [Co, kh, kw, C/G]
+    const A* bias;    // [Co]
     T* output;        // [N, Ho, Wo, Co]
 };
 
 template <class T>
 struct Backward {
+    using A = Accumulate<T>;
     const T* grad;    // [N, Ho, Wo, Co]
     const T* input;   // [N, H, W, C]
-    const T* offset;  // [N, Ho, Wo, D, K, 2]
-    const T* mask;    // [N, Ho, Wo, D, K]
-    const T* weight;  // [G, K, Co/G, C/G], transposed against Forward
+    const A* offset;  // [N, Ho, Wo, D, K, 2]; offset_step
+    const A* mask;    // [N, Ho, Wo, D, K]; mask_step
+    const T* weight;  // [Co, kh, kw, C/G]
     T* grad_input;    // [N, H, W, C]
-    T* grad_offset;   // [N, Ho, Wo, D, K, 2]
-    T* grad_weight;   // [G, K, C/G, Co/G]
-    T* grad_bias;     // [Co]
-    T* grad_mask;     // [N, Ho, Wo, D, K]
+    A* grad_offset;   // [N, Ho, Wo, D, K, 2]
+    A* grad_weight;   // [Co, kh, kw, C/G]
+    A* grad_bias;     // [Co]
+    A* grad_mask;     // [N, Ho, Wo, D, K]
 };
 
-NASFAST_PER_ISA(                                           //
-    void forward(const Params&, const Forward<float>&);    //
-    void forward(const Params&, const Forward<double>&);   //
-    void backward(const Params&, const Backward<float>&);  //
-    void backward(const Params&, const Backward<double>&);)
+// CPU: float and double; bfloat16 forward.
+NASFAST_PER_ISA(                                            //
+    void forward(const Params&, const Forward<float>&);     //
+    void forward(const Params&, const Forward<double>&);    //
+    void forward(const Params&, const Forward<bfloat16>&);  //
+    void backward(const Params&, const Backward<float>&);   //
+    void backward(const Params&, const Backward<double>&);  //
+    void backward(const Params&, const Backward<bfloat16>&);)
 
 }  // namespace nasfast::deform_conv2d
