@@ -35,7 +35,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, unsigned
         status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                       cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
     if (status == cudaSuccess) {
-        kernel<<<grid, threads, size_t(shared_bytes), static_cast<cudaStream_t>(stream)>>>(arguments...);
+        kernel<<<grid, threads, size_t(shared_bytes), static_cast<cudaStream_t>(stream)> > >(arguments...);
         status = cudaGetLastError();
     }
     if (status != cudaSuccess) {
@@ -75,7 +75,8 @@ __device__ __forceinline__ uint4 load_16(const void* global) {
     return __ldg(static_cast<const uint4*>(global));
 }
 
-// Copies 16 bytes in the background; zeros where not valid (then `global` is not read, but must be an address).
+// Copies 16 bytes in the background; zeros where not valid (then `global` is not read, but must be an
+// address).
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                  "r"(valid ? 16 : 0)

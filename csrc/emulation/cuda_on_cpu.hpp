@@ -289,12 +289,13 @@ NASFAST_UNCHECKED inline void run_block() {
                 !strcmp(thread.file ? thread.file : "", first.file ? first.file : ""))
                 continue;
             const auto where = [](const Thread& t) {
-                return t.state == State::done      ? std::string("has ended")
-                       : t.state == State::in_warp ? std::string("is in a warp-wide function")
-                                                   : std::string("waits at ") + t.file + ":" + std::to_string(t.line);
+                return t.state == State::done ? std::string("has ended")
+                       : t.state == State::in_warp
+                           ? std::string("is in a warp-wide function")
+                           : std::string("waits at ") + t.file + ":" + std::to_string(t.line);
             };
-            throw std::runtime_error(std::string(engine.name) + ": thread 0 " + where(first) + ", but thread " +
-                                     std::to_string(i) + " " + where(thread));
+            throw std::runtime_error(std::string(engine.name) + ": thread 0 " + where(first) +
+                                     ", but thread " + std::to_string(i) + " " + where(thread));
         }
         if (first.state == State::done) return;
         for (int i = 0; i < engine.size; ++i) engine.threads[i].state = State::ready;
@@ -304,8 +305,9 @@ NASFAST_UNCHECKED inline void run_block() {
 NASFAST_UNCHECKED inline void run_grid(const char* name, dim3 grid, unsigned threads, int64_t shared_bytes,
                                        void (*body)(const void*), const void* closure) {
     if (threads == 0 || threads % lanes || threads > max_threads || shared_bytes > 99 << 10)
-        throw std::runtime_error(std::string(name) + ": a block must have whole warps, at most 1024 threads and "
-                                                     "99 KiB of shared memory, got " +
+        throw std::runtime_error(std::string(name) +
+                                 ": a block must have whole warps, at most 1024 threads and "
+                                 "99 KiB of shared memory, got " +
                                  std::to_string(threads) + " threads and " + std::to_string(shared_bytes) +
                                  " bytes");
     if (!engine.stacks) {
@@ -328,7 +330,8 @@ NASFAST_UNCHECKED inline void run_grid(const char* name, dim3 grid, unsigned thr
         thread.line = 0;
 #ifdef __SANITIZE_THREAD__
         engine.host_tsan = __tsan_get_current_fiber();
-        if (!thread.tsan && &thread - engine.threads.data() < engine.size) thread.tsan = __tsan_create_fiber(0);
+        if (!thread.tsan && &thread - engine.threads.data() < engine.size)
+            thread.tsan = __tsan_create_fiber(0);
 #endif
     }
     std::vector<int64_t> order(int64_t(grid.x) * grid.y * grid.z);
@@ -349,7 +352,8 @@ NASFAST_UNCHECKED inline void run_grid(const char* name, dim3 grid, unsigned thr
 #endif
             // aligned as a device aligns it, and no byte longer
             void* memory = nullptr;
-            if (posix_memalign(&memory, 1024, size_t(std::max<int64_t>(shared_bytes, 1)))) throw std::bad_alloc();
+            if (posix_memalign(&memory, 1024, size_t(std::max<int64_t>(shared_bytes, 1))))
+                throw std::bad_alloc();
             shared.push_back(engine.shared = static_cast<unsigned char*>(memory));
             memset(memory, 0xff, size_t(shared_bytes));
             release(&engine.start_tag);
@@ -364,30 +368,26 @@ NASFAST_UNCHECKED inline void run_grid(const char* name, dim3 grid, unsigned thr
 }
 
 struct Ldmatrix {
-    const void* row;
     uint32_t read[4];  // the row that this lane names
     uint32_t words[4];
 };
 
 template <bool transposed>
 NASFAST_UNCHECKED void exchange_rows(void* const* operands) {
-    const auto element = [&](int matrix, int row, int column) {
+    for (int i = 0; i < 4 * 64; ++i) {
+        const int matrix = i / 64, row = i / 8 % 8, column = i % 8;
         const uint32_t word = static_cast<Ldmatrix*>(operands[8 * matrix + row])->read[column / 2];
-        return column % 2 ? word >> 16 : word & 0xffff;
-    };
-    for (int lane = 0; lane < lanes; ++lane)
-        for (int matrix = 0; matrix < 4; ++matrix) {
-            const int row = lane / 4, column = lane % 4 * 2;
-            static_cast<Ldmatrix*>(operands[lane])->words[matrix] =
-                transposed ? element(matrix, column, row) | element(matrix, column + 1, row) << 16
-                           : element(matrix, row, column) | element(matrix, row, column + 1) << 16;
-        }
+        const int line = transposed ? column : row, place = transposed ? row : column;
+        uint32_t& target = static_cast<Ldmatrix*>(operands[4 * line + place / 2])->words[matrix];
+        const uint32_t element = column % 2 ? word >> 16 : word & 0xffff;
+        target = place % 2 ? (target & 0xffff) | element << 16 : (target & 0xffff0000u) | element;
+    }
 }
 
 template <bool transposed>
 void ldmatrix(uint32_t (&words)[4], const void* shared) {
     check_aligned(shared, 16, "ldmatrix");
-    Ldmatrix operand;
+    Ldmatrix operand{};
     const auto* row = static_cast<const uint32_t*>(shared);
     for (int i = 0; i < 4; ++i) operand.read[i] = row[i];
     warp_wide(exchange_rows<transposed>, &operand);
@@ -482,9 +482,7 @@ inline void cp_async_16(void* shared, const void* global, bool valid) {
         {shared, valid ? global : nullptr});
 }
 
-inline void cp_async_commit() {
-    emulation::engine.threads[emulation::engine.current].copies.emplace_back();
-}
+inline void cp_async_commit() { emulation::engine.threads[emulation::engine.current].copies.emplace_back(); }
 
 template <int N>
 void cp_async_wait() {
@@ -584,7 +582,9 @@ float element(const uint32_t* words, int k, T) {
 
 template <class T>
 NASFAST_UNCHECKED void multiply(void* const* operands) {
-    const auto lane = [&](int row, int word) { return static_cast<Mma<T>*>(operands[row % 8 * 4 + word % 4]); };
+    const auto lane = [&](int row, int word) {
+        return static_cast<Mma<T>*>(operands[row % 8 * 4 + word % 4]);
+    };
     constexpr int depth = 32 / sizeof(T);
     float a[16][depth], b[8][depth];
     for (int row = 0; row < 16; ++row) {
