@@ -1,0 +1,56 @@
+// Where the samples of a deformable convolution lie; for forward and backward.
+#pragma once
+
+#include "common/cuda_kernel.cuh"
+#include "deform_conv2d/deform_conv2d.h"
+
+namespace nasfast::deform_conv2d::cuda {
+
+using namespace nasfast::cuda;
+
+// Corners are numbered 0 upper left, 1 upper right, 2 lower left, 3 lower right.
+template <class A>
+struct Sample {
+    int64_t corner;   // index of corner 0 in [N, H, W]; meaningless where nothing is inside
+    A y, x;           // from corner 0 to the sample, in [0, 1)
+    unsigned inside;  // bit i: corner i lies in the image. No bit for a sample that does not count
+
+    // The bilinear weights, zero outside the image.
+    __device__ __forceinline__ void weights(A (&weights)[4], A factor) const {
+        const A top = (1 - y) * factor, bottom = y * factor;
+        weights[0] = inside & 1 ? top * (1 - x) : 0;
+        weights[1] = inside & 2 ? top * x : 0;
+        weights[2] = inside & 4 ? bottom * (1 - x) : 0;
+        weights[3] = inside & 8 ? bottom * x : 0;
+    }
+};
+
+// Index in [N, H, W] of a corner, from that of corner 0.
+__device__ __forceinline__ int64_t corner_step(const Params& p, int corner) {
+    return (corner & 1) + (corner & 2 ? p.width : 0);
+}
+
+// The sample of offset group d and one tap for an output pixel, an index in [N, Ho, Wo].
+template <class A>
+__device__ __forceinline__ Sample<A> locate(const Params& p, const A* offset, int64_t pixel, int64_t d,
+                                            int64_t tap) {
+    const int64_t image = pixel / (p.out_height * p.out_width), place = pixel % (p.out_height * p.out_width);
+    const A* shift = offset + pixel * p.offset_step + (d * p.kernel_h * p.kernel_w + tap) * 2;
+    const A y = A(place / p.out_width * p.stride_h - p.pad_h + tap / p.kernel_w * p.dilation_h) + shift[0];
+    const A x = A(place % p.out_width * p.stride_w - p.pad_w + tap % p.kernel_w * p.dilation_w) + shift[1];
+    // false for NaN; what is true fits into an integer
+    if (!(y > -1 && y < A(p.height) && x > -1 && x < A(p.width))) return {0, 0, 0, 0};
+    const A top = floor(y), left = floor(x);
+    const auto row = int64_t(top), column = int64_t(left);
+    const unsigned rows = (row >= 0 ? 3u : 0u) | (row + 1 < p.height ? 12u : 0u);
+    const unsigned columns = (column >= 0 ? 5u : 0u) | (column + 1 < p.width ? 10u : 0u);
+    return {(image * p.height + row) * p.width + column, y - top, x - left, rows & columns};
+}
+
+// The mask's factor of that sample.
+template <class A>
+__device__ __forceinline__ A mask_at(const Params& p, const A* mask, int64_t pixel, int64_t d, int64_t tap) {
+    return mask ? mask[pixel * p.mask_step + d * p.kernel_h * p.kernel_w + tap] : A(1);
+}
+
+}  // namespace nasfast::deform_conv2d::cuda
