@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "common/dtype.hpp"
 
@@ -98,6 +99,7 @@ __device__ __forceinline__ void atomic_add(unsigned long long* global, unsigned 
     atomicAdd(global, value);
 }
 __device__ __forceinline__ void atomic_max(unsigned* global, unsigned value) { atomicMax(global, value); }
+__device__ __forceinline__ void atomic_or(unsigned* global, unsigned value) { atomicOr(global, value); }
 
 // Four neighbours, aligned to 16 bytes; each is added atomically, not the four together.
 __device__ __forceinline__ void atomic_add(float* global, float4 value) {
@@ -135,6 +137,8 @@ __device__ __forceinline__ float widen(float16 value) {
     asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
     return result;
 }
+
+__device__ __forceinline__ float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 
 // To the nearest, ties to even.
 __device__ __forceinline__ float narrow(float value, float) { return value; }
@@ -216,6 +220,25 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&words)[4], const vo
 #endif
 
 namespace nasfast::cuda {
+
+// 16 bytes as elements.
+template <class T>
+struct Chunk {
+    static constexpr int size = 16 / sizeof(T);
+    T values[size];
+};
+template <class T>
+__device__ __forceinline__ Chunk<T> as_chunk(const uint4& words) {
+    Chunk<T> chunk;
+    memcpy(&chunk, &words, sizeof words);
+    return chunk;
+}
+template <class T>
+__device__ __forceinline__ uint4 as_words(const Chunk<T>& chunk) {
+    uint4 words;
+    memcpy(&words, &chunk, sizeof words);
+    return words;
+}
 
 // Sum over the lanes that differ in the bits of `lanes` - 1 (a power of two), in all of them.
 template <int lanes = 32, class T>

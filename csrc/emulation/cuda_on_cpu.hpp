@@ -508,6 +508,9 @@ inline void atomic_max(unsigned* global, unsigned value) {
            !__atomic_compare_exchange_n(global, &before, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
 }
+inline void atomic_or(unsigned* global, unsigned value) {
+    __atomic_fetch_or(global, value, __ATOMIC_RELAXED);
+}
 inline void atomic_add(float* global, float4 value) {
     emulation::check_aligned(global, 16, "atomic_add");
     atomic_add(global, value.x);
@@ -537,6 +540,8 @@ inline float widen(float16 value) {
     if (exponent == 0) return (sign ? -1.0f : 1.0f) * float(fraction) * 0x1p-24f;
     return emulation::bits_to_float(sign | (exponent == 31 ? 255u : exponent + 112) << 23 | fraction << 13);
 }
+
+inline float bits_to_float(uint32_t bits) { return emulation::bits_to_float(bits); }
 
 inline float narrow(float value, float) { return value; }
 inline double narrow(double value, double) { return value; }
