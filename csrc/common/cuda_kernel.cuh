@@ -36,7 +36,8 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, unsigned
         status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                       cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
     if (status == cudaSuccess) {
-        kernel<<<grid, threads, size_t(shared_bytes), static_cast<cudaStream_t>(stream)> > >(arguments...);
+        const auto queue = static_cast<cudaStream_t>(stream);
+        kernel<<<grid, threads, size_t(shared_bytes), queue>>>(arguments...);
         status = cudaGetLastError();
     }
     if (status != cudaSuccess) {
