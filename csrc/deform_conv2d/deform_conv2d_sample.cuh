@@ -8,6 +8,28 @@ namespace nasfast::deform_conv2d::cuda {
 
 using namespace nasfast::cuda;
 
+// Kernels count pixels, elements and blocks in 64 bits, but what is named here in 32.
+inline void check_sizes(const Params& p) {
+    const struct {
+        const char* name;
+        int64_t size;
+    } sizes[] = {{"channels of input", p.channels},
+                 {"channels of the output", p.out_channels},
+                 {"taps of weight", p.kernel_h * p.kernel_w}};
+    for (const auto& [name, size] : sizes)
+        if (size > 1 << 30)
+            throw std::runtime_error(std::string("deform_conv2d: CUDA wants at most 2^30 ") + name +
+                                     ", got " + std::to_string(size) + "; split the call");
+}
+
+// The grid of so many blocks.
+inline dim3 grid(int64_t blocks) {
+    if (blocks > 0x7fffffff)
+        throw std::runtime_error("deform_conv2d: CUDA wants at most 2^31 - 1 tiles of output pixels, got " +
+                                 std::to_string(blocks) + "; split the batch");
+    return dim3(unsigned(blocks));
+}
+
 // Corners are numbered 0 upper left, 1 upper right, 2 lower left, 3 lower right.
 template <class A>
 struct Sample {

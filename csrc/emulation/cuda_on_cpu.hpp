@@ -4,6 +4,7 @@
 // barriers and warp-wide functions only. The emulation is stricter than a device:
 // - shared memory starts as NaN, and so does the target of cp.async until the wait that covers it;
 // - set_order(seed) draws the order of blocks, warps and lanes;
+// - skip(barrier, wait) leaves one barrier or wait of every thread out, to show that a check would notice;
 // - a barrier or warp-wide function that some threads miss, and a misaligned access, raises
 //   std::runtime_error with the place;
 // - under AddressSanitizer shared memory ends where the launch said that it does;
@@ -105,8 +106,9 @@ struct Thread {
     void* operand = nullptr;
     const char* file = nullptr;  // of the barrier
     int line = 0;
-    std::vector<std::vector<Copy>> copies;  // by group, the last one open
-    unsigned barriers = 0, warp_barriers = 0;
+    std::vector<std::vector<Copy>> copies;        // by group, the last one open
+    unsigned barriers = 0, warp_barriers = 0;     // passed, in all blocks
+    int64_t block_barriers = 0, block_waits = 0;  // met in this block
     void* tsan = nullptr;
 };
 
@@ -132,6 +134,7 @@ struct Engine {
     char tags[2 + 2 * max_threads / lanes];  // what ThreadSanitizer hangs the order of barriers on
     char start_tag, end_tag;
     uint64_t seed = 0;
+    int64_t skipped_barrier = -1, skipped_wait = -1;
     std::mt19937_64 random;
 };
 inline Engine engine;
@@ -139,6 +142,12 @@ inline Engine engine;
 inline void set_order(uint64_t seed) {
     engine.seed = seed;
     engine.random.seed(seed);
+}
+
+// Leaves out the barrier and the wait for cp.async that a thread meets as number so-and-so in its block.
+inline void skip(int64_t barrier, int64_t wait) {
+    engine.skipped_barrier = barrier;
+    engine.skipped_wait = wait;
 }
 
 inline void acquire([[maybe_unused]] char* tag) {
@@ -233,6 +242,7 @@ NASFAST_UNCHECKED inline void warp_wide(WarpOperation operation, void* operand) 
 
 NASFAST_UNCHECKED inline void block_barrier(const char* file, int line) {
     Thread& me = engine.threads[engine.current];
+    if (me.block_barriers++ == engine.skipped_barrier) return;
     char* tag = engine.tags + me.barriers++ % 2;
     me.file = file;
     me.line = line;
@@ -264,6 +274,7 @@ NASFAST_UNCHECKED inline void run_block() {
         *top = reinterpret_cast<void*>(&run_thread);  // where the first switch returns to
         thread.saved = top - 6;                       // after six registers
         thread.state = State::ready;
+        thread.block_barriers = thread.block_waits = 0;
     }
     std::vector<int> ready(warps);
     for (;;) {
@@ -486,7 +497,9 @@ inline void cp_async_commit() { emulation::engine.threads[emulation::engine.curr
 
 template <int N>
 void cp_async_wait() {
-    auto& copies = emulation::engine.threads[emulation::engine.current].copies;
+    emulation::Thread& me = emulation::engine.threads[emulation::engine.current];
+    auto& copies = me.copies;
+    if (me.block_waits++ == emulation::engine.skipped_wait) return;
     while (copies.size() > N + 1) {
         for (const emulation::Copy& copy : copies.front()) {
             auto* target = static_cast<uint32_t*>(copy.shared);
