@@ -109,102 +109,89 @@ struct PlainTile {
     }
 };
 
-// ---- the walk over K
+// ---- the way through K
+// The channels of a weight group fall into segments, which share their offsets. K is taken segment by
+// segment, in each by blocks of taps whose samples' corners fit into shared memory, in each by channels, and
+// with the taps innermost, while the corners' channels are in the cache. Four chunks are a step.
 
-// Where a thread's chunk of a step lies. The channels of a weight group fall into segments, which share their
-// offsets; steps go through the segments, in each through blocks of taps whose samples fit into shared
-// memory, in each through the channels, and take the taps innermost, so that their corners are still in the
-// cache.
+// The channels, within a weight group, that have the offsets of group d.
+struct Segment {
+    int start, end;
+
+    __device__ __forceinline__ Segment(const Params& p, int group, int d) {
+        const int in_group = int(p.channels / p.groups), in_segment = int(p.channels / p.offset_groups);
+        start = max(d * in_segment - group * in_group, 0);
+        end = min((d + 1) * in_segment - group * in_group, in_group);
+    }
+};
+
+// Where a thread's chunk of a step lies in a segment and a block of taps.
 template <class T>
 struct Walk {
-    int d, first_tap, taps;  // offset group and block of taps
-    int end;                 // of the segment's channels, within the weight group
-    int steps;               // left in the block of taps
-    int wide;                // chunks of channels taken together: 1, 2 or 4
-    int tap, channel;        // of the chunk; channel >= end: none
+    int steps;         // of all chunks
+    int tap, channel;  // of the chunk; there may be none: channel >= end
 
-    __device__ __forceinline__ Walk(const Params& p, int group, int taps_at_once) {
-        d = int(group * (p.channels / p.groups) / (p.channels / p.offset_groups));
-        first_tap = 0;
-        begin(p, group, taps_at_once);
-    }
-
-    // Goes to the next step; true where that is one of another block of taps.
-    __device__ __forceinline__ bool advance(const Params& p, int group, int taps_at_once) {
-        if (--steps > 0) {
-            tap += 4 / wide;
-            normalise();
-            return false;
-        }
-        first_tap += taps;
-        if (first_tap == int(p.kernel_h * p.kernel_w)) {
-            first_tap = 0;
-            ++d;
-        }
-        begin(p, group, taps_at_once);
-        return true;
-    }
-
-    static __device__ __forceinline__ int64_t total(const Params& p, int group, int taps_at_once) {
-        const int64_t channels = p.channels / p.groups;
-        Walk walk(p, group, taps_at_once);
-        int64_t steps = 0;
-        for (;;) {
-            steps += walk.steps;
-            if (walk.end == channels && walk.first_tap + walk.taps == p.kernel_h * p.kernel_w) return steps;
-            walk.steps = 1;
-            walk.advance(p, group, taps_at_once);
-        }
-    }
-
-private:
-    __device__ __forceinline__ void begin(const Params& p, int group, int taps_at_once) {
-        const int64_t in_group = p.channels / p.groups, in_segment = p.channels / p.offset_groups;
-        const int start = int(max(d * in_segment - group * in_group, int64_t(0)));
-        end = int(min((d + 1) * in_segment - group * in_group, in_group));
-        taps = min(taps_at_once, int(p.kernel_h * p.kernel_w) - first_tap);
-        const int chunks = (end - start + Chunk<T>::size - 1) / Chunk<T>::size;
-        wide = chunks % 4 == 0 ? 4 : chunks % 2 == 0 ? 2 : 1;
-        steps = int((int64_t(chunks) * taps + 3) / 4);
-        tap = int(threadIdx.x) % 4 / wide;
-        channel = start + int(threadIdx.x) % wide * Chunk<T>::size;
+    __device__ __forceinline__ Walk(const Segment& segment, int taps) : taps_(taps) {
+        const int chunks = (segment.end - segment.start + Chunk<T>::size - 1) / Chunk<T>::size;
+        wide_ = chunks % 4 == 0 ? 4 : chunks % 2 == 0 ? 2 : 1;
+        steps = (chunks * taps + 3) / 4;
+        tap = int(threadIdx.x) % 4 / wide_;
+        channel = segment.start + int(threadIdx.x) % wide_ * Chunk<T>::size;
         normalise();
     }
 
+    __device__ __forceinline__ void advance() {
+        tap += 4 / wide_;
+        normalise();
+    }
+
+private:
+    int taps_, wide_;  // chunks of channels taken together: 1, 2 or 4
+
     __device__ __forceinline__ void normalise() {
-        while (tap >= taps) {
-            tap -= taps;
-            channel += wide * Chunk<T>::size;
+        while (tap >= taps_) {
+            tap -= taps_;
+            channel += wide_ * Chunk<T>::size;
         }
     }
 };
 
 // ---- samples
 
-// What the samples of a tile's pixels and of a block of taps are made of, in shared memory: [tap][pixel].
+// What the samples of a tile's pixels and of a block of taps are made of, in shared memory.
 template <class T, int M>
 struct Corners {
     using A = Accumulate<T>;
-    static constexpr int bytes = M * (4 * sizeof(A) + sizeof(int64_t));  // of a tap
-    A (*weights)[4];                                                     // of the corners, with the mask
-    int64_t* first;  // element of corner 0's channel 0 in input
+    static constexpr int64_t bytes(int64_t taps) {
+        return M * (int64_t(sizeof(Place)) + taps * (4 * sizeof(A) + sizeof(int64_t)));
+    }
+    Place* places;      // [M] of the pixels
+    A (*weights)[4];    // [taps][M] of the corners, with the mask; 0 outside of the image
+    int64_t* elements;  // [taps][M] of input, where corner 0 begins
 
     __device__ __forceinline__ Corners(void* memory, int taps)
-        : weights(static_cast<A (*)[4]>(memory)), first(reinterpret_cast<int64_t*>(weights + taps * M)) {}
+        : places(static_cast<Place*>(memory)),
+          weights(reinterpret_cast<A (*)[4]>(places + M)),
+          elements(reinterpret_cast<int64_t*>(weights + taps * M)) {}
 
-    template <class Walk>
-    __device__ __forceinline__ void fill(const Params& p, const Forward<T>& t, int64_t first_pixel,
-                                         const Walk& walk) const {
+    __device__ __forceinline__ void set_places(const Params& p, int64_t first_pixel) const {
+        if (threadIdx.x < M) places[threadIdx.x] = place_of(p, first_pixel + threadIdx.x);
+    }
+
+    // For `taps` taps from the first on, of offset group d.
+    __device__ __forceinline__ void fill(const Params& p, const Forward<T>& t, int64_t first_pixel, int d,
+                                         int first_tap, int taps) const {
         const int64_t pixels = p.batch * p.out_height * p.out_width;
-        for (int i = threadIdx.x; i < M * walk.taps; i += 4 * M) {
-            const int row = i / walk.taps, tap = i % walk.taps, at = tap * M + row;
+        for (int i = threadIdx.x; i < M * taps; i += 4 * M) {
+            const int row = i / taps, tap = first_tap + i % taps, at = i % taps * M + row;
             const int64_t pixel = first_pixel + row;
             A of_corners[4] = {};
             if (pixel < pixels) {
-                const auto sample = locate(p, t.offset, pixel, walk.d, walk.first_tap + tap);
-                if (sample.inside)
-                    sample.weights(of_corners, mask_at(p, t.mask, pixel, walk.d, walk.first_tap + tap));
-                first[at] = sample.corner * p.channels;
+                const int64_t sample = d * p.kernel_h * p.kernel_w + tap;
+                const auto found = locate(p, t.offset + pixel * p.offset_step + 2 * sample, places[row], tap);
+                if (found.inside)
+                    found.weights(of_corners, t.mask ? t.mask[pixel * p.mask_step + sample] : A(1));
+                elements[at] = found.corner * p.channels;
             }
 #pragma unroll
             for (int corner = 0; corner < 4; ++corner) weights[at][corner] = of_corners[corner];
@@ -293,88 +280,83 @@ __global__ void __launch_bounds__(4 * Tile::M)
     const Corners<T, M> corners(weight + weight_stages * N * 4, taps_at_once);
 
     // blocks that read the same pixels run together
-    const int64_t taps = p.kernel_h * p.kernel_w, channels = p.channels / p.groups,
-                  columns = p.out_channels / p.groups;
-    const int64_t column_tiles = (columns + N - 1) / N;
-    const int64_t first_column = blockIdx.x % column_tiles * N;
-    const int group = int(blockIdx.x / column_tiles % p.groups);
-    const int64_t first_pixel = blockIdx.x / column_tiles / p.groups * M;
+    const int taps = int(p.kernel_h * p.kernel_w), channels = int(p.channels / p.groups);
+    const int columns = int(p.out_channels / p.groups);
+    const int column_tiles = (columns + N - 1) / N;
+    const int first_column = int(blockIdx.x % column_tiles) * N;
+    const int group = int(blockIdx.x / column_tiles % unsigned(p.groups));
+    const int64_t first_pixel = int64_t(blockIdx.x / column_tiles / unsigned(p.groups)) * M;
     const int row = threadIdx.x / 4, chunk = threadIdx.x % 4;  // of the samples that this thread makes
 
-    Walk<T> walk(p, group, taps_at_once), weight_walk = walk;
-    const int64_t steps = Walk<T>::total(p, group, taps_at_once);
+    const int column = first_column + Tile::column_in(row);
+    const T* const input = t.input + int64_t(group) * channels;
+    const T* const weight_row = t.weight + int64_t(group * columns + column) * (taps * channels);
 
-    const auto copy_weight = [&](int stage) {
-        uint4* rows = weight + stage * N * 4;
-#pragma unroll
-        for (int i = 0; i < N; i += M) {
-            const int64_t column = first_column + Tile::column_in(row + i);
-            const int count = column < columns ? weight_walk.end - weight_walk.channel : 0;
-            const int64_t tap = weight_walk.first_tap + weight_walk.tap;
-            const T* source = t.weight;
-            if (count > 0)
-                source += ((group * columns + column) * taps + tap) * channels + weight_walk.channel;
-            if constexpr (chunked)
-                cp_async_16(rows + chunk_at(row + i, chunk), source, count > 0);
-            else
-                rows[chunk_at(row + i, chunk)] = load_chunk<false>(source, count);
-        }
-    };
-
-    uint4 gathered[4];
-    typename Corners<T, M>::A factors[4];
-    const auto gather = [&] {
-        const int at = walk.tap * M + row, count = walk.end - walk.channel;
-        const T* source = t.input + (group * channels + walk.channel);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            factors[i] = count > 0 ? corners.weights[at][i] : 0;
-            // not where the weight is zero: that may be outside of the image
-            gathered[i] = make_uint4(0, 0, 0, 0);
-            if (factors[i] != 0)
-                gathered[i] =
-                    load_chunk<chunked>(source + corners.first[at] + corner_step(p, i) * p.channels, count);
-        }
-    };
-    const auto combine = [&](int stage) {
-        samples[stage * M * 4 + chunk_at(row, chunk)] = weighted_sum<Tile::tf32>(gathered, factors, T());
-    };
-
-#pragma unroll
-    for (int stage = 0; stage < weight_stages - 1; ++stage) {
-        if (stage < steps) {
-            copy_weight(stage);
-            if (stage + 1 < steps) weight_walk.advance(p, group, taps_at_once);
-        }
-        cp_async_commit();
-    }
-    corners.fill(p, t, first_pixel, walk);
+    corners.set_places(p, first_pixel);
     __syncthreads();
-    gather();
-    combine(0);
-
     Tile tile;
-    int stage = 0;
-    for (int64_t step = 0; step < steps; ++step) {
-        const bool more = step + 1 < steps;
-        if (more) {
-            if (walk.advance(p, group, taps_at_once)) {
-                __syncthreads();
-                corners.fill(p, t, first_pixel, walk);
-                __syncthreads();
-            }
+    const int with_one_d = int(p.channels / p.offset_groups);
+    const int first_d = group * channels / with_one_d, last_d = ((group + 1) * channels - 1) / with_one_d;
+    for (int d = first_d; d <= last_d; ++d) {
+        const Segment segment(p, group, d);
+        for (int first_tap = 0; first_tap < taps; first_tap += taps_at_once) {
+            const int block_taps = min(taps_at_once, taps - first_tap);
+            Walk<T> walk(segment, block_taps);
+
+            const auto copy_weight = [&](int stage) {
+                uint4* rows = weight + stage * N * 4;
+                const int offset = (first_tap + walk.tap) * channels + walk.channel;
+#pragma unroll
+                for (int i = 0; i < N; i += M) {
+                    const int count = column + i < columns ? segment.end - walk.channel : 0;
+                    const T* source =
+                        count > 0 ? weight_row + int64_t(i) * (taps * channels) + offset : t.weight;
+                    if constexpr (chunked)
+                        cp_async_16(rows + chunk_at(row + i, chunk), source, count > 0);
+                    else
+                        rows[chunk_at(row + i, chunk)] = load_chunk<false>(source, count);
+                }
+                cp_async_commit();
+            };
+
+            uint4 gathered[4];
+            const auto gather = [&] {
+                const int at = walk.tap * M + row, count = segment.end - walk.channel;
+                const T* source = input + walk.channel;
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    gathered[i] = make_uint4(0, 0, 0, 0);
+                    // not where the weight is zero: that may be outside of the image
+                    if (count > 0 && corners.weights[at][i] != 0)
+                        gathered[i] = load_chunk<chunked>(
+                            source + (corners.elements[at] + corner_step(p, i) * p.channels), count);
+                }
+            };
+            const auto combine = [&](int stage) {
+                samples[stage * M * 4 + chunk_at(row, chunk)] =
+                    weighted_sum<Tile::tf32>(gathered, corners.weights[walk.tap * M + row], T());
+            };
+
+            corners.fill(p, t, first_pixel, d, first_tap, block_taps);
+            __syncthreads();  // the block of taps before is done with all of shared memory, too
             gather();
+            copy_weight(0);
+            combine(0);
+            for (int step = 0; step < walk.steps; ++step) {
+                const bool more = step + 1 < walk.steps;
+                if (more) {
+                    walk.advance();
+                    gather();
+                    copy_weight((step + 1) % weight_stages);
+                    cp_async_wait<1>();
+                } else {
+                    cp_async_wait<0>();
+                }
+                __syncthreads();  // the tiles of this step are complete, those of the step before are free
+                tile.multiply(samples + step % 2 * M * 4, weight + step % weight_stages * N * 4);
+                if (more) combine((step + 1) % 2);
+            }
         }
-        cp_async_wait<weight_stages - 2>();
-        __syncthreads();  // this step's tiles are complete, those of the step before are free
-        if (step + weight_stages - 1 < steps) {
-            copy_weight((stage + weight_stages - 1) % weight_stages);
-            if (step + weight_stages < steps) weight_walk.advance(p, group, taps_at_once);
-        }
-        cp_async_commit();
-        tile.multiply(samples + step % 2 * M * 4, weight + stage * N * 4);
-        if (more) combine(int(step + 1) % 2);
-        stage = (stage + 1) % weight_stages;
     }
 
     const int64_t pixels = p.batch * p.out_height * p.out_width;
@@ -400,7 +382,8 @@ template <class Tile, bool chunked, class T>
 void launch_forward(const Params& p, const Forward<T>& t, void* stream) {
     constexpr int64_t shared_limit = 99 << 10;  // of the devices that have the least
     const int64_t taps = p.kernel_h * p.kernel_w, columns = p.out_channels / p.groups;
-    const int64_t most = (shared_limit - tile_bytes<Tile>) / Corners<T, Tile::M>::bytes;
+    using C = Corners<T, Tile::M>;
+    const int64_t most = (shared_limit - tile_bytes<Tile> - C::bytes(0)) / (C::bytes(1) - C::bytes(0));
     const int64_t blocks_of_taps = (taps + most - 1) / most;
     const int64_t at_once = (taps + blocks_of_taps - 1) / blocks_of_taps;
     const int64_t pixels = p.batch * p.out_height * p.out_width;
@@ -408,7 +391,7 @@ void launch_forward(const Params& p, const Forward<T>& t, void* stream) {
     const bool rows_of_four =
         columns % 4 == 0 && reinterpret_cast<uintptr_t>(t.output) % (4 * sizeof(T)) == 0;
     launch("deform_conv2d: forward", forward_kernel<Tile, chunked>, grid(blocks), 4 * Tile::M,
-           tile_bytes<Tile> + at_once * Corners<T, Tile::M>::bytes, stream, p, t, int(at_once), rows_of_four);
+           tile_bytes<Tile> + C::bytes(at_once), stream, p, t, int(at_once), rows_of_four);
 }
 
 // Whether every chunk of 16 bytes of channels is aligned and has one offset group.

@@ -8,14 +8,16 @@ namespace nasfast::deform_conv2d::cuda {
 
 using namespace nasfast::cuda;
 
-// Kernels count pixels, elements and blocks in 64 bits, but what is named here in 32.
+// Kernels count pixels and elements in 64 bits, but what is named here in 32.
 inline void check_sizes(const Params& p) {
     const struct {
         const char* name;
         int64_t size;
     } sizes[] = {{"channels of input", p.channels},
                  {"channels of the output", p.out_channels},
-                 {"taps of weight", p.kernel_h * p.kernel_w}};
+                 {"rows of the output", p.out_height},
+                 {"columns of the output", p.out_width},
+                 {"elements of weight for a channel", p.channels / p.groups * p.kernel_h * p.kernel_w}};
     for (const auto& [name, size] : sizes)
         if (size > 1 << 30)
             throw std::runtime_error(std::string("deform_conv2d: CUDA wants at most 2^30 ") + name +
@@ -52,21 +54,39 @@ __device__ __forceinline__ int64_t corner_step(const Params& p, int corner) {
     return (corner & 1) + (corner & 2 ? p.width : 0);
 }
 
-// The sample of offset group d and one tap for an output pixel, an index in [N, Ho, Wo].
+// An output pixel.
+struct Place {
+    int64_t image;
+    int y, x;
+};
+
+// Of an index in [N, Ho, Wo].
+__device__ __forceinline__ Place place_of(const Params& p, int64_t pixel) {
+    const int64_t line = pixel / p.out_width;
+    return {line / p.out_height, int(line % p.out_height), int(pixel % p.out_width)};
+}
+
+// The sample of one tap, by its `shift` (dy, dx).
 template <class A>
-__device__ __forceinline__ Sample<A> locate(const Params& p, const A* offset, int64_t pixel, int64_t d,
-                                            int64_t tap) {
-    const int64_t image = pixel / (p.out_height * p.out_width), place = pixel % (p.out_height * p.out_width);
-    const A* shift = offset + pixel * p.offset_step + (d * p.kernel_h * p.kernel_w + tap) * 2;
-    const A y = A(place / p.out_width * p.stride_h - p.pad_h + tap / p.kernel_w * p.dilation_h) + shift[0];
-    const A x = A(place % p.out_width * p.stride_w - p.pad_w + tap % p.kernel_w * p.dilation_w) + shift[1];
+__device__ __forceinline__ Sample<A> locate(const Params& p, const A* shift, const Place& place, int tap) {
+    const int kernel_w = int(p.kernel_w);
+    const A y = A(place.y * p.stride_h - p.pad_h + tap / kernel_w * p.dilation_h) + shift[0];
+    const A x = A(place.x * p.stride_w - p.pad_w + tap % kernel_w * p.dilation_w) + shift[1];
     // false for NaN; what is true fits into an integer
     if (!(y > -1 && y < A(p.height) && x > -1 && x < A(p.width))) return {0, 0, 0, 0};
     const A top = floor(y), left = floor(x);
     const auto row = int64_t(top), column = int64_t(left);
     const unsigned rows = (row >= 0 ? 3u : 0u) | (row + 1 < p.height ? 12u : 0u);
     const unsigned columns = (column >= 0 ? 5u : 0u) | (column + 1 < p.width ? 10u : 0u);
-    return {(image * p.height + row) * p.width + column, y - top, x - left, rows & columns};
+    return {(place.image * p.height + row) * p.width + column, y - top, x - left, rows & columns};
+}
+
+// The same by the index of the output pixel in [N, Ho, Wo], the offset group and the tap.
+template <class A>
+__device__ __forceinline__ Sample<A> locate(const Params& p, const A* offset, int64_t pixel, int64_t d,
+                                            int64_t tap) {
+    const A* shift = offset + pixel * p.offset_step + (d * p.kernel_h * p.kernel_w + tap) * 2;
+    return locate(p, shift, place_of(p, pixel), int(tap));
 }
 
 // The mask's factor of that sample.
