@@ -17,7 +17,8 @@ inline void check_sizes(const Params& p) {
                  {"channels of the output", p.out_channels},
                  {"rows of the output", p.out_height},
                  {"columns of the output", p.out_width},
-                 {"elements of weight for a channel", p.channels / p.groups * p.kernel_h * p.kernel_w}};
+                 {"elements of weight for a channel", p.channels / p.groups * p.kernel_h * p.kernel_w},
+                 {"offsets of a pixel", p.offset_groups * p.kernel_h * p.kernel_w}};
     for (const auto& [name, size] : sizes)
         if (size > 1 << 30)
             throw std::runtime_error(std::string("deform_conv2d: CUDA wants at most 2^30 ") + name +
