@@ -12,6 +12,7 @@
 #include "deform_conv2d/deform_conv2d.h"
 #ifdef NASFAST_CUDA
 #include "common/cuda_device.h"
+#include "deform_conv2d/bindings_cuda.hpp"
 #endif
 
 namespace py = pybind11;
@@ -66,5 +67,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("deform_conv2d_backward", NASFAST_CPU_ENTRY(dc, backward, Backward));
 #ifdef NASFAST_CUDA
     m.def("cuda_info", &cuda_info);
+    dc::cuda::bind_cuda(m);
 #endif
 }

@@ -119,7 +119,8 @@ struct Segment {
     int start, end;
 
     __device__ __forceinline__ Segment(const Params& p, int group, int d) {
-        const int in_group = int(p.channels / p.groups), in_segment = int(p.channels / p.offset_groups);
+        const int in_group = int(p.channels) / int(p.groups),
+                  in_segment = int(p.channels) / int(p.offset_groups);
         start = max(d * in_segment - group * in_group, 0);
         end = min((d + 1) * in_segment - group * in_group, in_group);
     }
@@ -182,6 +183,7 @@ struct Corners {
     __device__ __forceinline__ void fill(const Params& p, const Forward<T>& t, int64_t first_pixel, int d,
                                          int first_tap, int taps) const {
         const int64_t pixels = p.batch * p.out_height * p.out_width;
+#pragma unroll 1  // rare; the registers are needed elsewhere
         for (int i = threadIdx.x; i < M * taps; i += 4 * M) {
             const int row = i / taps, tap = first_tap + i % taps, at = i % taps * M + row;
             const int64_t pixel = first_pixel + row;
@@ -199,10 +201,10 @@ struct Corners {
     }
 };
 
-// Up to a chunk of elements of global memory, zeros after `count`; `chunked`: there is a whole, aligned one.
+// Up to a chunk of elements of global memory, zeros from `count` on; `chunked`: an aligned chunk, or none.
 template <bool chunked, class T>
 __device__ __forceinline__ uint4 load_chunk(const T* global, int count) {
-    if constexpr (chunked) return load_16(global);
+    if constexpr (chunked) return load_16(global, count > 0);
     Chunk<T> chunk{};
 #pragma unroll
     for (int e = 0; e < Chunk<T>::size; ++e)
@@ -280,8 +282,8 @@ __global__ void __launch_bounds__(4 * Tile::M)
     const Corners<T, M> corners(weight + weight_stages * N * 4, taps_at_once);
 
     // blocks that read the same pixels run together
-    const int taps = int(p.kernel_h * p.kernel_w), channels = int(p.channels / p.groups);
-    const int columns = int(p.out_channels / p.groups);
+    const int taps = int(p.kernel_h) * int(p.kernel_w), channels = int(p.channels) / int(p.groups);
+    const int columns = int(p.out_channels) / int(p.groups);
     const int column_tiles = (columns + N - 1) / N;
     const int first_column = int(blockIdx.x % column_tiles) * N;
     const int group = int(blockIdx.x / column_tiles % unsigned(p.groups));
@@ -295,7 +297,7 @@ __global__ void __launch_bounds__(4 * Tile::M)
     corners.set_places(p, first_pixel);
     __syncthreads();
     Tile tile;
-    const int with_one_d = int(p.channels / p.offset_groups);
+    const int with_one_d = int(p.channels) / int(p.offset_groups);
     const int first_d = group * channels / with_one_d, last_d = ((group + 1) * channels - 1) / with_one_d;
     for (int d = first_d; d <= last_d; ++d) {
         const Segment segment(p, group, d);
@@ -322,15 +324,11 @@ __global__ void __launch_bounds__(4 * Tile::M)
             uint4 gathered[4];
             const auto gather = [&] {
                 const int at = walk.tap * M + row, count = segment.end - walk.channel;
-                const T* source = input + walk.channel;
+                const T* source = input + (corners.elements[at] + walk.channel);
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    gathered[i] = make_uint4(0, 0, 0, 0);
-                    // not where the weight is zero: that may be outside of the image
-                    if (count > 0 && corners.weights[at][i] != 0)
-                        gathered[i] = load_chunk<chunked>(
-                            source + (corners.elements[at] + corner_step(p, i) * p.channels), count);
-                }
+                for (int i = 0; i < 4; ++i)  // not where the weight is zero: that may be outside of the image
+                    gathered[i] = load_chunk<chunked>(source + corner_step(p, i) * p.channels,
+                                                      corners.weights[at][i] != 0 ? count : 0);
             };
             const auto combine = [&](int stage) {
                 samples[stage * M * 4 + chunk_at(row, chunk)] =
@@ -359,20 +357,24 @@ __global__ void __launch_bounds__(4 * Tile::M)
         }
     }
 
+    __syncthreads();
+    auto* bias = shared_memory<Accumulate<T>>();  // [N]
+    for (int i = threadIdx.x; i < N; i += 4 * M)
+        bias[i] = t.bias && first_column + i < columns ? t.bias[group * columns + first_column + i] : 0;
+    __syncthreads();
     const int64_t pixels = p.batch * p.out_height * p.out_width;
     tile.each_four([&](int row, int column, const auto& sums) {
-        const int64_t pixel = first_pixel + row, first = first_column + column;
-        if (pixel >= pixels || first >= columns) return;
-        const auto* bias = t.bias ? t.bias + group * columns + first : nullptr;
-        T* output = t.output + pixel * p.out_channels + group * columns + first;
+        const int64_t pixel = first_pixel + row;
+        const int left = columns - (first_column + column);
+        if (pixel >= pixels || left <= 0) return;
+        T* output = t.output + pixel * p.out_channels + (group * columns + first_column + column);
         T values[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const bool inside = first + i < columns;
-            values[i] = narrow(sums[i] + (bias && inside ? bias[i] : 0), T());
-            if (inside && !rows_of_four) output[i] = values[i];
-        }
-        if (rows_of_four) store_four(output, values);
+        for (int i = 0; i < 4; ++i) values[i] = narrow(sums[i] + bias[column + i], T());
+        if (rows_of_four) return store_four(output, values);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (i < left) output[i] = values[i];
     });
 }
 
@@ -411,18 +413,17 @@ void choose_forward(const Params& p, const Forward<T>& t, void* stream) {
         else
             launch_forward<PlainTile<T>, false>(p, t, stream);
     } else {
-        // the widest tile samples least, but must keep the multiprocessors busy
+        // the widest tile samples least, but all multiprocessors should have one
         const int64_t columns = p.out_channels / p.groups;
         const int64_t tiles = (p.batch * p.out_height * p.out_width + 127) / 128 * p.groups;
         const int64_t enough = multiprocessors() * 3 / 4;
-        if (!chunked)
-            launch_forward<TensorTile<T, 64, 64>, false>(p, t, stream);
-        else if (columns > 128 && tiles * ((columns + 255) / 256) >= enough)
-            launch_forward<TensorTile<T, 128, 256>, true>(p, t, stream);
-        else if (columns > 64 && tiles * ((columns + 127) / 128) >= enough)
-            launch_forward<TensorTile<T, 128, 128>, true>(p, t, stream);
-        else
-            launch_forward<TensorTile<T, 64, 64>, true>(p, t, stream);
+        if (!chunked) return launch_forward<TensorTile<T, 64, 64>, false>(p, t, stream);
+        if constexpr (sizeof(T) == 2)  // tf32's products take twice as long, and more registers
+            if (columns > 128 && tiles * ((columns + 255) / 256) >= enough)
+                return launch_forward<TensorTile<T, 128, 256>, true>(p, t, stream);
+        if (columns > 64 && tiles * ((columns + 127) / 128) >= enough)
+            return launch_forward<TensorTile<T, 128, 128>, true>(p, t, stream);
+        launch_forward<TensorTile<T, 64, 64>, true>(p, t, stream);
     }
 }
 

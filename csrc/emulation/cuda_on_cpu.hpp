@@ -484,6 +484,8 @@ inline uint4 load_16(const void* global) {
     return *static_cast<const uint4*>(global);
 }
 
+inline uint4 load_16(const void* global, bool valid) { return valid ? load_16(global) : uint4{}; }
+
 inline void cp_async_16(void* shared, const void* global, bool valid) {
     emulation::check_aligned(shared, 16, "cp_async_16");
     emulation::check_aligned(global, 16, "cp_async_16");

@@ -152,3 +152,14 @@ def test_sanitizers(emulation: Path, tmp_path: Path, program: str, sizes: dict[s
     )
     assert done.returncode == 0, done.stderr
     assert_near(output, case.reference(tensors), TF32_TOLERANCE if tf32 else TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("skip", [(n, -1) for n in range(7)] + [(-1, n) for n in range(3)])
+def test_race_check_finds(emulation: Path, tmp_path: Path, skip: tuple[int, int]) -> None:
+    """Without any one barrier, or wait of the three steps."""
+    case = Case("", batch=1, channels=32, size=(4, 5), kernel=(1, 3), padding=(0, 1))
+    tensors = case.tensors(torch.bfloat16)
+    program = emulation / "replay_thread"
+    done, (output,) = replay(program, tmp_path, case, torch.bfloat16, tensors, order=1, skip=skip)
+    late = output is not None and bool(output.isnan().any())  # of the last wait: nobody races
+    assert "WARNING: ThreadSanitizer: data race" in done.stderr or late
