@@ -123,10 +123,10 @@ struct DataTiles {
     static constexpr int kSampleStride = kColumns + 8;
     static constexpr int kGradSlots = sizeof(T) == 8 ? kStages : 4;
 
-    T grad[kGradSlots][kPixels * kGradStride];            // [pixel, output channel]
-    T weight[kStages][kDepth * kWeightStride];            // [output channel, input channel]
-    alignas(16) A grad_samples[kPixels * kSampleStride];  // [pixel, input channel]
-    MaskedSample<A> samples[2][kPixels];
+    T grad[kGradSlots][kPixels * kGradStride];             // [pixel, output channel]
+    T weight[kStages][kDepth * kWeightStride];             // [output channel, input channel]
+    alignas(16) A grad_samples[kPixels * kSampleStride];   // [pixel, input channel]
+    MaskedSample<A> samples[kThreads / kPixels][kPixels];  // of positions in a row
 };
 
 // The chunks of grad and weight in the order in which a block of backward_data multiplies them. Where all of
@@ -294,7 +294,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
     int stage = 0;
     Product<T, tensor_cores, kPixels> product;
     for (int position = first_position; position < end; ++position) {
-        MaskedSample<A>* samples = tiles.samples[position % 2];
+        constexpr int batch = kThreads / kPixels;
+        const int in_batch = (position - first_position) % batch;
+        const MaskedSample<A>* samples = tiles.samples[in_batch];
         A dots[16]{};
         for (int i = 0; i < l.offset_slices; ++i) {
             const Slice slice(l, position / l.taps * l.offset_slices + i);
@@ -303,8 +305,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
                 cp_async_wait<kStages - 2>();
                 __syncthreads();  // the chunk is complete, and the one before is done with
                 queue.copy_next(p, l, t, tiles, first_pixel);
-                if (i == 0 && chunk == 0 && threadIdx.x < kPixels)
-                    samples[threadIdx.x] = locate_masked(p, l, t, first_pixel + threadIdx.x, position);
+                if (i == 0 && chunk == 0 && in_batch == 0) {
+                    const int ahead = int(threadIdx.x) / kPixels, pixel = threadIdx.x % kPixels;
+                    if (position + ahead < end)
+                        tiles.samples[ahead][pixel] =
+                            locate_masked(p, l, t, first_pixel + pixel, position + ahead);
+                }
                 product.template multiply<false, Tiles::kDepth, Tiles::kGradStride, Tiles::kWeightStride>(
                     tiles.grad[queue.grad_slot(slice.group, chunk, stage)], tiles.weight[stage]);
                 stage = (stage + 1) % kStages;
@@ -336,15 +342,15 @@ __global__ void finish_input(const InputSums<Accumulate<T>> sums, T* grad_input)
 
 // ---- gradients of weight and bias: from parts of the pixels, which are added in order
 
-constexpr int kSteps = 32;  // pixels of a step
+constexpr int kStep = 32;  // pixels of a step
 
 template <class T, int rows>
 struct WeightTiles {
     static constexpr int kGradStride = rows + kPadDown<T>, kSampleStride = kColumns + kPadDown<T>;
 
-    T grad[2][kSteps * kGradStride];       // [pixel, output channel]
-    T sampled[2][kSteps * kSampleStride];  // [pixel, input channel]
-    MaskedSample<Accumulate<T>> samples[2][kSteps];
+    T grad[2][kStep * kGradStride];                    // [pixel, output channel]
+    T sampled[2][kStep * kSampleStride];               // [pixel, input channel]
+    MaskedSample<Accumulate<T>> samples[2][kThreads];  // of the pixels of kThreads / kStep steps
 };
 
 // A block makes grad^T [rows, pixels] @ samples [pixels, slice] of one tap for a part of the pixels. While
@@ -354,26 +360,29 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
     backward_weight(const Params p, const Layout l, const Backward<T> t, Accumulate<T>* parts) {
     using A = Accumulate<T>;
     using Tiles = WeightTiles<T, rows>;
-    constexpr int size = 16 / sizeof(T), turns = kSteps * kColumns / size / kThreads;
+    constexpr int size = 16 / sizeof(T), turns = kStep * kColumns / size / kThreads;
     auto& tiles = *shared_memory<Tiles>();
     const Slice slice(l, int(blockIdx.x) % l.slices);
     const int tap = int(blockIdx.x) / l.slices, position = slice.begin / l.offset_channels * l.taps + tap;
     const int first_row = int(blockIdx.y) * rows;
     const int64_t out = int64_t(slice.group) * l.group_out + first_row;
-    const int64_t all_steps = (l.pixels + kSteps - 1) / kSteps, begin = all_steps * blockIdx.z / gridDim.z;
+    const int64_t all_steps = (l.pixels + kStep - 1) / kStep, begin = all_steps * blockIdx.z / gridDim.z;
     const int steps = int(all_steps * (blockIdx.z + 1) / gridDim.z - begin);
-    const int64_t first_pixel = begin * kSteps;
+    const int64_t first_pixel = begin * kStep;
 
-    const auto locate_step = [&](int step) {
-        if (step < steps && threadIdx.x < kSteps)
-            tiles.samples[step % 2][threadIdx.x] =
-                locate_masked(p, l, t, first_pixel + step * kSteps + threadIdx.x, position);
+    constexpr int batch = kThreads / kStep;
+    const auto locate_batch = [&](int number) {
+        tiles.samples[number % 2][threadIdx.x] =
+            locate_masked(p, l, t, first_pixel + int64_t(number) * kThreads + threadIdx.x, position);
+    };
+    const auto sample_at = [&](int step, int pixel) -> const MaskedSample<A>& {
+        return tiles.samples[step / batch % 2][step % batch * kStep + pixel];
     };
     const auto copy_grad = [&](int step) {
-        const int64_t pixel = first_pixel + step * kSteps;
-        load_tile<kSteps, rows, Tiles::kGradStride>(
+        const int64_t pixel = first_pixel + int64_t(step) * kStep;
+        load_tile<kStep, rows, Tiles::kGradStride>(
             tiles.grad[step % 2], t.grad + pixel * p.out_channels + out, p.out_channels,
-            int(min(int64_t(kSteps), l.pixels - pixel)), l.group_out - first_row, l.vector);
+            int(min(int64_t(kStep), l.pixels - pixel)), l.group_out - first_row, l.vector);
         cp_async_commit();
     };
     // a thread has `size` channels of a pixel in each turn; without l.vector nothing is read ahead
@@ -385,7 +394,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
         if (!l.vector) return;
 #pragma unroll
         for (int turn = 0; turn < turns; ++turn) {
-            const MaskedSample<A>& sample = tiles.samples[step % 2][own + turn * (kSteps / turns)];
+            const MaskedSample<A>& sample = sample_at(step, own + turn * (kStep / turns));
 #pragma unroll
             for (int corner = 0; corner < 4; ++corner) {
                 values[turn][corner] = {};
@@ -397,8 +406,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
     const auto combine = [&](int step) {
 #pragma unroll
         for (int turn = 0; turn < turns; ++turn) {
-            const int pixel = own + turn * (kSteps / turns);
-            const MaskedSample<A>& sample = tiles.samples[step % 2][pixel];
+            const int pixel = own + turn * (kStep / turns);
+            const MaskedSample<A>& sample = sample_at(step, pixel);
             T* target = tiles.sampled[step % 2] + pixel * Tiles::kSampleStride + channel;
             A weights[4];
             sample.weights(weights, sample.mask);
@@ -430,23 +439,22 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
     Product<T, tensor_cores, rows> product;
     product.clear();
     if (steps > 0) {
-        locate_step(0);
+        locate_batch(0);
         copy_grad(0);
         __syncthreads();
         gather(0);
-        locate_step(1);
         combine(0);
     }
     for (int step = 0; step < steps; ++step) {
         cp_async_wait<0>();
-        __syncthreads();  // grad and samples of this step and corners of the next are complete
+        __syncthreads();  // grad and samples of this step are complete
         const bool more = step + 1 < steps;
+        if (step % batch == batch / 2) locate_batch(step / batch + 1);
         if (more) {
             copy_grad(step + 1);
             gather(step + 1);
-            locate_step(step + 2);
         }
-        product.template multiply<true, kSteps, Tiles::kGradStride, Tiles::kSampleStride>(
+        product.template multiply<true, kStep, Tiles::kGradStride, Tiles::kSampleStride>(
             tiles.grad[step % 2], tiles.sampled[step % 2]);
         if (more) combine(step + 1);
     }
@@ -496,7 +504,7 @@ struct BackwardGrids {
         weight_rows = sizeof(T) == 2 && l.group_out > 128 ? 256 : 64;
         weight = grid(int64_t(l.taps) * l.slices);
         weight.y = unsigned((l.group_out + weight_rows - 1) / weight_rows);
-        weight.z = split(two_waves, int64_t(weight.x) * weight.y, l.pixels / (4 * kSteps));
+        weight.z = split(two_waves, int64_t(weight.x) * weight.y, l.pixels / (4 * kStep));
         bias = grid((p.out_channels + 31) / 32);
         bias.y = split(two_waves, bias.x, l.pixels / 64);
     }
