@@ -412,16 +412,16 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
             A weights[4];
             sample.weights(weights, sample.mask);
             if (l.vector) {
-                Pack<T, size> sums;
+                A sums[size]{};
 #pragma unroll
-                for (int c = 0; c < size; ++c) {
-                    A sum = 0;
+                for (int corner = 0; corner < 4; ++corner)
 #pragma unroll
-                    for (int corner = 0; corner < 4; ++corner)
-                        sum += weights[corner] * widen(values[turn][corner].values[c]);
-                    sums.values[c] = narrow(sum, T{});
-                }
-                store_pack(target, sums);
+                    for (int c = 0; c < size; ++c)
+                        sums[c] += weights[corner] * widen(values[turn][corner].values[c]);
+                Pack<T, size> narrowed;
+#pragma unroll
+                for (int c = 0; c < size; ++c) narrowed.values[c] = narrow(sums[c], T{});
+                store_pack(target, narrowed);
             } else {
 #pragma unroll 1
                 for (int c = 0; c < size; ++c) {
@@ -612,7 +612,7 @@ int64_t backward_workspace_of(const Params& p) {
     return std::max({input, weights, grids.bias.y * p.out_channels * int64_t(sizeof(A))});
 }
 
-inline int64_t backward_workspace(DType dtype, const Params& p) {
+int64_t backward_workspace(DType dtype, const Params& p) {
     switch (dtype) {
         case DType::float32:
             return backward_workspace_of<float>(p);
