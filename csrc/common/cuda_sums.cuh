@@ -86,30 +86,30 @@ struct ExactSums {
         exponents = reinterpret_cast<unsigned*>(at + part_bytes(elements) + flag_bytes(elements));
     }
 
-    // What brings every sum below 2^62.
-    __device__ __forceinline__ double scale() const {
+    // The exponent of two that brings every sum below 2^62, ...
+    __device__ __forceinline__ int scale() const {
         int exponent = log_terms + log_products;
         for (int i = 0; i < factors; ++i) exponent += int(exponents[i]) - kBias;
-        return ldexp(1.0, 62 - min(max(exponent, -900), 1084));
+        return 62 - exponent;
     }
-    // And what the first part rounds off, at most 1/2.
-    __device__ __forceinline__ double second_scale() const { return ldexp(1.0, 62 - log_terms); }
+    // ... and of what the first part rounds off, at most 1/2 of each term.
+    __device__ __forceinline__ int second_scale() const { return 62 - log_terms; }
 
-    __device__ __forceinline__ void add(int64_t index, double term, double scale) const {
+    __device__ __forceinline__ void add(int64_t index, double term, int scale) const {
         if (!isfinite(term)) {
             atomic_or(not_finite + index / 32, 1u << index % 32);
             return;
         }
-        const double scaled = term * scale, first = rint(scaled);
+        const double scaled = ldexp(term, scale), first = rint(scaled);
         add_integer(index, first);
-        if (kParts == 2) add_integer(elements + index, rint((scaled - first) * second_scale()));
+        if (kParts == 2) add_integer(elements + index, rint(ldexp(scaled - first, second_scale())));
     }
 
-    __device__ __forceinline__ double read(int64_t index, double scale) const {
+    __device__ __forceinline__ double read(int64_t index, int scale) const {
         if (not_finite[index / 32] >> index % 32 & 1) return nan("");
         double sum = double(int64_t(parts[index]));
-        if (kParts == 2) sum += double(int64_t(parts[elements + index])) / second_scale();
-        return sum / scale;
+        if (kParts == 2) sum += ldexp(double(int64_t(parts[elements + index])), -second_scale());
+        return ldexp(sum, -scale);
     }
 
 private:

@@ -34,7 +34,7 @@ __device__ __forceinline__ void load_tile(T* shared, const T* source, int64_t so
     constexpr int size = 16 / sizeof(T), per_row = all_columns / size, turns = all_rows * per_row / kThreads;
     static_assert(turns * kThreads == all_rows * per_row);
     if (vector) {
-#pragma unroll
+#pragma unroll 1
         for (int i = 0; i < turns; ++i) {
             const int index = int(threadIdx.x) + i * kThreads;
             const int row = index / per_row, column = index % per_row * size;

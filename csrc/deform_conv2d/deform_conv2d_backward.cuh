@@ -15,6 +15,13 @@
 
 namespace nasfast::deform_conv2d::cuda {
 
+constexpr int kPixels = 64;  // of a block of backward_data
+constexpr int kStages = 3;   // of its copies: chunks of output channels
+template <class T>
+constexpr int kDepth = 128 / sizeof(T);  // of a chunk
+template <class T>
+constexpr int kGradSlots = sizeof(T) == 8 ? kStages : 4;  // chunks of grad that have room
+
 // Sizes that the kernels derive from Params.
 struct Layout {
     int64_t pixels;             // N * Ho * Wo
@@ -24,6 +31,8 @@ struct Layout {
     int offset_channels;                        // of one offset group: C / D
     int segment;                                // of channels with group and offset group in common
     int segment_slices, offset_slices, slices;  // of a segment, an offset group, all channels
+    int chunks;                                 // of the output channels of a group
+    bool keep_grad;                             // all of them have room
     bool vector;                                // 16 bytes of channels are aligned and of one segment
 
     template <class T>
@@ -40,6 +49,8 @@ struct Layout {
         segment_slices = (segment + kColumns - 1) / kColumns;
         offset_slices = offset_channels / segment * segment_slices;
         slices = offset_slices * int(p.offset_groups);
+        chunks = (group_out + kDepth<T> - 1) / kDepth<T>;
+        keep_grad = p.groups * chunks <= kGradSlots<T>;
         const auto aligned = [](const void* pointer) {
             return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
         };
@@ -85,9 +96,6 @@ __device__ __forceinline__ MaskedSample<A> locate_masked(const Params& p, const 
 
 // ---- gradients of input, offset and mask
 
-constexpr int kPixels = 64;  // of a block
-constexpr int kStages = 3;   // chunks of output channels under way
-
 // Where grad_input is summed: floating [N, H, W, C], or exact, or neither.
 template <class A>
 struct InputSums {
@@ -95,7 +103,7 @@ struct InputSums {
     ExactSums<A> exact;
 
     __device__ __forceinline__ void add(int64_t index, const Pack<A, 4>& terms, int count, bool vector,
-                                        double scale) const {
+                                        int scale) const {
         if (exact.parts) {
 #pragma unroll
             for (int i = 0; i < 4; ++i)
@@ -118,13 +126,11 @@ struct InputSums {
 template <class T>
 struct DataTiles {
     using A = Accumulate<T>;
-    static constexpr int kDepth = 128 / sizeof(T);  // output channels of a chunk
-    static constexpr int kGradStride = kDepth + kPadAlong<T>, kWeightStride = kColumns + kPadDown<T>;
+    static constexpr int kGradStride = kDepth<T> + kPadAlong<T>, kWeightStride = kColumns + kPadDown<T>;
     static constexpr int kSampleStride = kColumns + 8;
-    static constexpr int kGradSlots = sizeof(T) == 8 ? kStages : 4;
 
-    T grad[kGradSlots][kPixels * kGradStride];             // [pixel, output channel]
-    T weight[kStages][kDepth * kWeightStride];             // [output channel, input channel]
+    T grad[kGradSlots<T>][kPixels * kGradStride];          // [pixel, output channel]
+    T weight[kStages][kDepth<T> * kWeightStride];          // [output channel, input channel]
     alignas(16) A grad_samples[kPixels * kSampleStride];   // [pixel, input channel]
     MaskedSample<A> samples[kThreads / kPixels][kPixels];  // of positions in a row
 };
@@ -134,76 +140,106 @@ struct DataTiles {
 template <class T>
 struct ChunkQueue {
     using Tiles = DataTiles<T>;
-    int end, chunks;  // positions end; chunks of a group
-    bool keep_grad;
-    unsigned kept = 0;                              // slots of grad that are filled
-    int position, slice = 0, chunk = 0, stage = 0;  // of the next copy; slice of the offset group
+    unsigned kept = 0;  // slots of grad that are filled
 
-    __device__ __forceinline__ ChunkQueue(const Params& p, const Layout& l, int begin, int end)
-        : end(end), chunks((l.group_out + Tiles::kDepth - 1) / Tiles::kDepth), position(begin) {
-        keep_grad = p.groups * chunks <= Tiles::kGradSlots;
+    // of the next copy: position, slice in the offset group, chunk, stage; and where it starts
+    int position, slice = 0, chunk = 0, stage = 0;
+    const T* weight;
+    int count, group;  // of the slice
+
+    int end;  // of positions
+
+    __device__ __forceinline__ ChunkQueue(const Layout& l, const T* weights, int begin, int end)
+        : position(begin), end(end) {
+        start_slice(l, weights);
     }
 
-    __device__ __forceinline__ int grad_slot(int group, int chunk, int stage) const {
-        return keep_grad ? group * chunks + chunk : stage;
+    static __device__ __forceinline__ int grad_slot(const Layout& l, int group, int chunk, int stage) {
+        return l.keep_grad ? group * l.chunks + chunk : stage;
     }
 
     __device__ __forceinline__ void copy_next(const Params& p, const Layout& l, const Backward<T>& t,
                                               Tiles& tiles, int64_t first_pixel) {
         if (position < end) {
-            const Slice channels(l, position / l.taps * l.offset_slices + slice);
-            const int first = chunk * Tiles::kDepth, depth = l.group_out - first;
-            const int64_t out = int64_t(channels.group) * l.group_out + first;
-            const T* weight = t.weight + (out * l.taps + position % l.taps) * l.group_channels +
-                              (channels.begin - channels.group * l.group_channels);
-            load_tile<Tiles::kDepth, kColumns, Tiles::kWeightStride>(tiles.weight[stage], weight,
-                                                                     int64_t(l.taps) * l.group_channels,
-                                                                     depth, channels.count, l.vector);
-            const int slot = grad_slot(channels.group, chunk, stage);
-            if (!keep_grad || !(kept >> slot & 1))
-                load_tile<kPixels, Tiles::kDepth, Tiles::kGradStride>(
-                    tiles.grad[slot], t.grad + first_pixel * p.out_channels + out, p.out_channels,
+            const int first = chunk * kDepth<T>, depth = l.group_out - first;
+            const int64_t row_step = int64_t(l.taps) * l.group_channels;
+            load_tile<kDepth<T>, kColumns, Tiles::kWeightStride>(
+                tiles.weight[stage], weight + first * row_step, row_step, depth, count, l.vector);
+            const int slot = grad_slot(l, group, chunk, stage);
+            if (!(l.keep_grad && kept >> slot & 1)) {
+                const T* grad = t.grad + first_pixel * p.out_channels + int64_t(group) * l.group_out + first;
+                load_tile<kPixels, kDepth<T>, Tiles::kGradStride>(
+                    tiles.grad[slot], grad, p.out_channels,
                     int(min(int64_t(kPixels), l.pixels - first_pixel)), depth, l.vector);
-            kept |= 1u << slot;
-            stage = (stage + 1) % kStages;
-            if (++chunk == chunks) {
+                kept |= 1u << slot;
+            }
+            if (++chunk == l.chunks) {
                 chunk = 0;
                 if (++slice == l.offset_slices) {
                     slice = 0;
                     ++position;
                 }
+                start_slice(l, t.weight);
             }
         }
         cp_async_commit();
+        stage = (stage + 1) % kStages;
+    }
+
+private:
+    __device__ __forceinline__ void start_slice(const Layout& l, const T* weights) {
+        const Slice channels(l, position / l.taps * l.offset_slices + slice);
+        count = channels.count;
+        group = channels.group;
+        weight = weights + (int64_t(group) * l.group_out * l.taps + position % l.taps) * l.group_channels +
+                 (channels.begin - group * l.group_channels);
     }
 };
 
 // What follows is done for kPixels / 16 = 4 neighbouring pixels by 16 lanes with four channels each. `count`:
 // of these, how many exist; `begin`: the first.
 
+// Four channels, or zeros.
+template <class T, class A = Accumulate<T>>
+__device__ __forceinline__ Pack<A, 4> load_four(const T* source, bool valid) {
+    if constexpr (sizeof(T) == 2) {
+        uint2 words = make_uint2(0, 0);
+        if (valid) words = *reinterpret_cast<const uint2*>(source);
+        const float2 first = widen_pair(words.x, T{}), second = widen_pair(words.y, T{});
+        return {first.x, first.y, second.x, second.y};
+    } else {
+        Pack<A, 4> values{};
+        if (valid) values = load_pack<4>(source);
+        return values;
+    }
+}
+
 // dots[4 * i + corner] += over the channels: gradient of the sample of pixel i, times the corner's value.
 template <class T, class A = Accumulate<T>>
 __device__ __forceinline__ void add_dots(A (&dots)[16], const Params& p, const Layout& l, const T* input,
                                          const A* grad_samples, const MaskedSample<A>* samples, int begin,
                                          int count) {
+    const auto source = [&](int i, int corner) { return input + samples[i].element(p, corner) + begin; };
+    if (l.vector) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const A* grad = grad_samples + i * DataTiles<T>::kSampleStride;
-        const auto grads = load_pack<4>(grad);
+        for (int i = 0; i < 4; ++i) {
+            const auto grads = load_pack<4>(grad_samples + i * DataTiles<T>::kSampleStride);
 #pragma unroll
-        for (int corner = 0; corner < 4; ++corner) {
-            if (!samples[i].has(corner)) continue;
-            const T* source = input + samples[i].element(p, corner) + begin;
-            A& dot = dots[4 * i + corner];
-            if (l.vector) {
-                const auto values = load_pack<4>(source);
-#pragma unroll
-                for (int c = 0; c < 4; ++c) dot += grads.values[c] * widen(values.values[c]);
-            } else {
-#pragma unroll 1
-                for (int c = 0; c < min(count, 4); ++c) dot += grad[c] * widen(source[c]);
+            for (int corner = 0; corner < 4; ++corner) {
+                const auto values = load_four(source(i, corner), samples[i].has(corner));
+                A& dot = dots[4 * i + corner];
+                dot += grads.values[0] * values.values[0] + grads.values[1] * values.values[1] +
+                       (grads.values[2] * values.values[2] + grads.values[3] * values.values[3]);
             }
         }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 16; ++i)
+            if (samples[i / 4].has(i % 4))
+#pragma unroll 1
+                for (int c = 0; c < min(count, 4); ++c)
+                    dots[i] += grad_samples[i / 4 * DataTiles<T>::kSampleStride + c] *
+                               widen(source(i / 4, i % 4)[c]);
     }
 }
 
@@ -241,10 +277,11 @@ __device__ __forceinline__ void write_position(A (&dots)[16], const Layout& l, c
 template <class T, class A = Accumulate<T>>
 __device__ __forceinline__ void spread(const InputSums<A>& sums, const Params& p, const Layout& l,
                                        const A* grad_samples, const MaskedSample<A>* samples, int begin,
-                                       int count, double scale) {
+                                       int count) {
     Pack<A, 4> right[2]{};   // what the right corners of the pixel before still have to get
     unsigned right_has = 0;  // which of them are in the image, as bits of left corners
     int64_t right_corner = 0;
+    const int scale = sums.exact.parts ? sums.exact.scale() : 0;
 #pragma unroll 1
     for (int i = 0; i <= 4; ++i) {
         const bool last = i == 4;
@@ -285,15 +322,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
     const int first_position = int(int64_t(l.positions) * blockIdx.y / gridDim.y);
     const int end = int(int64_t(l.positions) * (blockIdx.y + 1) / gridDim.y);
     const bool wants_position = t.grad_offset || t.grad_mask, wants_input = sums.floating || sums.exact.parts;
-    const double scale = sums.exact.parts ? sums.exact.scale() : 1;
     const int own = int(threadIdx.x) / 16 * 4, channel = int(threadIdx.x) % 16 * 4;
     const A* own_grad = tiles.grad_samples + own * Tiles::kSampleStride + channel;
 
-    ChunkQueue<T> queue(p, l, first_position, end);
+    ChunkQueue<T> queue(l, t.weight, first_position, end);
+#pragma unroll 1
     for (int i = 0; i < kStages - 1; ++i) queue.copy_next(p, l, t, tiles, first_pixel);
-    int stage = 0;
     Product<T, tensor_cores, kPixels> product;
-    for (int position = first_position; position < end; ++position) {
+    for (int position = first_position; position < queue.end; ++position) {
         constexpr int batch = kThreads / kPixels;
         const int in_batch = (position - first_position) % batch;
         const MaskedSample<A>* samples = tiles.samples[in_batch];
@@ -301,19 +337,19 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
         for (int i = 0; i < l.offset_slices; ++i) {
             const Slice slice(l, position / l.taps * l.offset_slices + i);
             product.clear();
-            for (int chunk = 0; chunk < queue.chunks; ++chunk) {
+            for (int chunk = 0; chunk < l.chunks; ++chunk) {
                 cp_async_wait<kStages - 2>();
                 __syncthreads();  // the chunk is complete, and the one before is done with
-                queue.copy_next(p, l, t, tiles, first_pixel);
+                queue.copy_next(p, l, t, tiles, first_pixel);  // comes back to the stage of this chunk
                 if (i == 0 && chunk == 0 && in_batch == 0) {
                     const int ahead = int(threadIdx.x) / kPixels, pixel = threadIdx.x % kPixels;
-                    if (position + ahead < end)
+                    if (position + ahead < queue.end)
                         tiles.samples[ahead][pixel] =
                             locate_masked(p, l, t, first_pixel + pixel, position + ahead);
                 }
-                product.template multiply<false, Tiles::kDepth, Tiles::kGradStride, Tiles::kWeightStride>(
-                    tiles.grad[queue.grad_slot(slice.group, chunk, stage)], tiles.weight[stage]);
-                stage = (stage + 1) % kStages;
+                product.template multiply<false, kDepth<T>, Tiles::kGradStride, Tiles::kWeightStride>(
+                    tiles.grad[queue.grad_slot(l, slice.group, chunk, queue.stage)],
+                    tiles.weight[queue.stage]);
             }
             product.visit([&](int row, int column, A first, A second) {
                 store_pack(tiles.grad_samples + row * Tiles::kSampleStride + column,
@@ -324,8 +360,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
             if (count <= 0) continue;
             if (wants_position)
                 add_dots<T>(dots, p, l, t.input, own_grad, samples + own, slice.begin + channel, count);
-            if (wants_input)
-                spread<T>(sums, p, l, own_grad, samples + own, slice.begin + channel, count, scale);
+            if (wants_input) spread<T>(sums, p, l, own_grad, samples + own, slice.begin + channel, count);
         }
         if (wants_position) write_position(dots, l, t, samples + own, first_pixel + own, position);
     }
@@ -334,7 +369,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
 // Sums of grad_input in its type.
 template <class T>
 __global__ void finish_input(const InputSums<Accumulate<T>> sums, T* grad_input) {
-    const double scale = sums.exact.parts ? sums.exact.scale() : 1;
+    const int scale = sums.exact.parts ? sums.exact.scale() : 0;
     for (int64_t i = first_element(); i < sums.exact.elements; i += element_step())
         grad_input[i] =
             narrow(sums.exact.parts ? Accumulate<T>(sums.exact.read(i, scale)) : sums.floating[i], T{});
@@ -389,7 +424,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
     const int own = int(threadIdx.x) / (kColumns / size), channel = threadIdx.x % (kColumns / size) * size;
     const int count = slice.count - channel;
     const T* input = t.input + slice.begin + channel;
-    Pack<T, size> values[turns][4];
+    uint4 values[turns][4];
     const auto gather = [&](int step) {
         if (!l.vector) return;
 #pragma unroll
@@ -397,9 +432,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
             const MaskedSample<A>& sample = sample_at(step, own + turn * (kStep / turns));
 #pragma unroll
             for (int corner = 0; corner < 4; ++corner) {
-                values[turn][corner] = {};
+                values[turn][corner] = make_uint4(0, 0, 0, 0);
                 if (sample.has(corner) && count > 0)
-                    values[turn][corner] = load_pack<size>(input + sample.element(p, corner));
+                    values[turn][corner] = load_16(input + sample.element(p, corner));
             }
         }
     };
@@ -412,16 +447,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
             A weights[4];
             sample.weights(weights, sample.mask);
             if (l.vector) {
-                A sums[size]{};
-#pragma unroll
-                for (int corner = 0; corner < 4; ++corner)
-#pragma unroll
-                    for (int c = 0; c < size; ++c)
-                        sums[c] += weights[corner] * widen(values[turn][corner].values[c]);
-                Pack<T, size> narrowed;
-#pragma unroll
-                for (int c = 0; c < size; ++c) narrowed.values[c] = narrow(sums[c], T{});
-                store_pack(target, narrowed);
+                *reinterpret_cast<uint4*>(target) = weighted_sum<false>(values[turn], weights, T{});
             } else {
 #pragma unroll 1
                 for (int c = 0; c < size; ++c) {

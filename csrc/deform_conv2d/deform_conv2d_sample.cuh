@@ -96,4 +96,37 @@ __device__ __forceinline__ A mask_at(const Params& p, const A* mask, int64_t pix
     return mask ? mask[pixel * p.mask_step + d * p.kernel_h * p.kernel_w + tap] : A(1);
 }
 
+// The sum of the corners' chunks; tf32: rounded to it.
+template <bool tf32, class T, class A>
+__device__ __forceinline__ uint4 weighted_sum(const uint4 (&chunks)[4], const A (&weights)[4], T type) {
+    if constexpr (sizeof(T) == 2) {
+        uint4 result;
+        const uint32_t* words[4];
+        uint32_t* sums = &result.x;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) words[i] = &chunks[i].x;
+#pragma unroll
+        for (int word = 0; word < 4; ++word) {
+            float first = 0, second = 0;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float2 pair = widen_pair(words[i][word], type);
+                first += weights[i] * pair.x;
+                second += weights[i] * pair.y;
+            }
+            sums[word] = narrow_pair(first, second, type);
+        }
+        return result;
+    } else {
+        Chunk<T> result{};
+#pragma unroll
+        for (int e = 0; e < Chunk<T>::size; ++e) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) result.values[e] += weights[i] * as_chunk<T>(chunks[i]).values[e];
+            if constexpr (tf32) result.values[e] = bits_to_float(to_tf32(result.values[e]));
+        }
+        return as_words(result);
+    }
+}
+
 }  // namespace nasfast::deform_conv2d::cuda
