@@ -24,6 +24,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -315,6 +316,8 @@ NASFAST_UNCHECKED inline void run_block() {
 
 NASFAST_UNCHECKED inline void run_grid(const char* name, dim3 grid, unsigned threads, int64_t shared_bytes,
                                        void (*body)(const void*), const void* closure) {
+    static std::mutex one_launch;
+    const std::lock_guard<std::mutex> lock(one_launch);
     if (threads == 0 || threads % lanes || threads > max_threads || shared_bytes > 99 << 10)
         throw std::runtime_error(std::string(name) +
                                  ": a block must have whole warps, at most 1024 threads and "

@@ -37,7 +37,7 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for command in (configure, ["cmake", "--build", folder / "build", "--target", *targets]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-        # assert "warning" not in done.stdout + done.stderr
+        assert "warning" not in done.stdout + done.stderr
     return folder
 
 
