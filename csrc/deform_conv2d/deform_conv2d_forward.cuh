@@ -1,7 +1,7 @@
 // Forward: an implicit matrix product, output [pixels, Co/G] = samples [pixels, K] weight [Co/G, K] for each
 // weight group. A block owns a tile of it and walks over K, the taps' channels, in steps of 64 bytes a row:
-// while the tensor cores work on one step, the corners of the next are under way to registers, and the
-// weight of the one after that to shared memory.
+// while the tensor cores work on one step, the corners of the next are under way to registers, and its
+// weight to shared memory.
 #pragma once
 
 #include "deform_conv2d/deform_conv2d_sample.cuh"
@@ -231,6 +231,8 @@ __device__ __forceinline__ void store_four(T* global, const T (&values)[4]) {
 
 // ---- the kernel
 
+// One step's weight is being multiplied by some threads, the next one's is on its way from others, and the
+// one before may still be read.
 constexpr int weight_stages = 3;
 
 template <class Tile>

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,6 +18,8 @@ from emulated import (
     assert_near,
     replay,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
@@ -38,6 +40,43 @@ def test_equals_reference(kernels: Kernels, case: Case, dtype: torch.dtype) -> N
 @every_case
 def test_tf32(kernels: Kernels, case: Case) -> None:
     check(kernels, case, torch.float32, tf32=True)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Sizes of any kind, small."""
+
+    def pair(least: int, most: int) -> tuple[int, int]:
+        return draw(st.integers(least, most)), draw(st.integers(least, most))
+
+    groups, offset_groups = pair(1, 4)
+    both = math.lcm(groups, offset_groups)
+    kernel, dilation = pair(1, 4), pair(1, 2)
+    spare = pair(1, 7)
+    size = tuple(
+        1 + reach * (taps - 1) + more for reach, taps, more in zip(dilation, kernel, spare)
+    )
+    return Case(
+        "",
+        batch=draw(st.integers(1, 3)),
+        channels=both * draw(st.sampled_from([1, 2, 3, 4, 8, 12, 16])),
+        out_channels=groups * draw(st.sampled_from([1, 3, 4, 8, 20, 70])),
+        size=(size[0], size[1]),
+        kernel=kernel,
+        stride=pair(1, 3),
+        padding=pair(0, 2),
+        dilation=dilation,
+        groups=groups,
+        offset_groups=offset_groups,
+        mask=draw(st.booleans()),
+        bias=draw(st.booleans()),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases(), dtype=st.sampled_from(DTYPES), tf32=st.booleans())
+def test_any_sizes(kernels: Kernels, case: Case, dtype: torch.dtype, tf32: bool) -> None:
+    check(kernels, case, dtype, tf32 and dtype == torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "tf32"])
@@ -124,23 +163,23 @@ def test_unknown_dtype(kernels: Kernels) -> None:
     assert str(caught.value) == "dtype must be a code from 0 to 3, got 4"
 
 
-SANITIZED: list[dict[str, Any]] = [
-    {"dtype": torch.bfloat16, "channels": 40, "out_channels": 72},
-    {"dtype": torch.float16, "channels": 12, "out_channels": 5, "groups": 1, "offset_groups": 3},
-    {"dtype": torch.float32, "channels": 8, "out_channels": 8, "groups": 2, "tf32": True},
-    {"dtype": torch.float32, "channels": 24, "out_channels": 8, "offset_groups": 3},
-    {"dtype": torch.float64, "channels": 3, "out_channels": 2},
-    {"dtype": torch.bfloat16, "channels": 8, "out_channels": 136, "size": (16, 17)},
-]
-
-
 @pytest.mark.parametrize("program", ["replay_address", "replay_thread"])
-@pytest.mark.parametrize("sizes", SANITIZED, ids=str)
-def test_sanitizers(emulation: Path, tmp_path: Path, program: str, sizes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("case", "dtype", "tf32"),
+    [
+        (Case("", channels=40, out_channels=72), torch.bfloat16, False),
+        (Case("", channels=12, out_channels=5, offset_groups=3), torch.float16, False),
+        (Case("", channels=8, groups=2), torch.float32, True),
+        (Case("", channels=24, offset_groups=3), torch.float32, False),
+        (Case("", channels=3, out_channels=2), torch.float64, False),
+        (Case("", channels=8, out_channels=136, size=(16, 17)), torch.bfloat16, False),
+    ],
+    ids=["rows", "scalars", "tf32", "segments", "float64", "wide"],
+)
+def test_sanitizers(
+    emulation: Path, tmp_path: Path, program: str, case: Case, dtype: torch.dtype, tf32: bool
+) -> None:
     """Nothing is read or written out of bounds, also by hostile offsets; no two threads race."""
-    fields = dict(sizes)
-    dtype, tf32 = fields.pop("dtype"), fields.pop("tf32", False)
-    case = Case("", **fields)
     tensors = case.tensors(dtype)
     offset = tensors[1]
     assert offset is not None
