@@ -262,7 +262,9 @@ __device__ __forceinline__ void write_position(A (&dots)[16], const Layout& l, c
     }
     const int i = lane / 4, corner = lane % 4;  // of dots[0] now
     const MaskedSample<A>& sample = samples[i];
-    const A dot = dots[0], along_y = sample.along_y(corner), along_x = sample.along_x(corner);
+    // a corner outside has read zeros, but the gradient may be NaN
+    const A dot = sample.has(corner) ? dots[0] : 0, along_y = sample.along_y(corner),
+            along_x = sample.along_x(corner);
     const A of_y = warp_sum<4>((corner & 2 ? dot : -dot) * along_x * sample.mask);
     const A of_x = warp_sum<4>((corner & 1 ? dot : -dot) * along_y * sample.mask);
     const A of_mask = warp_sum<4>(dot * along_y * along_x);
@@ -513,26 +515,27 @@ __global__ void backward_bias(const T* grad, int64_t pixels, int channels, Accum
 
 // ---- host
 
-// What decides the grids, and so the order of sums, are the sizes alone.
+// Blocks enough to keep a device busy. The parts of weight and bias, and so the workspace and the order of
+// sums, depend on the sizes alone.
 template <class T>
 struct BackwardGrids {
     int weight_rows;  // of a product: all output channels, if they fit, so that samples are taken once
     dim3 data, weight, bias;
 
     BackwardGrids(const Params& p, const Layout& l) {
-        const auto split = [](int64_t wanted, int64_t blocks, int64_t most) {
+        const auto parts = [](int64_t wanted, int64_t blocks, int64_t most) {
             return unsigned(
                 std::clamp<int64_t>(wanted / std::max<int64_t>(blocks, 1), 1, std::max<int64_t>(most, 1)));
         };
-        constexpr int two_waves = 512;  // on a large device, with two blocks on each multiprocessor
+        constexpr int two_waves = 512;  // of blocks on a large device, two to a multiprocessor
         data = grid((l.pixels + kPixels - 1) / kPixels);
-        data.y = split(2 * two_waves, data.x, l.positions);
+        data.y = parts(8 * multiprocessors(), data.x, l.positions);
         weight_rows = sizeof(T) == 2 && l.group_out > 128 ? 256 : 64;
         weight = grid(int64_t(l.taps) * l.slices);
         weight.y = unsigned((l.group_out + weight_rows - 1) / weight_rows);
-        weight.z = split(two_waves, int64_t(weight.x) * weight.y, l.pixels / (4 * kStep));
+        weight.z = parts(two_waves, int64_t(weight.x) * weight.y, l.pixels / (4 * kStep));
         bias = grid((p.out_channels + 31) / 32);
-        bias.y = split(two_waves, bias.x, l.pixels / 64);
+        bias.y = parts(two_waves, bias.x, l.pixels / 64);
     }
 };
 
