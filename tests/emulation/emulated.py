@@ -242,7 +242,7 @@ def replay(
     content = b""
     for tensor in read:
         header += [-1, 0] if tensor is None else [tensor.numel() * tensor.element_size(), 1]
-        content += b"" if tensor is None else tensor.view(torch.uint8).numpy().tobytes()
+        content += b"" if tensor is None else tensor.flatten().view(torch.uint8).numpy().tobytes()
     for tensor in written:
         header += [-1 if tensor is None else tensor.numel() * tensor.element_size(), 0]
     call, result = folder / "call", folder / "result"
