@@ -316,13 +316,14 @@ __device__ __forceinline__ void spread(const InputSums<A>& sums, const Params& p
 // with the corners over all slices of the offset group, and spreads the gradient over the corners.
 template <class T, bool tensor_cores>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
-    backward_data(const Params p, const Layout l, const Backward<T> t, const InputSums<Accumulate<T>> sums) {
+    backward_data(const Params p, const Layout l, const Backward<T> t, const InputSums<Accumulate<T>> sums,
+                  const int block_positions) {
     using A = Accumulate<T>;
     using Tiles = DataTiles<T>;
     auto& tiles = *shared_memory<Tiles>();
     const int64_t first_pixel = int64_t(blockIdx.x) * kPixels;
-    const int first_position = int(int64_t(l.positions) * blockIdx.y / gridDim.y);
-    const int end = int(int64_t(l.positions) * (blockIdx.y + 1) / gridDim.y);
+    const int first_position = int(blockIdx.y) * block_positions;
+    const int end = min(first_position + block_positions, l.positions);
     const bool wants_position = t.grad_offset || t.grad_mask, wants_input = sums.floating || sums.exact.parts;
     const int own = int(threadIdx.x) / 16 * 4, channel = int(threadIdx.x) % 16 * 4;
     const A* own_grad = tiles.grad_samples + own * Tiles::kSampleStride + channel;
@@ -394,7 +395,8 @@ struct WeightTiles {
 // one step is multiplied, the corners of the next are under way to registers.
 template <class T, bool tensor_cores, int rows>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
-    backward_weight(const Params p, const Layout l, const Backward<T> t, Accumulate<T>* parts) {
+    backward_weight(const Params p, const Layout l, const Backward<T> t, Accumulate<T>* parts,
+                    const int part_steps) {
     using A = Accumulate<T>;
     using Tiles = WeightTiles<T, rows>;
     constexpr int size = 16 / sizeof(T), turns = kStep * kColumns / size / kThreads;
@@ -403,9 +405,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
     const int tap = int(blockIdx.x) / l.slices, position = slice.begin / l.offset_channels * l.taps + tap;
     const int first_row = int(blockIdx.y) * rows;
     const int64_t out = int64_t(slice.group) * l.group_out + first_row;
-    const int64_t all_steps = (l.pixels + kStep - 1) / kStep, begin = all_steps * blockIdx.z / gridDim.z;
-    const int steps = int(all_steps * (blockIdx.z + 1) / gridDim.z - begin);
-    const int64_t first_pixel = begin * kStep;
+    const int64_t first_pixel = int64_t(blockIdx.z) * part_steps * kStep;
+    const int steps = int(min(int64_t(part_steps), (l.pixels - first_pixel + kStep - 1) / kStep));
 
     constexpr int batch = kThreads / kStep;
     const auto locate_batch = [&](int number) {
@@ -520,22 +521,31 @@ __global__ void backward_bias(const T* grad, int64_t pixels, int channels, Accum
 template <class T>
 struct BackwardGrids {
     int weight_rows;  // of a product: all output channels, if they fit, so that samples are taken once
+    int block_positions, part_steps;
     dim3 data, weight, bias;
 
     BackwardGrids(const Params& p, const Layout& l) {
-        const auto parts = [](int64_t wanted, int64_t blocks, int64_t most) {
-            return unsigned(
-                std::clamp<int64_t>(wanted / std::max<int64_t>(blocks, 1), 1, std::max<int64_t>(most, 1)));
+        const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+        // what each part of `size` gets, where `others` times the parts make so many blocks
+        const auto share = [&](int64_t size, int64_t least, int64_t blocks, int64_t others) {
+            const int64_t parts = std::max<int64_t>(blocks / std::max<int64_t>(others, 1), 1);
+            return std::max(ceil_div(size, parts), least);
         };
         constexpr int two_waves = 512;  // of blocks on a large device, two to a multiprocessor
-        data = grid((l.pixels + kPixels - 1) / kPixels);
-        data.y = parts(8 * multiprocessors(), data.x, l.positions);
+        data = grid(ceil_div(l.pixels, kPixels));
+        block_positions = int(share(l.positions, 1, 8 * multiprocessors(), data.x));
+        data.y = unsigned(ceil_div(l.positions, block_positions));
+
+        const int64_t steps = ceil_div(l.pixels, kStep);
         weight_rows = sizeof(T) == 2 && l.group_out > 128 ? 256 : 64;
         weight = grid(int64_t(l.taps) * l.slices);
-        weight.y = unsigned((l.group_out + weight_rows - 1) / weight_rows);
-        weight.z = parts(two_waves, int64_t(weight.x) * weight.y, l.pixels / (4 * kStep));
-        bias = grid((p.out_channels + 31) / 32);
-        bias.y = parts(two_waves, bias.x, l.pixels / 64);
+        weight.y = unsigned(ceil_div(l.group_out, weight_rows));
+        part_steps = int(share(steps, 4, two_waves, int64_t(weight.x) * weight.y));
+        weight.z = unsigned(std::max<int64_t>(ceil_div(steps, part_steps), 1));
+
+        bias = grid(ceil_div(p.out_channels, 32));
+        bias.y = unsigned(ceil_div(l.pixels, share(l.pixels, 64, two_waves, bias.x)));
+        bias.y = std::max(bias.y, 1u);
     }
 };
 
@@ -571,7 +581,7 @@ void launch_data(const Params& p, const Layout& l, const Backward<T>& t, const B
     }
     const auto run = [&](auto kernel) {
         launch("deform_conv2d: backward_data", kernel, grids.data, kThreads, sizeof(DataTiles<T>), stream, p,
-               l, t, sums);
+               l, t, sums, grids.block_positions);
     };
     if constexpr (std::is_same_v<T, double>)
         run(backward_data<T, false>);
@@ -591,7 +601,7 @@ void launch_weight(const Params& p, const Layout& l, const Backward<T>& t, const
     auto* sums = parts > 1 ? static_cast<Accumulate<T>*>(workspace) : t.grad_weight;
     const auto run = [&](auto kernel, auto tiles) {
         launch("deform_conv2d: backward_weight", kernel, grids.weight, kThreads, sizeof(*tiles), stream, p, l,
-               t, sums);
+               t, sums, grids.part_steps);
     };
     constexpr WeightTiles<T, 64>* tiles = nullptr;
     if constexpr (std::is_same_v<T, double>) {
