@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from nasfast.ops import deform_conv2d_reference
@@ -133,6 +135,37 @@ CASES = [
     Case("batch-33", batch=33, size=(4, 5), channels=8),
     Case("wide", batch=1, channels=80, out_channels=136, size=(9, 8)),
 ]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Sizes of any kind, small."""
+
+    def pair(least: int, most: int) -> tuple[int, int]:
+        return draw(st.integers(least, most)), draw(st.integers(least, most))
+
+    groups, offset_groups = pair(1, 4)
+    both = math.lcm(groups, offset_groups)
+    kernel, dilation = pair(1, 4), pair(1, 2)
+    spare = pair(1, 7)
+    size = tuple(
+        1 + reach * (taps - 1) + more for reach, taps, more in zip(dilation, kernel, spare)
+    )
+    return Case(
+        "",
+        batch=draw(st.integers(1, 3)),
+        channels=both * draw(st.sampled_from([1, 2, 3, 4, 8, 12, 16])),
+        out_channels=groups * draw(st.sampled_from([1, 3, 4, 8, 20, 70])),
+        size=(size[0], size[1]),
+        kernel=kernel,
+        stride=pair(1, 3),
+        padding=pair(0, 2),
+        dilation=dilation,
+        groups=groups,
+        offset_groups=offset_groups,
+        mask=draw(st.booleans()),
+        bias=draw(st.booleans()),
+    )
 
 
 def last(tensor: Tensor) -> Tensor:

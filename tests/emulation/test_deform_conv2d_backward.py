@@ -16,8 +16,11 @@ from emulated import (
     Case,
     Kernels,
     assert_near,
+    cases,
     replay,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -77,6 +80,20 @@ def test_tf32(kernels: Kernels, case: Case) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
 def test_deterministic(kernels: Kernels, case: Case, dtype: torch.dtype) -> None:
     check(kernels, case, dtype, deterministic=True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    case=cases(),
+    dtype=st.sampled_from(DTYPES),
+    tf32=st.booleans(),
+    deterministic=st.booleans(),
+)
+def test_any_sizes(
+    kernels: Kernels, case: Case, dtype: torch.dtype, tf32: bool, deterministic: bool
+) -> None:
+    tf32 = tf32 and dtype == torch.float32
+    check(kernels, case, dtype, tf32=tf32, deterministic=deterministic)
 
 
 @every_dtype
@@ -270,26 +287,30 @@ def test_sizes_out_of_range(kernels: Kernels, field: int, value: int, message: s
         assert str(caught.value) == f"deform_conv2d: CUDA wants {message}"
 
 
-SANITIZED: list[dict[str, Any]] = [
-    {"dtype": torch.bfloat16, "channels": 72, "out_channels": 72},
-    {"dtype": torch.bfloat16, "channels": 8, "out_channels": 8, "size": (24, 25)},
-    {"dtype": torch.float16, "channels": 8, "out_channels": 264, "kernel": (1, 3)},
-    {"dtype": torch.float16, "channels": 12, "out_channels": 5, "offset_groups": 3},
-    {"dtype": torch.float32, "channels": 8, "out_channels": 8, "groups": 2, "tf32": True},
-    {"dtype": torch.float32, "channels": 24, "out_channels": 40, "offset_groups": 3},
-    {"dtype": torch.float64, "channels": 3, "out_channels": 2, "deterministic": True},
-    {"dtype": torch.float32, "channels": 8, "out_channels": 8, "deterministic": True},
-]
-
-
 @pytest.mark.parametrize("program", ["replay_address", "replay_thread"])
-@pytest.mark.parametrize("sizes", SANITIZED, ids=str)
-def test_sanitizers(emulation: Path, tmp_path: Path, program: str, sizes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("case", "dtype", "options"),
+    [
+        (Case("", channels=72, out_channels=72), torch.bfloat16, {}),
+        (Case("", channels=8, size=(24, 25)), torch.bfloat16, {}),
+        (Case("", channels=8, out_channels=264, kernel=(1, 3)), torch.float16, {}),
+        (Case("", channels=12, out_channels=5, offset_groups=3), torch.float16, {}),
+        (Case("", channels=8, groups=2), torch.float32, {"tf32": True}),
+        (Case("", channels=24, out_channels=40, offset_groups=3), torch.float32, {}),
+        (Case("", channels=8), torch.float32, {"deterministic": True}),
+        (Case("", channels=3, out_channels=2), torch.float64, {"deterministic": True}),
+    ],
+    ids=["slices", "positions", "high", "scalars", "tf32", "segments", "exact", "exact-float64"],
+)
+def test_sanitizers(
+    emulation: Path,
+    tmp_path: Path,
+    program: str,
+    case: Case,
+    dtype: torch.dtype,
+    options: dict[str, bool],
+) -> None:
     """Nothing is read or written out of bounds, also by hostile offsets; no two threads race."""
-    fields = dict(sizes)
-    dtype = fields.pop("dtype")
-    options = {name: fields.pop(name, False) for name in ("tf32", "deterministic")}
-    case = Case("", **fields)
     tensors, grad = case.tensors(dtype), cotangent(case, dtype)
     offset = tensors[OFFSET]
     assert offset is not None
@@ -300,8 +321,8 @@ def test_sanitizers(emulation: Path, tmp_path: Path, program: str, sizes: dict[s
         emulation / program, tmp_path, case, dtype, tensors, grad, order=1, **options
     )
     assert done.returncode == 0, done.stderr
-    # integer positions, where the derivative by the offset jumps, are the reference's too
-    assert_equal_reference(case, dtype, tensors, grad, actual, options["tf32"])
+    # at whole positions, where the derivative by the offset jumps, it is the reference's too
+    assert_equal_reference(case, dtype, tensors, grad, actual, options.get("tf32", False))
 
 
 DATA = [i in (INPUT, OFFSET, MASK) for i in range(5)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from emulated import (
     Case,
     Kernels,
     assert_near,
+    cases,
     replay,
 )
 from hypothesis import given, settings
@@ -40,37 +40,6 @@ def test_equals_reference(kernels: Kernels, case: Case, dtype: torch.dtype) -> N
 @every_case
 def test_tf32(kernels: Kernels, case: Case) -> None:
     check(kernels, case, torch.float32, tf32=True)
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    """Sizes of any kind, small."""
-
-    def pair(least: int, most: int) -> tuple[int, int]:
-        return draw(st.integers(least, most)), draw(st.integers(least, most))
-
-    groups, offset_groups = pair(1, 4)
-    both = math.lcm(groups, offset_groups)
-    kernel, dilation = pair(1, 4), pair(1, 2)
-    spare = pair(1, 7)
-    size = tuple(
-        1 + reach * (taps - 1) + more for reach, taps, more in zip(dilation, kernel, spare)
-    )
-    return Case(
-        "",
-        batch=draw(st.integers(1, 3)),
-        channels=both * draw(st.sampled_from([1, 2, 3, 4, 8, 12, 16])),
-        out_channels=groups * draw(st.sampled_from([1, 3, 4, 8, 20, 70])),
-        size=(size[0], size[1]),
-        kernel=kernel,
-        stride=pair(1, 3),
-        padding=pair(0, 2),
-        dilation=dilation,
-        groups=groups,
-        offset_groups=offset_groups,
-        mask=draw(st.booleans()),
-        bias=draw(st.booleans()),
-    )
 
 
 @settings(max_examples=60, deadline=None)
