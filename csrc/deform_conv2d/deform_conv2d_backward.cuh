@@ -140,14 +140,12 @@ struct DataTiles {
 template <class T>
 struct ChunkQueue {
     using Tiles = DataTiles<T>;
+    int position, end;  // of the next copy; of the block
+    int slice = 0;      // in the offset group
+    int chunk = 0, stage = 0;
+    int count, group;   // of the slice
+    const T* weight;    // of the slice
     unsigned kept = 0;  // slots of grad that are filled
-
-    // of the next copy: position, slice in the offset group, chunk, stage; and where it starts
-    int position, slice = 0, chunk = 0, stage = 0;
-    const T* weight;
-    int count, group;  // of the slice
-
-    int end;  // of positions
 
     __device__ __forceinline__ ChunkQueue(const Layout& l, const T* weights, int begin, int end)
         : position(begin), end(end) {
@@ -196,8 +194,8 @@ private:
     }
 };
 
-// What follows is done for kPixels / 16 = 4 neighbouring pixels by 16 lanes with four channels each. `count`:
-// of these, how many exist; `begin`: the first.
+// What follows is for 16 lanes, which have four neighbouring pixels: samples[i] and row i of grad_samples. A
+// lane has four channels, the first being `begin`, of which `count` or all exist.
 
 // Four channels, or zeros.
 template <class T, class A = Accumulate<T>>
