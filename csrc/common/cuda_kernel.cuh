@@ -59,6 +59,13 @@ inline int multiprocessors() {
     return count;
 }
 
+// blockIdx.x, read anew by every call: what is derived from it needs no register in between.
+__device__ __forceinline__ unsigned block_index() {
+    unsigned index;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+    return index;
+}
+
 // ---- memory
 
 // Dynamic shared memory of the block, aligned to 16 bytes.

@@ -12,30 +12,31 @@ namespace nasfast::deform_conv2d::cuda {
 // reads together, lie in different banks.
 __device__ __forceinline__ int chunk_at(int row, int chunk) { return row * 4 + (chunk ^ (row >> 1 & 3)); }
 
-// The products of one step, and the sums of a tile of M = 64 or 128 pixels by N columns, by tensor cores. Of
-// 4 M threads each warp has 32 pixels by N / 4 columns.
-template <class T_, int M_, int N_>
+// The products of one step, and the sums of a tile of M pixels by N columns, by tensor cores. The tile has 2
+// M threads; each warp has `rows` pixels by `width` columns of it.
+template <class T_, int M_, int N_, int rows>
 struct TensorTile {
     using T = T_;
-    static constexpr int M = M_, N = N_, pairs = N / 64;
+    static constexpr int M = M_, N = N_;
     static constexpr bool tf32 = sizeof(T) == 4;
+    static constexpr int blocks = N >= 128 ? 1 : 256 / M;  // that a multiprocessor must hold
+    static constexpr int warps_abreast = rows / 16, width = N / warps_abreast, pairs = width / 16;
     static __device__ __forceinline__ int column_in(int row) { return row; }  // of the shared weight tile
-    float sums[2][2 * pairs][4] = {};
+    float sums[rows / 16][2 * pairs][4] = {};
 
     __device__ __forceinline__ void multiply(const uint4* samples, const uint4* weight) {
-        const int lane = threadIdx.x % 32, row = threadIdx.x / 128 * 32,
-                  column = threadIdx.x / 32 % 4 * (N / 4);
+        const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int k = 0; k < 4; k += 2) {
-            uint32_t a[2][4];
+            uint32_t a[rows / 16][4];
 #pragma unroll
-            for (int m = 0; m < 2; ++m)
-                ldmatrix_x4(a[m], samples + chunk_at(row + m * 16 + lane % 16, k + lane / 16));
+            for (int m = 0; m < rows / 16; ++m)
+                ldmatrix_x4(a[m], samples + chunk_at(first_row() + m * 16 + lane % 16, k + lane / 16));
 #pragma unroll
             for (int n = 0; n < pairs; ++n) {
                 uint32_t b[4];
-                ldmatrix_x4(b,
-                            weight + chunk_at(column + n * 16 + lane / 16 * 8 + lane % 8, k + lane / 8 % 2));
+                const int column = first_column() + n * 16 + lane / 16 * 8 + lane % 8;
+                ldmatrix_x4(b, weight + chunk_at(column, k + lane / 8 % 2));
                 if (tf32) {
 #pragma unroll
                     for (uint32_t& word : b) word = to_tf32(bits_to_float(word));
@@ -44,7 +45,7 @@ struct TensorTile {
                 for (int half = 0; half < 2; ++half) {
                     const uint32_t of_eight[2] = {b[2 * half], b[2 * half + 1]};
 #pragma unroll
-                    for (int m = 0; m < 2; ++m) mma(sums[m][2 * n + half], a[m], of_eight, T());
+                    for (int m = 0; m < rows / 16; ++m) mma(sums[m][2 * n + half], a[m], of_eight, T());
                 }
             }
         }
@@ -54,10 +55,9 @@ struct TensorTile {
     template <class Store>
     __device__ __forceinline__ void each_four(const Store& store) {
         const int lane = threadIdx.x % 32, odd = lane % 2;
-        const int row = threadIdx.x / 128 * 32 + lane / 4,
-                  column = threadIdx.x / 32 % 4 * (N / 4) + lane % 4 / 2 * 4;
+        const int row = first_row() + lane / 4, column = first_column() + lane % 4 / 2 * 4 + odd * 8;
 #pragma unroll
-        for (int m = 0; m < 2; ++m)
+        for (int m = 0; m < rows / 16; ++m)
 #pragma unroll
             for (int n = 0; n < pairs; ++n)
 #pragma unroll
@@ -69,90 +69,117 @@ struct TensorTile {
                     const float second = shuffle_xor(odd ? even_sums[1] : odd_sums[1], 1);
                     const float four[4] = {odd ? first : even_sums[0], odd ? second : even_sums[1],
                                            odd ? odd_sums[0] : first, odd ? odd_sums[1] : second};
-                    store(row + m * 16 + half * 8, column + n * 16 + odd * 8, four);
+                    store(row + m * 16 + half * 8, column + n * 16, four);
                 }
     }
+
+private:
+    static __device__ __forceinline__ int first_row() { return threadIdx.x / 32 / warps_abreast * rows; }
+    static __device__ __forceinline__ int first_column() { return threadIdx.x / 32 % warps_abreast * width; }
 };
 
-// The same without tensor cores, for 64 pixels by 64 columns: each of 256 threads has 4 pixels by 4 columns.
+// The same without tensor cores, for 64 pixels by 64 columns; each thread has 8 pixels by 4 columns.
 template <class T_>
 struct PlainTile {
     using T = T_;
-    static constexpr int M = 64, N = 64;
+    static constexpr int M = 64, N = 64, blocks = 2;
     static constexpr bool tf32 = false;
+    // four neighbours of a thread lie 16 rows apart, so that rows of neighbouring threads are in different
+    // banks
     static __device__ __forceinline__ int column_in(int row) { return row % 16 * 4 + row / 16; }
-    T sums[4][4] = {};
+    T sums[8][4] = {};
 
     __device__ __forceinline__ void multiply(const uint4* samples, const uint4* weight) {
         const int row = threadIdx.x / 16, column = threadIdx.x % 16;
 #pragma unroll 1
         for (int k = 0; k < 4; ++k) {
-            Chunk<T> a[4], b[4];
+            Chunk<T> b[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                a[i] = as_chunk<T>(samples[chunk_at(row + i * 16, k)]);
-                b[i] = as_chunk<T>(weight[chunk_at(column + i * 16, k)]);
+            for (int j = 0; j < 4; ++j) b[j] = as_chunk<T>(weight[chunk_at(column + j * 16, k)]);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const auto a = as_chunk<T>(samples[chunk_at(row + i * 8, k)]);
+#pragma unroll
+                for (int e = 0; e < Chunk<T>::size; ++e)
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) sums[i][j] += a.values[e] * b[j].values[e];
             }
-#pragma unroll
-            for (int e = 0; e < Chunk<T>::size; ++e)
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-#pragma unroll
-                    for (int j = 0; j < 4; ++j) sums[i][j] += a[i].values[e] * b[j].values[e];
         }
     }
 
     template <class Store>
     __device__ __forceinline__ void each_four(const Store& store) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) store(threadIdx.x / 16 + i * 16, threadIdx.x % 16 * 4, sums[i]);
+        for (int i = 0; i < 8; ++i) store(threadIdx.x / 16 + i * 8, threadIdx.x % 16 * 4, sums[i]);
     }
 };
 
 // ---- the way through K
 // The channels of a weight group fall into segments, which share their offsets. K is taken segment by
 // segment, in each by blocks of taps whose samples' corners fit into shared memory, in each by channels, and
-// with the taps innermost, while the corners' channels are in the cache. Four chunks are a step.
+// with the taps innermost, while the corners' channels are in the cache. A thread makes two chunks at a time
+// of one sample, here called a unit; two units are a step.
 
-// The channels, within a weight group, that have the offsets of group d.
-struct Segment {
-    int start, end;
+// What the kernel needs beside Params; the host works it out once, and the threads keep it in no register.
+struct Plan {
+    int taps;          // of the kernel
+    int taps_at_once;  // whose samples' corners fit into shared memory
+    int channels;      // of a weight group
+    int alike;         // channels of an offset group
+    int columns;       // output channels of a weight group
+    int column_tiles, groups;
+    bool rows_of_four;  // four outputs of a row are aligned as such
 
-    __device__ __forceinline__ Segment(const Params& p, int group, int d) {
-        const int in_group = int(p.channels) / int(p.groups),
-                  in_segment = int(p.channels) / int(p.offset_groups);
-        start = max(d * in_segment - group * in_group, 0);
-        end = min((d + 1) * in_segment - group * in_group, in_group);
+    struct Tile {
+        int first_column, group;
+        unsigned pixel_tile;
+    };
+    // Blocks that read the same pixels run together.
+    template <int N>
+    __device__ __forceinline__ Tile tile_of(unsigned block) const {
+        return {int(block % column_tiles) * N, int(block / column_tiles % groups),
+                block / column_tiles / groups};
     }
 };
 
-// Where a thread's chunk of a step lies in a segment and a block of taps.
+// The channels of a weight group that have the offsets of group d.
+struct Segment {
+    int start, end;
+
+    __device__ __forceinline__ Segment(const Plan& plan, int group, int d) {
+        start = max(d * plan.alike, group * plan.channels);
+        end = min((d + 1) * plan.alike, (group + 1) * plan.channels);
+    }
+};
+
+// Where a thread's unit of a step lies in a segment and a block of taps.
 template <class T>
 struct Walk {
-    int steps;         // of all chunks
-    int tap, channel;  // of the chunk; there may be none: channel >= end
+    static constexpr int unit = 2 * Chunk<T>::size;
+    int steps;         // of all units
+    int tap, channel;  // of the unit; there may be none: channel >= end
 
     __device__ __forceinline__ Walk(const Segment& segment, int taps) : taps_(taps) {
-        const int chunks = (segment.end - segment.start + Chunk<T>::size - 1) / Chunk<T>::size;
-        wide_ = chunks % 4 == 0 ? 4 : chunks % 2 == 0 ? 2 : 1;
-        steps = (chunks * taps + 3) / 4;
-        tap = int(threadIdx.x) % 4 / wide_;
-        channel = segment.start + int(threadIdx.x) % wide_ * Chunk<T>::size;
+        const int units = (segment.end - segment.start + unit - 1) / unit;
+        abreast_ = units % 2 ? 1 : 2;
+        steps = (units * taps + 1) / 2;
+        tap = int(threadIdx.x) % 2 / abreast_;
+        channel = segment.start + int(threadIdx.x) % abreast_ * unit;
         normalise();
     }
 
     __device__ __forceinline__ void advance() {
-        tap += 4 / wide_;
+        tap += 2 / abreast_;
         normalise();
     }
 
 private:
-    int taps_, wide_;  // chunks of channels taken together: 1, 2 or 4
+    int taps_, abreast_;  // units of one tap in a step
 
     __device__ __forceinline__ void normalise() {
         while (tap >= taps_) {
             tap -= taps_;
-            channel += wide_ * Chunk<T>::size;
+            channel += abreast_ * unit;
         }
     }
 };
@@ -175,25 +202,27 @@ struct Corners {
           weights(reinterpret_cast<A (*)[4]>(places + M)),
           elements(reinterpret_cast<int64_t*>(weights + taps * M)) {}
 
-    __device__ __forceinline__ void set_places(const Params& p, int64_t first_pixel) const {
-        if (threadIdx.x < M) places[threadIdx.x] = place_of(p, first_pixel + threadIdx.x);
+    __device__ __forceinline__ void set_places(const Params& p, unsigned tile) const {
+        if (threadIdx.x < M) places[threadIdx.x] = place_of(p, int64_t(tile) * M + threadIdx.x);
     }
 
     // For `taps` taps from the first on, of offset group d.
-    __device__ __forceinline__ void fill(const Params& p, const Forward<T>& t, int64_t first_pixel, int d,
+    __device__ __forceinline__ void fill(const Params& p, const Forward<T>& t, unsigned tile, int d,
                                          int first_tap, int taps) const {
-        const int64_t pixels = p.batch * p.out_height * p.out_width;
+        const int row = threadIdx.x / 2;
+        const int64_t pixel = int64_t(tile) * M + row;
+        const bool exists = pixel < p.batch * p.out_height * p.out_width;
 #pragma unroll 1  // rare; the registers are needed elsewhere
-        for (int i = threadIdx.x; i < M * taps; i += 4 * M) {
-            const int row = i / taps, tap = first_tap + i % taps, at = i % taps * M + row;
-            const int64_t pixel = first_pixel + row;
+        for (int tap = threadIdx.x % 2; tap < taps; tap += 2) {
+            const int at = tap * M + row;
             A of_corners[4] = {};
-            if (pixel < pixels) {
-                const int64_t sample = d * p.kernel_h * p.kernel_w + tap;
-                const auto found = locate(p, t.offset + pixel * p.offset_step + 2 * sample, places[row], tap);
+            if (exists) {
+                const int64_t sample = d * p.kernel_h * p.kernel_w + first_tap + tap;
+                const auto found =
+                    locate(p, t.offset + pixel * p.offset_step + 2 * sample, places[row], first_tap + tap);
+                elements[at] = found.corner * p.channels;
                 if (found.inside)
                     found.weights(of_corners, t.mask ? t.mask[pixel * p.mask_step + sample] : A(1));
-                elements[at] = found.corner * p.channels;
             }
 #pragma unroll
             for (int corner = 0; corner < 4; ++corner) weights[at][corner] = of_corners[corner];
@@ -238,109 +267,123 @@ constexpr int weight_stages = 3;
 template <class Tile>
 constexpr int64_t tile_bytes = (2 * Tile::M + weight_stages * Tile::N) * 64;
 
-// `taps_at_once`: of which the samples' corners fit into shared memory. `rows_of_four`: four outputs of a row
-// are aligned to four elements. `chunked`: 16 bytes of channels of input and weight are aligned and alike.
+// `chunked`: every chunk of channels of input and weight is aligned and has one offset group.
 template <class Tile, bool chunked>
-__global__ void __launch_bounds__(4 * Tile::M)
-    forward_kernel(const Params p, const Forward<typename Tile::T> t, const int taps_at_once,
-                   const bool rows_of_four) {
+__global__ void __launch_bounds__(2 * Tile::M, Tile::blocks)
+    forward_kernel(const Params p, const Forward<typename Tile::T> t, const Plan plan) {
     using T = typename Tile::T;
     constexpr int M = Tile::M, N = Tile::N;
     auto* samples = shared_memory<uint4>();  // [2][M][4]
     uint4* weight = samples + 2 * M * 4;     // [weight_stages][N][4]
-    const Corners<T, M> corners(weight + weight_stages * N * 4, taps_at_once);
+    const Corners<T, M> corners(weight + weight_stages * N * 4, plan.taps_at_once);
 
-    // blocks that read the same pixels run together
-    const int taps = int(p.kernel_h) * int(p.kernel_w), channels = int(p.channels) / int(p.groups);
-    const int columns = int(p.out_channels) / int(p.groups);
-    const int column_tiles = (columns + N - 1) / N;
-    const int first_column = int(blockIdx.x % column_tiles) * N;
-    const int group = int(blockIdx.x / column_tiles % unsigned(p.groups));
-    const int64_t first_pixel = int64_t(blockIdx.x / column_tiles / unsigned(p.groups)) * M;
-    const int row = threadIdx.x / 4, chunk = threadIdx.x % 4;  // of the samples that this thread makes
+    const auto [first_column, group, pixel_tile] = plan.tile_of<N>(block_index());
+    const int row = threadIdx.x / 2,
+              chunk = threadIdx.x % 2 * 2;  // the first of those that this thread makes
 
     const int column = first_column + Tile::column_in(row);
-    const T* const input = t.input + int64_t(group) * channels;
-    const T* const weight_row = t.weight + int64_t(group * columns + column) * (taps * channels);
+    const T* const weight_row =  // from which channels count as in input
+        t.weight + int64_t(group * plan.columns + column) * (plan.taps * plan.channels) -
+        group * plan.channels;
 
-    corners.set_places(p, first_pixel);
+    corners.set_places(p, pixel_tile);
     __syncthreads();
     Tile tile;
-    const int with_one_d = int(p.channels) / int(p.offset_groups);
-    const int first_d = group * channels / with_one_d, last_d = ((group + 1) * channels - 1) / with_one_d;
-    for (int d = first_d; d <= last_d; ++d) {
-        const Segment segment(p, group, d);
-        for (int first_tap = 0; first_tap < taps; first_tap += taps_at_once) {
-            const int block_taps = min(taps_at_once, taps - first_tap);
+    for (int d = group * plan.channels / plan.alike;; ++d) {
+        const Segment segment(plan, group, d);
+        for (int first_tap = 0; first_tap < plan.taps; first_tap += plan.taps_at_once) {
+            const int block_taps = min(plan.taps_at_once, plan.taps - first_tap);
+            corners.fill(p, t, pixel_tile, d, first_tap, block_taps);
+            __syncthreads();  // the block of taps before is done with all of shared memory, too
             Walk<T> walk(segment, block_taps);
 
             const auto copy_weight = [&](int stage) {
                 uint4* rows = weight + stage * N * 4;
-                const int offset = (first_tap + walk.tap) * channels + walk.channel;
+                const int offset = (first_tap + walk.tap) * plan.channels + walk.channel;
 #pragma unroll
                 for (int i = 0; i < N; i += M) {
-                    const int count = column + i < columns ? segment.end - walk.channel : 0;
-                    const T* source =
-                        count > 0 ? weight_row + int64_t(i) * (taps * channels) + offset : t.weight;
-                    if constexpr (chunked)
-                        cp_async_16(rows + chunk_at(row + i, chunk), source, count > 0);
-                    else
-                        rows[chunk_at(row + i, chunk)] = load_chunk<false>(source, count);
+                    if (N < M && row >= N) break;
+                    const T* source = weight_row + int64_t(i) * (plan.taps * plan.channels) + offset;
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        const int skipped = j * Chunk<T>::size;
+                        const int count =
+                            column + i < plan.columns ? segment.end - walk.channel - skipped : 0;
+                        const T* from = source + skipped;
+                        uint4* to = rows + chunk_at(row + i, chunk + j);
+                        if constexpr (chunked)
+                            cp_async_16(to, from, count > 0);
+                        else
+                            *to = load_chunk<false>(from, count);
+                    }
                 }
                 cp_async_commit();
             };
 
-            uint4 gathered[4];
+            uint4 gathered[2][4];
             const auto gather = [&] {
-                const int at = walk.tap * M + row, count = segment.end - walk.channel;
-                const T* source = input + (corners.elements[at] + walk.channel);
+                const int at = walk.tap * M + row;
+                const T* source = t.input + (corners.elements[at] + walk.channel);
 #pragma unroll
-                for (int i = 0; i < 4; ++i)  // not where the weight is zero: that may be outside of the image
-                    gathered[i] = load_chunk<chunked>(source + corner_step(p, i) * p.channels,
-                                                      corners.weights[at][i] != 0 ? count : 0);
+                for (int i = 0; i < 4; ++i) {
+                    // not where the weight is zero: that may be outside of the image
+                    const int count = corners.weights[at][i] != 0 ? segment.end - walk.channel : 0;
+                    const T* corner = source + corner_step(p, i) * p.channels;
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        const int skipped = j * Chunk<T>::size;
+                        gathered[j][i] = load_chunk<chunked>(corner + skipped, count - skipped);
+                    }
+                }
             };
             const auto combine = [&](int stage) {
-                samples[stage * M * 4 + chunk_at(row, chunk)] =
-                    weighted_sum<Tile::tf32>(gathered, corners.weights[walk.tap * M + row], T());
+                const auto& weights = corners.weights[walk.tap * M + row];
+#pragma unroll
+                for (int j = 0; j < 2; ++j)
+                    samples[stage * M * 4 + chunk_at(row, chunk + j)] =
+                        weighted_sum<Tile::tf32>(gathered[j], weights, T());
             };
 
-            corners.fill(p, t, first_pixel, d, first_tap, block_taps);
-            __syncthreads();  // the block of taps before is done with all of shared memory, too
             gather();
             copy_weight(0);
             combine(0);
-            for (int step = 0; step < walk.steps; ++step) {
+            for (int step = 0, stage = 0; step < walk.steps; ++step) {
+                const int next_stage = stage == weight_stages - 1 ? 0 : stage + 1;
                 const bool more = step + 1 < walk.steps;
                 if (more) {
                     walk.advance();
                     gather();
-                    copy_weight((step + 1) % weight_stages);
+                    copy_weight(next_stage);
                     cp_async_wait<1>();
                 } else {
                     cp_async_wait<0>();
                 }
                 __syncthreads();  // the tiles of this step are complete, those of the step before are free
-                tile.multiply(samples + step % 2 * M * 4, weight + step % weight_stages * N * 4);
+                tile.multiply(samples + step % 2 * M * 4, weight + stage * N * 4);
                 if (more) combine((step + 1) % 2);
+                stage = next_stage;
             }
         }
+        if (segment.end == (group + 1) * plan.channels) break;
     }
 
     __syncthreads();
+    const auto here = plan.tile_of<N>(block_index());
+    const int first_output = here.group * plan.columns + here.first_column;
     auto* bias = shared_memory<Accumulate<T>>();  // [N]
-    for (int i = threadIdx.x; i < N; i += 4 * M)
-        bias[i] = t.bias && first_column + i < columns ? t.bias[group * columns + first_column + i] : 0;
+    for (int i = threadIdx.x; i < N; i += 2 * M)
+        bias[i] = t.bias && here.first_column + i < plan.columns ? t.bias[first_output + i] : 0;
     __syncthreads();
     const int64_t pixels = p.batch * p.out_height * p.out_width;
     tile.each_four([&](int row, int column, const auto& sums) {
-        const int64_t pixel = first_pixel + row;
-        const int left = columns - (first_column + column);
+        const int64_t pixel = int64_t(here.pixel_tile) * M + row;
+        const int left = plan.columns - (here.first_column + column);
         if (pixel >= pixels || left <= 0) return;
-        T* output = t.output + pixel * p.out_channels + (group * columns + first_column + column);
+        T* output = t.output + pixel * p.out_channels + (first_output + column);
         T values[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) values[i] = narrow(sums[i] + bias[column + i], T());
-        if (rows_of_four) return store_four(output, values);
+        if (plan.rows_of_four) return store_four(output, values);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             if (i < left) output[i] = values[i];
@@ -351,18 +394,27 @@ __global__ void __launch_bounds__(4 * Tile::M)
 
 template <class Tile, bool chunked, class T>
 void launch_forward(const Params& p, const Forward<T>& t, void* stream) {
-    constexpr int64_t shared_limit = 99 << 10;  // of the devices that have the least
-    const int64_t taps = p.kernel_h * p.kernel_w, columns = p.out_channels / p.groups;
     using C = Corners<T, Tile::M>;
-    const int64_t most = (shared_limit - tile_bytes<Tile> - C::bytes(0)) / (C::bytes(1) - C::bytes(0));
+    constexpr int64_t shared_limit = 99 << 10;  // of the devices that have the least
+    constexpr int64_t most = (shared_limit - tile_bytes<Tile> - C::bytes(0)) / (C::bytes(1) - C::bytes(0));
+    const int64_t taps = p.kernel_h * p.kernel_w, columns = p.out_channels / p.groups;
     const int64_t blocks_of_taps = (taps + most - 1) / most;
     const int64_t at_once = (taps + blocks_of_taps - 1) / blocks_of_taps;
-    const int64_t pixels = p.batch * p.out_height * p.out_width;
-    const int64_t blocks = (pixels + Tile::M - 1) / Tile::M * p.groups * ((columns + Tile::N - 1) / Tile::N);
-    const bool rows_of_four =
-        columns % 4 == 0 && reinterpret_cast<uintptr_t>(t.output) % (4 * sizeof(T)) == 0;
-    launch("deform_conv2d: forward", forward_kernel<Tile, chunked>, grid(blocks), 4 * Tile::M,
-           tile_bytes<Tile> + C::bytes(at_once), stream, p, t, int(at_once), rows_of_four);
+    const int64_t column_tiles = (columns + Tile::N - 1) / Tile::N;
+    const int64_t pixel_tiles = (p.batch * p.out_height * p.out_width + Tile::M - 1) / Tile::M;
+    const Plan plan{
+        int(taps),
+        int(at_once),
+        int(p.channels / p.groups),
+        int(p.channels / p.offset_groups),
+        int(columns),
+        int(column_tiles),
+        int(p.groups),
+        columns % 4 == 0 && reinterpret_cast<uintptr_t>(t.output) % (4 * sizeof(T)) == 0,
+    };
+    launch("deform_conv2d: forward", forward_kernel<Tile, chunked>,
+           grid(pixel_tiles * p.groups * column_tiles), 2 * Tile::M, tile_bytes<Tile> + C::bytes(at_once),
+           stream, p, t, plan);
 }
 
 // Whether every chunk of 16 bytes of channels is aligned and has one offset group.
@@ -386,13 +438,14 @@ void choose_forward(const Params& p, const Forward<T>& t, void* stream) {
         const int64_t columns = p.out_channels / p.groups;
         const int64_t tiles = (p.batch * p.out_height * p.out_width + 127) / 128 * p.groups;
         const int64_t enough = multiprocessors() * 3 / 4;
-        if (!chunked) return launch_forward<TensorTile<T, 64, 64>, false>(p, t, stream);
+        if (!chunked) return launch_forward<TensorTile<T, 64, 64, 32>, false>(p, t, stream);
         if constexpr (sizeof(T) == 2)  // tf32's products take twice as long, and more registers
             if (columns > 128 && tiles * ((columns + 255) / 256) >= enough)
-                return launch_forward<TensorTile<T, 128, 256>, true>(p, t, stream);
+                return launch_forward<TensorTile<T, 128, 256, 64>, true>(p, t, stream);
         if (columns > 64 && tiles * ((columns + 127) / 128) >= enough)
-            return launch_forward<TensorTile<T, 128, 128>, true>(p, t, stream);
-        launch_forward<TensorTile<T, 64, 64>, true>(p, t, stream);
+            return launch_forward<TensorTile<T, 128, 128, 32>, true>(p, t, stream);
+        if (tiles >= enough) return launch_forward<TensorTile<T, 128, 64, 32>, true>(p, t, stream);
+        launch_forward<TensorTile<T, 64, 64, 32>, true>(p, t, stream);
     }
 }
 

@@ -15,8 +15,8 @@ inline void check_sizes(const Params& p) {
         int64_t size;
     } sizes[] = {{"channels of input", p.channels},
                  {"channels of the output", p.out_channels},
-                 {"rows of the output", p.out_height},
-                 {"columns of the output", p.out_width},
+                 {"rows of input with the padding", p.height + 2 * p.pad_h},
+                 {"columns of input with the padding", p.width + 2 * p.pad_w},
                  {"elements of weight for a channel", p.channels / p.groups * p.kernel_h * p.kernel_w},
                  {"offsets of a pixel", p.offset_groups * p.kernel_h * p.kernel_w}};
     for (const auto& [name, size] : sizes)
@@ -70,16 +70,16 @@ __device__ __forceinline__ Place place_of(const Params& p, int64_t pixel) {
 // The sample of one tap, by its `shift` (dy, dx).
 template <class A>
 __device__ __forceinline__ Sample<A> locate(const Params& p, const A* shift, const Place& place, int tap) {
-    const int kernel_w = int(p.kernel_w);
-    const A y = A(place.y * p.stride_h - p.pad_h + tap / kernel_w * p.dilation_h) + shift[0];
-    const A x = A(place.x * p.stride_w - p.pad_w + tap % kernel_w * p.dilation_w) + shift[1];
+    const int line = tap / int(p.kernel_w), place_in_line = tap % int(p.kernel_w);
+    const A y = A(place.y * int(p.stride_h) - int(p.pad_h) + line * int(p.dilation_h)) + shift[0];
+    const A x = A(place.x * int(p.stride_w) - int(p.pad_w) + place_in_line * int(p.dilation_w)) + shift[1];
     // false for NaN; what is true fits into an integer
-    if (!(y > -1 && y < A(p.height) && x > -1 && x < A(p.width))) return {0, 0, 0, 0};
+    if (!(y > -1 && y < A(int(p.height)) && x > -1 && x < A(int(p.width)))) return {0, 0, 0, 0};
     const A top = floor(y), left = floor(x);
-    const auto row = int64_t(top), column = int64_t(left);
-    const unsigned rows = (row >= 0 ? 3u : 0u) | (row + 1 < p.height ? 12u : 0u);
-    const unsigned columns = (column >= 0 ? 5u : 0u) | (column + 1 < p.width ? 10u : 0u);
-    return {(place.image * p.height + row) * p.width + column, y - top, x - left, rows & columns};
+    const int row = int(top), column = int(left), height = int(p.height), width = int(p.width);
+    const unsigned rows = (row >= 0 ? 3u : 0u) | (row + 1 < height ? 12u : 0u);
+    const unsigned columns = (column >= 0 ? 5u : 0u) | (column + 1 < width ? 10u : 0u);
+    return {(place.image * height + row) * width + column, y - top, x - left, rows & columns};
 }
 
 // The same by the index of the output pixel in [N, Ho, Wo], the offset group and the tap.

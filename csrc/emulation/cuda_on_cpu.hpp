@@ -477,6 +477,8 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, unsigned
 
 inline int multiprocessors() { return 4; }
 
+inline unsigned block_index() { return blockIdx.x; }
+
 template <class T>
 T* shared_memory() {
     return reinterpret_cast<T*>(emulation::engine.shared);
