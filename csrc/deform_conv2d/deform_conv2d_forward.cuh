@@ -298,11 +298,11 @@ __global__ void __launch_bounds__(2 * Tile::M, Tile::blocks)
             Walk<T> walk(segment, block_taps);
 
             const auto copy_weight = [&](int stage) {
+                if (N < M && row >= N) return cp_async_commit();  // there are fewer rows than pixels
                 uint4* rows = weight + stage * N * 4;
                 const int offset = (first_tap + walk.tap) * plan.channels + walk.channel;
 #pragma unroll
                 for (int i = 0; i < N; i += M) {
-                    if (N < M && row >= N) break;
                     const T* source = weight_row + int64_t(i) * (plan.taps * plan.channels) + offset;
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {

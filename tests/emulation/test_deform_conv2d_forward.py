@@ -142,8 +142,9 @@ def test_unknown_dtype(kernels: Kernels) -> None:
         (Case("", channels=24, offset_groups=3), torch.float32, False),
         (Case("", channels=3, out_channels=2), torch.float64, False),
         (Case("", channels=8, out_channels=136, size=(16, 17)), torch.bfloat16, False),
+        (Case("", batch=1, size=(16, 17), kernel=(3, 1), padding=(1, 0)), torch.float16, False),
     ],
-    ids=["rows", "scalars", "tf32", "segments", "float64", "wide"],
+    ids=["rows", "scalars", "tf32", "segments", "float64", "wide", "tall"],
 )
 def test_sanitizers(
     emulation: Path, tmp_path: Path, program: str, case: Case, dtype: torch.dtype, tf32: bool
