@@ -535,7 +535,7 @@ struct BackwardGrids {
         data.y = unsigned(ceil_div(l.positions, block_positions));
 
         const int64_t steps = ceil_div(l.pixels, kStep);
-        weight_rows = sizeof(T) == 2 && l.group_out > 128 ? 256 : 64;
+        weight_rows = sizeof(T) == 2 && l.group_out > 64 ? 256 : 64;
         weight = grid(int64_t(l.taps) * l.slices);
         weight.y = unsigned(ceil_div(l.group_out, weight_rows));
         part_steps = int(share(steps, 4, two_waves, int64_t(weight.x) * weight.y));
