@@ -358,10 +358,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
             });
             __syncthreads();
             const int count = slice.count - channel;
-            if (count <= 0) continue;
-            if (wants_position)
+            if (count > 0 && wants_position)
                 add_dots<T>(dots, p, l, t.input, own_grad, samples + own, slice.begin + channel, count);
-            if (wants_input) spread<T>(sums, p, l, own_grad, samples + own, slice.begin + channel, count);
+            if (count > 0 && wants_input)
+                spread<T>(sums, p, l, own_grad, samples + own, slice.begin + channel, count);
         }
         if (wants_position) write_position(dots, l, t, samples + own, first_pixel + own, position);
     }

@@ -197,7 +197,7 @@ def test_single_gradient(
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
 def test_same_bits_in_any_order(kernels: Kernels, dtype: torch.dtype) -> None:
     """All but grad_input always, and grad_input where it is asked for."""
-    case = Case("", channels=24, out_channels=72, size=(12, 13), offset_groups=3)
+    case = Case("", channels=24, out_channels=72, size=(8, 9), kernel=(2, 2), offset_groups=3)
     tensors, grad = case.tensors(dtype), cotangent(case, dtype)
     runs: dict[bool, list[list[Tensor | None]]] = {False: [], True: []}
     for deterministic, found in runs.items():
