@@ -3,16 +3,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <cstdint>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
+#include "common/fields.hpp"
 #include "common/isa.hpp"
 #include "deform_conv2d/deform_conv2d.h"
 #ifdef NASFAST_CUDA
 #include "common/cuda_device.h"
+#include "deform_conv2d/bindings_cuda.hpp"
 #endif
 
 namespace py = pybind11;
@@ -20,16 +20,8 @@ namespace dc = nasfast::deform_conv2d;
 
 namespace {
 
-// One integer for each field of a struct whose fields are all int64_t or pointers.
-template <class Struct>
-using Fields = std::array<int64_t, sizeof(Struct) / sizeof(int64_t)>;
-
-template <class Struct>
-Struct unpack(const Fields<Struct>& fields) {
-    Struct result;
-    std::memcpy(&result, fields.data(), sizeof(Struct));
-    return result;
-}
+using nasfast::Fields;
+using nasfast::unpack;
 
 // Python's entry for a CPU kernel: (dtype, sizes, pointers); runs without the GIL. The types are those that
 // the kernel stores.
@@ -86,5 +78,6 @@ PYBIND11_MODULE(_C, m) {
                                         [](const auto&... arguments) { backward(arguments...); }));
 #ifdef NASFAST_CUDA
     m.def("cuda_info", &cuda_info);
+    dc::cuda::bind_cuda(m);
 #endif
 }

@@ -1,0 +1,97 @@
+// Makes one call of a kernel that a file describes, in a program of its own for the sanitizers to watch. The
+// buffers have no byte to spare, and what the kernel is to write starts as NaN.
+//
+// File: integers of 64 bits, then bytes. 0 forward or 1 backward, dtype, seed of the order, barrier and wait
+// to skip, the fields of Params, and for each pointer the bytes of its buffer, or -1 for null, and whether
+// its content follows. Then the contents. The other buffers are written to the second file.
+#include <cstdio>
+#include <memory>
+
+#include "common/fields.hpp"
+#include "deform_conv2d/deform_conv2d_cuda.cu"
+
+namespace {
+
+using namespace nasfast::deform_conv2d;
+
+struct File {
+    std::FILE* file;
+    File(const char* path, const char* mode) : file(std::fopen(path, mode)) {
+        if (!file) throw std::runtime_error(std::string("cannot open ") + path);
+    }
+    ~File() { std::fclose(file); }
+    void read(void* memory, size_t bytes) {
+        if (std::fread(memory, 1, bytes, file) != bytes) throw std::runtime_error("the file is too short");
+    }
+    int64_t integer() {
+        int64_t value;
+        read(&value, sizeof value);
+        return value;
+    }
+};
+
+struct Buffer {
+    int64_t bytes, given;
+    std::unique_ptr<unsigned char, void (*)(void*)> memory{nullptr, std::free};
+
+    void allocate() {
+        if (bytes < 0) return;
+        void* address = nullptr;
+        if (posix_memalign(&address, 256, size_t(bytes))) throw std::bad_alloc();
+        memory.reset(static_cast<unsigned char*>(address));
+        std::memset(address, 0xff, size_t(bytes));
+    }
+};
+
+template <template <class> class Tensors, class Call>
+void replay(File& in, File& out, int64_t dtype, const Call& call) {
+    nasfast::Fields<Params> sizes;
+    for (int64_t& size : sizes) size = in.integer();
+    nasfast::Fields<Tensors<float>> pointers;
+    std::vector<Buffer> buffers(pointers.size());
+    for (Buffer& buffer : buffers) {
+        buffer.bytes = in.integer();
+        buffer.given = in.integer();
+    }
+    for (size_t i = 0; i < buffers.size(); ++i) {
+        buffers[i].allocate();
+        pointers[i] = reinterpret_cast<int64_t>(buffers[i].memory.get());
+        if (buffers[i].given) in.read(buffers[i].memory.get(), size_t(buffers[i].bytes));
+    }
+    const auto params = nasfast::unpack<Params>(sizes);
+    nasfast::with_type(dtype,
+                       [&](auto type) { call(params, nasfast::unpack<Tensors<decltype(type)>>(pointers)); });
+    for (const Buffer& buffer : buffers)
+        if (!buffer.given && buffer.bytes > 0)
+            std::fwrite(buffer.memory.get(), 1, size_t(buffer.bytes), out.file);
+}
+
+Buffer workspace(int64_t bytes) {
+    Buffer buffer{bytes, false};
+    buffer.allocate();
+    return buffer;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) try {
+    if (count != 3) throw std::runtime_error("the arguments must be two files");
+    File in(arguments[1], "rb"), out(arguments[2], "wb");
+    const int64_t backward = in.integer(), dtype = in.integer();
+    nasfast::emulation::set_order(uint64_t(in.integer()));
+    const int64_t barrier = in.integer(), wait = in.integer();
+    nasfast::emulation::skip(barrier, wait);
+    if (backward)
+        replay<Backward>(in, out, dtype, [&](const Params& p, const auto& tensors) {
+            const Buffer space = workspace(cuda::backward_workspace(nasfast::DType(dtype), p));
+            cuda::backward(p, tensors, space.memory.get(), nullptr);
+        });
+    else
+        replay<Forward>(in, out, dtype, [&](const Params& p, const auto& tensors) {
+            const Buffer space = workspace(cuda::forward_workspace(nasfast::DType(dtype), p));
+            cuda::forward(p, tensors, space.memory.get(), nullptr);
+        });
+} catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 1;
+}

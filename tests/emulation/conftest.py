@@ -1,0 +1,52 @@
+"""Builds the emulation once per session."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from emulated import Kernels
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def emulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the module and of the programs."""
+    pybind11 = pytest.importorskip("pybind11")
+    if platform.machine() != "x86_64":
+        pytest.skip("the emulation changes stacks in x86-64 assembly")
+    if shutil.which("cmake") is None or shutil.which("ninja") is None:
+        pytest.skip("needs cmake and ninja")
+    folder = tmp_path_factory.mktemp("emulation")
+    options = {
+        "NASFAST_CUDA": "off",
+        "NASFAST_EMULATION": "ON",
+        "NASFAST_OUTPUT": folder,
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+    }
+    configure = ["cmake", "-S", ROOT, "-B", folder / "build", "-G", "Ninja"]
+    configure += [f"-D{name}={value}" for name, value in options.items()]
+    targets = ["_C_emulated", "replay_address", "replay_thread"]
+    for command in (configure, ["cmake", "--build", folder / "build", "--target", *targets]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "warning" not in done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def kernels(emulation: Path) -> Kernels:
+    (path,) = emulation.glob("_C_emulated*.so")
+    spec = importlib.util.spec_from_file_location("_C_emulated", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return Kernels(module)
