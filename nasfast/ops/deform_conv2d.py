@@ -368,7 +368,7 @@ def _plan(
     """
     input = tensors[0]
     assert input is not None
-    choices = _choices(input) if input.is_cuda else (False, False)
+    choices = _choices(input)
     key = (*map(_native.describe, tensors), *stride, *padding, *dilation, choices)
     plan = _plans.get(key)
     if plan is None:
@@ -450,6 +450,8 @@ def _finish(tensor: Tensor, like: Tensor) -> Tensor:
 
 def _choices(tensor: Tensor) -> tuple[bool, bool]:
     """deterministic, tf32: as PyTorch's own convolutions follow the global settings."""
+    if not tensor.is_cuda:
+        return False, False
     cudnn: Any = torch.backends.cudnn
     return torch.are_deterministic_algorithms_enabled(), cudnn.conv.fp32_precision == "tf32"
 

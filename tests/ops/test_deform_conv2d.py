@@ -776,14 +776,74 @@ def test_batched_gradients() -> None:
         torch.testing.assert_close([g[i] for g in batched], list(expected))
 
 
+def to_cuda(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.detach().cuda() for t in tensors]
+
+
 @pytest.mark.cuda
 @every_sample
-def test_cuda_equals_cpu(sample: Sample) -> None:
-    tensors = sample.tensors()
-    moved = [None if t is None else t.detach().cuda() for t in tensors]
-    expected, output = forward_backward(sample, tensors), forward_backward(sample, moved)
-    for value, reference in zip(output, expected):
-        torch.testing.assert_close(value.cpu(), reference, **TOLERANCE[torch.float64])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_cuda_equals_reference(sample: Sample, dtype: torch.dtype, deterministic: bool) -> None:
+    """Output and every gradient, against those of the same numbers in float64."""
+    tensors = sample.tensors(dtype)
+    doubles = [None if t is None else t.double() for t in tensors]
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        output = forward_backward(sample, to_cuda(tensors))
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+    for value, reference in zip(output, forward_backward(sample, doubles)):
+        assert value.dtype == dtype
+        tolerance = dict(TOLERANCE[dtype])
+        if reference.numel():
+            tolerance["atol"] *= max(1, reference.abs().max().item())
+        torch.testing.assert_close(value.cpu().double(), reference, **tolerance)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_cuda_same_bits_in_every_run(dtype: torch.dtype) -> None:
+    sample = Sample("", batch=2, channels=32, out_channels=32, size=(40, 60))
+    tensors = to_cuda(sample.tensors(dtype))
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, *others = (forward_backward(sample, tensors) for _ in range(5))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for run in others for a, b in zip(first, run))
+
+
+@pytest.mark.cuda
+def test_cuda_graph() -> None:
+    """Captured on a stream of its own, without a synchronisation; replayed with other values."""
+    sample = Sample("", channels=16, out_channels=16, size=(20, 30), layout="channels_last")
+    tensors = to_cuda(sample.tensors(torch.float32))
+    forward_backward(sample, tensors)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.graph(graph):
+            captured = forward_backward(sample, tensors)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    tensors[0].data.copy_(torch.randn_like(tensors[0]))
+    graph.replay()
+    for value, expected in zip(captured, forward_backward(sample, tensors)):
+        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.cuda
+def test_cuda_compile_and_autocast() -> None:
+    block = Block().cuda()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    input = torch.randn(2, 4, 5, 7, device="cuda")
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        output = compiled(input)
+        assert output.dtype == torch.bfloat16
+        torch.testing.assert_close(output, block(input), **TOLERANCE[torch.bfloat16])
 
 
 def test_runs_without_the_extension() -> None:
