@@ -84,10 +84,12 @@ __device__ __forceinline__ uint4 load_16(const void* global) {
     return __ldg(static_cast<const uint4*>(global));
 }
 
-// The same where valid; zeros elsewhere. No branch, so that several loads go out together.
+// The same where valid; zeros elsewhere. Without a branch, so that several loads go out together, and
+// volatile, so that they go out here and not where their values are used.
 __device__ __forceinline__ uint4 load_16(const void* global, bool valid) {
     uint4 words;
-    asm("{\n"
+    asm volatile(
+        "{\n"
         " .reg .pred valid;\n"
         " setp.ne.s32 valid, %5, 0;\n"
         " mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
@@ -98,8 +100,7 @@ __device__ __forceinline__ uint4 load_16(const void* global, bool valid) {
     return words;
 }
 
-// Copies 16 bytes in the background; zeros where not valid (then `global` is not read, but must be an
-// address).
+// Copies 16 bytes in the background; zeros where not valid, whatever `global` is.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                  "r"(valid ? 16 : 0)
@@ -138,11 +139,6 @@ __device__ __forceinline__ void atomic_add(float* global, float4 value) {
 }
 
 // ---- warp
-
-template <class T>
-__device__ __forceinline__ T shuffle(T value, int lane) {
-    return __shfl_sync(0xffffffffu, value, lane);
-}
 
 template <class T>
 __device__ __forceinline__ T shuffle_xor(T value, int lanes) {

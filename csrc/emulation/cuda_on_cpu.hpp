@@ -71,7 +71,6 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
-inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
@@ -540,15 +539,10 @@ inline void atomic_add(float* global, float4 value) {
 }
 
 template <class T>
-T shuffle(T value, int lane) {
-    emulation::Shuffle<T> operand{value, value, lane & (emulation::lanes - 1)};
+T shuffle_xor(T value, int lanes) {
+    emulation::Shuffle<T> operand{value, value, (emulation::engine.current ^ lanes) % emulation::lanes};
     emulation::warp_wide(emulation::exchange<T>, &operand);
     return operand.result;
-}
-
-template <class T>
-T shuffle_xor(T value, int lanes) {
-    return shuffle(value, int(threadIdx.x) ^ lanes);
 }
 
 inline float widen(float value) { return value; }
