@@ -97,14 +97,17 @@ struct Wanted {
 
 // Takes the gradient of the columns of a tile, [pixel, tap, channel of the slice], apart: adds it to
 // grad_image at the corners, sums its products with the corners to sums[pixel, tap, 4], and puts the columns
-// in its place.
-template <class T, class A>
-void scatter(const T* image, A* grad_image, const Samples<A>& samples, int64_t pixels, const Slice& slice,
-             Wanted wanted, A* columns, int64_t row, A* sums) {
+// in its place. Vectors: the slice is that many full vectors, and everything is wanted; 0 for any slice and
+// any wish.
+template <int Vectors, class T, class A>
+void scatter_tile(const T* image, A* grad_image, const Samples<A>& samples, int64_t pixels,
+                  const Slice& slice, Wanted wanted, A* columns, int64_t row, A* sums) {
     constexpr int full = kWidth<A>;
+    const int64_t channels = Vectors > 0 ? Vectors * full : slice.count;
+    if constexpr (Vectors > 0) wanted = {true, true, true};
     const auto one = [&](const auto& sample, A* column, A* sum) NASFAST_INLINE_LAMBDA {
         if (!sample.inside()) {
-            std::fill_n(column, slice.count, A(0));
+            std::fill_n(column, channels, A(0));
             std::fill_n(sum, 4, A(0));
             return;
         }
@@ -112,7 +115,7 @@ void scatter(const T* image, A* grad_image, const Samples<A>& samples, int64_t p
         A weight[4];
         for (int i = 0; i < 4; ++i) corner[i] = sample.corner(i) + slice.begin, weight[i] = sample.weight(i);
         Vector<A, full> products[4] = {};
-        by_vectors<full>(slice.count, [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
+        by_vectors<full>(channels, [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
             constexpr int w = decltype(width)::value;
             const auto grad = load<w>(column + j);
             Vector<A, w> mixed = {};
@@ -137,7 +140,21 @@ void scatter(const T* image, A* grad_image, const Samples<A>& samples, int64_t p
     };
     for (int64_t i = 0; i < pixels; ++i)
         for (int64_t tap = 0; tap < samples.per_pixel; ++tap, sums += 4)
-            one(samples[i * samples.per_pixel + tap], columns + i * row + tap * slice.count, sums);
+            one(samples[i * samples.per_pixel + tap], columns + i * row + tap * channels, sums);
+}
+
+template <class T, class A>
+void scatter(const T* image, A* grad_image, const Samples<A>& samples, int64_t pixels, const Slice& slice,
+             Wanted wanted, A* columns, int64_t row, A* sums) {
+    const auto run = [&](auto vectors) {
+        scatter_tile<decltype(vectors)::value>(image, grad_image, samples, pixels, slice, wanted, columns,
+                                               row, sums);
+    };
+    const bool all = wanted.input && wanted.position && wanted.weight;
+    if (all && slice.count == 4 * kWidth<A>) return run(std::integral_constant<int, 4>());
+    if (all && slice.count == 3 * kWidth<A>) return run(std::integral_constant<int, 3>());
+    if (all && slice.count == 2 * kWidth<A>) return run(std::integral_constant<int, 2>());
+    run(std::integral_constant<int, 0>());
 }
 
 // derivatives[0, 1, 2] = gradients by y, x and mask of the samples of a tile, from the sums of scatter.
