@@ -101,10 +101,8 @@ struct Bf16Product {
     static void multiply(int64_t rows, int64_t depth, const bfloat16* a, int64_t a_row, const Panels& panels,
                          const bfloat16* packed, int64_t total, int64_t first, Into into, float* c,
                          int64_t c_row) {
-        alignas(64) Config config = {};
-        config.palette = 1;
-        for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = 16;
-        _tile_loadconfig(&config);
+        _tile_loadconfig(&kConfig);
+        asm volatile("" ::: "memory");  // GCC 12 does not know how much the tile instructions read
         for (int64_t panel = 0; panel < panels.count; ++panel) {
             const int64_t begin = panels.begin(panel), width = panels.begin(panel + 1) - begin;
             const bfloat16* const b = packed + total * begin + first * width;
@@ -114,15 +112,18 @@ struct Bf16Product {
                 else
                     block<1>(depth, a + row * a_row, a_row, b, into, c + row * c_row + begin, c_row);
         }
+        asm volatile("" ::: "memory");
         _tile_release();
     }
 
 private:
-    struct Config {
+    struct alignas(64) Config {
         uint8_t palette, start_row, reserved[14];
         uint16_t row_bytes[16];
         uint8_t rows[16];
     };
+    static constexpr Config kConfig = {
+        1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
     template <int Vectors>
     static void block(int64_t depth, const bfloat16* a, int64_t a_row, const bfloat16* b, Into into, float* c,

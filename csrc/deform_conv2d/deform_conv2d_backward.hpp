@@ -38,29 +38,30 @@ inline std::vector<Slice> slices(const Params& p, int64_t most) {
 }
 
 // How the backward pass is divided. A unit is a slice of channels of every `streams`-th image; a round is
-// some tiles of some images, after which the slices' parts of grad_offset and grad_mask are summed. The sums
-// depend on `parts` and `streams`, which the sizes alone decide; the rounds only bound the memory.
+// some tiles of some images, after which the slices' parts of grad_offset and grad_mask are summed, and those
+// of grad_weight added to what is there. The sizes alone decide it, so that every sum has one order.
 struct Plan {
-    static constexpr int64_t kWeightBytes = 1 << 20;  // of all streams' weight gradients beyond the first
-    static constexpr int64_t kPartialBytes = 2 << 20;
+    static constexpr int64_t kWeightBytes = 1 << 20;   // of all streams' weight gradients beyond the first
+    static constexpr int64_t kPartialBytes = 2 << 20;  // of a round's parts, unless one tile needs more
     static constexpr int64_t kUnits = 8;
 
     Tiling tiling;
+    int64_t pixels;  // of a tile, at most
     int64_t streams;
     std::vector<Slice> parts;
     int64_t images, tiles;  // of a round
 
-    Plan(const Params& p, bool wants_weight, int64_t element) : tiling(p, kBackwardTile) {
+    Plan(const Params& p, int64_t element)
+        : tiling(p, kBackwardTile), pixels(std::min(kBackwardTile, p.out_height * p.out_width)) {
         const int64_t taps = p.kernel_h * p.kernel_w;
         const int64_t weight_bytes = p.out_channels * p.channels / p.groups * taps * element;
-        streams =
-            std::max<int64_t>(1, wants_weight ? std::min(p.batch, 1 + kWeightBytes / weight_bytes) : p.batch);
+        streams = std::max<int64_t>(1, std::min(p.batch, 1 + kWeightBytes / weight_bytes));
         parts = slices(p, 64);
         if (streams * count() < kUnits) parts = slices(p, 32);
-        const int64_t each = count() * kBackwardTile * taps * 3 * element;
-        images = std::clamp(kPartialBytes / each / streams * streams, streams,
-                            round_up(std::max<int64_t>(p.batch, 1), streams));
-        tiles = std::clamp<int64_t>(kPartialBytes / each / images, 1, tiling.per_image());
+        const int64_t most = std::max<int64_t>(1, kPartialBytes / (count() * pixels * taps * 3 * element));
+        streams = std::min(streams, most);
+        images = std::min(most / streams * streams, round_up(std::max<int64_t>(p.batch, 1), streams));
+        tiles = std::clamp<int64_t>(most / images, 1, tiling.per_image());
     }
     int64_t count() const { return static_cast<int64_t>(parts.size()); }
 };
@@ -100,7 +101,7 @@ struct Wanted {
 // in its place. Vectors: the slice is that many full vectors, and everything is wanted; 0 for any slice and
 // any wish.
 template <int Vectors, class T, class A>
-void scatter_tile(const T* image, A* grad_image, const Samples<A>& samples, int64_t pixels,
+void scatter_tile(const T* image, A* grad_image, const Samples<A, true>& samples, int64_t pixels,
                   const Slice& slice, Wanted wanted, A* columns, int64_t row, A* sums) {
     constexpr int full = kWidth<A>;
     const int64_t channels = Vectors > 0 ? Vectors * full : slice.count;
@@ -117,7 +118,7 @@ void scatter_tile(const T* image, A* grad_image, const Samples<A>& samples, int6
         Vector<A, full> products[4] = {};
         by_vectors<full>(channels, [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
             constexpr int w = decltype(width)::value;
-            const auto grad = load<w>(column + j);
+            const auto grad = load<w>(column + j);  // left over where neither input nor position is wanted
             Vector<A, w> mixed = {};
             for (int i = 0; i < 4; ++i) {
                 const auto value = load_as<A, w>(image + corner[i] + j);
@@ -144,8 +145,8 @@ void scatter_tile(const T* image, A* grad_image, const Samples<A>& samples, int6
 }
 
 template <class T, class A>
-void scatter(const T* image, A* grad_image, const Samples<A>& samples, int64_t pixels, const Slice& slice,
-             Wanted wanted, A* columns, int64_t row, A* sums) {
+void scatter(const T* image, A* grad_image, const Samples<A, true>& samples, int64_t pixels,
+             const Slice& slice, Wanted wanted, A* columns, int64_t row, A* sums) {
     const auto run = [&](auto vectors) {
         scatter_tile<decltype(vectors)::value>(image, grad_image, samples, pixels, slice, wanted, columns,
                                                row, sums);
@@ -159,7 +160,8 @@ void scatter(const T* image, A* grad_image, const Samples<A>& samples, int64_t p
 
 // derivatives[0, 1, 2] = gradients by y, x and mask of the samples of a tile, from the sums of scatter.
 template <class T>
-void differentiate(const Samples<T>& samples, int64_t count, const T* sums, T* derivatives, int64_t stride) {
+void differentiate(const Samples<T, true>& samples, int64_t count, const T* sums, T* derivatives,
+                   int64_t stride) {
     constexpr int w = kWidth<T>;
     using V = Vector<T, w>;
     const auto lanes = std::make_index_sequence<w>();
@@ -203,9 +205,9 @@ public:
           out(p.out_channels / p.groups),
           weight_size(p.out_channels * in * taps),
           wanted{t.grad_input != nullptr, t.grad_offset || t.grad_mask, t.grad_weight != nullptr},
-          plan(p, wanted.weight, sizeof(A)),
+          plan(p, sizeof(A)),
           steps(p),
-          stride(round_up(kBackwardTile * taps, kWidth<A>)),
+          stride(round_up(plan.pixels * taps, kWidth<A>)),
           streams(wanted.weight ? (plan.streams - 1) * weight_size : 0),
           derivatives(wanted.position ? plan.images * plan.tiles * plan.count() * 3 * stride : 0),
           widened(wanted.input && !std::is_same_v<T, A> ? input_size() : 0) {}
@@ -242,22 +244,22 @@ private:
     };
 
     struct Scratch {
-        Samples<A> samples;
+        Samples<A, true> samples;
         A *sums, *columns;
         Operand *grad, *weight;
         T* row;
         Outer outer;
 
-        Scratch(Arena& arena, const BackwardPass& pass) : samples(arena, pass.p, 1, kBackwardTile) {
+        Scratch(Arena& arena, const BackwardPass& pass) : samples(arena, pass.p, 1, pass.plan.pixels) {
             int64_t widest = 0;
             for (const Slice& slice : pass.plan.parts) widest = std::max(widest, slice.count);
             const typename Product::Panels panels(pass.taps * widest);
-            const int64_t rows = round_up(kBackwardTile, Product::kRowMultiple);
+            const int64_t rows = round_up(pass.plan.pixels, Product::kRowMultiple);
             const int64_t depth = round_up(pass.out, Product::kDepthMultiple);
             sums = arena.take<A>(4 * pass.stride), columns = arena.take<A>(rows * panels.padded());
             grad = arena.take<Operand>(rows * depth), weight = arena.take<Operand>(depth * panels.padded());
             row = arena.take<T>(pass.taps * widest);
-            if (pass.wanted.weight) outer = Outer(arena, pass.taps * widest, pass.out, kBackwardTile);
+            if (pass.wanted.weight) outer = Outer(arena, pass.taps * widest, pass.out, pass.plan.pixels);
         }
     };
 
@@ -304,18 +306,19 @@ private:
             for (int64_t i = 0; i < round.tiles; ++i) {
                 const Tile tile = plan.tiling[(round.image + n) * plan.tiling.per_image() + round.tile + i];
                 const int64_t pixels = tile.pixels();
-                locate<true>(p, t.offset, t.mask, offset_group, tile, s.samples);
+                locate(p, t.offset, t.mask, offset_group, tile, s.samples);
                 for (int64_t pixel = 0; pixel < pixels; ++pixel) {
                     Operand* const row = s.grad + pixel * depth;
                     convert(t.grad + tile.pixel(p, pixel) * p.out_channels + group * out, out, row);
                     std::fill(row + out, row + depth, Operand());
                 }
-                for (int64_t k = 0; k < depth; k += Product::kDepth)
+                // where only the weight's gradient is wanted, the columns have none
+                for (int64_t k = 0; k < (wanted.input || wanted.position ? depth : 0); k += Product::kDepth)
                     Product::multiply(pixels, std::min(Product::kDepth, depth - k), s.grad + k, depth, panels,
                                       s.weight, depth, k, k ? Into::add : Into::assign, s.columns,
                                       panels.padded());
-                scatter(t.input + image, input_sums() + image, s.samples, pixels, slice, wanted, s.columns,
-                        panels.padded(), s.sums);
+                scatter(t.input + image, wanted.input ? input_sums() + image : nullptr, s.samples, pixels,
+                        slice, wanted, s.columns, panels.padded(), s.sums);
                 if (wanted.position)
                     differentiate(s.samples, pixels * taps, s.sums, part_of(round, n, i, part), stride);
                 if (wanted.weight) s.outer.add(pixels, s.columns, panels.padded(), s.grad, depth);

@@ -14,6 +14,7 @@ namespace nasfast::deform_conv2d::NASFAST_ISA {
 constexpr int64_t kTile = 64;        // output pixels of a tile
 constexpr int64_t kLargeTile = 192;  // where a tile would be done before its weights have come from memory
 constexpr int64_t kLargeWeight = 1 << 20;  // bytes
+constexpr int64_t kSampleBytes = 1 << 19;  // of the samples of a tile
 constexpr int64_t kBlock = 64;             // input channels that are sampled at a time, at most
 constexpr int64_t kColumns = 576;          // taps times channels that are sampled at a time
 
@@ -71,9 +72,12 @@ void forward_impl(const Params& p, const Forward<T>& t) {
         if (t.bias) std::copy_n(t.bias + group * out, out, bias);
     });
 
-    const int64_t tile_pixels = size * int64_t(sizeof(Operand)) < kLargeWeight ? kTile : kLargeTile;
+    const int64_t per_pixel =
+        p.offset_groups * taps * int64_t(sizeof(typename Samples<A, false>::Values)) / kWidth<A>;
+    const int64_t tile_pixels = std::clamp<int64_t>(
+        kSampleBytes / per_pixel, 1, size * int64_t(sizeof(Operand)) < kLargeWeight ? kTile : kLargeTile);
     struct Scratch {
-        Samples<A> samples;
+        Samples<A, false> samples;
         Operand* columns;
         A* output;
     };
@@ -88,7 +92,7 @@ void forward_impl(const Params& p, const Forward<T>& t) {
         const Tile tile = tiling[unit];
         const int64_t pixels = tile.pixels();
         const T* const image = t.input + tile.image * p.height * p.width * p.channels;
-        locate<false>(p, t.offset, t.mask, 0, tile, s.samples);
+        locate(p, t.offset, t.mask, 0, tile, s.samples);
         for (int64_t group = 0; group < p.groups; ++group) {
             const A* const bias = biases.get() + group * panels.padded();
             for (int64_t i = 0; i < pixels; ++i)

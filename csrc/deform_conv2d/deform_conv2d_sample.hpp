@@ -50,23 +50,27 @@ private:
 
 // Where the samples of a tile lie, a vector of them at a time. The corners are top left, top right, bottom
 // left, bottom right; one outside the image has weight 0 and is moved to the nearest of the others.
-template <class A>
+// Gradients: with what the derivatives by the position need.
+template <class A, bool Gradients>
 struct Samples {
     static constexpr int kLanes = kWidth<A>;
     using Index = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
 
-    struct Block {
+    struct Values {
         Index corner[4][kLanes];  // element of the image; the first is negative for a sample outside
         A weight[4][kLanes];      // bilinear, times mask
-        A mask[kLanes];           // 0 for a sample outside
-        A row[2][kLanes];         // weights of the upper and lower corners, of the left and right ones
+    };
+    struct Derivatives : Values {
+        A mask[kLanes];    // 0 for a sample outside
+        A row[2][kLanes];  // weights of the upper and lower corners, of the left and right ones
         A column[2][kLanes];
         A row_slope[2][kLanes];  // their derivatives by the position
         A column_slope[2][kLanes];
     };
+    using Block = std::conditional_t<Gradients, Derivatives, Values>;
     // One sample: field[0] of the members is its own.
     struct Sample {
-        const Block* at;
+        const Values* at;
 
         Index corner(int i) const { return at->corner[i][0]; }
         A weight(int i) const { return at->weight[i][0]; }
@@ -87,7 +91,7 @@ struct Samples {
     }
     Sample operator[](int64_t s) const {
         const Block* const block = blocks + s / kLanes;
-        return {reinterpret_cast<const Block*>(reinterpret_cast<const A*>(block) + s % kLanes)};
+        return {reinterpret_cast<const Values*>(reinterpret_cast<const A*>(block) + s % kLanes)};
     }
 };
 
@@ -110,11 +114,10 @@ NASFAST_INLINE Vector<T, Width> first_lanes(const Vector<T, All>& vector) {
 }
 
 // Locates the samples of a tile, of the offset groups from `group` on. An image has fewer than 2^31 elements.
-// Gradients: also what the derivatives by the position need.
-template <bool Gradients, class A>
+template <class A, bool Gradients>
 void locate(const Params& p, const A* offset, const A* mask, int64_t group, const Tile& tile,
-            const Samples<A>& samples) {
-    using Index = typename Samples<A>::Index;
+            const Samples<A, Gradients>& samples) {
+    using Index = typename Samples<A, Gradients>::Index;
     constexpr int w = kWidth<A>;
     using V = Vector<A, w>;
     using I = Vector<Index, w>;
@@ -131,7 +134,7 @@ void locate(const Params& p, const A* offset, const A* mask, int64_t group, cons
         const A y = A(row * p.stride_h - p.pad_h);
         const int64_t first = (tile.image * p.out_height + row) * p.out_width;
         for (int64_t column = tile.column; column < tile.column + tile.columns; ++column) {
-            const V origin = y + odd * (A(column * p.stride_w - p.pad_w) - y);  // exact: small integers
+            const V origin = odd > 0 ? V{} + A(column * p.stride_w - p.pad_w) : V{} + y;
             const A* const from = offset + (first + column) * p.offset_step + 2 * skip;
             by_vectors<w>(2 * per_pixel, [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
                 constexpr int n = decltype(width)::value;
@@ -179,13 +182,14 @@ void locate(const Params& p, const A* offset, const A* mask, int64_t group, cons
         store<w>(block.corner[2], lower + to_left);
         store<w>(block.corner[3], lower + to_right);
         for (int i = 0; i < 4; ++i) store<w>(block.weight[i], row[i / 2] * column[i % 2] * factor);
-        if constexpr (!Gradients) continue;
-        store<w>(block.mask, factor);
-        store<w>(block.row_slope[0], is_top ? -one : zero);
-        store<w>(block.row_slope[1], is_bottom ? one : zero);
-        store<w>(block.column_slope[0], is_left ? -one : zero);
-        store<w>(block.column_slope[1], is_right ? one : zero);
-        for (int i = 0; i < 2; ++i) store<w>(block.row[i], row[i]), store<w>(block.column[i], column[i]);
+        if constexpr (Gradients) {
+            store<w>(block.mask, factor);
+            store<w>(block.row_slope[0], is_top ? -one : zero);
+            store<w>(block.row_slope[1], is_bottom ? one : zero);
+            store<w>(block.column_slope[0], is_left ? -one : zero);
+            store<w>(block.column_slope[1], is_right ? one : zero);
+            for (int i = 0; i < 2; ++i) store<w>(block.row[i], row[i]), store<w>(block.column[i], column[i]);
+        }
     }
 }
 
@@ -206,8 +210,8 @@ NASFAST_INLINE void by_offset_group(const Params& p, int64_t begin, int64_t coun
 // tile and every tap; sample `first` is the first one. Vectors: count is that many full vectors; 0 for any
 // count.
 template <int Vectors, class T, class A, class To>
-void sample_tile(const Params& p, const T* image, const Samples<A>& samples, int64_t first, int64_t pixels,
-                 int64_t channel, int64_t count, To* to, int64_t to_row, int64_t to_tap) {
+void sample_tile(const Params& p, const T* image, const Samples<A, false>& samples, int64_t first,
+                 int64_t pixels, int64_t channel, int64_t count, To* to, int64_t to_row, int64_t to_tap) {
     if constexpr (Vectors > 0) count = Vectors * kWidth<A>;
     const int64_t taps = p.kernel_h * p.kernel_w;
     for (int64_t i = 0; i < pixels; ++i)
@@ -232,7 +236,7 @@ void sample_tile(const Params& p, const T* image, const Samples<A>& samples, int
 }
 
 template <class T, class A, class To>
-void sample(const Params& p, const T* image, const Samples<A>& samples, int64_t first, int64_t pixels,
+void sample(const Params& p, const T* image, const Samples<A, false>& samples, int64_t first, int64_t pixels,
             int64_t channel, int64_t count, To* to, int64_t to_row, int64_t to_tap) {
     const auto run = [&](auto vectors) {
         sample_tile<decltype(vectors)::value>(p, image, samples, first, pixels, channel, count, to, to_row,

@@ -31,7 +31,10 @@ LEGS: dict[str, dict[str, str]] = {}
 
 
 def isa_level() -> str:
-    """Instruction set of the CPU kernels: "x86-64-v2", "-v3", "-v4", "portable", or "none"."""
+    """Instruction set of the CPU kernels: "x86-64-v2", "-v3", "-v4", "-v4-bf16" or "-v4-amx".
+
+    "portable" on other processors, "none" without the extension.
+    """
     return str(C.isa_level()) if C is not None else "none"
 
 
@@ -71,6 +74,7 @@ def is_eager(op: str, *tensors: Tensor | None) -> bool:
         or internals._len_torch_function_stack()
         or internals._functorch.peek_interpreter_stack() is not None
         or internals._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
     ):
         return False
     devices = _KERNELS.get(op, ())
@@ -86,6 +90,22 @@ def is_eager(op: str, *tensors: Tensor | None) -> bool:
         ):
             return False
     return True
+
+
+def is_differentiated_forward() -> bool:
+    """Whether derivatives are taken in a way that registered ops do not know.
+
+    These are forward mode and the derivatives of ``torch.func``, where PyTorch would take an op's
+    for zero, or refuse it.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    internals: Any = torch._C
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    stack = internals._functorch.get_interpreter_stack() or ()
+    kinds = internals._functorch.TransformType
+    return any(interpreter.key() in (kinds.Grad, kinds.Jvp) for interpreter in stack)
 
 
 @functools.cache

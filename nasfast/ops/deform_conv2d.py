@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +55,9 @@ def deform_conv2d(
     arguments = input, offset, weight, bias, stride, padding, dilation, mask
     output: Tensor
     if _native.is_eager("deform_conv2d", input, offset, weight, bias, mask):
-        output = _Eager.apply(*arguments)  # type: ignore[no-untyped-call]
+        output = DeformConv2dFunction.apply(*arguments)  # type: ignore[no-untyped-call]
+    elif _native.is_differentiated_forward():
+        output = deform_conv2d_reference(*arguments)
     else:
         output = torch.ops.nasfast.deform_conv2d.default(*arguments)
     return output
@@ -211,10 +214,11 @@ def _wrong(argument: str, wanted: str, got: object, remedy: str) -> ValueError:
 
 
 def _pair(argument: str, value: Ints) -> Pair:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2:
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
+    if len(pair) != 2 or not all(hasattr(size, "__index__") for size in pair):
         raise _wrong(argument, "one integer or two (vertical, horizontal)", value, "pass two")
-    return pair
+    first, second = (size if isinstance(size, torch.SymInt) else index(size) for size in pair)
+    return first, second
 
 
 def _pairs(stride: Ints, padding: Ints, dilation: Ints) -> tuple[Pair, Pair, Pair]:
@@ -335,9 +339,9 @@ def _check(
 
 def _layout(tensor: Tensor) -> torch.memory_format:
     last = torch.channels_last
-    if tensor.is_contiguous() or tensor.dim() != 4 or not tensor.is_contiguous(memory_format=last):
+    if tensor.is_contiguous() or tensor.dim() != 4 or _native.pixel_step(tensor) is None:
         return torch.contiguous_format
-    return torch.channels_last
+    return last
 
 
 def _at_least_float32(*tensors: Tensor | None) -> list[Any]:
@@ -394,15 +398,17 @@ def _ready(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     dtype = _native.storage(input)
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     last = torch.channels_last
-    if _layout(weight) != last and not (weight.is_contiguous() and not weight.is_cuda):
-        weight = weight.contiguous(
-            memory_format=last if weight.is_cuda else torch.contiguous_format
-        )
+    if not weight.is_contiguous(memory_format=last):
+        keep = weight.is_contiguous() and not weight.is_cuda
+        to = last if weight.is_cuda or _layout(weight) == last else torch.contiguous_format
+        weight = weight if keep else weight.contiguous(memory_format=to)
 
     def pixels(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or _native.pixel_step(tensor.to(sums)) is not None:
-            return tensor if tensor is None else tensor.to(sums)
-        return tensor.to(sums).contiguous(memory_format=last)
+        if tensor is None:
+            return None
+        tensor = tensor.to(sums)
+        sliced = _native.pixel_step(tensor) is not None
+        return tensor if sliced else tensor.contiguous(memory_format=last)
 
     return (
         input.to(dtype).contiguous(memory_format=last),
@@ -442,7 +448,7 @@ def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def _finish(tensor: Tensor, like: Tensor) -> Tensor:
     """A result in the dtype and layout of ``like``."""
     layout = _layout(like) if tensor.dim() == 4 else torch.contiguous_format
-    if tensor.dtype == like.dtype and _layout(tensor) == layout:
+    if tensor.dtype == like.dtype and tensor.is_contiguous(memory_format=layout):
         return tensor
     result = torch.empty(tensor.shape, dtype=like.dtype, device=like.device, memory_format=layout)
     return result.copy_(tensor)
@@ -521,7 +527,8 @@ def _fake(
 ) -> Tensor:
     g = _check(input, offset, weight, bias, stride, padding, dilation, mask)
     shape = (g.batch, g.out_channels, g.out_height, g.out_width)
-    return input.new_empty(shape).contiguous(memory_format=_layout(input))
+    layout = _layout(input)
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
 
 
 def _fake_backward(
@@ -559,14 +566,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, offset, weight, mask = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[argument] for argument in (0, 1, 2, 3, 7)]
-    eager = _native.is_eager("deform_conv2d", grad) and not torch.is_grad_enabled()
+    plain = _native.is_eager("deform_conv2d", grad, input, offset, weight, mask)
+    eager = plain and not torch.is_grad_enabled()
     op: Any = _kernel_backward if eager else torch.ops.nasfast.deform_conv2d_backward.default
     gradients = op(grad, input, offset, weight, mask, *ctx.sizes, wanted)
     dx, dd, dw, db, dm = (g if want else None for g, want in zip(gradients, wanted))
     return dx, dd, dw, db, None, None, None, dm
 
 
-class _Eager(torch.autograd.Function):
+class DeformConv2dFunction(torch.autograd.Function):
     """What autograd does with the registered op, without the dispatcher."""
 
     @staticmethod
@@ -633,12 +641,16 @@ def _autocast(device: str) -> Callable[..., Tensor]:
         mask: Tensor | None,
     ) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
+
+        def cast(tensor: Any, to: torch.dtype) -> Any:
+            floating = tensor is not None and tensor.dtype in (torch.float32, *_HALF)
+            return tensor.to(to) if floating else tensor
+
         with torch.autocast(device, enabled=False):
             if input.dtype != torch.float64:
-                input, weight = input.to(dtype), weight.to(dtype)
-                bias = None if bias is None else bias.to(dtype)
-                offset = offset if offset.dtype == dtype else offset.float()
-                mask = mask if mask is None or mask.dtype == dtype else mask.float()
+                input, weight, bias = cast(input, dtype), cast(weight, dtype), cast(bias, dtype)
+                offset = offset if offset.dtype == dtype else cast(offset, torch.float32)
+                mask = mask if mask is None or mask.dtype == dtype else cast(mask, torch.float32)
             return deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
 
     return leg

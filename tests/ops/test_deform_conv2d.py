@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -101,6 +102,10 @@ def samples() -> list[Sample]:
         Sample("far", spread=50.0),
         Sample("strided", layout="strided"),
         Sample("channels-last", layout="channels_last", out_channels=5),
+        # backward in several rounds; weights that are large enough for large tiles
+        Sample("rounds", batch=3, channels=8, size=(50, 60), layout="channels_last"),
+        Sample("large-weight", batch=1, channels=200, out_channels=150, size=(17, 12)),
+        Sample("many-offset-groups", channels=48, offset_groups=24, size=(7, 11)),
     ]
 
 
@@ -256,9 +261,10 @@ def test_expanded_gradient() -> None:
 
 
 @pytest.mark.parametrize("wanted", range(5))
-def test_single_gradient(wanted: int) -> None:
+@pytest.mark.parametrize("id", ["groups-3-offset-groups-2", "large-weight"])
+def test_single_gradient(wanted: int, id: str) -> None:
     """Each gradient alone equals the one computed with the others."""
-    sample = Sample("", offset_groups=2)
+    sample = next(sample for sample in samples() if sample.id == id)
     tensors = sample.tensors()
     expected = forward_backward(sample, tensors)[1 + wanted]
     detached = [t.detach() for t in tensors if t is not None]
@@ -271,7 +277,7 @@ def test_single_gradient(wanted: int) -> None:
 
 
 @native
-@pytest.mark.parametrize("id", ["plain", "groups-3-offset-groups-2", "wide", "batch-33"])
+@pytest.mark.parametrize("id", ["plain", "groups-3-offset-groups-2", "wide", "batch-33", "rounds"])
 def test_same_bits_for_any_thread_count(id: str) -> None:
     sample = next(sample for sample in samples() if sample.id == id)
     tensors = sample.tensors(torch.float32)
@@ -547,6 +553,10 @@ BAD_INPUT: dict[str, tuple[dict[str, Any], str]] = {
         {"input": torch.zeros(2, 4, 6, 0)},
         "input must be of a height and width above 0, got 6x0; pass an image",
     ),
+    "not an integer": (
+        {"stride": (1.0, 1.0)},
+        "stride must be one integer or two (vertical, horizontal), got (1.0, 1.0); pass two",
+    ),
     "pair": (
         {"stride": (1, 2, 3)},
         "stride must be one integer or two (vertical, horizontal), got (1, 2, 3); pass two",
@@ -713,11 +723,6 @@ def test_the_dispatcher_sees_what_it_must() -> None:
 
     assert not _native.is_eager("deform_conv2d", tensors[0].as_subclass(Subclass))
     assert not _native.is_eager("deform_conv2d", tensors[0].to("meta"))
-    negative = torch.view_as_complex(torch.randn(2, 4, 6, 9, 2)).conj().imag
-    assert not _native.is_eager("deform_conv2d", negative)
-    torch.testing.assert_close(
-        deform_conv2d(negative, *arguments[1:]), deform_conv2d(negative.clone(), *arguments[1:])
-    )
     with FlopCounterMode(display=False) as counter:
         assert not _native.is_eager("deform_conv2d", *tensors)
         deform_conv2d(*arguments)
@@ -728,11 +733,94 @@ def test_the_dispatcher_sees_what_it_must() -> None:
     assert "nasfast.deform_conv2d" in traced.code
 
 
-def test_kernel_without_the_dtype() -> None:
-    if _native.C is None:
-        pytest.skip(str(_native.ERROR))
-    with pytest.raises(ValueError, match="no CPU kernel for dtype 3"):
-        _native.C.deform_conv2d_forward(3, (0,) * 22, (0,) * 6)
+class Wrapped(Tensor):
+    """A tensor without memory of its own, as quantised weights are."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapped:
+        made: Wrapped = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, inner.shape, strides=inner.stride(), dtype=inner.dtype
+        )
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, arguments: Any, options: Any = None
+    ) -> Any:
+        inner = [a.inner if isinstance(a, Wrapped) else a for a in arguments]
+        return function(*inner, **(options or {}))
+
+
+def test_gradients_beside_tensors_without_memory() -> None:
+    sample = Sample("", layout="channels_last")
+    tensors = sample.tensors(torch.float32)
+    input = tensors[0].requires_grad_()
+    (expected,) = torch.autograd.grad(deform_conv2d(*sample.arguments(tensors)).sum(), input)
+    tensors[2] = Wrapped(tensors[2])
+    (gradient,) = torch.autograd.grad(deform_conv2d(*sample.arguments(tensors)).sum(), input)
+    assert torch.equal(gradient, expected)
+
+
+def test_gradients_beside_negative_views() -> None:
+    """PyTorch keeps the sign of an imaginary part beside the memory."""
+    sample = Sample("", layout="channels_last")
+    tensors = sample.tensors(torch.float32)
+    negated = [torch._neg_view(tensors[0]), *tensors[1:]]
+    tensors[0] = -tensors[0]
+    for got, expected in zip(*(forward_backward_of_weight(sample, t) for t in (negated, tensors))):
+        torch.testing.assert_close(got, expected)
+
+
+def forward_backward_of_weight(sample: Sample, tensors: list[Tensor | None]) -> list[Tensor]:
+    weight = tensors[2].requires_grad_()
+    output = deform_conv2d(*sample.arguments(tensors))
+    return [output, *torch.autograd.grad(output.sum(), weight)]
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "forward_ad", "grad of vmap", "vmap of grad"])
+def test_transforms_differentiate_the_reference(transform: str) -> None:
+    """What registered ops cannot do in PyTorch is done, and not taken for zero."""
+    sample = Sample("", size=(3, 4))
+    tensors = sample.tensors()
+    tangents = torch.randn(2, *tensors[2].shape, dtype=torch.float64)
+
+    def results(function: Any) -> Any:
+        def of(weight: Tensor) -> Tensor:
+            return function(*sample.arguments([*tensors[:2], weight, *tensors[3:]]))
+
+        if transform == "grad":
+            return torch.func.grad(lambda weight: of(weight).square().sum())(tensors[2])
+        if transform == "jvp":
+            return torch.func.jvp(of, (tensors[2],), (tangents[0],))[1]
+        if transform == "grad of vmap":
+            return torch.func.grad(lambda weights: torch.vmap(of)(weights).square().sum())(tangents)
+        if transform == "vmap of grad":
+            return torch.vmap(torch.func.grad(lambda weight: of(weight).square().sum()))(tangents)
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(of(forward_ad.make_dual(tensors[2], tangents[0]))).tangent
+
+    torch.testing.assert_close(results(deform_conv2d), results(deform_conv2d_reference))
+
+
+def test_gradients_of_slices_are_channels_last() -> None:
+    """As the convolution that predicts offset and mask wants them."""
+    predicted = torch.randn(2, 27, 6, 9).contiguous(memory_format=torch.channels_last)
+    offset, mask = (part.requires_grad_() for part in predicted.split((18, 9), 1))
+    input, _, weight, _, _ = Sample("", layout="channels_last").tensors(torch.float32)
+    output = deform_conv2d(input, offset, weight, padding=1, mask=mask)
+    for gradient in torch.autograd.grad(output.sum(), (offset, mask)):
+        assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("change", [{"input": torch.int64}, {"weight": torch.float64}])
+def test_autocast_hides_no_wrong_dtype(change: dict[str, torch.dtype]) -> None:
+    names = ("input", "offset", "weight", "bias", "mask")
+    arguments: dict[str, Any] = dict(zip(names, Sample("").tensors(torch.float32)))
+    for name, dtype in change.items():
+        arguments[name] = arguments[name].to(dtype)
+    with torch.autocast("cpu"), pytest.raises(ValueError, match=r"must be of (a float|the) dtype"):
+        deform_conv2d(**arguments, padding=1)
 
 
 @pytest.mark.parametrize("mask", [False, True])
