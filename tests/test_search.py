@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
+from torch import Tensor
 
 from nasfast import search
 from nasfast.config import from_mapping
@@ -36,6 +37,7 @@ from nasfast.records import Evaluation, Record
 from nasfast.search import FEEDBACK, PRESETS, SearchConfig, parse
 from nasfast.spaces.fast_nas import Cell, FastNASGenotype, FastNASSpace
 from nasfast.study import Study
+from nasfast.tasks.segmentation import SegmentationTask
 
 SPACE = FastNASSpace()
 WIDTH = '{"width": 0.35}'
@@ -461,14 +463,28 @@ def test_random_search_is_one_flag_away(
 
 
 def test_a_teacher(
-    tiny_search: list[str], tiny_run: Path, tiny_model: Path, tmp_path: Path
+    tiny_search: list[str],
+    tiny_run: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    flags = ["--teacher", str(tiny_model / "model.safetensors"), "--budget", "2"]
+    """Its logits enter the loss of stage 0, and of stage 0 only."""
+    taught: list[bool] = []
+    loss = SegmentationTask.loss
+
+    def spy(*arguments: Any, teacher: Tensor | None = None, **options: Any) -> Tensor:
+        taught.append(teacher is not None and bool(teacher.abs().sum() > 0))
+        return loss(*arguments, teacher=teacher, **options)
+
+    monkeypatch.setattr(SegmentationTask, "loss", spy)
+    flags = ["--teacher", str(tiny_model / "model.safetensors"), "--budget", "1"]
     assert search.main([*tiny_search, *flags, "--runs", str(tmp_path)]) == 0
     (run,) = tmp_path.iterdir()
-    taught, plain = outcome(run), outcome(tiny_run)
-    assert taught[0]["genotype"] == plain[0]["genotype"]
-    assert taught[0]["evaluation"]["metrics"] != plain[0]["evaluation"]["metrics"]
+    assert outcome(run)[0]["genotype"] == outcome(tiny_run)[0]["genotype"]
+    assert taught[0]
+    assert not taught[-1]
+    assert taught == sorted(taught, reverse=True)
 
 
 # ---- the loop
