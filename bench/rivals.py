@@ -189,6 +189,8 @@ def onnxruntime(problem: Problem) -> Leg:
     )
     options = rival.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # by default its threads spin after a run and take the cores from the next leg
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = rival.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

@@ -94,9 +94,6 @@ void forward_impl(const Params& p, const Forward<T>& t) {
         const T* const image = t.input + tile.image * p.height * p.width * p.channels;
         locate(p, t.offset, t.mask, 0, tile, s.samples);
         for (int64_t group = 0; group < p.groups; ++group) {
-            const A* const bias = biases.get() + group * panels.padded();
-            for (int64_t i = 0; i < pixels; ++i)
-                std::copy_n(bias, panels.padded(), s.output + i * panels.padded());
             for (int64_t block = 0; block < blocks.count; ++block) {
                 const int64_t begin = blocks.begin(block), count = blocks.begin(block + 1) - begin;
                 const int64_t rows = round_up(count * taps, Product::kDepthMultiple);
@@ -113,9 +110,15 @@ void forward_impl(const Params& p, const Forward<T>& t) {
                                       panels, weights.get() + group * size, total, block * block_rows + k,
                                       Into::add, s.output, panels.padded());
             }
-            for (int64_t i = 0; i < pixels; ++i)
-                convert(s.output + i * panels.padded(), out,
-                        t.output + tile.pixel(p, i) * p.out_channels + group * out);
+            const A* const bias = biases.get() + group * panels.padded();
+            for (int64_t i = 0; i < pixels; ++i) {
+                const A* const from = s.output + i * panels.padded();
+                T* const to = t.output + tile.pixel(p, i) * p.out_channels + group * out;
+                by_vectors<kWidth<A>>(out, [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
+                    constexpr int w = decltype(width)::value;
+                    store_as<T, w>(to + j, load<w>(from + j) + load<w>(bias + j));
+                });
+            }
         }
     });
 }

@@ -77,16 +77,13 @@ def is_eager(op: str, *tensors: Tensor | None) -> bool:
         or torch.autograd.forward_ad._current_level >= 0
     ):
         return False
-    devices = _KERNELS.get(op, ())
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if device not in _KERNELS.get(op, ()) or torch.is_autocast_enabled(device):
+        return False
+    plain = _plain_keys(device)
     for tensor in tensors:
-        if tensor is None:
-            continue
-        device = tensor.device.type
-        if (
-            type(tensor) not in _PLAIN
-            or device not in devices
-            or torch.is_autocast_enabled(device)
-            or internals._dispatch_keys(tensor).raw_repr() not in _plain_keys(device)
+        if tensor is not None and (
+            type(tensor) not in _PLAIN or internals._dispatch_keys(tensor).raw_repr() not in plain
         ):
             return False
     return True

@@ -55,7 +55,10 @@ def deform_conv2d(
     arguments = input, offset, weight, bias, stride, padding, dilation, mask
     output: Tensor
     if _native.is_eager("deform_conv2d", input, offset, weight, bias, mask):
-        output = DeformConv2dFunction.apply(*arguments)  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled():
+            output = DeformConv2dFunction.apply(*arguments)  # type: ignore[no-untyped-call]
+        else:
+            output = _kernel(*arguments)
     elif _native.is_differentiated_forward():
         output = deform_conv2d_reference(*arguments)
     else:
@@ -214,6 +217,8 @@ def _wrong(argument: str, wanted: str, got: object, remedy: str) -> ValueError:
 
 
 def _pair(argument: str, value: Ints) -> Pair:
+    if type(value) is int:
+        return value, value
     pair = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(pair) != 2 or not all(hasattr(size, "__index__") for size in pair):
         raise _wrong(argument, "one integer or two (vertical, horizontal)", value, "pass two")
@@ -447,6 +452,9 @@ def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 def _finish(tensor: Tensor, like: Tensor) -> Tensor:
     """A result in the dtype and layout of ``like``."""
+    last = torch.channels_last
+    if tensor.dtype == like.dtype and like.dim() == 4 and like.is_contiguous(memory_format=last):
+        return tensor  # which is so, too
     layout = _layout(like) if tensor.dim() == 4 else torch.contiguous_format
     if tensor.dtype == like.dtype and tensor.is_contiguous(memory_format=layout):
         return tensor
