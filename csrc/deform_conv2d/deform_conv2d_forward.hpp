@@ -108,7 +108,7 @@ void forward_impl(const Params& p, const Forward<T>& t) {
                 for (int64_t k = 0; k < rows; k += Product::kDepth)
                     Product::multiply(pixels, std::min(Product::kDepth, rows - k), s.columns + k, rows,
                                       panels, weights.get() + group * size, total, block * block_rows + k,
-                                      Into::add, s.output, panels.padded());
+                                      block || k ? Into::add : Into::assign, s.output, panels.padded());
             }
             const A* const bias = biases.get() + group * panels.padded();
             for (int64_t i = 0; i < pixels; ++i) {
