@@ -50,6 +50,8 @@ private:
     std::unique_ptr<char[]> memory_;
 };
 
+constexpr int64_t kRuns = 8;  // of units for each thread
+
 // Calls body(unit, scratch) for every unit in [0, units). `scratch` is what layout(Arena&) returns:
 // pointers into uninitialised memory of the running thread. Results do not depend on the number of threads
 // as long as no two units write the same place. Allocates before the parallel region, where it may throw.
@@ -59,13 +61,15 @@ void parallel_for(int64_t units, const Layout& layout, const Body& body) {
     Arena counted;
     layout(counted);
     const int64_t threads = std::min<int64_t>(omp_get_max_threads(), units);
+    // neighbouring units share what they read: one thread takes a run of them, short enough to even out
+    const int64_t run = std::max<int64_t>(1, units / (threads * kRuns));
     const int64_t each = counted.used() + 2 * Arena::kLine;  // no two threads on neighbouring lines
     const Array<char> memory(each * threads);
 #pragma omp parallel num_threads(static_cast<int>(threads))
     {
         Arena arena(memory.get() + each * omp_get_thread_num());
         auto scratch = layout(arena);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, run)
         for (int64_t unit = 0; unit < units; ++unit) body(unit, scratch);
     }
 }

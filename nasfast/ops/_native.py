@@ -38,6 +38,9 @@ def isa_level() -> str:
     return str(C.isa_level()) if C is not None else "none"
 
 
+_c: Any = torch._C  # what PyTorch's own Python modules use of it
+_forward_ad: Any = torch.autograd.forward_ad
+
 # op -> device types on which it runs a kernel.
 _KERNELS: dict[str, set[str]] = {}
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -60,7 +63,7 @@ def has_kernel(op: str, device: str) -> bool:
     return reason is None
 
 
-def is_eager(op: str, *tensors: Tensor | None) -> bool:
+def is_eager(op: str, first: Tensor, *others: Tensor | None) -> bool:
     """Whether calling the kernel is all that PyTorch's dispatcher would do, which costs as much.
 
     It is not where a mode, a transform, a compiler or autocast wants to see the call, nor where a
@@ -68,22 +71,21 @@ def is_eager(op: str, *tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    internals: Any = torch._C
+    device = first.device.type
     if (
-        internals._len_torch_dispatch_stack()
-        or internals._len_torch_function_stack()
-        or internals._functorch.peek_interpreter_stack() is not None
-        or internals._get_tracing_state() is not None
-        or torch.autograd.forward_ad._current_level >= 0
+        _c._len_torch_dispatch_stack()
+        or _c._len_torch_function_stack()
+        or _c._functorch.peek_interpreter_stack() is not None
+        or _c._get_tracing_state() is not None
+        or _forward_ad._current_level >= 0
+        or device not in _KERNELS.get(op, ())
+        or torch.is_autocast_enabled(device)
     ):
         return False
-    device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if device not in _KERNELS.get(op, ()) or torch.is_autocast_enabled(device):
-        return False
     plain = _plain_keys(device)
-    for tensor in tensors:
+    for tensor in (first, *others):
         if tensor is not None and (
-            type(tensor) not in _PLAIN or internals._dispatch_keys(tensor).raw_repr() not in plain
+            type(tensor) not in _PLAIN or _c._dispatch_keys(tensor).raw_repr() not in plain
         ):
             return False
     return True
@@ -97,23 +99,21 @@ def is_differentiated_forward() -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    internals: Any = torch._C
-    if torch.autograd.forward_ad._current_level >= 0:
+    if _forward_ad._current_level >= 0:
         return True
-    stack = internals._functorch.get_interpreter_stack() or ()
-    kinds = internals._functorch.TransformType
+    stack = _c._functorch.get_interpreter_stack() or ()
+    kinds = _c._functorch.TransformType
     return any(interpreter.key() in (kinds.Grad, kinds.Jvp) for interpreter in stack)
 
 
 @functools.cache
 def _plain_keys(device: str) -> set[int]:
     """What the dispatcher knows of a tensor that is nothing but memory of a device."""
-    internals: Any = torch._C
     keys = set()
     for inference in (False, True):
         with torch.inference_mode(inference):
             tensor = torch.empty(0, device=device)
-            keys.add(internals._dispatch_keys(tensor).raw_repr())
+            keys.add(_c._dispatch_keys(tensor).raw_repr())
     return keys
 
 
@@ -184,7 +184,9 @@ def call(
         RuntimeError: the kernel cannot be launched.
     """
     pointers = tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
-    device = next(tensor.device for tensor in tensors if tensor is not None)
+    first = tensors[0]
+    assert first is not None
+    device = first.device
     if device.type == "cpu":
         getattr(C, entry)(DTYPES[dtype], sizes, pointers)
         return
