@@ -16,13 +16,6 @@ import pytest
 import rivals
 from rivals import Problem
 
-SHAPES = [
-    (1, 64, 64, 64, 64),
-    (4, 64, 64, 64, 64),
-    (8, 48, 32, 32, 48),
-    (2, 256, 25, 34, 256),
-    (1, 256, 100, 136, 256),
-]
 LEGS = (
     rivals.FLOOR,
     "nasfast",
@@ -34,7 +27,7 @@ LEGS = (
 )
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("shape", rivals.SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-backward"])
 def test_deform_conv2d(
     benchmark: Any,

@@ -31,14 +31,7 @@ import harness  # noqa: E402
 import rivals  # noqa: E402
 
 DEVICE = "cuda"
-SHAPES = [
-    (1, 64, 64, 64, 64),
-    (4, 64, 64, 64, 64),
-    (8, 48, 32, 32, 48),
-    (2, 256, 25, 34, 256),
-    (1, 256, 100, 136, 256),
-    (8, 256, 100, 136, 256),
-]
+SHAPES = [*rivals.SHAPES, (8, 256, 100, 136, 256)]
 PRECISIONS = {
     "float32": torch.float32,
     "tf32": torch.float32,

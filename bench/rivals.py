@@ -18,6 +18,14 @@ from nasfast.ops import deform_conv2d, deform_conv2d_reference
 
 FLOOR = "conv2d"
 TAPS = 9
+# batch, channels, height, width, output channels
+SHAPES = [
+    (1, 64, 64, 64, 64),
+    (4, 64, 64, 64, 64),
+    (8, 48, 32, 32, 48),
+    (2, 256, 25, 34, 256),
+    (1, 256, 100, 136, 256),
+]
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,23 @@ struct Panels {
     int64_t padded() const { return vectors * kWidth<T>; }
 };
 
+// Calls body(vectors, begin) for each panel: its number of vectors, at compile time, and its first column.
+template <class T, int Most, class Body>
+NASFAST_INLINE void by_panel(const Panels<T, Most>& panels, const Body& body) {
+    for (int64_t panel = 0; panel < panels.count; ++panel) {
+        const int64_t begin = panels.begin(panel);
+        const int64_t vectors = (panels.begin(panel + 1) - begin) / kWidth<T>;
+        if (vectors == 1)
+            body(std::integral_constant<int, 1>(), begin);
+        else if (vectors == 2)
+            body(std::integral_constant<int, std::min(2, Most)>(), begin);
+        else if (vectors == 3)
+            body(std::integral_constant<int, std::min(3, Most)>(), begin);
+        else
+            body(std::integral_constant<int, Most>(), begin);
+    }
+}
+
 // Writes rows [0, depth) of `b`, element (k, j) at b[k * b_row + j * b_column], into the packed matrix of
 // `total` rows, from row `at` on. Columns beyond the last are zero.
 template <class T, class S>
@@ -238,23 +255,11 @@ template <class T>
 void multiply(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_column,
               const Panels<T>& panels, const T* packed, int64_t total, int64_t first, Into into, T* c,
               int64_t c_row) {
-    for (int64_t panel = 0; panel < panels.count; ++panel) {
-        const int64_t begin = panels.begin(panel), width = panels.begin(panel + 1) - begin;
-        const T* const b = packed + total * begin + first * width;
-        switch (width / kWidth<T>) {
-            case 1:
-                multiply_panel<1>(rows, depth, a, a_row, a_column, b, into, c + begin, c_row);
-                break;
-            case 2:
-                multiply_panel<2>(rows, depth, a, a_row, a_column, b, into, c + begin, c_row);
-                break;
-            case 3:
-                multiply_panel<3>(rows, depth, a, a_row, a_column, b, into, c + begin, c_row);
-                break;
-            default:
-                multiply_panel<kPanelVectors>(rows, depth, a, a_row, a_column, b, into, c + begin, c_row);
-        }
-    }
+    by_panel(panels, [&](auto vectors, int64_t begin) {
+        constexpr int count = decltype(vectors)::value;
+        const T* const b = packed + total * begin + first * count * kWidth<T>;
+        multiply_panel<count>(rows, depth, a, a_row, a_column, b, into, c + begin, c_row);
+    });
 }
 
 // Sums of the products of two tiles over their pixels: sum(i, j) of columns[pixel, i] * grad[pixel, j].

@@ -8,28 +8,32 @@
 
 namespace nasfast::NASFAST_ISA {
 
-// Writes rows [0, depth) of `b` into the packed matrix, pairs of rows interleaved.
-template <class Panels>
-void pack_pairs(const Panels& panels, int64_t total, int64_t at, int64_t depth, const bfloat16* b,
-                int64_t b_row, int64_t b_column, bfloat16* packed) {
-    for (int64_t panel = 0; panel < panels.count; ++panel) {
-        const int64_t begin = panels.begin(panel), width = panels.begin(panel + 1) - begin;
-        for (int64_t j = 0; j < width; ++j) {
-            const bfloat16* const from = b + (begin + j) * b_column;
-            const bool real = begin + j < panels.columns;
-            for (int64_t k = at; k < at + depth; ++k)
-                packed[total * begin + (k / 2 * width + j) * 2 + k % 2] =
-                    real ? from[(k - at) * b_row] : bfloat16();
+// How B is packed, into panels of at most `Most` vectors of sums.
+template <int Most>
+struct PairPacking {
+    using Operand = bfloat16;
+    using Panels = NASFAST_ISA::Panels<float, Most>;
+
+    // Writes rows [0, depth) of `b` into the packed matrix, pairs of rows interleaved.
+    static void pack(const Panels& panels, int64_t total, int64_t at, int64_t depth, const bfloat16* b,
+                     int64_t b_row, int64_t b_column, bfloat16* packed) {
+        for (int64_t panel = 0; panel < panels.count; ++panel) {
+            const int64_t begin = panels.begin(panel), width = panels.begin(panel + 1) - begin;
+            for (int64_t j = 0; j < width; ++j) {
+                const bfloat16* const from = b + (begin + j) * b_column;
+                const bool real = begin + j < panels.columns;
+                for (int64_t k = at; k < at + depth; ++k)
+                    packed[total * begin + (k / 2 * width + j) * 2 + k % 2] =
+                        real ? from[(k - at) * b_row] : bfloat16();
+            }
         }
     }
-}
-
-// Sets rows [begin, end) of the packed matrix to zero.
-template <class Panels>
-void clear_pairs(const Panels& panels, int64_t total, int64_t begin, int64_t end, bfloat16* packed) {
-    const bfloat16 zero = bfloat16();
-    for (int64_t k = begin; k < end; ++k) pack_pairs(panels, total, k, 1, &zero, 0, 0, packed);
-}
+    // Sets rows [begin, end) of the packed matrix to zero.
+    static void clear(const Panels& panels, int64_t total, int64_t begin, int64_t end, bfloat16* packed) {
+        const bfloat16 zero = bfloat16();
+        for (int64_t k = begin; k < end; ++k) pack(panels, total, k, 1, &zero, 0, 0, packed);
+    }
+};
 
 // Sums of the products of two tiles over their pixels: sum(i, j) of columns[pixel, i] * grad[pixel, j].
 template <class Product>
@@ -83,35 +87,22 @@ private:
 #if defined(__AMX_BF16__)
 
 // Tiles of 16 x 16 sums; each instruction multiplies 16 x 32 by 32 x 16. Blocks of 2 x 2 tiles.
-struct Bf16Product {
-    using Operand = bfloat16;
-    static constexpr int kVectors = 2;  // tiles of a panel
-    using Panels = NASFAST_ISA::Panels<float, kVectors>;
+struct Bf16Product : PairPacking<2> {
     using Outer = Bf16Outer<Bf16Product>;
     static constexpr int64_t kDepthMultiple = 32, kDepth = 1024, kRowMultiple = 32;
 
-    static void pack(const Panels& panels, int64_t total, int64_t at, int64_t depth, const bfloat16* b,
-                     int64_t b_row, int64_t b_column, bfloat16* packed) {
-        pack_pairs(panels, total, at, depth, b, b_row, b_column, packed);
-    }
-    static void clear(const Panels& panels, int64_t total, int64_t begin, int64_t end, bfloat16* packed) {
-        clear_pairs(panels, total, begin, end, packed);
-    }
     // The tile registers belong to the thread; its configuration is restored to none, as others expect it.
     static void multiply(int64_t rows, int64_t depth, const bfloat16* a, int64_t a_row, const Panels& panels,
                          const bfloat16* packed, int64_t total, int64_t first, Into into, float* c,
                          int64_t c_row) {
         _tile_loadconfig(&kConfig);
         asm volatile("" ::: "memory");  // GCC 12 does not know how much the tile instructions read
-        for (int64_t panel = 0; panel < panels.count; ++panel) {
-            const int64_t begin = panels.begin(panel), width = panels.begin(panel + 1) - begin;
-            const bfloat16* const b = packed + total * begin + first * width;
+        by_panel(panels, [&](auto vectors, int64_t begin) {
+            constexpr int count = decltype(vectors)::value;
+            const bfloat16* const b = packed + total * begin + first * count * 16;
             for (int64_t row = 0; row < rows; row += kRowMultiple)
-                if (width > 16)
-                    block<2>(depth, a + row * a_row, a_row, b, into, c + row * c_row + begin, c_row);
-                else
-                    block<1>(depth, a + row * a_row, a_row, b, into, c + row * c_row + begin, c_row);
-        }
+                block<count>(depth, a + row * a_row, a_row, b, into, c + row * c_row + begin, c_row);
+        });
         asm volatile("" ::: "memory");
         _tile_release();
     }
@@ -170,39 +161,18 @@ private:
 #else
 
 // As VectorProduct, with two rows of B in each instruction.
-struct Bf16Product {
-    using Operand = bfloat16;
-    using Panels = NASFAST_ISA::Panels<float>;
+struct Bf16Product : PairPacking<kPanelVectors> {
     using Outer = Bf16Outer<Bf16Product>;
     static constexpr int64_t kDepthMultiple = 2, kDepth = 256, kRowMultiple = 1;
 
-    static void pack(const Panels& panels, int64_t total, int64_t at, int64_t depth, const bfloat16* b,
-                     int64_t b_row, int64_t b_column, bfloat16* packed) {
-        pack_pairs(panels, total, at, depth, b, b_row, b_column, packed);
-    }
-    static void clear(const Panels& panels, int64_t total, int64_t begin, int64_t end, bfloat16* packed) {
-        clear_pairs(panels, total, begin, end, packed);
-    }
     static void multiply(int64_t rows, int64_t depth, const bfloat16* a, int64_t a_row, const Panels& panels,
                          const bfloat16* packed, int64_t total, int64_t first, Into into, float* c,
                          int64_t c_row) {
-        for (int64_t panel = 0; panel < panels.count; ++panel) {
-            const int64_t begin = panels.begin(panel), width = panels.begin(panel + 1) - begin;
-            const bfloat16* const b = packed + total * begin + first * width;
-            switch (width / 16) {
-                case 1:
-                    multiply_panel<1>(rows, depth, a, a_row, b, into, c + begin, c_row);
-                    break;
-                case 2:
-                    multiply_panel<2>(rows, depth, a, a_row, b, into, c + begin, c_row);
-                    break;
-                case 3:
-                    multiply_panel<3>(rows, depth, a, a_row, b, into, c + begin, c_row);
-                    break;
-                default:
-                    multiply_panel<4>(rows, depth, a, a_row, b, into, c + begin, c_row);
-            }
-        }
+        by_panel(panels, [&](auto vectors, int64_t begin) {
+            constexpr int count = decltype(vectors)::value;
+            const bfloat16* const b = packed + total * begin + first * count * 16;
+            multiply_panel<count>(rows, depth, a, a_row, b, into, c + begin, c_row);
+        });
     }
 
 private:

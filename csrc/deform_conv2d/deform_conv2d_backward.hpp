@@ -147,15 +147,11 @@ void scatter_tile(const T* image, A* grad_image, const Samples<A, true>& samples
 template <class T, class A>
 void scatter(const T* image, A* grad_image, const Samples<A, true>& samples, int64_t pixels,
              const Slice& slice, Wanted wanted, A* columns, int64_t row, A* sums) {
-    const auto run = [&](auto vectors) {
+    const bool all = wanted.input && wanted.position && wanted.weight;
+    with_vectors<A>(all ? slice.count : 0, [&](auto vectors) {
         scatter_tile<decltype(vectors)::value>(image, grad_image, samples, pixels, slice, wanted, columns,
                                                row, sums);
-    };
-    const bool all = wanted.input && wanted.position && wanted.weight;
-    if (all && slice.count == 4 * kWidth<A>) return run(std::integral_constant<int, 4>());
-    if (all && slice.count == 3 * kWidth<A>) return run(std::integral_constant<int, 3>());
-    if (all && slice.count == 2 * kWidth<A>) return run(std::integral_constant<int, 2>());
-    run(std::integral_constant<int, 0>());
+    });
 }
 
 // derivatives[0, 1, 2] = gradients by y, x and mask of the samples of a tile, from the sums of scatter.
@@ -270,6 +266,10 @@ private:
         else
             return wanted.input ? widened.get() : nullptr;
     }
+    int64_t offset_group_of(const Slice& slice) const { return slice.begin / (p.channels / p.offset_groups); }
+    Tile tile_of(const Round& round, int64_t image, int64_t tile) const {
+        return plan.tiling[(round.image + image) * plan.tiling.per_image() + round.tile + tile];
+    }
     // Gradients of a tile and a slice of a round by y, x and mask: [3, stride].
     A* part_of(const Round& round, int64_t image, int64_t tile, int64_t part) const {
         return derivatives.get() + ((image * round.tiles + tile) * plan.count() + part) * 3 * stride;
@@ -288,7 +288,7 @@ private:
     void slice_of_stream(const Round& round, int64_t unit, Scratch& s) {
         const int64_t part = unit % plan.count(), stream = unit / plan.count();
         const Slice slice = plan.parts[part];
-        const int64_t group = slice.begin / in, offset_group = slice.begin / (p.channels / p.offset_groups);
+        const int64_t group = slice.begin / in;
         const int64_t width = taps * slice.count, depth = round_up(out, Product::kDepthMultiple);
         const int64_t corner = group * out * steps.out + slice.begin % in * steps.channel;
         const typename Product::Panels panels(width);
@@ -304,9 +304,9 @@ private:
         for (int64_t n = stream; n < round.images; n += plan.streams) {
             const int64_t image = (round.image + n) * p.height * p.width * p.channels;
             for (int64_t i = 0; i < round.tiles; ++i) {
-                const Tile tile = plan.tiling[(round.image + n) * plan.tiling.per_image() + round.tile + i];
+                const Tile tile = tile_of(round, n, i);
                 const int64_t pixels = tile.pixels();
-                locate(p, t.offset, t.mask, offset_group, tile, s.samples);
+                locate(p, t.offset, t.mask, offset_group_of(slice), tile, s.samples);
                 for (int64_t pixel = 0; pixel < pixels; ++pixel) {
                     Operand* const row = s.grad + pixel * depth;
                     convert(t.grad + tile.pixel(p, pixel) * p.out_channels + group * out, out, row);
@@ -338,14 +338,11 @@ private:
     // Sums the parts of the slices, in order.
     void sum_positions(const Round& round, int64_t unit) {
         const int64_t n = unit / round.tiles, i = unit % round.tiles;
-        const Tile tile = plan.tiling[(round.image + n) * plan.tiling.per_image() + round.tile + i];
-        const auto group_of = [&](int64_t part) {
-            return plan.parts[part].begin / (p.channels / p.offset_groups);
-        };
+        const Tile tile = tile_of(round, n, i);
         for (int64_t part = 0; part < plan.count();) {
             A* const sum = part_of(round, n, i, part);
-            const int64_t group = group_of(part);
-            for (++part; part < plan.count() && group_of(part) == group; ++part) {
+            const int64_t group = offset_group_of(plan.parts[part]);
+            for (++part; part < plan.count() && offset_group_of(plan.parts[part]) == group; ++part) {
                 const A* const other = part_of(round, n, i, part);
                 for (int64_t j = 0; j < 3 * stride; ++j) sum[j] += other[j];
             }

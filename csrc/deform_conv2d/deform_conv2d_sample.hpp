@@ -206,6 +206,15 @@ NASFAST_INLINE void by_offset_group(const Params& p, int64_t begin, int64_t coun
     }
 }
 
+// Calls body(vectors) with the number of full vectors that `count` common channels are, or 0 for any count.
+template <class A, class Body>
+NASFAST_INLINE void with_vectors(int64_t count, const Body& body) {
+    if (count == 4 * kWidth<A>) return body(std::integral_constant<int, 4>());
+    if (count == 3 * kWidth<A>) return body(std::integral_constant<int, 3>());
+    if (count == 2 * kWidth<A>) return body(std::integral_constant<int, 2>());
+    body(std::integral_constant<int, 0>());
+}
+
 // to[i, tap * to_tap + (0:count)] = mask * bilinear(image)[channel:channel + count] of every pixel i of a
 // tile and every tap; sample `first` is the first one. Vectors: count is that many full vectors; 0 for any
 // count.
@@ -238,14 +247,10 @@ void sample_tile(const Params& p, const T* image, const Samples<A, false>& sampl
 template <class T, class A, class To>
 void sample(const Params& p, const T* image, const Samples<A, false>& samples, int64_t first, int64_t pixels,
             int64_t channel, int64_t count, To* to, int64_t to_row, int64_t to_tap) {
-    const auto run = [&](auto vectors) {
+    with_vectors<A>(count, [&](auto vectors) {
         sample_tile<decltype(vectors)::value>(p, image, samples, first, pixels, channel, count, to, to_row,
                                               to_tap);
-    };
-    if (count == 4 * kWidth<A>) return run(std::integral_constant<int, 4>());
-    if (count == 3 * kWidth<A>) return run(std::integral_constant<int, 3>());
-    if (count == 2 * kWidth<A>) return run(std::integral_constant<int, 2>());
-    run(std::integral_constant<int, 0>());
+    });
 }
 
 }  // namespace nasfast::deform_conv2d::NASFAST_ISA

@@ -123,6 +123,11 @@ def storage(tensor: Tensor) -> torch.dtype:
     return tensor.dtype if own else torch.float32
 
 
+def accumulate(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a kernel's sums (nasfast::Accumulate)."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def describe(tensor: Tensor | None) -> tuple[object, ...] | None:
     """All that decides how the kernels read a tensor, apart from its address."""
     if tensor is None:

@@ -401,7 +401,7 @@ def _ready(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     assert input is not None
     assert weight is not None
     dtype = _native.storage(input)
-    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    sums = _native.accumulate(dtype)
     last = torch.channels_last
     if not weight.is_contiguous(memory_format=last):
         keep = weight.is_contiguous() and not weight.is_cuda
@@ -432,7 +432,7 @@ def _sizes(
     assert input is not None
     assert weight is not None
     entry, dtype = "deform_conv2d", input.dtype
-    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    sums = _native.accumulate(dtype)
     _native.check(entry, input, dtype, "map", input)
     _native.check(entry, input, sums, "slice", offset)
     _native.check(entry, input, dtype, "dense", weight)

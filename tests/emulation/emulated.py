@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nasfast.ops import deform_conv2d_reference
+from nasfast.ops._native import accumulate
 
 DTYPES = [
     torch.float32,
@@ -32,11 +33,6 @@ TOLERANCE = {
     torch.float16: 1e-3,
 }
 TF32_TOLERANCE = 2e-3
-
-
-def accumulate(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a kernel computes in, and that offset, mask, bias and their gradients have."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
