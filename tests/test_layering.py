@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "nasfast"
 # Top to bottom. A new module or subpackage of nasfast gets its place here.
 LAYERS = (
     {"search", "train", "evaluate", "pretrain", "info"},
+    {"methods"},
     {"study", "strategies", "evaluator", "report", "drawing"},
     {"training", "tasks", "cache"},
     {"models", "data"},
