@@ -1,0 +1,83 @@
+"""Restoration without training, to compare networks with under the same protocol."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+DCT_SIDE = 8
+
+
+def dct_filter(images: Tensor, sigma: float, threshold: float = 2.7) -> Tensor:
+    """Denoise by a sliding DCT: hard threshold in every 8x8 window, average of all windows.
+
+    Translation-invariant thresholding (Coifman and Donoho, 1995) with the transform of Yu and
+    Sapiro, "DCT image denoising", IPOL 2011, channels apart. The border is mirrored, so that
+    every pixel lies in 64 windows; the mean of a window is kept.
+
+    Args:
+        images: noisy images ``[N, C, H, W]`` in [0, 1], sides at least 8.
+        sigma: deviation of the noise on the same scale.
+        threshold: coefficients below this times sigma are noise.
+    """
+    height, width = images.shape[-2:]
+    if min(height, width) < DCT_SIDE:
+        raise ValueError(
+            f"dct_filter: wanted images of at least {DCT_SIDE}x{DCT_SIDE} pixels, got "
+            f"{height}x{width}"
+        )
+    basis = _dct_basis().to(images)
+    reach = DCT_SIDE - 1
+    planes = F.pad(images.flatten(0, 1)[:, None], (reach,) * 4, mode="reflect")
+    coefficients = F.conv2d(planes, basis)  # [N * C, 64, H + 7, W + 7]
+    noise = coefficients.abs() < threshold * sigma
+    noise[:, 0] = False
+    restored = F.conv_transpose2d(coefficients.masked_fill_(noise, 0), basis) / DCT_SIDE**2
+    return restored[..., reach:-reach, reach:-reach].reshape(images.shape)
+
+
+def _dct_basis() -> Tensor:
+    """Orthonormal DCT-II of 8x8 windows as filters ``[64, 1, 8, 8]``, the mean first."""
+    n = torch.arange(DCT_SIDE, dtype=torch.float64)
+    rows = torch.cos(math.pi / DCT_SIDE * (n + 0.5) * n[:, None])
+    rows *= math.sqrt(2 / DCT_SIDE)
+    rows[0] = math.sqrt(1 / DCT_SIDE)
+    return torch.einsum("ky,lx->klyx", rows, rows).reshape(-1, 1, DCT_SIDE, DCT_SIDE)
+
+
+def non_local_means(images: Tensor, sigma: float) -> Tensor:
+    """Denoise by non-local means (Buades et al., 2005) of scikit-image, told the noise.
+
+    Patches of 5x5 in a window of 13x13, h = 0.8 sigma, the fast mode.
+
+    Args:
+        images: noisy images ``[N, C, H, W]`` in [0, 1].
+        sigma: deviation of the noise on the same scale.
+
+    Raises:
+        ImportError: scikit-image is not installed.
+    """
+    try:
+        from skimage.restoration import denoise_nl_means
+    except ImportError as error:
+        raise ImportError(
+            "non-local means wants scikit-image, which is not installed: "
+            "pip install 'nasfast[restoration]'"
+        ) from error
+    restored = [
+        denoise_nl_means(
+            image if image.shape[-1] > 1 else image[..., 0],
+            patch_size=5,
+            patch_distance=6,
+            h=0.8 * sigma,
+            sigma=sigma,
+            fast_mode=True,
+            channel_axis=-1 if image.shape[-1] > 1 else None,
+        ).reshape(image.shape)
+        for image in images.double().permute(0, 2, 3, 1).numpy()  # [H, W, C]
+    ]
+    return torch.from_numpy(np.stack(restored)).permute(0, 3, 1, 2).to(images.dtype)
