@@ -58,6 +58,11 @@ class DeformBranch(nn.Module):
 
     def __init__(self, channels: int, norm: Norm, affine: bool, offset_groups: int) -> None:
         super().__init__()
+        if channels % offset_groups:
+            raise ValueError(
+                f"def3x3: wanted channels in {offset_groups} groups that share offsets, got "
+                f"{channels}; choose a width that divides"
+            )
         self.offset = nn.Conv2d(channels, 27 * offset_groups, 3, padding=1)
         self.deform = DeformConv2d(channels, channels, 3, padding=1)
         self.bn = _norm(channels, norm, affine)
