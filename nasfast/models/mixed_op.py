@@ -109,6 +109,13 @@ class PlainMixedOp(nn.Module):
         offset_groups: int = 2,
     ) -> None:
         super().__init__()
+        for name in primitives:
+            if name not in PRIMITIVES:
+                raise ValueError(
+                    f"MixedOp: wanted primitives out of {', '.join(PRIMITIVES)}, got {name!r}"
+                )
+        if norm not in ("batch", "none"):
+            raise ValueError(f'MixedOp: wanted norm "batch" or "none", got {norm!r}')
         self.primitives = tuple(primitives)
         self.ops = nn.ModuleDict(
             {
