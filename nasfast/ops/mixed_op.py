@@ -155,7 +155,9 @@ def mixed_op_reference(
 
         inner = F.relu(norm("inner", separable(r, b.depthwise1, b.pointwise1)))
         outputs["sep3x3"] = norm("sep3x3", separable(inner, b.depthwise2, b.pointwise2))
-    terms = [factors[i].to(sums) * outputs[name] for i, name in enumerate(FACTORS) if name in outputs]
+    terms = [
+        factors[i].to(sums) * outputs[name] for i, name in enumerate(FACTORS) if name in outputs
+    ]
     return torch.stack(terms).sum(0).to(input.dtype), statistics
 
 
@@ -388,7 +390,9 @@ def _kernel(*arguments: Any, into: Tensor | None = None) -> tuple[Tensor, Tensor
 
 def _kernel_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of input, factors, the branches' weights, scale and shift; empty if not wanted."""
-    grad, input, factors, *weights, scale, shift, statistics, raw, offset, norm, eps, wanted = arguments
+    grad, input, factors, *weights, scale, shift, statistics, raw, offset, norm, eps, wanted = (
+        arguments
+    )
     b = Branches(*weights)
     g = _check(input, factors, b, scale, shift, norm, grad=grad)
     sources = (input, factors, *b, scale, shift)
@@ -415,7 +419,9 @@ def _kernel_backward(*arguments: Any) -> tuple[Tensor, ...]:
         return torch.empty(tensor.shape, dtype=dtype, device=tensor.device, memory_format=layout)
 
     results = [like(tensor, want) for tensor, want in zip(sources, wanted, strict=True)]
-    dx, df, dconv, ddil, ddef, ddef_bias, doffset, doffset_bias, *separable, dscale, dshift = results
+    dx, df, dconv, ddil, ddef, ddef_bias, doffset, doffset_bias, *separable, dscale, dshift = (
+        results
+    )
     tensors = (
         *(dy, ready.input, *ready.branches, kept, map, statistics if norm else None),
         *(dx, dconv, ddil, ddef, ddef_bias, doffset, doffset_bias, *separable, df, dscale, dshift),
@@ -453,7 +459,9 @@ def _differentiate(
     """Gradients that can be differentiated again, through the reference."""
     with torch.enable_grad():
         # views, so that differentiation stops here and not in the graph that made the tensors
-        views: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in sources]
+        views: list[Any] = [
+            None if tensor is None else tensor.view_as(tensor) for tensor in sources
+        ]
         input, factors, *weights, scale, shift = views
         output, _ = mixed_op_reference(
             input,
@@ -532,11 +540,18 @@ def _autocast(device: str) -> Callable[..., tuple[Tensor, ...]]:
         with torch.autocast(device, enabled=False):
             b = Branches(*(cast(weight, dtype) for weight in weights))
             b = b._replace(
-                deform_bias=cast(weights[3], torch.float32), offset_bias=cast(weights[5], torch.float32)
+                deform_bias=cast(weights[3], torch.float32),
+                offset_bias=cast(weights[5], torch.float32),
             )
             constants = (cast(tensor, torch.float32) for tensor in (scale, shift))
             result: tuple[Tensor, ...] = torch.ops.nasfast.mixed_op.default(
-                cast(input, dtype), cast(factors, torch.float32), *b, *constants, batch_norm, eps, recompute
+                cast(input, dtype),
+                cast(factors, torch.float32),
+                *b,
+                *constants,
+                batch_norm,
+                eps,
+                recompute,
             )
         return result
 
