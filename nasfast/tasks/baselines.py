@@ -81,3 +81,28 @@ def non_local_means(images: Tensor, sigma: float) -> Tensor:
         for image in images.double().permute(0, 2, 3, 1).numpy()  # [H, W, C]
     ]
     return torch.from_numpy(np.stack(restored)).permute(0, 3, 1, 2).to(images.dtype)
+
+
+def bicubic(images: Tensor, scale: int) -> Tensor:
+    """Enlarge ``[N, C, h, w]`` to ``[N, C, scale * h, scale * w]`` (bicubic, a = -0.5)."""
+    size = [scale * side for side in images.shape[-2:]]
+    return F.interpolate(images, size, mode="bicubic", antialias=True)
+
+
+def diffuse(images: Tensor, steps: int = 500) -> Tensor:
+    """Fill missing pixels from their neighbours: heat flow from the known ones, which stay.
+
+    Args:
+        images: ``[N, C, H, W]``; pixels that are 0 in all channels count as missing.
+        steps: of Jacobi's iteration for Laplace's equation; gaps are filled well up to about
+            the square root of them in width.
+    """
+    missing = (images == 0).all(1, keepdim=True)
+    known = (~missing).sum((2, 3), keepdim=True).clamp(min=1)
+    filled = torch.where(missing, images.sum((2, 3), keepdim=True) / known, images)
+    for _ in range(steps):
+        around = F.pad(filled, (1, 1, 1, 1), mode="replicate")
+        rows = around[..., :-2, 1:-1] + around[..., 2:, 1:-1]
+        columns = around[..., 1:-1, :-2] + around[..., 1:-1, 2:]
+        filled = torch.where(missing, (rows + columns) / 4, images)
+    return filled
