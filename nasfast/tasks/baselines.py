@@ -52,7 +52,8 @@ def _dct_basis() -> Tensor:
 def non_local_means(images: Tensor, sigma: float) -> Tensor:
     """Denoise by non-local means (Buades et al., 2005) of scikit-image, told the noise.
 
-    Patches of 5x5 in a window of 13x13, h = 0.8 sigma, the fast mode.
+    Patches of 5x5 in a window of 13x13, h = 0.6 sigma, the fast mode: on BSDS500 no other setting
+    of its cost that was tried is better at sigma 30 and 50.
 
     Args:
         images: noisy images ``[N, C, H, W]`` in [0, 1].
@@ -73,7 +74,7 @@ def non_local_means(images: Tensor, sigma: float) -> Tensor:
             image if image.shape[-1] > 1 else image[..., 0],
             patch_size=5,
             patch_distance=6,
-            h=0.8 * sigma,
+            h=0.6 * sigma,
             sigma=sigma,
             fast_mode=True,
             channel_axis=-1 if image.shape[-1] > 1 else None,

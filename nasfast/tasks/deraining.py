@@ -68,7 +68,7 @@ class Deraining(RestorationTask):
         seeds, light = torch.rand(2, height, columns, generator=generator)
         drops = torch.where(seeds < density, (1 + light) / 2, 0)
         streaks = F.conv2d(drops[None, None], streak[None, None])[0].clamp(max=1)  # [1, H, W]
-        return (clean + brightness * streaks).clamp(max=1)
+        return torch.add(clean, streaks, alpha=brightness).clamp(max=1)
 
 
 def _streak(length: float, angle: float, width: float) -> Tensor:
@@ -79,5 +79,5 @@ def _streak(length: float, angle: float, width: float) -> Tensor:
     along = x * math.sin(angle) - y * math.cos(angle)
     across = x * math.cos(angle) + y * math.sin(angle)
     ends = (length / 2 + 0.5 - along.abs()).clamp(0, 1)
-    profile: Tensor = torch.exp(-across.square() / (2 * width**2))
-    return ends * profile
+    streak: Tensor = ends * torch.exp(-across.square() / (2 * width**2))
+    return streak

@@ -333,6 +333,7 @@ def evaluate(
     task.check(images)
     run = _runner(predict, runtime)
     restore = _restore_whole if protocol == "whole" else _restore_overlapping
+    keep = [range(len(images))[index] for index in keep]
     scores, kept = [], {}
     for index in range(len(images)):
         picture = images[index]
