@@ -46,6 +46,5 @@ def test_sigma_out_of_range(sigma):
     with pytest.raises(ValueError) as error:
         Denoising(sigma)
     assert str(error.value) == (
-        "denoising: wanted sigma above 0 and at most 255 (the scale of 8-bit images), got "
-        f"{sigma}"
+        f"denoising: wanted sigma above 0 and at most 255 (the scale of 8-bit images), got {sigma}"
     )
