@@ -7,9 +7,14 @@ from typing import Any
 
 from nasfast.config import from_mapping
 from nasfast.tasks.denoising import Denoising
+from nasfast.tasks.deraining import Deraining
+from nasfast.tasks.inpainting import Inpainting
 from nasfast.tasks.restoration import RestorationTask
+from nasfast.tasks.super_resolution import SuperResolution
 
-TASKS: dict[str, type[RestorationTask]] = {task.name: task for task in (Denoising,)}
+TASKS: dict[str, type[RestorationTask]] = {
+    task.name: task for task in (Denoising, Deraining, SuperResolution, Inpainting)
+}
 """Restoration tasks by name. To add one: a file beside this one and its class in this line."""
 
 

@@ -52,7 +52,8 @@ def _dct_basis() -> Tensor:
 def non_local_means(images: Tensor, sigma: float) -> Tensor:
     """Denoise by non-local means (Buades et al., 2005) of scikit-image, told the noise.
 
-    Patches of 5x5 in a window of 13x13, h = 0.8 sigma, the fast mode.
+    Patches of 5x5 in a window of 13x13, h = 0.6 sigma, the fast mode: on BSDS500 no other setting
+    of its cost that was tried is better at sigma 30 and 50.
 
     Args:
         images: noisy images ``[N, C, H, W]`` in [0, 1].
@@ -73,7 +74,7 @@ def non_local_means(images: Tensor, sigma: float) -> Tensor:
             image if image.shape[-1] > 1 else image[..., 0],
             patch_size=5,
             patch_distance=6,
-            h=0.8 * sigma,
+            h=0.6 * sigma,
             sigma=sigma,
             fast_mode=True,
             channel_axis=-1 if image.shape[-1] > 1 else None,
@@ -81,3 +82,28 @@ def non_local_means(images: Tensor, sigma: float) -> Tensor:
         for image in images.double().permute(0, 2, 3, 1).numpy()  # [H, W, C]
     ]
     return torch.from_numpy(np.stack(restored)).permute(0, 3, 1, 2).to(images.dtype)
+
+
+def bicubic(images: Tensor, scale: int) -> Tensor:
+    """Enlarge ``[N, C, h, w]`` to ``[N, C, scale * h, scale * w]`` (bicubic, a = -0.5)."""
+    size = [scale * side for side in images.shape[-2:]]
+    return F.interpolate(images, size, mode="bicubic", antialias=True)
+
+
+def diffuse(images: Tensor, steps: int = 500) -> Tensor:
+    """Fill missing pixels from their neighbours: heat flow from the known ones, which stay.
+
+    Args:
+        images: ``[N, C, H, W]``; pixels that are 0 in all channels count as missing.
+        steps: of Jacobi's iteration for Laplace's equation; gaps are filled well up to about
+            the square root of them in width.
+    """
+    missing = (images == 0).all(1, keepdim=True)
+    known = (~missing).sum((2, 3), keepdim=True).clamp(min=1)
+    filled = torch.where(missing, images.sum((2, 3), keepdim=True) / known, images)
+    for _ in range(steps):
+        around = F.pad(filled, (1, 1, 1, 1), mode="replicate")
+        rows = around[..., :-2, 1:-1] + around[..., 2:, 1:-1]
+        columns = around[..., 1:-1, :-2] + around[..., 1:-1, 2:]
+        filled = torch.where(missing, (rows + columns) / 4, images)
+    return filled

@@ -56,7 +56,7 @@ class Denoising(RestorationTask):
             )
         sigma = self.sigmas[0] / 255
         return {
-            "noisy": lambda images: images,
+            "identity": lambda images: images,
             "non-local means": lambda images: non_local_means(images, sigma),
             "sliding DCT": lambda images: dct_filter(images, sigma),
         }

@@ -10,9 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,7 +23,6 @@ Predict = Callable[[Tensor], Tensor]
 Protocol = Literal["whole", "overlap"]
 SSIM_FLOOR = 1e-3
 RESCALE = (0.8, 1.2)
-MARGIN = 4  # source pixels beside a window that its bicubic rescaling by 0.8 to 1.2 reads
 PATCH, STRIDE = 64, 48
 
 
@@ -174,29 +171,29 @@ def rescaled_crop(image: Tensor, scale: float, top: int, left: int, crop: int) -
     """The window at (top, left) of an image rescaled by ``scale`` (bicubic, antialiased).
 
     uint8 ``[c, H, W]`` to ``[c, crop, crop]``. Only the pixels that the window depends on are
-    read and resampled, so that the cost does not grow with the image.
+    read, so that the cost does not grow with the image.
     """
-    height, width = image.shape[-2:]
     if scale == 1:
         return image[:, top : top + crop, left : left + crop]
-    # factors of the whole image, whose sides are whole numbers
-    step_y, step_x = height / round(scale * height), width / round(scale * width)
-    y, x = top * step_y, left * step_x
-    rows = slice(max(0, int(y) - MARGIN), int(y + crop * step_y) + 1 + MARGIN)
-    columns = slice(max(0, int(x) - MARGIN), int(x + crop * step_x) + 1 + MARGIN)
-    y, x = y - rows.start, x - columns.start
-    box = (x, y, x + crop * step_x, y + crop * step_y)
-    window = image[:, rows, columns].numpy()
-    box = (*box[:2], min(box[2], window.shape[2]), min(box[3], window.shape[1]))
-    planes = [
-        np.asarray(
-            Image.fromarray(np.ascontiguousarray(plane)).resize(
-                (crop, crop), Image.Resampling.BICUBIC, box=box
-            )
-        )
-        for plane in window
-    ]
-    return torch.from_numpy(np.stack(planes))
+    height, width = image.shape[-2:]
+    rows, down = _bicubic(height, round(scale * height), top, crop)
+    columns, across = _bicubic(width, round(scale * width), left, crop)
+    window: Tensor = down @ image[:, rows, columns].float() @ across.T
+    return window.round().clamp(0, 255).byte()
+
+
+def _bicubic(side: int, scaled: int, start: int, count: int) -> tuple[slice, Tensor]:
+    """Pixels of a side, and their weights ``[count, n]`` in those from ``start`` on after it was
+    rescaled: Keys' kernel with a = -0.5, widened by the factor of a reduction, as in PIL."""
+    step = side / scaled
+    reach = 2 * max(step, 1.0)
+    centers = (start + 0.5 + torch.arange(count, dtype=torch.float64)) * step - 0.5
+    first = max(0, math.floor(centers[0].item() - reach))
+    last = min(side, math.ceil(centers[-1].item() + reach) + 1)
+    t = (torch.arange(first, last) - centers[:, None]).abs() * (2 / reach)
+    near, far = (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2
+    weights = torch.where(t < 1, near, torch.where(t < 2, far, 0.0))
+    return slice(first, last), (weights / weights.sum(1, keepdim=True)).float()
 
 
 @dataclass(frozen=True)
@@ -333,6 +330,7 @@ def evaluate(
     task.check(images)
     run = _runner(predict, runtime)
     restore = _restore_whole if protocol == "whole" else _restore_overlapping
+    keep = [range(len(images))[index] for index in keep]
     scores, kept = [], {}
     for index in range(len(images)):
         picture = images[index]
