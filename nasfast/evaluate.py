@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Sequence
 
-import tyro
 from rich.console import Console
 
 from nasfast.cli import reports_errors
@@ -23,9 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line: prints a table and writes evaluation.json beside the model."""
     argv = sys.argv[1:] if argv is None else argv
     method = method_of_model(argv)
-    config = tyro.cli(
-        method.evaluate_config, args=argv, description=__doc__, prog="nasfast.evaluate"
-    )
+    config = method.parse_evaluate(argv, __doc__)
     result, table = method.evaluate(config)
     path = config.path.with_name("evaluation.json")
     atomic_write(path, json.dumps(result, indent=2) + "\n")

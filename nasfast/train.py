@@ -44,7 +44,7 @@ class _Resume:
     """Directory that a training wrote."""
 
 
-def find(config: TrainSettings, zoo: Mapping[str, Genotype]) -> Source:
+def find(config: TrainSettings, zoo: Mapping[str, Source]) -> Source:
     """The architecture that the settings point at."""
     if config.source.is_dir():
         study = Study.open(config.source, read_only=True)
@@ -58,7 +58,7 @@ def find(config: TrainSettings, zoo: Mapping[str, Genotype]) -> Source:
     if config.source.is_file():
         return Source(read_genotype(config.source), config.source.parent, {})
     if str(config.source) in zoo:
-        return Source(zoo[str(config.source)].to_json(), Path("runs") / config.source, {})
+        return zoo[str(config.source)]
     names = [name for method in METHODS.values() for name in method.zoo]
     raise FileNotFoundError(
         f"train: no run directory and no genotype file at {config.source}"
@@ -123,9 +123,8 @@ def _open(argv: Sequence[str]) -> tuple[Method[Any, Any, Any], TrainSettings, Ge
         settings = tomllib.loads((out / "config.toml").read_text())
         config = from_mapping(method.train_config, settings, str(out / "config.toml"))
         return method, config, method.genotype(form), out
-    method = method_of_source(argv)
-    config = tyro.cli(method.train_config, args=argv, description=__doc__, prog="nasfast.train")
-    config, genotype = resolve(method, config)
+    method, found = method_of_source(argv)
+    config, genotype = resolve(method, method.parse_train(argv, found, __doc__))
     assert config.out is not None
     if config.out.exists():
         raise FileExistsError(

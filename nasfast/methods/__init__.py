@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nasfast.encoders import read_weights
 from nasfast.methods.base import MODEL_FILE, Method
+from nasfast.methods.restoration import RESTORATION
 from nasfast.methods.segmentation import SEGMENTATION
 
-METHODS: dict[str, Method[Any, Any, Any]] = {method.name: method for method in (SEGMENTATION,)}
+METHODS: dict[str, Method[Any, Any, Any]] = {
+    method.name: method for method in (SEGMENTATION, RESTORATION)
+}
 
 __all__ = [
     "METHODS",
@@ -31,20 +34,21 @@ def method_of_genotype(obj: object) -> Method[Any, Any, Any]:
     return next((method for method in METHODS.values() if method.space == space), SEGMENTATION)
 
 
-def method_of_source(argv: Sequence[str]) -> Method[Any, Any, Any]:
-    """By the first word that is a run directory, a genotype file or the name of an architecture."""
+def method_of_source(argv: Sequence[str]) -> tuple[Method[Any, Any, Any], Mapping[str, Any]]:
+    """By the first word that is a run directory, a genotype file or the name of an architecture;
+    with the settings of its search, as far as known."""
     for word in argv:
         path = Path(word)
         named = [method for method in METHODS.values() if word in method.zoo]
         if (path / "records.jsonl").is_file() and (path / "config.toml").is_file():
             settings = tomllib.loads((path / "config.toml").read_text())
-            return METHODS.get(settings.get("method", ""), SEGMENTATION)
+            return METHODS.get(settings.get("method", ""), SEGMENTATION), settings
         if path.is_file():
             with contextlib.suppress(ValueError):  # of another flag, or refused later
-                return method_of_genotype(read_genotype(path))
+                return method_of_genotype(read_genotype(path)), {}
         if named:
-            return named[0]
-    return SEGMENTATION
+            return named[0], named[0].zoo[word].search
+    return SEGMENTATION, {}
 
 
 def method_of_model(argv: Sequence[str]) -> Method[Any, Any, Any]:

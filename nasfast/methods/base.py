@@ -142,7 +142,7 @@ class Source:
     home: Path
     """Directory that trainings are put in."""
     search: Mapping[str, Any]
-    """Settings of the search that found it; empty for a file and for a name."""
+    """Settings of the search that found it, as far as known; empty for a file."""
 
 
 S = TypeVar("S", bound=SearchSettings)
@@ -169,9 +169,11 @@ class Method(Generic[S, T, E]):
     """Value of "space" in a genotype's JSON form."""
     genotype: Callable[[object], Genotype]
     """A genotype from its JSON form, or the publication's."""
-    zoo: Mapping[str, Genotype]
+    zoo: Mapping[str, Source]
     """Named architectures."""
     train_config: type[T]
+    parse_train: Callable[[Sequence[str], Mapping[str, Any], str | None], T]
+    """Settings from a command line, those of the source (as `Source.search`) and a help text."""
     resolve: Callable[[T, Source], T]
     """Fill in what the source decides, but for the output's directory."""
     trainer: Callable[[T, Any, Path, Runtime], Trainer]
@@ -179,6 +181,7 @@ class Method(Generic[S, T, E]):
 
     format: str
     """Key in the metadata of this method's model files."""
-    evaluate_config: type[E]
+    parse_evaluate: Callable[[Sequence[str], str | None], E]
+    """Settings from a command line and a help text."""
     evaluate: Callable[[E], tuple[Mapping[str, Any], Table]]
     """Plain JSON for evaluation.json, and the same for a person."""

@@ -1,5 +1,7 @@
 """Decoders of compact segmentation networks (Fast NAS, CVPR 2019)."""
 
+import tyro
+
 from nasfast.methods.base import EvaluateConfig, Method
 from nasfast.methods.segmentation.evaluate import evaluate
 from nasfast.methods.segmentation.search import SearchConfig, build, continued, parse
@@ -17,9 +19,14 @@ SEGMENTATION = Method(
     genotype=FastNASSpace().from_json,
     zoo={},
     train_config=TrainConfig,
+    parse_train=lambda argv, found, description: tyro.cli(
+        TrainConfig, args=argv, description=description, prog="nasfast.train"
+    ),
     resolve=resolve,
     trainer=Trainer,
     format=FORMAT,
-    evaluate_config=EvaluateConfig,
+    parse_evaluate=lambda argv, description: tyro.cli(
+        EvaluateConfig, args=argv, description=description, prog="nasfast.evaluate"
+    ),
     evaluate=evaluate,
 )
