@@ -191,6 +191,26 @@ def test_mix_decides_what_runs(images):
     assert ran == {"dil3x3"}
 
 
+@pytest.mark.parametrize("options", [{"fused": True}, {"fused": True, "memory": "recompute"}])
+def test_gates_that_are_closed_still_learn(images, options):
+    """Two operations run, one of them with weight 0, as binary gates want it."""
+    pairs = ((0, 4), (1, 3), (4, 5), (2, 4), (0, 5))
+    plain = make()
+    results = []
+    for net in (plain, make(with_options(**options), like=plain)):
+        weights = torch.zeros(5, 6, dtype=torch.float64)
+        for edge, (first, second) in enumerate(pairs):
+            weights[edge, first if edge < 2 else second] = 1.0
+        weights.requires_grad_()
+        out, _ = step(net, images, mix=SimpleNamespace(weights=weights, active=pairs))
+        results.append((out, weights.grad))
+    assert {(e, k) for e, k in results[0][1].nonzero().tolist()} == {
+        (edge, k) for edge, pair in enumerate(pairs) for k in pair if k != 5
+    }
+    for got, wanted in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+
+
 def test_super_resolution(images):
     net = make(channels=3, scale=3)
     out = net(torch.rand(1, 3, 5, 6, dtype=torch.float64))
