@@ -31,13 +31,19 @@ def dct_filter(images: Tensor, sigma: float, threshold: float = 2.7) -> Tensor:
             f"{height}x{width}"
         )
     basis = _dct_basis().to(images)
+    restored = [_threshold(plane, basis, threshold * sigma) for plane in images.flatten(0, 1)]
+    return torch.stack(restored).reshape(images.shape)
+
+
+def _threshold(plane: Tensor, basis: Tensor, threshold: float) -> Tensor:
+    """One plane ``[H, W]``, filtered: plane by plane, as there are 64 coefficients a pixel."""
     reach = DCT_SIDE - 1
-    planes = F.pad(images.flatten(0, 1)[:, None], (reach,) * 4, mode="reflect")
-    coefficients = F.conv2d(planes, basis)  # [N * C, 64, H + 7, W + 7]
-    noise = coefficients.abs() < threshold * sigma
+    mirrored = F.pad(plane[None, None], (reach,) * 4, mode="reflect")
+    coefficients = F.conv2d(mirrored, basis)  # [1, 64, H + 7, W + 7]
+    noise = coefficients.abs() < threshold
     noise[:, 0] = False
     restored = F.conv_transpose2d(coefficients.masked_fill_(noise, 0), basis) / DCT_SIDE**2
-    return restored[..., reach:-reach, reach:-reach].reshape(images.shape)
+    return restored[0, 0, reach:-reach, reach:-reach]
 
 
 def _dct_basis() -> Tensor:
