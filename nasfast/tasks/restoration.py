@@ -200,7 +200,7 @@ def _bicubic(side: int, scaled: int, start: int, count: int) -> tuple[slice, Ten
 
 @dataclass(frozen=True)
 class RestorationLoss:
-    """(mean squared error + ``ssim_weight`` * log10(1 / SSIM)) / 2, IR-NAS, equation of section 3.
+    """(mean squared error + ``ssim_weight`` * log10(1 / SSIM)) / 2, the loss of IR-NAS.
 
     The two terms are averaged, not added, as the published learning rates were tuned with it; a
     weight of 0 still halves the error. SSIM is the mean over the batch, with zero padding. Below

@@ -362,3 +362,12 @@ def test_every_task_runs_on_drawn_images():
         for condition in task.conditions():
             for method in condition.baselines().values():
                 assert evaluate(method, condition, data.test[:1], channels=3).psnr > 5
+
+
+def test_images_read_during_an_evaluation_can_be_trained_on():
+    data = open_images("synthetic", 1)
+    evaluate(half, Denoising(), data.val)
+    inputs, targets = ImagePatches(data.val, Denoising(), 32).batch([0, 1, 0, 1], generator())
+    weight = torch.ones(1, 1, 3, 3, requires_grad=True)
+    RestorationLoss()(F.conv2d(inputs, weight, padding=1), targets).backward()
+    assert weight.grad.isfinite().all()
