@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +25,7 @@ GREY_MODES = ("1", "L", "LA")
 WIDE_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 CLEAN_FOLDER, DEGRADED_FOLDERS = "clean", ("rainy", "degraded")
 CLEAN_SUFFIX, DEGRADED_SUFFIX = "ground_truth", "rain"
+DRAWN = {"train": 100, "test": 10}  # images of a stream
 SYNTHETIC_VERSION = 1  # part of the fingerprint: raise it with every change of what is drawn
 LAYOUTS = (
     "train/ + test/ (+ val/) at the top or in images/ (BSDS500), a folder of images, pairs in "
@@ -68,7 +69,7 @@ class Source(ABC):
 class Pictures(Sequence[Picture]):
     """Images of one number of channels (1: grey, 3: RGB), read when first asked for.
 
-    Slices are `Pictures` too and share what has been read.
+    Slices and subsets are `Pictures` too and share what has been read.
     """
 
     def __init__(self, name: str, channels: int, sources: Sequence[Source]) -> None:
@@ -100,8 +101,12 @@ class Pictures(Sequence[Picture]):
     def __getitem__(self, index: int | slice) -> Picture | Pictures:
         """The picture at an index, or the `Pictures` of a slice. IndexError outside."""
         if isinstance(index, slice):
-            return Pictures(self.name, self.channels, self._sources[index])
+            return self.subset(range(len(self))[index])
         return self._sources[index].picture
+
+    def subset(self, indices: Iterable[int]) -> Pictures:
+        """The pictures at `indices`, in that order. IndexError outside."""
+        return Pictures(self.name, self.channels, [self._sources[i] for i in indices])
 
     def __add__(self, other: Pictures) -> Pictures:
         """Both sets in one, sorted by name."""
@@ -163,7 +168,7 @@ def open_images(source: str | Path, channels: int) -> RestorationData:
     """
     _check_channels(channels)
     if source == "synthetic":
-        return _divide(_draw_all(channels, "train", 100), _draw_all(channels, "test", 10))
+        return _divide(*(_draw_all(channels, stream) for stream in DRAWN))
     root = Path(source)
     if not root.is_dir():
         raise FileNotFoundError(f"data: wanted 'synthetic' or a folder, got {str(source)!r}")
@@ -179,17 +184,10 @@ def open_images(source: str | Path, channels: int) -> RestorationData:
         raise ValueError(
             f"{root}: wanted at least 3 images (training, validation, test), got {len(pictures)}"
         )
+    ranked = sorted(range(len(pictures)), key=lambda index: _hash(pictures.names[index]))
     count = max(1, round(0.2 * len(pictures)))
-    test = set(sorted(pictures.names, key=_hash)[:count])
-    parts = (
-        Pictures(
-            pictures.name,
-            channels,
-            [source for source in pictures._sources if (source.name in test) == wanted],
-        )
-        for wanted in (False, True)
-    )
-    return _divide(*parts)
+    train, test = (pictures.subset(sorted(part)) for part in (ranked[count:], ranked[:count]))
+    return _divide(train, test)
 
 
 def open_pictures(folder: Path, channels: int, *, name: str | None = None) -> Pictures:
@@ -255,7 +253,7 @@ class _Drawing(Source):
         self.size = (96, 128) if index % 3 else (128, 96)
 
     def read(self) -> Picture:
-        rng = np.random.default_rng((len(self._stream), self._index))
+        rng = np.random.default_rng((list(DRAWN).index(self._stream), self._index))
         canvas = _gradient(rng, self.size)
         for _ in range(rng.integers(8, 20)):
             canvas = np.where(_outline(rng, self.size), _gradient(rng, self.size), canvas)
@@ -266,8 +264,9 @@ class _Drawing(Source):
         return digest("drawing", SYNTHETIC_VERSION, self._stream, self._index)
 
 
-def _draw_all(channels: int, stream: str, count: int) -> Pictures:
-    return Pictures("synthetic", channels, [_Drawing(channels, stream, i) for i in range(count)])
+def _draw_all(channels: int, stream: str) -> Pictures:
+    sources = [_Drawing(channels, stream, index) for index in range(DRAWN[stream])]
+    return Pictures("synthetic", channels, sources)
 
 
 def _grid(size: tuple[int, int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -90,8 +90,9 @@ class ImagePatches:
 
     With ``augment``, as IR-NAS trains: with probability 1/2 the image is rescaled by a factor
     from U(0.8, 1.2) (bicubic; raised where the crop would not fit), a random crop is turned by a
-    multiple of 90 degrees and with probability 1/2 mirrored left to right. Without it, the
-    random crop alone. All chance comes from the caller's generator.
+    multiple of 90 degrees and with probability 1/2 mirrored left to right. Pairs are not turned:
+    rain falls. Without ``augment``, the random crop alone. All chance comes from the caller's
+    generator.
 
     Args:
         images: where the patches are cut.
@@ -161,9 +162,10 @@ class ImagePatches:
         left = int(draw[3] * (round(scale * width) - self.crop + 1))
         planes = [picture.clean] if picture.degraded is None else [picture.clean, picture.degraded]
         patches = [rescaled_crop(image, scale, top, left, self.crop) for image in planes]
-        if self.augment:
+        if self.augment and picture.degraded is None:
             patches = [patch.rot90(int(4 * draw[4]), (1, 2)) for patch in patches]
-            patches = [patch.flip(2) for patch in patches] if draw[5] < 0.5 else patches
+        if self.augment and draw[5] < 0.5:
+            patches = [patch.flip(2) for patch in patches]
         return patches
 
 
@@ -198,7 +200,7 @@ def _bicubic(side: int, scaled: int, start: int, count: int) -> tuple[slice, Ten
 
 @dataclass(frozen=True)
 class RestorationLoss:
-    """(mean squared error + ``ssim_weight`` * log10(1 / SSIM)) / 2, IR-NAS, equation of section 3.
+    """(mean squared error + ``ssim_weight`` * log10(1 / SSIM)) / 2, the loss of IR-NAS.
 
     The two terms are averaged, not added, as the published learning rates were tuned with it; a
     weight of 0 still halves the error. SSIM is the mean over the batch, with zero padding. Below

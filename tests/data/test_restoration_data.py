@@ -138,8 +138,7 @@ def test_fingerprint_follows_the_contents(flat):
 
 @given(st.integers(2, 400))
 def test_halves_and_validation_cover_the_training_images(count):
-    pictures = open_images("synthetic", 1).train[:1]
-    pictures = type(pictures)("many", 1, pictures._sources * count)
+    pictures = open_images("synthetic", 1).train.subset([0] * count)
     data = RestorationData(pictures, pictures[:1], pictures[:1])
     first, second = data.halves()
     assert len(first) + len(second) == count

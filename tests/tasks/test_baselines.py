@@ -20,20 +20,22 @@ def dct_by_hand(image, sigma, threshold):
     basis = torch.cos(torch.pi * (2 * n[None] + 1) * n[:, None] / 16) / 2
     basis[0] /= 2**0.5
     padded = torch.nn.functional.pad(image[None, None], (7,) * 4, mode="reflect")[0, 0]
-    total, count = torch.zeros_like(padded), torch.zeros_like(padded)
+    total, weights = torch.zeros_like(padded), torch.zeros_like(padded)
     for top in range(padded.shape[0] - 7):
         for left in range(padded.shape[1] - 7):
             window = (slice(top, top + 8), slice(left, left + 8))
             coefficients = basis @ padded[window] @ basis.T
             kept = coefficients.where(coefficients.abs() >= threshold * sigma, 0)
             kept[0, 0] = coefficients[0, 0]
-            total[window] += basis.T @ kept @ basis
-            count[window] += 1
-    return (total / count)[7:-7, 7:-7]
+            weight = 1 / (kept != 0).sum()
+            total[window] += weight * (basis.T @ kept @ basis)
+            weights[window] += weight
+    return (total / weights)[7:-7, 7:-7]
 
 
 def test_dct_filter_from_the_definition():
     images = torch.rand(2, 2, 9, 12, dtype=torch.float64)
+    images = torch.cat([images, images.flip(2), images], 2)  # more than one strip of windows
     restored = dct_filter(images, 0.1)
     for got, image in zip(restored.flatten(0, 1), images.flatten(0, 1)):
         torch.testing.assert_close(got, dct_by_hand(image, 0.1, 2.7))
@@ -89,10 +91,10 @@ def test_diffusion_fills_a_ramp_and_keeps_what_is_known():
 
 
 def test_sliding_dct_on_bsds500(data_root):
-    """27.12 dB is an independent computation on every tenth test image (its noise differs)."""
+    """24.89 dB is an independent computation on every tenth test image (its noise differs)."""
     if not (data_root / "bsds500").is_dir():
         pytest.skip(f"no BSDS500 at {data_root / 'bsds500'}")
-    task = Denoising(30.0)
+    task = Denoising(50.0)
     test = open_images(data_root / "bsds500", 1).test[::10]
     scores = evaluate(task.baselines()["sliding DCT"], task, test)
-    assert scores.psnr == pytest.approx(27.12, abs=0.06)
+    assert scores.psnr == pytest.approx(24.89, abs=0.02)

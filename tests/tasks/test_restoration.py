@@ -156,10 +156,15 @@ def test_augmentation_turns_and_mirrors_but_does_not_flip_more_than_that():
     assert min(counts) > 15
 
 
-def test_pairs_are_cut_alike():
-    pictures = random_pictures((30, 44), channels=3, paired=True)
-    inputs, targets = ImagePatches(pictures, Deraining(), 16).batch([0] * 12, generator())
+def test_pairs_are_cut_alike_and_mirrored_but_not_turned():
+    pictures = random_pictures((16, 16), channels=3, paired=True)
+    inputs, targets = ImagePatches(pictures, Deraining(), 16).batch([0] * 64, generator())
     assert (inputs + targets - 1).abs().max() < 1.5 / 255  # bicubic rounding of both
+    clean = pictures[0].clean
+    whole = [t for t in (255 * targets).round().byte() if torch.equal(t, clean)]
+    mirrored = [t for t in (255 * targets).round().byte() if torch.equal(t, clean.flip(2))]
+    assert min(len(whole), len(mirrored)) > 10
+    assert len(whole) + len(mirrored) > 40  # the others are enlarged
 
 
 def test_super_resolution_patches():
@@ -357,3 +362,12 @@ def test_every_task_runs_on_drawn_images():
         for condition in task.conditions():
             for method in condition.baselines().values():
                 assert evaluate(method, condition, data.test[:1], channels=3).psnr > 5
+
+
+def test_images_read_during_an_evaluation_can_be_trained_on():
+    data = open_images("synthetic", 1)
+    evaluate(half, Denoising(), data.val)
+    inputs, targets = ImagePatches(data.val, Denoising(), 32).batch([0, 1, 0, 1], generator())
+    weight = torch.ones(1, 1, 3, 3, requires_grad=True)
+    RestorationLoss()(F.conv2d(inputs, weight, padding=1), targets).backward()
+    assert weight.grad.isfinite().all()

@@ -13,7 +13,7 @@ from nasfast.tasks.super_resolution import SuperResolution
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_reduction_is_that_of_pil(scale):
     task, chance = SuperResolution(scale), torch.Generator()
-    clean = torch.randint(0, 256, (3, 38, 51), dtype=torch.uint8)
+    clean = torch.randint(64, 192, (3, 38, 51), dtype=torch.uint8)  # PIL clips between the passes
     small, target = task.pair(clean, None, chance)
     height, width = 38 // scale, 51 // scale
     assert small.shape == (3, height, width)
@@ -23,8 +23,7 @@ def test_reduction_is_that_of_pil(scale):
     pixels = Image.fromarray(cut.permute(1, 2, 0).numpy())
     wanted = np.asarray(pixels.resize((width, height), Image.Resampling.BICUBIC))
     difference = 255 * small.permute(1, 2, 0).numpy() - wanted.astype(np.float32)
-    assert np.abs(difference).max() < 1.01  # both round, from sums in other precision
-    assert (np.abs(difference) > 0.01).mean() < 0.01
+    assert np.abs(difference).max() < 1.01  # PIL also rounds between the passes
 
 
 def test_baseline_has_the_size_of_the_target():
