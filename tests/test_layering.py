@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "nasfast"
 LAYERS = (
     {"search", "train", "evaluate", "pretrain", "info"},
     {"methods"},
-    {"study", "strategies", "evaluator", "report", "drawing"},
+    {"study", "strategies", "evaluator", "report", "formation", "charts", "drawing"},
     {"training", "tasks", "cache"},
     {"models", "data"},
     {"spaces", "encoders", "records"},

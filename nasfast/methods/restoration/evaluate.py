@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from nasfast.training.loop import Runtime
 
 PICTURES = "pictures"
 """Folder beside the model that the strips are put in."""
-GAP, CAPTION = 6, 22  # pixels between the images of a strip, and above them
+GAP, CAPTION, LEAST_WIDTH = 6, 22, 220  # pixels between, above and across images of a strip
 
 
 @dataclass(frozen=True)
@@ -168,11 +169,14 @@ def write_strips(folder: Path, task: RestorationTask, scores: Mapping[str, Score
 
 
 def strip(panels: Mapping[str, Tensor]) -> Image.Image:
-    """Images ``[c, H, W]`` in [0, 1] side by side, enlarged to one height, with their captions."""
-    height = max(image.shape[-2] for image in panels.values())
-    pictures = [_picture(image, height) for image in panels.values()]
+    """Images ``[c, H, W]`` in [0, 1] side by side under their captions; small ones are enlarged by
+    whole factors, to one size and room for the text."""
+    height, width = (max(image.shape[axis] for image in panels.values()) for axis in (-2, -1))
+    factor = max(1, math.ceil(LEAST_WIDTH / width))
+    size = (factor * width, factor * height)
+    pictures = [_picture(image).resize(size, Image.Resampling.NEAREST) for image in panels.values()]
     width = sum(picture.width for picture in pictures) + GAP * (len(pictures) - 1)
-    canvas = Image.new(pictures[0].mode, (width, height + CAPTION), "white")
+    canvas = Image.new(pictures[0].mode, (width, size[1] + CAPTION), "white")
     draw, left = ImageDraw.Draw(canvas), 0
     for caption, picture in zip(panels, pictures, strict=True):
         canvas.paste(picture, (left, CAPTION))
@@ -181,10 +185,6 @@ def strip(panels: Mapping[str, Tensor]) -> Image.Image:
     return canvas
 
 
-def _picture(image: Tensor, height: int) -> Image.Image:
+def _picture(image: Tensor) -> Image.Image:
     pixels = (255 * image.clamp(0, 1)).round().byte().permute(1, 2, 0).numpy()  # [H, W, c]
-    picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-    if picture.height == height:
-        return picture
-    factor = height // picture.height
-    return picture.resize((picture.width * factor, height), Image.Resampling.NEAREST)
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
