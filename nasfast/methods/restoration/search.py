@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
@@ -183,6 +184,7 @@ def build(
         sizes = SizeClass(
             space.layers, space.nodes, low, high, config.network, config.channels, task.scale
         )
+        sizes.sample(random.Random(config.seed))  # refuses an empty class before a run is made
         evaluator = RestorationEvaluator(
             task, data, config.network, config.recipe, runtime, seed=config.seed
         )
