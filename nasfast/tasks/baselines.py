@@ -17,10 +17,10 @@ def dct_filter(images: Tensor, sigma: float, threshold: float = 2.7) -> Tensor:
     """Denoise by a sliding DCT: hard threshold in every 8x8 window, weighted mean of all windows.
 
     Translation-invariant thresholding (Coifman and Donoho, 1995) with the transform of Yu and
-    Sapiro, "DCT image denoising", IPOL 2011, which takes a DCT over the channels first. A window weighs the inverse of how
-    many coefficients it keeps (Guleryuz, 2007): against equal weights +0.1 dB at sigma 50, +0.25
-    dB at 70 on BSDS500. The border is mirrored, so that every pixel lies in 64 windows; the mean
-    of a window is kept.
+    Sapiro, "DCT image denoising", IPOL 2011, which takes a DCT over the channels first. A window
+    weighs the inverse of how many coefficients it keeps (Guleryuz, 2007): against equal weights
+    +0.1 dB at sigma 50, +0.25 dB at 70 on grey BSDS500. The border is mirrored, so that every
+    pixel lies in 64 windows; the mean of a window is kept.
 
     Args:
         images: noisy images ``[N, C, H, W]`` in [0, 1], sides at least 8.
