@@ -17,10 +17,10 @@ def dct_filter(images: Tensor, sigma: float, threshold: float = 2.7) -> Tensor:
     """Denoise by a sliding DCT: hard threshold in every 8x8 window, weighted mean of all windows.
 
     Translation-invariant thresholding (Coifman and Donoho, 1995) with the transform of Yu and
-    Sapiro, "DCT image denoising", IPOL 2011, channels apart. A window weighs the inverse of how
-    many coefficients it keeps (Guleryuz, 2007): against equal weights +0.1 dB at sigma 50, +0.25
-    dB at 70 on BSDS500. The border is mirrored, so that every pixel lies in 64 windows; the mean
-    of a window is kept.
+    Sapiro, "DCT image denoising", IPOL 2011, which takes a DCT over the channels first. A window
+    weighs the inverse of how many coefficients it keeps (Guleryuz, 2007): against equal weights
+    +0.1 dB at sigma 50, +0.25 dB at 70 on grey BSDS500. The border is mirrored, so that every
+    pixel lies in 64 windows; the mean of a window is kept.
 
     Args:
         images: noisy images ``[N, C, H, W]`` in [0, 1], sides at least 8.
@@ -33,9 +33,11 @@ def dct_filter(images: Tensor, sigma: float, threshold: float = 2.7) -> Tensor:
             f"dct_filter: wanted images of at least {DCT_SIDE}x{DCT_SIDE} pixels, got "
             f"{height}x{width}"
         )
-    basis = _dct_basis().to(images)
-    restored = [_threshold(plane, basis, threshold * sigma) for plane in images.flatten(0, 1)]
-    return torch.stack(restored).reshape(images.shape)
+    across = _dct(images.shape[1]).to(images)
+    basis = torch.kron(_dct(DCT_SIDE), _dct(DCT_SIDE)).to(images)  # [64, 64], the mean first
+    planes = torch.einsum("dc,nchw->ndhw", across, images).flatten(0, 1)
+    restored = torch.stack([_threshold(plane, basis, threshold * sigma) for plane in planes])
+    return torch.einsum("dc,ndhw->nchw", across, restored.reshape(images.shape))
 
 
 def _threshold(plane: Tensor, basis: Tensor, threshold: float) -> Tensor:
@@ -57,13 +59,12 @@ def _threshold(plane: Tensor, basis: Tensor, threshold: float) -> Tensor:
     return (total / weights)[0, 0, reach:-reach, reach:-reach]
 
 
-def _dct_basis() -> Tensor:
-    """Orthonormal DCT-II of 8x8 windows ``[64, 64]``: a coefficient a row, the mean first."""
-    n = torch.arange(DCT_SIDE, dtype=torch.float64)
-    rows = torch.cos(math.pi / DCT_SIDE * (n + 0.5) * n[:, None])
-    rows *= math.sqrt(2 / DCT_SIDE)
-    rows[0] = math.sqrt(1 / DCT_SIDE)
-    return torch.einsum("ky,lx->klyx", rows, rows).reshape(DCT_SIDE**2, DCT_SIDE**2)
+def _dct(size: int) -> Tensor:
+    """Orthonormal DCT-II ``[size, size]``, a coefficient a row, float64."""
+    n = torch.arange(size, dtype=torch.float64)
+    rows = torch.cos(math.pi / size * (n + 0.5) * n[:, None]) * math.sqrt(2 / size)
+    rows[0] = math.sqrt(1 / size)
+    return rows
 
 
 def non_local_means(images: Tensor, sigma: float) -> Tensor:
