@@ -25,10 +25,10 @@ constexpr int64_t kTile = 96;    // pixels: a multiple of the rows of every bloc
 constexpr int64_t kRadius = 2;   // of the 3x3 taps with dilation 2
 constexpr int64_t kSpill = 64;   // elements behind a buffer that whole vectors may touch
 
-// The deformable branch as deform_conv2d sees it.
-inline deform_conv2d::Params deform_params(const Params& p) {
+// The deformable branch as deform_conv2d sees it, on a map of `channels`.
+inline deform_conv2d::Params deform_params(const Params& p, int64_t channels) {
     deform_conv2d::Params d = {};
-    d.batch = p.batch, d.channels = d.out_channels = p.channels;
+    d.batch = p.batch, d.channels = channels, d.out_channels = p.channels;
     d.height = d.out_height = p.height, d.width = d.out_width = p.width;
     d.kernel_h = d.kernel_w = 3;
     d.stride_h = d.stride_w = d.pad_h = d.pad_w = d.dilation_h = d.dilation_w = 1;
@@ -48,7 +48,7 @@ struct Geometry {
 
     explicit Geometry(const Params& p)
         : p(p),
-          deform(deform_params(p)),
+          deform(deform_params(p, p.channels)),
           tiling(deform, kTile),
           columns(ceil_div(p.width, tiling.across)),
           channels(p.channels),
