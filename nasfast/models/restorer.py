@@ -143,7 +143,7 @@ class Restorer(nn.Module):
         """Restored images, not clamped, ``[N, c, scale H, scale W]``.
 
         Args:
-            images: ``[N, c, H, W]``, values in 0..1 where nothing is wrong with them.
+            images: ``[N, c, H, W]``, in units of 0..1; noise may leave them.
 
         Raises:
             ValueError: images of another number of channels.

@@ -53,7 +53,7 @@ class SupernetConfig:
     cells: about 60 times less memory for 1.5 times the work."""
     fused: bool = True
     """Whether the mixed operations run fused, or as the plain formulation that they are tested
-    against."""
+    against, which keeps all it computes."""
 
     def __post_init__(self) -> None:
         for field, least in (("layers", 1), ("nodes", 1), ("width", 2)):
@@ -276,7 +276,7 @@ class Supernet(nn.Module):
     def derive(self) -> IRNASGenotype:
         """The network that alphas and betas stand for (section 3.1 and 3.2)."""
         with torch.no_grad():
-            alphas, betas = self.alphas.double().softmax(1), self._move_probabilities()
+            alphas, betas = self.alphas.softmax(1), self._move_probabilities()
         nodes = derive_nodes(alphas.tolist(), self.config.nodes)
         return IRNASGenotype(nodes, viterbi(betas.tolist(), self.config.layers))
 
