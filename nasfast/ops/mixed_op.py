@@ -17,7 +17,9 @@ def3x3, inner.
 
 from __future__ import annotations
 
+import math
 import struct
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -337,11 +339,45 @@ def _map(like: Tensor, channels: int, dtype: torch.dtype, count: int = 1) -> Ten
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=last)
 
 
-def _scratch(g: Sizes, ready: _Ready, batch_norm: bool, deform: bool) -> tuple[Tensor | None, ...]:
-    """Memory for the raw maps, and for offsets and masks."""
+class _Scratch(threading.local):
+    """Memory that a thread keeps for maps which no call keeps: as much as the largest call needs.
+
+    Fresh memory would be scattered over the heap between the results of calls, and several times as
+    much of it. CUDA's allocator does not need such help.
+    """
+
+    memory = torch.empty(0, dtype=torch.uint8)
+
+    def map(self, like: Tensor, channels: int, dtype: torch.dtype, count: int, at: int) -> Tensor:
+        """As :func:`_map`, from byte ``at`` of the memory on."""
+        n, _, height, width = like.shape
+        shape = (count * n, height, width, channels)
+        end = at + math.prod(shape) * dtype.itemsize
+        return self.memory[at:end].view(dtype).view(shape).permute(0, 3, 1, 2)
+
+
+_scratch_of_thread = _Scratch()
+
+
+def _scratch(
+    g: Sizes, ready: _Ready, batch_norm: bool, deform: bool, keep: bool
+) -> tuple[Tensor | None, ...]:
+    """Memory for the raw maps, and for offsets and masks; fresh where a call keeps them."""
+    x, count, offsets = ready.input, len(MAPS), g.offset_groups * 27
+    if keep or x.is_cuda:
+        return (
+            _map(x, g.channels, ready.dtype, count) if batch_norm else None,
+            _map(x, offsets, ready.sums) if deform else None,
+        )
+    scratch = _scratch_of_thread
+    end = count * x.numel() * ready.dtype.itemsize if batch_norm else 0
+    end += -end % 64
+    size = end + x.numel() // g.channels * offsets * ready.sums.itemsize
+    if scratch.memory.numel() < size:
+        scratch.memory = torch.empty(size, dtype=torch.uint8)
     return (
-        _map(ready.input, g.channels, ready.dtype, len(MAPS)) if batch_norm else None,
-        _map(ready.input, g.offset_groups * 27, ready.sums) if deform else None,
+        scratch.map(x, g.channels, ready.dtype, count, 0) if batch_norm else None,
+        scratch.map(x, offsets, ready.sums, 1, end) if deform else None,
     )
 
 
@@ -372,7 +408,8 @@ def _kernel(*arguments: Any, into: Tensor | None = None) -> tuple[Tensor, Tensor
     in_place = in_place and into.is_contiguous(memory_format=last)  # type: ignore[union-attr]
     output = into if in_place else _map(ready.input, g.channels, ready.dtype)  # type: ignore[assignment]
     statistics = ready.input.new_empty((len(MAPS), 2, g.channels), dtype=ready.sums)
-    raw, offset = _scratch(g, ready, batch_norm, b.deform is not None)
+    keep = batch_norm and not recompute
+    raw, offset = _scratch(g, ready, batch_norm, b.deform is not None, keep)
     norm = _BATCH if batch_norm else _FIXED
     g = g._replace(norm=norm, eps=_bits(eps), add=int(in_place), **_choices(input))
     _forward(g, ready, raw, offset, statistics, output)
@@ -380,7 +417,6 @@ def _kernel(*arguments: Any, into: Tensor | None = None) -> tuple[Tensor, Tensor
         output = output.to(input.dtype)
     if into is not None and not in_place:
         output = into.add_(output)
-    keep = batch_norm and not recompute
 
     def kept(tensor: Tensor | None) -> Tensor:
         return tensor if keep and tensor is not None else input.new_empty(0)
@@ -407,7 +443,7 @@ def _kernel_backward(*arguments: Any) -> tuple[Tensor, ...]:
     kept = raw if norm and raw.numel() else None
     map = offset if offset.numel() else None
     if not norm or kept is None:
-        kept, map = _scratch(g, ready, norm, b.deform is not None)
+        kept, map = _scratch(g, ready, norm, b.deform is not None, False)
         if norm:
             _forward(g._replace(norm=_GIVEN), ready, kept, map, statistics, None)
 
