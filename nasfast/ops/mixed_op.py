@@ -1,18 +1,18 @@
 """Mixed operation of a gradient search: the weighted sum of the branches of an edge.
 
-The continuous relaxation of DARTS (Liu et al., ICLR 2019, eq. 2) over the primitives of IR-NAS (Zhang
-et al., CVPR 2020): with r = ReLU(input),
+The continuous relaxation of DARTS (Liu et al., ICLR 2019, eq. 2) over the primitives of IR-NAS
+(Zhang et al., CVPR 2020): with r = ReLU(input),
 
 - conv3x3: a 3x3 convolution of r; dil3x3: the same with dilation 2;
-- def3x3: a deformable 3x3 convolution of r (DCNv2), offsets and masks from a 3x3 convolution of r;
+- def3x3: a deformable 3x3 convolution of r (DCNv2), offsets and masks from a convolution of r;
 - sep3x3: pointwise(depthwise(ReLU(norm(inner)))), where inner = pointwise(depthwise(r));
 - skip: input itself;
 
-each but skip normalised, times its factor, summed. All branches are computed in one pass over r, and
-no branch's result is ever written; :func:`mixed_op_reference` says the same in plain PyTorch.
+each but skip normalised, times its factor, summed. All branches are computed in one pass over r,
+and no branch's result is ever written; :func:`mixed_op_reference` says the same in plain PyTorch.
 
-Symbols in shapes: D = offset groups; maps, the normalised ones, in the order conv3x3, sep3x3, dil3x3,
-def3x3, inner.
+Symbols in shapes: D = offset groups; maps, the normalised ones, in the order conv3x3, sep3x3,
+dil3x3, def3x3, inner.
 """
 
 from __future__ import annotations
@@ -72,17 +72,17 @@ def mixed_op(
 
     Args:
         batch_norm: True normalises a map by its statistics over the batch, before scale and shift;
-            False is scale and shift alone: no normalisation, or one by running statistics folded
-            into them. All linear branches are then one convolution with a sparse kernel.
+            False is scale and shift alone: no normalisation, or one by running statistics
+            folded into them. All linear branches are then one convolution with a sparse kernel.
         eps: added to the variance.
-        recompute: keep nothing but the input for the backward pass, which then computes the branches
-            again; else their results before normalisation are kept.
-        into: a sum to add to. Its memory becomes the result's where autograd allows that, so do not
-            use it afterwards.
+        recompute: keep nothing but the input for the backward pass, which then computes the
+            branches again; else their results before normalisation are kept.
+        into: a sum to add to. Its memory becomes the result's where autograd allows that, so do
+            not use it afterwards.
 
-    The statistics take no gradient; with ``batch_norm=False`` they are undefined. Sums are in float32,
-    or float64 for float64; factors, biases, scale and shift may be float32 beside a half-precision
-    input. Autocast casts the input and the weights.
+    The statistics take no gradient; with ``batch_norm=False`` they are undefined. Sums are in
+    float32, or float64 for float64; factors, biases, scale and shift may be float32 beside a
+    half-precision input. Autocast casts the input and the weights.
 
     Raises:
         ValueError: tensors that do not fit together, with what was wanted and what came.
@@ -142,7 +142,7 @@ def mixed_op_reference(
     if b.deform is not None:
         assert b.offset_weight is not None
         maps = F.conv2d(r, b.offset_weight, b.offset_bias, padding=1)
-        offset, logits = maps.split([g.offset_groups * 18, g.offset_groups * 9], 1)
+        offset, logits = torch.split(maps, [g.offset_groups * 18, g.offset_groups * 9], 1)
         raw = deform_conv2d_reference(
             r, offset, b.deform, b.deform_bias, padding=1, mask=logits.sigmoid()
         )
@@ -516,7 +516,7 @@ def _differentiate(
 
 
 class MixedOpFunction(torch.autograd.Function):
-    """What autograd does with the registered op, without the dispatcher; adds to ``into`` in place."""
+    """What autograd does with the registered op, without the dispatcher; ``into`` in place."""
 
     @staticmethod
     def forward(ctx: Any, into: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor]:
@@ -571,7 +571,9 @@ def _autocast(device: str) -> Callable[..., tuple[Tensor, ...]]:
         dtype = torch.get_autocast_dtype(device)
 
         def cast(tensor: Tensor | None, to: torch.dtype) -> Tensor | None:
-            return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(to)
+            if tensor is not None and tensor.dtype != torch.float64:
+                tensor = tensor.to(to)
+            return tensor
 
         with torch.autocast(device, enabled=False):
             b = Branches(*(cast(weight, dtype) for weight in weights))
@@ -605,9 +607,9 @@ def _reference(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _flops(input: Sequence[int], factors: Any, *arguments: Any, **rest: Any) -> int:
     """Of the convolutions, two per multiply-add, as PyTorch counts them."""
-    n, c, height, width = input
+    n, _, height, width = input
     weights = [shape for shape in arguments[:10] if shape is not None and len(shape) == 4]
-    return 2 * n * height * width * sum(o * i * h * w for o, i, h, w in weights)
+    return int(2 * n * height * width * sum(math.prod(shape) for shape in weights))
 
 
 def _backward_flops(grad: Sequence[int], *arguments: Any, **rest: Any) -> int:
