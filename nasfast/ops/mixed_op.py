@@ -121,13 +121,13 @@ def mixed_op_reference(
     sums = torch.float32 if half else input.dtype
     x = input.to(sums)
     b = Branches(*(None if weight is None else weight.to(sums) for weight in b))
-    statistics = x.new_zeros(len(MAPS), 2, g.channels)
+    statistics = [x.new_zeros(2, g.channels)] * len(MAPS)
 
     def norm(name: str, raw: Tensor) -> Tensor:
         at = MAPS.index(name)
         if batch_norm:
             variance, mean = torch.var_mean(raw, (0, 2, 3), correction=0)
-            statistics[at, 0], statistics[at, 1] = mean.detach(), variance.detach()
+            statistics[at] = torch.stack([mean, variance]).detach()
             raw = (raw - mean[:, None, None]) * (variance + eps).rsqrt()[:, None, None]
         if scale is not None:
             raw = raw * scale[at, :, None, None]
@@ -160,7 +160,7 @@ def mixed_op_reference(
     terms = [
         factors[i].to(sums) * outputs[name] for i, name in enumerate(FACTORS) if name in outputs
     ]
-    return torch.stack(terms).sum(0).to(input.dtype), statistics
+    return torch.stack(terms).sum(0).to(input.dtype), torch.stack(statistics)
 
 
 class Sizes(NamedTuple):
@@ -520,10 +520,10 @@ class MixedOpFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, into: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor]:
-        fresh = into is not None and into.is_leaf and into.requires_grad
-        outputs = _kernel(*inputs, into=into.clone() if fresh else into)  # type: ignore[union-attr]
+        fixed = into is not None and (into._is_view() or (into.is_leaf and into.requires_grad))
+        outputs = _kernel(*inputs, into=into.clone() if fixed else into)  # type: ignore[union-attr]
         _setup(ctx, inputs, outputs)
-        if into is not None and not fresh:
+        if into is not None and not fixed:
             ctx.mark_dirty(into)
         ctx.mark_non_differentiable(outputs[1])
         return outputs[:2]
