@@ -557,7 +557,9 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     def like(tensor: Tensor | None, want: bool) -> Tensor:
         if tensor is None or not want:
             return input.new_empty(0)
-        layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+        layout: torch.memory_format = torch.contiguous_format
+        if tensor.dim() == 4:
+            layout = torch.channels_last
         return torch.empty_like(tensor, memory_format=layout)
 
     return tuple(like(tensor, want) for tensor, want in zip(sources, wanted, strict=True))
