@@ -40,6 +40,9 @@ class RestorerConfig:
     residual: bool = False
     """Predict what is wrong with the image (its bicubic enlargement in super-resolution), which is
     taken away from it, instead of the restored image. The first publication does not."""
+    atrous: bool = True
+    """Whether the head has atrous branches (ASPP), as published first, or is one pointwise
+    convolution, as the authors' later denoisers have it: half the time of a small network."""
     dead_reduce: bool = False
     """Also build the convolution that stands in for a missing level 0 where no layer misses it. The
     published parameter counts include it; nothing reads it."""
@@ -132,7 +135,7 @@ class Restorer(nn.Module):
         self.reduce = None
         if config.dead_reduce or not has_low:
             self.reduce = ConvBN(stem, out, 3, affine=False)
-        self.aspp = ASPP(widths[-1], head)
+        self.aspp = ASPP(widths[-1], head) if config.atrous else ConvBNReLU(widths[-1], head)
         self.low_level = ConvBNReLU(out, low)
         self.refine = nn.Sequential(
             DepthwiseSeparable(head + low, head), DepthwiseSeparable(head, head)

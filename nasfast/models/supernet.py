@@ -255,7 +255,7 @@ class Supernet(nn.Module):
         if mix is not None and mix.active is not None:
             active = mix.active
         sources = [num_levels(layer) for layer in range(self.config.layers)]
-        routes = torch.split(self._move_probabilities(), sources)
+        routes = torch.split(self.move_probabilities(), sources)
         cells = iter(self.cells)
 
         reduced, stem = self._run(self.stem, images)
@@ -276,18 +276,19 @@ class Supernet(nn.Module):
     def derive(self) -> IRNASGenotype:
         """The network that alphas and betas stand for (section 3.1 and 3.2)."""
         with torch.no_grad():
-            alphas, betas = self.alphas.softmax(1), self._move_probabilities()
+            alphas, betas = self.alphas.softmax(1), self.move_probabilities()
         nodes = derive_nodes(alphas.tolist(), self.config.nodes)
         return IRNASGenotype(nodes, viterbi(betas.tolist(), self.config.layers))
 
     def entropies(self) -> tuple[float, float]:
         """Entropy in nats of the operations of an edge and of the moves of a source, on average."""
         with torch.no_grad():
-            tables = self.alphas.softmax(1), self._move_probabilities()
+            tables = self.alphas.softmax(1), self.move_probabilities()
             alpha, beta = (torch.special.entr(table).sum(1).mean().item() for table in tables)
         return alpha, beta
 
-    def _move_probabilities(self) -> Tensor:  # [rows, 3]
+    def move_probabilities(self) -> Tensor:  # [rows, 3]
+        """Of each source, its moves by -1, 0, +1 levels."""
         return self.betas.masked_fill(self.forbidden, -torch.inf).softmax(1)
 
     def _run(self, module: nn.Module, *inputs: Tensor) -> Any:
