@@ -553,13 +553,12 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     _, input, *rest = arguments
     sources, wanted = (input, *rest[:13]), arguments[-1]
+    device: torch.device = input.device
 
     def like(tensor: Tensor | None, want: bool) -> Tensor:
         if tensor is None or not want:
-            return input.new_empty(0)
-        layout: torch.memory_format = torch.contiguous_format
-        if tensor.dim() == 4:
-            layout = torch.channels_last
+            return torch.empty(0, dtype=input.dtype, device=device)
+        layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
         return torch.empty_like(tensor, memory_format=layout)
 
     return tuple(like(tensor, want) for tensor, want in zip(sources, wanted, strict=True))
