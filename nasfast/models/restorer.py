@@ -8,14 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from nasfast.encoders import read_weights
 from nasfast.files import atomic_write
-from nasfast.models.layers import ConvBN, ConvBNReLU, DepthwiseSeparable
+from nasfast.models.layers import ConvBN, ConvBNReLU, DepthwiseSeparable, concatenate
 from nasfast.models.mixed_op import make_branch
 from nasfast.models.supernet import check_images
 from nasfast.spaces.ir_nas import IRNASGenotype, Node
@@ -85,7 +84,7 @@ class Cell(nn.Module):
 
         for i, (first, second) in enumerate(self.nodes):
             states.append(run(f"node{i}_edge0", *first) + run(f"node{i}_edge1", *second))
-        return torch.cat(states[2:], 1)
+        return concatenate(*states[2:])
 
 
 class ASPP(nn.Module):
@@ -102,7 +101,7 @@ class ASPP(nn.Module):
         self.fuse = ConvBNReLU((1 + len(ATROUS_RATES)) * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W]
-        out: Tensor = self.fuse(torch.cat([branch(x) for branch in self.branches], 1))
+        out: Tensor = self.fuse(concatenate(*(branch(x) for branch in self.branches)))
         return out
 
 
@@ -159,7 +158,7 @@ class Restorer(nn.Module):
             before_last, last = last, cell(before_last, last)
             if level == 0:
                 low = last
-        x = self.refine(torch.cat([self.aspp(F.relu(last)), self.low_level(low)], 1))
+        x = self.refine(concatenate(self.aspp(F.relu(last)), self.low_level(low)))
         restored = F.pixel_shuffle(self.last(x), self.scale)
         if not self.config.residual:
             return restored

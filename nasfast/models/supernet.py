@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nasfast.models.layers import ConvBN, DepthwiseSeparable
+from nasfast.models.layers import ConvBN, DepthwiseSeparable, concatenate
 from nasfast.models.mixed_op import MixedOp, PlainMixedOp
 from nasfast.spaces.ir_nas import (
     PRIMITIVES,
@@ -141,7 +141,7 @@ class Router(nn.Module):
         sums: dict[int, Tensor] = {}
         for source in range(self.sources):
             nodes = maps[source * self.maps : (source + 1) * self.maps]
-            x = torch.cat(nodes, 1) if len(nodes) > 1 else nodes[0]
+            x = concatenate(*nodes) if len(nodes) > 1 else nodes[0]
             for level in targets(source):
                 term = moves[source, level - source + 1] * self.convs[f"{source}to{level}"](x)
                 sums[level] = sums[level] + term if level in sums else term
@@ -158,8 +158,8 @@ class Head(nn.Module):
         self.fuse = ConvBN(2 * channels, channels, affine=False)
 
     def forward(self, *nodes: Tensor) -> Tensor:  # each [N, C, H, W]
-        x = torch.cat(nodes, 1)
-        return F.relu(self.fuse(torch.cat([self.atrous(x), F.relu(self.pointwise(x))], 1)))
+        x = concatenate(*nodes)
+        return F.relu(self.fuse(concatenate(self.atrous(x), F.relu(self.pointwise(x)))))
 
 
 class Stem(nn.Module):
@@ -186,7 +186,7 @@ class Tail(nn.Module):
         self.scale = scale
 
     def forward(self, *heads: Tensor) -> Tensor:  # each [N, C, H, W]
-        x = self.conv(F.relu(self.refine(torch.cat(heads, 1))))
+        x = self.conv(F.relu(self.refine(concatenate(*heads))))
         return F.pixel_shuffle(x, self.scale).sigmoid()
 
 
