@@ -1,4 +1,10 @@
-"""Search of restoration networks (IR-NAS, CVPR 2020): its settings, and what they open."""
+"""Search a restoration network: ``python -m nasfast.search restoration``.
+
+``--data DIR`` takes train/ and test/ such as BSDS500's, a folder of images, or pairs of degraded
+and clean images; without it, generated images. ``--task NAME`` is denoising, deraining,
+super-resolution or inpainting, ``--task.SETTING VALUE`` its settings. ``--resume RUN`` continues a
+run. (IR-NAS, CVPR 2020)
+"""
 
 from __future__ import annotations
 
