@@ -73,7 +73,8 @@ class ArchitectureConfig:
     lr: float = 1e-3
     """Learning rate."""
     weight_decay: float = 1e-3
-    """L2 penalty."""
+    """L2 penalty. Logits begin at 1, where the published one exceeds the gradient of the loss
+    several times, so that first of all it draws every logit to 0: a short search wants none."""
 
     def __post_init__(self) -> None:
         require_positive(self, "lr")
