@@ -36,7 +36,6 @@ def samples(draw: st.DrawFn) -> Sample:
     offset_groups = draw(st.sampled_from((1, 2, 3, 5)))
     batch = draw(st.sampled_from((0, 1, 2, 3, 5)))
     size = draw(st.tuples(*[st.integers(1, 14) | st.sampled_from((33, 70))] * 2))
-    several = batch * size[0] * size[1] != 1
     return Sample(
         "",
         batch=batch,
@@ -46,7 +45,7 @@ def samples(draw: st.DrawFn) -> Sample:
         without=tuple(draw(st.sets(st.sampled_from(FACTORS)))),
         scale=draw(st.booleans()),
         shift=draw(st.booleans()),
-        batch_norm=draw(st.booleans()) and several,
+        batch_norm=draw(st.booleans()) and batch * size[0] * size[1] != 1,
         recompute=draw(st.booleans()),
         spread=draw(st.sampled_from((0.125, 1.0, 15.0))),
         layout=draw(st.sampled_from(LAYOUTS)),
@@ -63,6 +62,9 @@ def expand(tensor: Tensor) -> Tensor:
 def test_equals_reference(sample: Sample, dtype: torch.dtype, layout: str, into: bool) -> None:
     """Output and every gradient, against autograd of the reference in float64."""
     torch.manual_seed(0)
+    few = sample.batch * sample.size[0] * sample.size[1] < 32
+    if few and dtype != torch.float64:
+        sample = replace(sample, batch_norm=False)  # the variance of few values is all rounding
     sample = sample.in_dtype(dtype)
     tensors = sample.tensors(dtype)
     doubles = convert(tensors, torch.float64)
