@@ -342,16 +342,28 @@ private:
     // of products alone: factor and scale are multiplied in, and the products with the weight are the dots.
     void finish_weight(const A* partial, int64_t stride, int64_t count, int map, const T* weight, int64_t size,
                        A* grad) {
-        for (int64_t out = 0; out < c; ++out)
-            for (int64_t i = out * size; i < (out + 1) * size; ++i) {
-                double sum = 0;
-                for (int64_t unit = 0; unit < count; ++unit) sum += partial[unit * stride + i];
-                if (fixed && map != kInner) {
-                    dots.get()[map * c + out] += sum * widen(weight[i]);
-                    sum *= factor(map, out);
-                }
-                if (grad) grad[i] = A(sum);
-            }
+        parallel_for(c, [&](int64_t out) {
+            double dot = 0;
+            sum_parts(partial, stride, count, out * size, size, [&](int64_t i, double sum) {
+                dot += sum * widen(weight[i]);
+                if (grad) grad[i] = A(fixed && map != kInner ? sum * factor(map, out) : sum);
+            });
+            if (fixed && map != kInner) dots.get()[map * c + out] += dot;
+        });
+    }
+
+    // Calls each(i, sum of the parts of the units) for elements [begin, begin + size).
+    template <class Each>
+    static void sum_parts(const A* partial, int64_t stride, int64_t count, int64_t begin, int64_t size,
+                          const Each& each) {
+        constexpr int64_t block = 64;
+        for (int64_t first = begin; first < begin + size; first += block) {
+            const int64_t some = std::min(block, begin + size - first);
+            double sums[block] = {};
+            for (int64_t unit = 0; unit < count; ++unit)
+                for (int64_t i = 0; i < some; ++i) sums[i] += partial[unit * stride + first + i];
+            for (int64_t i = 0; i < some; ++i) each(first + i, sums[i]);
+        }
     }
 
     // What a unit of the last pass sums: gradients of the weights, in this order.
@@ -514,8 +526,12 @@ private:
         };
         if (b.def) {
             finish_weight(first + part.def, part.size, units, kDef, b.def, taps, t.grad_def);
-            for (int64_t i = 0; t.grad_offset_weight && i < g.offsets * taps; ++i)
-                t.grad_offset_weight[i] = A(total(part.near + conv_columns * taps + i));
+            if (t.grad_offset_weight)
+                parallel_for(g.offsets, [&](int64_t out) {
+                    const A* const from = first + part.near + conv_columns * taps;
+                    sum_parts(from, part.size, units, out * taps, taps,
+                              [&](int64_t i, double sum) { t.grad_offset_weight[i] = A(sum); });
+                });
             for (int64_t i = 0; t.grad_offset_bias && i < g.offsets; ++i)
                 t.grad_offset_bias[i] = A(total(part.bias + i));
             for (int64_t i = 0; i < c; ++i) {

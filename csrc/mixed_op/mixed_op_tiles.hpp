@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "common/gemm.hpp"
 #include "common/parallel.hpp"
@@ -280,17 +281,22 @@ public:
     }
     // Mean and biased variance: [2, C].
     void finish(int map, A* statistics) const {
-        for (int64_t c = 0; c < g_.channels; ++c) {
-            double mean = 0, squares = 0;
-            for (int64_t tile = 0; tile < g_.tiles(); ++tile)
-                mean += double(at(tile, map)[c]) * g_.tiling[tile].pixels();
-            mean /= g_.pixels;
-            for (int64_t tile = 0; tile < g_.tiles(); ++tile) {
-                const double deviation = at(tile, map)[c] - mean;
-                squares += at(tile, map)[g_.channels + c] + deviation * deviation * g_.tiling[tile].pixels();
-            }
-            statistics[c] = A(mean), statistics[g_.channels + c] = A(squares / g_.pixels);
+        const int64_t c = g_.channels;
+        std::vector<double> mean(c, 0.0), squares(c, 0.0);
+        for (int64_t tile = 0; tile < g_.tiles(); ++tile) {
+            const double pixels = g_.tiling[tile].pixels();
+            for (int64_t i = 0; i < c; ++i) mean[i] += pixels * at(tile, map)[i];
         }
+        for (int64_t i = 0; i < c; ++i) mean[i] /= g_.pixels;
+        for (int64_t tile = 0; tile < g_.tiles(); ++tile) {
+            const double pixels = g_.tiling[tile].pixels();
+            for (int64_t i = 0; i < c; ++i) {
+                const double deviation = at(tile, map)[i] - mean[i];
+                squares[i] += at(tile, map)[c + i] + pixels * deviation * deviation;
+            }
+        }
+        for (int64_t i = 0; i < c; ++i)
+            statistics[i] = A(mean[i]), statistics[c + i] = A(squares[i] / g_.pixels);
     }
 
 private:
