@@ -399,10 +399,11 @@ def _kernel(*arguments: Any, into: Tensor | None = None) -> tuple[Tensor, Tensor
     b = Branches(*weights)
     g = _check(input, factors, b, scale, shift, batch_norm, into=into)
     ready = _ready(input, factors, b, scale, shift)
-    in_place = into is not None and into.dtype == ready.dtype
     last = torch.channels_last
-    in_place = in_place and into.is_contiguous(memory_format=last)  # type: ignore[union-attr]
-    output = into if in_place else _map(ready.input, g.channels, ready.dtype)  # type: ignore[assignment]
+    if into is not None and into.dtype == ready.dtype and into.is_contiguous(memory_format=last):
+        output, in_place = into, True
+    else:
+        output, in_place = _map(ready.input, g.channels, ready.dtype), False
     statistics = ready.input.new_zeros((len(MAPS), 2, g.channels), dtype=ready.sums)
     keep = batch_norm and not recompute
     raw, offset = _scratch(g, ready, batch_norm, b.deform is not None, keep)
