@@ -2,9 +2,9 @@
 
     pytest bench/bench_mixed_op.py --benchmark-json=mixed_op.json
 
-One table per direction, training (forward and backward) and evaluation (forward): multiple of eager,
-ms, GFLOP/s. The rows that pytest-benchmark prints are the leg "save". Then what a cell and the
-published supernet keep for their backward pass, and the memory of a search step at its peak.
+One table per direction, training (forward and backward) and evaluation (forward): multiple of
+eager, ms, GFLOP/s. The rows that pytest-benchmark prints are the leg "save". Then what a cell and
+the published supernet keep for their backward pass, and the memory of a search step at its peak.
 """
 
 from __future__ import annotations
@@ -63,8 +63,9 @@ def test_memory_kept_for_backward(tables: Tables) -> None:
 
 def test_memory_at_the_peak(tables: Tables) -> None:
     """Of one step of the weights, beyond weights and gradients; eager would take 20 GB."""
-    arguments = (SupernetConfig(), mixed_rivals.BATCH, mixed_rivals.SIZE)
-    peak = harness.extra_memory(mixed_rivals.supernet_calls, *arguments)
+    config = SupernetConfig()
+    sizes = (config.layers, config.nodes, config.width), mixed_rivals.BATCH, mixed_rivals.SIZE
+    peak = harness.extra_memory(mixed_rivals.memory_calls, *sizes)
     told = "not told by the system" if peak is None else f"{peak / harness.MIB:.0f} MiB"
     lines = tables.setdefault("peak of a search step of the published supernet", {})
     lines["recompute"] = {"beyond weights and gradients": told}

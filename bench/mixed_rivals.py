@@ -1,8 +1,8 @@
-"""The mixed operation of a gradient search: ours, as everybody has it, and the floor; memory too."""
+"""The mixed operation of a gradient search: ours, as everybody has it, the floor; memory too."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from harness import Call
 from rivals import sampled_by_grid_sample
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nasfast.models.mixed_op import MixedOp, PlainMixedOp
 from nasfast.models.supernet import Cell, Supernet, SupernetConfig
@@ -21,11 +22,12 @@ OWN = (FLOOR, EAGER, "save", "recompute")
 BATCH, SIZE = 12, 64  # of the published search for denoising
 CHANNELS = (10, 20, 40)
 # ways to compute a cell or a supernet
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "eager": {"fused": False, "memory": "save"},
     "save": {"memory": "save"},
     "recompute": {"memory": "recompute"},
 }
+SEARCH_WAYS = WAYS | {"eager, checkpoints": {"fused": False, "memory": "recompute"}}
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def empty(device: str, *shape: int) -> Tensor:
 
 def kept_by_cell(way: str, channels: int, nodes: int = 5) -> int:
     """Bytes, of a cell at the published batch and size."""
-    config = SupernetConfig(nodes=nodes, **WAYS[way])  # type: ignore[arg-type]
+    config = SupernetConfig(nodes=nodes, **WAYS[way])
     with torch.device("meta"):
         cell = Cell(config, channels)
         weights = torch.empty(num_edges(nodes), len(PRIMITIVES)).requires_grad_().unbind()
@@ -179,23 +181,57 @@ def kept_by_cell(way: str, channels: int, nodes: int = 5) -> int:
 def kept_by_supernet(way: str) -> int:
     """Bytes, of the published supernet, batch and size."""
     with torch.device("meta"):
-        net = Supernet(SupernetConfig(**WAYS[way]), 1)  # type: ignore[arg-type]
+        net = Supernet(SupernetConfig(**WAYS[way]), 1)
     return kept(net, empty("meta", BATCH, 1, SIZE, SIZE))
 
 
-def search_step(net: Supernet, images: Tensor, leaves: Iterable[nn.Parameter]) -> Call:
-    """Forward and the gradients of one of the two halves of a search step."""
-    leaves = list(leaves)
-    targets = torch.zeros_like(images)
+class Checkpointed(nn.Module):
+    """An eager mixed operation that keeps its state alone, as users make it.
 
-    def step() -> list[Tensor]:
-        return list(torch.autograd.grad(F.mse_loss(net(images), targets), leaves))
+    Its running statistics see every batch twice.
+    """
 
-    return step
+    def __init__(self, op: nn.Module) -> None:
+        super().__init__()
+        self.op = op
+
+    def forward(
+        self, x: Tensor, weights: Tensor, active: Any = None, into: Tensor | None = None
+    ) -> Tensor:
+        output: Tensor = checkpoint(self.op, x, weights, active, use_reentrant=False)
+        return output if into is None else into + output
 
 
-def supernet_calls(config: SupernetConfig, batch: int, size: int) -> tuple[Call, Call]:
-    """What ``harness.extra_memory`` asks for: a step of the weights, small and whole."""
-    net = Supernet(config, 1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    small, full = (torch.rand(n, 1, s, s) for n, s in ((1, 8), (batch, size)))
-    return tuple(search_step(net, images, net.weights()) for images in (small, full))  # type: ignore[return-value]
+def search_calls(
+    way: str, config: Sequence[int], batch: int, size: int, device: str, dtype: torch.dtype
+) -> dict[str, Call]:
+    """The halves of a search step of grey images: a loss and its gradients.
+
+    Args:
+        way: out of SEARCH_WAYS.
+        config: layers, nodes, width.
+        dtype: what autocast computes in, if not float32.
+    """
+    net = Supernet(SupernetConfig(*config, **SEARCH_WAYS[way]), 1)
+    if way == "eager, checkpoints":
+        for cell in net.cells:
+            cell.edges = nn.ModuleList(Checkpointed(op) for op in cell.edges)
+    net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.rand(batch, 1, size, size, device=device)
+    architecture, weights = net.architecture(), net.weights()
+
+    def step(leaves: Sequence[nn.Parameter]) -> list[Tensor]:
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            loss = F.mse_loss(net(images).float(), images)
+        return list(torch.autograd.grad(loss, leaves))
+
+    return {"weights": lambda: step(weights), "architecture": lambda: step(architecture)}
+
+
+def memory_calls(config: Sequence[int], batch: int, size: int) -> tuple[Call, Call]:
+    """What ``harness.extra_memory`` asks for: steps of the weights, small and whole."""
+    small, full = (
+        search_calls("recompute", config, n, s, "cpu", torch.float32)["weights"]
+        for n, s in ((1, 8), (batch, size))
+    )
+    return small, full
