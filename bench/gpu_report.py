@@ -46,7 +46,7 @@ LEGS = (rivals.FLOOR, "nasfast", "torchvision", "torchvision float32")
 MIXED_LEGS = (mixed_rivals.FLOOR, mixed_rivals.EAGER, "save", "recompute", "grid_sample")
 MIXED_SHAPES = [(c, 12, 64, 64) for c in mixed_rivals.CHANNELS]
 # layers, nodes, width, batch, and height and width: the published search for denoising
-SEARCHES = [(4, 5, 10, 12, 64)]
+SEARCHES = [(*mixed_rivals.CONFIG, mixed_rivals.BATCH, mixed_rivals.SIZE)]
 # of that search: 100 epochs of 13 batches, the architecture in the last 80
 STEPS = {"weights": 1300, "architecture": 1040}
 LIMITS = {"build": 1500, "tests": 900, "case": 180}  # seconds

@@ -19,7 +19,9 @@ from nasfast.spaces.ir_nas import PRIMITIVES, num_edges
 
 FLOOR, EAGER = "convolutions", "eager"
 OWN = (FLOOR, EAGER, "save", "recompute")
-BATCH, SIZE = 12, 64  # of the published search for denoising
+# of the published search for denoising
+CONFIG = (4, 5, 10)  # layers, nodes, width
+BATCH, SIZE = 12, 64
 CHANNELS = (10, 20, 40)
 # ways to compute a cell or a supernet
 WAYS: dict[str, dict[str, Any]] = {
@@ -168,12 +170,12 @@ def empty(device: str, *shape: int) -> Tensor:
     return torch.empty(shape, device=device).to(memory_format=torch.channels_last)
 
 
-def kept_by_cell(way: str, channels: int, nodes: int = 5) -> int:
+def kept_by_cell(way: str, channels: int) -> int:
     """Bytes, of a cell at the published batch and size."""
-    config = SupernetConfig(nodes=nodes, **WAYS[way])
+    config = SupernetConfig(*CONFIG, **WAYS[way])
     with torch.device("meta"):
         cell = Cell(config, channels)
-        weights = torch.empty(num_edges(nodes), len(PRIMITIVES)).requires_grad_().unbind()
+        weights = torch.empty(num_edges(config.nodes), len(PRIMITIVES)).requires_grad_().unbind()
     states = [empty("meta", BATCH, channels, SIZE, SIZE) for _ in range(2)]
     return kept(cell, *states, weights, [None] * len(weights))
 
@@ -181,7 +183,7 @@ def kept_by_cell(way: str, channels: int, nodes: int = 5) -> int:
 def kept_by_supernet(way: str) -> int:
     """Bytes, of the published supernet, batch and size."""
     with torch.device("meta"):
-        net = Supernet(SupernetConfig(**WAYS[way]), 1)
+        net = Supernet(SupernetConfig(*CONFIG, **WAYS[way]), 1)
     return kept(net, empty("meta", BATCH, 1, SIZE, SIZE))
 
 

@@ -162,6 +162,7 @@ def test_bench_mixed_op() -> None:
     """All of it on small sizes, as pytest runs it."""
     code = (
         "import sys; sys.path.insert(0, 'bench'); import mixed_rivals, pytest\n"
+        "mixed_rivals.CONFIG = (1, 1, 4)\n"
         "mixed_rivals.CHANNELS, mixed_rivals.BATCH, mixed_rivals.SIZE = (4,), 1, 8\n"
         "mixed_rivals.Problem.__init__.__defaults__ = (\n"
         "    1, 8, 6, *mixed_rivals.Problem.__init__.__defaults__[3:])\n"
