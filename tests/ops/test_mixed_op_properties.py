@@ -62,9 +62,9 @@ def expand(tensor: Tensor) -> Tensor:
 def test_equals_reference(sample: Sample, dtype: torch.dtype, layout: str, into: bool) -> None:
     """Output and every gradient, against autograd of the reference in float64."""
     torch.manual_seed(0)
-    few = sample.batch * sample.size[0] * sample.size[1] < 32
+    few = sample.batch * sample.size[0] * sample.size[1] < 64 or sample.channels < 4
     if few and dtype != torch.float64:
-        sample = replace(sample, batch_norm=False)  # the variance of few values is all rounding
+        sample = replace(sample, batch_norm=False)  # what is left of few values is all rounding
     sample = sample.in_dtype(dtype)
     tensors = sample.tensors(dtype)
     doubles = convert(tensors, torch.float64)
@@ -76,7 +76,8 @@ def test_equals_reference(sample: Sample, dtype: torch.dtype, layout: str, into:
     output, _ = call(mixed_op, sample, tensors, into=running)
     assert output.dtype == dtype
     assert_close(output, expected, dtype)
-    cotangent = torch.randn(output.shape).to(dtype)
+    pixels = max(1, output.numel() // sample.channels)
+    cotangent = torch.randn(output.shape).div(pixels**0.5).to(dtype)  # no overflow in float16
     cotangent = expand(cotangent) if layout == "expanded" else arrange(cotangent, layout)
     gradients = torch.autograd.grad(output, leaves, cotangent)
     references = torch.autograd.grad(
