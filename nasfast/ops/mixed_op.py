@@ -87,6 +87,8 @@ def mixed_op(
     Raises:
         ValueError: tensors that do not fit together, with what was wanted and what came.
     """
+    if into is input:
+        raise _wrong("into", "another tensor than input", "input itself", "pass input.clone()")
     tensors = (input, factors, *branches, scale, shift)
     settings = (batch_norm, float(eps), recompute)
     if _native.is_eager("mixed_op", *tensors, into):

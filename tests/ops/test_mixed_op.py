@@ -912,6 +912,16 @@ def test_bad_into(into: Tensor, message: str) -> None:
     assert str(error.value) == f"mixed_op: into must be {message}"
 
 
+def test_into_is_not_the_input() -> None:
+    sample = Sample("")
+    tensors = sample.tensors(torch.float32)
+    with pytest.raises(ValueError) as error:
+        call(mixed_op, sample, tensors, into=tensors[0])
+    assert str(error.value) == (
+        "mixed_op: into must be another tensor than input, got input itself; pass input.clone()"
+    )
+
+
 def test_bad_gradient() -> None:
     tensors = Sample("").tensors(torch.float32)
     _, *kept = OP(*tensors, True, 1e-5, False)
