@@ -1,0 +1,668 @@
+// Backward. With g the gradient of the output, a raw map's is factor * scale * g where the normalisation is
+// fixed, and slope * g + constant + weight * raw where it is by the batch. Everything about factors, scales and
+// shifts follows from sums over the pixels of g and of g times a raw map. Fixed normalisation has no raw maps:
+// the kernels' gradients by g alone, times the kernels, are those sums.
+//
+// Sums over pixels have a fixed order, but those of deform_conv2d's gradient of its input, unless
+// Params::deterministic asks for it.
+#pragma once
+
+#include "deform_conv2d/deform_conv2d_cuda.h"
+#include "mixed_op/mixed_op_forward.cuh"
+#include "mixed_op/mixed_op_weight.cuh"
+
+namespace nasfast::mixed_op::cuda {
+
+// ---- sums over pixels, per channel
+
+// Slots of a part: sum of grad, of grad * input, of grad * (raw - mean) for up to four maps.
+enum Slot { kOfGrad, kOfInput, kOfRaw, kSlots = kOfRaw + 4 };
+
+template <class T>
+struct SummedMaps {
+    const T* grad;  // [pixels, C] with grad_step
+    const T* input;
+    const T* raw[4];
+    int of_map[4];  // of Normalisation
+    int64_t pixels;
+    int channels, grad_step, slots;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kElementThreads)
+    sum_kernel(const ChannelGrid g, const SummedMaps<T> maps, const Normalisation<Accumulate<T>> norm,
+               Accumulate<T>* parts) {
+    using A = Accumulate<T>;
+    auto* shared = shared_memory<A>();  // [kElementThreads]
+    const int c = g.channel();
+    const bool active = c < maps.channels && g.row() < g.rows;
+    A sums[kSlots] = {}, means[4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        if (active && maps.raw[i]) means[i] = norm.mean(maps.of_map[i], c);
+    if (active)
+        for (int64_t pixel = int64_t(blockIdx.x) * g.rows + g.row(); pixel < maps.pixels;
+             pixel += int64_t(gridDim.x) * g.rows) {
+            const int64_t at = pixel * maps.channels + c;
+            const A grad = widen(maps.grad[pixel * maps.grad_step + c]);
+            sums[kOfGrad] += grad;
+            if (maps.input) sums[kOfInput] += grad * widen(maps.input[at]);
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                if (maps.raw[i]) sums[kOfRaw + i] += grad * (widen(maps.raw[i][at]) - means[i]);
+        }
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+        if (slot >= maps.slots) break;
+        __syncthreads();
+        shared[threadIdx.x] = sums[slot];
+        __syncthreads();
+        if (!active || g.row() > 0) continue;
+        A sum = 0;
+        for (int row = 0; row < g.rows; ++row) sum += shared[row * g.abreast + threadIdx.x];
+        parts[(int64_t(blockIdx.x) * maps.slots + slot) * maps.channels + c] = sum;
+    }
+}
+
+// Parts [number, slots, C].
+template <class A>
+struct Parts {
+    A* sums;
+    int number, slots;
+};
+constexpr int kMostParts = 256;
+
+template <class T>
+Parts<Accumulate<T>> sum_pixels(const SummedMaps<T>& maps, const Normalisation<Accumulate<T>>& norm,
+                                Accumulate<T>* memory, void* stream) {
+    const ChannelGrid g(maps.channels);
+    const dim3 grid = g.grid(maps.pixels, maps.channels, kMostParts);
+    launch("mixed_op: sum", sum_kernel<T>, grid, kElementThreads,
+           kElementThreads * int64_t(sizeof(Accumulate<T>)), stream, g, maps, norm, memory);
+    return {memory, int(grid.x), maps.slots};
+}
+
+// ---- gradients of the normalisation
+
+// What the sums say of one map; of skip where map is kSkip.
+template <class A>
+struct Outcome {
+    int map;
+    const A* products;     // [C] sums of grad * raw, instead of the slot; null: the slot
+    int slot;              // of the parts
+    const A* factor;       // null: 1
+    const A* bias;         // of products that lack it
+    A* grad_factor;        // every pointer may be null
+    A* grad_bias;          // [C]
+    A* grad_scale;         // [C]
+    A* grad_shift;         // [C]
+    A* coefficients;       // [3, C] of the raw map's gradient: slope, constant, weight
+};
+template <class A>
+struct Outcomes {
+    static constexpr int most = kFactors;
+    Outcome<A> list[most];
+    int count = 0;
+
+    void add(const Outcome<A>& outcome) { list[count++] = outcome; }
+};
+
+// A block for each.
+template <class A>
+__global__ void __launch_bounds__(kElementThreads)
+    outcome_kernel(const Outcomes<A> outcomes, const Parts<A> parts, const Normalisation<A> norm,
+                   const int64_t pixels) {
+    const Outcome<A>& o = outcomes.list[blockIdx.x];
+    const int lane = threadIdx.x % 32, channels = norm.channels;
+    const auto sum_of = [&](int slot, int c) {
+        A sum = 0;
+        for (int part = lane; part < parts.number; part += 32)
+            sum += parts.sums[(int64_t(part) * parts.slots + slot) * channels + c];
+        return warp_sum(sum);
+    };
+    const A factor = o.factor ? *o.factor : 1;
+    A total = 0;  // of this warp's channels
+    for (int c = int(threadIdx.x) / 32; c < channels; c += kElementThreads / 32) {
+        if (o.map == kSkip) {
+            total += sum_of(kOfInput, c);
+            continue;
+        }
+        const A of_grad = sum_of(kOfGrad, c);
+        A of_raw = o.products ? o.products[c] : sum_of(o.slot, c);
+        if (o.bias) of_raw += o.bias[c] * of_grad;
+        const A inverse = norm.inverse_deviation(o.map, c), scale = norm.scale_of(o.map, c);
+        total += scale * inverse * of_raw + norm.shift_of(o.map, c) * of_grad;
+        if (lane) continue;
+        const A slope = factor * scale * inverse;
+        if (o.grad_scale) o.grad_scale[c] = factor * inverse * of_raw;
+        if (o.grad_shift) o.grad_shift[c] = factor * of_grad;
+        if (o.grad_bias) o.grad_bias[c] = norm.statistics ? 0 : slope * of_grad;
+        if (!o.coefficients) continue;
+        const A weight = norm.statistics ? -slope * inverse * inverse * of_raw / A(pixels) : 0;
+        o.coefficients[c] = slope;
+        o.coefficients[channels + c] =
+            norm.statistics ? -slope * of_grad / A(pixels) - weight * norm.mean(o.map, c) : 0;
+        o.coefficients[2 * channels + c] = weight;
+    }
+    auto* totals = shared_memory<A>();  // [warps]
+    if (lane == 0) totals[threadIdx.x / 32] = total;
+    __syncthreads();
+    if (threadIdx.x || !o.grad_factor) return;
+    for (int warp = 1; warp < kElementThreads / 32; ++warp) total += totals[warp];
+    *o.grad_factor = total;
+}
+
+template <class A>
+void finish_outcomes(const Outcomes<A>& outcomes, const Parts<A>& parts, const Normalisation<A>& norm,
+                     int64_t pixels, void* stream) {
+    launch("mixed_op: outcome", outcome_kernel<A>, dim3(unsigned(outcomes.count)), kElementThreads,
+           kElementThreads / 32 * int64_t(sizeof(A)), stream, outcomes, parts, norm, pixels);
+}
+
+// ---- gradients of maps
+
+// Of norm(inner), where its ReLU lets it through.
+template <class T>
+struct InnerSink {
+    static constexpr bool has_moments = false;
+    const T* rectified;  // [N, H, W, padded C]
+    T* target;           // [N, H, W, C]
+    Padding padding;
+
+    __device__ __forceinline__ Accumulate<T> store(int64_t pixel, int c, Accumulate<T> value) const {
+        const T own = rectified[pixel * padding.chunks * kElements<T> + padding.element<T>(c)];
+        target[pixel * padding.channels + c] = narrow(widen(own) <= 0 ? 0 : value, T());
+        return value;
+    }
+};
+
+template <class T>
+struct InputSink {
+    static constexpr bool has_moments = false;
+    const T* input;
+    const T* grad;
+    const T* of_def;  // [N, H, W, padded C]; null: there is none
+    const Accumulate<T>* factors;
+    T* target;
+    Padding padding;
+    bool add;
+
+    __device__ __forceinline__ Accumulate<T> store(int64_t pixel, int c, Accumulate<T> value) const {
+        const int64_t at = pixel * padding.channels + c;
+        if (of_def) value += widen(of_def[pixel * padding.chunks * kElements<T> + padding.element<T>(c)]);
+        if (widen(input[at]) <= 0) value = 0;
+        if (factors[kSkip] != 0) value += factors[kSkip] * widen(grad[at]);
+        if (add) value += widen(target[at]);
+        target[at] = narrow(value, T());
+        return value;
+    }
+};
+
+// Of what the offset convolution gave, padded, from those of offsets and masks.
+template <class T>
+__global__ void __launch_bounds__(kElementThreads)
+    logit_kernel(const Layout l, const Accumulate<T>* grad_offset, const Accumulate<T>* grad_mask,
+                 const Accumulate<T>* offset, uint4* target, const bool tf32) {
+    using A = Accumulate<T>;
+    const int chunks = l.offset_padding.chunks, masks = l.offsets / 3;
+    for (int64_t i = first_element(); i < l.pixels * chunks; i += element_step()) {
+        const int64_t pixel = i / chunks;
+        Chunk<T> result{};
+#pragma unroll
+        for (int e = 0; e < kElements<T>; ++e) {
+            const int c = int(i % chunks) * kElements<T> + e;
+            if (c >= l.offsets) continue;
+            A value;
+            if (c < 2 * masks) {
+                value = grad_offset[pixel * 2 * masks + c];
+            } else {
+                const A mask = offset[pixel * l.offsets + c];
+                value = grad_mask[pixel * masks + c - 2 * masks] * mask * (1 - mask);
+            }
+            if constexpr (std::is_same_v<T, float>)
+                if (tf32) value = bits_to_float(to_tf32(value));
+            result.values[e] = narrow(value, T{});
+        }
+        target[i] = as_words(result);
+    }
+}
+
+// ---- kernels
+
+// target [padded C, 3, 3, padded C], for deform_conv2d.
+template <class T>
+__global__ void __launch_bounds__(kElementThreads)
+    pad_kernel_kernel(const Kernel3x3<T> kernel, const Padding padding, T* target) {
+    const int size = padding.chunks * kElements<T>;
+    const int64_t count = int64_t(size) * kTaps * size;
+    for (int64_t i = first_element(); i < count; i += element_step()) {
+        const int in = int(i % size), tap = int(i / size % kTaps), out = int(i / size / kTaps);
+        const int c = padding.channel<T>(in / kElements<T>, in % kElements<T>);
+        const int row = padding.channel<T>(out / kElements<T>, out % kElements<T>);
+        target[i] = c >= 0 && row >= 0 ? narrow(kernel.at(row, tap, c, padding.channels), T()) : T{};
+    }
+}
+
+// Gradient of a kernel by the raw map's gradient: [rows, 3, 3, C], or padded both ways.
+template <class T>
+struct KernelGradient {
+    const Accumulate<T>* sums;
+    bool padded;
+    Padding padding;  // of C
+
+    __device__ __forceinline__ Accumulate<T> at(int row, int tap, int c) const {
+        if (!padded) return sums[(int64_t(row) * kTaps + tap) * padding.channels + c];
+        const int64_t size = padding.chunks * kElements<T>;
+        return sums[(padding.element<T>(row) * kTaps + tap) * size + padding.element<T>(c)];
+    }
+};
+
+// One branch: gradients of the parts of its kernel, and sums of gradient times raw map.
+template <class T>
+struct KernelResult {
+    using A = Accumulate<T>;
+    KernelGradient<T> gradient;
+    Kernel3x3<T> kernel;  // its weight(row) is a factor of the gradients
+    A* dense;             // every pointer may be null
+    A* depthwise;
+    A* pointwise;
+    A* products;  // [C], without weight(row)
+};
+template <class T>
+struct KernelResults {
+    static constexpr int most = 6;
+    KernelResult<T> list[most];
+    int count = 0;
+
+    void add(const KernelResult<T>& result) { list[count++] = result; }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kElementThreads)
+    kernel_result_kernel(const KernelResults<T> results, const int channels) {
+    using A = Accumulate<T>;
+    const KernelResult<T>& r = results.list[blockIdx.y];
+    if (r.dense)
+        for (int64_t i = first_element(); i < int64_t(r.kernel.rows) * kTaps * channels; i += element_step()) {
+            const int row = int(i / (kTaps * channels));
+            r.dense[i] = r.kernel.weight(row) * r.gradient.at(row, int(i / channels % kTaps), int(i % channels));
+        }
+    if (r.pointwise)
+        for (int64_t i = first_element(); i < int64_t(channels) * channels; i += element_step()) {
+            const int row = int(i / channels), c = int(i % channels);
+            A sum = 0;
+            for (int tap = 0; tap < kTaps; ++tap)
+                sum += r.gradient.at(row, tap, c) * widen(r.kernel.depthwise[int64_t(c) * kTaps + tap]);
+            r.pointwise[i] = r.kernel.weight(row) * sum;
+        }
+    if (r.depthwise)
+        for (int64_t i = first_element(); i < int64_t(channels) * kTaps; i += element_step()) {
+            const int c = int(i / kTaps), tap = int(i % kTaps);
+            A sum = 0;
+            for (int row = 0; row < channels; ++row)
+                sum += r.kernel.weight(row) * r.gradient.at(row, tap, c) *
+                       widen(r.kernel.pointwise[int64_t(row) * channels + c]);
+            r.depthwise[i] = sum;
+        }
+    if (r.products) {
+        Kernel3x3<T> plain = r.kernel;
+        plain.factor = plain.scale = nullptr;
+        const int lane = threadIdx.x % 32, warps = int(gridDim.x) * (kElementThreads / 32);
+        for (int row = int(first_element() / 32); row < channels; row += warps) {
+            A sum = 0;
+            for (int i = lane; i < kTaps * channels; i += 32)
+                sum += plain.at(row, i / channels, i % channels, channels) *
+                       r.gradient.at(row, i / channels, i % channels);
+            sum = warp_sum(sum);
+            if (lane == 0) r.products[row] = sum;
+        }
+    }
+}
+
+// ---- host
+
+template <class T>
+struct BackwardPass {
+    using A = Accumulate<T>;
+    const Params& p;
+    const Backward<T>& t;
+    const Branches<T>& b;
+    Layout l;
+    bool fixed;
+    Maps<T> maps;
+    Normalisation<A> norm;
+
+    BackwardPass(const Params& p, const Backward<T>& t, Arena& arena)
+        : p(p),
+          t(t),
+          b(t.branches),
+          l(Layout::make(p, b.def, T())),
+          fixed(Norm(p.norm) == Norm::fixed),
+          maps(take_maps<T>(l, arena)),
+          norm(Normalisation<A>::make(p, b, fixed ? nullptr : t.statistics)) {
+        const int64_t map_chunks = l.pixels * l.padding.chunks, channels = l.channels;
+        maps.offset = t.offset;
+        if (fixed) {
+            maps.raw[kInner] = arena.take<T>(l.pixels * channels);
+            forward_ = ForwardSources<T>(p, l, b, maps, false, false, packings_, arena);
+        } else {  // they are only read
+            for (int map = 0; map < kMaps; ++map)
+                maps.raw[map] = const_cast<T*>(t.raw) + map * l.pixels * channels;
+        }
+        uint4* shared = fixed ? arena.take<uint4>(map_chunks) : nullptr;  // the gradient of the output
+        for (const Map map : {kConv, kSep, kDil, kDef})
+            gradients_[map] = fixed ? shared : has(map) ? arena.take<uint4>(map_chunks) : nullptr;
+        outer_parts_ = arena.take<A>(kMostParts * kSlots * channels);
+        parts_ = arena.take<A>(kMostParts * kSlots * std::max(channels, int64_t(l.offsets)));
+        coefficients_ = arena.take<A>(kMaps * 3 * channels);
+        products_ = arena.take<A>(kMaps * channels);
+        if (b.depthwise1) {
+            gradients_[kInner] = arena.take<uint4>(map_chunks);
+            inner_ = arena.take<T>(l.pixels * channels);
+        }
+        if (b.def) {
+            const int64_t size = l.padding.chunks * kElements<T>;
+            const deform_conv2d::Params deform = deform_params(p, size);
+            offset_gradient_ = arena.take<uint4>(l.pixels * l.offset_padding.chunks);
+            def_kernel_ = arena.take<T>(size * kTaps * size);
+            def_sums_ = arena.take<A>(size * kTaps * size);
+            of_def_ = arena.take<T>(l.pixels * size);
+            grad_offset_ = arena.take<A>(l.pixels * l.offsets / 3 * 2);
+            grad_mask_ = arena.take<A>(l.pixels * l.offsets / 3);
+            deform_workspace_ =
+                arena.take<char>(deform_conv2d::cuda::backward_workspace(dtype_of<T>, deform));
+        }
+        add_transposed(arena);
+        add_weights(arena);
+    }
+
+    void run(void* stream) {
+        first_maps(stream);
+        const Parts<A> parts = sum_outer(stream);
+        if (!fixed) outcomes(parts, stream);
+        pad_gradients(stream);
+        if (b.depthwise1) run_inner(stream);
+        if (b.def) run_deform(stream);
+        if (t.grad_input) run_input(stream);
+        weight_gradients<T>(p, l, weights_, weight_parts_, weight_sums_, stream);
+        kernel_results(stream);
+        if (fixed) outcomes(parts, stream);
+    }
+
+private:
+    Packings<T> packings_;
+    ForwardSources<T> forward_;
+    uint4* gradients_[kMaps] = {};  // of the raw maps, padded; of the output for the outer ones, if fixed
+    uint4* offset_gradient_ = nullptr;
+    A *outer_parts_, *parts_, *coefficients_, *products_;
+    T *inner_ = nullptr, *def_kernel_ = nullptr, *of_def_ = nullptr;
+    A *def_sums_ = nullptr, *grad_offset_ = nullptr, *grad_mask_ = nullptr;
+    char* deform_workspace_ = nullptr;
+    Source<T> sep_{};
+    Task<T, InputSink<T>> input_task_{};
+    WeightTasks weights_;
+    A *weight_parts_, *weight_sums_;
+    int64_t starts_[kMaps] = {}, offset_start_ = 0;
+
+    bool has(int map) const {
+        return map == kConv  ? b.conv
+               : map == kDil ? b.dil
+               : map == kDef ? b.def
+                             : b.depthwise1;
+    }
+
+    Kernel3x3<T> outer_kernel(Map map) const {
+        return fixed ? weighted_kernel_of(p, b, map) : kernel_of(p, b, map);
+    }
+
+    void add_transposed(Arena& arena) {
+        const auto make = [&](const uint4* map, const Padding& padding, int taps, int dilation,
+                              const Kernel3x3<T>& kernel, const Kernel3x3<T>& other = {}) {
+            Packing<T> job{};
+            job.kernels[0] = kernel;
+            job.kernels[1] = other;
+            job.depth = {padding.chunks, taps, taps};
+            job.padding = padding;
+            job.count = l.channels;
+            job.transposed = true;
+            return add_packing(packings_, arena, job, map, dilation);
+        };
+        auto& task = input_task_;
+        if (fixed && b.conv && b.dil) {
+            task.add(make(gradients_[kConv], l.padding, kMergedTaps, 1, outer_kernel(kConv), outer_kernel(kDil)));
+        } else {
+            if (b.conv) task.add(make(gradients_[kConv], l.padding, kTaps, 1, outer_kernel(kConv)));
+            if (b.dil) task.add(make(gradients_[kDil], l.padding, kTaps, 2, outer_kernel(kDil)));
+        }
+        if (b.depthwise1) {
+            task.add(make(gradients_[kInner], l.padding, kTaps, 1, kernel_of(p, b, kInner)));
+            sep_ = make(gradients_[kSep], l.padding, kTaps, 1, outer_kernel(kSep));
+        }
+        if (b.def) task.add(make(offset_gradient_, l.offset_padding, kTaps, 1, offset_kernel_of(l, b)));
+    }
+
+    // Of a part with all gradients: the workspace must do for any choice of branches.
+    int most_weight_blocks(int of_block) const {
+        WeightTasks all;
+        const Layout with_def = Layout::make(p, true, T());
+        for (int i = 0; i < 4; ++i) all.add(nullptr, with_def.padding, nullptr, with_def.padding, 1, of_block);
+        all.add(nullptr, with_def.offset_padding, nullptr, with_def.padding, 1, of_block);
+        return all.blocks;
+    }
+
+    void add_weights(Arena& arena) {
+        const int of_block = gradient_columns<T>(p);
+        const auto add = [&](Map map, const uint4* from, int dilation) {
+            starts_[map] = weights_.add(gradients_[map], l.padding, from, l.padding, dilation, of_block);
+        };
+        if (b.conv) add(kConv, maps.rectified, 1);
+        if (b.dil) add(kDil, maps.rectified, 2);
+        if (b.depthwise1) {
+            add(kInner, maps.rectified, 1);
+            add(kSep, maps.inner_rectified, 1);
+        }
+        if (b.def)
+            offset_start_ =
+                weights_.add(offset_gradient_, l.offset_padding, maps.rectified, l.padding, 1, of_block);
+        weights_.divide(l, most_weight_blocks(of_block));
+        weight_parts_ = arena.take<A>(weights_.parts * weights_.size);
+        weight_sums_ = arena.take<A>(weights_.size);
+    }
+
+    void first_maps(void* stream) {
+        PaddedMaps<T> padded;
+        padded.add(rectified(maps, t.input));
+        if (!fixed && b.depthwise1) padded.add(inner_rectified(maps));
+        pad(p, l, padded, norm, stream);
+        pack(p, packings_, stream);
+        if (!fixed) return;
+        queue_first(p, l, b, maps, false, forward_, stream);
+        if (b.depthwise1) queue_pad(p, l, inner_rectified(maps), norm, stream);
+    }
+
+    Parts<A> sum_outer(void* stream) {
+        SummedMaps<T> summed{t.grad,
+                             t.input,
+                             {},
+                             {kConv, kSep, kDil, kDef},
+                             l.pixels,
+                             l.channels,
+                             l.channels,
+                             kSlots};
+        if (!fixed)
+            for (int map = 0; map <= kDef; ++map)
+                if (has(map)) summed.raw[map] = maps.raw[map];
+        return sum_pixels(summed, norm, outer_parts_, stream);
+    }
+
+    static A* row(A* array, int map, int64_t channels) { return array ? array + map * channels : nullptr; }
+
+    void outcomes(const Parts<A>& parts, void* stream) {
+        Outcomes<A> list;
+        for (int map = 0; map <= kDef; ++map) {
+            if (!has(map)) continue;
+            Outcome<A> o{};
+            o.map = map;
+            o.slot = kOfRaw + map;
+            o.factor = b.factors + map;
+            if (fixed) o.products = products_ + map * l.channels;
+            if (fixed && map == kDef) o.bias = b.def_bias;
+            if (map == kDef) o.grad_bias = t.grad_def_bias;
+            o.grad_factor = row(t.grad_factors, map, 1);
+            o.grad_scale = row(t.grad_scale, map, l.channels);
+            o.grad_shift = row(t.grad_shift, map, l.channels);
+            o.coefficients = coefficients_ + map * 3 * l.channels;
+            list.add(o);
+        }
+        Outcome<A> skip{};
+        skip.map = kSkip;
+        skip.grad_factor = row(t.grad_factors, kSkip, 1);
+        list.add(skip);
+        finish_outcomes(list, parts, norm, l.pixels, stream);
+    }
+
+    void pad_gradients(void* stream) {
+        PaddedMaps<T> padded;
+        if (fixed) {
+            padded.add({gradients_[kConv], t.grad, nullptr, nullptr, -1, false});
+        } else {
+            for (int map = 0; map <= kDef; ++map)
+                if (has(map))
+                    padded.add({gradients_[map], t.grad, maps.raw[map],
+                                coefficients_ + map * 3 * l.channels, -1, false});
+        }
+        if (padded.count) pad(p, l, padded, norm, stream);
+    }
+
+    void run_inner(void* stream) {
+        Tasks<T, InnerSink<T>> tasks;
+        Task<T, InnerSink<T>> task{};
+        task.sink = {reinterpret_cast<const T*>(maps.inner_rectified), inner_, l.padding};
+        task.add(sep_);
+        add_task(tasks, task, l.channels);
+        multiply(p, l, tasks, stream);
+
+        SummedMaps<T> summed{};
+        summed.grad = inner_;
+        summed.raw[0] = maps.raw[kInner];
+        summed.of_map[0] = kInner;
+        summed.pixels = l.pixels;
+        summed.channels = summed.grad_step = l.channels;
+        summed.slots = kOfRaw + 1;
+        const Parts<A> parts = sum_pixels(summed, norm, parts_, stream);
+        Outcome<A> o{};
+        o.map = kInner;
+        o.slot = kOfRaw;
+        o.grad_scale = row(t.grad_scale, kInner, l.channels);
+        o.grad_shift = row(t.grad_shift, kInner, l.channels);
+        o.coefficients = coefficients_ + kInner * 3 * l.channels;
+        Outcomes<A> list;
+        list.add(o);
+        finish_outcomes(list, parts, norm, l.pixels, stream);
+        queue_pad(p, l, PaddedMap<T>{gradients_[kInner], inner_, maps.raw[kInner], o.coefficients, -1, false},
+                  norm, stream);
+    }
+
+    void run_deform(void* stream) {
+        const int64_t size = l.padding.chunks * kElements<T>;
+        launch("mixed_op: pad_kernel", pad_kernel_kernel<T>, element_grid(size * kTaps * size),
+               kElementThreads, 0, stream, outer_kernel(kDef), l.padding, def_kernel_);
+        deform_conv2d::Backward<T> d{};
+        d.grad = reinterpret_cast<const T*>(gradients_[kDef]);
+        d.input = reinterpret_cast<const T*>(maps.rectified);
+        d.offset = maps.offset;
+        d.mask = maps.offset + l.offsets / 3 * 2;
+        d.weight = def_kernel_;
+        d.grad_input = of_def_;
+        d.grad_offset = grad_offset_;
+        d.grad_weight = def_sums_;
+        d.grad_mask = grad_mask_;
+        deform_conv2d::cuda::backward(deform_params(p, size), d, deform_workspace_, stream);
+
+        launch("mixed_op: logit", logit_kernel<T>, element_grid(l.pixels * l.offset_padding.chunks),
+               kElementThreads, 0, stream, l, grad_offset_, grad_mask_, maps.offset, offset_gradient_,
+               bool(p.tf32));
+        if (!t.grad_offset_bias) return;
+        SummedMaps<T> summed{};
+        summed.grad = reinterpret_cast<const T*>(offset_gradient_);
+        summed.pixels = l.pixels;
+        summed.channels = l.offsets;
+        summed.grad_step = l.offset_padding.chunks * kElements<T>;
+        summed.slots = 1;
+        const Parts<A> parts = sum_pixels(summed, norm, parts_, stream);
+        add_parts("mixed_op: add_parts", parts.sums, parts.number, int64_t(l.offsets), t.grad_offset_bias,
+                  stream);
+    }
+
+    void run_input(void* stream) {
+        Tasks<T, InputSink<T>> tasks;
+        input_task_.sink = {t.input,   t.grad,    b.def ? of_def_ : nullptr, b.factors, t.grad_input,
+                            l.padding, bool(p.add)};
+        add_task(tasks, input_task_, l.channels);
+        multiply(p, l, tasks, stream);
+    }
+
+    void kernel_results(void* stream) {
+        KernelResults<T> results;
+        const auto products = [&](int map) { return fixed ? products_ + map * l.channels : nullptr; };
+        const auto gradient = [&](int64_t start) {
+            return KernelGradient<T>{weight_sums_ + start, false, l.padding};
+        };
+        if (b.conv)
+            results.add({gradient(starts_[kConv]), outer_kernel(kConv), t.grad_conv, nullptr, nullptr,
+                         products(kConv)});
+        if (b.dil)
+            results.add({gradient(starts_[kDil]), outer_kernel(kDil), t.grad_dil, nullptr, nullptr,
+                         products(kDil)});
+        if (b.depthwise1) {
+            results.add({gradient(starts_[kSep]), outer_kernel(kSep), nullptr, t.grad_depthwise2,
+                         t.grad_pointwise2, products(kSep)});
+            results.add({gradient(starts_[kInner]), kernel_of(p, b, kInner), nullptr, t.grad_depthwise1,
+                         t.grad_pointwise1, nullptr});
+        }
+        if (b.def) {
+            results.add({{def_sums_, true, l.padding},
+                         outer_kernel(kDef),
+                         t.grad_def,
+                         nullptr,
+                         nullptr,
+                         products(kDef)});
+            results.add({gradient(offset_start_), offset_kernel_of(l, b), t.grad_offset_weight, nullptr, nullptr,
+                         nullptr});
+        }
+        dim3 grid = element_grid(int64_t(std::max(l.channels, l.offsets)) * kTaps * l.channels);
+        grid.y = unsigned(results.count);
+        launch("mixed_op: kernel_result", kernel_result_kernel<T>, grid, kElementThreads, 0, stream, results,
+               l.channels);
+    }
+};
+
+template <class T>
+void backward(const Params& p, const Backward<T>& t, void* workspace, void* stream) {
+    check_sizes(p);
+    Arena arena(workspace);
+    BackwardPass<T>(p, t, arena).run(stream);
+}
+
+template <class T>
+int64_t backward_workspace_of(const Params& p) {
+    check_sizes(p);
+    Backward<T> t{};
+    t.branches = all_branches<T>();
+    Arena arena(nullptr);
+    BackwardPass<T>(p, t, arena);
+    return arena.used();
+}
+
+int64_t backward_workspace(DType dtype, const Params& p) {
+    switch (dtype) {
+        case DType::float32:
+            return backward_workspace_of<float>(p);
+        case DType::float64:
+            return backward_workspace_of<double>(p);
+        default:
+            return backward_workspace_of<float16>(p);  // and bfloat16
+    }
+}
+
+}  // namespace nasfast::mixed_op::cuda
