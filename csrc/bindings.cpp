@@ -10,6 +10,7 @@
 #include "common/fields.hpp"
 #include "common/isa.hpp"
 #include "deform_conv2d/deform_conv2d.h"
+#include "mixed_op/mixed_op.h"
 #ifdef NASFAST_CUDA
 #include "common/cuda_device.h"
 #include "deform_conv2d/bindings_cuda.hpp"
@@ -18,6 +19,7 @@
 
 namespace py = pybind11;
 namespace dc = nasfast::deform_conv2d;
+namespace mo = nasfast::mixed_op;
 
 namespace {
 
@@ -42,20 +44,18 @@ auto cpu_entry(Function function) {
     };
 }
 
-template <class T>
-void forward(const dc::Params& params, const dc::Forward<T>& tensors) {
-    NASFAST_DISPATCH(dc, forward, params, tensors);
-}
-void forward(const dc::Params& params, const dc::Forward<nasfast::bfloat16>& tensors) {
-    NASFAST_DISPATCH_BF16(dc, forward, params, tensors);
-}
-template <class T>
-void backward(const dc::Params& params, const dc::Backward<T>& tensors) {
-    NASFAST_DISPATCH(dc, backward, params, tensors);
-}
-void backward(const dc::Params& params, const dc::Backward<nasfast::bfloat16>& tensors) {
-    NASFAST_DISPATCH_BF16(dc, backward, params, tensors);
-}
+// Calls the function of an op for the processor's instruction set.
+#define NASFAST_KERNEL(op, function)                                                \
+    [](const auto& params, const auto& tensors) {                                   \
+        if constexpr (is_bfloat16<std::decay_t<decltype(tensors)>>)                 \
+            NASFAST_DISPATCH_BF16(op, function, params, tensors);                   \
+        else                                                                        \
+            NASFAST_DISPATCH(op, function, params, tensors);                        \
+    }
+template <class Tensors>
+constexpr bool is_bfloat16 = false;
+template <template <class> class Tensors>
+constexpr bool is_bfloat16<Tensors<nasfast::bfloat16>> = true;
 
 #ifdef NASFAST_CUDA
 py::dict cuda_info() {
@@ -73,10 +73,15 @@ py::dict cuda_info() {
 PYBIND11_MODULE(_C, m) {
     nasfast::isa();  // a processor or setting that cannot work fails the import, with the reason
     m.def("isa_level", [] { return nasfast::isa_name(nasfast::isa()); });
-    m.def("deform_conv2d_forward", cpu_entry<dc::Params, dc::Forward, float, double, nasfast::bfloat16>(
-                                       [](const auto&... arguments) { forward(arguments...); }));
-    m.def("deform_conv2d_backward", cpu_entry<dc::Params, dc::Backward, float, double, nasfast::bfloat16>(
-                                        [](const auto&... arguments) { backward(arguments...); }));
+    using nasfast::bfloat16;
+    m.def("deform_conv2d_forward",
+          cpu_entry<dc::Params, dc::Forward, float, double, bfloat16>(NASFAST_KERNEL(dc, forward)));
+    m.def("deform_conv2d_backward",
+          cpu_entry<dc::Params, dc::Backward, float, double, bfloat16>(NASFAST_KERNEL(dc, backward)));
+    m.def("mixed_op_forward",
+          cpu_entry<mo::Params, mo::Forward, float, double, bfloat16>(NASFAST_KERNEL(mo, forward)));
+    m.def("mixed_op_backward",
+          cpu_entry<mo::Params, mo::Backward, float, double, bfloat16>(NASFAST_KERNEL(mo, backward)));
 #ifdef NASFAST_CUDA
     m.def("cuda_info", &cuda_info);
     dc::cuda::bind_cuda(m);

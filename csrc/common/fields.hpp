@@ -11,7 +11,7 @@
 
 namespace nasfast {
 
-// Of a struct whose fields are all int64_t or pointers.
+// Of a struct whose fields are all int64_t, pointers or doubles (which arrive as their bits).
 template <class Struct>
 using Fields = std::array<int64_t, sizeof(Struct) / sizeof(int64_t)>;
 

@@ -116,6 +116,28 @@ void scatter_tile(const T* image, A* grad_image, const Samples<A, true>& samples
         A weight[4];
         for (int i = 0; i < 4; ++i) corner[i] = sample.corner(i) + slice.begin, weight[i] = sample.weight(i);
         Vector<A, full> products[4] = {};
+#if defined(__AVX512F__)
+        if constexpr (Vectors == 0 && std::is_same_v<T, A>) {  // the last vector is a part of one
+            for (int64_t j = 0; j < channels; j += full) {
+                const int64_t lanes = std::min<int64_t>(full, channels - j);
+                const auto grad = load_first(column + j, lanes);
+                Vector<A, full> mixed = {};
+                for (int i = 0; i < 4; ++i) {
+                    const auto value = load_first(image + corner[i] + j, lanes);
+                    if (wanted.position) products[i] += grad * value;
+                    mixed += weight[i] * value;
+                }
+                if (wanted.input)
+                    for (int i = 0; i < 4; ++i) {
+                        A* const to = grad_image + corner[i] + j;  // corners may coincide
+                        store_first(to, lanes, load_first(to, lanes) + weight[i] * grad);
+                    }
+                if (wanted.weight) store_first(column + j, lanes, mixed);
+            }
+            if (wanted.position) store_sums(products, sum);
+            return;
+        }
+#endif
         by_vectors<full>(channels, [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
             constexpr int w = decltype(width)::value;
             const auto grad = load<w>(column + j);  // left over where neither input nor position is wanted

@@ -54,6 +54,17 @@ class Conv2d(nn.Conv2d):
             return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
+class ConvBN(nn.Sequential):
+    """Convolution without bias, BatchNorm with or without scale and shift; keeps the size."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int = 1, affine: bool = True
+    ) -> None:
+        super().__init__(
+            Conv2d(in_channels, out_channels, kernel), nn.BatchNorm2d(out_channels, affine=affine)
+        )
+
+
 class ConvBNReLU(nn.Sequential):
     """Convolution without bias, BatchNorm, ReLU; output size equals input size."""
 
@@ -78,6 +89,18 @@ class SepConv(nn.Sequential):
                 ConvBNReLU(channels, channels),
             ]
         super().__init__(*layers)
+
+
+class DepthwiseSeparable(nn.Sequential):
+    """Depthwise 3x3, BatchNorm, ReLU, pointwise, BatchNorm, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, dilation: int = 1) -> None:
+        super().__init__(
+            Conv2d(in_channels, in_channels, 3, dilation, groups=in_channels),
+            nn.BatchNorm2d(in_channels),
+            nn.ReLU(inplace=True),
+            ConvBNReLU(in_channels, out_channels),
+        )
 
 
 class GlobalAveragePool(nn.Module):

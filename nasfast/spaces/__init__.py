@@ -2,6 +2,7 @@
 
 from nasfast.spaces.base import Decision, Genotype, Space
 from nasfast.spaces.fast_nas import PRIMITIVES, Cell, FastNASGenotype, FastNASSpace
+from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
 
 __all__ = [
     "PRIMITIVES",
@@ -10,5 +11,7 @@ __all__ = [
     "FastNASGenotype",
     "FastNASSpace",
     "Genotype",
+    "IRNASGenotype",
+    "IRNASSpace",
     "Space",
 ]

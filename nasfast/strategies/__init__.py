@@ -1,10 +1,20 @@
-"""Search strategies. To add one: a file beside this one and a line in STRATEGIES."""
+"""Search strategies. To add one: a file beside this one and a line in STRATEGIES.
+
+`gradient` has those of a search by gradient, which mix operations instead of proposing genotypes.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 from nasfast.spaces.base import G, Space
 from nasfast.strategies.base import Strategy
+from nasfast.strategies.gradient import (
+    GRADIENT_STRATEGIES,
+    Mix,
+    Relaxation,
+    Temperature,
+    make_relaxation,
+)
 from nasfast.strategies.ppo import PPO, PPOConfig
 from nasfast.strategies.random import RandomSearch
 
@@ -21,4 +31,16 @@ def make_strategy(name: str, space: Space[G], seed: int, ppo: PPOConfig) -> Stra
     return STRATEGIES[name](space, seed, ppo)
 
 
-__all__ = ["PPO", "STRATEGIES", "PPOConfig", "RandomSearch", "Strategy", "make_strategy"]
+__all__ = [
+    "GRADIENT_STRATEGIES",
+    "PPO",
+    "STRATEGIES",
+    "Mix",
+    "PPOConfig",
+    "RandomSearch",
+    "Relaxation",
+    "Strategy",
+    "Temperature",
+    "make_relaxation",
+    "make_strategy",
+]

@@ -19,16 +19,18 @@ def count_parameters(module: nn.Module, *, exclude: str = "aux_heads") -> int:
     return sum(p.numel() for name, p in module.named_parameters() if exclude not in name)
 
 
-def count_macs(module: nn.Module, size: tuple[int, int]) -> int:
+def count_macs(module: nn.Module, size: tuple[int, int], *, channels: int = 3) -> int:
     """Multiply-accumulates of convolutions and products for one image in evaluation mode.
 
     Args:
-        module: a network on images ``[1, 3, H, W]``; it is not run, only traced on meta tensors.
+        module: a network on images ``[1, channels, H, W]``; it is not run, only traced on meta
+            tensors.
         size: (H, W) of the image.
+        channels: of the image.
     """
     meta = copy.deepcopy(module).to("meta").eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        meta(torch.empty(1, 3, *size, device="meta"))
+        meta(torch.empty(1, channels, *size, device="meta"))
     return int(counter.get_total_flops()) // 2
 
 
@@ -57,10 +59,11 @@ def measure_latency(
     runtime: Runtime,
     *,
     batch: int = 1,
+    channels: int = 3,
     seconds: float = 3.0,
 ) -> Latency:
     """Time forward passes for about ``seconds`` after a warm-up of a fifth of that."""
-    images = torch.rand(batch, 3, *size, device=runtime.device)
+    images = torch.rand(batch, channels, *size, device=runtime.device)
     images = images.contiguous(memory_format=torch.channels_last)
 
     def once() -> float:

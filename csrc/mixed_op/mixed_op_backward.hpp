@@ -1,0 +1,636 @@
+// Backward pass of the mixed operation on the CPU, for any kind of matrix product. Included by per-ISA
+// sources.
+//
+// The gradient of a raw map is a * grad + b + c * raw with constants of its channels, which come out of sums
+// over the batch; the first pass makes these sums, and the gradients of the factors with them. It is formed
+// where it is used, a tile at a time. With Norm::fixed it is grad itself (a = 1), and what factor and scale
+// contribute is folded into the weights.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "deform_conv2d/deform_conv2d_backward.hpp"
+#include "mixed_op/mixed_op_forward.hpp"
+#include "mixed_op/mixed_op_tiles.hpp"
+
+namespace nasfast::mixed_op::NASFAST_ISA {
+
+// Adds the gradient of a depthwise weight: sums [9, pattern] += window at the taps * grad [pixel, C].
+template <class A>
+void depthwise_outer(const dc::Tile& tile, const Window& window, const A* from, const A* grad, A* sums,
+                     int64_t pattern_size) {
+    const int64_t flat = tile.columns * window.channels;
+    for (int64_t y = 0; y < tile.rows; ++y, grad += flat) {
+        const A* const first = from + window.at(y - 1, -1);
+        by_vectors<kWidth<A>>(flat, [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
+            constexpr int w = decltype(width)::value;
+            const auto value = load<w>(grad + j);
+#pragma GCC unroll 9
+            for (int64_t tap = 0; tap < kTaps; ++tap) {
+                A* const sum = sums + tap * pattern_size + j;
+                store<w>(sum, load<w>(sum) + value * load<w>(first + tap / 3 * window.row_size +
+                                                             tap % 3 * window.channels + j));
+            }
+        });
+    }
+}
+
+// Adds the gradient of a depthwise convolution's input, [pixel, C] times the taps, to a window.
+template <class A>
+void depthwise_scatter(const dc::Tile& tile, const Window& window, const A* grad, const A* patterns,
+                       int64_t pattern_size, A* to) {
+    const int64_t flat = tile.columns * window.channels;
+    for (int64_t y = 0; y < tile.rows; ++y, grad += flat)
+        for (int64_t tap = 0; tap < kTaps; ++tap) {
+            A* const row = to + window.at(y + tap / 3 - 1, tap % 3 - 1);
+            const A* const pattern = patterns + tap * pattern_size;
+            by_vectors<kWidth<A>>(flat, [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
+                constexpr int w = decltype(width)::value;
+                store<w>(row + j, load<w>(row + j) + load<w>(grad + j) * load<w>(pattern + j));
+            });
+        }
+}
+
+// [pixel, C] with rows of `row` elements -> without gaps.
+template <class A>
+void compact(int64_t pixels, int64_t channels, const A* from, int64_t row, A* to) {
+    for (int64_t i = 0; i < pixels; ++i) copy_run(from + i * row, channels, to + i * channels);
+}
+
+template <class Product, class T>
+class BackwardPass {
+    using A = Accumulate<T>;
+    using Operand = typename Product::Operand;
+    using Outer = typename Product::Outer;
+    using Packed = NASFAST_ISA::Packed<Product>;
+
+public:
+    BackwardPass(const Params& p, const Backward<T>& t)
+        : g(p),
+          t(t),
+          b(t.branches),
+          c(p.channels),
+          fixed(static_cast<Norm>(p.norm) == Norm::fixed),
+          conv_columns(b.conv ? c : 0),
+          near_columns(conv_columns + (b.def ? g.offsets : 0)),
+          bands(p.batch >= kUnits || !p.batch ? 1 : ceil_div(kUnits, p.batch)),
+          units(bands > 1 ? p.batch * bands : std::min(p.batch, 2 * kUnits)),
+          rectified(g, t.input, b.def),
+          norm(p, b),
+          across(g.columns + 2),
+          slope(kMaps * 3 * across * c),
+          dots(kMaps * c),
+          grad_sums(c) {}
+
+    void run() {
+        for (int map = 0; map < kMaps; ++map)
+            if (!fixed && has(b, map)) norm.fold(map, t.statistics + map * 2 * c, g.p.eps);
+        const Array<T> fixed_inner(fixed && b.depthwise1 ? g.pixels * c : 0);
+        if (fixed)
+            ForwardPass<Product, T>(g.p, {t.input, b, nullptr, t.offset, nullptr, nullptr})
+                .prepare(fixed_inner.get());
+        raw_inner = fixed ? fixed_inner.get() : t.raw + kInner * g.pixels * c;
+        std::fill_n(dots.get(), kMaps * c, 0.0);
+        reduce();
+        const Array<A> inner(b.depthwise1 ? g.pixels * c : 0);
+        if (b.depthwise1) separable(inner.get());
+        const Array<A> rectified_grad(bands * g.pixels * c);
+        const int64_t row = g.p.width * c;
+        parallel_for(bands * g.p.batch * g.p.height,
+                     [&](int64_t i) { std::fill_n(rectified_grad.get() + i * row, row, A(0)); });
+        branches(inner.get(), rectified_grad.get());
+        if (t.grad_input) finish_input(rectified_grad.get());
+        finish_scalars();
+    }
+
+private:
+    static constexpr int64_t kUnits = 8;               // at least, where there are so many tiles
+    static constexpr int64_t kStreams = 16;            // of tiles in the other passes
+    static constexpr int64_t kGroup = 16;              // pixels of a flat group
+
+    double factor(int map, int64_t out) const {
+        return b.factors[map] * norm.scale.get()[map * c + out];
+    }
+    const T* raw(int map) const { return map == kInner ? raw_inner : t.raw + map * g.pixels * c; }
+    const A* slopes(int map, int which) const { return slope.get() + (map * 3 + which) * across * c; }
+
+    // Sums over the batch: of grad, of grad * input for skip, and with statistics of grad * (raw - mean).
+    void reduce() {
+        std::vector<int> maps;
+        for (int map : {kConv, kSep, kDil, kDef})
+            if (!fixed && has(b, map)) maps.push_back(map);
+        const int64_t flat = kGroup * c, groups = ceil_div(g.pixels, kGroup), size = g.pixels * c;
+        const int64_t rows = 2 + static_cast<int64_t>(maps.size());
+        const Array<A> means(rows * flat);
+        for (size_t i = 0; i < maps.size(); ++i)
+            repeat(t.statistics + maps[i] * 2 * c, c, kGroup, means.get() + i * flat);
+        const int64_t streams = std::min(kStreams * 4, groups);
+        const Array<A> partial(std::max<int64_t>(streams, 1) * rows * flat);
+        parallel_for(streams, [&](int64_t unit) {
+            A* const sums = partial.get() + unit * rows * flat;
+            std::fill_n(sums, rows * flat, A(0));
+            for (int64_t i = unit * groups / streams; i < (unit + 1) * groups / streams; ++i) {
+                const int64_t begin = i * flat;
+                by_vectors<kWidth<A>>(std::min(flat, size - begin), [&](auto width, int64_t j)
+                                                                        NASFAST_INLINE_LAMBDA {
+                    constexpr int w = decltype(width)::value;
+                    const auto grad = load_as<A, w>(t.grad + begin + j);
+                    const auto add = [&](int64_t row, Vector<A, w> value) NASFAST_INLINE_LAMBDA {
+                        A* const sum = sums + row * flat + j;
+                        store<w>(sum, load<w>(sum) + value);
+                    };
+                    add(0, grad);
+                    add(1, grad * load_as<A, w>(t.input + begin + j));
+                    for (size_t k = 0; k < maps.size(); ++k)
+                        add(2 + k, grad * (load_as<A, w>(raw(maps[k]) + begin + j) -
+                                           load<w>(means.get() + k * flat + j)));
+                });
+            }
+        });
+        const auto total = [&](int64_t row, int64_t channel) {
+            double sum = 0;
+            for (int64_t unit = 0; unit < streams; ++unit)
+                for (int64_t i = channel; i < flat; i += c) sum += partial.get()[(unit * rows + row) * flat + i];
+            return sum;
+        };
+        for (int64_t i = 0; i < c; ++i) {
+            grad_sums.get()[i] = total(0, i), skip_dot += total(1, i);
+            for (size_t k = 0; k < maps.size(); ++k) dots.get()[maps[k] * c + i] = total(2 + k, i);
+        }
+        for (int map : {kConv, kSep, kDil, kDef})
+            if (has(b, map)) {
+                if (fixed)
+                    set_slopes(map, [](int64_t) { return std::array<double, 3>{1, 0, 0}; });
+                else
+                    set_slopes(map, [&](int64_t i) {
+                        return through_norm(map, i, factor(map, i), grad_sums.get()[i], dots.get()[map * c + i]);
+                    });
+            }
+    }
+
+    template <class Slopes>
+    void set_slopes(int map, const Slopes& of) {
+        for (int64_t i = 0; i < c; ++i) {
+            const auto values = of(i);
+            for (int which = 0; which < 3; ++which)
+                for (int64_t column = 0; column < across; ++column)
+                    slope.get()[((map * 3 + which) * across + column) * c + i] = A(values[which]);
+        }
+    }
+
+    // Gradient of raw, where that of norm(raw) / (raw's own scale) is grad: a * grad + b + c * raw, from the
+    // sums of grad and of grad * (raw - mean).
+    std::array<double, 3> through_norm(int map, int64_t i, double scale, double sum, double dot) const {
+        const A* const statistics = t.statistics + map * 2 * c;
+        const double n = double(g.pixels), mean = statistics[i];
+        const double slope = -dot / n / (statistics[c + i] + g.p.eps);
+        return {scale, scale * (-sum / n - slope * mean), scale * slope};
+    }
+
+    // The gradient of a raw map on a tile, [pixel, C].
+    void difference(int map, const dc::Tile& tile, const A* grad_map, A* to) const {
+        const int64_t flat = tile.columns * c;
+        for (int64_t y = 0; y < tile.rows; ++y, to += flat) {
+            const int64_t first = g.row(tile, y, c);
+            by_vectors<kWidth<A>>(flat, [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
+                constexpr int w = decltype(width)::value;
+                const auto grad = grad_map ? load<w>(grad_map + first + j) : load_as<A, w>(t.grad + first + j);
+                store<w>(to + j, gradient<w>(map, grad, j, first + j));
+            });
+        }
+    }
+    template <int w>
+    NASFAST_INLINE Vector<A, w> gradient(int map, Vector<A, w> grad, int64_t j, int64_t at) const {
+        const auto scaled = load<w>(slopes(map, 0) + j) * grad;
+        if (fixed) return scaled;
+        return scaled + load<w>(slopes(map, 1) + j) +
+               load<w>(slopes(map, 2) + j) * load_as<A, w>(raw(map) + at);
+    }
+
+    // Weight [C, inner] times factor and scale of its output channel with Norm::fixed.
+    std::vector<T> folded(int map, const T* weight, int64_t inner) const {
+        std::vector<A> values(c * inner + kSpill);
+        std::vector<T> result(c * inner + kSpill);
+        for (int64_t i = 0; i < c * inner; ++i)
+            values[i] = widen(weight[i]) * (fixed ? A(factor(map, i / inner)) : A(1));
+        copy_run(values.data(), c * inner, result.data());
+        return result;
+    }
+
+    // Back through the second half of the separable branch. inner = gradient of norm(inner map) / its scale.
+    void separable(A* inner) {
+        const std::vector<T> weight = folded(kSep, b.pointwise2, c);
+        const Packed transposed(c, c, weight.data(), c, 1);
+        const int64_t pattern = g.columns * c, border = across * c;
+        const Array<A> patterns(kTaps * pattern), flipped(kTaps * pattern), scale(border), shift(border);
+        repeat_taps(b.depthwise2, c, g.columns, patterns.get());
+        for (int64_t tap = 0; tap < kTaps; ++tap)
+            std::copy_n(patterns.get() + tap * pattern, pattern,
+                        flipped.get() + (kTaps - 1 - tap) * pattern);
+        repeat(norm.scale.get() + kInner * c, c, across, scale.get());
+        repeat(norm.shift.get() + kInner * c, c, across, shift.get());
+        std::vector<A> means(border, A(0));
+        if (!fixed) repeat(t.statistics + kInner * 2 * c, c, across, means.data());
+
+        const int64_t tiles = g.tiles(), streams = std::min(kStreams, tiles);
+        // of a stream: the sums of inner and inner * (raw - mean), gradients of depthwise2 and pointwise2
+        const int64_t part = (2 + kTaps) * pattern + c * c;
+        const Array<A> partial(std::max<int64_t>(streams, 1) * part);
+        struct Scratch {
+            A *window, *flat, *ring, *q_window, *tile_grad, *sums;
+            Operand* operand;
+            Outer outer;
+        };
+        const auto layout = [&](Arena& arena) {
+            const int64_t ring = Window::most(g, 1);
+            const int64_t rows = round_up(ring / c + 1, Product::kRowMultiple);
+            const int64_t depth = round_up(c, Product::kDepthMultiple);
+            return Scratch{arena.take<A>(ring),
+                           arena.take<A>(kTile * c + 2 * kSpill),
+                           arena.take<A>(ring),
+                           arena.take<A>(ring),
+                           arena.take<A>(kTile * c + kSpill),
+                           arena.take<A>(rows * transposed.padded()),
+                           arena.take<Operand>(rows * depth + kSpill),
+                           Outer(arena, c, c, kTile)};
+        };
+        parallel_for(streams, layout, [&](int64_t unit, Scratch& s) {
+            A* const sums = partial.get() + unit * part;
+            std::fill_n(sums, part, A(0));
+            s.outer.start(c, c);
+            for (int64_t index = unit * tiles / streams; index < (unit + 1) * tiles / streams; ++index) {
+                const dc::Tile tile = g.tiling[index];
+                const int64_t pixels = tile.pixels(), flat = tile.columns * c;
+                const int64_t ring_pixels = (tile.rows + 2) * (tile.columns + 2);
+                const Window window(tile, 1, c);
+                fill_normalised(g, tile, window, raw_inner, scale.get(), shift.get(), s.window);
+                depthwise(tile, window, s.window, patterns.get(), pattern, s.flat);
+                fill(g, tile, window, t.grad, s.ring,
+                     [&](auto value, int64_t j, int64_t at) NASFAST_INLINE_LAMBDA {
+                         return gradient<sizeof(value) / sizeof(A)>(kSep, value, j, at);
+                     });
+                int64_t row;
+                const Operand* left = as_operand<Product>(ring_pixels, c, s.ring, c, s.operand, row);
+                transposed.multiply(ring_pixels, left, row, Into::assign, s.sums, transposed.padded());
+                compact(ring_pixels, c, s.sums, transposed.padded(), s.q_window);
+                for (int64_t y = 0; y < tile.rows; ++y)
+                    std::copy_n(s.ring + window.at(y, 0), flat, s.tile_grad + y * flat);
+                left = as_operand<Product>(pixels, c, s.tile_grad, c, s.operand, row);
+                s.outer.add(pixels, s.flat, c, left, row);
+                for (int64_t y = 0; y < tile.rows; ++y)
+                    std::copy_n(s.q_window + window.at(y, 0), flat, s.tile_grad + y * flat);
+                depthwise_outer(tile, window, s.window, s.tile_grad, sums + 2 * pattern, pattern);
+                depthwise(tile, window, s.q_window, flipped.get(), pattern, s.flat);
+                for (int64_t y = 0; y < tile.rows; ++y) {
+                    const int64_t first = g.row(tile, y, c);
+                    const A* const passes = s.window + window.at(y, 0);
+                    by_vectors<kWidth<A>>(flat, [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
+                        constexpr int w = decltype(width)::value;
+                        const auto value = load<w>(passes + j) > 0 ? load<w>(s.flat + y * flat + j)
+                                                                   : Vector<A, w>{};
+                        store<w>(inner + first + j, value);
+                        A *const sum = sums + j, *const product = sums + pattern + j;
+                        store<w>(sum, load<w>(sum) + value);
+                        store<w>(product,
+                                 load<w>(product) + value * (load_as<A, w>(raw_inner + first + j) -
+                                                             load<w>(means.data() + j)));
+                    });
+                }
+            }
+            for (int64_t in = 0; in < c; ++in)
+                for (int64_t out = 0; out < c; ++out)
+                    sums[(2 + kTaps) * pattern + out * c + in] = s.outer.sum(in, out);
+        });
+
+        const auto total = [&](int64_t row, int64_t channel) {
+            double sum = 0;
+            for (int64_t unit = 0; unit < streams; ++unit)
+                for (int64_t i = channel; i < pattern; i += c)
+                    sum += partial.get()[unit * part + row * pattern + i];
+            return sum;
+        };
+        for (int64_t i = 0; i < c; ++i) {
+            inner_sums.push_back(total(0, i));
+            dots.get()[kInner * c + i] = total(1, i);
+            for (int64_t tap = 0; t.grad_depthwise2 && tap < kTaps; ++tap)
+                t.grad_depthwise2[i * kTaps + tap] = A(total(2 + tap, i));
+        }
+        finish_weight(partial.get() + (2 + kTaps) * pattern, part, streams, kSep, b.pointwise2, c,
+                      t.grad_pointwise2);
+        set_slopes(kInner, [&](int64_t i) {
+            const double own = norm.scale.get()[kInner * c + i];
+            if (fixed) return std::array<double, 3>{own, 0, 0};
+            return through_norm(kInner, i, own, inner_sums[i], dots.get()[kInner * c + i]);
+        });
+    }
+
+    // Sums the parts of the units to the gradient of a weight [C, size]. With Norm::fixed they are of the sum
+    // of products alone: factor and scale are multiplied in, and the products with the weight are the dots.
+    void finish_weight(const A* partial, int64_t stride, int64_t count, int map, const T* weight, int64_t size,
+                       A* grad) {
+        for (int64_t out = 0; out < c; ++out)
+            for (int64_t i = out * size; i < (out + 1) * size; ++i) {
+                double sum = 0;
+                for (int64_t unit = 0; unit < count; ++unit) sum += partial[unit * stride + i];
+                if (fixed && map != kInner) {
+                    dots.get()[map * c + out] += sum * widen(weight[i]);
+                    sum *= factor(map, out);
+                }
+                if (grad) grad[i] = A(sum);
+            }
+    }
+
+    // What a unit of the last pass sums: gradients of the weights, in this order.
+    struct Part {
+        int64_t near, dil, def, depthwise, pointwise, bias, size;
+
+        Part(int64_t c, int64_t near_columns, int64_t offsets, int64_t pattern) {
+            const int64_t square = kTaps * c * c;
+            near = 0, dil = near_columns * kTaps * c, def = dil + square, depthwise = def + square;
+            pointwise = depthwise + kTaps * pattern, bias = pointwise + c * c, size = bias + offsets;
+        }
+    };
+
+    struct Scratch {
+        dc::Samples<A, true> samples;
+        A *window, *grad_window, *flat, *columns, *near, *sums, *derivatives;
+        Operand* operand;
+        Outer near_outer, dil_outer, pointwise_outer;
+        std::vector<Outer> def_outers;
+
+        Scratch(Arena& arena, const BackwardPass& pass, int64_t columns_row, int64_t stride)
+            : samples(arena, pass.g.deform, 1, pass.b.def ? kTile : 0) {
+            const int64_t c = pass.c, rows = round_up(kTile, Product::kRowMultiple);
+            window = arena.take<A>(Window::most(pass.g, kRadius));
+            grad_window = arena.take<A>(Window::most(pass.g, kRadius));
+            flat = arena.take<A>(kTile * c + kSpill);
+            columns = arena.take<A>(rows * columns_row + kSpill);
+            near = arena.take<A>(kTile * pass.near_columns + kSpill);
+            sums = arena.take<A>(4 * stride), derivatives = arena.take<A>(3 * stride);
+            const int64_t depth = round_up(std::max(pass.near_columns, c), Product::kDepthMultiple);
+            operand = arena.take<Operand>(rows * depth + kSpill);
+            if (pass.near_columns) near_outer = Outer(arena, kTaps * c, pass.near_columns, kTile);
+            if (pass.b.dil) dil_outer = Outer(arena, kTaps * c, c, kTile);
+            if (pass.b.depthwise1) pointwise_outer = Outer(arena, c, c, kTile);
+            const int64_t groups = pass.g.p.offset_groups;
+            for (int64_t group = 0; pass.b.def && group < groups; ++group)
+                def_outers.emplace_back(arena, kTaps * c / groups, c, kTile);
+        }
+    };
+
+    // The gradients of the weights that read ReLU(input), and of ReLU(input).
+    void branches(const A* inner, A* rectified_grad) {
+        const int64_t taps = kTaps * c, groups = g.p.offset_groups, slice = c / groups;
+        std::vector<T> near_weight;
+        if (b.conv) {
+            near_weight = folded(kConv, b.conv, taps);
+            near_weight.resize(c * taps);
+        }
+        if (b.def)
+            near_weight.insert(near_weight.end(), b.offset_weight, b.offset_weight + g.offsets * taps);
+        const Packed near(near_columns, taps, near_weight.data(), taps, 1);
+        const std::vector<T> dil_weight = b.dil ? folded(kDil, b.dil, taps) : std::vector<T>();
+        const Packed dil(b.dil ? c : 0, taps, dil_weight.data(), taps, 1);
+        std::vector<Packed> def;
+        if (b.def) {
+            const std::vector<T> weight = folded(kDef, b.def, taps);
+            std::vector<T> part(c * kTaps * slice);
+            for (int64_t group = 0; group < groups; ++group) {
+                for (int64_t i = 0; i < c * kTaps; ++i)
+                    std::copy_n(weight.data() + i * c + group * slice, slice, part.data() + i * slice);
+                def.emplace_back(c, kTaps * slice, part.data(), kTaps * slice, 1);
+            }
+        }
+        const Packed pointwise(b.depthwise1 ? c : 0, c, b.pointwise1, c, 1);
+        const int64_t pattern = g.columns * c;
+        const Array<A> patterns(kTaps * pattern);
+        if (b.depthwise1) repeat_taps(b.depthwise1, c, g.columns, patterns.get());
+
+        const Part part(c, near_columns, g.offsets, pattern);
+        const Array<A> partial(std::max<int64_t>(units, 1) * part.size);
+        const int64_t stride = round_up(kTile * kTaps, kWidth<A>);
+        int64_t columns_row = std::max(typename Product::Panels(taps).padded(), c + kSpill);
+        const int64_t per_image = g.tiling.per_image();
+        const auto layout = [&](Arena& arena) { return Scratch(arena, *this, columns_row, stride); };
+        parallel_for(units, layout, [&](int64_t unit, Scratch& s) {
+            A* const mine = partial.get() + unit * part.size;
+            std::fill_n(mine, part.size, A(0));
+            if (near_columns) s.near_outer.start(taps, near_columns);
+            if (b.dil) s.dil_outer.start(taps, c);
+            if (b.depthwise1) s.pointwise_outer.start(c, c);
+            for (Outer& outer : s.def_outers) outer.start(kTaps * slice, c);
+            const int64_t band = bands > 1 ? unit % bands : 0;
+            A* const sums = rectified_grad + band * g.pixels * c;
+            for (int64_t image = bands > 1 ? unit / bands : unit; image < g.p.batch;
+                 image += bands > 1 ? g.p.batch : units)
+                for (int64_t i = band * per_image / bands; i < (band + 1) * per_image / bands; ++i) {
+                    const dc::Tile tile = g.tiling[image * per_image + i];
+                    const Window window(tile, kRadius, c);
+                    const int64_t pixels = tile.pixels();
+                    int64_t row;
+                    fill_relu(g, tile, window, t.input, s.window);
+                    std::fill_n(s.grad_window, (tile.rows + 2 * kRadius) * window.row_size, A(0));
+                    if (b.def) {
+                        difference(kDef, tile, nullptr, s.flat);
+                        deformable(tile, def, s, stride, sums + image * g.p.height * g.p.width * c);
+                    }
+                    if (near_columns) {
+                        if (b.conv) {
+                            difference(kConv, tile, nullptr, s.flat);
+                            for (int64_t pixel = 0; pixel < pixels; ++pixel)
+                                std::copy_n(s.flat + pixel * c, c, s.near + pixel * near_columns);
+                        }
+                        for (int64_t pixel = 0; pixel < pixels; ++pixel)
+                            for (int64_t j = 0; j < near_columns - conv_columns; ++j)
+                                mine[part.bias + j] += s.near[pixel * near_columns + conv_columns + j];
+                        const Operand* const left =
+                            as_operand<Product>(pixels, near_columns, s.near, near_columns, s.operand, row);
+                        gather(tile, window, s.window, 1, s.columns, columns_row);
+                        s.near_outer.add(pixels, s.columns, columns_row, left, row);
+                        near.multiply(pixels, left, row, Into::assign, s.columns, columns_row);
+                        scatter(tile, window, s.columns, columns_row, 1, s.grad_window);
+                    }
+                    if (b.dil) {
+                        difference(kDil, tile, nullptr, s.flat);
+                        const Operand* const left = as_operand<Product>(pixels, c, s.flat, c, s.operand, row);
+                        gather(tile, window, s.window, 2, s.columns, columns_row);
+                        s.dil_outer.add(pixels, s.columns, columns_row, left, row);
+                        dil.multiply(pixels, left, row, Into::assign, s.columns, columns_row);
+                        scatter(tile, window, s.columns, columns_row, 2, s.grad_window);
+                    }
+                    if (b.depthwise1) {
+                        difference(kInner, tile, inner, s.flat);
+                        const Operand* const left = as_operand<Product>(pixels, c, s.flat, c, s.operand, row);
+                        depthwise(tile, window, s.window, patterns.get(), pattern, s.columns);
+                        s.pointwise_outer.add(pixels, s.columns, c, left, row);
+                        pointwise.multiply(pixels, left, row, Into::assign, s.columns, pointwise.padded());
+                        compact(pixels, c, s.columns, pointwise.padded(), s.flat);
+                        depthwise_outer(tile, window, s.window, s.flat, mine + part.depthwise, pattern);
+                        depthwise_scatter(tile, window, s.flat, patterns.get(), pattern, s.grad_window);
+                    }
+                    add_window(tile, window, s.grad_window, sums);
+                }
+            const auto keep = [&](const Outer& outer, int64_t rows, int64_t columns, A* to) {
+                for (int64_t j = 0; j < columns; ++j)
+                    for (int64_t i = 0; i < rows; ++i) to[j * rows + i] = outer.sum(i, j);
+            };
+            if (near_columns) keep(s.near_outer, taps, near_columns, mine + part.near);
+            if (b.dil) keep(s.dil_outer, taps, c, mine + part.dil);
+            if (b.depthwise1) keep(s.pointwise_outer, c, c, mine + part.pointwise);
+            for (size_t group = 0; group < s.def_outers.size(); ++group)
+                for (int64_t j = 0; j < c; ++j)
+                    for (int64_t i = 0; i < kTaps * slice; ++i)
+                        mine[part.def + j * taps + i / slice * c + group * slice + i % slice] =
+                            s.def_outers[group].sum(i, j);
+        });
+
+        const A* const first = partial.get();
+        if (b.conv) finish_weight(first + part.near, part.size, units, kConv, b.conv, taps, t.grad_conv);
+        if (b.dil) finish_weight(first + part.dil, part.size, units, kDil, b.dil, taps, t.grad_dil);
+        if (b.depthwise1)
+            finish_weight(first + part.pointwise, part.size, units, kInner, b.pointwise1, c, t.grad_pointwise1);
+        const auto total = [&](int64_t at) {
+            double sum = 0;
+            for (int64_t unit = 0; unit < units; ++unit) sum += first[unit * part.size + at];
+            return sum;
+        };
+        if (b.def) {
+            finish_weight(first + part.def, part.size, units, kDef, b.def, taps, t.grad_def);
+            for (int64_t i = 0; t.grad_offset_weight && i < g.offsets * taps; ++i)
+                t.grad_offset_weight[i] = A(total(part.near + conv_columns * taps + i));
+            for (int64_t i = 0; t.grad_offset_bias && i < g.offsets; ++i)
+                t.grad_offset_bias[i] = A(total(part.bias + i));
+            for (int64_t i = 0; i < c; ++i) {
+                if (fixed) dots.get()[kDef * c + i] += grad_sums.get()[i] * b.def_bias[i];
+                if (t.grad_def_bias)
+                    t.grad_def_bias[i] = fixed ? A(factor(kDef, i) * grad_sums.get()[i]) : A(0);
+            }
+        }
+        for (int64_t i = 0; b.depthwise1 && t.grad_depthwise1 && i < c; ++i)
+            for (int64_t tap = 0; tap < kTaps; ++tap) {
+                double sum = 0;
+                for (int64_t column = 0; column < g.columns; ++column)
+                    sum += total(part.depthwise + tap * pattern + column * c + i);
+                t.grad_depthwise1[i * kTaps + tap] = A(sum);
+            }
+    }
+
+    // Back through the deformable branch, whose raw gradient is in s.flat: adds to the image's sums, and
+    // leaves the gradients of offsets and logits in s.near.
+    void deformable(const dc::Tile& tile, const std::vector<Packed>& weights, Scratch& s, int64_t stride,
+                    A* image_sums) const {
+        const int64_t groups = g.p.offset_groups, slice = c / groups, pixels = tile.pixels();
+        const T* const image = rectified.memory.get() + tile.image * g.p.height * g.p.width * c;
+        int64_t row;
+        const Operand* const left = as_operand<Product>(pixels, c, s.flat, c, s.operand, row);
+        for (int64_t group = 0; group < groups; ++group) {
+            const Packed& weight = weights[group];
+            weight.multiply(pixels, left, row, Into::assign, s.columns, weight.padded());
+            dc::locate(g.deform, t.offset, t.offset + g.positions, group, tile, s.samples);
+            dc::scatter(image, image_sums, s.samples, pixels, dc::Slice{group * slice, slice},
+                        dc::Wanted{true, true, true}, s.columns, weight.padded(), s.sums);
+            dc::differentiate(s.samples, pixels * kTaps, s.sums, s.derivatives, stride);
+            s.def_outers[group].add(pixels, s.columns, weight.padded(), left, row);
+            for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+                const A* const mask = t.offset + tile.pixel(g.deform, pixel) * g.offsets + g.positions;
+                A* const to = s.near + pixel * near_columns + conv_columns;
+                for (int64_t tap = 0; tap < kTaps; ++tap) {
+                    const int64_t at = group * kTaps + tap;
+                    const A* const from = s.derivatives + pixel * kTaps + tap;
+                    to[2 * at] = from[0], to[2 * at + 1] = from[stride];
+                    to[g.positions + at] = from[2 * stride] * mask[at] * (1 - mask[at]);
+                }
+            }
+        }
+    }
+
+    void add_window(const dc::Tile& tile, const Window& window, const A* from, A* map) const {
+        const int64_t left = std::max<int64_t>(-kRadius, -tile.column);
+        const int64_t right = std::min(tile.columns + kRadius, g.p.width - tile.column);
+        for (int64_t y = std::max<int64_t>(-kRadius, -tile.row);
+             y < std::min(tile.rows + kRadius, g.p.height - tile.row); ++y) {
+            A* const to = map + g.row(tile, y, c) + left * c;
+            const A* const row = from + window.at(y, left);
+            by_vectors<kWidth<A>>((right - left) * c, [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
+                constexpr int w = decltype(width)::value;
+                store<w>(to + j, load<w>(to + j) + load<w>(row + j));
+            });
+        }
+    }
+
+    // grad_input (+)= the bands' sums where input > 0, + factor * grad of skip.
+    void finish_input(const A* sums) const {
+        const A skip = b.factors[kSkip];
+        const int64_t row = g.p.width * c, size = g.pixels * c;
+        parallel_for(g.p.batch * g.p.height, [&](int64_t unit) {
+            by_vectors<kWidth<A>>(row, [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
+                constexpr int w = decltype(width)::value;
+                const int64_t at = unit * row + j;
+                auto sum = load<w>(sums + at);
+                for (int64_t band = 1; band < bands; ++band) sum += load<w>(sums + band * size + at);
+                sum = load_as<A, w>(t.input + at) > 0 ? sum : Vector<A, w>{};
+                if (skip != 0) sum += skip * load_as<A, w>(t.grad + at);
+                if (g.p.add) sum += load_as<A, w>(t.grad_input + at);
+                store_as<T, w>(t.grad_input + at, sum);
+            });
+        });
+    }
+
+    // Gradients of factors, scale and shift from the sums. `dots` are of grad * (raw - mean), or of grad * raw
+    // with Norm::fixed.
+    void finish_scalars() const {
+        for (int map = 0; map < kMaps; ++map) {
+            if (!has(b, map)) {
+                if (map < kSkip && t.grad_factors) t.grad_factors[map] = A(0);
+                for (int64_t i = 0; i < c; ++i) {
+                    if (t.grad_scale) t.grad_scale[map * c + i] = A(0);
+                    if (t.grad_shift) t.grad_shift[map * c + i] = A(0);
+                }
+                continue;
+            }
+            double total = 0;
+            for (int64_t i = 0; i < c; ++i) {
+                const A* const statistics = t.statistics + map * 2 * c;
+                const double deviation = fixed ? 1 : std::sqrt(statistics[c + i] + g.p.eps);
+                const double normalised = dots.get()[map * c + i] / deviation;  // grad times raw or x^
+                const double scale = b.scale ? b.scale[map * c + i] : 1;
+                const double shift = b.shift ? b.shift[map * c + i] : 0;
+                const double sum = map == kInner ? inner_sums[i] : grad_sums.get()[i];
+                total += scale * normalised + shift * sum;
+                const double factor = map == kInner ? 1 : b.factors[map];
+                if (t.grad_scale) t.grad_scale[map * c + i] = A(factor * normalised);
+                if (t.grad_shift) t.grad_shift[map * c + i] = A(factor * sum);
+            }
+            if (map != kInner && t.grad_factors) t.grad_factors[map] = A(total);
+        }
+        if (t.grad_factors) t.grad_factors[kSkip] = A(skip_dot);
+    }
+
+    const Geometry g;
+    const Backward<T>& t;
+    const Branches<T>& b;
+    const int64_t c;
+    const bool fixed;
+    const int64_t conv_columns, near_columns;  // conv's and the offsets' share one product
+    const int64_t bands, units;  // bands of an image with sums of their own; units of the last pass
+    const Rectified<T> rectified;
+    const T* raw_inner = nullptr;
+    Normalisation<T> norm;
+    const int64_t across;            // columns of a pattern
+    const Array<A> slope;            // [kMaps, 3, across, C]
+    const Array<double> dots;        // [kMaps, C]
+    const Array<double> grad_sums;   // [C]
+    std::vector<double> inner_sums;  // [C]
+    double skip_dot = 0;
+};
+
+template <class Product, class T>
+void backward_impl(const Params& p, const Backward<T>& t) {
+    BackwardPass<Product, T>(p, t).run();
+}
+
+}  // namespace nasfast::mixed_op::NASFAST_ISA

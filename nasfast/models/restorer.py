@@ -1,0 +1,210 @@
+"""Restoration networks derived by IR-NAS (Zhang et al., CVPR 2020, arXiv 1909.08228)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from nasfast.encoders import read_weights
+from nasfast.files import atomic_write
+from nasfast.models.layers import ConvBN, ConvBNReLU, DepthwiseSeparable
+from nasfast.models.mixed_op import make_branch
+from nasfast.models.supernet import check_images
+from nasfast.spaces.ir_nas import IRNASGenotype, Node
+
+FORMAT = "nasfast.restorer"
+ATROUS_RATES = (2, 4, 6)
+"""Dilations in the head, in pixels."""
+
+
+@dataclass(frozen=True)
+class RestorerConfig:
+    """Size of the network around a genotype; the defaults are the published denoiser."""
+
+    width: int = 20
+    """Channels F of a state at level 0; levels 1 and 2 have 2 F and 4 F."""
+    stem: int = 64
+    """Channels of the stem."""
+    head: int = 128
+    """Channels of the head, each of its branches and the convolutions behind it."""
+    low_level: int = 48
+    """Channels of the feature of level 0 that the head is joined with."""
+    residual: bool = False
+    """Predict what is wrong with the image (its bicubic enlargement in super-resolution), which is
+    taken away from it, instead of the restored image. The first publication does not."""
+    dead_reduce: bool = False
+    """Also build the convolution that stands in for a missing level 0 where no layer misses it. The
+    published parameter counts include it; nothing reads it."""
+
+    def __post_init__(self) -> None:
+        for field in ("width", "stem", "head", "low_level"):
+            value = getattr(self, field)
+            if value < 1:
+                raise ValueError(f"RestorerConfig.{field}: wanted at least 1, got {value}")
+
+
+class Cell(nn.Module):
+    """A layer: two inputs brought to its width, and nodes that sum two operations each."""
+
+    def __init__(self, nodes: tuple[Node, ...], inputs: tuple[int, int], channels: int) -> None:
+        super().__init__()
+        self.nodes = nodes
+        self.before_last, self.last = (ConvBN(size, channels) for size in inputs)
+        self.ops = nn.ModuleDict(
+            {
+                f"node{i}_edge{j}": make_branch(op, channels)
+                for i, node in enumerate(nodes)
+                for j, (op, _) in enumerate(node)
+                if op != "skip"
+            }
+        )
+
+    def forward(self, before_last: Tensor, last: Tensor) -> Tensor:
+        """Concatenated nodes ``[N, nodes * C, H, W]``."""
+        states: list[Tensor] = [self.before_last(F.relu(before_last)), self.last(F.relu(last))]
+        activated: dict[int, Tensor] = {}
+
+        def run(edge: str, op: str, state: int) -> Tensor:
+            if op == "skip":
+                return states[state]
+            if state not in activated:
+                activated[state] = F.relu(states[state])
+            out: Tensor = self.ops[edge](activated[state])
+            return out
+
+        for i, (first, second) in enumerate(self.nodes):
+            states.append(run(f"node{i}_edge0", *first) + run(f"node{i}_edge1", *second))
+        return torch.cat(states[2:], 1)
+
+
+class ASPP(nn.Module):
+    """Pointwise and atrous separable branches, concatenated and fused; no pooling."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            [
+                ConvBNReLU(in_channels, channels),
+                *(DepthwiseSeparable(in_channels, channels, rate) for rate in ATROUS_RATES),
+            ]
+        )
+        self.fuse = ConvBNReLU((1 + len(ATROUS_RATES)) * channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W]
+        out: Tensor = self.fuse(torch.cat([branch(x) for branch in self.branches], 1))
+        return out
+
+
+class Restorer(nn.Module):
+    """A genotype as a network.
+
+    Args:
+        genotype: cell and levels.
+        config: widths around it.
+        channels: c of the images.
+        scale: enlargement of height and width, by a pixel shuffle at the end.
+    """
+
+    def __init__(
+        self, genotype: IRNASGenotype, config: RestorerConfig, channels: int, scale: int = 1
+    ) -> None:
+        super().__init__()
+        self.genotype, self.config = genotype, config
+        self.channels, self.scale = channels, scale
+        stem, head, low = config.stem, config.head, config.low_level
+        out = len(genotype.nodes) * config.width  # channels of a cell at level 0
+        self.stem1 = ConvBNReLU(channels, stem, 3)
+        self.stem2 = ConvBN(stem, stem, 3)
+        widths = [stem, stem, *(out << level for level in genotype.levels)]
+        self.cells = nn.ModuleList(
+            Cell(genotype.nodes, (widths[i], widths[i + 1]), config.width << level)
+            for i, level in enumerate(genotype.levels)
+        )
+        has_low = 0 in genotype.levels
+        self.reduce = None
+        if config.dead_reduce or not has_low:
+            self.reduce = ConvBN(stem, out, 3, affine=False)
+        self.aspp = ASPP(widths[-1], head)
+        self.low_level = ConvBNReLU(out, low)
+        self.refine = nn.Sequential(
+            DepthwiseSeparable(head + low, head), DepthwiseSeparable(head, head)
+        )
+        self.last = nn.Conv2d(head, channels * scale**2, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Restored images, not clamped, ``[N, c, scale H, scale W]``.
+
+        Args:
+            images: ``[N, c, H, W]``, values in 0..1 where nothing is wrong with them.
+
+        Raises:
+            ValueError: images of another number of channels.
+        """
+        check_images("Restorer", images, self.channels)
+        before_last = self.stem1(images)
+        last = self.stem2(before_last)
+        low = None if 0 in self.genotype.levels or self.reduce is None else self.reduce(last)
+        for cell, level in zip(self.cells, self.genotype.levels, strict=True):
+            before_last, last = last, cell(before_last, last)
+            if level == 0:
+                low = last
+        x = self.refine(torch.cat([self.aspp(F.relu(last)), self.low_level(low)], 1))
+        restored = F.pixel_shuffle(self.last(x), self.scale)
+        if not self.config.residual:
+            return restored
+        if self.scale > 1:
+            images = F.interpolate(images, scale_factor=self.scale, mode="bicubic")
+        return images - restored
+
+
+def save_restorer(path: Path, model: Restorer, description: Mapping[str, Any]) -> None:
+    """Write weights and what is needed to build the network again, atomically.
+
+    Args:
+        path: a ``.safetensors`` file.
+        model: the network.
+        description: anything worth keeping, as plain JSON.
+    """
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    network = {
+        "genotype": model.genotype.to_json(),
+        "restorer": asdict(model.config),
+        "channels": model.channels,
+        "scale": model.scale,
+    }
+    atomic_write(path, save(tensors, {FORMAT: json.dumps({**description, **network})}))
+
+
+def read_restorer(path: Path) -> tuple[Restorer, dict[str, Any]]:
+    """Read a network and its description from a file of :func:`save_restorer`.
+
+    Returns:
+        The network in evaluation mode, and its description with ``genotype``, ``restorer``,
+        ``channels`` and ``scale`` beside what was saved.
+
+    Raises:
+        ValueError: the file is not one of those; the message says what it lacks.
+    """
+    tensors, metadata = read_weights(path)
+    if FORMAT not in metadata:
+        raise ValueError(
+            f"restorer {path}: wanted a model.safetensors that nasfast.train wrote for a "
+            f"restoration network, got a file without {FORMAT!r} in its metadata"
+        )
+    description: dict[str, Any] = json.loads(metadata[FORMAT])
+    model = Restorer(
+        IRNASGenotype.from_json(description["genotype"]),
+        RestorerConfig(**description["restorer"]),
+        description["channels"],
+        description["scale"],
+    )
+    model.load_state_dict(tensors)
+    return model.eval(), description

@@ -1,0 +1,326 @@
+"""The supernet of restoration networks: Zhang et al., IR-NAS, CVPR 2020 (arXiv 1909.08228).
+
+All layers run at the resolution of the images. A layer has up to three levels, C = 1, 2, 4 times
+the basic width channels wide; all its cells mix operations by the same alphas, and betas mix what
+the levels of the layer before hand on. Routes are summed first and the cell is called once per
+level ("cell sharing", section 3.2).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nasfast.models.layers import ConvBN, DepthwiseSeparable
+from nasfast.models.mixed_op import MixedOp, PlainMixedOp
+from nasfast.spaces.ir_nas import (
+    PRIMITIVES,
+    IRNASGenotype,
+    derive_nodes,
+    moves,
+    num_edges,
+    num_levels,
+    targets,
+    viterbi,
+)
+
+STEM = 64
+"""Channels between the two convolutions of the stem."""
+ATROUS_RATE = 16
+"""Dilation in the decoder, in pixels."""
+
+
+@dataclass(frozen=True)
+class SupernetConfig:
+    """Size of a supernet; the defaults are the published search for denoising."""
+
+    layers: int = 4
+    """Layers of cells."""
+    nodes: int = 5
+    """Nodes of a cell, N."""
+    width: int = 10
+    """Channels W of a state at level 0; levels 1 and 2 have 2 W and 4 W."""
+    memory: Literal["save", "recompute"] = "recompute"
+    """Whether backward reads what forward saved, or computes it again from the states of the
+    cells: about 60 times less memory for 1.5 times the work."""
+    fused: bool = True
+    """Whether the mixed operations run fused, or as the plain formulation that they are tested
+    against."""
+
+    def __post_init__(self) -> None:
+        for field, least in (("layers", 1), ("nodes", 1), ("width", 2)):
+            value = getattr(self, field)
+            if value < least:
+                raise ValueError(f"SupernetConfig.{field}: wanted at least {least}, got {value}")
+        if self.width % 2:
+            raise ValueError(
+                f"SupernetConfig.width: wanted an even number, got {self.width}; half the channels "
+                "share the offsets of a deformable convolution"
+            )
+        if self.memory not in ("save", "recompute"):
+            raise ValueError(
+                f'SupernetConfig.memory: wanted "save" or "recompute", got {self.memory!r}'
+            )
+
+
+class Mix(Protocol):
+    """How the operations of every edge are mixed in one forward pass."""
+
+    @property
+    def weights(self) -> Tensor:  # [edges, K]
+        """Factor of each primitive."""
+
+    @property
+    def active(self) -> Sequence[Sequence[int]] | None:
+        """Primitives to run on each edge; None runs all."""
+
+
+class Cell(nn.Module):
+    """Nodes that sum mixed operations over all states before them."""
+
+    def __init__(self, config: SupernetConfig, channels: int) -> None:
+        super().__init__()
+        self.nodes = config.nodes
+        self.edges = nn.ModuleList(
+            MixedOp(channels, memory=config.memory) if config.fused else PlainMixedOp(channels)
+            for _ in range(num_edges(config.nodes))
+        )
+
+    def forward(
+        self,
+        before_last: Tensor,  # [N, C, H, W]
+        last: Tensor,  # [N, C, H, W]
+        weights: Sequence[Tensor],  # of each edge [K]
+        active: Sequence[Sequence[int] | None],
+    ) -> list[Tensor]:
+        """The nodes, each ``[N, C, H, W]``; their concatenation is the output of the cell."""
+        states = [before_last, last]
+        edges = zip(self.edges, weights, active, strict=True)
+        for _ in range(self.nodes):
+            node = None
+            for state, (op, weight, runs) in zip(states, edges):
+                node = op(state, weight, runs, into=node)
+            assert node is not None
+            states.append(node)
+        return states[2:]
+
+
+class Router(nn.Module):
+    """What the cells of a layer read: beta-weighted sums of the layer before, at their widths."""
+
+    def __init__(self, config: SupernetConfig, layer: int) -> None:
+        super().__init__()
+        self.sources = num_levels(layer - 1)
+        self.maps = config.nodes if layer > 1 else 1  # the first layer reads the stem
+        width = config.width
+        self.convs = nn.ModuleDict(
+            {
+                f"{source}to{level}": ConvBN(
+                    config.nodes * width << source, width << level, affine=False
+                )
+                for source in range(self.sources)
+                for level in targets(source)
+            }
+        )
+
+    def forward(self, moves: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
+        """One input per level, ``[N, C, H, W]``.
+
+        Args:
+            moves: probabilities ``[sources, 3]`` of the moves -1, 0, +1.
+            maps: the nodes of all source levels, each ``[N, C, H, W]``.
+        """
+        sums: dict[int, Tensor] = {}
+        for source in range(self.sources):
+            nodes = maps[source * self.maps : (source + 1) * self.maps]
+            x = torch.cat(nodes, 1) if len(nodes) > 1 else nodes[0]
+            for level in targets(source):
+                term = moves[source, level - source + 1] * self.convs[f"{source}to{level}"](x)
+                sums[level] = sums[level] + term if level in sums else term
+        return tuple(sums[level] for level in sorted(sums))
+
+
+class Head(nn.Module):
+    """ASPP of one level with one atrous rate and no pooling."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.atrous = DepthwiseSeparable(in_channels, channels, ATROUS_RATE)
+        self.pointwise = ConvBN(in_channels, channels, affine=False)
+        self.fuse = ConvBN(2 * channels, channels, affine=False)
+
+    def forward(self, *nodes: Tensor) -> Tensor:  # each [N, C, H, W]
+        x = torch.cat(nodes, 1)
+        return F.relu(self.fuse(torch.cat([self.atrous(x), F.relu(self.pointwise(x))], 1)))
+
+
+class Stem(nn.Module):
+    """Images to the inputs of the first layer: one before last, and what its router reads."""
+
+    def __init__(self, config: SupernetConfig, channels: int) -> None:
+        super().__init__()
+        self.conv1 = ConvBN(channels, STEM, 3, affine=False)
+        self.conv2 = ConvBN(STEM, config.nodes * config.width, 3, affine=False)
+        self.reduce = ConvBN(STEM, config.width, 3, affine=False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.relu(self.conv1(images))
+        return self.reduce(x), self.conv2(x)
+
+
+class Tail(nn.Module):
+    """Heads of all levels to images in 0..1."""
+
+    def __init__(self, in_channels: int, channels: int, scale: int) -> None:
+        super().__init__()
+        self.refine = ConvBN(in_channels, in_channels, 3, affine=False)
+        self.conv = nn.Conv2d(in_channels, channels * scale**2, 3, padding=1)
+        self.scale = scale
+
+    def forward(self, *heads: Tensor) -> Tensor:  # each [N, C, H, W]
+        x = self.conv(F.relu(self.refine(torch.cat(heads, 1))))
+        return F.pixel_shuffle(x, self.scale).sigmoid()
+
+
+class Supernet(nn.Module):
+    """All networks of the space at once.
+
+    Args:
+        config: its size.
+        channels: c of the images.
+        scale: enlargement of height and width, by a pixel shuffle at the end.
+
+    Attributes:
+        alphas: logits ``[edges, K]`` of the operations, for all cells; edges in the order of
+            nodes, then of states.
+        betas: logits ``[rows, 3]`` of the moves of a source by -1, 0, +1 levels, rows in the order
+            of :func:`nasfast.spaces.ir_nas.moves`. Moves that leave the levels have probability 0.
+    """
+
+    forbidden: Tensor  # [rows, 3]
+
+    def __init__(self, config: SupernetConfig, channels: int, scale: int = 1) -> None:
+        super().__init__()
+        self.config, self.channels, self.scale = config, channels, scale
+        rows, layers = moves(config.layers), range(1, config.layers + 1)
+        self.alphas = nn.Parameter(torch.ones(num_edges(config.nodes), len(PRIMITIVES)))
+        self.betas = nn.Parameter(torch.ones(len(rows), 3))
+        forbidden = [
+            [level + step not in targets(level) for step in (-1, 0, 1)] for _, level in rows
+        ]
+        self.register_buffer("forbidden", torch.tensor(forbidden), persistent=False)
+
+        width, levels = config.width, range(num_levels(config.layers))
+        out = config.nodes * width
+        self.stem = Stem(config, channels)
+        self.routers = nn.ModuleList(Router(config, layer) for layer in layers)
+        self.wideners = nn.ModuleList(
+            ConvBN(width << level, width << level + 1, affine=False) for level in levels[:-1]
+        )
+        self.cells = nn.ModuleList(
+            Cell(config, width << level) for layer in layers for level in range(num_levels(layer))
+        )
+        self.heads = nn.ModuleList(Head(out << level, out) for level in levels)
+        self.tail = Tail(len(levels) * out, channels, scale)
+
+    def architecture(self) -> list[nn.Parameter]:
+        """What the architecture's optimizer trains."""
+        return [self.alphas, self.betas]
+
+    def weights(self) -> list[nn.Parameter]:
+        """What the weights' optimizer trains: all other parameters."""
+        return [p for name, p in self.named_parameters() if name not in ("alphas", "betas")]
+
+    def forward(self, images: Tensor, mix: Mix | None = None) -> Tensor:
+        """Restored images in 0..1, ``[N, c, scale H, scale W]``.
+
+        Args:
+            images: ``[N, c, H, W]``.
+            mix: how operations are mixed; None is the softmax of the alphas.
+
+        Raises:
+            ValueError: images of another number of channels.
+        """
+        check_images("Supernet", images, self.channels)
+        weights = (self.alphas.softmax(1) if mix is None else mix.weights).unbind()
+        active: Sequence[Sequence[int] | None] = [None] * len(weights)
+        if mix is not None and mix.active is not None:
+            active = mix.active
+        sources = [num_levels(layer) for layer in range(self.config.layers)]
+        routes = torch.split(self._move_probabilities(), sources)
+        cells = iter(self.cells)
+
+        reduced, stem = self._run(self.stem, images)
+        before, nodes = [reduced], [[stem]]  # by level: inputs, and outputs, of the layer before
+        for router, route in zip(self.routers, routes, strict=True):
+            inputs = self._run(router, route, *itertools.chain(*nodes))
+            if len(before) < len(inputs):
+                before = [*before, self._run(self.wideners[len(before) - 1], before[-1])]
+            nodes = [
+                cell(before_last, last, weights, active)
+                for before_last, last, cell in zip(before, inputs, cells)
+            ]
+            before = inputs
+        heads = [self._run(head, *maps) for head, maps in zip(self.heads, nodes, strict=True)]
+        restored: Tensor = self._run(self.tail, *heads)
+        return restored
+
+    def derive(self) -> IRNASGenotype:
+        """The network that alphas and betas stand for (section 3.1 and 3.2)."""
+        with torch.no_grad():
+            alphas, betas = self.alphas.double().softmax(1), self._move_probabilities()
+        nodes = derive_nodes(alphas.tolist(), self.config.nodes)
+        return IRNASGenotype(nodes, viterbi(betas.tolist(), self.config.layers))
+
+    def entropies(self) -> tuple[float, float]:
+        """Entropy in nats of the operations of an edge and of the moves of a source, on average."""
+        with torch.no_grad():
+            tables = self.alphas.softmax(1), self._move_probabilities()
+            alpha, beta = (torch.special.entr(table).sum(1).mean().item() for table in tables)
+        return alpha, beta
+
+    def _move_probabilities(self) -> Tensor:  # [rows, 3]
+        return self.betas.masked_fill(self.forbidden, -torch.inf).softmax(1)
+
+    def _run(self, module: nn.Module, *inputs: Tensor) -> Any:
+        """``module(*inputs)``, keeping only the inputs for backward if memory is "recompute"."""
+        if self.config.memory == "save":
+            return module(*inputs)
+        return checkpoint(
+            module,
+            *inputs,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), _statistics_kept(module)),
+        )
+
+
+@contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    """BatchNorm leaves its running statistics alone: they have seen this batch already."""
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, batches
+
+
+def check_images(model: str, images: Tensor, channels: int) -> None:
+    """ValueError unless ``images`` is ``[N, channels, H, W]``."""
+    if images.dim() != 4 or images.shape[1] != channels:
+        raise ValueError(
+            f"{model}: wanted images [N, {channels}, H, W], got shape {list(images.shape)}; "
+            "read the data with the channels of the model"
+        )

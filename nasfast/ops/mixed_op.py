@@ -1,0 +1,608 @@
+"""Mixed operation of a gradient search: the weighted sum of the branches of an edge.
+
+The continuous relaxation of DARTS (Liu et al., ICLR 2019, eq. 2) over the primitives of IR-NAS (Zhang
+et al., CVPR 2020): with r = ReLU(input),
+
+- conv3x3: a 3x3 convolution of r; dil3x3: the same with dilation 2;
+- def3x3: a deformable 3x3 convolution of r (DCNv2), offsets and masks from a 3x3 convolution of r;
+- sep3x3: pointwise(depthwise(ReLU(norm(inner)))), where inner = pointwise(depthwise(r));
+- skip: input itself;
+
+each but skip normalised, times its factor, summed. All branches are computed in one pass over r, and
+no branch's result is ever written; :func:`mixed_op_reference` says the same in plain PyTorch.
+
+Symbols in shapes: D = offset groups; maps, the normalised ones, in the order conv3x3, sep3x3, dil3x3,
+def3x3, inner.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from nasfast.ops import _native
+from nasfast.ops.deform_conv2d import deform_conv2d_reference
+
+FACTORS = ("conv3x3", "sep3x3", "dil3x3", "def3x3", "skip")
+"""What ``factors`` weigh, in order."""
+MAPS = (*FACTORS[:4], "inner")
+"""What is normalised, in order."""
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Codes of nasfast::mixed_op::Norm in csrc/mixed_op/mixed_op.h.
+_FIXED, _BATCH, _GIVEN = 0, 1, 2
+
+
+class Branches(NamedTuple):
+    """Weights of the branches; a branch whose weights are None is not there."""
+
+    conv: Tensor | None = None  # [C, C, 3, 3]
+    dil: Tensor | None = None  # [C, C, 3, 3]
+    deform: Tensor | None = None  # [C, C, 3, 3], with the next three
+    deform_bias: Tensor | None = None  # [C]
+    offset_weight: Tensor | None = None  # [D * 27, C, 3, 3]: D * 18 offsets, D * 9 mask logits
+    offset_bias: Tensor | None = None  # [D * 27]
+    depthwise1: Tensor | None = None  # [C, 1, 3, 3], with the next three
+    pointwise1: Tensor | None = None  # [C, C, 1, 1]
+    depthwise2: Tensor | None = None  # [C, 1, 3, 3]
+    pointwise2: Tensor | None = None  # [C, C, 1, 1]
+
+
+def mixed_op(
+    input: Tensor,  # [N, C, H, W]
+    factors: Tensor,  # [5], in the order of FACTORS; a skip of factor 0 is not there
+    branches: Branches,
+    scale: Tensor | None = None,  # [5, C], in the order of MAPS; None is 1
+    shift: Tensor | None = None,  # [5, C]; None is 0
+    *,
+    batch_norm: bool = True,
+    eps: float = 1e-5,
+    recompute: bool = False,
+    into: Tensor | None = None,  # [N, C, H, W]
+) -> tuple[Tensor, Tensor]:  # [N, C, H, W] in channels last, [5, 2, C]
+    """The mixed operation, and mean and biased variance of every normalised map.
+
+    Args:
+        batch_norm: True normalises a map by its statistics over the batch, before scale and shift;
+            False is scale and shift alone: no normalisation, or one by running statistics folded
+            into them. All linear branches are then one convolution with a sparse kernel.
+        eps: added to the variance.
+        recompute: keep nothing but the input for the backward pass, which then computes the branches
+            again; else their results before normalisation are kept.
+        into: a sum to add to. Its memory becomes the result's where autograd allows that, so do not
+            use it afterwards.
+
+    The statistics take no gradient; with ``batch_norm=False`` they are undefined. Sums are in float32,
+    or float64 for float64; factors, biases, scale and shift may be float32 beside a half-precision
+    input. Autocast casts the input and the weights.
+
+    Raises:
+        ValueError: tensors that do not fit together, with what was wanted and what came.
+    """
+    tensors = (input, factors, *branches, scale, shift)
+    settings = (batch_norm, float(eps), recompute)
+    if _native.is_eager("mixed_op", *tensors, into):
+        if not torch.is_grad_enabled():
+            output, statistics, *_ = _kernel(*tensors, *settings, into=into)
+        else:
+            output, statistics = MixedOpFunction.apply(into, *tensors, *settings)  # type: ignore[no-untyped-call]
+        return output, statistics
+    if _native.is_differentiated_forward():
+        output, statistics = mixed_op_reference(
+            input, factors, branches, scale, shift, batch_norm=batch_norm, eps=eps
+        )
+    else:
+        output, statistics, _, _ = torch.ops.nasfast.mixed_op.default(*tensors, *settings)
+    return (output if into is None else into + output), statistics
+
+
+def mixed_op_reference(
+    input: Tensor,
+    factors: Tensor,
+    branches: Branches,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    batch_norm: bool = True,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """:func:`mixed_op` in plain PyTorch: any device and float dtype, differentiable twice."""
+    b = branches
+    g = _check(input, factors, b, scale, shift, batch_norm)
+    half = input.dtype in (torch.bfloat16, torch.float16)
+    sums = torch.float32 if half else input.dtype
+    x = input.to(sums)
+    b = Branches(*(None if weight is None else weight.to(sums) for weight in b))
+    statistics = x.new_zeros(len(MAPS), 2, g.channels)
+
+    def norm(name: str, raw: Tensor) -> Tensor:
+        at = MAPS.index(name)
+        if batch_norm:
+            variance, mean = torch.var_mean(raw, (0, 2, 3), correction=0)
+            statistics[at, 0], statistics[at, 1] = mean.detach(), variance.detach()
+            raw = (raw - mean[:, None, None]) * (variance + eps).rsqrt()[:, None, None]
+        if scale is not None:
+            raw = raw * scale[at, :, None, None]
+        return raw if shift is None else raw + shift[at, :, None, None]
+
+    r = F.relu(x)
+    outputs = {"skip": x}
+    if b.conv is not None:
+        outputs["conv3x3"] = norm("conv3x3", F.conv2d(r, b.conv, padding=1))
+    if b.dil is not None:
+        outputs["dil3x3"] = norm("dil3x3", F.conv2d(r, b.dil, padding=2, dilation=2))
+    if b.deform is not None:
+        assert b.offset_weight is not None
+        maps = F.conv2d(r, b.offset_weight, b.offset_bias, padding=1)
+        offset, logits = maps.split([g.offset_groups * 18, g.offset_groups * 9], 1)
+        raw = deform_conv2d_reference(
+            r, offset, b.deform, b.deform_bias, padding=1, mask=logits.sigmoid()
+        )
+        outputs["def3x3"] = norm("def3x3", raw)
+    if b.depthwise1 is not None:
+        assert b.pointwise1 is not None
+        assert b.depthwise2 is not None
+        assert b.pointwise2 is not None
+
+        def separable(r: Tensor, depthwise: Tensor, pointwise: Tensor) -> Tensor:
+            return F.conv2d(F.conv2d(r, depthwise, padding=1, groups=g.channels), pointwise)
+
+        inner = F.relu(norm("inner", separable(r, b.depthwise1, b.pointwise1)))
+        outputs["sep3x3"] = norm("sep3x3", separable(inner, b.depthwise2, b.pointwise2))
+    terms = [
+        factors[i].to(sums) * outputs[name] for i, name in enumerate(FACTORS) if name in outputs
+    ]
+    return torch.stack(terms).sum(0).to(input.dtype), statistics
+
+
+class Sizes(NamedTuple):
+    """``Params`` of csrc/mixed_op/mixed_op.h."""
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    offset_groups: int
+    norm: int = _FIXED
+    eps: int = 0  # the bits of a double
+    add: int = 0
+    deterministic: int = 0
+    tf32: int = 0
+
+
+def _wrong(argument: str, wanted: str, got: object, remedy: str) -> ValueError:
+    return ValueError(f"mixed_op: {argument} must be {wanted}, got {got}; {remedy}")
+
+
+_TOGETHER = (
+    ("deform", "deform_bias", "offset_weight", "offset_bias"),
+    ("depthwise1", "pointwise1", "depthwise2", "pointwise2"),
+)
+
+
+def _check(
+    input: Tensor,
+    factors: Tensor,
+    branches: Branches,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    batch_norm: bool,
+    **maps: Tensor | None,
+) -> Sizes:
+    """Sizes of a call whose tensors fit together; ``maps`` are of the input's shape."""
+    if input.dtype not in _FLOATS:
+        raise _wrong("input", "of a float dtype", input.dtype, "convert it with input.float()")
+    if input.dim() != 4 or 0 in input.shape[1:]:
+        raise _wrong(
+            "input",
+            "[N, C, H, W] with C, H and W above 0",
+            f"shape {tuple(input.shape)}",
+            "reshape it (a single image is a batch of 1)",
+        )
+    n, c, height, width = input.shape
+    named = branches._asdict()
+    for group in _TOGETHER:
+        missing = [name for name in group if named[name] is None]
+        if missing and len(missing) < len(group):
+            raise _wrong(
+                f"branches.{missing[0]}",
+                f"given together with {', '.join(group)}",
+                "None",
+                "give all of them or none",
+            )
+    offset_groups = 1
+    if branches.offset_weight is not None:
+        offset_groups = branches.offset_weight.shape[0] // 27
+        if offset_groups == 0 or branches.offset_weight.shape[0] % 27 or c % offset_groups:
+            raise _wrong(
+                "branches.offset_weight",
+                f"of 27 * offset_groups output channels, offset_groups a divisor of {c}",
+                branches.offset_weight.shape[0],
+                "change the layer that predicts the offsets",
+            )
+    outputs = offset_groups * 27
+    square, depthwise, pointwise = (c, c, 3, 3), (c, 1, 3, 3), (c, c, 1, 1)
+    weights = dict(
+        zip(
+            Branches._fields,
+            (
+                *(square,) * 3,
+                (c,),
+                (outputs, c, 3, 3),
+                (outputs,),
+                *(depthwise, pointwise) * 2,
+            ),
+            strict=True,
+        )
+    )
+    constants = {"factors": (len(FACTORS),), "scale": (len(MAPS), c), "shift": (len(MAPS), c)}
+    shapes = constants | {f"branches.{name}": shape for name, shape in weights.items()}
+    tensors = {"factors": factors, "scale": scale, "shift": shift}
+    tensors |= {f"branches.{name}": weight for name, weight in named.items()} | maps
+    free = (*constants, "branches.deform_bias", "branches.offset_bias")
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        shape = shapes.get(name, (n, c, height, width))
+        if tensor.shape != shape:
+            remedy = f"input has {c} channels"
+            raise _wrong(name, f"of shape {shape}", tuple(tensor.shape), remedy)
+        half = input.dtype in (torch.bfloat16, torch.float16)
+        sums = name in free and half and tensor.dtype == torch.float32
+        if tensor.dtype != input.dtype and not sums:
+            wanted = f"of the dtype of input, {input.dtype}" + (name in free and half) * (
+                " (or torch.float32)"
+            )
+            raise _wrong(name, wanted, tensor.dtype, f"convert it to {input.dtype}")
+        if tensor.device != input.device:
+            wanted = f"on the device of input, {input.device}"
+            raise _wrong(name, wanted, tensor.device, f"move it to {input.device}")
+    if batch_norm and n * height * width == 1:
+        raise _wrong(
+            "input",
+            "of more than one value per channel, to have a variance",
+            f"shape {tuple(input.shape)}",
+            "use larger images or batches, or batch_norm=False",
+        )
+    return Sizes(n, c, height, width, offset_groups)
+
+
+def _choices(tensor: Tensor) -> dict[str, int]:
+    """As PyTorch's own convolutions follow the global settings."""
+    if not tensor.is_cuda:
+        return {}
+    cudnn: Any = torch.backends.cudnn
+    return {
+        "deterministic": int(torch.are_deterministic_algorithms_enabled()),
+        "tf32": int(cudnn.conv.fp32_precision == "tf32"),
+    }
+
+
+def _bits(value: float) -> int:
+    return int(struct.unpack("q", struct.pack("d", value))[0])
+
+
+class _Ready(NamedTuple):
+    """Tensors in dtypes and layouts that the kernels read."""
+
+    input: Tensor  # channels last
+    branches: tuple[Tensor | None, ...]  # in the order of nasfast::mixed_op::Branches
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.input.dtype
+
+    @property
+    def sums(self) -> torch.dtype:
+        return _native.accumulate(self.input.dtype)
+
+
+def _ready(
+    input: Tensor, factors: Tensor, b: Branches, scale: Tensor | None, shift: Tensor | None
+) -> _Ready:
+    dtype = _native.storage(input)
+    sums = _native.accumulate(dtype)
+
+    def weight(tensor: Tensor | None) -> Tensor | None:
+        last = torch.channels_last
+        return None if tensor is None else tensor.to(dtype).contiguous(memory_format=last)
+
+    def constant(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(sums).contiguous()
+
+    x = input.to(dtype).contiguous(memory_format=torch.channels_last)
+    weights = [weight(b.conv), weight(b.dil), weight(b.deform), weight(b.offset_weight)]
+    separable = [weight(tensor) for tensor in b[6:]]
+    constants = [constant(t) for t in (b.deform_bias, b.offset_bias, factors, scale, shift)]
+    for tensor in (*weights, *separable):
+        _native.check("mixed_op", x, dtype, "map", tensor)
+    for tensor in constants:
+        _native.check("mixed_op", x, sums, "dense", tensor)
+    conv, dil, deform, offset = weights
+    deform_bias, offset_bias, *rest = constants
+    return _Ready(x, (conv, dil, deform, deform_bias, offset, offset_bias, *separable, *rest))
+
+
+def _map(like: Tensor, channels: int, dtype: torch.dtype, count: int = 1) -> Tensor:
+    """Memory for maps in channels last: [count * N, channels, H, W]."""
+    n, _, height, width = like.shape
+    shape = (count * n, channels, height, width)
+    last = torch.channels_last
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=last)
+
+
+def _scratch(g: Sizes, ready: _Ready, batch_norm: bool, deform: bool) -> tuple[Tensor | None, ...]:
+    """Memory for the raw maps, and for offsets and masks."""
+    return (
+        _map(ready.input, g.channels, ready.dtype, len(MAPS)) if batch_norm else None,
+        _map(ready.input, g.offset_groups * 27, ready.sums) if deform else None,
+    )
+
+
+def _forward(
+    g: Sizes,
+    ready: _Ready,
+    raw: Tensor | None,
+    offset: Tensor | None,
+    statistics: Tensor,
+    output: Tensor | None,
+) -> None:
+    tensors = (ready.input, *ready.branches, raw, offset, statistics, output)
+    _native.call("mixed_op_forward", ready.dtype, g, tensors)
+
+
+def _kernel(*arguments: Any, into: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """output, statistics, and raw maps and offsets where a backward pass wants them kept."""
+    input, factors, *weights, scale, shift, batch_norm, eps, recompute = arguments
+    b = Branches(*weights)
+    g = _check(input, factors, b, scale, shift, batch_norm, into=into)
+    ready = _ready(input, factors, b, scale, shift)
+    if input.numel() == 0:
+        output = torch.zeros_like(input) if into is None else into
+        none = input.new_empty(0)
+        return output, input.new_zeros(len(MAPS), 2, g.channels, dtype=ready.sums), none, none
+    in_place = into is not None and into.dtype == ready.dtype
+    last = torch.channels_last
+    in_place = in_place and into.is_contiguous(memory_format=last)  # type: ignore[union-attr]
+    output = into if in_place else _map(ready.input, g.channels, ready.dtype)  # type: ignore[assignment]
+    statistics = ready.input.new_empty((len(MAPS), 2, g.channels), dtype=ready.sums)
+    raw, offset = _scratch(g, ready, batch_norm, b.deform is not None)
+    norm = _BATCH if batch_norm else _FIXED
+    g = g._replace(norm=norm, eps=_bits(eps), add=int(in_place), **_choices(input))
+    _forward(g, ready, raw, offset, statistics, output)
+    if output.dtype != input.dtype:
+        output = output.to(input.dtype)
+    if into is not None and not in_place:
+        output = into.add_(output)
+    keep = batch_norm and not recompute
+
+    def kept(tensor: Tensor | None) -> Tensor:
+        return tensor if keep and tensor is not None else input.new_empty(0)
+
+    return output, statistics, kept(raw), kept(offset)
+
+
+def _kernel_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients of input, factors, the branches' weights, scale and shift; empty if not wanted."""
+    grad, input, factors, *weights, scale, shift, statistics, raw, offset, norm, eps, wanted = (
+        arguments
+    )
+    b = Branches(*weights)
+    g = _check(input, factors, b, scale, shift, norm, grad=grad)
+    sources = (input, factors, *b, scale, shift)
+    ready = _ready(input, factors, b, scale, shift)
+    if input.numel() == 0:
+        return tuple(
+            torch.zeros_like(t) if want and t is not None else input.new_empty(0)
+            for t, want in zip(sources, wanted, strict=True)
+        )
+    dy = grad.to(ready.dtype).contiguous(memory_format=torch.channels_last)
+    g = g._replace(norm=_BATCH if norm else _FIXED, eps=_bits(eps), **_choices(input))
+    kept = raw if norm and raw.numel() else None
+    map = offset if offset.numel() else None
+    if not norm or kept is None:
+        kept, map = _scratch(g, ready, norm, b.deform is not None)
+        if norm:
+            _forward(g._replace(norm=_GIVEN), ready, kept, map, statistics, None)
+
+    def like(tensor: Tensor | None, want: bool) -> Tensor | None:
+        if tensor is None or not want:
+            return None
+        dtype = ready.dtype if tensor is input else ready.sums
+        layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+        return torch.empty(tensor.shape, dtype=dtype, device=tensor.device, memory_format=layout)
+
+    results = [like(tensor, want) for tensor, want in zip(sources, wanted, strict=True)]
+    dx, df, dconv, ddil, ddef, ddef_bias, doffset, doffset_bias, *separable, dscale, dshift = (
+        results
+    )
+    tensors = (
+        *(dy, ready.input, *ready.branches, kept, map, statistics if norm else None),
+        *(dx, dconv, ddil, ddef, ddef_bias, doffset, doffset_bias, *separable, df, dscale, dshift),
+    )
+    _native.call("mixed_op_backward", ready.dtype, g, tensors)
+    return tuple(
+        input.new_empty(0) if result is None else result.to(source.dtype)
+        for result, source in zip(results, sources, strict=True)
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.batch_norm, ctx.eps, _ = inputs
+    _, statistics, raw, offset = output
+    ctx.save_for_backward(*tensors, statistics, raw, offset)
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    sources = saved[:14]
+    wanted = list(ctx.needs_input_grad[-17:-3])
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        gradients = _differentiate(ctx, sources, wanted, grad)
+    else:
+        plain = _native.is_eager("mixed_op", grad, *saved)
+        op: Any = _kernel_backward if plain else torch.ops.nasfast.mixed_op_backward.default
+        gradients = op(grad, *saved, ctx.batch_norm, ctx.eps, wanted)
+    found = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
+    return (*found, None, None, None)
+
+
+def _differentiate(
+    ctx: Any, sources: Sequence[Tensor | None], wanted: list[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated again, through the reference."""
+    with torch.enable_grad():
+        # views, so that differentiation stops here and not in the graph that made the tensors
+        views: list[Any] = [
+            None if tensor is None else tensor.view_as(tensor) for tensor in sources
+        ]
+        input, factors, *weights, scale, shift = views
+        output, _ = mixed_op_reference(
+            input,
+            factors,
+            Branches(*weights),
+            scale,
+            shift,
+            batch_norm=ctx.batch_norm,
+            eps=ctx.eps,
+        )
+        chosen = [view for view, want in zip(views, wanted, strict=True) if want]
+        found = iter(
+            torch.autograd.grad(output, chosen, grad, create_graph=True, allow_unused=True)
+        )
+    return [next(found) if want else None for want in wanted]
+
+
+class MixedOpFunction(torch.autograd.Function):
+    """What autograd does with the registered op, without the dispatcher; adds to ``into`` in place."""
+
+    @staticmethod
+    def forward(ctx: Any, into: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor]:
+        fresh = into is not None and into.is_leaf and into.requires_grad
+        outputs = _kernel(*inputs, into=into.clone() if fresh else into)  # type: ignore[union-attr]
+        _setup(ctx, inputs, outputs)
+        if into is not None and not fresh:
+            ctx.mark_dirty(into)
+        ctx.mark_non_differentiable(outputs[1])
+        return outputs[:2]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
+        into = grad if ctx.needs_input_grad[0] else None
+        return into, *_backward(ctx, grad)
+
+
+def _fake(*arguments: Any) -> tuple[Tensor, ...]:
+    input, factors, *weights, scale, shift, batch_norm, _, recompute = arguments
+    b = Branches(*weights)
+    g = _check(input, factors, b, scale, shift, batch_norm)
+    dtype = input.dtype if input.is_cuda else _native.storage(input)
+    sums = _native.accumulate(dtype)
+    keep = batch_norm and not recompute
+    none = input.new_empty(0)
+    return (
+        _map(input, g.channels, input.dtype),
+        input.new_empty((len(MAPS), 2, g.channels), dtype=sums),
+        _map(input, g.channels, dtype, len(MAPS)) if keep else none,
+        _map(input, g.offset_groups * 27, sums) if keep and b.deform is not None else none.clone(),
+    )
+
+
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    _, input, *rest = arguments
+    sources, wanted = (input, *rest[:13]), arguments[-1]
+
+    def like(tensor: Tensor | None, want: bool) -> Tensor:
+        if tensor is None or not want:
+            return input.new_empty(0)
+        layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+        return torch.empty_like(tensor, memory_format=layout)
+
+    return tuple(like(tensor, want) for tensor, want in zip(sources, wanted, strict=True))
+
+
+def _autocast(device: str) -> Callable[..., tuple[Tensor, ...]]:
+    """Casts input and weights as autocast does for a convolution; float64 stays."""
+
+    def leg(*arguments: Any) -> tuple[Tensor, ...]:
+        input, factors, *weights, scale, shift, batch_norm, eps, recompute = arguments
+        dtype = torch.get_autocast_dtype(device)
+
+        def cast(tensor: Tensor | None, to: torch.dtype) -> Tensor | None:
+            return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(to)
+
+        with torch.autocast(device, enabled=False):
+            b = Branches(*(cast(weight, dtype) for weight in weights))
+            b = b._replace(
+                deform_bias=cast(weights[3], torch.float32),
+                offset_bias=cast(weights[5], torch.float32),
+            )
+            constants = (cast(tensor, torch.float32) for tensor in (scale, shift))
+            result: tuple[Tensor, ...] = torch.ops.nasfast.mixed_op.default(
+                cast(input, dtype),
+                cast(factors, torch.float32),
+                *b,
+                *constants,
+                batch_norm,
+                eps,
+                recompute,
+            )
+        return result
+
+    return leg
+
+
+def _reference(*arguments: Any) -> tuple[Tensor, ...]:
+    """Where there is no kernel, PyTorch differentiates the reference."""
+    input, factors, *weights, scale, shift, batch_norm, eps, _ = arguments
+    output, statistics = mixed_op_reference(
+        input, factors, Branches(*weights), scale, shift, batch_norm=batch_norm, eps=eps
+    )
+    return output, statistics, input.new_empty(0), input.new_empty(0)
+
+
+def _flops(input: Sequence[int], factors: Any, *arguments: Any, **rest: Any) -> int:
+    """Of the convolutions, two per multiply-add, as PyTorch counts them."""
+    n, c, height, width = input
+    weights = [shape for shape in arguments[:10] if shape is not None and len(shape) == 4]
+    return 2 * n * height * width * sum(o * i * h * w for o, i, h, w in weights)
+
+
+def _backward_flops(grad: Sequence[int], *arguments: Any, **rest: Any) -> int:
+    """One product for the gradient of a convolution's input, one for that of its weight."""
+    return 2 * _flops(*arguments)
+
+
+_WEIGHTS = ", ".join(f"Tensor? {name}" for name in Branches._fields)
+_TENSORS = f"Tensor input, Tensor factors, {_WEIGHTS}, Tensor? scale, Tensor? shift"
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+_library: Any = torch.library.Library("nasfast", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(
+    f"mixed_op({_TENSORS}, bool batch_norm, float eps, bool recompute) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+_library.define(
+    f"mixed_op_backward(Tensor grad, {_TENSORS}, Tensor statistics, Tensor raw, Tensor offset, "
+    f"bool batch_norm, float eps, bool[14] wanted) -> ({', '.join(['Tensor'] * 14)})",
+    tags=_TAGS,
+)
+torch.library.register_fake("nasfast::mixed_op", _fake, lib=_library)
+torch.library.register_fake("nasfast::mixed_op_backward", _fake_backward, lib=_library)
+torch.library.register_autograd("nasfast::mixed_op", _backward, setup_context=_setup, lib=_library)
+register_flop_formula(torch.ops.nasfast.mixed_op)(_flops)
+register_flop_formula(torch.ops.nasfast.mixed_op_backward)(_backward_flops)
+for _device in ("CPU", "CUDA"):
+    _library.impl("mixed_op", _autocast(_device.lower()), f"Autocast{_device}")
+    if _native.has_kernel("mixed_op", _device.lower()):
+        _library.impl("mixed_op", _kernel, _device)
+        _library.impl("mixed_op_backward", _kernel_backward, _device)
+    else:
+        _library.impl("mixed_op", _reference, _device)
+        _library.impl("mixed_op", _reference, f"Autograd{_device}")

@@ -1,0 +1,302 @@
+"""Cells and widths of restoration networks: Zhang et al., IR-NAS, CVPR 2020 (arXiv 1909.08228).
+
+One cell of N nodes serves every layer. Node i sums two operations on two of its 2 + i states:
+state 0 is the input from two layers before, 1 the input from the layer before, 2 + j is node j.
+Layer l = 1, 2, .. runs at a level 0, 1 or 2, its width doubling with each; levels of neighbouring
+layers differ by one at most, and before the first layer stands level 0.
+"""
+
+import itertools
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import Any
+
+from nasfast.spaces.base import Decision, check_choices, mutate_choices, sample_choices
+
+PRIMITIVES = ("conv3x3", "sep3x3", "dil3x3", "def3x3", "skip", "none")
+OPS = tuple(name for name in PRIMITIVES if name != "none")
+"""What an edge of a derived cell can be."""
+LEVELS = 3
+
+Edge = tuple[str, int]
+"""(operation, state it reads)."""
+Node = tuple[Edge, Edge]
+
+
+def num_edges(nodes: int) -> int:
+    """Edges of the cell of the supernet: its node i reads all its 2 + i states."""
+    return nodes * (nodes + 3) // 2
+
+
+def num_levels(layer: int) -> int:
+    """Levels that layer 1, 2, .. can have; 0 is what stands before the first."""
+    return min(layer + 1, LEVELS)
+
+
+def moves(layers: int) -> tuple[tuple[int, int], ...]:
+    """(layer, level before it) of each row of beta: a source and its moves by -1, 0, +1 levels."""
+    return tuple(
+        (layer, level) for layer in range(1, layers + 1) for level in range(num_levels(layer - 1))
+    )
+
+
+def targets(level: int) -> range:
+    """Levels that the layer after one of `level` can have."""
+    return range(max(level - 1, 0), min(level + 2, LEVELS))
+
+
+@dataclass(frozen=True)
+class IRNASGenotype:
+    """A cell and the level of each layer."""
+
+    nodes: tuple[Node, ...]
+    """The two edges of each node, from different states, the lower state first."""
+    levels: tuple[int, ...]
+
+    def canonical(self) -> "IRNASGenotype":
+        """The same network with its nodes in the lexicographically smallest order.
+
+        The output of a cell is the concatenation of all nodes, which only 1x1 and depthwise
+        convolutions read: their order is a matter of names. Time grows as N!, 120 for N = 5.
+        """
+        orders = []
+        for order in itertools.permutations(range(len(self.nodes))):
+            new = {0: 0, 1: 1} | {2 + old: 2 + k for k, old in enumerate(order)}
+            nodes = [_node((op, new[state]) for op, state in self.nodes[old]) for old in order]
+            if all(state < 2 + k for k, node in enumerate(nodes) for _, state in node):
+                orders.append(tuple(nodes))
+        return replace(self, nodes=min(orders))
+
+    def to_json(self) -> dict[str, object]:
+        """{"space": .., "nodes": [[[op, state], [op, state]], ..], "levels": [level, ..]}"""
+        return {
+            "space": "ir_nas",
+            "nodes": [[list(edge) for edge in node] for node in self.nodes],
+            "levels": list(self.levels),
+        }
+
+    @classmethod
+    def from_json(cls, obj: object) -> "IRNASGenotype":
+        """Read `to_json`, of any number of nodes and layers; ValueError names the field."""
+        if not isinstance(obj, dict) or set(obj) != {"space", "nodes", "levels"}:
+            got = sorted(map(str, obj)) if isinstance(obj, dict) else repr(obj)
+            raise ValueError(
+                f'genotype: wanted an object of "space", "nodes" and "levels", got {got}'
+            )
+        if obj["space"] != "ir_nas":
+            raise ValueError(
+                f'space: wanted "ir_nas", got {obj["space"]!r}; '
+                "read the genotype with the space that wrote it"
+            )
+        nodes = [
+            _node(
+                _edge(edge, f"node{i}.edge{j}")
+                for j, edge in enumerate(_list(node, f"node{i}", 2, "[[op, state], [op, state]]"))
+            )
+            for i, node in enumerate(_list(obj["nodes"], "nodes", None, "[node, ..]"))
+        ]
+        genotype = cls(tuple(nodes), tuple(_list(obj["levels"], "levels", None, "[level, ..]")))
+        IRNASSpace(len(genotype.levels), len(nodes)).encode(genotype)
+        return genotype
+
+
+@dataclass(frozen=True)
+class IRNASSpace:
+    """Networks of `layers` layers whose cell has `nodes` nodes."""
+
+    layers: int = 4
+    nodes: int = 5
+
+    def __post_init__(self) -> None:
+        for field in ("layers", "nodes"):
+            if getattr(self, field) < 1:
+                raise ValueError(
+                    f"IRNASSpace.{field}: wanted at least 1, got {getattr(self, field)}"
+                )
+
+    @property
+    def name(self) -> str:
+        return "ir_nas"
+
+    @cached_property
+    def decisions(self) -> tuple[Decision, ...]:
+        """Of each node the pair of states and the two operations, which share the head "cell.op";
+        then the path, an index into all valid sequences of levels in lexicographic order."""
+        decisions = []
+        for i in range(self.nodes):
+            inputs = f"cell.node{i}.inputs"
+            decisions += [
+                Decision(inputs, inputs, math.comb(2 + i, 2)),
+                *(Decision(f"cell.node{i}.op{j}", "cell.op", len(OPS)) for j in (0, 1)),
+            ]
+        return (*decisions, Decision("path", "path", _num_paths(0, self.layers)))
+
+    def size(self) -> int:
+        """Exact number of genotypes, not deduplicated by canonical form."""
+        return math.prod(decision.size for decision in self.decisions)
+
+    def decode(self, choices: Sequence[int]) -> IRNASGenotype:
+        """The genotype of one choice per decision; ValueError names a decision out of range."""
+        check_choices(self.decisions, choices)
+        nodes = []
+        for i in range(self.nodes):
+            pair, *ops = choices[3 * i : 3 * i + 3]
+            low, high = _pairs(2 + i)[pair]
+            nodes.append(((OPS[ops[0]], low), (OPS[ops[1]], high)))
+        return IRNASGenotype(tuple(nodes), _path(choices[-1], self.layers))
+
+    def encode(self, genotype: IRNASGenotype) -> tuple[int, ...]:
+        """The choices that decode to `genotype`; ValueError if it is not of this space."""
+        lengths = (len(genotype.levels), len(genotype.nodes))
+        if lengths != (self.layers, self.nodes):
+            raise ValueError(
+                f"genotype: wanted {self.layers} levels and {self.nodes} nodes, got {lengths[0]} "
+                f"and {lengths[1]}; make an IRNASSpace of that size"
+            )
+        choices = []
+        for i, ((op0, low), (op1, high)) in enumerate(genotype.nodes):
+            for j, op in enumerate((op0, op1)):
+                if op not in OPS:
+                    raise ValueError(f"node{i}.edge{j}: wanted one of {', '.join(OPS)}, got {op!r}")
+            if (low, high) not in _pairs(2 + i):
+                raise ValueError(
+                    f"node{i}: wanted two different states of 0..{1 + i}, the lower first, got "
+                    f"{low!r} and {high!r}"
+                )
+            choices += [_pairs(2 + i).index((low, high)), OPS.index(op0), OPS.index(op1)]
+        return (*choices, _path_index(genotype.levels))
+
+    def sample(self, rng: random.Random) -> IRNASGenotype:
+        """Uniform over genotypes."""
+        return self.decode(sample_choices(self.decisions, rng))
+
+    def mutate(self, genotype: IRNASGenotype, rng: random.Random) -> IRNASGenotype:
+        """Exactly one decision changes, to one of its other choices, uniformly."""
+        return self.decode(mutate_choices(self.decisions, self.encode(genotype), rng))
+
+    def from_json(self, obj: object) -> IRNASGenotype:
+        """Read `IRNASGenotype.to_json`; ValueError if it is not of this space."""
+        genotype = IRNASGenotype.from_json(obj)
+        self.encode(genotype)
+        return genotype
+
+
+def derive_nodes(probabilities: Sequence[Sequence[float]], nodes: int) -> tuple[Node, ...]:
+    """The cell that the mixing probabilities of a supernet stand for (section 3.1).
+
+    An edge is worth its largest probability of an operation other than `none`. Each node keeps the
+    two edges worth most, the earlier one where they are equal, with that operation.
+
+    Args:
+        probabilities: one row per edge, in the order of nodes, then of states; columns as
+            PRIMITIVES.
+        nodes: nodes of the cell.
+
+    Raises:
+        ValueError: rows or columns of another number.
+    """
+    _check_table("probabilities", probabilities, num_edges(nodes), len(PRIMITIVES))
+    derived, first = [], 0
+    for i in range(nodes):
+        rows = [row[: len(OPS)] for row in probabilities[first : first + 2 + i]]
+        first += 2 + i
+        best = sorted(range(2 + i), key=lambda state: -max(rows[state]))[:2]
+        derived.append(_node((OPS[rows[state].index(max(rows[state]))], state) for state in best))
+    return tuple(derived)
+
+
+def viterbi(probabilities: Sequence[Sequence[float]], layers: int) -> tuple[int, ...]:
+    """The levels whose product of move probabilities is largest (section 3.2).
+
+    Of equal products the one from the lower level is kept, and at the end the lowest level.
+
+    Args:
+        probabilities: one row per source in the order of :func:`moves`, columns -1, 0, +1; what
+            leaves the levels is not read.
+        layers: layers of the network.
+
+    Raises:
+        ValueError: rows or columns of another number.
+    """
+    rows = moves(layers)
+    _check_table("probabilities", probabilities, len(rows), 3)
+    table = dict(zip(rows, probabilities))
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (1.0, ())}
+    for layer in range(1, layers + 1):
+        paths: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for source, (product, levels) in sorted(best.items()):
+            for target in targets(source):
+                score = product * table[layer, source][target - source + 1]
+                if target not in paths or score > paths[target][0]:
+                    paths[target] = score, (*levels, target)
+        best = paths
+    return max((best[level] for level in sorted(best)), key=lambda path: path[0])[1]
+
+
+@cache
+def _pairs(states: int) -> list[tuple[int, int]]:
+    return list(itertools.combinations(range(states), 2))
+
+
+@cache
+def _num_paths(level: int, layers: int) -> int:
+    """Sequences of `layers` levels after `level`."""
+    return sum(_num_paths(target, layers - 1) for target in targets(level)) if layers else 1
+
+
+def _path(index: int, layers: int) -> tuple[int, ...]:
+    """Sequence of levels number `index` in lexicographic order."""
+    levels: list[int] = []
+    for left in reversed(range(layers)):
+        for target in targets(levels[-1] if levels else 0):
+            if index < _num_paths(target, left):
+                levels.append(target)
+                break
+            index -= _num_paths(target, left)
+    return tuple(levels)
+
+
+def _path_index(levels: Sequence[int]) -> int:
+    """Inverse of `_path`; ValueError names a level that the one before does not reach."""
+    index, before = 0, 0
+    for layer, level in enumerate(levels, 1):
+        reached = targets(before)
+        if type(level) is not int or level not in reached:
+            raise ValueError(
+                f"levels: wanted layer {layer} at one of {sorted(reached)}, which level "
+                f"{before} before it reaches, got {level!r}"
+            )
+        left = len(levels) - layer
+        index += sum(_num_paths(target, left) for target in reached if target < level)
+        before = level
+    return index
+
+
+def _node(edges: Iterable[Edge]) -> Node:
+    first, second = sorted(edges, key=lambda edge: edge[1])
+    return first, second
+
+
+def _edge(obj: object, where: str) -> Edge:
+    op, state = _list(obj, where, 2, "[op, state]")
+    if type(state) is not int:
+        raise ValueError(f"{where}: wanted the number of a state, got {state!r}")
+    return op, state
+
+
+def _list(obj: object, where: str, length: int | None, form: str) -> list[Any]:
+    """`obj` if it is a list of that length, None for any but 0, else ValueError."""
+    if not isinstance(obj, list | tuple) or len(obj) != (length or max(len(obj), 1)):
+        wanted = f"a list of {length}" if length else "a list"
+        raise ValueError(f"{where}: wanted {wanted}, {form}, got {obj!r}")
+    return list(obj)
+
+
+def _check_table(name: str, table: Sequence[Sequence[float]], rows: int, columns: int) -> None:
+    widths = {len(row) for row in table}
+    if len(table) != rows or widths != {columns}:
+        got = f"{len(table)} of {', '.join(map(str, sorted(widths)))}"
+        raise ValueError(f"{name}: wanted {rows} rows of {columns}, got {got}")
