@@ -85,6 +85,6 @@ PYBIND11_MODULE(_C, m) {
 #ifdef NASFAST_CUDA
     m.def("cuda_info", &cuda_info);
     dc::cuda::bind_cuda(m);
-    nasfast::mixed_op::cuda::bind_cuda(m);
+    mo::cuda::bind_cuda(m);
 #endif
 }

@@ -84,9 +84,10 @@ Parts<Accumulate<T>> sum_pixels(const SummedMaps<T>& maps, const Normalisation<A
 
 // ---- gradients of the normalisation
 
-// What the sums say of one map; of skip where map is kSkip.
+// What the sums say of one map, or of skip.
 template <class A>
 struct Outcome {
+    enum Kind { normalised, skip, absent } kind;
     int map;
     const A* products;     // [C] sums of grad * raw, instead of the slot; null: the slot
     int slot;              // of the parts
@@ -100,7 +101,7 @@ struct Outcome {
 };
 template <class A>
 struct Outcomes {
-    static constexpr int most = kFactors;
+    static constexpr int most = kFactors + 1;
     Outcome<A> list[most];
     int count = 0;
 
@@ -123,8 +124,13 @@ __global__ void __launch_bounds__(kElementThreads)
     const A factor = o.factor ? *o.factor : 1;
     A total = 0;  // of this warp's channels
     for (int c = int(threadIdx.x) / 32; c < channels; c += kElementThreads / 32) {
-        if (o.map == kSkip) {
+        if (o.kind == Outcome<A>::skip) {
             total += sum_of(kOfInput, c);
+            continue;
+        }
+        if (o.kind == Outcome<A>::absent) {
+            if (lane == 0 && o.grad_scale) o.grad_scale[c] = 0;
+            if (lane == 0 && o.grad_shift) o.grad_shift[c] = 0;
             continue;
         }
         const A of_grad = sum_of(kOfGrad, c);
@@ -500,8 +506,8 @@ private:
     void outcomes(const Parts<A>& parts, void* stream) {
         Outcomes<A> list;
         for (int map = 0; map <= kDef; ++map) {
-            if (!has(map)) continue;
             Outcome<A> o{};
+            o.kind = has(map) ? Outcome<A>::normalised : Outcome<A>::absent;
             o.map = map;
             o.slot = kOfRaw + map;
             o.factor = b.factors + map;
@@ -515,9 +521,14 @@ private:
             list.add(o);
         }
         Outcome<A> skip{};
-        skip.map = kSkip;
+        skip.kind = Outcome<A>::skip;
         skip.grad_factor = row(t.grad_factors, kSkip, 1);
         list.add(skip);
+        if (!b.depthwise1) {
+            Outcome<A> inner = inner_outcome();
+            inner.kind = Outcome<A>::absent;
+            list.add(inner);
+        }
         finish_outcomes(list, parts, norm, l.pixels, stream);
     }
 
@@ -532,6 +543,16 @@ private:
                                 coefficients_ + map * 3 * l.channels, -1, false});
         }
         if (padded.count) pad(p, l, padded, norm, stream);
+    }
+
+    Outcome<A> inner_outcome() const {
+        Outcome<A> o{};
+        o.map = kInner;
+        o.slot = kOfRaw;
+        o.grad_scale = row(t.grad_scale, kInner, l.channels);
+        o.grad_shift = row(t.grad_shift, kInner, l.channels);
+        o.coefficients = coefficients_ + kInner * 3 * l.channels;
+        return o;
     }
 
     void run_inner(void* stream) {
@@ -550,16 +571,12 @@ private:
         summed.channels = summed.grad_step = l.channels;
         summed.slots = kOfRaw + 1;
         const Parts<A> parts = sum_pixels(summed, norm, parts_, stream);
-        Outcome<A> o{};
-        o.map = kInner;
-        o.slot = kOfRaw;
-        o.grad_scale = row(t.grad_scale, kInner, l.channels);
-        o.grad_shift = row(t.grad_shift, kInner, l.channels);
-        o.coefficients = coefficients_ + kInner * 3 * l.channels;
         Outcomes<A> list;
-        list.add(o);
+        list.add(inner_outcome());
         finish_outcomes(list, parts, norm, l.pixels, stream);
-        queue_pad(p, l, PaddedMap<T>{gradients_[kInner], inner_, maps.raw[kInner], o.coefficients, -1, false},
+        queue_pad(p, l,
+                  PaddedMap<T>{gradients_[kInner], inner_, maps.raw[kInner], list.list[0].coefficients, -1,
+                               false},
                   norm, stream);
     }
 

@@ -1,0 +1,319 @@
+"""The CUDA kernels of mixed_op on the CPU: cases, calls, and comparison with the reference."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from emulated import DTYPES, first, last, poisoned
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nasfast.ops import mixed_op_reference
+from nasfast.ops._native import accumulate
+from nasfast.ops.mixed_op import FACTORS, MAPS, Branches
+
+ALL = ("conv", "sep", "dil", "def", "skip")
+FIXED, BATCH, GIVEN = range(3)
+EPS = 1e-3
+# of the norm of a result, relative to that of the reference in float64
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+TF32_TOLERANCE = 4e-3
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one call."""
+
+    id: str
+    batch: int = 2
+    channels: int = 10
+    size: tuple[int, int] = (5, 7)
+    offset_groups: int = 2
+    branches: tuple[str, ...] = ALL
+    fixed: bool = False
+    affine: bool = True
+    add: bool = False
+
+    def has(self, branch: str) -> bool:
+        return branch in self.branches
+
+    @property
+    def outputs(self) -> int:
+        """Channels of the offset map."""
+        return self.offset_groups * 27
+
+    @property
+    def map_shape(self) -> tuple[int, ...]:
+        return (self.batch, self.channels, *self.size)
+
+    def sizes(
+        self, norm: int | None = None, deterministic: bool = False, tf32: bool = False
+    ) -> tuple[int, ...]:
+        """The fields of Params."""
+        norm = (FIXED if self.fixed else BATCH) if norm is None else norm
+        (eps,) = struct.unpack("q", struct.pack("d", EPS))
+        return (
+            self.batch,
+            self.channels,
+            *self.size,
+            self.offset_groups,
+            *(norm, eps, int(self.add), int(deterministic), int(tf32)),
+        )
+
+
+@dataclass
+class Inputs:
+    """Tensors of one call as the reference takes them, in the kernel's dtypes."""
+
+    input: Tensor
+    factors: Tensor
+    branches: Branches
+    scale: Tensor | None
+    shift: Tensor | None
+    into: Tensor
+    grad: Tensor
+
+    @property
+    def all(self) -> list[Tensor | None]:
+        return [self.input, self.factors, *self.branches, self.scale, self.shift]
+
+
+def inputs(case: Case, dtype: torch.dtype) -> Inputs:
+    """Random ones; the offsets reach over several pixels."""
+    c, wide = case.channels, accumulate(dtype)
+
+    def weight(branch: str, *shape: int, scale: float = 0.3, to: torch.dtype = dtype) -> Any:
+        return (torch.randn(*shape) * scale).to(to) if case.has(branch) else None
+
+    factors = torch.rand(len(FACTORS)).add(0.3).to(wide)
+    if not case.has("skip"):
+        factors[4] = 0
+    branches = Branches(
+        weight("conv", c, c, 3, 3),
+        weight("dil", c, c, 3, 3),
+        weight("def", c, c, 3, 3),
+        weight("def", c, to=wide),
+        weight("def", case.outputs, c, 3, 3),
+        weight("def", case.outputs, to=wide),
+        weight("sep", c, 1, 3, 3),
+        weight("sep", c, c, 1, 1),
+        weight("sep", c, 1, 3, 3),
+        weight("sep", c, c, 1, 1),
+    )
+    scale, shift = (torch.randn(len(MAPS), c).to(wide) if case.affine else None for _ in range(2))
+    maps = (torch.randn(case.map_shape).to(dtype) for _ in range(3))
+    input, into, grad = maps
+    return Inputs(input, factors, branches, scale, shift, into, grad)
+
+
+@dataclass
+class Expected:
+    """Of the reference, in float64."""
+
+    output: Tensor
+    statistics: Tensor  # of maps that are there
+    gradients: list[Tensor | None]  # in the order of Inputs.all
+
+
+def reference(case: Case, i: Inputs) -> Expected:
+    leaves = [None if t is None else t.double().requires_grad_() for t in i.all]
+    x, factors, *weights, scale, shift = leaves
+    assert x is not None
+    assert factors is not None
+    output, statistics = mixed_op_reference(
+        x, factors, Branches(*weights), scale, shift, batch_norm=not case.fixed, eps=EPS
+    )
+    given = [t for t in leaves if t is not None]
+    found = iter(torch.autograd.grad(output, given, i.grad.double(), allow_unused=True))
+    gradients = [None if t is None else next(found) for t in leaves]
+    gradients = [
+        torch.zeros_like(t) if g is None and t is not None else g
+        for g, t in zip(gradients, leaves)
+    ]
+    before = i.into.double() if case.add else 0
+    gradients[0] = gradients[0] + before
+    return Expected(output.detach() + before, statistics.detach(), gradients)
+
+
+def weights(i: Inputs) -> list[Tensor | None]:
+    """The branches in the order of Branches in mixed_op.h, channels last."""
+    conv, dil, deform, bias, offset, offset_bias, *separable = i.branches
+
+    def arranged(tensor: Tensor | None) -> Tensor | None:
+        return tensor if tensor is None or tensor.dim() == 1 else last(tensor)
+
+    front = [arranged(t) for t in (conv, dil, deform, bias, offset, offset_bias)]
+    return [*front, *map(arranged, separable), i.factors, i.scale, i.shift]
+
+
+@dataclass
+class Kept:
+    """What a forward pass leaves for the backward pass."""
+
+    raw: Tensor  # [5, N, H, W, C]
+    offset: Tensor  # [N, H, W, D * 27]
+    statistics: Tensor  # [5, 2, C]
+
+
+class Kernels:
+    """The emulated module."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.set_order = module.set_order
+
+    def call(
+        self, name: str, dtype: torch.dtype, sizes: Sequence[int], pointers: Sequence[Tensor | None]
+    ) -> None:
+        """With a workspace that has no byte to spare."""
+        code = DTYPES.index(dtype)
+        size = getattr(self.module, f"{name}_workspace")(code, sizes)
+        workspace = torch.full((size + 512,), 0xFF, dtype=torch.uint8)
+        start = -workspace.data_ptr() % 256
+        addresses = [0 if t is None else t.data_ptr() for t in pointers]
+        getattr(self.module, name)(code, sizes, addresses, workspace.data_ptr() + start, 0)
+        assert workspace[:start].eq(0xFF).all()
+        assert workspace[start + size :].eq(0xFF).all()
+
+    def forward(
+        self, case: Case, dtype: torch.dtype, i: Inputs, given: Kept | None = None, **options: bool
+    ) -> tuple[Tensor | None, Kept]:
+        """The output, [N, C, H, W]; none with given statistics."""
+        wide, (n, c, h, w) = accumulate(dtype), case.map_shape
+        kept = Kept(
+            poisoned((5, n, h, w, c), dtype),
+            poisoned((n, h, w, case.outputs), wide),
+            poisoned((5, 2, c), wide) if given is None else given.statistics,
+        )
+        output = last(i.into) if case.add else poisoned((n, h, w, c), dtype)
+        norm = GIVEN if given is not None else None
+        fixed = case.fixed
+        self.call(
+            "mixed_op_forward_cuda",
+            dtype,
+            case.sizes(norm, **options),
+            [
+                last(i.input),
+                *weights(i),
+                None if fixed else kept.raw,
+                kept.offset if case.has("def") else None,
+                None if fixed else kept.statistics,
+                None if given is not None else output,
+            ],
+        )
+        return (None if given is not None else first(output)), kept
+
+    def backward(
+        self,
+        case: Case,
+        dtype: torch.dtype,
+        i: Inputs,
+        kept: Kept,
+        wanted: Sequence[bool] = (True,) * 14,
+        **options: bool,
+    ) -> list[Tensor | None]:
+        """Gradients in the order of ``Inputs.all``."""
+        wide = accumulate(dtype)
+
+        def result(tensor: Tensor | None, want: bool) -> Tensor | None:
+            if tensor is None or not want:
+                return None
+            if tensor is i.input:
+                return last(i.into) if case.add else poisoned(last(tensor).shape, dtype)
+            shape = last(tensor).shape if tensor.dim() == 4 else tensor.shape
+            return poisoned(shape, wide)
+
+        results = [result(tensor, want) for tensor, want in zip(i.all, wanted, strict=True)]
+        dx, dfactors, *of_weights, dscale, dshift = results
+        offset = kept.offset if case.has("def") else None
+        self.call(
+            "mixed_op_backward_cuda",
+            dtype,
+            case.sizes(**options),
+            [
+                last(i.grad),
+                last(i.input),
+                *weights(i),
+                None if case.fixed else kept.raw,
+                poisoned(kept.offset.shape, wide) if offset is not None and case.fixed else offset,
+                None if case.fixed else kept.statistics,
+                dx,
+                *of_weights,
+                dfactors,
+                dscale,
+                dshift,
+            ],
+        )
+        return [first(t) if t is not None and t.dim() == 4 else t for t in results]
+
+
+def assert_near(name: str, actual: Tensor | None, expected: Tensor, tolerance: float) -> None:
+    """Every element is written; the error's norm is small beside the result's."""
+    assert actual is not None
+    assert actual.shape == expected.shape, name
+    if not actual.numel():
+        return
+    error = (actual.double() - expected).norm()
+    scale = expected.norm().clamp_min(1e-2)
+    assert error <= tolerance * scale, f"{name}: off by {error / scale:.2e}"
+
+
+NAMES = ("input", "factors", *Branches._fields, "scale", "shift")
+
+
+def assert_equal_reference(
+    case: Case,
+    expected: Expected,
+    output: Tensor | None,
+    kept: Kept,
+    gradients: Sequence[Tensor | None],
+    tolerance: float,
+) -> None:
+    if output is not None:
+        assert_near("output", output, expected.output, tolerance)
+    if not case.fixed and output is not None:
+        for i, branch in enumerate(("conv", "sep", "dil", "def", "sep")):
+            if case.has(branch):
+                assert_near(MAPS[i], kept.statistics[i], expected.statistics[i], tolerance)
+    for name, gradient, wanted in zip(NAMES, gradients, expected.gradients, strict=True):
+        if wanted is None:
+            assert gradient is None
+        elif gradient is not None:
+            assert_near(f"gradient of {name}", gradient, wanted, tolerance)
+
+
+CASES = [
+    Case("all"),
+    Case("conv", branches=("conv",)),
+    Case("sep", branches=("sep",)),
+    Case("dil", branches=("dil",)),
+    Case("def", branches=("def",), offset_groups=1, channels=3),
+    Case("skip", branches=("skip",)),
+    Case("conv-dil", branches=("conv", "dil"), affine=False),
+    Case("add", add=True, offset_groups=1, affine=False, channels=4),
+    Case("tiles", batch=1, channels=6, size=(9, 18)),
+    Case("wide", batch=1, channels=70, size=(2, 3)),
+    Case("pixel", batch=3, channels=2, size=(1, 1)),
+]
+CASES += [replace(case, id=f"{case.id}-fixed", fixed=True) for case in CASES]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Sizes of any kind, small."""
+    groups = draw(st.integers(1, 3))
+    return Case(
+        "",
+        batch=draw(st.integers(1, 2)),
+        channels=groups * draw(st.sampled_from([1, 2, 5, 8, 20])),
+        size=(draw(st.integers(2, 9)), draw(st.integers(1, 18))),
+        offset_groups=groups,
+        branches=tuple(b for b in ALL if draw(st.booleans())),
+        fixed=draw(st.booleans()),
+        affine=draw(st.booleans()),
+        add=draw(st.booleans()),
+    )
