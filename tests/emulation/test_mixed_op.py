@@ -1,0 +1,240 @@
+"""mixed_op's CUDA kernels, emulated, against the reference and its gradients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import emulated
+import pytest
+import torch
+from emulated import DTYPES, IDS, first, replay_call
+from emulated_mixed_op import (
+    CASES,
+    TF32_TOLERANCE,
+    TOLERANCE,
+    Case,
+    Inputs,
+    Kept,
+    Kernels,
+    assert_equal_reference,
+    backward_buffers,
+    cases,
+    forward_buffers,
+    gradients,
+    inputs,
+    reference,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+
+
+@pytest.fixture(scope="session")
+def mixed(kernels: emulated.Kernels) -> Kernels:
+    return Kernels(kernels.module)
+
+
+def check(
+    mixed: Kernels, case: Case, dtype: torch.dtype, i: Inputs | None = None, **options: bool
+) -> None:
+    i = inputs(case, dtype) if i is None else i
+    output, kept = mixed.forward(case, dtype, i, **options)
+    found = mixed.backward(case, dtype, i, kept, **options)
+    tolerance = TF32_TOLERANCE if options.get("tf32") else TOLERANCE[dtype]
+    assert_equal_reference(case, reference(case, i), output, kept, found, tolerance)
+
+
+@every_case
+@every_dtype
+def test_equals_reference(mixed: Kernels, case: Case, dtype: torch.dtype) -> None:
+    check(mixed, case, dtype)
+
+
+@every_case
+def test_tf32(mixed: Kernels, case: Case) -> None:
+    """With inputs that tf32 holds: offsets come out as they are, and no sample changes its cell."""
+    check(mixed, case, torch.float32, inputs(case, torch.bfloat16).to(torch.float32), tf32=True)
+
+
+@every_dtype
+@pytest.mark.parametrize("fixed", [False, True])
+def test_deterministic(mixed: Kernels, dtype: torch.dtype, fixed: bool) -> None:
+    check(mixed, Case("", fixed=fixed), dtype, deterministic=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    case=cases(),
+    dtype=st.sampled_from([torch.float64, torch.bfloat16]),
+    deterministic=st.booleans(),
+)
+def test_any_sizes(mixed: Kernels, case: Case, dtype: torch.dtype, deterministic: bool) -> None:
+    check(mixed, case, dtype, deterministic=deterministic)
+
+
+@every_dtype
+def test_given_statistics(mixed: Kernels, dtype: torch.dtype) -> None:
+    """Raw maps and offsets come out again, to the bit."""
+    case = Case("")
+    i = inputs(case, dtype)
+    _, kept = mixed.forward(case, dtype, i)
+    output, again = mixed.forward(case, dtype, i, given=kept)
+    assert output is None
+    for one, other in ((kept.raw, again.raw), (kept.offset, again.offset)):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("wanted", range(14))
+def test_single_gradient(mixed: Kernels, fixed: bool, wanted: int) -> None:
+    """Each gradient alone is the one computed with the others."""
+    case, dtype = Case("", channels=6, size=(3, 4), fixed=fixed), torch.float64
+    i = inputs(case, dtype)
+    _, kept = mixed.forward(case, dtype, i)
+    together = mixed.backward(case, dtype, i, kept, deterministic=True)
+    only = [index == wanted for index in range(14)]
+    alone = mixed.backward(case, dtype, i, kept, only, deterministic=True)
+    for index, (one, other) in enumerate(zip(alone, together, strict=True)):
+        assert other is not None
+        assert (one is None) if index != wanted else (one is not None and torch.equal(one, other))
+
+
+def test_skip_of_no_factor_is_not_there(mixed: Kernels) -> None:
+    """What is infinite in the input stays in the branches that read it."""
+    for fixed in (False, True):
+        case = Case("", branches=("conv",), channels=2, fixed=True, affine=False)
+        case, dtype = replace(case, fixed=fixed), torch.float64
+        i = inputs(case, dtype)
+        i.input[0, 0, 0, 0] = -float("inf")
+        output, kept = mixed.forward(case, dtype, i)
+        assert output is not None
+        assert output.isfinite().all()
+        gradient = mixed.backward(case, dtype, i, kept)[0]
+        assert gradient is not None
+        assert gradient.isfinite().all()
+
+
+def test_empty_batch(mixed: Kernels) -> None:
+    """Gradients of weights are zero."""
+    for fixed in (False, True):
+        case, dtype = Case("", batch=0, channels=2, fixed=fixed), torch.float32
+        i = inputs(case, dtype)
+        _, kept = mixed.forward(case, dtype, i)
+        found = mixed.backward(case, dtype, i, kept)
+        assert all(t is not None and t.eq(0).all() for t in found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+@pytest.mark.parametrize("fixed", [False, True])
+def test_same_bits_in_any_order(mixed: Kernels, dtype: torch.dtype, fixed: bool) -> None:
+    """Of blocks, warps and lanes."""
+    case = Case("", size=(9, 17), channels=6, fixed=fixed)
+    i, runs = inputs(case, dtype), []
+    for seed in range(3):
+        mixed.set_order(seed)
+        output, kept = mixed.forward(case, dtype, i)
+        found = mixed.backward(case, dtype, i, kept, deterministic=True)
+        offset = None if fixed else kept.offset  # not written then
+        runs.append([output, kept.raw, offset, kept.statistics, *found])
+    mixed.set_order(0)
+    for one, *others in zip(*runs, strict=True):
+        assert all((one is None) or torch.equal(one, other) for other in others)
+
+
+@every_dtype
+@pytest.mark.parametrize("value", [float("nan"), 1e30])
+def test_offset_without_position(mixed: Kernels, dtype: torch.dtype, value: float) -> None:
+    """Such samples are zero and have no gradients."""
+    case = Case("", channels=4, branches=("def",), fixed=True)
+    i = inputs(case, dtype)
+    assert i.branches.offset_bias is not None
+    i.branches.offset_bias[8] = i.branches.offset_bias[27] = value  # y of tap 4; x of tap 13
+    output, kept = mixed.forward(case, dtype, i)
+    found = mixed.backward(case, dtype, i, kept)
+    assert output is not None
+    assert output.isfinite().all()
+    assert all(t is None or t.isfinite().all() for t in found)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (1, 2**25, "2^24 channels, got 33554432; split the call"),
+        (0, 2**40, "2^31 - 1 tiles of pixels, got 1099511627776; split the batch"),
+    ],
+)
+def test_sizes_out_of_range(mixed: Kernels, field: int, value: int, message: str) -> None:
+    sizes = list(Case("").sizes())
+    sizes[field] = value
+    module = mixed.module
+    for call in (
+        lambda: module.mixed_op_forward_cuda(0, sizes, [0] * 18, 0, 0),
+        lambda: module.mixed_op_forward_cuda_workspace(0, sizes),
+        lambda: module.mixed_op_backward_cuda(0, sizes, [0] * 32, 0, 0),
+        lambda: module.mixed_op_backward_cuda_workspace(0, sizes),
+    ):
+        with pytest.raises(RuntimeError) as caught:
+            call()
+        assert str(caught.value) == f"mixed_op: CUDA wants at most {message}"
+
+
+def replay(
+    program: Path,
+    folder: Path,
+    case: Case,
+    dtype: torch.dtype,
+    i: Inputs,
+    skip: tuple[int, int] = (-1, -1),
+    **options: bool,
+) -> tuple[str, Kept, list[Any]]:
+    """Forward and backward in a program under a sanitizer: its complaints, and what they wrote."""
+    code, sizes = DTYPES.index(dtype), case.sizes(**options)
+    read, written = forward_buffers(case, dtype, i)
+    done, [*kept, output] = replay_call(
+        program, folder, 2, code, sizes, read, written, order=1, skip=skip
+    )
+    if done.returncode:
+        return done.stderr, Kept(None, None, None), []
+    assert output is not None
+    left = Kept(*kept)
+    read, written = backward_buffers(case, dtype, i, left)
+    done, results = replay_call(program, folder, 3, code, sizes, read, written, order=1, skip=skip)
+    return done.stderr if done.returncode else "", left, [first(output), gradients(results)]
+
+
+SANITIZED = [
+    ("all", Case("", size=(9, 17), channels=6), torch.bfloat16, {}),
+    ("fixed", Case("", size=(9, 17), channels=6, fixed=True), torch.bfloat16, {}),
+    ("segments", Case("", batch=1, channels=70, size=(2, 3)), torch.float16, {}),
+    ("plain", Case("", channels=36, batch=1, size=(3, 4)), torch.float32, {}),
+    ("tf32", Case("", channels=12), torch.float32, {"tf32": True}),
+    ("exact", Case("", channels=6), torch.float64, {"deterministic": True}),
+]
+
+
+@pytest.mark.parametrize("program", ["replay_address", "replay_thread"])
+@pytest.mark.parametrize(
+    ("case", "dtype", "options"),
+    [case[1:] for case in SANITIZED],
+    ids=[case[0] for case in SANITIZED],
+)
+def test_sanitizers(
+    emulation: Path,
+    tmp_path: Path,
+    program: str,
+    case: Case,
+    dtype: torch.dtype,
+    options: dict[str, bool],
+) -> None:
+    """Nothing is read or written out of bounds, also by hostile offsets; no two threads race."""
+    i = inputs(case, dtype)
+    assert i.branches.offset_bias is not None
+    i.branches.offset_bias[:4] = torch.tensor([float("nan"), 1e9, -1e30, -5.0])
+    complaint, _, _ = replay(emulation / program, tmp_path, case, dtype, i, **options)
+    assert complaint == ""
