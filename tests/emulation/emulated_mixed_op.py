@@ -20,7 +20,7 @@ ALL = ("conv", "sep", "dil", "def", "skip")
 FIXED, BATCH, GIVEN = range(3)
 EPS = 1e-3
 # of the norm of a result, relative to that of the reference in float64
-TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10, torch.bfloat16: 3e-2, torch.float16: 6e-3}
 TF32_TOLERANCE = 4e-3
 
 
@@ -308,7 +308,7 @@ CASES = [
     Case("add", add=True, offset_groups=1, affine=False, channels=4),
     Case("tiles", batch=1, channels=6, size=(9, 18)),
     Case("wide", batch=1, channels=70, size=(2, 3)),
-    Case("pixel", batch=3, channels=2, size=(1, 1)),
+    Case("pixel", batch=20, channels=6, size=(1, 1)),
 ]
 CASES += [replace(case, id=f"{case.id}-fixed", fixed=True) for case in CASES]
 
