@@ -1,10 +1,10 @@
 // Makes one call of a kernel that a file describes, in a program of its own for the sanitizers to watch. The
 // buffers have no byte to spare, and what the kernel is to write starts as NaN.
 //
-// File: integers of 64 bits, then bytes. The call (0, 1: forward, backward of deform_conv2d; 2, 3: of mixed_op),
-// dtype, seed of the order, barrier and wait to skip, the fields of Params, and for each pointer the bytes of
-// its buffer, or -1 for null, and whether its content follows. Then the contents. The other buffers are
-// written to the second file.
+// File: integers of 64 bits, then bytes. The call (0, 1: forward, backward of deform_conv2d; 2, 3: of
+// mixed_op), dtype, seed of the order, barrier and wait to skip, the fields of Params, and for each pointer
+// the bytes of its buffer, or -1 for null, and whether its content follows. Then the contents. The other
+// buffers are written to the second file.
 #include <cstdio>
 #include <memory>
 

@@ -1,13 +1,13 @@
 // Backward. With g the gradient of the output, a raw map's is factor * scale * g where the normalisation is
-// fixed, and slope * g + constant + weight * raw where it is by the batch. Everything about factors, scales and
-// shifts follows from sums over the pixels of g and of g times a raw map. Fixed normalisation has no raw maps:
-// the kernels' gradients by g alone, times the kernels, are those sums.
+// fixed, and slope * g + constant + weight * raw where it is by the batch. Everything about factors, scales
+// and shifts follows from sums over the pixels of g and of g times a raw map. Fixed normalisation has no raw
+// maps: the kernels' gradients by g alone, times the kernels, are those sums.
 //
-// Sums over pixels have a fixed order, but those of deform_conv2d's gradient of its input, unless
-// Params::deterministic asks for it.
+// Sums over pixels have a fixed order, but for what the samples of the deformable branch add to the gradient
+// of the input: atomics add in the order in which they come, unless Params::deterministic asks for ExactSums.
 #pragma once
 
-#include "deform_conv2d/deform_conv2d_cuda.h"
+#include "mixed_op/mixed_op_deform.cuh"
 #include "mixed_op/mixed_op_forward.cuh"
 #include "mixed_op/mixed_op_weight.cuh"
 
@@ -89,15 +89,15 @@ template <class A>
 struct Outcome {
     enum Kind { normalised, skip, absent } kind;
     int map;
-    const A* products;     // [C] sums of grad * raw, instead of the slot; null: the slot
-    int slot;              // of the parts
-    const A* factor;       // null: 1
-    const A* bias;         // of products that lack it
-    A* grad_factor;        // every pointer may be null
-    A* grad_bias;          // [C]
-    A* grad_scale;         // [C]
-    A* grad_shift;         // [C]
-    A* coefficients;       // [3, C] of the raw map's gradient: slope, constant, weight
+    const A* products;  // [C] sums of grad * raw, instead of the slot; null: the slot
+    int slot;           // of the parts
+    const A* factor;    // null: 1
+    const A* bias;      // of products that lack it
+    A* grad_factor;     // every pointer may be null
+    A* grad_bias;       // [C]
+    A* grad_scale;      // [C]
+    A* grad_shift;      // [C]
+    A* coefficients;    // [3, C] of the raw map's gradient: slope, constant, weight
 };
 template <class A>
 struct Outcomes {
@@ -187,7 +187,7 @@ struct InputSink {
     static constexpr bool has_moments = false;
     const T* input;
     const T* grad;
-    const T* of_def;  // [N, H, W, padded C]; null: there is none
+    ScatteredSums<Accumulate<T>> of_def;  // [N, H, W, padded C]; or neither
     const Accumulate<T>* factors;
     T* target;
     Padding padding;
@@ -195,7 +195,8 @@ struct InputSink {
 
     __device__ __forceinline__ Accumulate<T> store(int64_t pixel, int c, Accumulate<T> value) const {
         const int64_t at = pixel * padding.channels + c;
-        if (of_def) value += widen(of_def[pixel * padding.chunks * kElements<T> + padding.element<T>(c)]);
+        const int64_t element = pixel * padding.chunks * kElements<T> + padding.element<T>(c);
+        if (of_def.exact.parts || of_def.floating) value += of_def.read(element, of_def.scale());
         if (widen(input[at]) <= 0) value = 0;
         if (factors[kSkip] != 0) value += factors[kSkip] * widen(grad[at]);
         if (add) value += widen(target[at]);
@@ -204,70 +205,13 @@ struct InputSink {
     }
 };
 
-// Of what the offset convolution gave, padded, from those of offsets and masks.
-template <class T>
-__global__ void __launch_bounds__(kElementThreads)
-    logit_kernel(const Layout l, const Accumulate<T>* grad_offset, const Accumulate<T>* grad_mask,
-                 const Accumulate<T>* offset, uint4* target, const bool tf32) {
-    using A = Accumulate<T>;
-    const int chunks = l.offset_padding.chunks, masks = l.offsets / 3;
-    for (int64_t i = first_element(); i < l.pixels * chunks; i += element_step()) {
-        const int64_t pixel = i / chunks;
-        Chunk<T> result{};
-#pragma unroll
-        for (int e = 0; e < kElements<T>; ++e) {
-            const int c = int(i % chunks) * kElements<T> + e;
-            if (c >= l.offsets) continue;
-            A value;
-            if (c < 2 * masks) {
-                value = grad_offset[pixel * 2 * masks + c];
-            } else {
-                const A mask = offset[pixel * l.offsets + c];
-                value = grad_mask[pixel * masks + c - 2 * masks] * mask * (1 - mask);
-            }
-            if constexpr (std::is_same_v<T, float>)
-                if (tf32) value = bits_to_float(to_tf32(value));
-            result.values[e] = narrow(value, T{});
-        }
-        target[i] = as_words(result);
-    }
-}
-
 // ---- kernels
-
-// target [padded C, 3, 3, padded C], for deform_conv2d.
-template <class T>
-__global__ void __launch_bounds__(kElementThreads)
-    pad_kernel_kernel(const Kernel3x3<T> kernel, const Padding padding, T* target) {
-    const int size = padding.chunks * kElements<T>;
-    const int64_t count = int64_t(size) * kTaps * size;
-    for (int64_t i = first_element(); i < count; i += element_step()) {
-        const int in = int(i % size), tap = int(i / size % kTaps), out = int(i / size / kTaps);
-        const int c = padding.channel<T>(in / kElements<T>, in % kElements<T>);
-        const int row = padding.channel<T>(out / kElements<T>, out % kElements<T>);
-        target[i] = c >= 0 && row >= 0 ? narrow(kernel.at(row, tap, c, padding.channels), T()) : T{};
-    }
-}
-
-// Gradient of a kernel by the raw map's gradient: [rows, 3, 3, C], or padded both ways.
-template <class T>
-struct KernelGradient {
-    const Accumulate<T>* sums;
-    bool padded;
-    Padding padding;  // of C
-
-    __device__ __forceinline__ Accumulate<T> at(int row, int tap, int c) const {
-        if (!padded) return sums[(int64_t(row) * kTaps + tap) * padding.channels + c];
-        const int64_t size = padding.chunks * kElements<T>;
-        return sums[(padding.element<T>(row) * kTaps + tap) * size + padding.element<T>(c)];
-    }
-};
 
 // One branch: gradients of the parts of its kernel, and sums of gradient times raw map.
 template <class T>
 struct KernelResult {
     using A = Accumulate<T>;
-    KernelGradient<T> gradient;
+    const A* gradient;    // [rows, 3, 3, C], by the raw map's gradient
     Kernel3x3<T> kernel;  // its weight(row) is a factor of the gradients
     A* dense;             // every pointer may be null
     A* depthwise;
@@ -289,16 +233,18 @@ __global__ void __launch_bounds__(kElementThreads)
     using A = Accumulate<T>;
     const KernelResult<T>& r = results.list[blockIdx.y];
     if (r.dense)
-        for (int64_t i = first_element(); i < int64_t(r.kernel.rows) * kTaps * channels; i += element_step()) {
+        for (int64_t i = first_element(); i < int64_t(r.kernel.rows) * kTaps * channels;
+             i += element_step()) {
             const int row = int(i / (kTaps * channels));
-            r.dense[i] = r.kernel.weight(row) * r.gradient.at(row, int(i / channels % kTaps), int(i % channels));
+            r.dense[i] = r.kernel.weight(row) * r.gradient[i];
         }
     if (r.pointwise)
         for (int64_t i = first_element(); i < int64_t(channels) * channels; i += element_step()) {
             const int row = int(i / channels), c = int(i % channels);
             A sum = 0;
             for (int tap = 0; tap < kTaps; ++tap)
-                sum += r.gradient.at(row, tap, c) * widen(r.kernel.depthwise[int64_t(c) * kTaps + tap]);
+                sum += r.gradient[(int64_t(row) * kTaps + tap) * channels + c] *
+                       widen(r.kernel.depthwise[int64_t(c) * kTaps + tap]);
             r.pointwise[i] = r.kernel.weight(row) * sum;
         }
     if (r.depthwise)
@@ -306,7 +252,7 @@ __global__ void __launch_bounds__(kElementThreads)
             const int c = int(i / kTaps), tap = int(i % kTaps);
             A sum = 0;
             for (int row = 0; row < channels; ++row)
-                sum += r.kernel.weight(row) * r.gradient.at(row, tap, c) *
+                sum += r.kernel.weight(row) * r.gradient[(int64_t(row) * kTaps + tap) * channels + c] *
                        widen(r.kernel.pointwise[int64_t(row) * channels + c]);
             r.depthwise[i] = sum;
         }
@@ -318,7 +264,7 @@ __global__ void __launch_bounds__(kElementThreads)
             A sum = 0;
             for (int i = lane; i < kTaps * channels; i += 32)
                 sum += plain.at(row, i / channels, i % channels, channels) *
-                       r.gradient.at(row, i / channels, i % channels);
+                       r.gradient[int64_t(row) * kTaps * channels + i];
             sum = warp_sum(sum);
             if (lane == 0) r.products[row] = sum;
         }
@@ -367,16 +313,18 @@ struct BackwardPass {
             inner_ = arena.take<T>(l.pixels * channels);
         }
         if (b.def) {
-            const int64_t size = l.padding.chunks * kElements<T>;
-            const deform_conv2d::Params deform = deform_params(p, size);
             offset_gradient_ = arena.take<uint4>(l.pixels * l.offset_padding.chunks);
-            def_kernel_ = arena.take<T>(size * kTaps * size);
-            def_sums_ = arena.take<A>(size * kTaps * size);
-            of_def_ = arena.take<T>(l.pixels * size);
-            grad_offset_ = arena.take<A>(l.pixels * l.offsets / 3 * 2);
-            grad_mask_ = arena.take<A>(l.pixels * l.offsets / 3);
-            deform_workspace_ =
-                arena.take<char>(deform_conv2d::cuda::backward_workspace(dtype_of<T>, deform));
+            const int64_t elements = map_chunks * kElements<T>;
+            ExactSums<A>& exact = deform_.sums.exact;
+            exact.elements = elements;
+            if (p.deterministic) {
+                exact.factors = 3;
+                exact.log_terms = ceil_log2(p.height * p.width * kTaps);
+                exact.log_products = ceil_log2(p.channels);
+                exact.place(arena.take<char>(ExactSums<A>::bytes(elements)));
+            } else {
+                deform_.sums.floating = arena.take<A>(elements);
+            }
         }
         add_transposed(arena);
         add_weights(arena);
@@ -401,20 +349,16 @@ private:
     uint4* gradients_[kMaps] = {};  // of the raw maps, padded; of the output for the outer ones, if fixed
     uint4* offset_gradient_ = nullptr;
     A *outer_parts_, *parts_, *coefficients_, *products_;
-    T *inner_ = nullptr, *def_kernel_ = nullptr, *of_def_ = nullptr;
-    A *def_sums_ = nullptr, *grad_offset_ = nullptr, *grad_mask_ = nullptr;
-    char* deform_workspace_ = nullptr;
+    T* inner_ = nullptr;
+    DeformGradient<T> deform_{};
     Source<T> sep_{};
     Task<T, InputSink<T>> input_task_{};
-    WeightTasks weights_;
+    WeightTasks<A> weights_;
     A *weight_parts_, *weight_sums_;
     int64_t starts_[kMaps] = {}, offset_start_ = 0;
 
     bool has(int map) const {
-        return map == kConv  ? b.conv
-               : map == kDil ? b.dil
-               : map == kDef ? b.def
-                             : b.depthwise1;
+        return map == kConv ? b.conv : map == kDil ? b.dil : map == kDef ? b.def : b.depthwise1;
     }
 
     Kernel3x3<T> outer_kernel(Map map) const {
@@ -435,7 +379,8 @@ private:
         };
         auto& task = input_task_;
         if (fixed && b.conv && b.dil) {
-            task.add(make(gradients_[kConv], l.padding, kMergedTaps, 1, outer_kernel(kConv), outer_kernel(kDil)));
+            task.add(
+                make(gradients_[kConv], l.padding, kMergedTaps, 1, outer_kernel(kConv), outer_kernel(kDil)));
         } else {
             if (b.conv) task.add(make(gradients_[kConv], l.padding, kTaps, 1, outer_kernel(kConv)));
             if (b.dil) task.add(make(gradients_[kDil], l.padding, kTaps, 2, outer_kernel(kDil)));
@@ -444,22 +389,40 @@ private:
             task.add(make(gradients_[kInner], l.padding, kTaps, 1, kernel_of(p, b, kInner)));
             sep_ = make(gradients_[kSep], l.padding, kTaps, 1, outer_kernel(kSep));
         }
-        if (b.def) task.add(make(offset_gradient_, l.offset_padding, kTaps, 1, offset_kernel_of(l, b)));
+        if (!b.def) return;
+        task.add(make(offset_gradient_, l.offset_padding, kTaps, 1, offset_kernel_of(l, b)));
+        Packing<T> job{};
+        job.kernels[0] = outer_kernel(kDef);
+        job.depth = {l.padding.chunks, kTaps, 1};
+        job.padding = l.padding;
+        job.count = l.padding.chunks * kElements<T>;
+        job.transposed = job.padded = true;
+        deform_.source = add_packing(packings_, arena, job, gradients_[kDef], 1);
+        deform_.columns = packed_columns(job.count);
+        deform_.map = maps.rectified;
+        deform_.padding = l.padding;
+        deform_.offset = maps.offset;
+        deform_.logits = reinterpret_cast<T*>(offset_gradient_);
+        deform_.logit_padding = l.offset_padding;
     }
 
     // Of a part with all gradients: the workspace must do for any choice of branches.
     int most_weight_blocks(int of_block) const {
-        WeightTasks all;
+        WeightTasks<A> all;
         const Layout with_def = Layout::make(p, true, T());
-        for (int i = 0; i < 4; ++i) all.add(nullptr, with_def.padding, nullptr, with_def.padding, 1, of_block);
-        all.add(nullptr, with_def.offset_padding, nullptr, with_def.padding, 1, of_block);
+        const auto add = [&](const Padding& rows) {
+            all.add(nullptr, rows, nullptr, with_def.padding, 1, nullptr, of_block);
+        };
+        for (int map = 0; map < kMaps; ++map) add(with_def.padding);
+        add(with_def.offset_padding);
         return all.blocks;
     }
 
     void add_weights(Arena& arena) {
         const int of_block = gradient_columns<T>(p);
-        const auto add = [&](Map map, const uint4* from, int dilation) {
-            starts_[map] = weights_.add(gradients_[map], l.padding, from, l.padding, dilation, of_block);
+        const auto add = [&](Map map, const uint4* from, int dilation, const A* offset = nullptr) {
+            starts_[map] =
+                weights_.add(gradients_[map], l.padding, from, l.padding, dilation, offset, of_block);
         };
         if (b.conv) add(kConv, maps.rectified, 1);
         if (b.dil) add(kDil, maps.rectified, 2);
@@ -467,9 +430,11 @@ private:
             add(kInner, maps.rectified, 1);
             add(kSep, maps.inner_rectified, 1);
         }
-        if (b.def)
-            offset_start_ =
-                weights_.add(offset_gradient_, l.offset_padding, maps.rectified, l.padding, 1, of_block);
+        if (b.def) {
+            add(kDef, maps.rectified, 0, maps.offset);
+            offset_start_ = weights_.add(offset_gradient_, l.offset_padding, maps.rectified, l.padding, 1,
+                                         nullptr, of_block);
+        }
         weights_.divide(l, most_weight_blocks(of_block));
         weight_parts_ = arena.take<A>(weights_.parts * weights_.size);
         weight_sums_ = arena.take<A>(weights_.size);
@@ -487,14 +452,8 @@ private:
     }
 
     Parts<A> sum_outer(void* stream) {
-        SummedMaps<T> summed{t.grad,
-                             t.input,
-                             {},
-                             {kConv, kSep, kDil, kDef},
-                             l.pixels,
-                             l.channels,
-                             l.channels,
-                             kSlots};
+        SummedMaps<T> summed{t.grad,   t.input,    {},         {kConv, kSep, kDil, kDef},
+                             l.pixels, l.channels, l.channels, kSlots};
         if (!fixed)
             for (int map = 0; map <= kDef; ++map)
                 if (has(map)) summed.raw[map] = maps.raw[map];
@@ -539,8 +498,8 @@ private:
         } else {
             for (int map = 0; map <= kDef; ++map)
                 if (has(map))
-                    padded.add({gradients_[map], t.grad, maps.raw[map],
-                                coefficients_ + map * 3 * l.channels, -1, false});
+                    padded.add({gradients_[map], t.grad, maps.raw[map], coefficients_ + map * 3 * l.channels,
+                                -1, false});
         }
         if (padded.count) pad(p, l, padded, norm, stream);
     }
@@ -574,31 +533,14 @@ private:
         Outcomes<A> list;
         list.add(inner_outcome());
         finish_outcomes(list, parts, norm, l.pixels, stream);
-        queue_pad(p, l,
-                  PaddedMap<T>{gradients_[kInner], inner_, maps.raw[kInner], list.list[0].coefficients, -1,
-                               false},
-                  norm, stream);
+        queue_pad(
+            p, l,
+            PaddedMap<T>{gradients_[kInner], inner_, maps.raw[kInner], list.list[0].coefficients, -1, false},
+            norm, stream);
     }
 
     void run_deform(void* stream) {
-        const int64_t size = l.padding.chunks * kElements<T>;
-        launch("mixed_op: pad_kernel", pad_kernel_kernel<T>, element_grid(size * kTaps * size),
-               kElementThreads, 0, stream, outer_kernel(kDef), l.padding, def_kernel_);
-        deform_conv2d::Backward<T> d{};
-        d.grad = reinterpret_cast<const T*>(gradients_[kDef]);
-        d.input = reinterpret_cast<const T*>(maps.rectified);
-        d.offset = maps.offset;
-        d.mask = maps.offset + l.offsets / 3 * 2;
-        d.weight = def_kernel_;
-        d.grad_input = of_def_;
-        d.grad_offset = grad_offset_;
-        d.grad_weight = def_sums_;
-        d.grad_mask = grad_mask_;
-        deform_conv2d::cuda::backward(deform_params(p, size), d, deform_workspace_, stream);
-
-        launch("mixed_op: logit", logit_kernel<T>, element_grid(l.pixels * l.offset_padding.chunks),
-               kElementThreads, 0, stream, l, grad_offset_, grad_mask_, maps.offset, offset_gradient_,
-               bool(p.tf32));
+        deform_gradient(p, l, deform_, stream);
         if (!t.grad_offset_bias) return;
         SummedMaps<T> summed{};
         summed.grad = reinterpret_cast<const T*>(offset_gradient_);
@@ -613,8 +555,7 @@ private:
 
     void run_input(void* stream) {
         Tasks<T, InputSink<T>> tasks;
-        input_task_.sink = {t.input,   t.grad,    b.def ? of_def_ : nullptr, b.factors, t.grad_input,
-                            l.padding, bool(p.add)};
+        input_task_.sink = {t.input, t.grad, deform_.sums, b.factors, t.grad_input, l.padding, bool(p.add)};
         add_task(tasks, input_task_, l.channels);
         multiply(p, l, tasks, stream);
     }
@@ -622,15 +563,13 @@ private:
     void kernel_results(void* stream) {
         KernelResults<T> results;
         const auto products = [&](int map) { return fixed ? products_ + map * l.channels : nullptr; };
-        const auto gradient = [&](int64_t start) {
-            return KernelGradient<T>{weight_sums_ + start, false, l.padding};
-        };
+        const auto gradient = [&](int64_t start) { return weight_sums_ + start; };
         if (b.conv)
             results.add({gradient(starts_[kConv]), outer_kernel(kConv), t.grad_conv, nullptr, nullptr,
                          products(kConv)});
         if (b.dil)
-            results.add({gradient(starts_[kDil]), outer_kernel(kDil), t.grad_dil, nullptr, nullptr,
-                         products(kDil)});
+            results.add(
+                {gradient(starts_[kDil]), outer_kernel(kDil), t.grad_dil, nullptr, nullptr, products(kDil)});
         if (b.depthwise1) {
             results.add({gradient(starts_[kSep]), outer_kernel(kSep), nullptr, t.grad_depthwise2,
                          t.grad_pointwise2, products(kSep)});
@@ -638,14 +577,10 @@ private:
                          t.grad_pointwise1, nullptr});
         }
         if (b.def) {
-            results.add({{def_sums_, true, l.padding},
-                         outer_kernel(kDef),
-                         t.grad_def,
-                         nullptr,
-                         nullptr,
-                         products(kDef)});
-            results.add({gradient(offset_start_), offset_kernel_of(l, b), t.grad_offset_weight, nullptr, nullptr,
-                         nullptr});
+            results.add(
+                {gradient(starts_[kDef]), outer_kernel(kDef), t.grad_def, nullptr, nullptr, products(kDef)});
+            results.add({gradient(offset_start_), offset_kernel_of(l, b), t.grad_offset_weight, nullptr,
+                         nullptr, nullptr});
         }
         dim3 grid = element_grid(int64_t(std::max(l.channels, l.offsets)) * kTaps * l.channels);
         grid.y = unsigned(results.count);

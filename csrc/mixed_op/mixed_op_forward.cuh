@@ -1,5 +1,5 @@
-// Forward. Normalised by the batch: the raw maps with moments of each tile, in two products, for sep waits for
-// the statistics of inner and def for the offsets; then the sum of what is normalised. Fixed: inner and
+// Forward. Normalised by the batch: the raw maps with moments of each tile, in two products, for sep waits
+// for the statistics of inner and def for the offsets; then the sum of what is normalised. Fixed: inner and
 // offsets to the workspace, and one product with all branches as its sources.
 #pragma once
 
@@ -110,7 +110,8 @@ __global__ void __launch_bounds__(kElementThreads)
     if (c < l.channels)
         for (int64_t tile = threadIdx.x % 32; tile < l.tiles; tile += 32) {
             const auto place = l.place(tile);
-            const int across = min(kTileWidth, l.width - place.x), down = min(kTileHeight, l.height - place.y);
+            const int across = min(kTileWidth, l.width - place.x),
+                      down = min(kTileHeight, l.height - place.y);
             const A* part = parts + ((map * l.tiles + tile) * l.channels + c) * 2;
             moments.merge({A(across * down), part[0], part[1]});
         }
@@ -203,8 +204,8 @@ inline void check_sizes(const Params& p) {
         if (size > 1 << 24)
             throw std::runtime_error(std::string("mixed_op: CUDA wants at most 2^24 ") + name + ", got " +
                                      std::to_string(size) + "; split the call");
-    const int64_t tiles = p.batch * ((p.height + kTileHeight - 1) / kTileHeight) *
-                          ((p.width + kTileWidth - 1) / kTileWidth);
+    const int64_t tiles =
+        p.batch * ((p.height + kTileHeight - 1) / kTileHeight) * ((p.width + kTileWidth - 1) / kTileWidth);
     if (tiles > 0x7fffffff)
         throw std::runtime_error("mixed_op: CUDA wants at most 2^31 - 1 tiles of pixels, got " +
                                  std::to_string(tiles) + "; split the batch");
@@ -248,8 +249,8 @@ struct Maps {
     }
 };
 
-// The sources of a forward pass. kept: conv and dil have maps of their own, and nothing is weighted; otherwise
-// conv and dil are one source, `merged`. branches: more than inner and the offsets.
+// The sources of a forward pass. kept: conv and dil have maps of their own, and nothing is weighted;
+// otherwise conv and dil are one source, `merged`. branches: more than inner and the offsets.
 template <class T>
 struct ForwardSources {
     Source<T> first{}, dil{}, sep{}, def{}, merged{};
@@ -287,10 +288,11 @@ struct ForwardSources {
         }
         if (kept) return;
         if (b.conv && b.dil)
-            merged = make(maps.rectified, kMergedTaps, kMergedTaps, 1, channels, {kernel(kConv), kernel(kDil)});
+            merged =
+                make(maps.rectified, kMergedTaps, kMergedTaps, 1, channels, {kernel(kConv), kernel(kDil)});
         else if (b.conv || b.dil)
-            merged = make(maps.rectified, kTaps, kTaps, b.conv ? 1 : 2, channels,
-                          {kernel(b.conv ? kConv : kDil)});
+            merged =
+                make(maps.rectified, kTaps, kTaps, b.conv ? 1 : 2, channels, {kernel(b.conv ? kConv : kDil)});
     }
 };
 
@@ -419,16 +421,16 @@ private:
         OutputMaps<T> output{{}, t.input, t.output, b.factors, bool(p.add)};
         for (int map = 0; map <= kDef; ++map) output.raw[map] = has(map) ? maps.raw[map] : nullptr;
         const ChannelGrid g(l.channels);
-        launch("mixed_op: output", output_kernel<T>, g.grid(l.pixels, l.channels, 1024), kElementThreads, 0, stream, l, g,
-               output, norm);
+        launch("mixed_op: output", output_kernel<T>, g.grid(l.pixels, l.channels, 1024), kElementThreads, 0,
+               stream, l, g, output, norm);
     }
 
     void run_merged(void* stream) {
         Tasks<T, OutputSink<T>> tasks;
         Task<T, OutputSink<T>> task{};
         OutputSink<T>& sink = task.sink;
-        sink = {t.input, t.output, b.factors, b.shift, b.def ? b.def_bias : nullptr, b.scale, {}, l.channels,
-                bool(p.add)};
+        sink = {t.input, t.output, b.factors,  b.shift,    b.def ? b.def_bias : nullptr,
+                b.scale, {},       l.channels, bool(p.add)};
         for (int map = 0; map <= kDef; ++map) sink.has[map] = has(map);
         for (const Source<T>* source : {&sources_.merged, &sources_.sep, &sources_.def})
             if (source->map) task.add(*source);

@@ -74,7 +74,8 @@ struct Layout {
     };
     __device__ __forceinline__ Place place(int64_t tile) const {
         const int64_t line = tile / tiles_across;
-        return {line / tiles_down, int(line % tiles_down) * kTileHeight, int(tile % tiles_across) * kTileWidth};
+        return {line / tiles_down, int(line % tiles_down) * kTileHeight,
+                int(tile % tiles_across) * kTileWidth};
     }
     __device__ __forceinline__ int64_t pixel(const Place& place, int y, int x) const {
         return (place.image * height + y) * width + x;
@@ -165,7 +166,7 @@ struct PaddedMaps {
 
 // A thread has one chunk of many pixels. tf32: values are rounded to it.
 template <class T>
-__global__ void __launch_bounds__(kElementThreads)
+__global__ void __launch_bounds__(kElementThreads, 4)
     pad_kernel(const Layout l, const PaddedMaps<T> maps, const Normalisation<Accumulate<T>> norm,
                const bool tf32) {
     using A = Accumulate<T>;
@@ -327,6 +328,7 @@ struct Packing {
     int columns;      // a multiple of 8
     int count;        // of columns that exist
     bool transposed;  // depth goes along the rows of the kernels, with the taps turned around
+    bool padded;      // so are the columns
 };
 
 template <class T>
@@ -366,7 +368,14 @@ __global__ void __launch_bounds__(kElementThreads)
     const Depth& depth = job.depth;
     const int64_t elements = int64_t(depth.steps()) * job.columns;
     for (int64_t i = first_element(); i < elements; i += element_step()) {
-        const int column = int(i % job.columns), step = int(i / job.columns);
+        const int step = int(i / job.columns);
+        int column = int(i % job.columns);
+        bool exists = column < job.count;
+        if (job.padded) {
+            column =
+                exists ? job.padding.template channel<T>(column / kElements<T>, column % kElements<T>) : -1;
+            exists = column >= 0;
+        }
         const int segment = min(step / max(depth.first_step(1), 1), depth.segments() - 1);
         const int run_steps = depth.run_steps(segment), in_segment = depth.in_segment(segment);
         const int run = (step - depth.first_step(segment)) / run_steps;
@@ -381,7 +390,7 @@ __global__ void __launch_bounds__(kElementThreads)
 #pragma unroll 1
             for (int e = 0; e < kElements<T>; ++e) {
                 const int channel = job.padding.template channel<T>(chunk, e);
-                if (at >= depth.run * in_segment || channel < 0 || column >= job.count) continue;
+                if (at >= depth.run * in_segment || channel < 0 || !exists) continue;
                 auto value = packed_value(job, tap, channel, column, channels);
                 if constexpr (std::is_same_v<T, float>)
                     if (tf32) value = bits_to_float(to_tf32(value));

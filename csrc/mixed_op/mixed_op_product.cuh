@@ -10,11 +10,19 @@ namespace nasfast::mixed_op::cuda {
 
 constexpr int kTileColumns = 64;
 
+// Blocks that a multiprocessor must hold, of those that use tensor cores.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kTensorBlocks = 3;  // the compiler wants more registers here
+#else
+constexpr int kTensorBlocks = 4;
+#endif
+
 // Sums of a tile by tensor cores. A warp has two rows of 16 pixels, and all columns.
 template <class T_>
 struct TensorTile {
     using T = T_;
     static constexpr bool words = true;  // of packed kernels
+    static constexpr int blocks = kTensorBlocks;
     float sums[2][kTileColumns / 8][4] = {};
 
     // Adds `steps` steps. The chunk of step s, half h of pixel (y, x) lies in shared memory at
@@ -25,7 +33,7 @@ struct TensorTile {
         const int lane = threadIdx.x % 32, row = int(threadIdx.x) / 32 * 2;
         const int first = (row * across + lane % 16) * stride, second = first + across * stride;
         auto* right = reinterpret_cast<const uint2*>(kernel) + lane;
-#pragma unroll 2
+#pragma unroll 1
         for (int step = 0; step < steps; ++step) {
             const int offset = offsets[2 * step + lane / 16];
             uint32_t left[2][4];
@@ -63,12 +71,14 @@ template <class T_>
 struct PlainTile {
     using T = T_;
     static constexpr bool words = false;
+    static constexpr int blocks = sizeof(T) == 8 ? 2 : 3;
     T sums[8][kTileColumns / 8] = {};
 
     __device__ __forceinline__ void multiply(const uint4* shared, int across, int stride, const int* offsets,
                                              int /*zero*/, int steps, const uint4* kernel, int columns,
                                              int eights) {
-        const uint4* pixels = shared + (int(threadIdx.x) / 16 * across + int(threadIdx.x) / 8 % 2 * 8) * stride;
+        const uint4* pixels =
+            shared + (int(threadIdx.x) / 16 * across + int(threadIdx.x) / 8 % 2 * 8) * stride;
         kernel += threadIdx.x % 8 * 2;
 #pragma unroll 1
         for (int i = 0; i < 2 * steps; ++i) {
@@ -154,39 +164,63 @@ __host__ __device__ __forceinline__ int source_chunks(const Source<T>& source) {
 constexpr int kMaxOffsets = kMergedTaps * kSegment + 1;  // of one run
 constexpr int kOffsetChunks = (kMaxOffsets * int(sizeof(int)) + 15) / 16;
 
-// Samples of a tap, chunks [begin, end) of the map, of this thread's pixel; zeros where there is no pixel.
-template <bool tf32, class T>
-__device__ __forceinline__ void sample_tap(uint4* target, const deform_conv2d::Params& geometry,
-                                           const Source<T>& source, const deform_conv2d::cuda::Place& place,
-                                           int64_t pixel, int tap, int begin, int end) {
+// Samples of the taps of a deformable convolution at this thread's pixel of a tile; zeros where there is
+// none.
+template <class T>
+struct Sampler {
     using A = Accumulate<T>;
-    int located = -1;
-    deform_conv2d::cuda::Sample<A> sample{};
-    A weights[4] = {};
-#pragma unroll 1
-    for (int chunk = begin; chunk < end; ++chunk) {
-        const int d = chunk / source.group_chunks;
-        if (d != located && pixel >= 0) {
-            located = d;
-            const int at = d * kTaps + tap;
-            const A* offset = source.offset + pixel * geometry.offset_step;
-            sample = locate(geometry, offset + 2 * at, place, tap);
-            if (sample.inside)
-                sample.weights(weights, offset[2 * kTaps * geometry.offset_groups + at]);
-        }
-        uint4 corners[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const bool inside = sample.inside >> i & 1;
-            const int64_t corner = sample.corner + deform_conv2d::cuda::corner_step(geometry, i);
-            corners[i] = load_16(source.map + (inside ? corner * source.depth.chunks + chunk : 0), inside);
-        }
-        if (!sample.inside)
-#pragma unroll
-            for (A& weight : weights) weight = 0;
-        target[chunk - begin] = deform_conv2d::cuda::weighted_sum<tf32>(corners, weights, T());
+    using Sample = deform_conv2d::cuda::Sample<A>;
+    const deform_conv2d::Params& geometry;
+    const uint4* map;  // [N, H, W, chunks]
+    int chunks, group_chunks;
+    deform_conv2d::cuda::Place place;
+    int64_t pixel;    // -1: there is none
+    const A* offset;  // of the pixel
+    int group = -1, tap = -1;
+    Sample sample{};
+    A mask = 0;
+
+    __device__ __forceinline__ Sampler(const Layout& l, const deform_conv2d::Params& geometry,
+                                       const uint4* map, int chunks, int group_chunks, const A* offset,
+                                       const Layout::Place& tile)
+        : geometry(geometry), map(map), chunks(chunks), group_chunks(group_chunks) {
+        place = {tile.image, tile.y + int(threadIdx.x) / kTileWidth, tile.x + int(threadIdx.x) % kTileWidth};
+        pixel = place.y < l.height && place.x < l.width ? l.pixel(tile, place.y, place.x) : -1;
+        this->offset = offset + pixel * geometry.offset_step;
     }
-}
+
+    // Whether the position is another than before.
+    __device__ __forceinline__ bool move(int to_tap, int chunk) {
+        const int to_group = chunk / group_chunks;
+        if (to_group == group && to_tap == tap) return false;
+        group = to_group;
+        tap = to_tap;
+        if (pixel < 0) return true;
+        const int at = group * kTaps + tap;
+        sample = locate(geometry, offset + 2 * at, place, tap);
+        mask = sample.inside ? offset[2 * kTaps * geometry.offset_groups + at] : 0;
+        return true;
+    }
+    __device__ __forceinline__ bool has(int corner) const { return sample.inside >> corner & 1; }
+    // Index of a corner in [N, H, W].
+    __device__ __forceinline__ int64_t corner(int i) const {
+        return sample.corner + deform_conv2d::cuda::corner_step(geometry, i);
+    }
+    __device__ __forceinline__ void load(uint4 (&corners)[4], int chunk) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            corners[i] = load_16(map + (has(i) ? corner(i) * chunks + chunk : 0), has(i));
+    }
+    template <bool tf32>
+    __device__ __forceinline__ uint4 at(int to_tap, int chunk) {
+        move(to_tap, chunk);
+        uint4 corners[4];
+        load(corners, chunk);
+        A weights[4];
+        sample.weights(weights, mask);
+        return deform_conv2d::cuda::weighted_sum<tf32>(corners, weights, T());
+    }
+};
 
 // Copies chunks [first, first + count) of a rectangle of pixels from (y, x) on, zeros outside of the image.
 __device__ __forceinline__ void copy_rectangle(uint4* shared, int stride, const uint4* map, int map_chunks,
@@ -273,18 +307,18 @@ __device__ __forceinline__ void run_task(const Layout& l, const deform_conv2d::P
                 offsets[at] = at < depth.run * chunks ? pixel * stride + at % chunks : -1;
             }
             if (source.offset) {
-                const int x = int(threadIdx.x) % kTileWidth, y = int(threadIdx.x) / kTileWidth;
-                const bool exists = place.y + y < l.height && place.x + x < l.width;
-                const deform_conv2d::cuda::Place own{place.image, place.y + y, place.x + x};
-                const int64_t pixel = exists ? l.pixel(place, own.y, own.x) : -1;
+                Sampler<T> sampler(l, geometry, source.map, depth.chunks, source.group_chunks, source.offset,
+                                   place);
 #pragma unroll 1
                 for (int tap = 0; tap < kTaps; ++tap) {
                     uint4* samples = shared + tap % 2 * kTilePixels * stride;
-                    sample_tap<tf32>(samples + threadIdx.x * stride, geometry, source, own, pixel, tap,
-                                     first_chunk, first_chunk + chunks);
+#pragma unroll 1
+                    for (int chunk = 0; chunk < chunks; ++chunk)
+                        samples[threadIdx.x * stride + chunk] =
+                            sampler.template at<tf32>(tap, first_chunk + chunk);
                     __syncthreads();  // samples are there, those of the tap before may be overwritten
-                    tile.multiply(samples, across, stride, offsets, int(shared - samples) + zero, steps, kernel,
-                                  columns, eights);
+                    tile.multiply(samples, across, stride, offsets, int(shared - samples) + zero, steps,
+                                  kernel, columns, eights);
                     kernel += int64_t(steps) * columns * 2;
                 }
             } else {
@@ -313,7 +347,7 @@ __device__ __forceinline__ void run_task(const Layout& l, const deform_conv2d::P
     }
     if constexpr (Sink::has_moments) {
         __syncthreads();
-        auto* partial = reinterpret_cast<A (*)[2]>(values + kTilePixels * stride);
+        auto* partial = reinterpret_cast<A(*)[2]>(values + kTilePixels * stride);
         write_moments(values, stride, partial, l, place, blockIdx.x, task.sink, first_column, count);
     }
 }
@@ -326,7 +360,7 @@ struct Tasks {
 };
 
 template <class Tile, bool tf32, class Sink>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, Tile::blocks)
     product_kernel(const Layout l, const deform_conv2d::Params geometry,
                    const Tasks<typename Tile::T, Sink> tasks, const int first_blocks) {
     const int block = blockIdx.y;

@@ -12,11 +12,12 @@ template <class T_>
 struct TensorGradient {
     using T = T_;
     static constexpr int size = kElements<T>, row_tiles = kSegment * size / 16;  // of 16 rows
+    static constexpr bool tf32 = size == 4;
     static constexpr int column_chunks = 128 / size, own = 32 / size;  // of a block; of a warp
     float sums[row_tiles][4][4] = {};
 
-    // Adds a tile of pixels. grad: chunk c of pixel i at i * grad_stride + c, `rows` chunks; map: column chunk
-    // j of pixel (y, x) at (y * across + x) * stride + offsets[j].
+    // Adds a tile of pixels. grad: chunk c of pixel i at i * grad_stride + c, `rows` chunks; map: column
+    // chunk j of pixel (y, x) at (y * across + x) * stride + offsets[j].
     __device__ __forceinline__ void multiply(const uint4* grad, int grad_stride, int rows, const uint4* map,
                                              int across, int stride, const int* offsets) {
         const int lane = threadIdx.x % 32, first = int(threadIdx.x) / 32 * own;
@@ -97,6 +98,7 @@ struct TensorGradient {
 template <class T_>
 struct PlainGradient {
     using T = T_;
+    static constexpr bool tf32 = false;
     static constexpr int size = kElements<T>, column_chunks = 32;
     T sums[size][2][size] = {};
 
@@ -132,12 +134,14 @@ struct PlainGradient {
 };
 
 // The gradient of one kernel.
+template <class A>
 struct WeightTask {
     const uint4* grad;  // [N, H, W, rows.chunks]
     const uint4* map;   // [N, H, W, columns.chunks]
     Padding rows, columns;
-    int dilation;
-    int64_t start;  // of [rows, 3, 3, C] in a part
+    const A* offset;  // [N, H, W, D * 27]; null: not sampled
+    int dilation;     // of what is not
+    int64_t start;    // of [rows, 3, 3, C] in a part
     int first_block;
 
     __host__ __device__ __forceinline__ Depth depth() const { return {columns.chunks, kTaps, kTaps}; }
@@ -154,19 +158,20 @@ struct WeightTask {
     }
 };
 
+template <class A>
 struct WeightTasks {
-    static constexpr int most = 5;
-    WeightTask tasks[most];
+    static constexpr int most = 6;
+    WeightTask<A> tasks[most];
     int count = 0;
-    int blocks = 0;      // of all tasks
-    int64_t size = 0;    // of a part
+    int blocks = 0;    // of all tasks
+    int64_t size = 0;  // of a part
     int parts = 0;
     int64_t part_tiles;  // of pixels
 
     // The place of its gradient in a part.
-    int64_t add(const uint4* grad, const Padding& rows, const uint4* map, const Padding& columns, int dilation,
-                int of_block) {
-        WeightTask task{grad, map, rows, columns, dilation, size, blocks};
+    int64_t add(const uint4* grad, const Padding& rows, const uint4* map, const Padding& columns,
+                int dilation, const A* offset, int of_block) {
+        const WeightTask<A> task{grad, map, rows, columns, offset, dilation, size, blocks};
         blocks += task.row_blocks() * task.all_column_blocks(of_block);
         size += int64_t(rows.channels) * kTaps * columns.channels;
         tasks[count++] = task;
@@ -183,13 +188,15 @@ struct WeightTasks {
 constexpr int kMaxColumnChunks = 32;
 
 template <class Gradient>
-__global__ void __launch_bounds__(kTileThreads)
-    weight_kernel(const Layout l, const WeightTasks tasks, Accumulate<typename Gradient::T>* parts) {
+__global__ void __launch_bounds__(kTileThreads, 4)
+    weight_kernel(const Layout l, const deform_conv2d::Params geometry,
+                  const WeightTasks<Accumulate<typename Gradient::T>> tasks,
+                  Accumulate<typename Gradient::T>* parts) {
     using T = typename Gradient::T;
     constexpr int of_block = Gradient::column_chunks;
     int number = 0;
     while (number + 1 < tasks.count && int(blockIdx.x) >= tasks.tasks[number + 1].first_block) ++number;
-    const WeightTask& task = tasks.tasks[number];
+    const auto& task = tasks.tasks[number];
     const Depth depth = task.depth();
     const int column_blocks = task.all_column_blocks(of_block);
     const int block = (int(blockIdx.x) - task.first_block) % column_blocks;
@@ -197,15 +204,20 @@ __global__ void __launch_bounds__(kTileThreads)
     const int segment = min(block / task.column_blocks(0, of_block), depth.segments() - 1);
     const int first_column = (block - segment * task.column_blocks(0, of_block)) * of_block;
     const int chunks = depth.in_segment(segment), rows = min(kSegment, task.rows.chunks - first_row);
-    const int stride = odd(chunks), grad_stride = odd(rows), across = kTileWidth + 2 * task.dilation;
+    const bool sampled = task.offset != nullptr;
+    const int columns = min(of_block, kTaps * chunks - first_column);  // chunks
+    const int stride = odd(sampled ? columns : chunks), grad_stride = odd(rows);
+    const int border = sampled ? 0 : task.dilation, across = kTileWidth + 2 * border;
 
     auto* offsets = shared_memory<int>();  // [kMaxColumnChunks]
     uint4* grad = shared_memory<uint4>() + kMaxColumnChunks * sizeof(int) / 16;
     uint4* map = grad + kTilePixels * grad_stride;
     for (int i = threadIdx.x; i < of_block; i += kTileThreads) {
-        const int at = min(first_column + i, kTaps * chunks - 1);  // those behind the last are not used
+        const int column = min(i, columns - 1);  // those behind the last are not used
+        const int at = first_column + column;
         const Shift shift = shift_of(kTaps, task.dilation, at / chunks);
-        offsets[i] = ((shift.y + task.dilation) * across + shift.x + task.dilation) * stride + at % chunks;
+        const int pixel = (shift.y + border) * across + shift.x + border;
+        offsets[i] = sampled ? column : pixel * stride + at % chunks;
     }
     Gradient gradient;
     const int64_t first_tile = int64_t(blockIdx.y) * tasks.part_tiles;
@@ -215,9 +227,18 @@ __global__ void __launch_bounds__(kTileThreads)
         const auto place = l.place(tile);
         __syncthreads();  // the tile before is multiplied
         copy_rectangle(grad, grad_stride, task.grad, task.rows.chunks, first_row, rows, l, place, 0);
-        copy_rectangle(map, stride, task.map, task.columns.chunks, segment * kSegment, chunks, l, place,
-                       task.dilation);
+        if (!sampled)
+            copy_rectangle(map, stride, task.map, task.columns.chunks, segment * kSegment, chunks, l, place,
+                           border);
         cp_async_commit();
+        if (sampled) {
+            Sampler<T> sampler(l, geometry, task.map, task.columns.chunks, task.columns.group_chunks,
+                               task.offset, place);
+#pragma unroll 1
+            for (int i = 0; i < columns; ++i)
+                map[threadIdx.x * stride + i] = sampler.template at<Gradient::tf32>(
+                    (first_column + i) / chunks, segment * kSegment + (first_column + i) % chunks);
+        }
         cp_async_wait<0>();
         __syncthreads();
         gradient.multiply(grad, grad_stride, rows, map, across, stride, offsets);
@@ -225,7 +246,7 @@ __global__ void __launch_bounds__(kTileThreads)
     auto* part = parts + int64_t(blockIdx.y) * tasks.size + task.start;
     gradient.visit([&](int row, int column, int element, auto sum) {
         const int at = first_column + column;
-        if (row >= rows * kElements<T> || at >= kTaps * chunks) return;
+        if (row >= rows * kElements<T> || column >= columns) return;
         const int r = task.rows.template channel<T>(first_row + row / kElements<T>, row % kElements<T>);
         const int c = task.columns.template channel<T>(segment * kSegment + at % chunks, element);
         if (r >= 0 && c >= 0) part[(int64_t(r) * kTaps + at / chunks) * task.columns.channels + c] = sum;
@@ -247,22 +268,24 @@ int gradient_columns(const Params& p) {
 
 // Sums of the tasks' gradients, [size], by way of `parts` [parts, size].
 template <class T>
-void weight_gradients(const Params& p, const Layout& l, const WeightTasks& tasks, Accumulate<T>* parts,
-                      Accumulate<T>* sums, void* stream) {
+void weight_gradients(const Params& p, const Layout& l, const WeightTasks<Accumulate<T>>& tasks,
+                      Accumulate<T>* parts, Accumulate<T>* sums, void* stream) {
+    if (tasks.count == 0) return;
+    const int of_block = gradient_columns<T>(p);
     int chunks = 0;
     for (int i = 0; i < tasks.count; ++i) {
-        const WeightTask& task = tasks.tasks[i];
-        const int border = 2 * task.dilation;
-        chunks = std::max(chunks, kTilePixels * odd(std::min(task.rows.chunks, kSegment)) +
-                                      (kTileHeight + border) * (kTileWidth + border) *
-                                          odd(std::min(task.columns.chunks, kSegment)));
+        const auto& task = tasks.tasks[i];
+        const int border = 2 * task.dilation, in_segment = std::min(task.columns.chunks, kSegment);
+        const int of_map = task.offset ? kTilePixels * odd(std::min(of_block, kTaps * in_segment))
+                                       : (kTileHeight + border) * (kTileWidth + border) * odd(in_segment);
+        chunks = std::max(chunks, kTilePixels * odd(std::min(task.rows.chunks, kSegment)) + of_map);
     }
-    if (tasks.count == 0) return;
-    dim3 grid(unsigned(tasks.blocks), unsigned(tasks.parts));
     with_tile<T>(p, [&](auto* tile, auto) {
-        launch("mixed_op: weight", weight_kernel<Gradient<T, std::remove_reference_t<decltype(*tile)>::words>>,
-               grid, kTileThreads, kMaxColumnChunks * int64_t(sizeof(int)) + chunks * int64_t(16), stream, l,
-               tasks, parts);
+        launch("mixed_op: weight",
+               weight_kernel<Gradient<T, std::remove_reference_t<decltype(*tile)>::words>>,
+               dim3(unsigned(tasks.blocks), unsigned(tasks.parts)), kTileThreads,
+               kMaxColumnChunks * int64_t(sizeof(int)) + chunks * int64_t(16), stream, l,
+               deform_params(p, l.padding.chunks * kElements<T>), tasks, parts);
     });
     add_parts("mixed_op: add_parts", parts, tasks.parts, tasks.size, sums, stream);
 }

