@@ -338,7 +338,10 @@ NASFAST_UNCHECKED inline void run_grid(const char* name, dim3 grid, unsigned thr
     engine.error.clear();
     gridDim = grid;
     blockDim = dim3(threads);
+    unsigned barriers = 0;  // the same for all, also after launches of fewer threads
+    for (const Thread& thread : engine.threads) barriers = std::max(barriers, thread.barriers);
     for (Thread& thread : engine.threads) {
+        thread.barriers = barriers;
         thread.file = nullptr;
         thread.line = 0;
 #ifdef __SANITIZE_THREAD__
