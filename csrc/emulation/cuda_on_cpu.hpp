@@ -542,10 +542,14 @@ inline void atomic_add(float* global, float4 value) {
 }
 
 template <class T>
-T shuffle_xor(T value, int lanes) {
-    emulation::Shuffle<T> operand{value, value, (emulation::engine.current ^ lanes) % emulation::lanes};
+T shuffle(T value, int lane) {
+    emulation::Shuffle<T> operand{value, value, int(unsigned(lane) % emulation::lanes)};
     emulation::warp_wide(emulation::exchange<T>, &operand);
     return operand.result;
+}
+template <class T>
+T shuffle_xor(T value, int lanes) {
+    return shuffle(value, emulation::engine.current ^ lanes);
 }
 
 inline float widen(float value) { return value; }

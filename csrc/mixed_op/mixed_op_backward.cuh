@@ -175,10 +175,20 @@ struct InnerSink {
     T* target;           // [N, H, W, C]
     Padding padding;
 
-    __device__ __forceinline__ Accumulate<T> store(int64_t pixel, int c, Accumulate<T> value) const {
-        const T own = rectified[pixel * padding.chunks * kElements<T> + padding.element<T>(c)];
-        target[pixel * padding.channels + c] = narrow(widen(own) <= 0 ? 0 : value, T());
-        return value;
+    struct Column {
+        const T* rectified;  // from the channel on
+        T* target;
+        int rectified_step, step;  // from pixel to pixel
+
+        __device__ __forceinline__ Accumulate<T> store(int64_t pixel, Accumulate<T> value) const {
+            const bool shut = widen(rectified[pixel * rectified_step]) <= 0;
+            target[pixel * step] = narrow(shut ? 0 : value, T());
+            return value;
+        }
+    };
+    __device__ __forceinline__ Column column(int c) const {
+        return {rectified + padding.element<T>(c), target + c, padding.chunks * kElements<T>,
+                padding.channels};
     }
 };
 
@@ -193,15 +203,40 @@ struct InputSink {
     Padding padding;
     bool add;
 
-    __device__ __forceinline__ Accumulate<T> store(int64_t pixel, int c, Accumulate<T> value) const {
-        const int64_t at = pixel * padding.channels + c;
-        const int64_t element = pixel * padding.chunks * kElements<T> + padding.element<T>(c);
-        if (of_def.exact.parts || of_def.floating) value += of_def.read(element, of_def.scale());
-        if (widen(input[at]) <= 0) value = 0;
-        if (factors[kSkip] != 0) value += factors[kSkip] * widen(grad[at]);
-        if (add) value += widen(target[at]);
-        target[at] = narrow(value, T());
-        return value;
+    struct Column {
+        using A = Accumulate<T>;
+        const T* input;  // from the channel on
+        const T* grad;   // null: no skip
+        T* target;
+        ScatteredSums<A> of_def;
+        int element, of_def_step, step;
+        A factor;
+        int scale;  // of of_def
+        bool add;
+
+        __device__ __forceinline__ A store(int64_t pixel, A value) const {
+            const int64_t at = pixel * step;
+            if (of_def.exact.parts || of_def.floating)
+                value += of_def.read(pixel * of_def_step + element, scale);
+            if (widen(input[at]) <= 0) value = 0;
+            if (grad) value += factor * widen(grad[at]);
+            if (add) value += widen(target[at]);
+            target[at] = narrow(value, T());
+            return value;
+        }
+    };
+    __device__ __forceinline__ Column column(int c) const {
+        const Accumulate<T> factor = factors[kSkip];
+        return {input + c,
+                factor != 0 ? grad + c : nullptr,
+                target + c,
+                of_def,
+                padding.element<T>(c),
+                padding.chunks * kElements<T>,
+                padding.channels,
+                factor,
+                of_def.scale(),
+                add};
     }
 };
 

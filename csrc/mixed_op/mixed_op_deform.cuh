@@ -17,7 +17,7 @@ struct DeformGradient {
     const A* offset;   // [N, H, W, D * 27]
     T* logits;         // [N, H, W, padded D * 27], gradients of what the offset convolution gave
     Padding logit_padding;
-    ScatteredSums<A> sums;  // [N, H, W, padded C], gradient of the map
+    ScatteredSums<A> sums;  // [N, H, W, padded C], gradient of the map; or neither
 };
 
 constexpr int kTapsInRow = 3;
@@ -45,18 +45,53 @@ __device__ __forceinline__ void write_logits(const DeformGradient<T>& job, const
     }
 }
 
-// Adds weight * grad of a chunk, of which `left` channels exist, to the sums from `target` on.
+// Neighbouring lanes have neighbouring pixels, whose samples often share two corners, the right ones of one
+// being the left ones of the next: the first then gives its terms to the second, which adds them together.
+struct Neighbours {
+    bool gives, takes;
+
+    template <class T>
+    __device__ __forceinline__ static Neighbours of(const Sampler<T>& sampler) {
+        const int lane = threadIdx.x % 32;
+        const auto& own = sampler.sample;
+        const int64_t corner = shuffle(own.corner, lane - 1);
+        const unsigned inside = shuffle(own.inside, lane - 1);
+        const bool takes = lane % kTileWidth != 0 && own.inside && inside && corner + 1 == own.corner &&
+                           (inside >> 1 & 0b0101) == (own.inside & 0b0101);
+        return {bool(shuffle(int(takes), lane + 1)) && lane % kTileWidth != kTileWidth - 1, takes};
+    }
+};
+
+// Adds weights[corner] * grad to the corners of a chunk of which `left` channels exist; by whole warps.
 template <class T, class A = Accumulate<T>>
-__device__ __forceinline__ void scatter(const ScatteredSums<A>& sums, int64_t target, const A* grad, A weight,
-                                        int left, int scale) {
+__device__ __forceinline__ void scatter(const DeformGradient<T>& job, const Sampler<T>& sampler,
+                                        const Neighbours& neighbours, int chunk, const A* grad,
+                                        const A (&weights)[4], int left, int scale) {
+    constexpr int most = kElements<T> < 4 ? kElements<T> : 4;
+    const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int first = 0; first < kElements<T>; first += 4) {
+    for (int first = 0; first < kElements<T>; first += most) {
         if (first >= left) continue;
-        constexpr int most = kElements<T> < 4 ? kElements<T> : 4;
-        Pack<A, 4> terms{};
+        const int count = min(most, left - first);
 #pragma unroll
-        for (int i = 0; i < most; ++i) terms.values[i] = weight * grad[first + i];
-        sums.add(target + first, terms, min(most, left - first), most == 4, scale);
+        for (int row = 0; row < 4; row += 2) {
+            Pack<A, 4> terms[2]{};
+#pragma unroll
+            for (int i = 0; i < most; ++i) {
+                const A right = weights[row + 1] * grad[first + i];
+                const A given = shuffle(right, lane - 1);
+                terms[0].values[i] = weights[row] * grad[first + i] + (neighbours.takes ? given : 0);
+                terms[1].values[i] = right;
+            }
+#pragma unroll
+            for (int side = 0; side < 2; ++side) {
+                const bool nothing =
+                    side ? neighbours.gives || weights[row + 1] == 0 : weights[row] == 0 && !neighbours.takes;
+                if (nothing || !sampler.has(row + side)) continue;
+                const int64_t target = (sampler.corner(row + side) * sampler.chunks + chunk) * kElements<T>;
+                job.sums.add(target + first, terms[side], count, most == 4, scale);
+            }
+        }
     }
 }
 
@@ -84,6 +119,7 @@ __global__ void __launch_bounds__(kTileThreads, Tile::blocks)
 #pragma unroll 1
     for (int tap = int(blockIdx.y) * kTapsInRow; tap < int(blockIdx.y + 1) * kTapsInRow; ++tap) {
         A dots[4] = {};
+        Neighbours neighbours{};
 #pragma unroll 1
         for (int first = 0; first < chunks; first += column_chunks) {
             const int count = min(column_chunks, chunks - first);
@@ -120,23 +156,23 @@ __global__ void __launch_bounds__(kTileThreads, Tile::blocks)
 #pragma unroll
                     for (A& dot : dots) dot = 0;
                     sampler.move(tap, chunk);
+                    neighbours = Neighbours::of(sampler);
                 }
-                if (!sampler.sample.inside) continue;
                 uint4 corners[4];
                 sampler.load(corners, chunk);
                 A weights[4];
                 sampler.sample.weights(weights, sampler.mask);
-                const int missing =
-                    job.padding.group_channels - chunk % job.padding.group_chunks * kElements<T>;
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    const auto values_of = as_chunk<T>(corners[i]);
-                    if (!sampler.has(i)) continue;
-                    const int64_t target = (sampler.corner(i) * chunks + chunk) * kElements<T>;
+                    const auto values_of_corner = as_chunk<T>(corners[i]);
 #pragma unroll
-                    for (int e = 0; e < kElements<T>; ++e) dots[i] += own[e] * widen(values_of.values[e]);
-                    scatter<T>(job.sums, target, own, weights[i], missing, scale);
+                    for (int e = 0; e < kElements<T>; ++e)
+                        dots[i] += own[e] * widen(values_of_corner.values[e]);
                 }
+                if (job.sums.floating || job.sums.exact.parts)
+                    scatter(job, sampler, neighbours, chunk, own, weights,
+                            job.padding.group_channels - chunk % job.padding.group_chunks * kElements<T>,
+                            scale);
             }
         }
         write_logits<tf32>(job, sampler, dots);
@@ -160,7 +196,7 @@ void deform_gradient(const Params& p, const Layout& l, const DeformGradient<T>& 
         find(values_of(job.source.map), of_map, of_map, of_map, 0);
         find(values_of(job.source.kernel), of_kernel, of_kernel, of_kernel, 1);
         find(job.offset + l.offsets / 3 * 2, l.pixels * (l.offsets / 3), l.offsets / 3, l.offsets, 2);
-    } else {
+    } else if (sums.floating) {
         clear("mixed_op: clear", sums.floating, sums.exact.elements * int64_t(sizeof(A)), stream);
     }
     const int columns = std::min(packed_columns(job.columns), kTileColumns);

@@ -26,19 +26,30 @@ struct RawSink {
         raw[maps] = map;
         parts[maps++] = moments;
     }
-    __device__ __forceinline__ A store(int64_t pixel, int column, A value) const {
-        const int map = column / channels;
-        if (map < maps) {
-            const int c = column - map * channels;
-            const T rounded = narrow(bias ? value + bias[c] : value, T());
-            (map ? raw[1] : raw[0])[pixel * channels + c] = rounded;
-            return widen(rounded);
+    struct Column {
+        T* map;      // from the channel on
+        A* offsets;  // likewise, if there is no map
+        int step;    // from pixel to pixel
+        A bias;
+        bool is_mask;
+
+        __device__ __forceinline__ A store(int64_t pixel, A value) const {
+            value += bias;
+            if (map) {
+                const T rounded = map[pixel * step] = narrow(value, T());
+                return widen(rounded);
+            }
+            return offsets[pixel * step] = is_mask ? 1 / (1 + exp(-value)) : value;
         }
-        const int c = column - maps * channels;
-        value += offset_bias[c];
-        if (c >= offsets / 3 * 2) value = 1 / (1 + exp(-value));
-        offset[pixel * offsets + c] = value;
-        return value;
+    };
+    __device__ __forceinline__ Column column(int index) const {
+        const int number = index / channels;
+        if (number < maps) {
+            const int c = index - number * channels;
+            return {(number ? raw[1] : raw[0]) + c, nullptr, channels, bias ? bias[c] : 0, false};
+        }
+        const int c = index - maps * channels;
+        return {nullptr, offset + c, offsets, offset_bias[c], c >= offsets / 3 * 2};
     }
     __device__ __forceinline__ A* moments(int64_t tile, int column) const {
         const int map = column / channels;
@@ -62,17 +73,31 @@ struct OutputSink {
     int channels;
     bool add;
 
-    __device__ __forceinline__ A store(int64_t pixel, int c, A value) const {
-        const int64_t at = pixel * channels + c;
+    struct Column {
+        const T* input;  // from the channel on; null: no skip
+        T* output;
+        int channels;
+        A factor, start;
+        bool add;
+
+        __device__ __forceinline__ A store(int64_t pixel, A value) const {
+            const int64_t at = pixel * channels;
+            value += start;
+            if (input) value += factor * widen(input[at]);
+            if (add) value += widen(output[at]);
+            output[at] = narrow(value, T());
+            return value;
+        }
+    };
+    __device__ __forceinline__ Column column(int c) const {
+        A start = 0;
         if (shift)
 #pragma unroll
             for (int map = 0; map <= kDef; ++map)
-                if (has[map]) value += factors[map] * shift[map * channels + c];
-        if (bias) value += factors[kDef] * (scale ? scale[kDef * channels + c] : 1) * bias[c];
-        if (factors[kSkip] != 0) value += factors[kSkip] * widen(input[at]);
-        if (add) value += widen(output[at]);
-        output[at] = narrow(value, T());
-        return value;
+                if (has[map]) start += factors[map] * shift[map * channels + c];
+        if (bias) start += factors[kDef] * (scale ? scale[kDef * channels + c] : 1) * bias[c];
+        const A factor = factors[kSkip];
+        return {factor != 0 ? input + c : nullptr, output + c, channels, factor, start, add};
     }
 };
 

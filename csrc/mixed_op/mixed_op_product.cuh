@@ -127,8 +127,8 @@ struct Source {
     }
 };
 
-// One product of a launch. Sink: store(pixel, column, sum) writes a result and returns it,
-// moments(tile, column) is where to write mean and sum of squared deviations of a tile, or null.
+// One product of a launch. Sink: column(c).store(pixel, sum) writes a result and returns it, moments(tile, c)
+// is where to write mean and sum of squared deviations of a tile, or null.
 template <class T, class Sink>
 struct Task {
     static constexpr int most = 4;
@@ -338,12 +338,16 @@ __device__ __forceinline__ void run_task(const Layout& l, const deform_conv2d::P
     const int stride = eights * 8 | 1;
     tile.store(values, stride, eights);
     __syncthreads();
-    for (int at = threadIdx.x; at < kTilePixels * count; at += kTileThreads) {
-        const int pixel = at / count, column = at % count;
-        const int y = place.y + pixel / kTileWidth, x = place.x + pixel % kTileWidth;
-        if (y >= l.height || x >= l.width) continue;
-        A& value = values[pixel * stride + column];
-        value = task.sink.store(l.pixel(place, y, x), first_column + column, value);
+    // a thread keeps its column
+    const int rows = kTileThreads / count, own = int(threadIdx.x) % count;
+    if (int(threadIdx.x) / count < rows) {
+        const auto column = task.sink.column(first_column + own);
+        for (int pixel = int(threadIdx.x) / count; pixel < kTilePixels; pixel += rows) {
+            const int y = place.y + pixel / kTileWidth, x = place.x + pixel % kTileWidth;
+            if (y >= l.height || x >= l.width) continue;
+            A& value = values[pixel * stride + own];
+            value = column.store(l.pixel(place, y, x), value);
+        }
     }
     if constexpr (Sink::has_moments) {
         __syncthreads();

@@ -179,7 +179,7 @@ struct WeightTasks {
     }
     // As many parts as `blocks` of a part need to keep a large device busy.
     void divide(const Layout& l, int blocks_of_part) {
-        const int64_t wanted = std::max(768 / blocks_of_part, 1);
+        const int64_t wanted = std::max(1024 / blocks_of_part, 1);
         part_tiles = std::max<int64_t>((l.tiles + wanted - 1) / wanted, 1);
         parts = int((l.tiles + part_tiles - 1) / part_tiles);
     }

@@ -174,7 +174,7 @@ def forward_buffers(
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """What the kernel reads, and raw, offset, statistics and output, in the order of Forward."""
     wide, (n, c, h, w) = accumulate(dtype), case.map_shape
-    output = last(i.into) if case.add else poisoned((n, h, w, c), dtype)
+    output = last(i.into).clone() if case.add else poisoned((n, h, w, c), dtype)
     return [last(i.input), *weights(i)], [
         None if case.fixed else poisoned((5, n, h, w, c), dtype),
         poisoned((n, h, w, case.outputs), wide) if case.has("def") else None,
@@ -197,7 +197,7 @@ def backward_buffers(
         if tensor is None or not want:
             return None
         if tensor is i.input:
-            return last(i.into) if case.add else poisoned(last(tensor).shape, dtype)
+            return last(i.into).clone() if case.add else poisoned(last(tensor).shape, dtype)
         return poisoned(last(tensor).shape if tensor.dim() == 4 else tensor.shape, wide)
 
     offset = kept.offset
