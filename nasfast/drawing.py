@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
 from nasfast.spaces.fast_nas import PRIMITIVES, FastNASGenotype
+from nasfast.spaces.ir_nas import LEVELS, IRNASGenotype, num_levels, targets
 
-__all__ = ["cell_graph", "decoder_graph", "element"]
+__all__ = ["cell_graph", "decoder_graph", "element", "ir_cell_graph", "ir_path_graph"]
 
 BOX = (92, 28)  # width and height of a labelled node, in SVG user units
 DOT = 26  # diameter of a sum node
@@ -73,6 +74,51 @@ def decoder_graph(genotype: FastNASGenotype) -> Element:
     return _draw(nodes, edges, "Decoder")
 
 
+def ir_cell_graph(genotype: IRNASGenotype) -> Element:
+    """SVG of the cell: two inputs, nodes as sums of two operations, and their concatenation."""
+    nodes = [Node("layer - 2", 0, "end"), Node("layer - 1", 0, "end")]
+    edges, states = [], [0, 1]  # the drawn node of each state
+    for pair in genotype.nodes:
+        column = 1 + max(nodes[states[state]].column for _, state in pair)
+        total = len(nodes) + 2  # the sum, behind both operations
+        for op, state in pair:
+            edges += [Edge(states[state], len(nodes)), Edge(len(nodes), total)]
+            nodes.append(Node(op, column))
+        states.append(total)
+        nodes.append(Node("+", column + 1, "sum", (DOT, DOT)))
+    edges += [Edge(state, len(nodes), "loose") for state in states[2:]]
+    nodes.append(Node("output", 1 + max(node.column for node in nodes), "end"))
+    return _draw(nodes, edges, "Cell")
+
+
+def ir_path_graph(genotype: IRNASGenotype) -> Element:
+    """SVG of the widths: every level that a layer can have, and the path through them."""
+    step, row = (BOX[0] + GAP[0], BOX[1] + 2 * GAP[1])
+    layers = len(genotype.levels)
+    path = (0, *genotype.levels)
+
+    def place(layer: int, level: int) -> tuple[float, float]:
+        return MARGIN + BOX[0] / 2 + layer * step, MARGIN + BOX[1] / 2 + level * row
+
+    drawn = []
+    for chosen in (False, True):  # the path lies above the other moves
+        for layer in range(layers):
+            for source in range(num_levels(layer)):
+                for target in targets(source):
+                    if chosen == ((source, target) == (path[layer], path[layer + 1])):
+                        (x, y), (tip, end) = place(layer, source), place(layer + 1, target)
+                        points = [(x + BOX[0] / 2, y), (tip - BOX[0] / 2, end)]
+                        drawn.append(_edge(points, "loose" if chosen else "faint"))
+    for layer in range(layers + 1):
+        for level in range(num_levels(layer)):
+            label = f"{2**level} W" if layer else "stem"
+            kind = "op" if path[layer] == level else "unused"
+            drawn.append(_node(Node(label, layer, kind), *place(layer, level)))
+    width = 2 * MARGIN + BOX[0] + layers * step
+    height = 2 * MARGIN + BOX[1] + (min(LEVELS, layers + 1) - 1) * row
+    return _svg(drawn, width, height, "Widths of the layers")
+
+
 @dataclass(frozen=True)
 class Node:
     label: str
@@ -123,6 +169,10 @@ def _draw(nodes: Sequence[Node], edges: Sequence[Edge], title: str) -> Element:
         drawn.append(_edge(points, edge.kind))
     for i, node in enumerate(nodes):
         drawn.append(_node(node, x[i], y[i] - top))
+    return _svg(drawn, width, height, title)
+
+
+def _svg(drawn: Sequence[Element], width: float, height: float, title: str) -> Element:
     return element(
         "svg",
         *drawn,

@@ -126,9 +126,15 @@ class SegmentationEvaluator:
 
     Attributes:
         inputs: SHA-256 of everything that was read: encoder, data, teacher.
+        remedy: what to change where candidates fail.
         val_size: (H, W) of the frames that candidates are scored on.
         seconds: wall time of the preparation, by step.
     """
+
+    remedy = (
+        "make --stage0.batch-size, --stage1.batch-size or the crops smaller, or lower the "
+        "learning rates"
+    )
 
     def __init__(
         self,

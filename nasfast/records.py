@@ -55,7 +55,8 @@ class Record:
     """Drove its initial weights and the order of its data."""
     evaluation: Evaluation
     duplicate_of: int | None
-    """Index of the earlier record of the same canonical form whose evaluation this one repeats."""
+    """Index of the earlier record of the same canonical form. A search that is told rewards repeats
+    its evaluation; one by gradient derived the architecture again."""
     time: str
     """End of the evaluation, ISO 8601, UTC."""
 

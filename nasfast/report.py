@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import shlex
 import statistics
 import sys
@@ -22,9 +21,11 @@ import tyro
 from rich.markup import escape
 from rich.table import Table
 
+from nasfast.charts import Chart, legend_key, sample
 from nasfast.cli import reports_errors
 from nasfast.drawing import cell_graph, decoder_graph, element
 from nasfast.files import atomic_write
+from nasfast.formation import architecture, formation, pictures
 from nasfast.records import Record
 from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
 from nasfast.study import Study
@@ -61,7 +62,7 @@ def terminal_table(study: Study, top: int = 5) -> Table:
     title = f"{summary.evaluated} evaluated, {summary.failed} failed; the best:"
     best = f"architecture {ranking[0].index}: {_genotype(ranking[0])}" if ranking else None
     table = Table(title=title, caption=best and escape(best), caption_justify="left")
-    for name in _columns(stages)[:-1]:
+    for name in _columns(stages, ranking)[:-1]:
         table.add_column(name, justify="right", no_wrap=True)
     for rank, record in enumerate(ranking[:top], start=1):
         table.add_row(*map(escape, _row(rank, record, stages)[:-1]))
@@ -128,8 +129,12 @@ def _sections(study: Study, rival: Study | None) -> list[Element]:
         sections.append(_section("Reward over the search", *_progress(records, rival)))
     if rival is not None:
         sections.append(_section("Comparison", _comparison(study, rival)))
+    sections += [_section(title, *content) for title, content in formation(study)]
     if best is not None:
         sections += _architecture(best)
+    if shown := pictures(study):
+        sections.append(_section("Before and after", *shown))
+    if best is not None:
         sections.append(_section("Architectures, best first", *_ranking(study)))
     if summary.failed:
         sections.append(_section("Failures", _failures(records)))
@@ -168,10 +173,10 @@ def _cells(tag: str, texts: Sequence[str]) -> Element:
 
 def _facts(best: Record) -> dict[str, str]:
     evaluation = best.evaluation
-    stage = max(evaluation.rewards)
+    stage, metric = max(evaluation.rewards), _metric([best])
     return {
         f"best reward, {stage}": _number(evaluation.rewards[stage]),
-        "mIoU": _miou(best),
+        METRICS[metric]: _value(best, metric),
         "parameters": _count(evaluation.params),
         "multiply-adds": _count(evaluation.macs),
     }
@@ -191,6 +196,21 @@ def _comparison(study: Study, rival: Study) -> Element:
 
 def _architecture(best: Record) -> list[Element]:
     """Drawings of the best genotype; none for a space that has no drawing."""
+    space = best.genotype.get("space")
+    drawings = architecture(best) if space == "ir_nas" else _decoder(best)
+    return [
+        _section(
+            title,
+            element(
+                "figure", element("div", drawing, class_="wide"), element("figcaption", caption)
+            ),
+        )
+        for title, drawing, caption in drawings
+    ]
+
+
+def _decoder(best: Record) -> list[tuple[str, Element, str]]:
+    """Title, drawing and caption of the cell and the decoder of a segmentation network."""
     if best.genotype.get("space") != "fast_nas":
         return []
     cell, connections = best.genotype["cell"], best.genotype["connections"]
@@ -198,7 +218,7 @@ def _architecture(best: Record) -> list[Element]:
         return []
     space = FastNASSpace(num_layers=len(cell) - 1, num_blocks=len(connections))
     genotype = space.from_json(best.genotype)
-    drawings = (
+    return [
         (
             f"The best cell, of architecture {best.index}",
             cell_graph(genotype),
@@ -211,29 +231,21 @@ def _architecture(best: Record) -> list[Element]:
             "A block applies the cell to both of its inputs and sums the results. The coloured "
             "edges are the blocks that no other block reads, concatenated for the classifier.",
         ),
-    )
-    return [
-        _section(
-            title,
-            element(
-                "figure", element("div", drawing, class_="wide"), element("figcaption", caption)
-            ),
-        )
-        for title, drawing, caption in drawings
     ]
 
 
 def _ranking(study: Study) -> list[Element]:
     stages, ranking = _stages(study.records), study.ranking()
     rows = [_row(rank, record, stages) for rank, record in enumerate(ranking[:MAX_ROWS], start=1)]
-    content = [_table(_columns(stages), rows, "numbers")]
+    content = [_table(_columns(stages, ranking), rows, "numbers")]
     if len(ranking) > MAX_ROWS:
         content.append(element("p", f"{len(ranking) - MAX_ROWS} more stand in records.jsonl."))
     return content
 
 
-def _columns(stages: Sequence[str]) -> tuple[str, ...]:
-    return ("rank", "index", *stages, "mIoU", "params", "MACs", "time", "genotype")
+def _columns(stages: Sequence[str], records: Sequence[Record]) -> tuple[str, ...]:
+    metric = METRICS[_metric(records)]
+    return ("rank", "index", *stages, metric, "params", "MACs", "time", "genotype")
 
 
 def _row(rank: int, record: Record, stages: Sequence[str]) -> list[str]:
@@ -242,7 +254,7 @@ def _row(rank: int, record: Record, stages: Sequence[str]) -> list[str]:
         str(rank),
         str(record.index),
         *(_number(evaluation.rewards.get(stage)) for stage in stages),
-        _miou(record),
+        _value(record, _metric([record])),
         _count(evaluation.params),
         _count(evaluation.macs),
         _duration(sum(evaluation.seconds.values())),
@@ -270,7 +282,7 @@ def _time(seconds: Mapping[str, float]) -> list[Element]:
         place = {"x": f"{start:.2f}", "y": 0, "width": f"{share:.2f}", "height": 28}
         bars.append(element("rect", title, class_=color, **place))
         text = f"{name} {_duration(spent)} ({spent / total:.1%})"
-        legend.append(_key(text, element("rect", width=14, height=10, class_=color)))
+        legend.append(legend_key(text, element("rect", width=14, height=10, class_=color)))
         start += share
     bar = element(
         "svg",
@@ -297,12 +309,21 @@ def _commands(study: Study) -> list[Element]:
 def _progress(records: Sequence[Record], rival: Study | None) -> list[Element]:
     """Chart of reward over candidates, and its legend."""
     others = rival.records if rival else ()
-    chart = _Chart.of([*records, *others])
-    marks, legend = chart.axes(), []
+    everything = [*records, *others]
+    values = [
+        value
+        for record in everything
+        for value in (*record.evaluation.rewards.values(), record.evaluation.gate)
+        if value is not None
+    ]
+    count = max((record.index for record in everything), default=0) + 1
+    chart = Chart.of(values, count, "candidate")
+    marks: list[Element] = []
+    legend: list[Element] = []
     if rival is not None:
         for stage in _stages(others)[:1]:
-            marks += chart.series(others, stage, "rival")
-            legend.append(_key(f"{rival.path.name}, {stage}", *_sample("rival")))
+            marks += _series(chart, others, stage, "rival")
+            legend.append(legend_key(f"{rival.path.name}, {stage}", *sample("rival")))
     gates = [
         (record.index, record.evaluation.gate)
         for record in records
@@ -310,130 +331,51 @@ def _progress(records: Sequence[Record], rival: Study | None) -> list[Element]:
     ]
     if gates:
         marks.append(chart.steps(gates, "gate"))
-        legend.append(_key("gate of the first stage", _sample("gate")[0]))
+        legend.append(legend_key("gate of the first stage", sample("gate")[0]))
     for i, stage in enumerate(_stages(records)):
-        marks += chart.series(records, stage, f"c{i % COLORS}")
-        legend.append(_key(f"{stage}, line: best so far", *_sample(f"c{i % COLORS}")))
+        marks += _series(chart, records, stage, f"c{i % COLORS}")
+        legend.append(legend_key(f"{stage}, line: best so far", *sample(f"c{i % COLORS}")))
     if any(record.evaluation.failure is not None for record in records):
-        marks += chart.crosses(records)
-        legend.append(_key("failed", element("path", d="M3 1l8 8m0 -8l-8 8", class_="failed")))
-    svg = element(
-        "svg",
-        *marks,
-        viewBox=f"0 0 {chart.width} {chart.height}",
-        class_="chart",
-        role="img",
-        aria_label="reward over candidates",
-    )
-    return [element("div", svg, class_="wide"), element("ul", *legend, class_="legend")]
-
-
-def _key(text: str, *marks: Element) -> Element:
-    return element("li", element("svg", *marks, viewBox="0 0 14 10", width=14, height=10), text)
-
-
-def _sample(kind: str) -> tuple[Element, Element]:
-    line = element("path", d="M0 5h14", class_=f"line {kind}")
-    return line, element("circle", cx=7, cy=5, r=3, class_=kind)
-
-
-@dataclass(frozen=True)
-class _Chart:
-    """Coordinates of a chart of rewards over candidates, in SVG user units."""
-
-    candidates: int
-    low: float
-    high: float
-    step: float
-    """Distance of two grid lines of the vertical axis."""
-    width: int = 1000
-    height: int = 340
-    left: int = 46
-    bottom: int = 40
-
-    @classmethod
-    def of(cls, records: Sequence[Record]) -> _Chart:
-        """Axes that hold the rewards and gates of all records."""
-        values = [
-            value
-            for record in records
-            for value in (*record.evaluation.rewards.values(), record.evaluation.gate)
-            if value is not None and math.isfinite(value)
-        ] or [0.0, 1.0]
-        low, high = min(values), max(values)
-        raw = max(high - low, 0.01) / 4
-        power = 10.0 ** math.floor(math.log10(raw))
-        step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
-        return cls(
-            candidates=max((record.index for record in records), default=0) + 1,
-            low=math.floor(low / step) * step,
-            high=math.ceil(high / step + 0.1) * step,
-            step=step,
+        marks += _crosses(chart, records)
+        legend.append(
+            legend_key("failed", element("path", d="M3 1l8 8m0 -8l-8 8", class_="failed"))
         )
+    return [
+        chart.drawn(marks, "reward over candidates"),
+        element("ul", *legend, class_="legend"),
+    ]
 
-    def x(self, index: float) -> float:
-        return self.left + 14 + (self.width - self.left - 28) * index / max(self.candidates - 1, 1)
 
-    def y(self, reward: float) -> float:
-        floor = self.height - self.bottom
-        return floor - 14 - (floor - 24) * (reward - self.low) / (self.high - self.low)
+def _series(chart: Chart, records: Sequence[Record], stage: str, kind: str) -> list[Element]:
+    """A dot per reward of one stage, hollow for duplicates, and the best so far as a line."""
+    fresh = _fresh(records, stage)
+    rewards = [record.evaluation.rewards[stage] for record in fresh]
+    best = list(itertools.accumulate(rewards, max))
+    line = list(zip((record.index for record in fresh), best, strict=True))
+    marks = [chart.steps([*line, (records[-1].index, best[-1])], kind)] if line else []
+    for record in records:
+        reward = record.evaluation.rewards.get(stage)
+        if reward is None:
+            continue
+        text = f"architecture {record.index}: {stage} reward {_number(reward)}"
+        if record.duplicate_of is not None:
+            text += f", duplicate of {record.duplicate_of}"
+        hollow = "" if record.duplicate_of is None else " hollow"
+        place = {"cx": f"{chart.x(record.index):.1f}", "cy": f"{chart.y(reward):.1f}", "r": 3.5}
+        marks.append(element("circle", element("title", text), class_=kind + hollow, **place))
+    return marks
 
-    def axes(self) -> list[Element]:
-        marks = []
-        for i in range(round((self.high - self.low) / self.step) + 1):
-            value = self.low + i * self.step
-            y = f"{self.y(value):.1f}"
-            marks.append(element("path", d=f"M{self.left} {y}H{self.width}", class_="grid"))
-            text = f"{value:.{max(0, -math.floor(math.log10(self.step)))}f}"
-            marks.append(element("text", text, x=self.left - 8, y=y, dy=4, text_anchor="end"))
-        floor = self.height - self.bottom
-        marks.append(element("path", d=f"M{self.left} {floor}H{self.width}", class_="axis"))
-        every = max(1, 10 ** math.floor(math.log10(self.candidates)))
-        if self.candidates / every < 4:
-            every = max(1, every // 5)
-        for i in range(0, self.candidates, every):
-            place = {"x": f"{self.x(i):.1f}", "y": floor + 16, "text_anchor": "middle"}
-            marks.append(element("text", str(i), **place))
-        middle = (self.left + self.width) / 2
-        place = {"x": middle, "y": self.height - 4, "text_anchor": "middle"}
-        return [*marks, element("text", "candidate", **place)]
 
-    def series(self, records: Sequence[Record], stage: str, kind: str) -> list[Element]:
-        """A dot per reward of one stage, hollow for duplicates, and the best so far as a line."""
-        fresh = _fresh(records, stage)
-        rewards = [record.evaluation.rewards[stage] for record in fresh]
-        best = list(itertools.accumulate(rewards, max))
-        line = list(zip((record.index for record in fresh), best, strict=True))
-        marks = [self.steps([*line, (records[-1].index, best[-1])], kind)] if line else []
-        for record in records:
-            reward = record.evaluation.rewards.get(stage)
-            if reward is None:
-                continue
-            text = f"architecture {record.index}: {stage} reward {_number(reward)}"
-            if record.duplicate_of is not None:
-                text += f", duplicate of {record.duplicate_of}"
-            hollow = "" if record.duplicate_of is None else " hollow"
-            place = {"cx": f"{self.x(record.index):.1f}", "cy": f"{self.y(reward):.1f}", "r": 3.5}
-            marks.append(element("circle", element("title", text), class_=kind + hollow, **place))
-        return marks
-
-    def steps(self, points: Sequence[tuple[float, float]], kind: str) -> Element:
-        """A line through (index, value) that keeps each value until the next."""
-        (index, value), *rest = points
-        path = f"M{self.x(index):.1f} {self.y(value):.1f}"
-        path += "".join(f"H{self.x(index):.1f}V{self.y(value):.1f}" for index, value in rest)
-        return element("path", d=path, class_=f"line {kind}")
-
-    def crosses(self, records: Sequence[Record]) -> list[Element]:
-        """A cross at the bottom for each failure."""
-        marks = []
-        for record in records:
-            if record.evaluation.failure is not None:
-                text = f"architecture {record.index} failed: {record.evaluation.failure}"
-                corner = f"{self.x(record.index) - 4:.1f} {self.height - self.bottom - 11}"
-                path = f"M{corner}l8 8m0 -8l-8 8"
-                marks.append(element("path", element("title", text), d=path, class_="failed"))
-        return marks
+def _crosses(chart: Chart, records: Sequence[Record]) -> list[Element]:
+    """A cross at the bottom for each failure."""
+    marks = []
+    for record in records:
+        if record.evaluation.failure is not None:
+            text = f"architecture {record.index} failed: {record.evaluation.failure}"
+            corner = f"{chart.x(record.index) - 4:.1f} {chart.height - chart.bottom - 11}"
+            path = f"M{corner}l8 8m0 -8l-8 8"
+            marks.append(element("path", element("title", text), d=path, class_="failed"))
+    return marks
 
 
 def _stages(records: Sequence[Record]) -> list[str]:
@@ -451,10 +393,22 @@ def _genotype(record: Record) -> str:
     return json.dumps(values, separators=(",", ":"))
 
 
-def _miou(record: Record) -> str:
+METRICS = {"miou": "mIoU", "psnr": "PSNR"}
+"""What the tables show of a record beside its rewards, by its name in the records."""
+
+
+def _metric(records: Sequence[Record]) -> str:
+    """Name of the metric that these records have."""
+    found = {
+        name for record in records for named in record.evaluation.metrics.values() for name in named
+    }
+    return next((name for name in METRICS if name in found), "miou")
+
+
+def _value(record: Record, metric: str) -> str:
     """Of the last stage passed."""
     rewards, metrics = record.evaluation.rewards, record.evaluation.metrics
-    return _number(metrics.get(max(rewards), {}).get("miou") if rewards else None)
+    return _number(metrics.get(max(rewards), {}).get(metric) if rewards else None)
 
 
 def _number(value: float | None) -> str:
@@ -558,7 +512,10 @@ path.gate { stroke-dasharray: 2 3; } path.rival { stroke-dasharray: 6 4; }
 .node rect { fill: var(--panel); stroke: var(--faint); }
 .node.end rect { fill: var(--back); stroke: var(--text); }
 .node.unused { opacity: .4; } .node.unused rect { stroke-dasharray: 3 3; }
+img { display: block; height: 240px; }
+h3 { font-size: 14px; font-weight: 500; margin: 20px 0 8px; }
 .edge { --ink: var(--faint); } .edge.loose { --ink: var(--accent); }
+.edge.faint { opacity: .35; }
 .edge .head { fill: var(--ink); } .edge .line { stroke-width: 1.25; }
 .edge.loose .line { stroke-width: 2; }
 """

@@ -123,18 +123,26 @@ class Study:
 
     @property
     def best(self) -> Record | None:
-        """The record with the highest score, the earliest among equals; None before a success."""
+        """The first of the ranking; None before a success."""
         ranking = self.ranking()
         return ranking[0] if ranking else None
 
     def ranking(self) -> list[Record]:
-        """Successful records without duplicates, best first."""
-        scored = [
-            (record.score, record)
-            for record in self._records
-            if record.score is not None and record.duplicate_of is None
-        ]
-        return [record for _, record in sorted(scored, key=lambda pair: pair[0], reverse=True)]
+        """Successful architectures, each once, best first.
+
+        By score, of equals the earliest first; or, where env.json says that the search's "choice"
+        is its "last" architecture, by the last time that it came up.
+        """
+        scored = [(record.score, record) for record in self._records if record.score is not None]
+        if self.env.get("choice") == "last":
+            scored.reverse()
+        else:
+            scored.sort(key=lambda pair: pair[0], reverse=True)
+        once: dict[int, Record] = {}  # by the first record of the architecture
+        for _, record in scored:
+            first = record.index if record.duplicate_of is None else record.duplicate_of
+            once.setdefault(first, record)
+        return list(once.values())
 
     def append(self, record: Record) -> None:
         """Add one record, durably; updates best.json when it is the new best."""

@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "nasfast"
 # Top to bottom. A new module or subpackage of nasfast gets its place here.
 LAYERS = (
     {"search", "train", "evaluate", "pretrain", "info"},
-    {"study", "strategies", "evaluator", "report", "drawing"},
+    {"methods"},
+    {"study", "strategies", "evaluator", "report", "formation", "charts", "drawing"},
     {"training", "tasks", "cache"},
     {"models", "data"},
     {"spaces", "encoders", "records"},

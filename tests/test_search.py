@@ -33,8 +33,10 @@ from nasfast import search
 from nasfast.config import from_mapping
 from nasfast.data import Sample, SegmentationDataset, Splits, load_splits
 from nasfast.encoders import MobileNetV2
+from nasfast.methods import METHODS, sampling
+from nasfast.methods.segmentation import search as segmentation
+from nasfast.methods.segmentation.search import PRESETS, SearchConfig, parse
 from nasfast.records import Evaluation, Record
-from nasfast.search import FEEDBACK, PRESETS, SearchConfig, parse
 from nasfast.spaces.fast_nas import Cell, FastNASGenotype, FastNASSpace
 from nasfast.study import Study
 from nasfast.tasks.segmentation import SegmentationTask
@@ -143,9 +145,11 @@ def test_a_signal_before_the_first_candidate(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    load = search.load_encoder
+    load = segmentation.load_encoder
     monkeypatch.setattr(
-        search, "load_encoder", lambda path: (os.kill(os.getpid(), signal.SIGTERM), load(path))[1]
+        segmentation,
+        "load_encoder",
+        lambda path: (os.kill(os.getpid(), signal.SIGTERM), load(path))[1],
     )
     fresh = ["--cache-dir", str(tmp_path / "cache"), "--runs", str(tmp_path / "runs")]
     assert search.main([*tiny_search, *fresh]) == 130
@@ -217,8 +221,9 @@ def test_a_larger_budget_continues(
 def test_the_last_budget_holds(tmp_path: Path, flags: list[str], budget: int) -> None:
     play(tmp_path, distinct(), lambda i: success(0.4), budget=2)  # config.toml: the default, 8
     (run,) = tmp_path.iterdir()
-    study, config = search._open_run(["--resume", str(run), *flags])
+    study, _, config = search._open_run(["--resume", str(run), *flags])
     study.close()
+    assert isinstance(config, SearchConfig)
     assert config.budget == budget
 
 
@@ -293,7 +298,7 @@ def test_resume_takes_the_run_s_threads(
     own_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(search, "run", lambda *a: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr(segmentation, "run", lambda *a: seen.append(torch.get_num_threads()))
     for threads in (2, 1):
         alter_identity(own_run, "computation", threads=str(threads))
         assert search.main(["--resume", str(own_run)]) == 0
@@ -348,7 +353,7 @@ def test_crops_fit_the_data(data: Splits, crops: tuple[int, ...], fitted: tuple[
     )
     config = dataclasses.replace(config, stage0=stage0, stage1=stage1)
     console = Console(file=io.StringIO())
-    got = search.fit_to_data(config, data, console)
+    got = segmentation.fit_to_data(config, data, console)
     assert sides(got) == fitted
     same = dataclasses.replace(
         got,
@@ -357,9 +362,9 @@ def test_crops_fit_the_data(data: Splits, crops: tuple[int, ...], fitted: tuple[
     )
     assert same == config
     assert ("crops are at most" in console.file.getvalue()) == (fitted != crops)  # type: ignore[attr-defined]
-    assert search.fit_to_data(got, data, console) == got
+    assert segmentation.fit_to_data(got, data, console) == got
     cropped = dataclasses.replace(config, val_crop=32)
-    assert search.fit_to_data(cropped, data, console) == cropped
+    assert segmentation.fit_to_data(cropped, data, console) == cropped
 
 
 def test_fitted_crops_are_the_run_s_settings(
@@ -392,7 +397,7 @@ def test_images_of_mixed_sizes_need_a_crop(
     frames = load_splits(data).train
     both = dataclasses.replace(load_splits(data), search_val=frames.subset([0, 1]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "load_splits", lambda *a, **k: both)
+        patch.setattr(segmentation, "load_splits", lambda *a, **k: both)
         assert search.main(argv) == 2
         assert re.fullmatch(
             r"error: search: wanted images of one size to score candidates on, got 2 sizes from "
@@ -429,7 +434,7 @@ def test_what_a_run_leaves(tiny_search: list[str], tiny_run: Path) -> None:
     environment = json.loads((tiny_run / "env.json").read_text())
     assert environment["command"][:3] == ["python", "-m", "nasfast.search"]
     assert environment["command"][3:-2] == tiny_search
-    assert environment["feedback"] == FEEDBACK == "stage0"
+    assert environment["feedback"] == sampling.FEEDBACK == "stage0"
     inputs, computation = (environment["identity"][kind] for kind in ("inputs", "computation"))
     assert set(inputs) == {"encoder", "training data", "validation data", "teacher"}
     assert computation["threads"] == "1"
@@ -503,6 +508,7 @@ class Script:
     """Strategy that asks for given genotypes, and evaluator that returns given evaluations."""
 
     seed = 5
+    remedy = "lower the learning rates"
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -542,7 +548,7 @@ def play(
     script = Script(genotypes, evaluate)
     with Study.create(root, "segmentation", "script", {}, {}) as study:
         console = Console(quiet=True)
-        search.run(study, SPACE, script, script, budget, console)  # type: ignore[arg-type]
+        sampling.run(study, SPACE, script, script, budget, console)
         return script, study.records
 
 
@@ -604,7 +610,7 @@ def test_seconds_add_up_over_resumes(tmp_path: Path) -> None:
         genotypes = itertools.islice(distinct(), budget - 1, None)
         script = Script(genotypes, lambda i: success(0.4))
         with Study.open(run) as study:
-            search.run(study, SPACE, script, script, budget, Console(quiet=True))  # type: ignore[arg-type]
+            sampling.run(study, SPACE, script, script, budget, Console(quiet=True))
             checkpoint = study.load_checkpoint()
             assert checkpoint is not None
             assert checkpoint["seconds"]["encode"] == 1.5 * budget
@@ -615,9 +621,8 @@ def test_five_failures_in_a_row_stop(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError) as caught:
         play(tmp_path, distinct(), lambda i: FAILURE if i else success(0.4), budget=99)
     assert str(caught.value) == (
-        "the last 5 candidates failed, the last one: stage0: out of memory (fake); make "
-        "--stage0.batch-size, --stage1.batch-size or the crops smaller, or lower the "
-        "learning rates"
+        "the last 5 candidates failed, the last one: stage0: out of memory (fake); lower "
+        "the learning rates"
     )
     (run,) = tmp_path.iterdir()
     assert len(outcome(run)) == 6
@@ -631,8 +636,8 @@ def test_a_hundred_duplicates_in_a_row_stop(
     with pytest.raises(RuntimeError) as caught:
         play(tmp_path, iter([same] * 200), lambda i: success(0.4), budget=2)
     assert str(caught.value) == (
-        "the last 100 architectures repeat earlier ones: the controller has converged; raise "
-        "--ppo.ent-coef or take the best one found"
+        "the last 100 architectures repeat earlier ones: the strategy has converged; take the best "
+        "one found, or let it explore more (--ppo.ent-coef)"
     )
     (run,) = tmp_path.iterdir()
     assert len(outcome(run)) == 101
@@ -647,7 +652,7 @@ def test_edited_records_are_noticed(tmp_path: Path) -> None:
         Study.open(run) as study,
         pytest.raises(RuntimeError, match="record 1 is not what the strategy asked for"),
     ):
-        search.run(study, SPACE, script, script, 2, Console(quiet=True))  # type: ignore[arg-type]
+        sampling.run(study, SPACE, script, script, 2, Console(quiet=True))
 
 
 # ---- the command line
@@ -671,6 +676,12 @@ def test_flags_override_the_preset() -> None:
     assert config.stage0 == demo.stage0
 
 
+def test_a_method_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert search.main(["detection", "--budget", "1"]) == 2
+    wanted = f"error: search: wanted one of {', '.join(METHODS)}, got 'detection'\n"
+    assert capsys.readouterr().err == wanted
+
+
 def test_paths_are_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/someone")
@@ -690,7 +701,6 @@ def test_paths_are_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         (["--stage2.lr", "1"], "--stage2.lr"),
         (["--stage0.samples", "0"], "Stage0Config.samples: wanted a value above 0"),
         (["--stage1.batch-size", "0"], "Stage1Config.batch_size: wanted a value above"),
-        (["detection"], "detection"),
         (["--resume", "there", "--seed", "3"], "--seed"),
     ],
 )

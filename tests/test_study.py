@@ -165,6 +165,24 @@ def test_ranking_and_best(study: Study) -> None:
     assert study.best == records[4]
 
 
+def test_the_last_choice_comes_first(tmp_path: Path) -> None:
+    records = [
+        scored(0, 0.9),
+        scored(1, 0.5),
+        replace(scored(2, 0.4), duplicate_of=0),
+        scored(3, 0.7),
+        replace(scored(4, 0.6), duplicate_of=1),
+        failed(5),
+    ]
+    with Study.create(tmp_path, "restoration", "demo", {}, {"choice": "last"}) as study:
+        best = []
+        for record in records:
+            study.append(record)
+            best.append(json.loads((study.path / "best.json").read_text())["index"])
+        assert best == [0, 1, 2, 3, 4, 4]
+        assert [record.index for record in study.ranking()] == [4, 3, 2]
+
+
 def test_failures_only_have_no_best(study: Study) -> None:
     study.append(failed(0))
     assert study.best is None

@@ -21,6 +21,8 @@ from safetensors import safe_open
 from nasfast import train
 from nasfast.data import SyntheticStreets, split_for_search
 from nasfast.files import atomic_file
+from nasfast.methods.segmentation import SEGMENTATION, TrainConfig, Trainer
+from nasfast.methods.segmentation import train as segmentation
 from nasfast.models.segmenter import DecoderConfig
 from nasfast.spaces.fast_nas import FastNASSpace
 from nasfast.study import Study
@@ -125,7 +127,7 @@ def test_genotype_files(
     best = json.loads((tiny_run / "best.json").read_text())
     content = {"list": PUBLISHED, "dict": best["genotype"], "best.json": best}[form]
     path.write_text(json.dumps(content))
-    config, genotype = train.resolve(train.TrainConfig(path))
+    config, genotype = train.resolve(SEGMENTATION, TrainConfig(path))
     if form == "list":
         assert genotype.to_json()["cell"] == PUBLISHED[0]
     else:
@@ -148,7 +150,9 @@ def test_a_genotype_file_trains(
 def few(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
     """Generated scenes, but few of them."""
     data = [SyntheticStreets(n, stream=s, **options) for n, s in ((8, "train"), (2, "val"))]
-    monkeypatch.setattr(train, "load_splits", lambda *a, **k: split_for_search(*data, seed=0))
+    monkeypatch.setattr(
+        segmentation, "load_splits", lambda *a, **k: split_for_search(*data, seed=0)
+    )
 
 
 def test_ten_steps_on_crops_that_fit_the_data(
@@ -172,22 +176,24 @@ def test_default_crop_of_large_images(
     tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few(monkeypatch, size=(300, 320))
-    config = train.TrainConfig(
+    config = TrainConfig(
         tmp_path, data="synthetic", encoder_weights=tiny_weights, decoder=DecoderConfig(8)
     )
     runtime = Runtime(torch.device("cpu"))
     genotype = FastNASSpace().from_json(PUBLISHED)
-    assert train.Trainer(config, genotype, tmp_path / "out", runtime).crop == 288
+    assert Trainer(config, genotype, tmp_path / "out", runtime).settings.crop == 288
 
 
 def test_source_run_decides_and_flags_override(tiny_run: Path, tiny_data: Path) -> None:
     ranking = Study.open(tiny_run, read_only=True).ranking()
-    config, genotype = train.resolve(train.TrainConfig(tiny_run, rank=2))
+    config, genotype = train.resolve(SEGMENTATION, TrainConfig(tiny_run, rank=2))
     assert genotype.to_json() == ranking[1].genotype
     assert (config.data, config.out) == (str(tiny_data), tiny_run / "train-1")
     assert config.encoder_weights is not None
     assert config.encoder_weights.name == "tiny.safetensors"
-    assert train.resolve(train.TrainConfig(tiny_run, data="synthetic"))[0].data == "synthetic"
+    assert (
+        train.resolve(SEGMENTATION, TrainConfig(tiny_run, data="synthetic"))[0].data == "synthetic"
+    )
 
 
 @pytest.mark.parametrize(

@@ -55,24 +55,6 @@ NASFAST_INLINE void store(T* to, Vector<T, Width> value) {
     *reinterpret_cast<Vector<T, Width>*>(to) = value;
 }
 
-#if defined(__AVX512F__)
-// The first `count` lanes; the others are zero, or are not stored.
-template <class T>
-NASFAST_INLINE Vector<T, kWidth<T>> load_first(const T* from, int64_t count) {
-    if constexpr (sizeof(T) == 8)
-        return (Vector<T, kWidth<T>>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), from);
-    else
-        return (Vector<T, kWidth<T>>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
-}
-template <class T>
-NASFAST_INLINE void store_first(T* to, int64_t count, Vector<T, kWidth<T>> value) {
-    if constexpr (sizeof(T) == 8)
-        _mm512_mask_storeu_pd(to, static_cast<__mmask8>((1u << count) - 1), (__m512d)value);
-    else
-        _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), (__m512)value);
-}
-#endif
-
 // Parts of two vectors side by side: [a0 b0], [a1 b1] by halves; [a0 a2 b0 b2], [a1 a3 b1 b3] by quarters.
 template <class V, size_t... I>
 NASFAST_INLINE V low_halves(V a, V b, std::index_sequence<I...>) {

@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <utility>
+#include <vector>
 
 namespace nasfast::NASFAST_ISA {
 
@@ -33,21 +35,62 @@ private:
     int64_t used_ = 0;
 };
 
+// Blocks of memory that a thread keeps for its next call: fresh ones would be cleared by the system, page by
+// page, and scattered over the heap between the results of calls.
+class Pool {
+public:
+    struct Block {
+        std::unique_ptr<char[]> memory;
+        size_t size = 0;
+    };
+    static constexpr size_t kLeast = 1 << 18, kMost = 1 << 26;  // bytes that are worth keeping
+
+    Block take(size_t size) {
+        if (size < kLeast || size > kMost) return {std::unique_ptr<char[]>(new char[size]), size};
+        // the smallest that is large enough; else the largest makes room for one that is
+        const auto smaller = [](const Block& a, const Block& b) { return a.size < b.size; };
+        const auto large_enough = [&](const Block& block) { return block.size >= size; };
+        std::sort(kept_.begin(), kept_.end(), smaller);
+        const auto found = std::find_if(kept_.begin(), kept_.end(), large_enough);
+        if (found != kept_.end()) {
+            Block block = std::move(*found);
+            kept_.erase(found);
+            return block;
+        }
+        if (!kept_.empty()) kept_.pop_back();
+        return {std::unique_ptr<char[]>(new char[size]), size};
+    }
+    void give(Block block) {
+        if (block.size >= kLeast && block.size <= kMost) kept_.push_back(std::move(block));
+    }
+    static Pool& mine() {
+        static thread_local Pool pool;
+        return pool;
+    }
+
+private:
+    std::vector<Block> kept_;
+};
+
 // Uninitialised memory for `size` elements that begins on a cache line.
 template <class T>
 class Array {
 public:
     explicit Array(int64_t size)
-        : size_(size), memory_(new char[static_cast<size_t>(size * sizeof(T) + Arena::kLine)]) {}
+        : size_(size), block_(Pool::mine().take(static_cast<size_t>(size * sizeof(T) + Arena::kLine))) {}
+    Array(Array&&) = default;
+    ~Array() {
+        if (block_.memory) Pool::mine().give(std::move(block_));
+    }
     T* get() const {
-        char* const begin = memory_.get();
+        char* const begin = block_.memory.get();
         return reinterpret_cast<T*>(begin + -reinterpret_cast<uintptr_t>(begin) % Arena::kLine);
     }
     int64_t size() const { return size_; }
 
 private:
     int64_t size_;
-    std::unique_ptr<char[]> memory_;
+    Pool::Block block_;
 };
 
 constexpr int64_t kRuns = 8;  // of units for each thread

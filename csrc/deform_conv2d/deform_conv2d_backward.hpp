@@ -98,12 +98,12 @@ struct Wanted {
 
 // Takes the gradient of the columns of a tile, [pixel, tap, channel of the slice], apart: adds it to
 // grad_image at the corners, sums its products with the corners to sums[pixel, tap, 4], and puts the columns
-// in its place. Vectors: the slice is that many full vectors, and everything is wanted; 0 for any slice and
+// in its place. Vectors: the slice is that many vectors of Width, and everything is wanted; 0 for any slice and
 // any wish.
-template <int Vectors, class T, class A>
+template <int Width, int Vectors, class T, class A>
 void scatter_tile(const T* image, A* grad_image, const Samples<A, true>& samples, int64_t pixels,
                   const Slice& slice, Wanted wanted, A* columns, int64_t row, A* sums) {
-    constexpr int full = kWidth<A>;
+    constexpr int full = Width;
     const int64_t channels = Vectors > 0 ? Vectors * full : slice.count;
     if constexpr (Vectors > 0) wanted = {true, true, true};
     const auto one = [&](const auto& sample, A* column, A* sum) NASFAST_INLINE_LAMBDA {
@@ -116,28 +116,6 @@ void scatter_tile(const T* image, A* grad_image, const Samples<A, true>& samples
         A weight[4];
         for (int i = 0; i < 4; ++i) corner[i] = sample.corner(i) + slice.begin, weight[i] = sample.weight(i);
         Vector<A, full> products[4] = {};
-#if defined(__AVX512F__)
-        if constexpr (Vectors == 0 && std::is_same_v<T, A>) {  // the last vector is a part of one
-            for (int64_t j = 0; j < channels; j += full) {
-                const int64_t lanes = std::min<int64_t>(full, channels - j);
-                const auto grad = load_first(column + j, lanes);
-                Vector<A, full> mixed = {};
-                for (int i = 0; i < 4; ++i) {
-                    const auto value = load_first(image + corner[i] + j, lanes);
-                    if (wanted.position) products[i] += grad * value;
-                    mixed += weight[i] * value;
-                }
-                if (wanted.input)
-                    for (int i = 0; i < 4; ++i) {
-                        A* const to = grad_image + corner[i] + j;  // corners may coincide
-                        store_first(to, lanes, load_first(to, lanes) + weight[i] * grad);
-                    }
-                if (wanted.weight) store_first(column + j, lanes, mixed);
-            }
-            if (wanted.position) store_sums(products, sum);
-            return;
-        }
-#endif
         by_vectors<full>(channels, [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
             constexpr int w = decltype(width)::value;
             const auto grad = load<w>(column + j);  // left over where neither input nor position is wanted
@@ -169,11 +147,18 @@ void scatter_tile(const T* image, A* grad_image, const Samples<A, true>& samples
 template <class T, class A>
 void scatter(const T* image, A* grad_image, const Samples<A, true>& samples, int64_t pixels,
              const Slice& slice, Wanted wanted, A* columns, int64_t row, A* sums) {
+    constexpr int full = kWidth<A>, half = std::max(1, full / 2);
+    const auto run = [&](auto width, auto vectors) {
+        scatter_tile<decltype(width)::value, decltype(vectors)::value>(
+            image, grad_image, samples, pixels, slice, wanted, columns, row, sums);
+    };
     const bool all = wanted.input && wanted.position && wanted.weight;
-    with_vectors<A>(all ? slice.count : 0, [&](auto vectors) {
-        scatter_tile<decltype(vectors)::value>(image, grad_image, samples, pixels, slice, wanted, columns,
-                                               row, sums);
-    });
+    constexpr std::integral_constant<int, full> whole = {};
+    constexpr std::integral_constant<int, half> part = {};
+    if (all && slice.count == half) return run(part, std::integral_constant<int, 1>());
+    if (all && slice.count == full) return run(whole, std::integral_constant<int, 1>());
+    if (all && slice.count == 3 * half) return run(part, std::integral_constant<int, 3>());
+    with_vectors<A>(all ? slice.count : 0, [&](auto vectors) { run(whole, vectors); });
 }
 
 // derivatives[0, 1, 2] = gradients by y, x and mask of the samples of a tile, from the sums of scatter.

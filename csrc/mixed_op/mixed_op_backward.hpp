@@ -79,7 +79,9 @@ public:
           near_columns(conv_columns + (b.def ? g.offsets : 0)),
           bands(p.batch >= kUnits || !p.batch ? 1 : ceil_div(kUnits, p.batch)),
           units(bands > 1 ? p.batch * bands : std::min(p.batch, 2 * kUnits)),
-          rectified(g, t.input, b.def),
+          slice(padded_slice(c / p.offset_groups)),
+          wide(deform_params(p, p.offset_groups * slice)),
+          map(rectified(g, t.input, b.def, slice)),
           norm(p, b),
           across(g.columns + 2),
           slope(kMaps * 3 * across * c),
@@ -98,12 +100,14 @@ public:
         reduce();
         const Array<A> inner(b.depthwise1 ? g.pixels * c : 0);
         if (b.depthwise1) separable(inner.get());
-        const Array<A> rectified_grad(bands * g.pixels * c);
-        const int64_t row = g.p.width * c;
-        parallel_for(bands * g.p.batch * g.p.height,
-                     [&](int64_t i) { std::fill_n(rectified_grad.get() + i * row, row, A(0)); });
-        branches(inner.get(), rectified_grad.get());
-        if (t.grad_input) finish_input(rectified_grad.get());
+        const Array<A> sums(bands * g.pixels * c), deform_sums(b.def ? bands * g.pixels * wide.channels : 0);
+        for (const Array<A>* map : {&sums, &deform_sums}) {
+            const int64_t row = map->size() / std::max<int64_t>(1, bands * g.p.batch * g.p.height);
+            parallel_for(bands * g.p.batch * g.p.height,
+                         [&](int64_t i) { std::fill_n(map->get() + i * row, row, A(0)); });
+        }
+        branches(inner.get(), sums.get(), deform_sums.get());
+        if (t.grad_input) finish_input(sums.get(), deform_sums.get());
         finish_scalars();
     }
 
@@ -112,6 +116,12 @@ private:
     static constexpr int64_t kStreams = 16;            // of tiles in the other passes
     static constexpr int64_t kGroup = 16;              // pixels of a flat group
 
+    // Narrow slices as halves of vectors, so that no two stores overlap: a load that meets a part of an earlier
+    // store waits until that is in the cache.
+    static int64_t padded_slice(int64_t channels) {
+        const int64_t half = std::max(1, kWidth<A> / 2);
+        return round_up(channels, channels > 3 * half ? 2 * half : half);
+    }
     double factor(int map, int64_t out) const {
         return b.factors[map] * norm.scale.get()[map * c + out];
     }
@@ -332,16 +342,28 @@ private:
     // of products alone: factor and scale are multiplied in, and the products with the weight are the dots.
     void finish_weight(const A* partial, int64_t stride, int64_t count, int map, const T* weight, int64_t size,
                        A* grad) {
-        for (int64_t out = 0; out < c; ++out)
-            for (int64_t i = out * size; i < (out + 1) * size; ++i) {
-                double sum = 0;
-                for (int64_t unit = 0; unit < count; ++unit) sum += partial[unit * stride + i];
-                if (fixed && map != kInner) {
-                    dots.get()[map * c + out] += sum * widen(weight[i]);
-                    sum *= factor(map, out);
-                }
-                if (grad) grad[i] = A(sum);
-            }
+        parallel_for(c, [&](int64_t out) {
+            double dot = 0;
+            sum_parts(partial, stride, count, out * size, size, [&](int64_t i, double sum) {
+                dot += sum * widen(weight[i]);
+                if (grad) grad[i] = A(fixed && map != kInner ? sum * factor(map, out) : sum);
+            });
+            if (fixed && map != kInner) dots.get()[map * c + out] += dot;
+        });
+    }
+
+    // Calls each(i, sum of the parts of the units) for elements [begin, begin + size).
+    template <class Each>
+    static void sum_parts(const A* partial, int64_t stride, int64_t count, int64_t begin, int64_t size,
+                          const Each& each) {
+        constexpr int64_t block = 64;
+        for (int64_t first = begin; first < begin + size; first += block) {
+            const int64_t some = std::min(block, begin + size - first);
+            double sums[block] = {};
+            for (int64_t unit = 0; unit < count; ++unit)
+                for (int64_t i = 0; i < some; ++i) sums[i] += partial[unit * stride + first + i];
+            for (int64_t i = 0; i < some; ++i) each(first + i, sums[i]);
+        }
     }
 
     // What a unit of the last pass sums: gradients of the weights, in this order.
@@ -363,7 +385,7 @@ private:
         std::vector<Outer> def_outers;
 
         Scratch(Arena& arena, const BackwardPass& pass, int64_t columns_row, int64_t stride)
-            : samples(arena, pass.g.deform, 1, pass.b.def ? kTile : 0) {
+            : samples(arena, pass.wide, 1, pass.b.def ? kTile : 0) {
             const int64_t c = pass.c, rows = round_up(kTile, Product::kRowMultiple);
             window = arena.take<A>(Window::most(pass.g, kRadius));
             grad_window = arena.take<A>(Window::most(pass.g, kRadius));
@@ -378,13 +400,13 @@ private:
             if (pass.b.depthwise1) pointwise_outer = Outer(arena, c, c, kTile);
             const int64_t groups = pass.g.p.offset_groups;
             for (int64_t group = 0; pass.b.def && group < groups; ++group)
-                def_outers.emplace_back(arena, kTaps * c / groups, c, kTile);
+                def_outers.emplace_back(arena, kTaps * pass.slice, c, kTile);
         }
     };
 
     // The gradients of the weights that read ReLU(input), and of ReLU(input).
-    void branches(const A* inner, A* rectified_grad) {
-        const int64_t taps = kTaps * c, groups = g.p.offset_groups, slice = c / groups;
+    void branches(const A* inner, A* all_sums, A* deform_sums) {
+        const int64_t taps = kTaps * c, groups = g.p.offset_groups, real = c / groups;
         std::vector<T> near_weight;
         if (b.conv) {
             near_weight = folded(kConv, b.conv, taps);
@@ -398,10 +420,10 @@ private:
         std::vector<Packed> def;
         if (b.def) {
             const std::vector<T> weight = folded(kDef, b.def, taps);
-            std::vector<T> part(c * kTaps * slice);
+            std::vector<T> part(c * kTaps * slice, T());
             for (int64_t group = 0; group < groups; ++group) {
                 for (int64_t i = 0; i < c * kTaps; ++i)
-                    std::copy_n(weight.data() + i * c + group * slice, slice, part.data() + i * slice);
+                    std::copy_n(weight.data() + i * c + group * real, real, part.data() + i * slice);
                 def.emplace_back(c, kTaps * slice, part.data(), kTaps * slice, 1);
             }
         }
@@ -413,7 +435,8 @@ private:
         const Part part(c, near_columns, g.offsets, pattern);
         const Array<A> partial(std::max<int64_t>(units, 1) * part.size);
         const int64_t stride = round_up(kTile * kTaps, kWidth<A>);
-        int64_t columns_row = std::max(typename Product::Panels(taps).padded(), c + kSpill);
+        const int64_t columns_row = std::max({typename Product::Panels(taps).padded(), c + kSpill,
+                                              typename Product::Panels(kTaps * slice).padded()});
         const int64_t per_image = g.tiling.per_image();
         const auto layout = [&](Arena& arena) { return Scratch(arena, *this, columns_row, stride); };
         parallel_for(units, layout, [&](int64_t unit, Scratch& s) {
@@ -424,7 +447,7 @@ private:
             if (b.depthwise1) s.pointwise_outer.start(c, c);
             for (Outer& outer : s.def_outers) outer.start(kTaps * slice, c);
             const int64_t band = bands > 1 ? unit % bands : 0;
-            A* const sums = rectified_grad + band * g.pixels * c;
+            A* const sums = all_sums + band * g.pixels * c;
             for (int64_t image = bands > 1 ? unit / bands : unit; image < g.p.batch;
                  image += bands > 1 ? g.p.batch : units)
                 for (int64_t i = band * per_image / bands; i < (band + 1) * per_image / bands; ++i) {
@@ -436,7 +459,9 @@ private:
                     std::fill_n(s.grad_window, (tile.rows + 2 * kRadius) * window.row_size, A(0));
                     if (b.def) {
                         difference(kDef, tile, nullptr, s.flat);
-                        deformable(tile, def, s, stride, sums + image * g.p.height * g.p.width * c);
+                        deformable(tile, def, s, stride,
+                                   deform_sums + (band * g.p.batch + image) * g.p.height * g.p.width *
+                                                     wide.channels);
                     }
                     if (near_columns) {
                         if (b.conv) {
@@ -483,9 +508,10 @@ private:
             if (b.depthwise1) keep(s.pointwise_outer, c, c, mine + part.pointwise);
             for (size_t group = 0; group < s.def_outers.size(); ++group)
                 for (int64_t j = 0; j < c; ++j)
-                    for (int64_t i = 0; i < kTaps * slice; ++i)
-                        mine[part.def + j * taps + i / slice * c + group * slice + i % slice] =
-                            s.def_outers[group].sum(i, j);
+                    for (int64_t tap = 0; tap < kTaps; ++tap)
+                        for (int64_t i = 0; i < real; ++i)
+                            mine[part.def + j * taps + tap * c + group * real + i] =
+                                s.def_outers[group].sum(tap * slice + i, j);
         });
 
         const A* const first = partial.get();
@@ -500,8 +526,12 @@ private:
         };
         if (b.def) {
             finish_weight(first + part.def, part.size, units, kDef, b.def, taps, t.grad_def);
-            for (int64_t i = 0; t.grad_offset_weight && i < g.offsets * taps; ++i)
-                t.grad_offset_weight[i] = A(total(part.near + conv_columns * taps + i));
+            if (t.grad_offset_weight)
+                parallel_for(g.offsets, [&](int64_t out) {
+                    const A* const from = first + part.near + conv_columns * taps;
+                    sum_parts(from, part.size, units, out * taps, taps,
+                              [&](int64_t i, double sum) { t.grad_offset_weight[i] = A(sum); });
+                });
             for (int64_t i = 0; t.grad_offset_bias && i < g.offsets; ++i)
                 t.grad_offset_bias[i] = A(total(part.bias + i));
             for (int64_t i = 0; i < c; ++i) {
@@ -523,14 +553,14 @@ private:
     // leaves the gradients of offsets and logits in s.near.
     void deformable(const dc::Tile& tile, const std::vector<Packed>& weights, Scratch& s, int64_t stride,
                     A* image_sums) const {
-        const int64_t groups = g.p.offset_groups, slice = c / groups, pixels = tile.pixels();
-        const T* const image = rectified.memory.get() + tile.image * g.p.height * g.p.width * c;
+        const int64_t groups = g.p.offset_groups, pixels = tile.pixels();
+        const T* const image = map.get() + tile.image * g.p.height * g.p.width * wide.channels;
         int64_t row;
         const Operand* const left = as_operand<Product>(pixels, c, s.flat, c, s.operand, row);
         for (int64_t group = 0; group < groups; ++group) {
             const Packed& weight = weights[group];
             weight.multiply(pixels, left, row, Into::assign, s.columns, weight.padded());
-            dc::locate(g.deform, t.offset, t.offset + g.positions, group, tile, s.samples);
+            dc::locate(wide, t.offset, t.offset + g.positions, group, tile, s.samples);
             dc::scatter(image, image_sums, s.samples, pixels, dc::Slice{group * slice, slice},
                         dc::Wanted{true, true, true}, s.columns, weight.padded(), s.sums);
             dc::differentiate(s.samples, pixels * kTaps, s.sums, s.derivatives, stride);
@@ -563,10 +593,20 @@ private:
     }
 
     // grad_input (+)= the bands' sums where input > 0, + factor * grad of skip.
-    void finish_input(const A* sums) const {
+    void finish_input(A* sums, const A* deform_sums) const {
         const A skip = b.factors[kSkip];
         const int64_t row = g.p.width * c, size = g.pixels * c;
+        const int64_t slices = g.p.width * g.p.offset_groups, real = c / g.p.offset_groups;
         parallel_for(g.p.batch * g.p.height, [&](int64_t unit) {
+            for (int64_t i = 0; b.def && i < bands * slices; ++i) {
+                const int64_t at = (i / slices * g.p.batch * g.p.height + unit) * slices + i % slices;
+                const A* const from = deform_sums + at * slice;
+                A* const to = sums + at * real;
+                by_vectors<kWidth<A>>(real, [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
+                    constexpr int w = decltype(width)::value;
+                    store<w>(to + j, load<w>(to + j) + load<w>(from + j));
+                });
+            }
             by_vectors<kWidth<A>>(row, [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
                 constexpr int w = decltype(width)::value;
                 const int64_t at = unit * row + j;
@@ -617,7 +657,9 @@ private:
     const bool fixed;
     const int64_t conv_columns, near_columns;  // conv's and the offsets' share one product
     const int64_t bands, units;  // bands of an image with sums of their own; units of the last pass
-    const Rectified<T> rectified;
+    const int64_t slice;                // channels of an offset group, filled up to whole vectors
+    const deform_conv2d::Params wide;   // of the deformable branch on maps of such slices
+    const Array<T> map;                 // ReLU(input) in them
     const T* raw_inner = nullptr;
     Normalisation<T> norm;
     const int64_t across;            // columns of a pattern

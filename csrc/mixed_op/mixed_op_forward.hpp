@@ -9,24 +9,28 @@
 
 namespace nasfast::mixed_op::NASFAST_ISA {
 
-// ReLU(input) as a map of its own: deform_conv2d samples it. Whole vectors may be read behind its end.
+// ReLU(input) as a map of its own, which the deformable branch samples: [N, H, W, D, slice], the channels of
+// each offset group filled up with zeros to `slice`. Whole vectors may be read behind its end.
 template <class T>
-struct Rectified {
-    Array<T> memory;
-
-    Rectified(const Geometry& g, const T* input, bool wanted)
-        : memory(wanted ? g.pixels * g.channels + kSpill : 0) {
-        using A = Accumulate<T>;
-        if (!wanted) return;
-        const int64_t row = g.p.width * g.channels;
-        parallel_for(g.p.batch * g.p.height, [&](int64_t unit) {
-            by_vectors<kWidth<A>>(row, [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
+Array<T> rectified(const Geometry& g, const T* input, bool wanted, int64_t slice) {
+    using A = Accumulate<T>;
+    const int64_t groups = g.p.offset_groups, real = g.channels / groups, runs = g.p.width * groups;
+    const int64_t run = slice == real ? runs * slice : slice;  // without gaps a row is one run
+    Array<T> map(wanted ? g.pixels * groups * slice + kSpill : 0);
+    if (!wanted) return map;
+    parallel_for(g.p.batch * g.p.height, [&](int64_t unit) {
+        const T* from = input + unit * runs * real;
+        T* to = map.get() + unit * runs * slice;
+        for (int64_t i = 0; i < runs * slice; i += run, from += slice == real ? run : real, to += run) {
+            by_vectors<kWidth<A>>(slice == real ? run : real, [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
                 constexpr int w = decltype(width)::value;
-                store_as<T, w>(memory.get() + unit * row + j, relu(load_as<A, w>(input + unit * row + j)));
+                store_as<T, w>(to + j, relu(load_as<A, w>(from + j)));
             });
-        });
-    }
-};
+            std::fill(to + (slice == real ? run : real), to + run, T());
+        }
+    });
+    return map;
+}
 
 // The convolution and that of the offsets read the same taps: one product [9C, C + 27D].
 template <class T>
@@ -129,11 +133,11 @@ public:
 
     void run() {
         if (!g.pixels) return;
-        const Rectified<T> rectified(g, t.input, b.def);
-        if (static_cast<Norm>(g.p.norm) == Norm::fixed) return merged(rectified.memory.get());
+        const Array<T> map = rectified(g, t.input, b.def, c / g.p.offset_groups);
+        if (static_cast<Norm>(g.p.norm) == Norm::fixed) return merged(map.get());
         const bool given = static_cast<Norm>(g.p.norm) == Norm::given;
         Moments<A> moments(g);
-        raw_maps(rectified.memory.get(), given ? nullptr : &moments);
+        raw_maps(map.get(), given ? nullptr : &moments);
         for (int map : {kConv, kDil, kDef, kInner})
             if (has(b, map)) {
                 if (!given) moments.finish(map, statistics(map));

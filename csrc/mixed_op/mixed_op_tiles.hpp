@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "common/gemm.hpp"
 #include "common/parallel.hpp"
@@ -25,10 +26,10 @@ constexpr int64_t kTile = 96;    // pixels: a multiple of the rows of every bloc
 constexpr int64_t kRadius = 2;   // of the 3x3 taps with dilation 2
 constexpr int64_t kSpill = 64;   // elements behind a buffer that whole vectors may touch
 
-// The deformable branch as deform_conv2d sees it.
-inline deform_conv2d::Params deform_params(const Params& p) {
+// The deformable branch as deform_conv2d sees it, on a map of `channels`.
+inline deform_conv2d::Params deform_params(const Params& p, int64_t channels) {
     deform_conv2d::Params d = {};
-    d.batch = p.batch, d.channels = d.out_channels = p.channels;
+    d.batch = p.batch, d.channels = channels, d.out_channels = p.channels;
     d.height = d.out_height = p.height, d.width = d.out_width = p.width;
     d.kernel_h = d.kernel_w = 3;
     d.stride_h = d.stride_w = d.pad_h = d.pad_w = d.dilation_h = d.dilation_w = 1;
@@ -48,7 +49,7 @@ struct Geometry {
 
     explicit Geometry(const Params& p)
         : p(p),
-          deform(deform_params(p)),
+          deform(deform_params(p, p.channels)),
           tiling(deform, kTile),
           columns(ceil_div(p.width, tiling.across)),
           channels(p.channels),
@@ -280,17 +281,22 @@ public:
     }
     // Mean and biased variance: [2, C].
     void finish(int map, A* statistics) const {
-        for (int64_t c = 0; c < g_.channels; ++c) {
-            double mean = 0, squares = 0;
-            for (int64_t tile = 0; tile < g_.tiles(); ++tile)
-                mean += double(at(tile, map)[c]) * g_.tiling[tile].pixels();
-            mean /= g_.pixels;
-            for (int64_t tile = 0; tile < g_.tiles(); ++tile) {
-                const double deviation = at(tile, map)[c] - mean;
-                squares += at(tile, map)[g_.channels + c] + deviation * deviation * g_.tiling[tile].pixels();
-            }
-            statistics[c] = A(mean), statistics[g_.channels + c] = A(squares / g_.pixels);
+        const int64_t c = g_.channels;
+        std::vector<double> mean(c, 0.0), squares(c, 0.0);
+        for (int64_t tile = 0; tile < g_.tiles(); ++tile) {
+            const double pixels = g_.tiling[tile].pixels();
+            for (int64_t i = 0; i < c; ++i) mean[i] += pixels * at(tile, map)[i];
         }
+        for (int64_t i = 0; i < c; ++i) mean[i] /= g_.pixels;
+        for (int64_t tile = 0; tile < g_.tiles(); ++tile) {
+            const double pixels = g_.tiling[tile].pixels();
+            for (int64_t i = 0; i < c; ++i) {
+                const double deviation = at(tile, map)[i] - mean[i];
+                squares[i] += at(tile, map)[c + i] + pixels * deviation * deviation;
+            }
+        }
+        for (int64_t i = 0; i < c; ++i)
+            statistics[i] = A(mean[i]), statistics[c + i] = A(squares[i] / g_.pixels);
     }
 
 private:

@@ -158,8 +158,9 @@ class PlainMixedOp(nn.Module):
 
 
 class MixedOp(PlainMixedOp):
-    """:class:`PlainMixedOp` in one pass (:func:`nasfast.ops.mixed_op`): the same results, parameters
-    and state dict, in a fraction of the time and memory.
+    """:class:`PlainMixedOp` in one pass (:func:`nasfast.ops.mixed_op`).
+
+    Results, parameters and state dict are the same; time and memory are a fraction.
 
     Args:
         memory: ``"save"`` keeps the branches' results before normalisation for the backward pass;
@@ -261,8 +262,8 @@ class MixedOp(PlainMixedOp):
         ones = torch.ones_like(first.running_mean)  # type: ignore[arg-type]
         scales, shifts = [ones] * len(MAPS), [torch.zeros_like(ones)] * len(MAPS)
         for at, bn in norms:
-            scale = ones if bn.weight is None else bn.weight
-            shift = shifts[at] if bn.bias is None else bn.bias
+            scale: Tensor = ones if bn.weight is None else bn.weight
+            shift: Tensor = shifts[at] if bn.bias is None else bn.bias
             if not self.training:
                 assert bn.running_mean is not None
                 assert bn.running_var is not None

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nasfast.models.layers import ConvBN, DepthwiseSeparable
+from nasfast.models.layers import ConvBN, DepthwiseSeparable, concatenate
 from nasfast.models.mixed_op import MixedOp, PlainMixedOp
 from nasfast.spaces.ir_nas import (
     PRIMITIVES,
@@ -53,7 +53,7 @@ class SupernetConfig:
     cells: about 60 times less memory for 1.5 times the work."""
     fused: bool = True
     """Whether the mixed operations run fused, or as the plain formulation that they are tested
-    against."""
+    against, which keeps all it computes."""
 
     def __post_init__(self) -> None:
         for field, least in (("layers", 1), ("nodes", 1), ("width", 2)):
@@ -141,7 +141,7 @@ class Router(nn.Module):
         sums: dict[int, Tensor] = {}
         for source in range(self.sources):
             nodes = maps[source * self.maps : (source + 1) * self.maps]
-            x = torch.cat(nodes, 1) if len(nodes) > 1 else nodes[0]
+            x = concatenate(*nodes) if len(nodes) > 1 else nodes[0]
             for level in targets(source):
                 term = moves[source, level - source + 1] * self.convs[f"{source}to{level}"](x)
                 sums[level] = sums[level] + term if level in sums else term
@@ -158,8 +158,8 @@ class Head(nn.Module):
         self.fuse = ConvBN(2 * channels, channels, affine=False)
 
     def forward(self, *nodes: Tensor) -> Tensor:  # each [N, C, H, W]
-        x = torch.cat(nodes, 1)
-        return F.relu(self.fuse(torch.cat([self.atrous(x), F.relu(self.pointwise(x))], 1)))
+        x = concatenate(*nodes)
+        return F.relu(self.fuse(concatenate(self.atrous(x), F.relu(self.pointwise(x)))))
 
 
 class Stem(nn.Module):
@@ -186,7 +186,7 @@ class Tail(nn.Module):
         self.scale = scale
 
     def forward(self, *heads: Tensor) -> Tensor:  # each [N, C, H, W]
-        x = self.conv(F.relu(self.refine(torch.cat(heads, 1))))
+        x = self.conv(F.relu(self.refine(concatenate(*heads))))
         return F.pixel_shuffle(x, self.scale).sigmoid()
 
 
@@ -255,7 +255,7 @@ class Supernet(nn.Module):
         if mix is not None and mix.active is not None:
             active = mix.active
         sources = [num_levels(layer) for layer in range(self.config.layers)]
-        routes = torch.split(self._move_probabilities(), sources)
+        routes = torch.split(self.move_probabilities(), sources)
         cells = iter(self.cells)
 
         reduced, stem = self._run(self.stem, images)
@@ -276,18 +276,19 @@ class Supernet(nn.Module):
     def derive(self) -> IRNASGenotype:
         """The network that alphas and betas stand for (section 3.1 and 3.2)."""
         with torch.no_grad():
-            alphas, betas = self.alphas.double().softmax(1), self._move_probabilities()
+            alphas, betas = self.alphas.softmax(1), self.move_probabilities()
         nodes = derive_nodes(alphas.tolist(), self.config.nodes)
         return IRNASGenotype(nodes, viterbi(betas.tolist(), self.config.layers))
 
     def entropies(self) -> tuple[float, float]:
         """Entropy in nats of the operations of an edge and of the moves of a source, on average."""
         with torch.no_grad():
-            tables = self.alphas.softmax(1), self._move_probabilities()
+            tables = self.alphas.softmax(1), self.move_probabilities()
             alpha, beta = (torch.special.entr(table).sum(1).mean().item() for table in tables)
         return alpha, beta
 
-    def _move_probabilities(self) -> Tensor:  # [rows, 3]
+    def move_probabilities(self) -> Tensor:  # [rows, 3]
+        """Of each source, its moves by -1, 0, +1 levels."""
         return self.betas.masked_fill(self.forbidden, -torch.inf).softmax(1)
 
     def _run(self, module: nn.Module, *inputs: Tensor) -> Any:

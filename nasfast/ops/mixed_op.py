@@ -1,23 +1,25 @@
 """Mixed operation of a gradient search: the weighted sum of the branches of an edge.
 
-The continuous relaxation of DARTS (Liu et al., ICLR 2019, eq. 2) over the primitives of IR-NAS (Zhang
-et al., CVPR 2020): with r = ReLU(input),
+The continuous relaxation of DARTS (Liu et al., ICLR 2019, eq. 2) over the primitives of IR-NAS
+(Zhang et al., CVPR 2020): with r = ReLU(input),
 
 - conv3x3: a 3x3 convolution of r; dil3x3: the same with dilation 2;
-- def3x3: a deformable 3x3 convolution of r (DCNv2), offsets and masks from a 3x3 convolution of r;
+- def3x3: a deformable 3x3 convolution of r (DCNv2), offsets and masks from a convolution of r;
 - sep3x3: pointwise(depthwise(ReLU(norm(inner)))), where inner = pointwise(depthwise(r));
 - skip: input itself;
 
-each but skip normalised, times its factor, summed. All branches are computed in one pass over r, and
-no branch's result is ever written; :func:`mixed_op_reference` says the same in plain PyTorch.
+each but skip normalised, times its factor, summed. All branches are computed in one pass over r,
+and no branch's result is ever written; :func:`mixed_op_reference` says the same in plain PyTorch.
 
-Symbols in shapes: D = offset groups; maps, the normalised ones, in the order conv3x3, sep3x3, dil3x3,
-def3x3, inner.
+Symbols in shapes: D = offset groups; maps, the normalised ones, in the order conv3x3, sep3x3,
+dil3x3, def3x3, inner.
 """
 
 from __future__ import annotations
 
+import math
 import struct
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -70,17 +72,17 @@ def mixed_op(
 
     Args:
         batch_norm: True normalises a map by its statistics over the batch, before scale and shift;
-            False is scale and shift alone: no normalisation, or one by running statistics folded
-            into them. All linear branches are then one convolution with a sparse kernel.
+            False is scale and shift alone: no normalisation, or one by running statistics
+            folded into them. All linear branches are then one convolution with a sparse kernel.
         eps: added to the variance.
-        recompute: keep nothing but the input for the backward pass, which then computes the branches
-            again; else their results before normalisation are kept.
-        into: a sum to add to. Its memory becomes the result's where autograd allows that, so do not
-            use it afterwards.
+        recompute: keep nothing but the input for the backward pass, which then computes the
+            branches again; else their results before normalisation are kept.
+        into: a sum to add to. Its memory becomes the result's where autograd allows that, so do
+            not use it afterwards.
 
-    The statistics take no gradient; with ``batch_norm=False`` they are undefined. Sums are in float32,
-    or float64 for float64; factors, biases, scale and shift may be float32 beside a half-precision
-    input. Autocast casts the input and the weights.
+    The statistics take no gradient; with ``batch_norm=False`` they are undefined. Sums are in
+    float32, or float64 for float64; factors, biases, scale and shift may be float32 beside a
+    half-precision input. Autocast casts the input and the weights.
 
     Raises:
         ValueError: tensors that do not fit together, with what was wanted and what came.
@@ -119,13 +121,13 @@ def mixed_op_reference(
     sums = torch.float32 if half else input.dtype
     x = input.to(sums)
     b = Branches(*(None if weight is None else weight.to(sums) for weight in b))
-    statistics = x.new_zeros(len(MAPS), 2, g.channels)
+    statistics = [x.new_zeros(2, g.channels)] * len(MAPS)
 
     def norm(name: str, raw: Tensor) -> Tensor:
         at = MAPS.index(name)
         if batch_norm:
             variance, mean = torch.var_mean(raw, (0, 2, 3), correction=0)
-            statistics[at, 0], statistics[at, 1] = mean.detach(), variance.detach()
+            statistics[at] = torch.stack([mean, variance]).detach()
             raw = (raw - mean[:, None, None]) * (variance + eps).rsqrt()[:, None, None]
         if scale is not None:
             raw = raw * scale[at, :, None, None]
@@ -140,7 +142,7 @@ def mixed_op_reference(
     if b.deform is not None:
         assert b.offset_weight is not None
         maps = F.conv2d(r, b.offset_weight, b.offset_bias, padding=1)
-        offset, logits = maps.split([g.offset_groups * 18, g.offset_groups * 9], 1)
+        offset, logits = torch.split(maps, [g.offset_groups * 18, g.offset_groups * 9], 1)
         raw = deform_conv2d_reference(
             r, offset, b.deform, b.deform_bias, padding=1, mask=logits.sigmoid()
         )
@@ -158,7 +160,7 @@ def mixed_op_reference(
     terms = [
         factors[i].to(sums) * outputs[name] for i, name in enumerate(FACTORS) if name in outputs
     ]
-    return torch.stack(terms).sum(0).to(input.dtype), statistics
+    return torch.stack(terms).sum(0).to(input.dtype), torch.stack(statistics)
 
 
 class Sizes(NamedTuple):
@@ -337,11 +339,45 @@ def _map(like: Tensor, channels: int, dtype: torch.dtype, count: int = 1) -> Ten
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=last)
 
 
-def _scratch(g: Sizes, ready: _Ready, batch_norm: bool, deform: bool) -> tuple[Tensor | None, ...]:
-    """Memory for the raw maps, and for offsets and masks."""
+class _Scratch(threading.local):
+    """Memory that a thread keeps for maps which no call keeps: as much as the largest call needs.
+
+    Fresh memory would be scattered over the heap between the results of calls, and several times as
+    much of it. CUDA's allocator does not need such help.
+    """
+
+    memory = torch.empty(0, dtype=torch.uint8)
+
+    def map(self, like: Tensor, channels: int, dtype: torch.dtype, count: int, at: int) -> Tensor:
+        """As :func:`_map`, from byte ``at`` of the memory on."""
+        n, _, height, width = like.shape
+        shape = (count * n, height, width, channels)
+        end = at + math.prod(shape) * dtype.itemsize
+        return self.memory[at:end].view(dtype).view(shape).permute(0, 3, 1, 2)
+
+
+_scratch_of_thread = _Scratch()
+
+
+def _scratch(
+    g: Sizes, ready: _Ready, batch_norm: bool, deform: bool, keep: bool
+) -> tuple[Tensor | None, ...]:
+    """Memory for the raw maps, and for offsets and masks; fresh where a call keeps them."""
+    x, count, offsets = ready.input, len(MAPS), g.offset_groups * 27
+    if keep or x.is_cuda:
+        return (
+            _map(x, g.channels, ready.dtype, count) if batch_norm else None,
+            _map(x, offsets, ready.sums) if deform else None,
+        )
+    scratch = _scratch_of_thread
+    end = count * x.numel() * ready.dtype.itemsize if batch_norm else 0
+    end += -end % 64
+    size = end + x.numel() // g.channels * offsets * ready.sums.itemsize
+    if scratch.memory.numel() < size:
+        scratch.memory = torch.empty(size, dtype=torch.uint8)
     return (
-        _map(ready.input, g.channels, ready.dtype, len(MAPS)) if batch_norm else None,
-        _map(ready.input, g.offset_groups * 27, ready.sums) if deform else None,
+        scratch.map(x, g.channels, ready.dtype, count, 0) if batch_norm else None,
+        scratch.map(x, offsets, ready.sums, 1, end) if deform else None,
     )
 
 
@@ -372,7 +408,8 @@ def _kernel(*arguments: Any, into: Tensor | None = None) -> tuple[Tensor, Tensor
     in_place = in_place and into.is_contiguous(memory_format=last)  # type: ignore[union-attr]
     output = into if in_place else _map(ready.input, g.channels, ready.dtype)  # type: ignore[assignment]
     statistics = ready.input.new_empty((len(MAPS), 2, g.channels), dtype=ready.sums)
-    raw, offset = _scratch(g, ready, batch_norm, b.deform is not None)
+    keep = batch_norm and not recompute
+    raw, offset = _scratch(g, ready, batch_norm, b.deform is not None, keep)
     norm = _BATCH if batch_norm else _FIXED
     g = g._replace(norm=norm, eps=_bits(eps), add=int(in_place), **_choices(input))
     _forward(g, ready, raw, offset, statistics, output)
@@ -380,7 +417,6 @@ def _kernel(*arguments: Any, into: Tensor | None = None) -> tuple[Tensor, Tensor
         output = output.to(input.dtype)
     if into is not None and not in_place:
         output = into.add_(output)
-    keep = batch_norm and not recompute
 
     def kept(tensor: Tensor | None) -> Tensor:
         return tensor if keep and tensor is not None else input.new_empty(0)
@@ -407,7 +443,7 @@ def _kernel_backward(*arguments: Any) -> tuple[Tensor, ...]:
     kept = raw if norm and raw.numel() else None
     map = offset if offset.numel() else None
     if not norm or kept is None:
-        kept, map = _scratch(g, ready, norm, b.deform is not None)
+        kept, map = _scratch(g, ready, norm, b.deform is not None, False)
         if norm:
             _forward(g._replace(norm=_GIVEN), ready, kept, map, statistics, None)
 
@@ -480,14 +516,14 @@ def _differentiate(
 
 
 class MixedOpFunction(torch.autograd.Function):
-    """What autograd does with the registered op, without the dispatcher; adds to ``into`` in place."""
+    """What autograd does with the registered op, without the dispatcher; ``into`` in place."""
 
     @staticmethod
     def forward(ctx: Any, into: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor]:
-        fresh = into is not None and into.is_leaf and into.requires_grad
-        outputs = _kernel(*inputs, into=into.clone() if fresh else into)  # type: ignore[union-attr]
+        fixed = into is not None and (into._is_view() or (into.is_leaf and into.requires_grad))
+        outputs = _kernel(*inputs, into=into.clone() if fixed else into)  # type: ignore[union-attr]
         _setup(ctx, inputs, outputs)
-        if into is not None and not fresh:
+        if into is not None and not fixed:
             ctx.mark_dirty(into)
         ctx.mark_non_differentiable(outputs[1])
         return outputs[:2]
@@ -517,10 +553,11 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     _, input, *rest = arguments
     sources, wanted = (input, *rest[:13]), arguments[-1]
+    device: torch.device = input.device
 
     def like(tensor: Tensor | None, want: bool) -> Tensor:
         if tensor is None or not want:
-            return input.new_empty(0)
+            return torch.empty(0, dtype=input.dtype, device=device)
         layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
         return torch.empty_like(tensor, memory_format=layout)
 
@@ -535,7 +572,9 @@ def _autocast(device: str) -> Callable[..., tuple[Tensor, ...]]:
         dtype = torch.get_autocast_dtype(device)
 
         def cast(tensor: Tensor | None, to: torch.dtype) -> Tensor | None:
-            return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(to)
+            if tensor is not None and tensor.dtype != torch.float64:
+                tensor = tensor.to(to)
+            return tensor
 
         with torch.autocast(device, enabled=False):
             b = Branches(*(cast(weight, dtype) for weight in weights))
@@ -569,9 +608,9 @@ def _reference(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _flops(input: Sequence[int], factors: Any, *arguments: Any, **rest: Any) -> int:
     """Of the convolutions, two per multiply-add, as PyTorch counts them."""
-    n, c, height, width = input
+    n, _, height, width = input
     weights = [shape for shape in arguments[:10] if shape is not None and len(shape) == 4]
-    return 2 * n * height * width * sum(o * i * h * w for o, i, h, w in weights)
+    return int(2 * n * height * width * sum(math.prod(shape) for shape in weights))
 
 
 def _backward_flops(grad: Sequence[int], *arguments: Any, **rest: Any) -> int:

@@ -5,7 +5,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nasfast.models.layers import OPS, GlobalAveragePool, Zero, build_op, largest, resize
+from nasfast.models.layers import (
+    OPS,
+    GlobalAveragePool,
+    Zero,
+    build_op,
+    concatenate,
+    largest,
+    resize,
+)
 from nasfast.spaces.fast_nas import PRIMITIVES
 
 # kernel, dilation, separable
@@ -155,3 +163,14 @@ def test_gradients_under_bfloat16(name, channels, size):
         assert (got - reference).norm() < 0.1 * reference.norm()
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(other, first))
+
+
+def test_concatenate_is_cat_with_gradients_that_are_maps() -> None:
+    maps = [torch.randn(2, c, 5, 7, requires_grad=True) for c in (3, 1, 4)]
+    output = concatenate(*maps)
+    torch.testing.assert_close(output, torch.cat(maps, 1), rtol=0, atol=0)
+    grad = torch.randn_like(output).contiguous(memory_format=torch.channels_last)
+    gradients = torch.autograd.grad(output, maps, grad)
+    for gradient, part in zip(gradients, grad.split([3, 1, 4], 1), strict=True):
+        torch.testing.assert_close(gradient, part, rtol=0, atol=0)
+        assert gradient.is_contiguous(memory_format=torch.channels_last)

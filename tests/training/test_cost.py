@@ -37,6 +37,13 @@ def test_macs_are_those_of_evaluation_mode_and_leave_the_network_alone():
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
 
 
+def test_images_of_other_channels():
+    net = nn.Conv2d(1, 4, 3, padding=1, bias=False)
+    assert count_macs(net, (5, 6), channels=1) == 5 * 6 * 4 * 9
+    runtime = Runtime(torch.device("cpu"))
+    assert measure_latency(net, (5, 6), runtime, channels=1, seconds=0.01).median > 0
+
+
 def test_latency_fields():
     net = Net().eval()
     latency = measure_latency(net, (16, 12), Runtime(torch.device("cpu")), batch=2, seconds=0.05)

@@ -1,0 +1,369 @@
+"""Images for restoration: clean ones, or pairs of a degraded and a clean image of one scene."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from nasfast.data.base import digest
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+MODES = {1: "L", 3: "RGB"}
+GREY_MODES = ("1", "L", "LA")
+WIDE_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+CLEAN_FOLDER, DEGRADED_FOLDERS = "clean", ("rainy", "degraded")
+CLEAN_SUFFIX, DEGRADED_SUFFIX = "ground_truth", "rain"
+DRAWN = {"train": 100, "test": 10}  # images of a stream
+SYNTHETIC_VERSION = 1  # part of the fingerprint: raise it with every change of what is drawn
+LAYOUTS = (
+    "train/ + test/ (+ val/) at the top or in images/ (BSDS500), a folder of images, pairs in "
+    f"{CLEAN_FOLDER}/ + {' or '.join(f'{f}/' for f in DEGRADED_FOLDERS)} under equal names, or "
+    f"pairs named <k>{DEGRADED_SUFFIX} and <k>{CLEAN_SUFFIX}"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A clean image, and a degraded image of the same scene where the data set has one."""
+
+    name: str
+    clean: Tensor  # uint8 [c, H, W]
+    degraded: Tensor | None = None  # uint8 [c, H, W]
+
+
+class Source(ABC):
+    """Where a picture comes from; it is read at the first use and kept, a byte a value."""
+
+    name: str
+    size: tuple[int, int]  # height, width
+    paired: bool
+
+    @cached_property
+    def picture(self) -> Picture:
+        return self.read()
+
+    @cached_property
+    def identity(self) -> str:
+        return self.identify()
+
+    @abstractmethod
+    def read(self) -> Picture: ...
+
+    @abstractmethod
+    def identify(self) -> str:
+        """SHA-256 (hex) over all that determines the picture."""
+
+
+class Pictures(Sequence[Picture]):
+    """Images of one number of channels (1: grey, 3: RGB), read when first asked for.
+
+    Slices and subsets are `Pictures` too and share what has been read.
+    """
+
+    def __init__(self, name: str, channels: int, sources: Sequence[Source]) -> None:
+        self.name, self.channels, self._sources = name, channels, tuple(sources)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(source.name for source in self._sources)
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of each image, known without reading it."""
+        return tuple(source.size for source in self._sources)
+
+    @property
+    def paired(self) -> bool:
+        """Whether the pictures bring a degraded image."""
+        return any(source.paired for source in self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    @overload
+    def __getitem__(self, index: int) -> Picture: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Pictures: ...
+
+    def __getitem__(self, index: int | slice) -> Picture | Pictures:
+        """The picture at an index, or the `Pictures` of a slice. IndexError outside."""
+        if isinstance(index, slice):
+            return self.subset(range(len(self))[index])
+        return self._sources[index].picture
+
+    def subset(self, indices: Iterable[int]) -> Pictures:
+        """The pictures at `indices`, in that order. IndexError outside."""
+        return Pictures(self.name, self.channels, [self._sources[i] for i in indices])
+
+    def __add__(self, other: Pictures) -> Pictures:
+        """Both sets in one, sorted by name."""
+        sources = sorted([*self._sources, *other._sources], key=lambda source: source.name)
+        return Pictures(self.name, self.channels, sources)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over all that determines the pictures; equal in every process."""
+        return digest("pictures", self.channels, *(source.identity for source in self._sources))
+
+
+@dataclass(frozen=True)
+class RestorationData:
+    """The parts of a data set. A search and a training read `train` and `val`; `test` is for the
+    table at the end."""
+
+    train: Pictures
+    val: Pictures
+    test: Pictures
+
+    @property
+    def channels(self) -> int:
+        return self.train.channels
+
+    def halves(self) -> tuple[Pictures, Pictures]:
+        """`train` divided for a bilevel search: images for the weights, for the architecture."""
+        middle = (len(self.train) + 1) // 2
+        if middle == len(self.train):
+            raise ValueError(
+                f"{self.train.name}: a search divides the training images in two and needs at "
+                f"least 2, got {len(self.train)}"
+            )
+        return self.train[:middle], self.train[middle:]
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over all parts."""
+        parts = (self.train, self.val, self.test)
+        return digest("restoration", *(part.fingerprint() for part in parts))
+
+
+def open_images(source: str | Path, channels: int) -> RestorationData:
+    """Open a data set for restoration and divide it.
+
+    `source` is "synthetic" (110 drawn images) or a folder: `train/` and `test/` (and `val/`,
+    which is added to `train/`) at its top or in `images/`, as BSDS500 has them, or images alone,
+    of which the 20 % with the smallest hash of the name are the test. A folder of images holds
+    clean ones, or pairs: in two folders under equal names, or side by side as `<k>rain` and
+    `<k>ground_truth`. Of the training images sorted by name the last 2 %, at least one, validate
+    (split of the IR-NAS search).
+
+    Args:
+        source: "synthetic" or a folder.
+        channels: 1 converts to grey (ITU-R 601 luma, PIL's "L"), 3 to RGB.
+
+    Raises:
+        ValueError: unknown layout, unreadable or unfit file, a pair that does not fit, too few
+            images, or `channels` other than 1 and 3.
+        FileNotFoundError: no such folder, or an image without its partner.
+    """
+    _check_channels(channels)
+    if source == "synthetic":
+        return _divide(*(_draw_all(channels, stream) for stream in DRAWN))
+    root = Path(source)
+    if not root.is_dir():
+        raise FileNotFoundError(f"data: wanted 'synthetic' or a folder, got {str(source)!r}")
+    for top in (root, root / "images"):
+        if (top / "train").is_dir() and (top / "test").is_dir():
+            name = root.resolve().name
+            train = open_pictures(top / "train", channels, name=name)
+            if (top / "val").is_dir():
+                train += open_pictures(top / "val", channels, name=name)
+            return _divide(train, open_pictures(top / "test", channels, name=name))
+    pictures = open_pictures(root, channels)
+    if len(pictures) < 3:
+        raise ValueError(
+            f"{root}: wanted at least 3 images (training, validation, test), got {len(pictures)}"
+        )
+    ranked = sorted(range(len(pictures)), key=lambda index: _hash(pictures.names[index]))
+    count = max(1, round(0.2 * len(pictures)))
+    train, test = (pictures.subset(sorted(part)) for part in (ranked[count:], ranked[:count]))
+    return _divide(train, test)
+
+
+def open_pictures(folder: Path, channels: int, *, name: str | None = None) -> Pictures:
+    """All images or pairs of one folder, sorted by name; for errors see `open_images`."""
+    _check_channels(channels)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data: wanted a folder of images, got {str(folder)!r}")
+    files, clean = _image_files(folder), folder / CLEAN_FOLDER
+    degraded = next((folder / name for name in DEGRADED_FOLDERS if (folder / name).is_dir()), None)
+    pairs: list[tuple[Path, ...]]
+    if degraded is not None and clean.is_dir():
+        pairs = _paired(*({p.stem: p for p in _image_files(part)} for part in (clean, degraded)))
+    elif any(path.stem.endswith(CLEAN_SUFFIX) for path in files):
+        pairs = _paired(
+            *(
+                {p.stem.removesuffix(end): p for p in files if p.stem.endswith(end)}
+                for end in (CLEAN_SUFFIX, DEGRADED_SUFFIX)
+            )
+        )
+    else:
+        pairs = [(path,) for path in files]
+    if not pairs:
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise ValueError(f"data: {folder} holds no images: wanted {LAYOUTS}; found {found}")
+    sources = [_Files(paths, channels) for paths in pairs]
+    return Pictures(name or folder.resolve().name, channels, sources)
+
+
+class _Files(Source):
+    """A clean image file, and its degraded one where there is one; opening reads headers only."""
+
+    def __init__(self, paths: tuple[Path, ...], channels: int) -> None:
+        self.name, self.paired = paths[0].name, len(paths) > 1
+        self._paths, self._channels = paths, channels
+        sizes = [_measure(path, channels) for path in paths]
+        self.size = sizes[0]
+        if sizes[-1] != sizes[0]:
+            clean, degraded = (f"{p} of {h}x{w}" for p, (h, w) in zip(paths, sizes, strict=True))
+            raise ValueError(
+                f"data: wanted pairs of one size, got {clean} and {degraded} (height x width)"
+            )
+
+    def read(self) -> Picture:
+        return Picture(self.name, *(_decode(path, self._channels) for path in self._paths))
+
+    def identify(self) -> str:
+        hashes = (hashlib.sha256(path.read_bytes()).hexdigest() for path in self._paths)
+        return digest("files", self.name, *hashes)
+
+
+class _Drawing(Source):
+    """A drawn image of 96x128 or 128x96, determined by (stream, index) alone.
+
+    Smooth shapes with sharp outlines over a gradient; some carry stripes or grain, so that a
+    filter cannot win by smoothing alone.
+    """
+
+    paired = False
+
+    def __init__(self, channels: int, stream: str, index: int) -> None:
+        self.name, self._channels = f"{stream}{index:03d}", channels
+        self._stream, self._index = stream, index
+        self.size = (96, 128) if index % 3 else (128, 96)
+
+    def read(self) -> Picture:
+        rng = np.random.default_rng((list(DRAWN).index(self._stream), self._index))
+        canvas = _gradient(rng, self.size)
+        for _ in range(rng.integers(8, 20)):
+            canvas = np.where(_outline(rng, self.size), _gradient(rng, self.size), canvas)
+        pixels = (255 * canvas.clip(0, 1)).round().astype(np.uint8).transpose(1, 2, 0)
+        return Picture(self.name, _planes(Image.fromarray(pixels), self._channels))
+
+    def identify(self) -> str:
+        return digest("drawing", SYNTHETIC_VERSION, self._stream, self._index)
+
+
+def _draw_all(channels: int, stream: str) -> Pictures:
+    sources = [_Drawing(channels, stream, index) for index in range(DRAWN[stream])]
+    return Pictures("synthetic", channels, sources)
+
+
+def _grid(size: tuple[int, int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """y [H, 1] and x [1, W] in units of the shorter side."""
+    y, x = np.ogrid[: size[0], : size[1]]
+    return y / min(size), x / min(size)
+
+
+def _gradient(rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.float64]:
+    """A colour that changes linearly, with stripes, grain or neither. [3, H, W]"""
+    y, x = _grid(size)
+    color = rng.uniform(0.1, 0.9) + rng.uniform(-0.12, 0.12, (3, 1, 1))
+    slope = rng.uniform(-0.2, 0.2, (2, 3, 1, 1))
+    texture: NDArray[np.float64] | float = 0.0
+    kind = rng.random()
+    if kind < 0.35:
+        angle, period = rng.uniform(0, np.pi), rng.uniform(0.03, 0.15)
+        texture = np.sin(2 * np.pi * (y * np.sin(angle) + x * np.cos(angle)) / period)
+    elif kind < 0.6:
+        texture = rng.standard_normal(size)
+        texture = (texture + np.roll(texture, 1, 0) + np.roll(texture, 1, 1)) / 3
+    strength = rng.uniform(0.03, 0.15)
+    return np.asarray(color + slope[0] * (y - 0.5) + slope[1] * (x - 0.5) + strength * texture)
+
+
+def _outline(rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """An ellipse or a rectangle, turned. [H, W]"""
+    y, x = _grid(size)
+    angle = rng.uniform(0, np.pi)
+    y, x = y - rng.uniform(0, size[0] / min(size)), x - rng.uniform(0, size[1] / min(size))
+    u = (np.cos(angle) * x + np.sin(angle) * y) / rng.uniform(0.04, 0.4)
+    v = (np.cos(angle) * y - np.sin(angle) * x) / rng.uniform(0.04, 0.4)
+    inside = np.hypot(u, v) if rng.random() < 0.5 else np.maximum(np.abs(u), np.abs(v))
+    return np.asarray(inside < 1)
+
+
+def _divide(train: Pictures, test: Pictures) -> RestorationData:
+    if len(train) < 2:
+        raise ValueError(
+            f"{train.name}: wanted at least 2 training images (one validates), got {len(train)}"
+        )
+    held_out = max(1, len(train) // 50)
+    return RestorationData(train=train[:-held_out], val=train[-held_out:], test=test)
+
+
+def _hash(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def _check_channels(channels: int) -> None:
+    if channels not in MODES:
+        raise ValueError(f"channels: wanted 1 (grey) or 3 (RGB), got {channels}")
+
+
+def _image_files(folder: Path) -> list[Path]:
+    return sorted(
+        (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES),
+        key=lambda path: path.name,
+    )
+
+
+def _paired(clean: dict[str, Path], degraded: dict[str, Path]) -> list[tuple[Path, ...]]:
+    """(clean, degraded) by key; FileNotFoundError names the first file without its partner."""
+    for key in sorted(clean.keys() ^ degraded.keys()):
+        found, missing = (clean, "degraded") if key in clean else (degraded, "clean")
+        raise FileNotFoundError(f"data: {found[key]} has no {missing} partner; wanted {LAYOUTS}")
+    return [(clean[key], degraded[key]) for key in sorted(clean)]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as file:
+            yield file
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"image {path} cannot be read: {error}") from error
+
+
+def _measure(path: Path, channels: int) -> tuple[int, int]:
+    with _opened(path) as file:
+        mode, size = file.mode, (file.height, file.width)
+    if mode in WIDE_MODES:
+        raise ValueError(f"image {path} has mode {mode}: wanted 8 bits a channel; convert it")
+    if channels == 3 and mode in GREY_MODES:
+        raise ValueError(
+            f"image {path} is grey: wanted a colour image for 3 channels; use 1 channel, which "
+            "takes colour images too and converts them"
+        )
+    return size
+
+
+def _decode(path: Path, channels: int) -> Tensor:
+    with _opened(path) as file:
+        return _planes(file, channels)
+
+
+def _planes(image: Image.Image, channels: int) -> Tensor:
+    """uint8 [c, H, W]"""
+    pixels = np.array(image.convert(MODES[channels]))
+    return torch.from_numpy(np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1)))

@@ -1,0 +1,217 @@
+"""Search of restoration networks (IR-NAS, CVPR 2020): its settings, and what they open."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+
+from nasfast.cli import flag_value, say
+from nasfast.config import require_positive
+from nasfast.data.restoration import open_images
+from nasfast.device import resolve_device
+from nasfast.evaluator import derive_seed
+from nasfast.interrupt import Interrupt
+from nasfast.methods.base import SearchSettings
+from nasfast.methods.restoration.candidates import (
+    CandidateSearch,
+    RestorationEvaluator,
+    SizeClass,
+    parse_range,
+)
+from nasfast.methods.restoration.settings import parse as parse_with_task
+from nasfast.methods.restoration.supernet import (
+    ArchitectureConfig,
+    BilevelConfig,
+    SupernetSearch,
+    WeightsConfig,
+)
+from nasfast.methods.restoration.train import Recipe
+from nasfast.models.restorer import RestorerConfig
+from nasfast.models.supernet import Supernet, SupernetConfig
+from nasfast.spaces.ir_nas import IRNASSpace
+from nasfast.strategies.gradient import Temperature, make_relaxation
+from nasfast.tasks import task_from_json
+from nasfast.tasks.denoising import Denoising
+from nasfast.training.cost import count_parameters
+from nasfast.training.loop import Runtime
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig(SearchSettings):
+    """Settings of a search; a preset gives the defaults."""
+
+    method: Annotated[Literal["restoration"], tyro.conf.Positional] = "restoration"
+    """What to search."""
+    data: str = "synthetic"
+    """"synthetic", a folder with train/ and test/ such as BSDS500's, a folder of images, or pairs
+    of degraded and clean images."""
+    preset: Literal["demo", "quick", "paper"] = "demo"
+    """demo: a minute on a laptop (default for the synthetic set). quick: some ten minutes on two
+    cores (default for other data). paper: the published search, for a GPU."""
+    task: Mapping[str, Any] = field(default_factory=Denoising().describe)
+    """What networks restore: --task NAME, and its settings as --task.SETTING."""
+    channels: Literal[1, 3] = 1
+    """1: grey. 3: colour."""
+    strategy: Literal["darts", "proxyless", "gumbel", "random"] = "darts"
+    """darts: all operations of the supernet mixed, as published. proxyless, gumbel: single paths
+    through it. random: no supernet; sampled architectures, each trained for a short while."""
+    bilevel: BilevelConfig = field(default_factory=BilevelConfig)
+    """The search on the supernet."""
+    supernet: SupernetConfig = field(default_factory=SupernetConfig)
+    """Size of the supernet; --strategy random takes layers and nodes from it."""
+    network: RestorerConfig = field(default_factory=RestorerConfig)
+    """Size of the networks that are derived."""
+    temperature: Temperature = field(default_factory=Temperature)
+    """Of --strategy gumbel."""
+    budget: int = 8
+    """Architectures to evaluate with --strategy random."""
+    params: str | None = None
+    """LOW:HIGH, the parameters of the networks that --strategy random samples."""
+    recipe: Recipe = field(default_factory=Recipe)
+    """Training of each of them."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "budget")
+        parse_range(self.params)
+        if self.params is not None and self.strategy != "random":
+            raise ValueError(
+                f"params: wanted --strategy random, which samples, got {self.strategy}; a search "
+                "by gradient is not held to a size"
+            )
+
+
+PRESETS = {
+    "demo": SearchConfig(
+        preset="demo",
+        bilevel=BilevelConfig(
+            epochs=12,
+            warmup=3,
+            patience=4,
+            batch_size=8,
+            crop=32,
+            val_crop=96,
+            weights=WeightsConfig("adam", 3e-3, 1e-4, cycles=0.5),
+            architecture=ArchitectureConfig(0.03),
+        ),
+        supernet=SupernetConfig(layers=2, nodes=2, width=4, memory="save"),
+        network=RestorerConfig(width=8, stem=16, head=16, low_level=8, residual=True),
+        budget=4,
+        recipe=Recipe(steps=100, batch_size=4, crop=48),
+        temperature=Temperature(steps=50),
+    ),
+    "quick": SearchConfig(
+        preset="quick",
+        bilevel=BilevelConfig(
+            epochs=30,
+            warmup=8,
+            patience=8,
+            batch_size=12,
+            crop=40,
+            val_crop=160,
+            weights=WeightsConfig("adam", 3e-3, 1e-4, cycles=0.5, weight_decay=0.0),
+            architecture=ArchitectureConfig(0.02),
+        ),
+        supernet=SupernetConfig(layers=3, nodes=3, width=8, memory="save"),
+        network=RestorerConfig(width=12, stem=24, head=32, low_level=16, residual=True),
+        recipe=Recipe(steps=200),
+        temperature=Temperature(steps=250),
+    ),
+    "paper": SearchConfig(preset="paper", recipe=Recipe(steps=20_000)),
+}
+
+
+def parse(argv: Sequence[str]) -> SearchConfig:
+    """Settings from a command line: the preset's, overridden flag by flag."""
+    preset = flag_value(argv, "--preset")
+    if preset not in PRESETS:  # absent, or wrong and then refused by the parser
+        preset = "demo" if flag_value(argv, "--data") in (None, "synthetic") else "quick"
+    config = parse_with_task(
+        SearchConfig, argv, prog="nasfast.search", description=__doc__, default=PRESETS[preset]
+    )
+    data = config.data
+    return dataclasses.replace(
+        config,
+        data=data if data == "synthetic" else str(Path(data).expanduser().resolve()),
+        runs=config.runs.expanduser().resolve(),
+    )
+
+
+def continued(
+    config: SearchConfig, checkpoint: Mapping[str, Any], budget: int | None
+) -> SearchConfig:
+    """The settings with another budget, or with that of the last time.
+
+    Raises:
+        ValueError: a budget for a search by gradient.
+    """
+    if budget is None:
+        return dataclasses.replace(config, budget=checkpoint.get("budget", config.budget))
+    if config.strategy != "random":
+        raise ValueError(
+            "resume: wanted no --budget, as the learning rate of a search by gradient follows its "
+            f"number of epochs, got {budget}; start a new run with another --bilevel.epochs"
+        )
+    return dataclasses.replace(config, budget=budget)
+
+
+def build(
+    config: SearchConfig, interrupt: Interrupt, console: Console
+) -> tuple[SupernetSearch | CandidateSearch, SearchConfig]:
+    """Open the images and make the supernet."""
+    runtime = Runtime(resolve_device(config.device), interrupt.check)
+    task = task_from_json(config.task)
+    data = open_images(config.data, config.channels)
+    space = IRNASSpace(config.supernet.layers, config.supernet.nodes)
+    halves = data.halves()
+    say(
+        console,
+        f"task     {task.label}\n"
+        f"data     {data.train.name}: {len(halves[0])} images for the weights, {len(halves[1])} "
+        f"for the architecture, {len(data.val)} to score\n"
+        f"device   {runtime.device}, {torch.get_num_threads()} threads, {runtime.precision}\n"
+        f"space    {space.size():.2e} networks; strategy {config.strategy}",
+    )
+    if config.strategy == "random":
+        low, high = parse_range(config.params)
+        sizes = SizeClass(
+            space.layers, space.nodes, low, high, config.network, config.channels, task.scale
+        )
+        sizes.sample(random.Random(config.seed))  # refuses an empty class before a run is made
+        evaluator = RestorationEvaluator(
+            task, data, config.network, config.recipe, runtime, seed=config.seed
+        )
+        inputs = {
+            "training images": data.train.fingerprint(),
+            "validation images": data.val.fingerprint(),
+        }
+        return CandidateSearch(sizes, evaluator, config.budget, inputs), config
+    torch.manual_seed(derive_seed(config.seed, "supernet"))
+    model = Supernet(config.supernet, config.channels, task.scale)
+    architecture = sum(p.numel() for p in model.architecture())
+    say(
+        console,
+        f"supernet {count_parameters(model) - architecture:,} weights, {architecture} architecture "
+        "parameters",
+    )
+    search = SupernetSearch(
+        task,
+        halves,
+        data.val,
+        model,
+        make_relaxation(
+            config.strategy, derive_seed(config.seed, "relaxation"), config.temperature
+        ),
+        config.network,
+        config.bilevel,
+        runtime,
+        seed=config.seed,
+    )
+    return search, config

@@ -1,0 +1,294 @@
+"""Full training of a restoration network."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from nasfast.cli import flag_value
+from nasfast.config import from_mapping, require_positive
+from nasfast.data.restoration import open_images
+from nasfast.evaluator import derive_seed
+from nasfast.files import atomic_write
+from nasfast.methods.base import MODEL_FILE, Source, TrainSettings
+from nasfast.methods.restoration.settings import parse
+from nasfast.models.restorer import Restorer, RestorerConfig, save_restorer
+from nasfast.spaces.ir_nas import IRNASGenotype
+from nasfast.tasks import task_from_json
+from nasfast.tasks.denoising import Denoising
+from nasfast.tasks.restoration import ImagePatches, RestorationLoss, evaluate
+from nasfast.training.cost import count_macs, count_parameters
+from nasfast.training.loop import Group, Runtime, one_cycle, train_epoch
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained; the defaults are those of ``quick``."""
+
+    steps: int = 2400
+    """Optimisation steps."""
+    batch_size: int = 8
+    """Patches a step."""
+    crop: int = 64
+    """Side of a patch, in pixels of the target."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """adamw: one cycle to zero. sgd: momentum 0.9, polynomial decay of power 0.9, biases at twice
+    the learning rate and without weight decay, as published."""
+    lr: float = 4e-3
+    """Learning rate: the peak of adamw, the start of sgd."""
+    weight_decay: float = 1e-4
+    """Of adamw decoupled, of sgd an L2 penalty."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this L2 norm."""
+    ssim_weight: float = 0.0
+    """lambda: weight of log10(1 / SSIM) beside the squared error."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "steps", "batch_size", "crop", "lr", "max_grad_norm")
+        RestorationLoss(self.ssim_weight)
+
+
+@dataclass(frozen=True)
+class TrainConfig(Recipe, TrainSettings):
+    """Settings of a full training; a preset gives the defaults."""
+
+    preset: Literal["quick", "paper"] = "quick"
+    """quick: some ten minutes on two cores. paper: the published 600,000 steps, for a GPU."""
+    task: Mapping[str, Any] = field(default_factory=Denoising().describe)
+    """What the network restores: --task NAME; default: what it was searched for."""
+    channels: Literal[1, 3] = 1
+    """1: grey. 3: colour. Default: those of the search."""
+    network: RestorerConfig = field(default_factory=RestorerConfig)
+    """Size of the network; default: that of the search, or the published one."""
+    round_steps: int = 100
+    """Steps between two checkpoints."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "round_steps")
+
+
+PUBLISHED = Recipe(
+    steps=600_000,
+    batch_size=12,
+    optimizer="sgd",
+    lr=0.05,
+    weight_decay=4e-5,
+    max_grad_norm=math.inf,
+    ssim_weight=0.6,
+)
+PRESETS = {"quick": Recipe(), "paper": PUBLISHED}
+
+
+def parse_train(
+    argv: Sequence[str], found: Mapping[str, Any], description: str | None
+) -> TrainConfig:
+    """Settings from a command line; the source's own are the defaults."""
+    wanted = flag_value(argv, "--preset") or found.get("preset")
+    preset: Any = wanted if wanted in PRESETS else "quick"
+    default = TrainConfig(
+        source=Path("RUN"),
+        preset=preset,
+        task=found.get("task", Denoising().describe()),
+        channels=found.get("channels", 1),
+        network=from_mapping(RestorerConfig, found.get("network", {}), "network"),
+        **dataclasses.asdict(PRESETS[preset]),
+    )
+    return parse(TrainConfig, argv, prog="nasfast.train", description=description, default=default)
+
+
+def resolve(config: TrainConfig, source: Source) -> TrainConfig:
+    """Fill in the data of the search."""
+    return dataclasses.replace(config, data=config.data or source.search.get("data", "synthetic"))
+
+
+class Fitting:
+    """Optimisation steps on random patches, resumable after any of them.
+
+    Args:
+        model: the network, on the runtime's device.
+        patches: where it learns.
+        recipe: how.
+        runtime: device and precision.
+        seed: decides patches and what the task draws.
+    """
+
+    def __init__(
+        self, model: Restorer, patches: ImagePatches, recipe: Recipe, runtime: Runtime, seed: int
+    ) -> None:
+        self.model, self.patches, self.recipe, self.runtime = model, patches, recipe, runtime
+        self.steps = 0
+        self._loss_of = RestorationLoss(recipe.ssim_weight)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._optimizer, self._schedule = _optimizer(model, recipe)
+        parameters = list(model.parameters())
+        self._group = Group(parameters, self._optimizer, recipe.max_grad_norm, self._schedule)
+
+    def run(self, steps: int) -> float:
+        """Train for up to this many steps, no further than the recipe says; the mean loss.
+
+        Raises:
+            NonFiniteLossError: the loss is NaN or infinite.
+        """
+        self.model.train()
+        steps = min(steps, self.recipe.steps - self.steps)
+        batches = (self._batch() for _ in range(steps))
+        loss = train_epoch(batches, self._loss, [self._group], self.runtime)
+        self.steps += steps
+        return loss
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        count = (self.recipe.batch_size,)
+        indices = torch.randint(len(self.patches), count, generator=self._generator)
+        inputs, targets = self.patches.batch(indices, self._generator)
+        return inputs.to(self.runtime.device), targets.to(self.runtime.device)
+
+    def _loss(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        inputs, targets = pair
+        with self.runtime.autocast():
+            restored = self.model(inputs)
+        return self._loss_of(restored, targets)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        return {
+            "steps": self.steps,
+            "model": self.model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.steps = state["steps"]
+        self.model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._generator.set_state(state["generator"])
+
+
+def _optimizer(model: Restorer, recipe: Recipe) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    lr, decay, steps = recipe.lr, recipe.weight_decay, recipe.steps
+    optimizer: torch.optim.Optimizer
+    if recipe.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=decay, fused=True)
+        return optimizer, one_cycle(optimizer, steps)
+    names = dict(model.named_parameters())
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in names.items() if not name.endswith("bias")]},
+        {
+            "params": [p for name, p in names.items() if name.endswith("bias")],
+            "lr": 2 * lr,
+            "weight_decay": 0.0,
+        },
+    ]
+    optimizer = torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=decay, fused=True)
+    return optimizer, LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps) ** 0.9)
+
+
+class Trainer:
+    """One full training, a checkpoint every `round_steps` steps."""
+
+    def __init__(
+        self, config: TrainConfig, genotype: IRNASGenotype, out: Path, runtime: Runtime
+    ) -> None:
+        assert config.data is not None
+        self.settings, self.genotype, self.out, self.runtime = config, genotype, out, runtime
+        self.task = task_from_json(config.task)
+        self.data = open_images(config.data, config.channels)
+        patches = ImagePatches(self.data.train, self.task, config.crop)
+        torch.manual_seed(derive_seed(config.seed, "train"))
+        self.model = Restorer(genotype, config.network, config.channels, self.task.scale)
+        runtime.place(self.model)
+        seed = derive_seed(config.seed, "patches")
+        self.fitting = Fitting(self.model, patches, config, runtime, seed)
+        self.history: list[dict[str, float]] = []
+
+    @property
+    def done(self) -> int:
+        return len(self.history)
+
+    @property
+    def rounds(self) -> int:
+        return math.ceil(self.settings.steps / self.settings.round_steps)
+
+    @property
+    def summary(self) -> str:
+        return (
+            f"task     {self.task.label}\n"
+            f"data     {self.settings.data}, {len(self.data.train)} images\n"
+            f"size     {count_parameters(self.model):,} parameters"
+        )
+
+    def round(self) -> str:
+        """Train up to the next checkpoint."""
+        start = time.perf_counter()
+        loss = self.fitting.run(self.settings.round_steps)
+        self.history.append({"loss": loss, "seconds": time.perf_counter() - start})
+        return (
+            f"step {self.fitting.steps}/{self.settings.steps}  loss {loss:.5f}  "
+            f"{self.history[-1]['seconds']:.1f} s"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next round depends on."""
+        return {
+            "data": self.data.train.fingerprint(),
+            "fitting": self.fitting.state_dict(),
+            "history": self.history,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`.
+
+        Raises:
+            ValueError: the training images are others.
+        """
+        if state["data"] != self.data.train.fingerprint():
+            raise ValueError(
+                f"resume {self.out}: wanted the training images that it began with, got other "
+                f"content in {self.settings.data}; restore it or start a new training"
+            )
+        self.fitting.load_state_dict(state["fitting"])
+        self.history = list(state["history"])
+
+    def finish(self) -> str:
+        """Score on the validation images; write network and metrics."""
+        config, model, val = self.settings, self.model.eval(), self.data.val
+        scores = evaluate(
+            model, self.task, val, seed=config.seed, channels=config.channels, runtime=self.runtime
+        )
+        height, width = val.sizes[0]
+        size = (height // self.task.scale, width // self.task.scale)
+        metrics: dict[str, Any] = {
+            "genotype": self.genotype.to_json(),
+            "task": config.task,
+            "split": f"val of {val.name}, {len(val)} images",
+            **scores.as_dict(),
+            "params": count_parameters(model),
+            "macs": count_macs(model, size, channels=config.channels),
+            "size": list(size),
+            "seconds": sum(entry["seconds"] for entry in self.history),
+            "steps": self.fitting.steps,
+            "losses": [entry["loss"] for entry in self.history],
+        }
+        description = {
+            "task": config.task,
+            "data": config.data,
+            "psnr": scores.psnr,
+            "ssim": scores.ssim,
+        }
+        save_restorer(self.out / MODEL_FILE, model, description)
+        atomic_write(self.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        return f"PSNR {scores.psnr:.3f} dB, SSIM {scores.ssim:.4f} on {metrics['split']}"

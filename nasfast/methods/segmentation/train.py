@@ -1,0 +1,212 @@
+"""Full training of a segmentation network."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nasfast.config import require_positive
+from nasfast.data import TrainTransform, ValTransform, load_splits, shorter_side
+from nasfast.encoders import load_encoder
+from nasfast.evaluator import build_segmenter, derive_seed
+from nasfast.files import atomic_write
+from nasfast.methods.base import MODEL_FILE, Source, TrainSettings
+from nasfast.models.segmenter import DecoderConfig, save_segmenter
+from nasfast.spaces.fast_nas import FastNASGenotype
+from nasfast.tasks.segmentation import SegmentationTask, image_batches
+from nasfast.training.cost import count_macs, count_parameters
+from nasfast.training.loop import Group, Runtime, epoch_indices, one_cycle, train_epoch
+
+FULL_DECODER = DecoderConfig(agg_size=64, sep_repeats=2, aux_cell=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(TrainSettings):
+    """Settings of a full training."""
+
+    encoder_weights: Path | None = None
+    """Encoder weights to start from; default: the run's, or the packaged ones."""
+    epochs: int = 30
+    """Passes over the training images."""
+    batch_size: int = 8
+    """Crops a step."""
+    crop: int | None = None
+    """Side of a crop, in pixels; default: 288, or the shorter side of smaller images."""
+    decoder_lr: float = 3e-3
+    """Peak learning rate of the decoder (AdamW, one cycle to zero)."""
+    encoder_lr: float = 6e-4
+    """Peak learning rate of the encoder."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay."""
+    max_grad_norm: float = 3.0
+    """Gradients of encoder and of decoder are scaled down to this L2 norm each."""
+    aux_weight: float = 0.15
+    """Weight of each auxiliary head's loss."""
+    class_balance: float = 0.3
+    """The loss weighs class k by its frequency to the power of minus this; 0 weighs all alike."""
+    decoder: DecoderConfig = FULL_DECODER
+    """Size of the decoder; the default is that of the published final networks."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "epochs", "batch_size", "max_grad_norm")
+        if self.crop is not None:
+            require_positive(self, "crop")
+
+
+def resolve(config: TrainConfig, source: Source) -> TrainConfig:
+    """Fill in data and encoder of the search."""
+    data = config.data or source.search.get("data", "synthetic")
+    encoder = config.encoder_weights or source.search.get("encoder_weights")
+    return dataclasses.replace(
+        config, data=data, encoder_weights=Path(encoder).resolve() if encoder else None
+    )
+
+
+class Trainer:
+    """One full training, which continues from its checkpoint after a stop."""
+
+    def __init__(
+        self, config: TrainConfig, genotype: FastNASGenotype, out: Path, runtime: Runtime
+    ) -> None:
+        assert config.data is not None
+        self.config, self.genotype, self.out, self.runtime = config, genotype, out, runtime
+        self.task = SegmentationTask(load_splits(config.data, seed=config.seed))
+        train = self.task.splits.train
+        # larger would enlarge every image, where validation takes them as they are
+        self.settings = dataclasses.replace(
+            config, crop=config.crop or min(288, shorter_side(train))
+        )
+        torch.manual_seed(derive_seed(config.seed, "train"))
+        self.model = build_segmenter(
+            load_encoder(config.encoder_weights), genotype, self.task.num_classes, config.decoder
+        )
+        self.model.decoder.with_aux = config.aux_weight > 0
+        runtime.place(self.model)
+        self.history: list[dict[str, float]] = []
+        self._generator = torch.Generator().manual_seed(derive_seed(config.seed, "order"))
+        self._groups = [self._group("decoder"), self._group("encoder")]
+        self._class_weight = self._balance()
+
+    def _group(self, part: str) -> Group:
+        config = self.config
+        parameters = list(self.model.get_submodule(part).parameters())
+        lr = config.decoder_lr if part == "decoder" else config.encoder_lr
+        optimizer = torch.optim.AdamW(parameters, lr, weight_decay=config.weight_decay, fused=True)
+        steps = config.epochs * max(len(self.task.splits.train) // config.batch_size, 1)
+        return Group(parameters, optimizer, config.max_grad_norm, one_cycle(optimizer, steps))
+
+    def _balance(self) -> Tensor:
+        """Class weights from the training masks, 1 on average over pixels."""
+        counts = torch.zeros(256, dtype=torch.int64)
+        for sample in self.task.splits.train:
+            counts += torch.bincount(sample.mask.flatten(), minlength=256)
+        frequency = counts[: self.task.num_classes].double()
+        frequency /= frequency.sum()
+        weight = frequency.clamp(min=1e-4) ** -self.config.class_balance
+        return (weight / (weight * frequency).sum()).float().to(self.runtime.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizers": [group.optimizer.state_dict() for group in self._groups],
+            "schedules": [g.schedule.state_dict() for g in self._groups if g.schedule],
+            "generator": self._generator.get_state(),
+            "history": self.history,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.model.load_state_dict(state["model"])
+        for group, optimizer, schedule in zip(
+            self._groups, state["optimizers"], state["schedules"], strict=True
+        ):
+            group.optimizer.load_state_dict(optimizer)
+            if group.schedule:
+                group.schedule.load_state_dict(schedule)
+        self._generator.set_state(state["generator"])
+        self.history = state["history"]
+
+    def _loss(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = pair
+        with self.runtime.autocast():
+            logits, aux = self.model(images)
+        return self.task.loss(
+            logits,
+            aux,
+            labels,
+            aux_weight=self.config.aux_weight,
+            class_weight=self._class_weight,
+        )
+
+    @property
+    def done(self) -> int:
+        return len(self.history)
+
+    @property
+    def rounds(self) -> int:
+        return self.config.epochs
+
+    @property
+    def summary(self) -> str:
+        return (
+            f"data     {self.config.data}, {len(self.task.splits.train)} images\n"
+            f"size     {count_parameters(self.model) / 1e6:.2f} M parameters"
+        )
+
+    def round(self) -> str:
+        """One pass over the training images."""
+        config, data, start = self.config, self.task.splits.train, time.perf_counter()
+        crop = self.settings.crop
+        assert crop is not None
+        transform = TrainTransform(crop, crop)
+        self.model.train()
+        indices = epoch_indices(len(data), config.batch_size, self._generator)
+        pairs = image_batches(data, indices, transform, self.runtime, self._generator)
+        loss = train_epoch(pairs, self._loss, self._groups, self.runtime)
+        self.history.append({"loss": loss, "seconds": time.perf_counter() - start})
+        return (
+            f"epoch {self.done}/{self.rounds}  loss {loss:.4f}  {self.history[-1]['seconds']:.1f} s"
+        )
+
+    def finish(self) -> str:
+        """Score on the validation split, which no search has seen; write network and metrics."""
+        splits, model = self.task.splits, self.model
+        scores = self.task.score_images(
+            model, splits.val, ValTransform(None), self.runtime, batch_size=1
+        )
+        height, width = splits.val[0].mask.shape
+        metrics: dict[str, Any] = {
+            "genotype": self.genotype.to_json(),
+            "split": f"val of {splits.val.name}, {len(splits.val)} images",
+            **scores.as_dict(),
+            "class_iou": dict(zip(splits.val.classes, scores.class_iou, strict=True)),
+            "params": count_parameters(model),
+            "macs": count_macs(model, (height, width)),
+            "size": [height, width],
+            "seconds": sum(epoch["seconds"] for epoch in self.history),
+            "epochs": len(self.history),
+        }
+        save_segmenter(
+            self.out / MODEL_FILE,
+            model,
+            {
+                "genotype": self.genotype.to_json(),
+                "decoder": dataclasses.asdict(self.config.decoder),
+                "classes": list(splits.val.classes),
+                "data": self.config.data,
+                "miou": scores.miou,
+            },
+        )
+        atomic_write(self.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        lines = [
+            f"  {name:<16} {'absent' if iou is None else f'{iou:.3f}'}"
+            for name, iou in metrics["class_iou"].items()
+        ]
+        return "\n".join([*lines, f"mIoU {scores.miou:.4f} on {metrics['split']}"])

@@ -1,0 +1,261 @@
+"""Images for restoration: layouts, the division, and every error."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from nasfast.data.restoration import LAYOUTS, RestorationData, open_images, open_pictures
+
+
+def save(path, height=20, width=30, mode="RGB", seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    (image.convert("L").convert(mode) if mode != "RGB" else image).save(path)
+
+
+@pytest.fixture
+def flat(tmp_path):
+    for i in range(10):
+        save(tmp_path / f"{i}.png", seed=i)
+    return tmp_path
+
+
+def test_bsds_layout_and_published_division(tmp_path):
+    root = tmp_path / "bsds"
+    for part, count in (("train", 60), ("val", 42), ("test", 2)):
+        for i in range(count):
+            save(root / "images" / part / f"{part[0]}{i}.jpg", 12, 12)
+    save(root / "images" / "train" / "100.jpg", 12, 12)
+    data = open_images(root, 1)
+    assert (len(data.train), len(data.val), len(data.test)) == (101, 2, 2)
+    names = [*data.train.names, *data.val.names]
+    assert names == sorted(names)  # as strings, both folders in one list
+    assert (names[0], names[-1]) == ("100.jpg", "v9.jpg")
+    weights, architecture = data.halves()
+    assert weights.names + architecture.names == data.train.names
+    assert (len(weights), len(architecture)) == (51, 50)
+    assert data.channels == 1
+
+
+def test_bsds500_itself(data_root):
+    """The last 2 % are the six images that the published search validates on."""
+    if not (data_root / "bsds500").is_dir():
+        pytest.skip(f"no BSDS500 at {data_root / 'bsds500'}")
+    data = open_images(data_root / "bsds500", 1)
+    assert [len(half) for half in data.halves()] == [147, 147]
+    assert [name.removesuffix(".jpg") for name in data.val.names] == [
+        "90076",
+        "92059",
+        "94079",
+        "95006",
+        "97017",
+        "97033",
+    ]
+    assert len(data.test) == 200
+    assert sum(height > width for height, width in data.test.sizes) == 66
+
+
+def test_flat_folder(flat):
+    data = open_images(flat, 3)
+    assert (len(data.train), len(data.val), len(data.test)) == (7, 1, 2)
+    parts = [name for part in (data.train, data.val, data.test) for name in part.names]
+    assert sorted(parts) == sorted(f"{i}.png" for i in range(10))
+    assert open_images(flat, 3).test.names == data.test.names
+    assert len(open_pictures(flat, 3)) == 10
+    picture = data.train[0]
+    wanted = np.asarray(Image.open(flat / picture.name)).transpose(2, 0, 1)
+    np.testing.assert_array_equal(picture.clean.numpy(), wanted)
+    assert picture.degraded is None
+    assert data.train[0] is picture  # read once
+    assert data.train[:2][0] is picture
+    with pytest.raises(IndexError):
+        data.train[7]
+
+
+def test_grey_is_the_luma(flat):
+    (picture,) = (p for p in open_pictures(flat, 1) if p.name == "3.png")
+    wanted = np.asarray(Image.open(flat / "3.png").convert("L"))
+    np.testing.assert_array_equal(picture.clean[0].numpy(), wanted)
+    assert picture.clean.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("degraded", ["rainy", "degraded"])
+def test_pairs_in_two_folders(tmp_path, degraded):
+    for i in range(5):
+        save(tmp_path / "clean" / f"{i}.png", seed=i)
+        save(tmp_path / degraded / f"{i}.jpg", seed=i + 10)
+    data = open_images(tmp_path, 3)
+    assert (len(data.train), len(data.val), len(data.test)) == (3, 1, 1)
+    assert data.train.paired
+    picture = data.test[0]
+    stem = picture.name.removesuffix(".png")
+    with Image.open(tmp_path / degraded / f"{stem}.jpg") as file:
+        wanted = np.asarray(file).transpose(2, 0, 1)
+    np.testing.assert_array_equal(picture.degraded.numpy(), wanted)
+
+
+def test_pairs_by_suffix(data_root):
+    folder = data_root / "rain-sample" / "synthetic"
+    if not folder.is_dir():
+        pytest.skip(f"no rainy images at {folder}")
+    pairs = open_pictures(folder, 3)
+    assert pairs.sizes == ((350, 550), (480, 576), (494, 640))
+    assert pairs[0].degraded.float().mean() > pairs[0].clean.float().mean()
+    data = open_images(folder, 3)
+    assert (len(data.train), len(data.val), len(data.test)) == (1, 1, 1)
+    with pytest.raises(ValueError) as error:
+        data.halves()
+    assert str(error.value) == (
+        "synthetic: a search divides the training images in two and needs at least 2, got 1"
+    )
+
+
+def test_drawn_images():
+    grey, colour = open_images("synthetic", 1), open_images("synthetic", 3)
+    assert (len(colour.train), len(colour.val), len(colour.test)) == (98, 2, 10)
+    assert set(colour.train.sizes) == {(96, 128), (128, 96)}
+    assert all(tuple(colour.test[i].clean.shape[1:]) == colour.test.sizes[i] for i in range(4))
+    again = open_images("synthetic", 3)
+    assert torch.equal(again.train[5].clean, colour.train[5].clean)
+    assert not torch.equal(colour.test[5].clean, colour.train[5].clean)
+    assert grey.train[0].clean.shape == (1, 128, 96)
+    assert colour.train[0].clean.float().std() > 20
+    assert again.fingerprint() == colour.fingerprint() != grey.fingerprint()
+
+
+def test_fingerprint_follows_the_contents(flat):
+    before = open_images(flat, 3).fingerprint()
+    assert open_images(flat, 3).fingerprint() == before != open_images(flat, 1).fingerprint()
+    save(flat / "4.png", seed=99)
+    assert open_images(flat, 3).fingerprint() != before
+
+
+@given(st.integers(2, 400))
+def test_halves_and_validation_cover_the_training_images(count):
+    pictures = open_images("synthetic", 1).train.subset([0] * count)
+    data = RestorationData(pictures, pictures[:1], pictures[:1])
+    first, second = data.halves()
+    assert len(first) + len(second) == count
+    assert len(first) - len(second) in (0, 1)
+
+
+def test_a_file_that_breaks_later_is_named(flat):
+    pictures = open_pictures(flat, 3)
+    whole = (flat / "0.png").read_bytes()
+    (flat / "0.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"^image .*/0.png cannot be read: "):
+        pictures[0]
+
+
+def unreadable(root):
+    (root / "4.png").write_text("not a png")
+
+
+def deep(root):
+    Image.fromarray(np.zeros((20, 20), np.uint16)).save(root / "4.png")
+
+
+def grey(root):
+    save(root / "4.png", mode="L")
+
+
+def alone(root):
+    save(root / "1ground_truth.png")
+    save(root / "2rain.png")
+
+
+def alone_in_two(root):
+    save(root / "clean" / "a.png")
+    save(root / "rainy" / "b.png")
+
+
+def unequal(root):
+    save(root / "1ground_truth.png", 20, 30)
+    save(root / "1rain.png", 20, 31)
+
+
+def empty(root):
+    for path in root.iterdir():
+        path.unlink()
+    (root / "notes.txt").write_text("")
+
+
+def two(root):
+    for i in range(2, 10):
+        (root / f"{i}.png").unlink()
+
+
+def short_train(root):
+    save(root / "train" / "a.png")
+    save(root / "test" / "b.png")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "text"),
+    [
+        (unreadable, ValueError, "image {root}/4.png cannot be read: cannot identify image file"),
+        (deep, ValueError, "image {root}/4.png has mode I;16: wanted 8 bits a channel; convert it"),
+        (
+            grey,
+            ValueError,
+            "image {root}/4.png is grey: wanted a colour image for 3 channels; use 1 channel, "
+            "which takes colour images too and converts them",
+        ),
+        (
+            alone,
+            FileNotFoundError,
+            "data: {root}/1ground_truth.png has no degraded partner; wanted " + LAYOUTS,
+        ),
+        (
+            alone_in_two,
+            FileNotFoundError,
+            "data: {root}/clean/a.png has no degraded partner; wanted " + LAYOUTS,
+        ),
+        (
+            unequal,
+            ValueError,
+            "data: wanted pairs of one size, got {root}/1ground_truth.png of 20x30 and "
+            "{root}/1rain.png of 20x31 (height x width)",
+        ),
+        (
+            empty,
+            ValueError,
+            f"data: {{root}} holds no images: wanted {LAYOUTS}; found notes.txt",
+        ),
+        (
+            two,
+            ValueError,
+            "{root}: wanted at least 3 images (training, validation, test), got 2",
+        ),
+        (
+            short_train,
+            ValueError,
+            "{root.name}: wanted at least 2 training images (one validates), got 1",
+        ),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_errors_name_the_file(flat, spoil, error, text):
+    spoil(flat)
+    with pytest.raises(error) as caught:
+        open_images(flat, 3)
+    assert str(caught.value).startswith(text.format(root=flat))
+
+
+def test_sources(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        open_images(tmp_path / "none", 1)
+    assert str(error.value) == (f"data: wanted 'synthetic' or a folder, got '{tmp_path / 'none'}'")
+    with pytest.raises(FileNotFoundError) as error:
+        open_pictures(tmp_path / "none", 1)
+    assert str(error.value) == f"data: wanted a folder of images, got '{tmp_path / 'none'}'"
+    for call in (open_images, open_pictures):
+        with pytest.raises(ValueError) as caught:
+            call(tmp_path, 2)
+        assert str(caught.value) == "channels: wanted 1 (grey) or 3 (RGB), got 2"

@@ -1,0 +1,69 @@
+"""A small restoration search and training, shared by the tests of its entry points."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nasfast import search, train
+
+
+def draw(folder: Path, count: int, size: tuple[int, int] = (40, 48)) -> None:
+    """Grey images of one edge and one gradient each, `size` = height and width."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(len(folder.name))
+    for i in range(count):
+        ramp = np.linspace(60, 180, size[1])[None] + np.zeros(size)
+        ramp[rng.integers(8, size[0] - 8) :] *= rng.uniform(0.3, 0.9)
+        Image.fromarray(ramp.astype(np.uint8)).save(folder / f"{i:02d}.png")
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of eight training images (one of them validates) and three test images."""
+    root = tmp_path_factory.mktemp("data") / "edges"
+    draw(root / "train", 8)
+    draw(root / "test", 3)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_bilevel(tiny_images: Path) -> list[str]:
+    """Command line of a search by gradient that takes seconds; the caller adds --runs."""
+    flags = """
+        restoration --preset demo --device cpu --bilevel.epochs 5 --bilevel.warmup 1
+        --bilevel.patience 5 --bilevel.batch-size 2 --bilevel.crop 16 --bilevel.val-crop 24
+        --bilevel.architecture.lr 0.2 --supernet.layers 2 --supernet.nodes 2 --supernet.width 2
+        --network.width 4 --network.stem 4 --network.head 4 --network.low-level 4
+    """
+    return [*flags.split(), "--data", str(tiny_images)]
+
+
+@pytest.fixture(scope="session")
+def bilevel_run(tiny_bilevel: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run directory of that search, never interrupted; not to be written to."""
+    torch.set_num_threads(1)
+    runs = tmp_path_factory.mktemp("restoration")
+    assert search.main([*tiny_bilevel, "--runs", str(runs)]) == 0
+    (path,) = runs.iterdir()
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_fitting(bilevel_run: Path) -> list[str]:
+    """Command line of a training that takes seconds; the caller adds --out."""
+    flags = "--steps 6 --round-steps 2 --crop 16 --batch-size 2"
+    return [str(bilevel_run), "--device", "cpu", *flags.split()]
+
+
+@pytest.fixture(scope="session")
+def fitted(tiny_fitting: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of that training, never interrupted; not to be written to."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("fitted") / "train"
+    assert train.main([*tiny_fitting, "--out", str(out)]) == 0
+    return out

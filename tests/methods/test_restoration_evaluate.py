@@ -1,0 +1,145 @@
+"""Measuring a trained restoration network end to end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from nasfast import evaluate, train
+from nasfast.methods import method_of_model
+from nasfast.methods.restoration import RESTORATION
+from nasfast.methods.restoration.evaluate import strip
+
+FLAGS = ["--device", "cpu", "--seconds", "0.05"]
+
+
+def measured(model: Path) -> Any:
+    return json.loads((model / "evaluation.json").read_text())
+
+
+def test_metrics_cost_and_pictures(
+    fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(fitted, tmp_path / "net")
+    assert evaluate.main([str(model), *FLAGS, "--baselines", "--pictures", "2"]) == 0
+    result, metrics = measured(model), json.loads((model / "metrics.json").read_text())
+    assert (result["images"], result["split"], result["protocol"]) == (3, "test", "whole")
+    assert (result["params"], result["macs"]) == (metrics["params"], metrics["macs"])
+    (scores,) = result["scores"].values()
+    assert list(scores) == ["identity", "non-local means", "sliding DCT", "net"]
+    assert len(scores["net"]["images"]) == 3
+    assert scores["sliding DCT"]["psnr"] > scores["identity"]["psnr"] + 5
+    printed = capsys.readouterr().out
+    for name, score in scores.items():
+        assert name in printed
+        assert f"{score['psnr']:.3f}" in printed
+    pictures = sorted((model / "pictures").iterdir())
+    assert [path.name for path in pictures] == [
+        "00-denoising-sigma-30.png",
+        "02-denoising-sigma-30.png",
+    ]
+    with Image.open(pictures[0]) as image:
+        assert image.mode == "L"
+        assert image.width == 4 * 5 * 48 + 3 * 6  # four panels, enlarged five times
+        assert image.height == 5 * 40 + 22
+
+
+def test_the_split_of_the_training_gives_its_metrics(fitted: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(fitted, tmp_path / "net")
+    flags = ["--split", "val", "--pictures", "0"]
+    assert evaluate.main([str(model / "model.safetensors"), *FLAGS, *flags]) == 0
+    (scores,) = measured(model)["scores"].values()
+    metrics = json.loads((model / "metrics.json").read_text())
+    for name in ("psnr", "ssim"):
+        assert scores["net"][name] == pytest.approx(metrics[name])
+    assert not (model / "pictures").exists()
+
+
+def test_another_noise_and_the_blind_network(
+    tiny_fitting: list[str], fitted: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(fitted, tmp_path / "net")
+    flags = ["--task", "denoising", "--task.sigma", "10", "--pictures", "1"]
+    assert evaluate.main([str(model), *FLAGS, *flags]) == 0
+    assert list(measured(model)["scores"]) == ["denoising, sigma 10"]
+    blind = tmp_path / "blind"
+    noise = ["--task.sigma", "10", "50", "--steps", "1", "--out", str(blind)]
+    assert train.main([*tiny_fitting, *noise]) == 0
+    assert evaluate.main([str(blind), *FLAGS, "--baselines", "--pictures", "1"]) == 0
+    scores = measured(blind)["scores"]
+    assert list(scores) == ["denoising, sigma 10", "denoising, sigma 50"]
+    low, high = (table["identity"]["psnr"] for table in scores.values())
+    assert low > high + 12
+    assert len(list((blind / "pictures").iterdir())) == 2
+
+
+def test_a_baseline_that_cannot_run_is_left_out(
+    fitted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = shutil.copytree(fitted, tmp_path / "net")
+    monkeypatch.setitem(sys.modules, "skimage.restoration", None)
+    assert evaluate.main([str(model), *FLAGS, "--baselines", "--pictures", "1"]) == 0
+    (scores,) = measured(model)["scores"].values()
+    assert list(scores) == ["identity", "sliding DCT", "net"]
+    assert "without non-local means: non-local means wants" in capsys.readouterr().out
+
+
+def test_models_are_recognised(fitted: Path) -> None:
+    for word in (str(fitted), str(fitted / "model.safetensors")):
+        assert method_of_model(["--seconds", "1", word]) is RESTORATION
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "/no"], "data: wanted 'synthetic' or a folder, got '/no'"),
+        (["--task", "super-resolution"], "evaluate MODEL/model.safetensors: wanted a task of scal"),
+        (["--task", "dehazing"], "task: wanted one of denoising, "),
+        (["--protocol", "overlap"], "evaluate: the protocol 'overlap' wants images of at least "),
+        (["--device", "tpu"], "resolve_device: device must be 'auto', 'cpu', 'cuda'"),
+    ],
+)
+def test_errors_are_one_line(
+    flags: list[str], message: str, fitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate.main([str(fitted), *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: " + message.replace("MODEL", str(fitted)))
+    assert not (fitted / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [
+        (["--batch", "0"], "EvaluateConfig.batch: wanted a value above 0"),
+        (["--pictures", "-1"], "pictures: wanted 0 or more, got -1"),
+        (["--split", "train"], "train"),
+    ],
+)
+def test_usage_errors(
+    flags: list[str], shown: str, fitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main([str(fitted), *flags])
+    assert caught.value.code == 2
+    assert shown in capsys.readouterr().err
+
+
+def test_a_strip_of_colour_and_of_two_sizes() -> None:
+    """A degraded image of half the size is shown as large as the clean one."""
+    clean, small = torch.rand(3, 300, 240), torch.zeros(3, 150, 120)
+    image = strip({"clean": clean, "degraded": small})
+    assert (image.mode, image.size) == ("RGB", (240 + 6 + 240, 300 + 22))
+    assert image.getpixel((240 + 6 + 120, 200)) == (0, 0, 0)
+    shown = tuple((255 * clean[:, 100, 50]).round().int().tolist())
+    assert image.getpixel((50, 122)) == shown

@@ -1,0 +1,457 @@
+"""The search for restoration networks end to end: contract, strategies, command line, errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+import torch
+from PIL import Image
+
+from nasfast import search
+from nasfast.config import from_mapping
+from nasfast.methods.restoration.candidates import SizeClass, parse_range
+from nasfast.methods.restoration.search import PRESETS, SearchConfig, parse
+from nasfast.methods.restoration.supernet import WeightsConfig, most_probable
+from nasfast.models.restorer import Restorer, RestorerConfig
+from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
+from nasfast.study import Study
+from nasfast.training.cost import count_parameters
+
+
+def outcome(run: Path) -> list[dict[str, Any]]:
+    """What a search decided and measured, without what the clock decided."""
+    records = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+    for record in records:
+        del record["time"], record["evaluation"]["seconds"]
+    return records
+
+
+def checkpoint(run: Path) -> dict[str, Any]:
+    state = Study.open(run, read_only=True).load_checkpoint()
+    assert state is not None
+    return state
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    """Both searches decided, measured and learned exactly the same."""
+    assert outcome(run) == outcome(whole)
+    ours, theirs = checkpoint(run), checkpoint(whole)
+    for name in ("alphas", "betas"):
+        assert torch.equal(ours[name], theirs[name])
+    for name, tensor in theirs["model"].items():
+        assert torch.equal(ours["model"][name], tensor), name
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
+    """`python -m nasfast.search` in a process of its own."""
+    root = str(Path(search.__file__).parents[1])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, "-m", "nasfast.search", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+    )
+
+
+# ---- the run contract
+
+
+def test_what_a_search_leaves(bilevel_run: Path) -> None:
+    names = {path.name for path in bilevel_run.iterdir()}
+    assert names >= {"config.toml", "env.json", "records.jsonl", "best.json", "report.html"}
+    environment = json.loads((bilevel_run / "env.json").read_text())
+    assert environment["choice"] == "last"
+    assert set(environment["identity"]["inputs"]) == {
+        "images of the weights",
+        "images of the architecture",
+        "validation images",
+    }
+    settings = tomllib.loads((bilevel_run / "config.toml").read_text())
+    config = from_mapping(SearchConfig, settings, "config.toml")
+    assert config.task == {"task": "denoising", "sigma": 30.0}
+    assert config.bilevel.architecture.lr == 0.2
+    records = outcome(bilevel_run)
+    assert [record["index"] for record in records] == list(range(5))
+    for record in records:
+        metrics = record["evaluation"]["metrics"]["supernet"]
+        assert ("architecture_loss" in metrics) == (record["index"] >= 1)
+        assert record["evaluation"]["rewards"]["supernet"] == pytest.approx(
+            metrics["ssim"] + metrics["psnr"] / 100
+        )
+        genotype = IRNASGenotype.from_json(record["genotype"])
+        network = Restorer(genotype, config.network, channels=1)
+        assert record["evaluation"]["params"] == count_parameters(network)
+        earlier = [r["index"] for r in records[: record["index"]]]
+        same = [i for i in earlier if records[i]["canonical"] == record["canonical"]]
+        assert record["duplicate_of"] == (same[0] if same else None)
+    # the uniform softmax of the warm-up, then a search that went somewhere
+    state = checkpoint(bilevel_run)
+    assert state["alphas"].shape == (5, 5, 6)
+    assert state["betas"].shape == (5, 3, 3)
+    assert torch.allclose(state["alphas"][0], torch.full((5, 6), 1 / 6))
+    assert state["alphas"][-1].max() > 0.25
+    entropies = [r["evaluation"]["metrics"]["supernet"]["alpha_entropy"] for r in records]
+    assert entropies[0] == pytest.approx(np.log(6))
+    assert entropies[-1] < entropies[1] < entropies[0]
+    assert json.loads((bilevel_run / "best.json").read_text())["index"] == 4
+
+
+def test_killed_twice_a_search_resumes_exactly(
+    tiny_bilevel: list[str], bilevel_run: Path, tmp_path: Path
+) -> None:
+    seed = int(os.environ.get("NASFAST_TEST_SEED", random.SystemRandom().getrandbits(32)))
+    print(f"moments drawn with seed {seed}; NASFAST_TEST_SEED={seed} repeats them")
+    rng = random.Random(seed)
+    command = [*tiny_bilevel, "--runs", str(tmp_path)]
+    for epochs in sorted(rng.sample(range(5), 2)):
+        process = start(command)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            found = list(tmp_path.glob("*/records.jsonl"))
+            if found and found[0].read_bytes().count(b"\n") >= epochs:
+                command = ["--resume", str(found[0].parent)]
+                break
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.5))  # somewhere in the next epoch, or while it is written
+        process.kill()
+        _, stderr = process.communicate()
+        assert process.returncode in (-signal.SIGKILL, 0), stderr
+    process = start(command)
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    (run,) = tmp_path.iterdir()
+    assert_same(run, bilevel_run)
+
+
+class Crash(BaseException):
+    """Stands for the end of the process."""
+
+
+def test_crash_between_checkpoint_and_record(
+    tiny_bilevel: list[str], bilevel_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = Study.append
+
+    def crash(study: Study, record: Any) -> None:
+        if record.index == 2:
+            raise Crash
+        append(study, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "append", crash)
+        with pytest.raises(Crash):
+            search.main([*tiny_bilevel, "--runs", str(tmp_path)])
+    (run,) = tmp_path.iterdir()
+    assert len(outcome(run)) == 2
+    assert search.main(["--resume", str(run)]) == 0
+    assert_same(run, bilevel_run)
+
+
+def test_ctrl_c_tells_how_to_continue(
+    tiny_bilevel: list[str],
+    bilevel_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    append = Study.append
+
+    def interrupted(study: Study, record: Any) -> None:
+        append(study, record)
+        if record.index == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "append", interrupted)
+        assert search.main([*tiny_bilevel, "--runs", str(tmp_path)]) == 130
+    (run,) = tmp_path.iterdir()
+    assert (
+        "stopped; everything is saved. Continue with\n"
+        f"  python -m nasfast.search --resume {run}\n" in capsys.readouterr().out
+    )
+    assert search.main(["--resume", str(run)]) == 0
+    assert_same(run, bilevel_run)
+
+
+@pytest.mark.parametrize("strategy", ["proxyless", "gumbel"])
+def test_single_paths_resume_exactly(
+    strategy: str, tiny_bilevel: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--strategy", strategy, "--bilevel.epochs", "3"]
+    assert search.main([*tiny_bilevel, *flags, "--runs", str(tmp_path / "whole")]) == 0
+    append = Study.append
+
+    def crash(study: Study, record: Any) -> None:
+        append(study, record)
+        if record.index == 1:
+            raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "append", crash)
+        with pytest.raises(Crash):
+            search.main([*tiny_bilevel, *flags, "--runs", str(tmp_path / "stopped")])
+    whole, run = (next((tmp_path / name).iterdir()) for name in ("whole", "stopped"))
+    assert search.main(["--resume", str(run)]) == 0
+    assert_same(run, whole)
+    assert checkpoint(run)["relaxation"]["strategy"] == strategy
+
+
+def test_it_stops_when_the_architecture_stays(
+    tiny_bilevel: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--bilevel.architecture.lr", "1e-9", "--bilevel.patience", "2"]
+    argv = [*tiny_bilevel, *flags, "--bilevel.epochs", "40", "--runs", str(tmp_path)]
+    assert search.main(argv) == 0
+    (run,) = tmp_path.iterdir()
+    records = outcome(run)
+    assert len(records) < 10
+    assert records[-1]["canonical"] == records[-2]["canonical"] == records[-3]["canonical"]
+    assert "stopped early: the architecture has been the same for 2 epochs\n" in (
+        capsys.readouterr().out
+    )
+    assert search.main(["--resume", str(run)]) == 0  # nothing is left to do
+    assert outcome(run) == records
+
+
+def test_edited_records_are_noticed(
+    bilevel_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(bilevel_run, tmp_path / "run")
+    lines = (run / "records.jsonl").read_text().splitlines(keepends=True)
+    (run / "records.jsonl").write_text("".join(lines[:2]))
+    assert search.main(["--resume", str(run)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {run}: wanted records of 5 epochs, which the checkpoint has seen, got 2; the "
+        "records or the checkpoint were edited, start a new run\n"
+    )
+
+
+def test_resume_with_other_data_is_refused(
+    bilevel_run: Path, tiny_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(bilevel_run, tmp_path / "run")
+    data = shutil.copytree(tiny_images, tmp_path / "edges")
+    settings = tomllib.loads((run / "config.toml").read_text())
+    (run / "config.toml").write_text(tomli_w.dumps(settings | {"data": str(data)}))
+    assert search.main(["--resume", str(run)]) == 0
+    Image.new("L", (48, 40), 7).save(data / "train" / "06.png")
+    assert search.main(["--resume", str(run)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: resume {run}: wanted the images of the architecture that the run began with, got "
+        "other content in the same place; restore it or start a new run\n"
+    )
+
+
+# ---- sampled candidates
+
+
+def test_random_search_of_a_size_class(tiny_bilevel: list[str], tmp_path: Path) -> None:
+    flags = "--strategy random --budget 2 --params 2600:6000 --recipe.steps 3 --recipe.crop 16"
+    argv = [*tiny_bilevel, *flags.split(), "--recipe.batch-size", "2", "--runs", str(tmp_path)]
+    assert search.main(argv) == 0
+    (run,) = tmp_path.iterdir()
+    records = outcome(run)
+    assert len({str(record["canonical"]) for record in records}) == 2
+    for record in records:
+        assert 2600 <= record["evaluation"]["params"] <= 6000
+        metrics = record["evaluation"]["metrics"]["stage0"]
+        reward = metrics["ssim"] + metrics["psnr"] / 100
+        assert record["evaluation"]["rewards"] == {"stage0": pytest.approx(reward)}
+    assert search.main(["--resume", str(run), "--budget", "3"]) == 0
+    assert outcome(run)[:2] == records
+
+
+def test_a_candidate_that_diverges_is_recorded(tiny_bilevel: list[str], tmp_path: Path) -> None:
+    flags = "--strategy random --budget 1 --recipe.steps 4 --recipe.crop 16 --recipe.lr 1e30"
+    argv = [*tiny_bilevel, *flags.split(), "--runs", str(tmp_path)]
+    assert search.main([*argv, "--recipe.max-grad-norm", "inf"]) == 0
+    (run,) = tmp_path.iterdir()
+    (record,) = outcome(run)
+    assert record["evaluation"]["failure"].startswith("stage0: training loss is ")
+
+
+def test_an_empty_size_class(
+    tiny_bilevel: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("nasfast.methods.restoration.candidates.MAX_DRAWS", 20)
+    flags = ["--strategy", "random", "--params", "1000000:2000000", "--runs", str(tmp_path)]
+    assert search.main([*tiny_bilevel, *flags]) == 2
+    pattern = (
+        r"error: params: none of 20 architectures has 1,000,000 to 2,000,000 parameters; they have "
+        r"\d,\d{3} to \d\d,\d{3}\n"
+    )
+    assert re.fullmatch(pattern, capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["100", "a:b", "5:4", ":", "1:2:3", "-1:3"])
+def test_ranges_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match=r"params: wanted LOW:HIGH, such as .*, got "):
+        parse_range(text)
+
+
+def test_ranges() -> None:
+    assert parse_range("60_000:80000") == (60_000, 80_000)
+    assert parse_range(None)[0] == 0
+
+
+# ---- schedules and mixes
+
+
+def test_the_published_learning_rate() -> None:
+    """Section 2: .001 + .024 (1 + cos(pi e / 10)) / 2 (1 - e / 100)^.9."""
+    weights = WeightsConfig()
+    for epoch in (1, 7, 10, 20, 33, 99, 100):
+        wanted = 0.001 + 0.024 * (1 + np.cos(np.pi * epoch / 10)) / 2 * (1 - epoch / 100) ** 0.9
+        assert weights.lr_at(epoch, 100) == pytest.approx(wanted)
+    assert weights.lr_at(100, 100) == pytest.approx(0.001)
+    assert weights.lr_at(20, 100) > weights.lr_at(10, 100)  # it rises again
+
+
+def test_the_most_probable_path() -> None:
+    alphas = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 3.0]])
+    mix = most_probable(alphas)
+    assert mix.active == ((1,), (0,))
+    assert torch.equal(mix.weights, torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]))
+
+
+# ---- the command line
+
+
+def test_presets(tmp_path: Path) -> None:
+    assert parse(["restoration"]).preset == "demo"
+    assert parse(["restoration", "--data", str(tmp_path)]).preset == "quick"
+    paper = parse(["restoration", "--preset", "paper", "--data", str(tmp_path)])
+    assert paper.bilevel == PRESETS["paper"].bilevel
+    bilevel, supernet = paper.bilevel, paper.supernet
+    assert (bilevel.epochs, bilevel.warmup, bilevel.batch_size, bilevel.crop) == (100, 20, 12, 64)
+    assert (bilevel.ssim_weight, bilevel.architecture.lr) == (0.6, 1e-3)
+    assert (supernet.layers, supernet.nodes, supernet.width) == (4, 5, 10)
+    assert paper.network == RestorerConfig()
+
+
+def test_tasks_and_their_settings() -> None:
+    assert parse(["restoration"]).task == {"task": "denoising", "sigma": 30.0}
+    config = parse(["restoration", "--task.sigma", "50"])
+    assert config.task == {"task": "denoising", "sigma": 50.0}
+    blind = parse(["restoration", "--task", "denoising", "--task.sigma", "30", "50", "70"])
+    assert blind.task == {"task": "denoising", "sigma": [30.0, 50.0, 70.0]}
+    config = parse(["restoration", "--task=super-resolution", "--task.scale", "3", "--seed", "4"])
+    assert config.task["task"] == "super-resolution"
+    assert config.task["scale"] == 3
+    assert config.seed == 4
+    assert type(config) is SearchConfig
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [
+        (["--preset", "fast"], "fast"),
+        (["--strategy", "ppo"], "ppo"),
+        (["--channels", "2"], "2"),
+        (["--budget", "0"], "SearchConfig.budget: wanted a value above"),
+        (["--task.sigma", "300"], "denoising: wanted sigma above 0 and at"),
+        (["--task.rain", "1"], "--task.rain"),
+        (["--bilevel.ssim-weight", "-1"], "RestorationLoss: wanted ssim_weight"),
+        (["--bilevel.warmup", "99"], "warmup: wanted fewer epochs than"),
+        (["--bilevel.weights.lr", "0"], "WeightsConfig.lr: wanted a value above"),
+        (["--params", "1:2"], "params: wanted --strategy random, which"),
+        (["--supernet.width", "3"], "SupernetConfig.width: wanted an even"),
+    ],
+)
+def test_usage_errors(flags: list[str], shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        search.main(["restoration", *flags])
+    assert caught.value.code == 2
+    assert shown in capsys.readouterr().err
+
+
+def _image(folder: Path, size: tuple[int, int]) -> None:
+    Image.new("L", size[::-1], 90).save(folder / "train" / "03.png")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "/no/where"], "data: wanted 'synthetic' or a folder, got '/no/where'"),
+        (["--task", "dehazing"], "task: wanted one of denoising, "),
+        (["--channels", "3"], "image DATA/train/00.png is grey: wanted a colour image for 3"),
+        (["--bilevel.crop", "41"], "ImagePatches: wanted images of at least 41x41 pixels, the si"),
+        (["--device", "cuda:99"], "resolve_device: device "),
+        (["--task", "inpainting", "--name", "a/b"], "name: wanted letters, digits and ._+- (it"),
+    ],
+)
+def test_errors_are_one_line_and_leave_no_run(
+    flags: list[str],
+    message: str,
+    tiny_bilevel: list[str],
+    tiny_images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert search.main([*tiny_bilevel, "--runs", str(tmp_path / "runs"), *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    wanted = "error: " + message.replace("DATA", str(tiny_images))
+    assert line.startswith(wanted)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_unreadable_image(
+    tiny_bilevel: list[str],
+    tiny_images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = shutil.copytree(tiny_images, tmp_path / "edges")
+    (data / "train" / "02.png").write_bytes(b"not a picture")
+    argv = [*tiny_bilevel, "--data", str(data), "--runs", str(tmp_path / "runs")]
+    assert search.main(argv) == 2
+    assert capsys.readouterr().err.startswith(
+        f"error: image {data / 'train' / '02.png'} cannot be read: "
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_loss_that_is_not_finite(
+    tiny_bilevel: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--bilevel.weights.lr", "1e30", "--runs", str(tmp_path)]
+    assert search.main([*tiny_bilevel, *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: search: the loss is nan in epoch 1; lower --bilevel.weights.lr")
+
+
+def test_a_budget_for_a_search_by_gradient(
+    bilevel_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert search.main(["--resume", str(bilevel_run), "--budget", "9"]) == 2
+    assert capsys.readouterr().err == (
+        "error: resume: wanted no --budget, as the learning rate of a search by gradient follows "
+        "its number of epochs, got 9; start a new run with another --bilevel.epochs\n"
+    )
+
+
+def test_space_of_the_samples_is_the_space() -> None:
+    sizes, space = SizeClass(3, 2), IRNASSpace(3, 2)
+    genotype = sizes.sample(random.Random(3))
+    assert genotype == space.sample(random.Random(3))
+    assert sizes.from_json(genotype.to_json()) == genotype

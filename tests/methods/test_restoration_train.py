@@ -1,0 +1,277 @@
+"""Full training of a restoration network end to end: sources, files, stop and resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from nasfast import train
+from nasfast.methods import method_of_source
+from nasfast.methods.restoration import RESTORATION
+from nasfast.methods.restoration.train import Fitting, Recipe, TrainConfig, parse_train
+from nasfast.methods.segmentation import SEGMENTATION
+from nasfast.models.restorer import Restorer, RestorerConfig, read_restorer
+from nasfast.spaces.ir_nas import IRNASGenotype
+from nasfast.training.loop import Runtime
+
+GENOTYPE = {
+    "space": "ir_nas",
+    "nodes": [[["conv3x3", 0], ["skip", 1]], [["sep3x3", 1], ["def3x3", 2]]],
+    "levels": [0, 1],
+}
+SMALL = "--device cpu --steps 2 --crop 16 --batch-size 2 --network.width 4 --network.stem 4"
+
+
+def test_what_a_training_leaves(bilevel_run: Path, fitted: Path) -> None:
+    wanted = {"checkpoint.pt", "config.toml", "env.json", "genotype.json"}
+    assert {p.name for p in fitted.iterdir()} >= wanted | {"metrics.json", "model.safetensors"}
+    best = json.loads((bilevel_run / "best.json").read_text())
+    metrics = json.loads((fitted / "metrics.json").read_text())
+    assert metrics["genotype"] == best["genotype"]
+    assert json.loads((fitted / "genotype.json").read_text()) == best["genotype"]
+    assert metrics["split"] == "val of edges, 1 images"
+    assert metrics["params"] == best["evaluation"]["params"]
+    assert metrics["macs"] == best["evaluation"]["macs"]
+    assert (metrics["steps"], metrics["size"], len(metrics["losses"])) == (6, [40, 48], 3)
+    model, description = read_restorer(fitted / "model.safetensors")
+    assert model.genotype.to_json() == best["genotype"]
+    assert description["task"] == metrics["task"] == {"task": "denoising", "sigma": 30.0}
+    assert description["psnr"] == metrics["psnr"] > 0
+
+
+def test_killed_and_resumed_gives_the_same_network(
+    tiny_fitting: list[str], fitted: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "train"
+    root = str(Path(train.__file__).parents[1])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nasfast.train", *tiny_fitting, "--out", str(out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ
+        | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+        },
+    )
+    deadline = time.monotonic() + 60
+    while not (out / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.kill()
+    _, stderr = process.communicate()
+    assert process.returncode == -signal.SIGKILL, stderr
+    assert train.main(["--resume", str(out)]) == 0
+    for name in ("model.safetensors", "genotype.json"):
+        assert (out / name).read_bytes() == (fitted / name).read_bytes()
+    ours, theirs = (
+        json.loads((path / "metrics.json").read_text()) | {"seconds": 0} for path in (out, fitted)
+    )
+    assert ours == theirs
+
+
+def test_resume_with_other_data_is_refused(
+    fitted: Path, tiny_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(fitted, tmp_path / "train")
+    data = shutil.copytree(tiny_images, tmp_path / "edges")
+    config = (out / "config.toml").read_text().replace(str(tiny_images), str(data))
+    (out / "config.toml").write_text(config)
+    assert train.main(["--resume", str(out)]) == 0
+    Image.new("L", (48, 40), 7).save(data / "train" / "01.png")
+    assert train.main(["--resume", str(out)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: resume {out}: wanted the training images that it began with, got other content "
+        f"in {data}; restore it or start a new training\n"
+    )
+
+
+# ---- sources
+
+
+def config_of(argv: list[str]) -> TrainConfig:
+    method, found = method_of_source(argv)
+    assert method is RESTORATION
+    return parse_train(argv, found, None)
+
+
+def test_a_run_decides_and_flags_override(bilevel_run: Path, tiny_images: Path) -> None:
+    config, genotype = train.resolve(RESTORATION, config_of([str(bilevel_run)]))
+    best = json.loads((bilevel_run / "best.json").read_text())
+    assert genotype.to_json() == best["genotype"]
+    assert (config.data, config.out) == (str(tiny_images), bilevel_run / "train-1")
+    assert config.network == RestorerConfig(4, 4, 4, 4, residual=True)
+    assert config.task == {"task": "denoising", "sigma": 30.0}
+    assert config.steps == Recipe().steps
+    flags = ["--task.sigma", "50", "--network.width", "6", "--preset", "paper"]
+    config = config_of([*flags, str(bilevel_run)])
+    assert config.task == {"task": "denoising", "sigma": 50.0}
+    assert config.network == RestorerConfig(6, 4, 4, 4, residual=True)
+    assert (config.steps, config.optimizer, config.lr) == (600_000, "sgd", 0.05)
+
+
+def test_names_of_the_zoo() -> None:
+    config, genotype = train.resolve(RESTORATION, config_of(["irnas-denoise"]))
+    assert genotype.to_json()["levels"] == [0, 0, 0, 1]
+    assert config.network.width == 20
+    assert config.channels == 1
+    assert config.out == Path("runs/irnas-denoise/train-1").resolve()
+    rain = config_of(["irnas-derain", "--seed", "3"])
+    assert (rain.task["task"], rain.channels, rain.seed) == ("deraining", 3, 3)
+
+
+@pytest.mark.parametrize("wrap", [lambda form: form, lambda form: {"genotype": form, "index": 0}])
+def test_a_genotype_file_trains(
+    wrap: Callable[[Any], Any], tiny_images: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "genotype.json"
+    path.write_text(json.dumps(wrap(GENOTYPE)))
+    flags = ["--data", str(tiny_images), "--network.head", "4", "--network.low-level", "4"]
+    assert train.main([str(path), *SMALL.split(), *flags]) == 0
+    metrics = json.loads((tmp_path / "train-1" / "metrics.json").read_text())
+    assert metrics["genotype"] == GENOTYPE
+
+
+def test_colour_and_another_scale(tmp_path: Path) -> None:
+    path = tmp_path / "genotype.json"
+    path.write_text(json.dumps(GENOTYPE))
+    flags = "--task super-resolution --task.scale 2 --channels 3 --network.head 4 --data synthetic"
+    assert train.main([str(path), *SMALL.split(), *flags.split()]) == 0
+    model, description = read_restorer(tmp_path / "train-1" / "model.safetensors")
+    assert (model.channels, model.scale) == (3, 2)
+    assert description["task"] == {"task": "super-resolution", "scale": 2}
+    metrics = json.loads((tmp_path / "train-1" / "metrics.json").read_text())
+    assert metrics["size"] == [48, 64]  # of the input
+
+
+def test_other_sources_stay_with_segmentation(tmp_path: Path) -> None:
+    path = tmp_path / "genotype.json"
+    path.write_text("[[8, [0, 0, 5, 2], [0, 2, 8, 8], [0, 5, 1, 4]], [[3, 3], [3, 2], [3, 0]]]")
+    assert method_of_source([str(path)]) == (SEGMENTATION, {})
+    assert method_of_source(["/no/run"]) == (SEGMENTATION, {})
+
+
+# ---- recipes
+
+
+def fitting(recipe: Recipe) -> Fitting:
+    torch.manual_seed(0)
+    genotype = IRNASGenotype.from_json(GENOTYPE)
+    model = Restorer(genotype, RestorerConfig(4, 4, 4, 4, residual=True), 1)
+
+    class Patches:
+        def __len__(self) -> int:
+            return 3
+
+        def batch(self, indices: torch.Tensor, generator: torch.Generator) -> Any:
+            clean = torch.full((len(indices), 1, 16, 16), 0.5)
+            return clean + 0.1 * torch.randn(clean.shape, generator=generator), clean
+
+    return Fitting(model, Patches(), recipe, Runtime(torch.device("cpu")), 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_recipes_learn_and_resume(optimizer: Any) -> None:
+    recipe = Recipe(steps=40, batch_size=2, optimizer=optimizer, lr=0.02, ssim_weight=0.1)
+    whole, first, second = (fitting(recipe) for _ in range(3))
+    before, after = whole.run(10), (whole.run(20), whole.run(99))[-1]
+    assert whole.steps == 40
+    assert after < 0.7 * before
+    first.run(10)
+    second.load_state_dict(first.state_dict())
+    second.run(20)
+    second.run(10)
+    for mine, theirs in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_the_published_recipe() -> None:
+    """Biases learn at twice the rate without decay; the rate falls polynomially."""
+    run = fitting(Recipe(steps=10, optimizer="sgd", lr=0.05, weight_decay=4e-5, batch_size=2))
+    weights, biases = run._optimizer.param_groups
+    assert (weights["lr"], biases["lr"]) == (0.05, 0.1)
+    assert (weights["weight_decay"], biases["weight_decay"]) == (4e-5, 0.0)
+    assert len(biases["params"]) == sum(
+        m.bias is not None
+        for m in run.model.modules()
+        if isinstance(getattr(m, "bias", None), nn.Parameter)
+    )
+    run.run(4)
+    assert weights["lr"] == pytest.approx(0.05 * 0.6**0.9)
+    assert biases["lr"] == pytest.approx(0.1 * 0.6**0.9)
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rank", "99"], "train: wanted a rank from 1 to "),
+        (["--channels", "3"], "image DATA/"),
+        (["--crop", "48"], "ImagePatches: wanted images of at least 48x48 pixels, the size of a "),
+        (["--task", "dehazing"], "task: wanted one of denoising, "),
+        (["--data", "/no/data"], "data: wanted 'synthetic' or a folder, got '/no/data'"),
+    ],
+)
+def test_errors_are_one_line_and_leave_nothing(
+    flags: list[str],
+    message: str,
+    tiny_fitting: list[str],
+    tiny_images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert train.main([*tiny_fitting, *flags, "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: " + message.replace("DATA", str(tiny_images)))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [
+        (["--steps", "0"], "TrainConfig.steps: wanted a value above 0"),
+        (["--round-steps", "0"], "TrainConfig.round_steps: wanted a"),
+        (["--ssim-weight", "-0.5"], "RestorationLoss: wanted ssim_weight"),
+        (["--task.sigma", "0"], "denoising: wanted sigma above 0 and at"),
+        (["--momentum", "1"], "--momentum"),
+    ],
+)
+def test_usage_errors(
+    flags: list[str], shown: str, tiny_fitting: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        train.main([*tiny_fitting, *flags])
+    assert caught.value.code == 2
+    assert shown in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite(
+    tiny_fitting: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--lr", "1e30", "--max-grad-norm", "inf", "--out", str(tmp_path / "out")]
+    assert train.main([*tiny_fitting, *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: training loss is ")
+
+
+def test_a_source_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["/no/run"]) == 2
+    assert capsys.readouterr().err == (
+        "error: train: no run directory and no genotype file at /no/run, nor a name of the zoo "
+        "(irnas-denoise, irnas-derain); python -m nasfast.search makes a run\n"
+    )

@@ -1,0 +1,202 @@
+import dataclasses
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from nasfast.models.restorer import Restorer, RestorerConfig, read_restorer, save_restorer
+from nasfast.models.zoo import ZOO
+from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
+from nasfast.training.cost import count_macs, count_parameters
+
+SMALL = RestorerConfig(width=4, stem=6, head=5, low_level=3)
+CELL = ((("conv3x3", 0), ("skip", 1)), (("sep3x3", 1), ("def3x3", 2)), (("dil3x3", 0), ("skip", 3)))
+
+# The two readings of what is known of the published cells (see nasfast/models/zoo.py).
+DENOISE_B = ZOO["irnas-denoise"].genotype.nodes
+DENOISE_A = (
+    (("def3x3", 0), ("def3x3", 1)),
+    *DENOISE_B[1:3],
+    (("def3x3", 1), ("def3x3", 3)),
+    DENOISE_B[4],
+)
+DERAIN_B = ZOO["irnas-derain"].genotype.nodes
+
+
+def make(levels=(0, 1, 1), config=SMALL, channels=1, scale=1, nodes=CELL):
+    return Restorer(IRNASGenotype(nodes, levels), config, channels, scale)
+
+
+def published(nodes, levels, width=20, channels=1):
+    config = RestorerConfig(width=width, dead_reduce=True)
+    with torch.device("meta"):
+        return make(levels, config, channels, nodes=nodes)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "levels", "parameters", "without_reduce"),
+    [
+        (DENOISE_B, (0, 0, 0, 1), 661_693, 604_093),
+        (DENOISE_B, (0, 0, 0, 0), 498_013, 440_413),
+        (DENOISE_B, (0, 0, 1, 0), 609_193, 551_593),
+        (DENOISE_B, (1, 0, 0, 0), 609_753, 552_153),
+        (DENOISE_B, (0, 1, 0, 0), 610_473, 552_873),
+        (DENOISE_B, (0, 0, 1, 1), 774_873, 717_273),
+        (DENOISE_B, (1, 0, 0, 1), 773_433, 715_833),
+        (DENOISE_B, (0, 1, 0, 1), 776_153, 718_553),
+        (DENOISE_A, (0, 0, 0, 0), 576_365, 518_765),
+        (DENOISE_A, (0, 0, 1, 0), 707_025, 649_425),
+        (DENOISE_A, (0, 0, 0, 1), 759_525, 701_925),
+    ],
+)
+def test_parameters_of_denoisers(nodes, levels, parameters, without_reduce):
+    net = published(nodes, levels)
+    assert count_parameters(net) == parameters
+    assert count_parameters(net, exclude="reduce") == without_reduce
+    with torch.device("meta"):
+        assert count_parameters(make(levels, RestorerConfig(), nodes=nodes)) == without_reduce
+
+
+@pytest.mark.parametrize(("levels", "parameters"), [((1, 1, 1), 591_523), ((1, 2, 2), 1_086_283)])
+def test_parameters_of_derainers(levels, parameters):
+    assert count_parameters(published(DERAIN_B, levels, 15, 3)) == parameters
+
+
+def test_one_path_of_29_has_the_published_size():
+    space = IRNASSpace(4, 1)
+    paths = [space.decode([0, 0, 0, path]).levels for path in range(29)]
+    sizes = {
+        (cell, levels): count_parameters(published(cell, levels)) / 2**20
+        for cell in (DENOISE_A, DENOISE_B)
+        for levels in paths
+    }
+    assert [key for key, size in sizes.items() if 0.625 <= size < 0.635] == [
+        (DENOISE_B, (0, 0, 0, 1))
+    ]
+
+
+def test_multiply_accumulates():
+    net = published(DENOISE_B, (0, 0, 0, 1))
+    assert count_macs(net, (64, 64), channels=1) == 2_446_917_632
+    assert count_macs(net, (481, 321), channels=1) == 92_237_922_192
+
+
+def forward_by_hand(net, images, levels):
+    """The forward pass in evaluation mode as the paper's equations."""
+    net = net.eval()
+    stem1 = net.stem1(images)
+    stem2 = net.stem2(stem1)
+    maps = [stem1, stem2]
+    for i in range(len(levels)):
+        cell = net.cells[i]
+        s = [cell.before_last(F.relu(maps[i])), cell.last(F.relu(maps[i + 1]))]
+        s.append(cell.ops["node0_edge0"](F.relu(s[0])) + s[1])
+        s.append(cell.ops["node1_edge0"](F.relu(s[1])) + cell.ops["node1_edge1"](F.relu(s[2])))
+        s.append(cell.ops["node2_edge0"](F.relu(s[0])) + s[3])
+        maps.append(torch.cat(s[2:], 1))
+    low = [x for x, level in zip(maps[2:], levels, strict=True) if level == 0]
+    low = low[-1] if low else net.reduce(stem2)
+    aspp = torch.cat([branch(F.relu(maps[-1])) for branch in net.aspp.branches], 1)
+    x = torch.cat([net.aspp.fuse(aspp), net.low_level(low)], 1)
+    return net.last(net.refine(x))
+
+
+@pytest.mark.parametrize("levels", [(0, 1, 1), (0, 0, 0), (1, 0, 1), (1, 2, 1)])
+def test_forward_is_the_published_one(levels):
+    net, images = make(levels), torch.rand(2, 1, 8, 7)
+    net(images)  # running statistics other than 0 and 1
+    torch.testing.assert_close(net.eval()(images), forward_by_hand(net, images, levels))
+    assert (net.reduce is None) == (0 in levels)
+
+
+def test_every_parameter_learns():
+    for levels in ((0, 1, 1), (1, 2, 1)):
+        net = make(levels)
+        net(torch.rand(2, 1, 8, 7)).square().sum().backward()
+        assert all(p.grad is not None for p in net.parameters())
+
+
+def test_the_dead_convolution_changes_no_result():
+    images = torch.rand(1, 1, 8, 7)
+    config = dataclasses.replace(SMALL, dead_reduce=True)
+    net, dead = make().eval(), make(config=config).eval()
+    missing, unexpected = dead.load_state_dict(net.state_dict(), strict=False)
+    assert not unexpected
+    assert {name.split(".")[0] for name in missing} == {"reduce"}
+    assert torch.equal(net(images), dead(images))
+
+
+@pytest.mark.parametrize("scale", [1, 2, 3, 4])
+def test_residual_and_scale(scale):
+    images = torch.rand(2, 3, 6, 5)
+    net = make(channels=3, scale=scale).eval()
+    residual = make(channels=3, scale=scale, config=dataclasses.replace(SMALL, residual=True))
+    residual.load_state_dict(net.state_dict())
+    out = net(images)
+    assert out.shape == (2, 3, 6 * scale, 5 * scale)
+    enlarged = F.interpolate(images, scale_factor=scale, mode="bicubic") if scale > 1 else images
+    torch.testing.assert_close(residual.eval()(images), enlarged - out)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A network with channels-last weights and its file."""
+    net = make((1, 2), dataclasses.replace(SMALL, residual=True), channels=3, scale=2)
+    net(torch.rand(2, 3, 8, 8))  # running statistics other than 0 and 1
+    net = net.to(memory_format=torch.channels_last).eval()
+    path = tmp_path / "model.safetensors"
+    save_restorer(path, net, {"task": {"name": "super-resolution"}})
+    return path, net
+
+
+def test_round_trip_is_bit_exact(saved):
+    path, net = saved
+    again, description = read_restorer(path)
+    assert not again.training
+    assert description == {
+        "task": {"name": "super-resolution"},
+        "genotype": net.genotype.to_json(),
+        "restorer": dataclasses.asdict(net.config),
+        "channels": 3,
+        "scale": 2,
+    }
+    state = net.state_dict()
+    assert again.state_dict().keys() == state.keys()
+    assert all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
+    images = torch.rand(1, 3, 6, 9).contiguous(memory_format=torch.channels_last)
+    again = again.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert torch.equal(net(images), again(images))
+    assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"]
+
+
+def test_foreign_file(tmp_path):
+    path = tmp_path / "foreign.safetensors"
+    save_file({"weight": torch.zeros(1)}, path, {"format": "pt"})
+    message = (
+        f"restorer {path}: wanted a model.safetensors that nasfast.train wrote for a restoration "
+        "network, got a file without 'nasfast.restorer' in its metadata"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        read_restorer(path)
+
+
+@pytest.mark.parametrize("field", ["width", "stem", "head", "low_level"])
+def test_empty_layers(field):
+    with pytest.raises(ValueError, match=f"RestorerConfig.{field}: wanted at least 1, got 0"):
+        RestorerConfig(**{field: 0})
+
+
+def test_odd_width_of_a_deformable_convolution():
+    config = dataclasses.replace(SMALL, width=5)
+    make((1, 1), config)  # twice the width
+    with pytest.raises(ValueError, match="def3x3: wanted channels in 2 groups that share offsets"):
+        make((0, 1), config)
+
+
+def test_images_of_other_channels():
+    message = "Restorer: wanted images [N, 1, H, W], got shape [2, 3, 8, 8]; read the data with"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()(torch.rand(2, 3, 8, 8))

@@ -1,0 +1,242 @@
+import io
+import itertools
+import math
+
+import pytest
+import torch
+
+from nasfast.models.supernet import Supernet, SupernetConfig
+from nasfast.strategies import GRADIENT_STRATEGIES, Temperature, make_relaxation
+from nasfast.strategies.gradient import Gumbel, Proxyless
+
+SAMPLING = ("proxyless", "gumbel")
+TEMPERATURE = Temperature(start=2.0, end=0.5, steps=10)
+LOGITS = (0.5, -0.4, 0.0, 1.2)
+OUTPUTS = torch.tensor([0.3, -1.0, 2.0, 0.7], dtype=torch.float64)  # of four operations
+TARGET = 0.4
+
+
+def make(name, seed=0):
+    return make_relaxation(name, seed, TEMPERATURE)
+
+
+def logits(*values):
+    return torch.tensor([values], dtype=torch.float64, requires_grad=True)
+
+
+def gradient(mix, alphas):
+    """Of the squared error of one edge whose operations give OUTPUTS."""
+    loss = (mix.weights[0] @ OUTPUTS[: alphas.shape[1]] - TARGET) ** 2
+    return torch.autograd.grad(loss, alphas)[0][0]
+
+
+def mean_gradient(relaxation, alphas, samples):
+    """Mean over architecture steps, and its standard error."""
+    drawn = []
+    for _ in range(samples):
+        mix = relaxation.architecture_step(alphas)
+        if isinstance(relaxation, Gumbel):  # what does not run sends no gradient
+            (active,) = mix.active[0]
+            only = torch.zeros_like(mix.weights)
+            only[0, active] = 1.0
+            mix.weights.register_hook(lambda g, only=only: g * only)
+        drawn.append(gradient(mix, alphas))
+    drawn = torch.stack(drawn)
+    return drawn.mean(0), drawn.std(0) / math.sqrt(samples)
+
+
+def test_darts_is_the_softmax():
+    alphas = logits(*LOGITS)
+    relaxation = make("darts")
+    mix, frozen = relaxation.architecture_step(alphas), relaxation.weight_step(alphas)
+    assert mix.active is frozen.active is None
+    assert torch.equal(mix.weights, alphas.softmax(1))
+    assert torch.equal(frozen.weights, mix.weights)
+    assert not frozen.weights.requires_grad
+    p = alphas.detach()[0].softmax(0)
+    error = 2 * (p @ OUTPUTS - TARGET)
+    torch.testing.assert_close(gradient(mix, alphas), error * p * (OUTPUTS - p @ OUTPUTS))
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_weight_steps_draw_one_operation_by_its_probability(name):
+    relaxation, alphas = make(name), logits(*LOGITS)
+    count = torch.zeros(4, dtype=torch.float64)
+    for _ in range(4000):
+        mix = relaxation.weight_step(alphas)
+        (active,) = mix.active[0]
+        assert mix.weights.tolist() == [[float(k == active) for k in range(4)]]
+        assert not mix.weights.requires_grad
+        count[active] += 1
+    torch.testing.assert_close(count / 4000, alphas.detach()[0].softmax(0), rtol=0, atol=0.03)
+
+
+def test_proxyless_runs_two_operations_and_opens_one_gate():
+    relaxation, alphas = make("proxyless"), logits(*LOGITS)
+    for _ in range(50):
+        mix = relaxation.architecture_step(alphas)
+        i, j = mix.active[0]
+        assert i < j
+        assert sorted(mix.weights[0].tolist()) == [0, 0, 0, 1]
+        assert mix.weights[0, [i, j]].sum() == 1
+        # equation 4 between the two
+        y = mix.weights[0].detach() @ OUTPUTS
+        q = alphas.detach()[0, [i, j]].softmax(0)
+        gates = 2 * (y - TARGET) * OUTPUTS[[i, j]]
+        wanted = torch.zeros(4, dtype=torch.float64)
+        wanted[[i, j]] = q * (gates - q @ gates)
+        torch.testing.assert_close(gradient(mix, alphas), wanted)
+
+
+def test_expected_gradient_of_proxyless_by_enumeration():
+    alphas = logits(*LOGITS)
+    p = alphas.detach()[0].softmax(0)
+    wanted = torch.zeros(4, dtype=torch.float64)
+    for i, j in itertools.permutations(range(4), 2):  # drawn in this order, gate i open
+        pair = p[i] * p[j] / (1 - p[i]) + p[j] * p[i] / (1 - p[j])
+        q = p[i] / (p[i] + p[j])
+        error = 2 * (OUTPUTS[i] - TARGET)
+        slope = error * q * (1 - q) * (OUTPUTS[i] - OUTPUTS[j])
+        wanted[i] += pair * q * slope
+        wanted[j] -= pair * q * slope
+    mean, error = mean_gradient(make("proxyless"), alphas, 6000)
+    assert ((mean - wanted).abs() < 4 * error).all()
+    assert (error < 0.1 * wanted.abs().max()).all()
+
+
+def test_expected_gradient_of_gumbel_by_quadrature():
+    """Of two operations, where the difference of the noises is logistic."""
+    alphas = logits(0.5, -0.4)
+    noise = torch.linspace(-40, 40, 80_001, dtype=torch.float64)
+    density = noise.sigmoid() * (-noise).sigmoid()
+    soft = ((0.9 + noise) / TEMPERATURE.start).sigmoid()
+    slope = soft * (1 - soft) / TEMPERATURE.start
+    first, second = (2 * (OUTPUTS[k] - TARGET) * OUTPUTS[k] for k in (0, 1))
+    chosen = torch.where(noise > -0.9, first, -second)
+    wanted = torch.trapezoid(density * chosen * slope, noise)
+    mean, error = mean_gradient(make("gumbel"), alphas, 6000)
+    assert abs(mean[0] - wanted) < 4 * error[0]
+    assert mean[1] == pytest.approx(-mean[0].item())
+    assert error[0] < 0.1 * abs(wanted)
+
+
+def test_gumbel_runs_one_operation():
+    relaxation, alphas = make("gumbel"), logits(*LOGITS)
+    for _ in range(20):
+        mix = relaxation.architecture_step(alphas)
+        (active,) = mix.active[0]
+        assert mix.weights.tolist() == [[float(k == active) for k in range(4)]]
+        assert mix.weights.requires_grad
+
+
+def test_temperature_moves_with_architecture_steps():
+    relaxation, alphas = make("gumbel"), logits(*LOGITS)
+    seen = []
+    for _ in range(12):
+        relaxation.weight_step(alphas)
+        relaxation.architecture_step(alphas)
+        seen.append(relaxation.temperature)
+        relaxation.after_architecture_step(alphas)
+    assert seen == pytest.approx([2.0 - 0.15 * step for step in range(10)] + [0.5, 0.5])
+
+
+def test_proxyless_leaves_what_did_not_run():
+    relaxation = make("proxyless")
+    alphas = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+    before = alphas.detach().clone()
+    mix = relaxation.architecture_step(alphas)
+    with torch.no_grad():
+        alphas += torch.randn_like(alphas)  # an optimizer with momentum moves all
+    after_step = alphas.detach().clone()
+    relaxation.after_architecture_step(alphas)
+    for edge, (i, j) in enumerate(mix.active):
+        others = [k for k in range(6) if k not in (i, j)]
+        assert torch.equal(alphas[edge, others], before[edge, others])
+        p, q = alphas[edge].softmax(0), before[edge].softmax(0)
+        torch.testing.assert_close(p[others], q[others])
+        ratio = after_step[edge, i] - after_step[edge, j]
+        torch.testing.assert_close(alphas[edge, i] - alphas[edge, j], ratio)
+    with pytest.raises(RuntimeError, match="wanted a call of architecture_step before"):
+        relaxation.after_architecture_step(alphas)
+
+
+def search(relaxation, alphas, steps):
+    """Steps on the loss that prefers operation 2 of every edge; yields what was drawn."""
+    optimizer = torch.optim.Adam([alphas], lr=0.05)
+    cost = torch.tensor([1.0, 0.5, 0.0, 0.8])
+    for _ in range(steps):
+        yield relaxation.weight_step(alphas).weights
+        mix = relaxation.architecture_step(alphas)
+        optimizer.zero_grad()
+        (mix.weights * cost).sum().backward()
+        optimizer.step()
+        relaxation.after_architecture_step(alphas)
+        yield mix.weights.detach()
+
+
+@pytest.mark.parametrize("name", GRADIENT_STRATEGIES)
+def test_finds_the_best_operation(name):
+    alphas = torch.ones(5, 4, requires_grad=True)
+    for _ in search(make(name), alphas, 300):
+        pass
+    assert alphas.argmax(1).tolist() == [2] * 5
+
+
+@pytest.mark.parametrize("name", GRADIENT_STRATEGIES)
+@pytest.mark.parametrize("cut", [0, 1, 7])
+def test_state_round_trip(name, cut):
+    relaxation, resumed = make(name, seed=1), make(name, seed=2)
+    alphas = torch.ones(5, 4, requires_grad=True)
+    for _ in search(relaxation, alphas, cut):
+        pass
+    file = io.BytesIO()
+    torch.save(relaxation.state_dict(), file)
+    file.seek(0)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    other = alphas.detach().clone().requires_grad_()
+    for one, two in zip(search(relaxation, alphas, 9), search(resumed, other, 9), strict=True):
+        assert torch.equal(one, two)
+    assert torch.equal(alphas, other)
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_seed_decides(name):
+    alphas = torch.zeros(20, 6)
+    first, same, other = (make(name, seed).weight_step(alphas).weights for seed in (0, 0, 1))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("name", GRADIENT_STRATEGIES)
+def test_on_a_supernet(name):
+    net = Supernet(SupernetConfig(layers=2, nodes=1, width=2, memory="save"), 1)
+    images, relaxation = torch.rand(2, 1, 6, 6), make(name)
+    net(images, relaxation.weight_step(net.alphas)).sum().backward()
+    assert net.alphas.grad is None
+    mix = relaxation.architecture_step(net.alphas)
+    net(images, mix).sum().backward()
+    reached = {(edge, k) for edge, k in (net.alphas.grad != 0).nonzero().tolist()}
+    if name == "proxyless":
+        assert reached <= {(edge, k) for edge, pair in enumerate(mix.active) for k in pair}
+    assert len(reached) > 0
+    assert net.betas.grad.abs().sum() > 0
+
+
+def test_names():
+    assert isinstance(make("proxyless"), Proxyless)
+    message = "strategy: wanted one of darts, proxyless, gumbel, got 'ppo'"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        make("ppo")
+
+
+@pytest.mark.parametrize("name", GRADIENT_STRATEGIES)
+def test_state_of_another_relaxation(name):
+    message = f"wanted \"{name}\", got 'random'; resume with the strategy that wrote"
+    with pytest.raises(ValueError, match=message):
+        make(name).load_state_dict({"strategy": "random"})
+
+
+@pytest.mark.parametrize("field", ["start", "end", "steps"])
+def test_temperature_out_of_range(field):
+    with pytest.raises(ValueError, match=f"Temperature.{field}: wanted more than 0, got 0"):
+        Temperature(**{field: 0})

@@ -1,0 +1,102 @@
+"""Filters without training: what they remove, what they keep, and their errors."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from nasfast.data.restoration import open_images
+from nasfast.tasks.baselines import bicubic, dct_filter, diffuse, non_local_means
+from nasfast.tasks.denoising import Denoising
+from nasfast.tasks.fidelity import psnr
+from nasfast.tasks.restoration import evaluate
+
+
+def dct_by_hand(image, sigma, threshold):
+    """One window after the other, from the definition of the DCT."""
+    n = torch.arange(8, dtype=torch.float64)
+    basis = torch.cos(torch.pi * (2 * n[None] + 1) * n[:, None] / 16) / 2
+    basis[0] /= 2**0.5
+    padded = torch.nn.functional.pad(image[None, None], (7,) * 4, mode="reflect")[0, 0]
+    total, weights = torch.zeros_like(padded), torch.zeros_like(padded)
+    for top in range(padded.shape[0] - 7):
+        for left in range(padded.shape[1] - 7):
+            window = (slice(top, top + 8), slice(left, left + 8))
+            coefficients = basis @ padded[window] @ basis.T
+            kept = coefficients.where(coefficients.abs() >= threshold * sigma, 0)
+            kept[0, 0] = coefficients[0, 0]
+            weight = 1 / (kept != 0).sum()
+            total[window] += weight * (basis.T @ kept @ basis)
+            weights[window] += weight
+    return (total / weights)[7:-7, 7:-7]
+
+
+def test_dct_filter_from_the_definition():
+    images = torch.rand(2, 2, 41, 12, dtype=torch.float64)  # rows for several strips
+    half = 2**-0.5
+    across = torch.tensor([[half, half], [half, -half]], dtype=torch.float64)  # DCT of 2 channels
+    for image, restored in zip(images, dct_filter(images, 0.1), strict=True):
+        planes = [dct_by_hand(plane, 0.1, 2.7) for plane in torch.einsum("dc,chw", across, image)]
+        wanted = torch.einsum("dc,dhw->chw", across, torch.stack(planes))
+        torch.testing.assert_close(restored, wanted)
+    torch.testing.assert_close(dct_filter(images, 0.0), images)
+    # above every coefficient only the means of the windows are left
+    assert dct_filter(images, 100.0).std() < 0.2 * images.std()
+
+
+def test_dct_filter_wants_a_window():
+    with pytest.raises(ValueError) as error:
+        dct_filter(torch.zeros(1, 1, 7, 20), 0.1)
+    assert str(error.value) == "dct_filter: wanted images of at least 8x8 pixels, got 7x20"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_non_local_means_denoises(channels):
+    clean = torch.zeros(2, channels, 40, 30)
+    clean[..., 15:] = 0.7
+    noisy = clean + 0.1 * torch.randn_like(clean)
+    restored = non_local_means(noisy, 0.1)
+    assert restored.dtype == torch.float32
+    assert (psnr(restored, clean) > psnr(noisy, clean) + 8).all()
+
+
+def test_non_local_means_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage.restoration", None)
+    with pytest.raises(ImportError) as error:
+        non_local_means(torch.zeros(1, 1, 16, 16), 0.1)
+    assert str(error.value) == (
+        "non-local means wants scikit-image, which is not installed: "
+        "pip install 'nasfast[restoration]'"
+    )
+
+
+def test_bicubic_keeps_a_ramp():
+    ramp = torch.linspace(0, 1, 20).expand(1, 3, 16, 20)
+    large = bicubic(ramp, 3)
+    assert large.shape == (1, 3, 48, 60)
+    steps = large.diff(dim=3)[..., 6:-6]
+    torch.testing.assert_close(steps, torch.full_like(steps, 1 / 57), rtol=0, atol=1e-4)
+
+
+def test_diffusion_fills_a_ramp_and_keeps_what_is_known():
+    y, x = torch.linspace(0.1, 0.5, 24)[:, None], torch.linspace(0.1, 0.4, 30)
+    ramp = (y + x).expand(2, 3, -1, -1)
+    hole = torch.zeros(24, 30, dtype=torch.bool)
+    hole[8:14, 10:17] = True
+    degraded = ramp.masked_fill(hole, 0)
+    filled = diffuse(degraded)
+    assert torch.equal(filled[..., ~hole], ramp[..., ~hole])
+    torch.testing.assert_close(filled, ramp, rtol=0, atol=1e-4)  # linear functions are harmonic
+    assert not diffuse(torch.zeros(1, 1, 4, 4)).any()
+
+
+def test_sliding_dct_on_bsds500(data_root):
+    """24.89 dB is an independent computation on every tenth test image (its noise differs)."""
+    if not (data_root / "bsds500").is_dir():
+        pytest.skip(f"no BSDS500 at {data_root / 'bsds500'}")
+    task = Denoising(50.0)
+    test = open_images(data_root / "bsds500", 1).test[::10]
+    scores = evaluate(task.baselines()["sliding DCT"], task, test)
+    assert scores.psnr == pytest.approx(24.89, abs=0.02)
