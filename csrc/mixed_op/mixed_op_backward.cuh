@@ -41,6 +41,7 @@ __global__ void __launch_bounds__(kElementThreads)
     for (int i = 0; i < 4; ++i)
         if (active && maps.raw[i]) means[i] = norm.mean(maps.of_map[i], c);
     if (active)
+#pragma unroll 4
         for (int64_t pixel = int64_t(blockIdx.x) * g.rows + g.row(); pixel < maps.pixels;
              pixel += int64_t(gridDim.x) * g.rows) {
             const int64_t at = pixel * maps.channels + c;
@@ -442,22 +443,21 @@ private:
     }
 
     // Of a part with all gradients: the workspace must do for any choice of branches.
-    int most_weight_blocks(int of_block) const {
+    int most_weight_blocks() const {
         WeightTasks<A> all;
         const Layout with_def = Layout::make(p, true, T());
-        const auto add = [&](const Padding& rows) {
-            all.add(nullptr, rows, nullptr, with_def.padding, 1, nullptr, of_block);
+        const auto add = [&](const Padding& rows, bool sampled) {
+            all.add(nullptr, rows, nullptr, with_def.padding, 1, nullptr, gradient_chunks<T>(p, sampled));
         };
-        for (int map = 0; map < kMaps; ++map) add(with_def.padding);
-        add(with_def.offset_padding);
+        for (int map = 0; map < kMaps; ++map) add(with_def.padding, map == kDef);
+        add(with_def.offset_padding, false);
         return all.blocks;
     }
 
     void add_weights(Arena& arena) {
-        const int of_block = gradient_columns<T>(p);
         const auto add = [&](Map map, const uint4* from, int dilation, const A* offset = nullptr) {
-            starts_[map] =
-                weights_.add(gradients_[map], l.padding, from, l.padding, dilation, offset, of_block);
+            starts_[map] = weights_.add(gradients_[map], l.padding, from, l.padding, dilation, offset,
+                                        gradient_chunks<T>(p, offset));
         };
         if (b.conv) add(kConv, maps.rectified, 1);
         if (b.dil) add(kDil, maps.rectified, 2);
@@ -468,9 +468,9 @@ private:
         if (b.def) {
             add(kDef, maps.rectified, 0, maps.offset);
             offset_start_ = weights_.add(offset_gradient_, l.offset_padding, maps.rectified, l.padding, 1,
-                                         nullptr, of_block);
+                                         nullptr, gradient_chunks<T>(p, false));
         }
-        weights_.divide(l, most_weight_blocks(of_block));
+        weights_.divide(l, most_weight_blocks());
         weight_parts_ = arena.take<A>(weights_.parts * weights_.size);
         weight_sums_ = arena.take<A>(weights_.size);
     }

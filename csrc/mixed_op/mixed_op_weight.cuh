@@ -14,6 +14,7 @@ struct TensorGradient {
     static constexpr int size = kElements<T>, row_tiles = kSegment * size / 16;  // of 16 rows
     static constexpr bool tf32 = size == 4;
     static constexpr int column_chunks = 128 / size, own = 32 / size;  // of a block; of a warp
+    static constexpr int sampled_chunks = own;  // of a block that samples, which takes longer
     float sums[row_tiles][4][4] = {};
 
     // Adds a tile of pixels. grad: chunk c of pixel i at i * grad_stride + c, `rows` chunks; map: column
@@ -99,7 +100,7 @@ template <class T_>
 struct PlainGradient {
     using T = T_;
     static constexpr bool tf32 = false;
-    static constexpr int size = kElements<T>, column_chunks = 32;
+    static constexpr int size = kElements<T>, column_chunks = 32, sampled_chunks = 8;
     T sums[size][2][size] = {};
 
     __device__ __forceinline__ void multiply(const uint4* grad, int grad_stride, int rows, const uint4* map,
@@ -139,6 +140,7 @@ struct WeightTask {
     const uint4* grad;  // [N, H, W, rows.chunks]
     const uint4* map;   // [N, H, W, columns.chunks]
     Padding rows, columns;
+    int of_block;     // chunks of columns
     const A* offset;  // [N, H, W, D * 27]; null: not sampled
     int dilation;     // of what is not
     int64_t start;    // of [rows, 3, 3, C] in a part
@@ -146,12 +148,12 @@ struct WeightTask {
 
     __host__ __device__ __forceinline__ Depth depth() const { return {columns.chunks, kTaps, kTaps}; }
     // Of columns, in a segment.
-    __host__ __device__ __forceinline__ int column_blocks(int segment, int of_block) const {
+    __host__ __device__ __forceinline__ int column_blocks(int segment) const {
         return (kTaps * depth().in_segment(segment) + of_block - 1) / of_block;
     }
-    __host__ __device__ __forceinline__ int all_column_blocks(int of_block) const {
+    __host__ __device__ __forceinline__ int all_column_blocks() const {
         const int last = depth().segments() - 1;
-        return last * column_blocks(0, of_block) + column_blocks(last, of_block);
+        return last * column_blocks(0) + column_blocks(last);
     }
     __host__ __device__ __forceinline__ int row_blocks() const {
         return (rows.chunks + kSegment - 1) / kSegment;
@@ -171,8 +173,8 @@ struct WeightTasks {
     // The place of its gradient in a part.
     int64_t add(const uint4* grad, const Padding& rows, const uint4* map, const Padding& columns,
                 int dilation, const A* offset, int of_block) {
-        const WeightTask<A> task{grad, map, rows, columns, offset, dilation, size, blocks};
-        blocks += task.row_blocks() * task.all_column_blocks(of_block);
+        const WeightTask<A> task{grad, map, rows, columns, of_block, offset, dilation, size, blocks};
+        blocks += task.row_blocks() * task.all_column_blocks();
         size += int64_t(rows.channels) * kTaps * columns.channels;
         tasks[count++] = task;
         return task.start;
@@ -193,26 +195,25 @@ __global__ void __launch_bounds__(kTileThreads, 4)
                   const WeightTasks<Accumulate<typename Gradient::T>> tasks,
                   Accumulate<typename Gradient::T>* parts) {
     using T = typename Gradient::T;
-    constexpr int of_block = Gradient::column_chunks;
     int number = 0;
     while (number + 1 < tasks.count && int(blockIdx.x) >= tasks.tasks[number + 1].first_block) ++number;
     const auto& task = tasks.tasks[number];
     const Depth depth = task.depth();
-    const int column_blocks = task.all_column_blocks(of_block);
+    const int column_blocks = task.all_column_blocks();
     const int block = (int(blockIdx.x) - task.first_block) % column_blocks;
     const int first_row = (int(blockIdx.x) - task.first_block) / column_blocks * kSegment;
-    const int segment = min(block / task.column_blocks(0, of_block), depth.segments() - 1);
-    const int first_column = (block - segment * task.column_blocks(0, of_block)) * of_block;
+    const int segment = min(block / task.column_blocks(0), depth.segments() - 1);
+    const int first_column = (block - segment * task.column_blocks(0)) * task.of_block;
     const int chunks = depth.in_segment(segment), rows = min(kSegment, task.rows.chunks - first_row);
     const bool sampled = task.offset != nullptr;
-    const int columns = min(of_block, kTaps * chunks - first_column);  // chunks
+    const int columns = min(task.of_block, kTaps * chunks - first_column);  // chunks
     const int stride = odd(sampled ? columns : chunks), grad_stride = odd(rows);
     const int border = sampled ? 0 : task.dilation, across = kTileWidth + 2 * border;
 
     auto* offsets = shared_memory<int>();  // [kMaxColumnChunks]
     uint4* grad = shared_memory<uint4>() + kMaxColumnChunks * sizeof(int) / 16;
     uint4* map = grad + kTilePixels * grad_stride;
-    for (int i = threadIdx.x; i < of_block; i += kTileThreads) {
+    for (int i = threadIdx.x; i < Gradient::column_chunks; i += kTileThreads) {
         const int column = min(i, columns - 1);  // those behind the last are not used
         const int at = first_column + column;
         const Shift shift = shift_of(kTaps, task.dilation, at / chunks);
@@ -256,12 +257,13 @@ __global__ void __launch_bounds__(kTileThreads, 4)
 template <class T, bool tensor_cores>
 using Gradient = std::conditional_t<tensor_cores, TensorGradient<T>, PlainGradient<T>>;
 
-// Column chunks of a block.
+// Chunks of columns that a block has.
 template <class T>
-int gradient_columns(const Params& p) {
+int gradient_chunks(const Params& p, bool sampled) {
     int result = 0;
     with_tile<T>(p, [&](auto* tile, auto) {
-        result = Gradient<T, std::remove_reference_t<decltype(*tile)>::words>::column_chunks;
+        using G = Gradient<T, std::remove_reference_t<decltype(*tile)>::words>;
+        result = sampled ? G::sampled_chunks : G::column_chunks;
     });
     return result;
 }
@@ -271,12 +273,11 @@ template <class T>
 void weight_gradients(const Params& p, const Layout& l, const WeightTasks<Accumulate<T>>& tasks,
                       Accumulate<T>* parts, Accumulate<T>* sums, void* stream) {
     if (tasks.count == 0) return;
-    const int of_block = gradient_columns<T>(p);
     int chunks = 0;
     for (int i = 0; i < tasks.count; ++i) {
         const auto& task = tasks.tasks[i];
         const int border = 2 * task.dilation, in_segment = std::min(task.columns.chunks, kSegment);
-        const int of_map = task.offset ? kTilePixels * odd(std::min(of_block, kTaps * in_segment))
+        const int of_map = task.offset ? kTilePixels * odd(std::min(task.of_block, kTaps * in_segment))
                                        : (kTileHeight + border) * (kTileWidth + border) * odd(in_segment);
         chunks = std::max(chunks, kTilePixels * odd(std::min(task.rows.chunks, kSegment)) + of_map);
     }
