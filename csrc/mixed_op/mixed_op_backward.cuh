@@ -29,7 +29,7 @@ struct SummedMaps {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kElementThreads)
+__global__ void __launch_bounds__(kElementThreads, 4)
     sum_kernel(const ChannelGrid g, const SummedMaps<T> maps, const Normalisation<Accumulate<T>> norm,
                Accumulate<T>* parts) {
     using A = Accumulate<T>;
@@ -353,12 +353,12 @@ struct BackwardPass {
             const int64_t elements = map_chunks * kElements<T>;
             ExactSums<A>& exact = deform_.sums.exact;
             exact.elements = elements;
-            if (p.deterministic) {
+            if (p.deterministic && t.grad_input) {
                 exact.factors = 3;
                 exact.log_terms = ceil_log2(p.height * p.width * kTaps);
                 exact.log_products = ceil_log2(p.channels);
                 exact.place(arena.take<char>(ExactSums<A>::bytes(elements)));
-            } else {
+            } else if (t.grad_input) {
                 deform_.sums.floating = arena.take<A>(elements);
             }
         }
@@ -371,8 +371,8 @@ struct BackwardPass {
         const Parts<A> parts = sum_outer(stream);
         if (!fixed) outcomes(parts, stream);
         pad_gradients(stream);
-        if (b.depthwise1) run_inner(stream);
-        if (b.def) run_deform(stream);
+        if (wants_inner()) run_inner(stream);
+        if (wants_deform()) run_deform(stream);
         if (t.grad_input) run_input(stream);
         weight_gradients<T>(p, l, weights_, weight_parts_, weight_sums_, stream);
         kernel_results(stream);
@@ -395,6 +395,16 @@ private:
 
     bool has(int map) const {
         return map == kConv ? b.conv : map == kDil ? b.dil : map == kDef ? b.def : b.depthwise1;
+    }
+
+    // Sums of grad * raw that come from the kernels' gradients.
+    bool wants_products() const { return fixed && (t.grad_factors || t.grad_scale); }
+    bool wants_inner() const {
+        return b.depthwise1 &&
+               (t.grad_input || t.grad_depthwise1 || t.grad_pointwise1 || t.grad_scale || t.grad_shift);
+    }
+    bool wants_deform() const {
+        return b.def && (t.grad_input || t.grad_offset_weight || t.grad_offset_bias);
     }
 
     Kernel3x3<T> outer_kernel(Map map) const {
@@ -459,14 +469,14 @@ private:
             starts_[map] = weights_.add(gradients_[map], l.padding, from, l.padding, dilation, offset,
                                         gradient_chunks<T>(p, offset));
         };
-        if (b.conv) add(kConv, maps.rectified, 1);
-        if (b.dil) add(kDil, maps.rectified, 2);
-        if (b.depthwise1) {
-            add(kInner, maps.rectified, 1);
+        const bool all = wants_products();
+        if (b.conv && (t.grad_conv || all)) add(kConv, maps.rectified, 1);
+        if (b.dil && (t.grad_dil || all)) add(kDil, maps.rectified, 2);
+        if (b.depthwise1 && (t.grad_depthwise1 || t.grad_pointwise1)) add(kInner, maps.rectified, 1);
+        if (b.depthwise1 && (t.grad_depthwise2 || t.grad_pointwise2 || all))
             add(kSep, maps.inner_rectified, 1);
-        }
-        if (b.def) {
-            add(kDef, maps.rectified, 0, maps.offset);
+        if (b.def && (t.grad_def || all)) add(kDef, maps.rectified, 0, maps.offset);
+        if (b.def && t.grad_offset_weight) {
             offset_start_ = weights_.add(offset_gradient_, l.offset_padding, maps.rectified, l.padding, 1,
                                          nullptr, gradient_chunks<T>(p, false));
         }
@@ -505,7 +515,7 @@ private:
             o.map = map;
             o.slot = kOfRaw + map;
             o.factor = b.factors + map;
-            if (fixed) o.products = products_ + map * l.channels;
+            if (wants_products()) o.products = products_ + map * l.channels;
             if (fixed && map == kDef) o.bias = b.def_bias;
             if (map == kDef) o.grad_bias = t.grad_def_bias;
             o.grad_factor = row(t.grad_factors, map, 1);
@@ -597,7 +607,9 @@ private:
 
     void kernel_results(void* stream) {
         KernelResults<T> results;
-        const auto products = [&](int map) { return fixed ? products_ + map * l.channels : nullptr; };
+        const auto products = [&](int map) {
+            return wants_products() ? products_ + map * l.channels : nullptr;
+        };
         const auto gradient = [&](int64_t start) { return weight_sums_ + start; };
         if (b.conv)
             results.add({gradient(starts_[kConv]), outer_kernel(kConv), t.grad_conv, nullptr, nullptr,
@@ -636,6 +648,13 @@ int64_t backward_workspace_of(const Params& p) {
     check_sizes(p);
     Backward<T> t{};
     t.branches = all_branches<T>();
+    static T input;  // all are wanted
+    static Accumulate<T> gradient;
+    t.grad_input = &input;
+    t.grad_conv = t.grad_dil = t.grad_def = t.grad_def_bias = &gradient;
+    t.grad_offset_weight = t.grad_offset_bias = &gradient;
+    t.grad_depthwise1 = t.grad_pointwise1 = t.grad_depthwise2 = t.grad_pointwise2 = &gradient;
+    t.grad_factors = t.grad_scale = t.grad_shift = &gradient;
     Arena arena(nullptr);
     BackwardPass<T>(p, t, arena);
     return arena.used();

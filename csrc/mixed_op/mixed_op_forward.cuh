@@ -217,18 +217,17 @@ __global__ void __launch_bounds__(kElementThreads)
 
 // ---- host
 
+// Kernels count pixels and elements in 64 bits, but what is named here in 32.
 inline void check_sizes(const Params& p) {
     const struct {
         const char* name;
         int64_t size;
-    } sizes[] = {{"channels", p.channels},
-                 {"channels of offsets and masks", p.offset_groups * 3 * kTaps},
-                 {"rows", p.height},
-                 {"columns", p.width}};
-    for (const auto& [name, size] : sizes)
-        if (size > 1 << 24)
-            throw std::runtime_error(std::string("mixed_op: CUDA wants at most 2^24 ") + name + ", got " +
-                                     std::to_string(size) + "; split the call");
+        int power;
+    } sizes[] = {{"channels", p.channels, 15}, {"rows", p.height, 24}, {"columns", p.width, 24}};
+    for (const auto& [name, size, power] : sizes)
+        if (size > int64_t(1) << power)
+            throw std::runtime_error("mixed_op: CUDA wants at most 2^" + std::to_string(power) + " " + name +
+                                     ", got " + std::to_string(size) + "; split the call");
     const int64_t tiles =
         p.batch * ((p.height + kTileHeight - 1) / kTileHeight) * ((p.width + kTileWidth - 1) / kTileWidth);
     if (tiles > 0x7fffffff)

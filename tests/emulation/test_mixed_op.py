@@ -170,7 +170,8 @@ def test_offset_without_position(mixed: Kernels, dtype: torch.dtype, value: floa
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        (1, 2**25, "2^24 channels, got 33554432; split the call"),
+        (1, 2**20, "2^15 channels, got 1048576; split the call"),
+        (3, 2**25, "2^24 columns, got 33554432; split the call"),
         (0, 2**40, "2^31 - 1 tiles of pixels, got 1099511627776; split the batch"),
     ],
 )
