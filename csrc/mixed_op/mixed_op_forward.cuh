@@ -254,7 +254,7 @@ Task<T, RawSink<T>> raw_task(const Layout& l) {
 template <class T, class Sink>
 void add_task(Tasks<T, Sink>& tasks, Task<T, Sink> task, int columns) {
     task.columns = columns;
-    task.first_columns = block_columns(columns);
+    task.of_block = block_columns(columns);
     tasks.tasks[tasks.count++] = task;
 }
 

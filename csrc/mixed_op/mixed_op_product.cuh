@@ -134,12 +134,12 @@ struct Task {
     static constexpr int most = 4;
     Source<T> sources[most];
     int sources_count;
-    int columns;        // of the result
-    int first_columns;  // of a block, but for the last
+    int columns;   // of the result
+    int of_block;  // columns of each block but the last
     Sink sink;
 
     void add(const Source<T>& source) { sources[sources_count++] = source; }
-    int blocks() const { return (columns + first_columns - 1) / first_columns; }
+    int blocks() const { return (columns + of_block - 1) / of_block; }
 };
 
 constexpr int round_up(int value, int to) { return (value + to - 1) / to * to; }
@@ -189,17 +189,16 @@ struct Sampler {
         this->offset = offset + pixel * geometry.offset_step;
     }
 
-    // Whether the position is another than before.
-    __device__ __forceinline__ bool move(int to_tap, int chunk) {
+    // To a tap of the offset group of a chunk.
+    __device__ __forceinline__ void move(int to_tap, int chunk) {
         const int to_group = chunk / group_chunks;
-        if (to_group == group && to_tap == tap) return false;
+        if (to_group == group && to_tap == tap) return;
         group = to_group;
         tap = to_tap;
-        if (pixel < 0) return true;
+        if (pixel < 0) return;
         const int at = group * kTaps + tap;
         sample = locate(geometry, offset + 2 * at, place, tap);
         mask = sample.inside ? offset[2 * kTaps * geometry.offset_groups + at] : 0;
-        return true;
     }
     __device__ __forceinline__ bool has(int corner) const { return sample.inside >> corner & 1; }
     // Index of a corner in [N, H, W].
@@ -284,8 +283,8 @@ __device__ __forceinline__ void run_task(const Layout& l, const deform_conv2d::P
     uint4* shared = shared_memory<uint4>() + kOffsetChunks + 1;  // after a chunk of zeros
     constexpr int zero = -1;
     const auto place = l.place(blockIdx.x);
-    const int first_column = block * task.first_columns;
-    const int count = min(task.first_columns, task.columns - first_column), eights = (count + 7) / 8;
+    const int first_column = block * task.of_block;
+    const int count = min(task.of_block, task.columns - first_column), eights = (count + 7) / 8;
     if (threadIdx.x == 0) shared[zero] = make_uint4(0, 0, 0, 0);
 
     Tile tile;
@@ -413,7 +412,7 @@ void multiply(const Params& p, const Layout& l, const Tasks<T, Sink>& tasks, voi
         const auto& task = tasks.tasks[i];
         for (int s = 0; s < task.sources_count; ++s)
             chunks = std::max<int64_t>(chunks, source_chunks(task.sources[s]));
-        int64_t values = int64_t(kTilePixels) * (task.first_columns | 1);
+        int64_t values = int64_t(kTilePixels) * (task.of_block | 1);
         if (Sink::has_moments) values += kTileThreads * 2;
         results = std::max<int64_t>(results, values * int64_t(sizeof(A)));
         grid.y += unsigned(task.blocks());
