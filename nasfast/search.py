@@ -1,8 +1,8 @@
 """Find an architecture: ``python -m nasfast.search [METHOD]``.
 
-METHOD is "segmentation" (the default). Without arguments it searches a small segmentation network
-for generated street scenes, in a minute. ``--data DIR`` takes a CamVid folder or a folder with
-images/, masks/ and classes.txt. ``--resume RUN`` continues a run where it stopped.
+METHOD is "segmentation" (the default) or "restoration"; ``METHOD --help`` shows its settings.
+Without more it searches a small network for generated images, in a minute; ``--data DIR`` takes
+your own. ``--resume RUN`` continues a run where it stopped.
 """
 
 from __future__ import annotations

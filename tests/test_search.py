@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
-import itertools
 import json
 import os
 import random
@@ -17,7 +15,6 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +22,18 @@ import pytest
 import tomli_w
 import torch
 from PIL import Image
-from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nasfast import search
 from nasfast.config import from_mapping
-from nasfast.data import Sample, SegmentationDataset, Splits, load_splits
+from nasfast.data import load_splits
 from nasfast.encoders import MobileNetV2
 from nasfast.methods import METHODS, sampling
 from nasfast.methods.segmentation import search as segmentation
-from nasfast.methods.segmentation.search import PRESETS, SearchConfig, parse
-from nasfast.records import Evaluation, Record
-from nasfast.spaces.fast_nas import Cell, FastNASGenotype, FastNASSpace
+from nasfast.methods.segmentation.search import SearchConfig, parse
+from nasfast.records import Record
+from nasfast.spaces.fast_nas import FastNASSpace
 from nasfast.study import Study
 from nasfast.tasks.segmentation import SegmentationTask
 
@@ -217,16 +213,6 @@ def test_a_larger_budget_continues(
     assert first == outcome(run)[:2]
 
 
-@pytest.mark.parametrize(("flags", "budget"), [([], 2), (["--budget", "5"], 5)])
-def test_the_last_budget_holds(tmp_path: Path, flags: list[str], budget: int) -> None:
-    play(tmp_path, distinct(), lambda i: success(0.4), budget=2)  # config.toml: the default, 8
-    (run,) = tmp_path.iterdir()
-    study, _, config = search._open_run(["--resume", str(run), *flags])
-    study.close()
-    assert isinstance(config, SearchConfig)
-    assert config.budget == budget
-
-
 @pytest.fixture
 def own_run(tiny_run: Path, tiny_data: Path, tiny_weights: Path, tmp_path: Path) -> Path:
     """A copy of the run with data and encoder of its own, in data/ and encoder.safetensors."""
@@ -304,67 +290,6 @@ def test_resume_takes_the_run_s_threads(
         assert search.main(["--resume", str(own_run)]) == 0
     assert seen == [2, 1]
     assert "note:" not in capsys.readouterr().out
-
-
-# ---- settings that fit the data
-
-
-def splits(*sizes: tuple[int, int], val: tuple[int, int] = (60, 80)) -> Splits:
-    """Search frames of these sizes, height and width, scored on one of ``val``."""
-    frames = Sizes(sizes), Sizes([val])
-    return Splits(*frames, *frames)
-
-
-class Sizes(SegmentationDataset):
-    def __init__(self, sizes: Sequence[tuple[int, int]]) -> None:
-        self.sizes = sizes
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def __getitem__(self, index: int) -> Sample:
-        mask = torch.zeros(self.sizes[index], dtype=torch.uint8)
-        return Sample(mask.expand(3, *mask.shape), mask)
-
-    def fingerprint(self) -> str:
-        return ""
-
-
-def sides(config: SearchConfig) -> tuple[int, int, int, int]:
-    stages = (config.stage0, config.stage1)
-    return tuple(side for s in stages for side in (s.crop, s.shorter_side))  # type: ignore[return-value]
-
-
-@pytest.mark.parametrize(
-    ("data", "crops", "fitted"),
-    [
-        (splits((70, 90)), (40, 50, 55, 60), (40, 50, 55, 60)),
-        (splits((70, 90)), (40, 50, 70, 80), (40, 50, 60, 60)),
-        (splits((70, 90), (90, 50)), (64, 65, 40, 45), (50, 50, 40, 45)),
-        (splits((20, 90), val=(200, 200)), (64, 32, 16, 18), (20, 20, 16, 18)),
-        (splits((90, 90), val=(90, 90)), (100, 80, 16, 18), (90, 80, 16, 18)),
-    ],
-)
-def test_crops_fit_the_data(data: Splits, crops: tuple[int, ...], fitted: tuple[int, ...]) -> None:
-    config = SearchConfig()
-    stage0, stage1 = (
-        dataclasses.replace(stage, crop=crop, shorter_side=side)
-        for stage, crop, side in ((config.stage0, *crops[:2]), (config.stage1, *crops[2:]))
-    )
-    config = dataclasses.replace(config, stage0=stage0, stage1=stage1)
-    console = Console(file=io.StringIO())
-    got = segmentation.fit_to_data(config, data, console)
-    assert sides(got) == fitted
-    same = dataclasses.replace(
-        got,
-        stage0=dataclasses.replace(got.stage0, crop=crops[0], shorter_side=crops[1]),
-        stage1=dataclasses.replace(got.stage1, crop=crops[2], shorter_side=crops[3]),
-    )
-    assert same == config
-    assert ("crops are at most" in console.file.getvalue()) == (fitted != crops)  # type: ignore[attr-defined]
-    assert segmentation.fit_to_data(got, data, console) == got
-    cropped = dataclasses.replace(config, val_crop=32)
-    assert segmentation.fit_to_data(cropped, data, console) == cropped
 
 
 def test_fitted_crops_are_the_run_s_settings(
@@ -492,203 +417,13 @@ def test_a_teacher(
     assert taught == sorted(taught, reverse=True)
 
 
-# ---- the loop
-
-
-def success(stage0: float, stage1: float | None = None) -> Evaluation:
-    rewards = {"stage0": stage0} | ({} if stage1 is None else {"stage1": stage1})
-    return Evaluation(rewards, {stage: {} for stage in rewards}, None, 1, 1, {})
-
-
-HALF = Evaluation({"stage0": 0.8}, {"stage0": {}}, None, 1, 1, {}, "stage1: out of memory (fake)")
-FAILURE = Evaluation({}, {}, None, 0, 0, {}, "stage0: out of memory (fake)")
-
-
-class Script:
-    """Strategy that asks for given genotypes, and evaluator that returns given evaluations."""
-
-    seed = 5
-    remedy = "lower the learning rates"
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        return {"encode": 1.5}
-
-    def __init__(
-        self, genotypes: Iterator[FastNASGenotype], evaluate: Callable[[int], Evaluation]
-    ) -> None:
-        self.genotypes, self.evaluate = genotypes, evaluate
-        self.told: list[float | None] = []
-        self.evaluated: list[int] = []
-        self.gates: list[float | None] = []
-
-    def ask(self) -> FastNASGenotype:
-        return next(self.genotypes)
-
-    def tell(self, genotype: FastNASGenotype, reward: float | None) -> None:
-        self.told.append(reward)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: object) -> None: ...
-
-    def __call__(self, genotype: FastNASGenotype, index: int, gate: float | None) -> Evaluation:
-        self.evaluated.append(index)
-        self.gates.append(gate)
-        return self.evaluate(index)
-
-
-def play(
-    root: Path,
-    genotypes: Iterator[FastNASGenotype],
-    evaluate: Callable[[int], Evaluation],
-    budget: int,
-) -> tuple[Script, Sequence[Record]]:
-    script = Script(genotypes, evaluate)
-    with Study.create(root, "segmentation", "script", {}, {}) as study:
-        console = Console(quiet=True)
-        sampling.run(study, SPACE, script, script, budget, console)
-        return script, study.records
-
-
-def distinct() -> Iterator[FastNASGenotype]:
-    rng = random.Random(0)
-    while True:
-        yield SPACE.sample(rng)
-
-
-def renamed(genotype: FastNASGenotype) -> FastNASGenotype:
-    """The same network with the two branches of the first layer swapped."""
-    (p1, p2, o1, o2), *others = genotype.cell.layers
-    swap = {2: 3, 3: 2}
-    rest = ((swap.get(a, a), swap.get(b, b), c, d) for a, b, c, d in others)
-    cell = Cell(genotype.cell.op0, ((p2, p1, o2, o1), *rest))
-    return dataclasses.replace(genotype, cell=cell)
-
-
-def test_duplicates_are_not_trained_again(tmp_path: Path) -> None:
-    first, second, third = (genotype for genotype, _ in zip(distinct(), range(3)))
-    assert renamed(first) != first
-    asked = [first, second, first, renamed(first), third]
-    script, records = play(tmp_path, iter(asked), lambda i: success(0.1 * (i + 1), 0.9), budget=3)
-    assert script.evaluated == [0, 1, 4]
-    assert [r.duplicate_of for r in records] == [None, None, 0, 0, None]
-    assert [r.genotype for r in records] == [g.to_json() for g in asked]
-    assert records[2].evaluation == records[3].evaluation == records[0].evaluation
-    # stage 0 is what the strategy learns from, also where stage 1 was reached
-    assert script.told == [0.1, 0.2, 0.1, 0.1, 0.5]
-    assert script.gates == [None, 0.1, statistics.fmean([0.1, 0.2])]
-
-
-def test_a_failure_is_recorded_counts_and_is_told_as_none(tmp_path: Path) -> None:
-    a, b, c = (g for g, _ in zip(distinct(), range(3)))
-    script, records = play(
-        tmp_path, iter([a, b, b, c]), lambda i: FAILURE if i == 1 else success(0.4), budget=3
-    )
-    assert script.evaluated == [0, 1, 3]
-    assert script.told == [0.4, None, None, 0.4]
-    assert [r.evaluation.failure for r in records] == [None, *[FAILURE.failure] * 2, None]
-    assert script.gates == [None, 0.4, 0.4]
-
-
-def test_a_failure_in_stage1_is_told_by_its_stage0(tmp_path: Path) -> None:
-    evaluations = [success(0.4), HALF, success(0.3, 0.2)]
-    script, records = play(tmp_path, distinct(), evaluations.__getitem__, budget=3)
-    assert script.told == [0.4, 0.8, 0.3]
-    assert script.gates == [None, 0.4, statistics.fmean([0.4, 0.8])]
-    (run,) = tmp_path.iterdir()
-    ranking = Study.open(run, read_only=True).ranking()
-    assert [record.index for record in ranking] == [2, 0]
-    assert [record.score is None for record in records] == [False, True, False]
-
-
-def test_seconds_add_up_over_resumes(tmp_path: Path) -> None:
-    play(tmp_path, distinct(), lambda i: success(0.4), budget=1)
-    (run,) = tmp_path.iterdir()
-    for budget in (2, 3):
-        genotypes = itertools.islice(distinct(), budget - 1, None)
-        script = Script(genotypes, lambda i: success(0.4))
-        with Study.open(run) as study:
-            sampling.run(study, SPACE, script, script, budget, Console(quiet=True))
-            checkpoint = study.load_checkpoint()
-            assert checkpoint is not None
-            assert checkpoint["seconds"]["encode"] == 1.5 * budget
-            assert checkpoint["budget"] == budget
-
-
-def test_five_failures_in_a_row_stop(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError) as caught:
-        play(tmp_path, distinct(), lambda i: FAILURE if i else success(0.4), budget=99)
-    assert str(caught.value) == (
-        "the last 5 candidates failed, the last one: stage0: out of memory (fake); lower "
-        "the learning rates"
-    )
-    (run,) = tmp_path.iterdir()
-    assert len(outcome(run)) == 6
-
-
-def test_a_hundred_duplicates_in_a_row_stop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    same = next(distinct())
-    with pytest.raises(RuntimeError) as caught:
-        play(tmp_path, iter([same] * 200), lambda i: success(0.4), budget=2)
-    assert str(caught.value) == (
-        "the last 100 architectures repeat earlier ones: the strategy has converged; take the best "
-        "one found, or let it explore more (--ppo.ent-coef)"
-    )
-    (run,) = tmp_path.iterdir()
-    assert len(outcome(run)) == 101
-
-
-def test_edited_records_are_noticed(tmp_path: Path) -> None:
-    play(tmp_path, distinct(), lambda i: success(0.4), budget=2)
-    (run,) = tmp_path.iterdir()
-    (run / "checkpoint" / "state.pt").unlink()
-    script = Script(iter([next(distinct())] * 2), lambda i: success(0.4))
-    with (
-        Study.open(run) as study,
-        pytest.raises(RuntimeError, match="record 1 is not what the strategy asked for"),
-    ):
-        sampling.run(study, SPACE, script, script, 2, Console(quiet=True))
-
-
 # ---- the command line
-
-
-def test_presets() -> None:
-    assert parse([]) == dataclasses.replace(PRESETS["demo"], runs=Path("runs").resolve())
-    assert parse(["--data", "synthetic"]).preset == "demo"
-    assert parse(["segmentation", "--data", "somewhere"]).preset == "quick"
-    assert parse(["--data=somewhere"]).stage0 == PRESETS["quick"].stage0
-    assert parse(["--data", "somewhere", "--preset", "paper"]).val_crop == 400
-    assert parse(["--preset=quick"]).data == "synthetic"
-    assert parse(["--preset=quick"]).decoder == PRESETS["quick"].decoder
-
-
-def test_flags_override_the_preset() -> None:
-    config = parse(["--budget", "3", "--stage1.encoder-lr", "0.5", "--ppo.embed-decisions"])
-    assert (config.budget, config.stage1.encoder_lr, config.ppo.embed_decisions) == (3, 0.5, True)
-    demo = PRESETS["demo"]
-    assert config.stage1 == dataclasses.replace(demo.stage1, encoder_lr=0.5)
-    assert config.stage0 == demo.stage0
 
 
 def test_a_method_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert search.main(["detection", "--budget", "1"]) == 2
     wanted = f"error: search: wanted one of {', '.join(METHODS)}, got 'detection'\n"
     assert capsys.readouterr().err == wanted
-
-
-def test_paths_are_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", "/home/someone")
-    config = parse(["--data", "d", "--encoder-weights", "e.pth", "--cache-dir", "~/c"])
-    assert (config.data, config.encoder_weights) == (str(tmp_path / "d"), tmp_path / "e.pth")
-    assert (config.cache_dir, config.runs) == (Path("/home/someone/c"), tmp_path / "runs")
-    assert config.teacher is None
 
 
 @pytest.mark.parametrize(

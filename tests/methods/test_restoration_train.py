@@ -113,13 +113,13 @@ def test_a_run_decides_and_flags_override(bilevel_run: Path, tiny_images: Path) 
     best = json.loads((bilevel_run / "best.json").read_text())
     assert genotype.to_json() == best["genotype"]
     assert (config.data, config.out) == (str(tiny_images), bilevel_run / "train-1")
-    assert config.network == RestorerConfig(4, 4, 4, 4, residual=True)
+    assert config.network == RestorerConfig(4, 4, 4, 4, residual=True, atrous=False)
     assert config.task == {"task": "denoising", "sigma": 30.0}
-    assert config.steps == Recipe().steps
+    assert (config.preset, config.steps) == ("demo", 300)
     flags = ["--task.sigma", "50", "--network.width", "6", "--preset", "paper"]
     config = config_of([*flags, str(bilevel_run)])
     assert config.task == {"task": "denoising", "sigma": 50.0}
-    assert config.network == RestorerConfig(6, 4, 4, 4, residual=True)
+    assert config.network == RestorerConfig(6, 4, 4, 4, residual=True, atrous=False)
     assert (config.steps, config.optimizer, config.lr) == (600_000, "sgd", 0.05)
 
 

@@ -1,4 +1,10 @@
-"""Search of restoration networks (IR-NAS, CVPR 2020): its settings, and what they open."""
+"""Search a restoration network: ``python -m nasfast.search restoration``.
+
+``--data DIR`` takes train/ and test/ such as BSDS500's, a folder of images, or pairs of degraded
+and clean images; without it, generated images. ``--task NAME`` is denoising, deraining,
+super-resolution or inpainting, ``--task.SETTING VALUE`` its settings. ``--resume RUN`` continues a
+run. (IR-NAS, CVPR 2020)
+"""
 
 from __future__ import annotations
 
@@ -102,26 +108,26 @@ PRESETS = {
             architecture=ArchitectureConfig(0.03),
         ),
         supernet=SupernetConfig(layers=2, nodes=2, width=4, memory="save"),
-        network=RestorerConfig(width=8, stem=16, head=16, low_level=8, residual=True),
+        network=RestorerConfig(8, 16, 16, 8, residual=True, atrous=False),
         budget=4,
-        recipe=Recipe(steps=100, batch_size=4, crop=48),
+        recipe=Recipe(steps=100, batch_size=4),
         temperature=Temperature(steps=50),
     ),
     "quick": SearchConfig(
         preset="quick",
         bilevel=BilevelConfig(
-            epochs=30,
+            epochs=24,
             warmup=8,
             patience=8,
-            batch_size=12,
-            crop=40,
+            batch_size=8,
+            crop=32,
             val_crop=160,
-            weights=WeightsConfig("adam", 3e-3, 1e-4, cycles=0.5, weight_decay=0.0),
+            weights=WeightsConfig("adam", 0.01, 1e-4, cycles=0.5, weight_decay=0.0),
             architecture=ArchitectureConfig(0.02),
         ),
         supernet=SupernetConfig(layers=3, nodes=3, width=8, memory="save"),
-        network=RestorerConfig(width=12, stem=24, head=32, low_level=16, residual=True),
-        recipe=Recipe(steps=200),
+        network=RestorerConfig(16, 16, 32, 16, residual=True, atrous=False),
+        recipe=Recipe(steps=300),
         temperature=Temperature(steps=250),
     ),
     "paper": SearchConfig(preset="paper", recipe=Recipe(steps=20_000)),

@@ -35,17 +35,17 @@ from nasfast.training.loop import Group, Runtime, one_cycle, train_epoch
 class Recipe:
     """How a network is trained; the defaults are those of ``quick``."""
 
-    steps: int = 2400
+    steps: int = 6000
     """Optimisation steps."""
     batch_size: int = 8
     """Patches a step."""
-    crop: int = 64
+    crop: int = 48
     """Side of a patch, in pixels of the target."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """adamw: one cycle to zero. sgd: momentum 0.9, polynomial decay of power 0.9, biases at twice
     the learning rate and without weight decay, as published."""
-    lr: float = 4e-3
-    """Learning rate: the peak of adamw, the start of sgd."""
+    lr: float = 0.1
+    """Learning rate: the peak of adamw, which BatchNorm lets be large; the start of sgd."""
     weight_decay: float = 1e-4
     """Of adamw decoupled, of sgd an L2 penalty."""
     max_grad_norm: float = 1.0
@@ -62,15 +62,16 @@ class Recipe:
 class TrainConfig(Recipe, TrainSettings):
     """Settings of a full training; a preset gives the defaults."""
 
-    preset: Literal["quick", "paper"] = "quick"
-    """quick: some ten minutes on two cores. paper: the published 600,000 steps, for a GPU."""
+    preset: Literal["demo", "quick", "paper"] = "quick"
+    """demo: seconds. quick: some ten minutes on two cores. paper: the published 600,000 steps, for
+    a GPU. Default: that of the search."""
     task: Mapping[str, Any] = field(default_factory=Denoising().describe)
     """What the network restores: --task NAME; default: what it was searched for."""
     channels: Literal[1, 3] = 1
     """1: grey. 3: colour. Default: those of the search."""
     network: RestorerConfig = field(default_factory=RestorerConfig)
     """Size of the network; default: that of the search, or the published one."""
-    round_steps: int = 100
+    round_steps: int = 200
     """Steps between two checkpoints."""
 
     def __post_init__(self) -> None:
@@ -81,13 +82,14 @@ class TrainConfig(Recipe, TrainSettings):
 PUBLISHED = Recipe(
     steps=600_000,
     batch_size=12,
+    crop=64,
     optimizer="sgd",
     lr=0.05,
     weight_decay=4e-5,
     max_grad_norm=math.inf,
     ssim_weight=0.6,
 )
-PRESETS = {"quick": Recipe(), "paper": PUBLISHED}
+PRESETS = {"demo": Recipe(steps=300, batch_size=4), "quick": Recipe(), "paper": PUBLISHED}
 
 
 def parse_train(

@@ -1,4 +1,8 @@
-"""Search of decoders for semantic segmentation (Fast NAS, CVPR 2019)."""
+"""Search a segmentation network: ``python -m nasfast.search segmentation``.
+
+``--data DIR`` takes a CamVid folder or a folder with images/, masks/ and classes.txt; without it,
+generated street scenes. ``--resume RUN [--budget N]`` continues a run. (Fast NAS, CVPR 2019)
+"""
 
 from __future__ import annotations
 

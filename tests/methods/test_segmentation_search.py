@@ -1,0 +1,107 @@
+"""Settings of the search for segmentation networks."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from nasfast.data import Sample, SegmentationDataset, Splits
+from nasfast.methods.segmentation import search as segmentation
+from nasfast.methods.segmentation.search import PRESETS, SearchConfig, continued, parse
+
+
+def splits(*sizes: tuple[int, int], val: tuple[int, int] = (60, 80)) -> Splits:
+    """Search frames of these sizes, height and width, scored on one of ``val``."""
+    frames = Sizes(sizes), Sizes([val])
+    return Splits(*frames, *frames)
+
+
+class Sizes(SegmentationDataset):
+    def __init__(self, sizes: Sequence[tuple[int, int]]) -> None:
+        self.sizes = sizes
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> Sample:
+        mask = torch.zeros(self.sizes[index], dtype=torch.uint8)
+        return Sample(mask.expand(3, *mask.shape), mask)
+
+    def fingerprint(self) -> str:
+        return ""
+
+
+def sides(config: SearchConfig) -> tuple[int, int, int, int]:
+    stages = (config.stage0, config.stage1)
+    return tuple(side for s in stages for side in (s.crop, s.shorter_side))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("data", "crops", "fitted"),
+    [
+        (splits((70, 90)), (40, 50, 55, 60), (40, 50, 55, 60)),
+        (splits((70, 90)), (40, 50, 70, 80), (40, 50, 60, 60)),
+        (splits((70, 90), (90, 50)), (64, 65, 40, 45), (50, 50, 40, 45)),
+        (splits((20, 90), val=(200, 200)), (64, 32, 16, 18), (20, 20, 16, 18)),
+        (splits((90, 90), val=(90, 90)), (100, 80, 16, 18), (90, 80, 16, 18)),
+    ],
+)
+def test_crops_fit_the_data(data: Splits, crops: tuple[int, ...], fitted: tuple[int, ...]) -> None:
+    config = SearchConfig()
+    stage0, stage1 = (
+        dataclasses.replace(stage, crop=crop, shorter_side=side)
+        for stage, crop, side in ((config.stage0, *crops[:2]), (config.stage1, *crops[2:]))
+    )
+    config = dataclasses.replace(config, stage0=stage0, stage1=stage1)
+    console = Console(file=io.StringIO())
+    got = segmentation.fit_to_data(config, data, console)
+    assert sides(got) == fitted
+    same = dataclasses.replace(
+        got,
+        stage0=dataclasses.replace(got.stage0, crop=crops[0], shorter_side=crops[1]),
+        stage1=dataclasses.replace(got.stage1, crop=crops[2], shorter_side=crops[3]),
+    )
+    assert same == config
+    assert ("crops are at most" in console.file.getvalue()) == (fitted != crops)  # type: ignore[attr-defined]
+    assert segmentation.fit_to_data(got, data, console) == got
+    cropped = dataclasses.replace(config, val_crop=32)
+    assert segmentation.fit_to_data(cropped, data, console) == cropped
+
+
+def test_presets() -> None:
+    assert parse([]) == dataclasses.replace(PRESETS["demo"], runs=Path("runs").resolve())
+    assert parse(["--data", "synthetic"]).preset == "demo"
+    assert parse(["segmentation", "--data", "somewhere"]).preset == "quick"
+    assert parse(["--data=somewhere"]).stage0 == PRESETS["quick"].stage0
+    assert parse(["--data", "somewhere", "--preset", "paper"]).val_crop == 400
+    assert parse(["--preset=quick"]).data == "synthetic"
+    assert parse(["--preset=quick"]).decoder == PRESETS["quick"].decoder
+
+
+def test_flags_override_the_preset() -> None:
+    config = parse(["--budget", "3", "--stage1.encoder-lr", "0.5", "--ppo.embed-decisions"])
+    assert (config.budget, config.stage1.encoder_lr, config.ppo.embed_decisions) == (3, 0.5, True)
+    demo = PRESETS["demo"]
+    assert config.stage1 == dataclasses.replace(demo.stage1, encoder_lr=0.5)
+    assert config.stage0 == demo.stage0
+
+
+def test_paths_are_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = parse(["--data", "d", "--encoder-weights", "e.pth", "--cache-dir", "~/c"])
+    assert (config.data, config.encoder_weights) == (str(tmp_path / "d"), tmp_path / "e.pth")
+    assert (config.cache_dir, config.runs) == (Path("/home/someone/c"), tmp_path / "runs")
+    assert config.teacher is None
+
+
+@pytest.mark.parametrize(("budget", "wanted"), [(None, 2), (5, 5)])
+def test_the_last_budget_holds(budget: int | None, wanted: int) -> None:
+    assert continued(SearchConfig(budget=8), {"budget": 2}, budget).budget == wanted
+    assert continued(SearchConfig(budget=8), {}, None).budget == 8
