@@ -63,6 +63,22 @@ def test_tf32(mixed: Kernels, case: Case) -> None:
     check(mixed, case, torch.float32, inputs(case, torch.bfloat16).to(torch.float32), tf32=True)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "fixed"),
+    [(torch.float64, False), (torch.float32, True), (torch.bfloat16, True)],
+    ids=["float64", "float32", "bfloat16"],
+)
+def test_many_tiles(mixed: Kernels, dtype: torch.dtype, fixed: bool) -> None:
+    """Several to a part of the kernels' gradients, and to a lane that merges moments."""
+    check(mixed, Case("", batch=130, channels=2, size=(1, 1), fixed=fixed), dtype)
+
+
+def test_many_pixels(mixed: Kernels) -> None:
+    """A thread that sums has several; the channels take two blocks."""
+    case = Case("", batch=1, channels=300, size=(15, 20), branches=("skip",), offset_groups=1)
+    check(mixed, case, torch.float32)
+
+
 @every_dtype
 @pytest.mark.parametrize("fixed", [False, True])
 def test_deterministic(mixed: Kernels, dtype: torch.dtype, fixed: bool) -> None:
