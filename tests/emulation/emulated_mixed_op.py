@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -114,8 +115,10 @@ def inputs(case: Case, dtype: torch.dtype) -> Inputs:
         weight("sep", c, c, 1, 1),
     )
     scale, shift = (torch.randn(len(MAPS), c).to(wide) if case.affine else None for _ in range(2))
-    if dtype.itemsize == 2:  # no ReLU opens by rounding where it is shut in the reference
-        shift = (torch.zeros(len(MAPS), c) if shift is None else shift) + 4.0
+    if dtype.itemsize == 2:  # all inner ReLUs are open, so that rounding shuts none
+        scale = torch.ones(len(MAPS), c) if scale is None else scale
+        shift = torch.zeros(len(MAPS), c) if shift is None else shift
+        scale[-1], shift[-1] = scale[-1] * 0.1, 4
     maps = (torch.randn(case.map_shape).to(dtype) for _ in range(3))
     input, into, grad = maps
     return Inputs(input, factors, branches, scale, shift, into, grad)
@@ -262,14 +265,16 @@ class Kernels:
         return gradients(written)
 
 
-def assert_near(name: str, actual: Tensor | None, expected: Tensor, tolerance: float) -> None:
-    """Every element is written; the error's norm is small beside the result's."""
+def assert_near(
+    name: str, actual: Tensor | None, expected: Tensor, tolerance: float, least: float = 1e-2
+) -> None:
+    """Every element is written; the error's norm is small beside the result's, or ``least``."""
     assert actual is not None
     assert actual.shape == expected.shape, name
     if not actual.numel():
         return
     error = (actual.double() - expected).norm()
-    scale = expected.norm().clamp_min(1e-2)
+    scale = expected.norm().clamp_min(least)
     assert error <= tolerance * scale, f"{name}: off by {error / scale:.2e}"
 
 
@@ -294,7 +299,9 @@ def assert_equal_reference(
         if wanted is None:
             assert gradient is None
         elif gradient is not None:
-            assert_near(f"gradient of {name}", gradient, wanted, tolerance)
+            # a sum over pixels may be near zero where its terms are not
+            least = 1e-2 if name == "input" else math.sqrt(expected.output.numel()) / 2
+            assert_near(f"gradient of {name}", gradient, wanted, tolerance, least)
 
 
 CASES = [
