@@ -115,10 +115,12 @@ def inputs(case: Case, dtype: torch.dtype) -> Inputs:
         weight("sep", c, c, 1, 1),
     )
     scale, shift = (torch.randn(len(MAPS), c).to(wide) if case.affine else None for _ in range(2))
-    if dtype.itemsize == 2:  # all inner ReLUs are open, so that rounding shuts none
-        scale = torch.ones(len(MAPS), c) if scale is None else scale
+    if dtype.itemsize == 2:  # the inner ReLUs are open, so that rounding shuts none
         shift = torch.zeros(len(MAPS), c) if shift is None else shift
-        scale[-1], shift[-1] = scale[-1] * 0.1, 4
+        shift[-1] += 4
+        if case.fixed:
+            scale = torch.ones(len(MAPS), c) if scale is None else scale
+            scale[-1] *= 0.1
     maps = (torch.randn(case.map_shape).to(dtype) for _ in range(3))
     input, into, grad = maps
     return Inputs(input, factors, branches, scale, shift, into, grad)
