@@ -14,6 +14,7 @@
 #ifdef NASFAST_CUDA
 #include "common/cuda_device.h"
 #include "deform_conv2d/bindings_cuda.hpp"
+#include "mixed_op/bindings_cuda.hpp"
 #endif
 
 namespace py = pybind11;
@@ -84,5 +85,6 @@ PYBIND11_MODULE(_C, m) {
 #ifdef NASFAST_CUDA
     m.def("cuda_info", &cuda_info);
     dc::cuda::bind_cuda(m);
+    mo::cuda::bind_cuda(m);
 #endif
 }
