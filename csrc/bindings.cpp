@@ -45,12 +45,12 @@ auto cpu_entry(Function function) {
 }
 
 // Calls the function of an op for the processor's instruction set.
-#define NASFAST_KERNEL(op, function)                                                \
-    [](const auto& params, const auto& tensors) {                                   \
-        if constexpr (is_bfloat16<std::decay_t<decltype(tensors)>>)                 \
-            NASFAST_DISPATCH_BF16(op, function, params, tensors);                   \
-        else                                                                        \
-            NASFAST_DISPATCH(op, function, params, tensors);                        \
+#define NASFAST_KERNEL(op, function)                                \
+    [](const auto& params, const auto& tensors) {                   \
+        if constexpr (is_bfloat16<std::decay_t<decltype(tensors)>>) \
+            NASFAST_DISPATCH_BF16(op, function, params, tensors);   \
+        else                                                        \
+            NASFAST_DISPATCH(op, function, params, tensors);        \
     }
 template <class Tensors>
 constexpr bool is_bfloat16 = false;
