@@ -10,14 +10,16 @@ beside it, <device>.md. Exits 1 where a step failed, 2 without a GPU.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the checkout is what is built and measured
 
 import harness  # noqa: E402
+import mixed_rivals  # noqa: E402
 import rivals  # noqa: E402
 
 DEVICE = "cuda"
@@ -40,6 +43,12 @@ PRECISIONS = {
 }
 DIRECTIONS = {"forward": False, "forward and backward": True}
 LEGS = (rivals.FLOOR, "nasfast", "torchvision", "torchvision float32")
+MIXED_LEGS = (mixed_rivals.FLOOR, mixed_rivals.EAGER, "save", "recompute", "grid_sample")
+MIXED_SHAPES = [(c, 12, 64, 64) for c in mixed_rivals.CHANNELS]
+# layers, nodes, width, batch, and height and width: the published search for denoising
+SEARCHES = [(*mixed_rivals.CONFIG, mixed_rivals.BATCH, mixed_rivals.SIZE)]
+# of that search: 100 epochs of 13 batches, the architecture in the last 80
+STEPS = {"weights": 1300, "architecture": 1040}
 LIMITS = {"build": 1500, "tests": 900, "case": 180}  # seconds
 
 
@@ -49,12 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-tests", action="store_true", help="leave out pytest -m cuda")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each case, about")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder")
-    parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)  # device shape precision file
+    parser.add_argument("--compile", action="store_true", help="also what inductor makes of eager")
+    # kind device sizes precision file
+    parser.add_argument("--case", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.case:
-        device, shape, precision, file = options.case
+        kind, device, shape, precision, file = options.case
+        torch.backends.cudnn.benchmark = True  # the rivals are cuDNN's best
+        tf32 = precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
         sizes = [int(size) for size in shape.split(",")]
-        measure(device, sizes, precision, options.seconds, Path(file))
+        MEASURES[kind](device, sizes, precision, options, Path(file))
         return 0
     if not torch.cuda.is_available():
         print(
@@ -73,14 +87,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     file, part = options.out / f"{name}.json", options.out / f"{name}.part"
     steps: dict[str, dict[str, Any]] = {}
-    cases: dict[str, Any] = {}
-    report = {"machine": harness.machine_line(), "steps": steps, "deform_conv2d": cases}
+    report: dict[str, Any] = {"machine": harness.machine_line(), "steps": steps}
+    report |= {kind: {} for kind in MEASURES}
 
-    def run_step(name: str, command: list[str], limit: float) -> None:
+    def run_step(name: str, command: list[str], limit: float, kind: str = "") -> None:
         part.unlink(missing_ok=True)
         steps[name] = step(name, [sys.executable, *command], limit)
-        if part.exists():  # also of a step that ended early: the directions that it finished
-            cases[name] = json.loads(part.read_text())
+        if part.exists():  # also of a step that ended early: what it finished
+            report[kind][name.removeprefix(f"{kind} ")] = json.loads(part.read_text())
             part.unlink()
         file.write_text(json.dumps(report, indent=1) + "\n")
         file.with_suffix(".md").write_text(markdown(report))
@@ -90,11 +104,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         run_step("build", install, LIMITS["build"])
     if not options.no_tests:
         run_step("tests", ["-m", "pytest", "-q", "-m", "cuda"], LIMITS["tests"])
-    for shape in (",".join(map(str, sizes)) for sizes in SHAPES):
-        for precision in PRECISIONS:
-            command = [__file__, "--seconds", str(options.seconds)]
-            command += ["--case", DEVICE, shape, precision, str(part)]
-            run_step(f"{shape} {precision}", command, LIMITS["case"])
+    shapes = {"deform_conv2d": SHAPES, "mixed_op": MIXED_SHAPES, "search": SEARCHES}
+    flags = ["--seconds", str(options.seconds), *(["--compile"] if options.compile else [])]
+    for kind, cases in shapes.items():
+        for shape in (",".join(map(str, sizes)) for sizes in cases):
+            for precision in PRECISIONS:
+                case = ["--case", kind, DEVICE, shape, precision, str(part)]
+                name = f"{kind} {shape} {precision}"
+                run_step(name, [__file__, *flags, *case], LIMITS["case"], kind)
     print(f"\nwrote {file}\n\n{markdown(report)}")
     return report
 
@@ -127,49 +144,125 @@ def step(name: str, command: list[str], limit: float) -> dict[str, Any]:
     return result
 
 
-def measure(device: str, sizes: Sequence[int], precision: str, seconds: float, file: Path) -> None:
+def time_calls(
+    calls: dict[str, harness.Call], device: str, seconds: float, graphs: bool = True
+) -> tuple[harness.Rounds, dict[str, int], dict[str, str]]:
+    """Times, bytes beyond the results, and the reasons why a call is not in a CUDA graph."""
+    memory, reasons, clock = {}, {}, harness.cpu_clock
+    if device == "cuda":
+        memory = {name: harness.cuda_extra_memory(call) for name, call in calls.items()}
+        clock = harness.CudaClock()
+        if graphs:
+            calls, reasons = harness.cuda_graphs(calls)
+    rounds = harness.Rounds(calls, clock)
+    for _ in range(rounds.warm_up(seconds)):
+        rounds.time(*calls)
+    return rounds, memory, reasons
+
+
+def measure_deform_conv2d(
+    device: str, sizes: Sequence[int], precision: str, options: argparse.Namespace, file: Path
+) -> None:
     """Times a shape in both directions; rewrites ``file`` after each."""
-    torch.backends.cudnn.benchmark = True  # the floor is cuDNN's best
-    tf32 = precision == "tf32"
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
     problem = rivals.Problem(*sizes, dtype=PRECISIONS[precision], device=device)
+    legs = LEGS if problem.dtype != torch.float32 else LEGS[:-1]
+    measure(problem, legs, "nasfast", rivals.FLOOR, rivals.LEGS, LEGS[:2], options, file)
+
+
+def measure_mixed_op(
+    device: str, sizes: Sequence[int], precision: str, options: argparse.Namespace, file: Path
+) -> None:
+    """The same of a mixed operation: evaluation forward, training forward and backward."""
+    problem = mixed_rivals.Problem(*sizes, dtype=PRECISIONS[precision], device=device)
+    legs = (*MIXED_LEGS, *(("compiled eager",) if options.compile else ()))
+    own = mixed_rivals.OWN
+    measure(problem, legs, "save", mixed_rivals.EAGER, mixed_rivals.LEGS, own, options, file)
+
+
+def measure(
+    problem: Any,
+    names: Sequence[str],
+    ours: str,
+    base: str,
+    legs: Mapping[str, Callable[[Any], Any]],
+    own: Sequence[str],
+    options: argparse.Namespace,
+    file: Path,
+) -> None:
     result: dict[str, Any] = {}
     for direction, backward in DIRECTIONS.items():
-        half = problem.dtype != torch.float32
-        calls, skipped = rivals.calls(LEGS if half else LEGS[:-1], problem, backward)
-        memory, eager, clock = {}, {}, harness.cpu_clock
-        if device == "cuda":
-            memory = {name: harness.cuda_extra_memory(call) for name, call in calls.items()}
-            calls, eager = harness.cuda_graphs(calls)
-            clock = harness.CudaClock()
-        rounds = harness.Rounds(calls, clock)
-        for _ in range(rounds.warm_up(seconds)):
-            rounds.time(*calls)
-        rows = harness.rows(rounds, rivals.FLOOR, problem.flops(backward), memory)
+        calls, skipped = rivals.calls(names, problem, backward, legs, own)
+        rounds, memory, reasons = time_calls(calls, problem.device, options.seconds)
+        rows = harness.rows(rounds, base, problem.flops(backward), memory)
+        others = [name for name in calls if name not in (ours, rivals.FLOOR)]
         result[direction] = {
             "rows": {name: asdict(row) for name, row in rows.items()},
             "text": {name: str(row) for name, row in rows.items()},
-            "speed over": {
-                name: rounds.multiple(name, "nasfast") for name in LEGS[2:] if name in calls
-            },
+            "speed over": {name: rounds.multiple(name, ours) for name in others},
             "skipped": skipped,
-            "without CUDA graph": eager,
+            "without CUDA graph": reasons,
         }
         file.write_text(json.dumps(result))
+
+
+def measure_search(
+    device: str, sizes: Sequence[int], precision: str, options: argparse.Namespace, file: Path
+) -> None:
+    """Times the two halves of a search step; rewrites ``file`` after each way to compute it."""
+    *config, batch, size = sizes
+    result: dict[str, Any] = {}
+    for way in mixed_rivals.SEARCH_WAYS:
+        try:
+            halves = mixed_rivals.search_calls(
+                way, config, batch, size, device, PRECISIONS[precision]
+            )
+            rounds, memory, _ = time_calls(halves, device, options.seconds, graphs=False)
+        except torch.OutOfMemoryError as error:
+            result[way] = {"skipped": str(error).partition(chr(10))[0]}
+        else:
+            seconds = {name: statistics.median(times) for name, times in rounds.times.items()}
+            result[way] = {
+                "seconds": seconds,
+                "whole search, minutes": sum(seconds[n] * STEPS[n] for n in STEPS) / 60,
+                "extra MiB": {name: size / harness.MIB for name, size in memory.items()},
+            }
+        file.write_text(json.dumps(result))
+
+
+MEASURES: dict[str, Callable[..., None]] = {
+    "deform_conv2d": measure_deform_conv2d,
+    "mixed_op": measure_mixed_op,
+    "search": measure_search,
+}
+
+
+def search_line(found: dict[str, Any]) -> str:
+    if "skipped" in found:
+        return str(found["skipped"])
+    halves = ", ".join(f"{name} {1e3 * s:.0f} ms" for name, s in found["seconds"].items())
+    memory = max(found["extra MiB"].values(), default=None)
+    peak = "" if memory is None else f", +{memory:.0f} MiB"
+    return f"{halves}{peak}, whole search {found['whole search, minutes']:.1f} min"
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The short form: a table per direction, then how the steps went that are worth a line."""
     parts = [report["machine"]]
-    for direction in DIRECTIONS:
+    for kind, direction in itertools.product(("deform_conv2d", "mixed_op"), DIRECTIONS):
         lines = {}
-        for case, result in report["deform_conv2d"].items():
+        for case, result in report[kind].items():
             if direction in result:
                 speeds = result[direction]["speed over"].items()
                 over = {f"speed over {name}": f"{speed:.2f}x" for name, speed in speeds}
                 lines[case] = result[direction]["text"] | over
         if lines:
-            parts.append(f"deform_conv2d, {direction}\n\n{harness.table('case', lines)}")
+            parts.append(f"{kind}, {direction}\n\n{harness.table('case', lines)}")
+    if report["search"]:
+        lines = {
+            case: {way: search_line(found) for way, found in result.items()}
+            for case, result in report["search"].items()
+        }
+        parts.append(f"search, layers,nodes,width,batch,size\n\n{harness.table('case', lines)}")
     notes = [
         f"- {name}: {result['status']}; {result['output'].strip().rpartition(chr(10))[2]}"
         for name, result in report["steps"].items()
@@ -177,7 +270,8 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     reasons = {
         f"- {leg} {what}: {reason}"
-        for result in report["deform_conv2d"].values()
+        for kind in ("deform_conv2d", "mixed_op")
+        for result in report[kind].values()
         for found in result.values()
         for what in ("skipped", "without CUDA graph")
         for leg, reason in found[what].items()

@@ -5,9 +5,9 @@ A rival is imported when it is asked for, and skipped with the reason where that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -145,22 +145,28 @@ def mmcv(problem: Problem) -> Leg:
     return Leg(problem.tensors().contiguous(), function)
 
 
-def grid_sample(problem: Problem) -> Leg:
+def sampled_by_grid_sample(
+    input: Tensor,  # [N, C, H, W]
+    offset: Tensor,  # [N, D * 18, H, W]
+    weight: Tensor,  # [Co, C, 3, 3]
+    mask: Tensor,  # [N, D * 9, H, W]
+) -> Tensor:
     """All taps sampled into columns by one call, then one matrix product."""
-    n, h, w = problem.batch, problem.height, problem.width
-    options = {"device": problem.device, "dtype": problem.dtype}
+    (n, c, h, w), d = input.shape, offset.shape[1] // (2 * TAPS)
+    options = {"device": input.device, "dtype": offset.dtype}
     tap = torch.arange(TAPS, **options).view(TAPS, 1, 1)
     row = torch.arange(h, **options).view(h, 1) + tap.div(3, rounding_mode="floor") - 1
     column = torch.arange(w, **options) + tap % 3 - 1
+    y, x = offset.reshape(n * d, TAPS, 2, h, w).unbind(2)  # pixels, [N * D, K, H, W]
+    grid = torch.stack(((2 * (x + column) + 1) / w - 1, (2 * (y + row) + 1) / h - 1), -1)
+    maps = input.reshape(n * d, c // d, h, w)
+    sampled = F.grid_sample(maps, grid.flatten(1, 2), align_corners=False)  # [N * D, .., K * H, W]
+    columns = sampled.view(n, d, -1, TAPS, h * w) * mask.reshape(n, d, 1, TAPS, h * w)
+    return (weight.flatten(1) @ columns.view(n, c * TAPS, h * w)).view(n, -1, h, w)
 
-    def function(input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
-        y, x = offset.view(n, TAPS, 2, h, w).unbind(2)  # pixels, [N, K, H, W]
-        grid = torch.stack(((2 * (x + column) + 1) / w - 1, (2 * (y + row) + 1) / h - 1), -1)
-        sampled = F.grid_sample(input, grid.flatten(1, 2), align_corners=False)  # [N, C, K*H, W]
-        columns = sampled.view(n, -1, TAPS, h * w) * mask.reshape(n, 1, TAPS, h * w)
-        return (weight.flatten(1) @ columns.flatten(1, 2)).view(n, -1, h, w)
 
-    return Leg(problem.tensors().contiguous(), function)
+def grid_sample(problem: Problem) -> Leg:
+    return Leg(problem.tensors().contiguous(), sampled_by_grid_sample)
 
 
 def compiled_gather(problem: Problem) -> Leg:
@@ -223,16 +229,23 @@ LEGS: dict[str, Callable[[Problem], Leg]] = {
 
 
 def calls(
-    names: Iterable[str], problem: Problem, backward: bool
+    names: Iterable[str],
+    problem: Any,
+    backward: bool,
+    legs: Mapping[str, Callable[[Any], Any]] = LEGS,
+    own: Sequence[str] = (FLOOR, "nasfast"),
 ) -> tuple[dict[str, Call], dict[str, str]]:
-    """The call of each leg that works here, and the reason of each rival that does not."""
+    """The call of each leg that works here, and the reason of each rival that does not.
+
+    ``own`` are no rivals: where one of them fails, all do.
+    """
     working, skipped = {}, {}
     for name in names:
         try:
-            call = LEGS[name](problem).call(backward)
+            call = legs[name](problem).call(backward)
             call()
         except Exception as error:  # whatever is wrong with a rival, the others go on
-            if name in (FLOOR, "nasfast"):
+            if name in own:
                 raise
             skipped[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         else:

@@ -14,6 +14,7 @@
 #ifdef NASFAST_CUDA
 #include "common/cuda_device.h"
 #include "deform_conv2d/bindings_cuda.hpp"
+#include "mixed_op/bindings_cuda.hpp"
 #endif
 
 namespace py = pybind11;
@@ -44,12 +45,12 @@ auto cpu_entry(Function function) {
 }
 
 // Calls the function of an op for the processor's instruction set.
-#define NASFAST_KERNEL(op, function)                                                \
-    [](const auto& params, const auto& tensors) {                                   \
-        if constexpr (is_bfloat16<std::decay_t<decltype(tensors)>>)                 \
-            NASFAST_DISPATCH_BF16(op, function, params, tensors);                   \
-        else                                                                        \
-            NASFAST_DISPATCH(op, function, params, tensors);                        \
+#define NASFAST_KERNEL(op, function)                                \
+    [](const auto& params, const auto& tensors) {                   \
+        if constexpr (is_bfloat16<std::decay_t<decltype(tensors)>>) \
+            NASFAST_DISPATCH_BF16(op, function, params, tensors);   \
+        else                                                        \
+            NASFAST_DISPATCH(op, function, params, tensors);        \
     }
 template <class Tensors>
 constexpr bool is_bfloat16 = false;
@@ -84,5 +85,6 @@ PYBIND11_MODULE(_C, m) {
 #ifdef NASFAST_CUDA
     m.def("cuda_info", &cuda_info);
     dc::cuda::bind_cuda(m);
+    mo::cuda::bind_cuda(m);
 #endif
 }

@@ -21,7 +21,10 @@ sys.path.insert(0, str(BENCH))
 
 import gpu_report  # noqa: E402
 import harness  # noqa: E402
+import mixed_rivals  # noqa: E402
 import rivals  # noqa: E402
+
+from nasfast.models.supernet import SupernetConfig  # noqa: E402
 
 PROBLEM = rivals.Problem(2, 6, 7, 9, 4, spread=3.0)
 
@@ -111,6 +114,68 @@ def test_flops_are_those_that_pytorch_counts() -> None:
         assert counter.get_total_flops() == PROBLEM.flops(backward)
 
 
+MIXED = mixed_rivals.Problem(6, 2, 7, 9)
+
+
+@pytest.mark.parametrize("name", ["save", "recompute", "grid_sample", "save bfloat16"])
+@pytest.mark.parametrize("backward", [False, True], ids=["evaluation", "training"])
+def test_mixed_rivals_compute_the_same(name: str, backward: bool) -> None:
+    calls, skipped = rivals.calls(
+        [mixed_rivals.EAGER, name], MIXED, backward, mixed_rivals.LEGS, mixed_rivals.OWN
+    )
+    assert not skipped
+    expected, got = calls[mixed_rivals.EAGER](), calls[name]()
+    assert len(expected) == len(got)
+    tolerance = 0.1 if "bfloat16" in name else 1e-3
+    for ours, reference in zip(got[:3], expected[:3]):  # output, gradients of state and factors
+        error = (ours.float() - reference).norm() / reference.norm()
+        assert error < tolerance
+
+
+def test_flops_of_a_mixed_operation() -> None:
+    """Those that PyTorch counts, of ours and of the floor."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    state, factors = torch.randn(2, 6, 7, 9), torch.rand(6)
+    for name in ("save", mixed_rivals.FLOOR):
+        module = mixed_rivals.LEGS[name](MIXED).module
+        with FlopCounterMode(display=False) as counter:
+            module(state, factors)
+        assert counter.get_total_flops() == MIXED.flops(False) == MIXED.flops(True) / 3
+
+
+def test_memory_that_a_mixed_operation_keeps() -> None:
+    """On meta tensors as on real ones."""
+    config, real, meta = SupernetConfig(layers=2, nodes=2, width=4), [], []
+    for way in mixed_rivals.WAYS:
+        options = vars(config) | mixed_rivals.WAYS[way]
+        for device, sizes in (("cpu", real), ("meta", meta)):
+            with torch.device(device):
+                net = mixed_rivals.Supernet(SupernetConfig(**options), 1)
+                net.to(memory_format=torch.channels_last)
+            sizes.append(mixed_rivals.kept(net, mixed_rivals.empty(device, 2, 1, 16, 12)))
+    assert meta == pytest.approx(real, rel=0.01)
+    assert real[0] > 1.5 * real[1] > 5 * real[2]
+
+
+def test_bench_mixed_op() -> None:
+    """All of it on small sizes, as pytest runs it."""
+    code = (
+        "import sys; sys.path.insert(0, 'bench'); import mixed_rivals, pytest\n"
+        "mixed_rivals.CONFIG = (1, 1, 4)\n"
+        "mixed_rivals.CHANNELS, mixed_rivals.BATCH, mixed_rivals.SIZE = (4,), 1, 8\n"
+        "mixed_rivals.Problem.__init__.__defaults__ = (\n"
+        "    1, 8, 6, *mixed_rivals.Problem.__init__.__defaults__[3:])\n"
+        "sys.exit(pytest.main(['-q', '--seconds', '0.01', 'bench/bench_mixed_op.py']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| C=4, 1x8x6 | 1.00x, " in done.stdout
+    assert "| recompute | " in done.stdout
+
+
 def test_gpu_report_without_a_gpu(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(BENCH / "gpu_report.py"), "--out", str(tmp_path / "out")],
@@ -135,6 +200,8 @@ def test_gpu_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA B300 (SXM)")
     monkeypatch.setattr(gpu_report, "DEVICE", "cpu")
     monkeypatch.setattr(gpu_report, "SHAPES", [(1, 4, 6, 5, 4), (1, 4, -6, 5, 4)])
+    monkeypatch.setattr(gpu_report, "MIXED_SHAPES", [(4, 1, 6, 5)])
+    monkeypatch.setattr(gpu_report, "SEARCHES", [(1, 1, 4, 2, 8)])
     monkeypatch.setattr(gpu_report, "PRECISIONS", {"bfloat16": torch.bfloat16})
     options = ["--no-build", "--no-tests", "--seconds", "0.01", "--out", str(tmp_path)]
     assert gpu_report.main(options) == 1
@@ -143,16 +210,26 @@ def test_gpu_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
         "nvidia-b300-sxm.md",
     ]
     report = json.loads((tmp_path / "nvidia-b300-sxm.json").read_text())
-    assert report["steps"]["1,4,6,5,4 bfloat16"]["status"] == "ok"
-    failed = report["steps"]["1,4,-6,5,4 bfloat16"]
+    assert report["steps"]["deform_conv2d 1,4,6,5,4 bfloat16"]["status"] == "ok"
+    failed = report["steps"]["deform_conv2d 1,4,-6,5,4 bfloat16"]
     assert failed["status"] == "exit code 1"
     assert "Traceback" in failed["output"]
     found = report["deform_conv2d"]["1,4,6,5,4 bfloat16"]["forward and backward"]
     assert len(found["rows"]["nasfast"]["times"]) >= 7
+    found = report["mixed_op"]["4,1,6,5 bfloat16"]["forward and backward"]
+    assert found["rows"].keys() == {*gpu_report.MIXED_LEGS}
+    found = report["search"]["1,1,4,2,8 bfloat16"]
+    assert found.keys() == {"eager", "save", "recompute", "eager, checkpoints"}
+    for way in found.values():
+        minutes = (1300 * way["seconds"]["weights"] + 1040 * way["seconds"]["architecture"]) / 60
+        assert way["whole search, minutes"] == pytest.approx(minutes)
     text = (tmp_path / "nvidia-b300-sxm.md").read_text()
     assert text in capsys.readouterr().out
     assert "| 1,4,6,5,4 bfloat16 | 1.00x, " in text
-    assert "- 1,4,-6,5,4 bfloat16: exit code 1; RuntimeError: Trying to create" in text
+    assert "| 1,1,4,2,8 bfloat16 | weights " in text
+    assert (
+        "- deform_conv2d 1,4,-6,5,4 bfloat16: exit code 1; RuntimeError: Trying to create" in text
+    )
 
 
 def test_gpu_report_stops_a_step() -> None:

@@ -90,12 +90,17 @@ def test_tensor_cores(objects: dict[str, tuple[Path, str]]) -> None:
     cuobjdump = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(beside))
     if cuobjdump is None:
         pytest.skip("needs cuobjdump, of CUDA or of the triton wheel")
-    path, _ = objects["deform_conv2d_cuda"]
-    code = subprocess.run([cuobjdump, "-sass", path], capture_output=True, text=True, check=True)
-    functions = re.split(r"\n\s*Function : ", code.stdout)[1:]
-    hot = re.compile(r"\S*(forward_kernel\S*TensorTile|backward_(data|weight)\S*float16)")
-    products = [function for function in functions if hot.match(function)]
-    assert len(products) >= 4 * len(ARCHS)
-    for function in products:
-        name, _, body = function.partition("\n")
-        assert "HMMA" in body, name
+    hot = re.compile(
+        r"\S*(forward_kernel\S*TensorTile|backward_(data|weight)\S*float16"
+        r"|(product|deform)_kernel\S*TensorTile|weight_kernel\S*TensorGradient)"
+    )
+    for path, _ in objects.values():
+        code = subprocess.run(
+            [cuobjdump, "-sass", path], capture_output=True, text=True, check=True
+        )
+        functions = re.split(r"\n\s*Function : ", code.stdout)[1:]
+        products = [function for function in functions if hot.match(function)]
+        assert len(products) >= 4 * len(ARCHS)
+        for function in products:
+            name, _, body = function.partition("\n")
+            assert "HMMA" in body, name

@@ -144,6 +144,11 @@ template <class T>
 __device__ __forceinline__ T shuffle_xor(T value, int lanes) {
     return __shfl_xor_sync(0xffffffffu, value, lanes);
 }
+// Of the given lane, modulo 32.
+template <class T>
+__device__ __forceinline__ T shuffle(T value, int lane) {
+    return __shfl_sync(0xffffffffu, value, lane);
+}
 
 // ---- numbers
 

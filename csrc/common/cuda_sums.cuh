@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "common/cuda_kernel.cuh"
+#include "common/cuda_tiles.cuh"
 
 namespace nasfast::cuda {
 
@@ -138,6 +138,55 @@ void find_exponent(const char* name, const T* values, int64_t count, int64_t wid
                    unsigned* exponent, void* stream) {
     launch(name, find_exponent_kernel<T>, element_grid(count), kElementThreads, 0, stream, values, count,
            width, row_step, exponent);
+}
+
+inline int ceil_log2(int64_t value) {
+    int result = 0;
+    while (int64_t(1) << result < value) ++result;
+    return result;
+}
+
+// ---- sums whose terms many blocks add
+
+// One of the two, or neither: floating [elements], or exact.
+template <class A>
+struct ScatteredSums {
+    A* floating;
+    ExactSums<A> exact;
+
+    // Adds `count` of four neighbours. vector: all four exist, and floating + index is aligned to 16 bytes.
+    __device__ __forceinline__ void add(int64_t index, const Pack<A, 4>& terms, int count, bool vector,
+                                        int scale) const {
+        if (exact.parts) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                if (i < count) exact.add(index + i, terms.values[i], scale);
+            return;
+        }
+        if constexpr (std::is_same_v<A, float>) {
+            if (vector) {
+                const auto& [x, y, z, w] = terms.values;
+                atomic_add(floating + index, make_float4(x, y, z, w));
+                return;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (i < count) atomic_add(floating + index + i, terms.values[i]);
+    }
+
+    __device__ __forceinline__ A read(int64_t index, int scale) const {
+        return exact.parts ? A(exact.read(index, scale)) : floating[index];
+    }
+    __device__ __forceinline__ int scale() const { return exact.parts ? exact.scale() : 0; }
+};
+
+// The sums in another type.
+template <class T, class A>
+__global__ void finish_sums(const ScatteredSums<A> sums, T* result) {
+    const int scale = sums.scale();
+    for (int64_t i = first_element(); i < sums.exact.elements; i += element_step())
+        result[i] = narrow(sums.read(i, scale), T{});
 }
 
 }  // namespace nasfast::cuda

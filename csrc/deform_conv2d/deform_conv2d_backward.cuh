@@ -96,33 +96,6 @@ __device__ __forceinline__ MaskedSample<A> locate_masked(const Params& p, const 
 
 // ---- gradients of input, offset and mask
 
-// Where grad_input is summed: floating [N, H, W, C], or exact, or neither.
-template <class A>
-struct InputSums {
-    A* floating;
-    ExactSums<A> exact;
-
-    __device__ __forceinline__ void add(int64_t index, const Pack<A, 4>& terms, int count, bool vector,
-                                        int scale) const {
-        if (exact.parts) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                if (i < count) exact.add(index + i, terms.values[i], scale);
-            return;
-        }
-        if constexpr (std::is_same_v<A, float>) {
-            if (vector) {
-                const auto& [x, y, z, w] = terms.values;
-                atomic_add(floating + index, make_float4(x, y, z, w));
-                return;
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (i < count) atomic_add(floating + index + i, terms.values[i]);
-    }
-};
-
 template <class T>
 struct DataTiles {
     using A = Accumulate<T>;
@@ -275,13 +248,13 @@ __device__ __forceinline__ void write_position(A (&dots)[16], const Layout& l, c
 // Spreads the gradient of the samples over their corners. Neighbours often share two corners, the right ones
 // of one being the left ones of the next: these are added together.
 template <class T, class A = Accumulate<T>>
-__device__ __forceinline__ void spread(const InputSums<A>& sums, const Params& p, const Layout& l,
+__device__ __forceinline__ void spread(const ScatteredSums<A>& sums, const Params& p, const Layout& l,
                                        const A* grad_samples, const MaskedSample<A>* samples, int begin,
                                        int count) {
     Pack<A, 4> right[2]{};   // what the right corners of the pixel before still have to get
     unsigned right_has = 0;  // which of them are in the image, as bits of left corners
     int64_t right_corner = 0;
-    const int scale = sums.exact.parts ? sums.exact.scale() : 0;
+    const int scale = sums.scale();
 #pragma unroll 1
     for (int i = 0; i <= 4; ++i) {
         const bool last = i == 4;
@@ -314,8 +287,8 @@ __device__ __forceinline__ void spread(const InputSums<A>& sums, const Params& p
 // with the corners over all slices of the offset group, and spreads the gradient over the corners.
 template <class T, bool tensor_cores>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
-    backward_data(const Params p, const Layout l, const Backward<T> t, const InputSums<Accumulate<T>> sums,
-                  const int block_positions) {
+    backward_data(const Params p, const Layout l, const Backward<T> t,
+                  const ScatteredSums<Accumulate<T>> sums, const int block_positions) {
     using A = Accumulate<T>;
     using Tiles = DataTiles<T>;
     auto& tiles = *shared_memory<Tiles>();
@@ -365,15 +338,6 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
         }
         if (wants_position) write_position(dots, l, t, samples + own, first_pixel + own, position);
     }
-}
-
-// Sums of grad_input in its type.
-template <class T>
-__global__ void finish_input(const InputSums<Accumulate<T>> sums, T* grad_input) {
-    const int scale = sums.exact.parts ? sums.exact.scale() : 0;
-    for (int64_t i = first_element(); i < sums.exact.elements; i += element_step())
-        grad_input[i] =
-            narrow(sums.exact.parts ? Accumulate<T>(sums.exact.read(i, scale)) : sums.floating[i], T{});
 }
 
 // ---- gradients of weight and bias: from parts of the pixels, which are added in order
@@ -547,17 +511,11 @@ struct BackwardGrids {
     }
 };
 
-inline int ceil_log2(int64_t value) {
-    int result = 0;
-    while (int64_t(1) << result < value) ++result;
-    return result;
-}
-
 template <class T>
 void launch_data(const Params& p, const Layout& l, const Backward<T>& t, const BackwardGrids<T>& grids,
                  void* workspace, void* stream) {
     using A = Accumulate<T>;
-    InputSums<A> sums{};
+    ScatteredSums<A> sums{};
     sums.exact.elements = l.elements;
     if (t.grad_input && p.deterministic) {
         sums.exact.factors = t.mask ? 3 : 2;
@@ -588,7 +546,7 @@ void launch_data(const Params& p, const Layout& l, const Backward<T>& t, const B
     else
         run(backward_data<T, true>);
     if (t.grad_input && static_cast<void*>(t.grad_input) != sums.floating)
-        launch("deform_conv2d: finish_input", finish_input<T>, element_grid(l.elements), kElementThreads, 0,
+        launch("deform_conv2d: finish_sums", finish_sums<T, A>, element_grid(l.elements), kElementThreads, 0,
                stream, sums, t.grad_input);
 }
 

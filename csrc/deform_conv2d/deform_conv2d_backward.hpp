@@ -98,8 +98,8 @@ struct Wanted {
 
 // Takes the gradient of the columns of a tile, [pixel, tap, channel of the slice], apart: adds it to
 // grad_image at the corners, sums its products with the corners to sums[pixel, tap, 4], and puts the columns
-// in its place. Vectors: the slice is that many vectors of Width, and everything is wanted; 0 for any slice and
-// any wish.
+// in its place. Vectors: the slice is that many vectors of Width, and everything is wanted; 0 for any slice
+// and any wish.
 template <int Width, int Vectors, class T, class A>
 void scatter_tile(const T* image, A* grad_image, const Samples<A, true>& samples, int64_t pixels,
                   const Slice& slice, Wanted wanted, A* columns, int64_t row, A* sums) {
@@ -149,8 +149,8 @@ void scatter(const T* image, A* grad_image, const Samples<A, true>& samples, int
              const Slice& slice, Wanted wanted, A* columns, int64_t row, A* sums) {
     constexpr int full = kWidth<A>, half = std::max(1, full / 2);
     const auto run = [&](auto width, auto vectors) {
-        scatter_tile<decltype(width)::value, decltype(vectors)::value>(
-            image, grad_image, samples, pixels, slice, wanted, columns, row, sums);
+        scatter_tile<decltype(width)::value, decltype(vectors)::value>(image, grad_image, samples, pixels,
+                                                                       slice, wanted, columns, row, sums);
     };
     const bool all = wanted.input && wanted.position && wanted.weight;
     constexpr std::integral_constant<int, full> whole = {};

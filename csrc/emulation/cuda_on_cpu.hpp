@@ -338,7 +338,10 @@ NASFAST_UNCHECKED inline void run_grid(const char* name, dim3 grid, unsigned thr
     engine.error.clear();
     gridDim = grid;
     blockDim = dim3(threads);
+    unsigned barriers = 0;  // the same for all, also after launches of fewer threads
+    for (const Thread& thread : engine.threads) barriers = std::max(barriers, thread.barriers);
     for (Thread& thread : engine.threads) {
+        thread.barriers = barriers;
         thread.file = nullptr;
         thread.line = 0;
 #ifdef __SANITIZE_THREAD__
@@ -539,10 +542,14 @@ inline void atomic_add(float* global, float4 value) {
 }
 
 template <class T>
-T shuffle_xor(T value, int lanes) {
-    emulation::Shuffle<T> operand{value, value, (emulation::engine.current ^ lanes) % emulation::lanes};
+T shuffle(T value, int lane) {
+    emulation::Shuffle<T> operand{value, value, int(unsigned(lane) % emulation::lanes)};
     emulation::warp_wide(emulation::exchange<T>, &operand);
     return operand.result;
+}
+template <class T>
+T shuffle_xor(T value, int lanes) {
+    return shuffle(value, emulation::engine.current ^ lanes);
 }
 
 inline float widen(float value) { return value; }

@@ -1,18 +1,21 @@
 // Makes one call of a kernel that a file describes, in a program of its own for the sanitizers to watch. The
 // buffers have no byte to spare, and what the kernel is to write starts as NaN.
 //
-// File: integers of 64 bits, then bytes. 0 forward or 1 backward, dtype, seed of the order, barrier and wait
-// to skip, the fields of Params, and for each pointer the bytes of its buffer, or -1 for null, and whether
-// its content follows. Then the contents. The other buffers are written to the second file.
+// File: integers of 64 bits, then bytes. The call (0, 1: forward, backward of deform_conv2d; 2, 3: of
+// mixed_op), dtype, seed of the order, barrier and wait to skip, the fields of Params, and for each pointer
+// the bytes of its buffer, or -1 for null, and whether its content follows. Then the contents. The other
+// buffers are written to the second file.
 #include <cstdio>
 #include <memory>
 
 #include "common/fields.hpp"
 #include "deform_conv2d/deform_conv2d_cuda.cu"
+#include "mixed_op/mixed_op_cuda.cu"
 
 namespace {
 
-using namespace nasfast::deform_conv2d;
+namespace dc = nasfast::deform_conv2d;
+namespace mo = nasfast::mixed_op;
 
 struct File {
     std::FILE* file;
@@ -43,7 +46,7 @@ struct Buffer {
     }
 };
 
-template <template <class> class Tensors, class Call>
+template <class Params, template <class> class Tensors, class Call>
 void replay(File& in, File& out, int64_t dtype, const Call& call) {
     nasfast::Fields<Params> sizes;
     for (int64_t& size : sizes) size = in.integer();
@@ -77,20 +80,40 @@ Buffer workspace(int64_t bytes) {
 int main(int count, char** arguments) try {
     if (count != 3) throw std::runtime_error("the arguments must be two files");
     File in(arguments[1], "rb"), out(arguments[2], "wb");
-    const int64_t backward = in.integer(), dtype = in.integer();
+    const int64_t call = in.integer(), dtype = in.integer();
     nasfast::emulation::set_order(uint64_t(in.integer()));
     const int64_t barrier = in.integer(), wait = in.integer();
     nasfast::emulation::skip(barrier, wait);
-    if (backward)
-        replay<Backward>(in, out, dtype, [&](const Params& p, const auto& tensors) {
-            const Buffer space = workspace(cuda::backward_workspace(nasfast::DType(dtype), p));
-            cuda::backward(p, tensors, space.memory.get(), nullptr);
-        });
-    else
-        replay<Forward>(in, out, dtype, [&](const Params& p, const auto& tensors) {
-            const Buffer space = workspace(cuda::forward_workspace(nasfast::DType(dtype), p));
-            cuda::forward(p, tensors, space.memory.get(), nullptr);
-        });
+    const auto type = nasfast::DType(dtype);
+    const auto run = [](int64_t bytes, const auto& kernels) {
+        const Buffer space = workspace(bytes);
+        kernels(space.memory.get());
+    };
+    switch (call) {
+        case 0:
+            replay<dc::Params, dc::Forward>(in, out, dtype, [&](const auto& p, const auto& t) {
+                run(dc::cuda::forward_workspace(type, p),
+                    [&](void* space) { dc::cuda::forward(p, t, space, nullptr); });
+            });
+            break;
+        case 1:
+            replay<dc::Params, dc::Backward>(in, out, dtype, [&](const auto& p, const auto& t) {
+                run(dc::cuda::backward_workspace(type, p),
+                    [&](void* space) { dc::cuda::backward(p, t, space, nullptr); });
+            });
+            break;
+        case 2:
+            replay<mo::Params, mo::Forward>(in, out, dtype, [&](const auto& p, const auto& t) {
+                run(mo::cuda::forward_workspace(type, p),
+                    [&](void* space) { mo::cuda::forward(p, t, space, nullptr); });
+            });
+            break;
+        default:
+            replay<mo::Params, mo::Backward>(in, out, dtype, [&](const auto& p, const auto& t) {
+                run(mo::cuda::backward_workspace(type, p),
+                    [&](void* space) { mo::cuda::backward(p, t, space, nullptr); });
+            });
+    }
 } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return 1;

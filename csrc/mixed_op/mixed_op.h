@@ -16,7 +16,8 @@
 
 namespace nasfast::mixed_op {
 
-// Raw maps in the order of every [kMaps, ..]; the first four end in a factor, kSkip follows them in `factors`.
+// Raw maps in the order of every [kMaps, ..]; the first four end in a factor, kSkip follows them in
+// `factors`.
 enum Map { kConv, kSep, kDil, kDef, kInner, kMaps };
 constexpr int kSkip = 4, kFactors = 5;
 constexpr int kTaps = 9;
@@ -44,19 +45,20 @@ struct Params {
 template <class T>
 struct Branches {
     using A = Accumulate<T>;
-    const T* conv;           // [C, 3, 3, C], output channel first
-    const T* dil;            // [C, 3, 3, C]
-    const T* def;            // [C, 3, 3, C]
-    const A* def_bias;       // [C]
-    const T* offset_weight;  // [D * 27, 3, 3, C]: D * 9 offsets (dy, dx) in pixels, then D * 9 logits of masks
-    const A* offset_bias;    // [D * 27]
-    const T* depthwise1;     // [C, 3, 3]
-    const T* pointwise1;     // [C, C], output channel first
-    const T* depthwise2;     // [C, 3, 3]
-    const T* pointwise2;     // [C, C]
-    const A* factors;        // [kFactors]
-    const A* scale;          // [kMaps, C]
-    const A* shift;          // [kMaps, C]
+    const T* conv;      // [C, 3, 3, C], output channel first
+    const T* dil;       // [C, 3, 3, C]
+    const T* def;       // [C, 3, 3, C]
+    const A* def_bias;  // [C]
+    const T*
+        offset_weight;     // [D * 27, 3, 3, C]: D * 9 offsets (dy, dx) in pixels, then D * 9 logits of masks
+    const A* offset_bias;  // [D * 27]
+    const T* depthwise1;   // [C, 3, 3]
+    const T* pointwise1;   // [C, C], output channel first
+    const T* depthwise2;   // [C, 3, 3]
+    const T* pointwise2;   // [C, C]
+    const A* factors;      // [kFactors]
+    const A* scale;        // [kMaps, C]
+    const A* shift;        // [kMaps, C]
 };
 
 template <class T>

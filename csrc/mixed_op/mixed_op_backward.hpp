@@ -112,19 +112,17 @@ public:
     }
 
 private:
-    static constexpr int64_t kUnits = 8;               // at least, where there are so many tiles
-    static constexpr int64_t kStreams = 16;            // of tiles in the other passes
-    static constexpr int64_t kGroup = 16;              // pixels of a flat group
+    static constexpr int64_t kUnits = 8;     // at least, where there are so many tiles
+    static constexpr int64_t kStreams = 16;  // of tiles in the other passes
+    static constexpr int64_t kGroup = 16;    // pixels of a flat group
 
-    // Narrow slices as halves of vectors, so that no two stores overlap: a load that meets a part of an earlier
-    // store waits until that is in the cache.
+    // Narrow slices as halves of vectors, so that no two stores overlap: a load that meets a part of an
+    // earlier store waits until that is in the cache.
     static int64_t padded_slice(int64_t channels) {
         const int64_t half = std::max(1, kWidth<A> / 2);
         return round_up(channels, channels > 3 * half ? 2 * half : half);
     }
-    double factor(int map, int64_t out) const {
-        return b.factors[map] * norm.scale.get()[map * c + out];
-    }
+    double factor(int map, int64_t out) const { return b.factors[map] * norm.scale.get()[map * c + out]; }
     const T* raw(int map) const { return map == kInner ? raw_inner : t.raw + map * g.pixels * c; }
     const A* slopes(int map, int which) const { return slope.get() + (map * 3 + which) * across * c; }
 
@@ -145,26 +143,27 @@ private:
             std::fill_n(sums, rows * flat, A(0));
             for (int64_t i = unit * groups / streams; i < (unit + 1) * groups / streams; ++i) {
                 const int64_t begin = i * flat;
-                by_vectors<kWidth<A>>(std::min(flat, size - begin), [&](auto width, int64_t j)
-                                                                        NASFAST_INLINE_LAMBDA {
-                    constexpr int w = decltype(width)::value;
-                    const auto grad = load_as<A, w>(t.grad + begin + j);
-                    const auto add = [&](int64_t row, Vector<A, w> value) NASFAST_INLINE_LAMBDA {
-                        A* const sum = sums + row * flat + j;
-                        store<w>(sum, load<w>(sum) + value);
-                    };
-                    add(0, grad);
-                    add(1, grad * load_as<A, w>(t.input + begin + j));
-                    for (size_t k = 0; k < maps.size(); ++k)
-                        add(2 + k, grad * (load_as<A, w>(raw(maps[k]) + begin + j) -
-                                           load<w>(means.get() + k * flat + j)));
-                });
+                by_vectors<kWidth<A>>(
+                    std::min(flat, size - begin), [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
+                        constexpr int w = decltype(width)::value;
+                        const auto grad = load_as<A, w>(t.grad + begin + j);
+                        const auto add = [&](int64_t row, Vector<A, w> value) NASFAST_INLINE_LAMBDA {
+                            A* const sum = sums + row * flat + j;
+                            store<w>(sum, load<w>(sum) + value);
+                        };
+                        add(0, grad);
+                        add(1, grad * load_as<A, w>(t.input + begin + j));
+                        for (size_t k = 0; k < maps.size(); ++k)
+                            add(2 + k, grad * (load_as<A, w>(raw(maps[k]) + begin + j) -
+                                               load<w>(means.get() + k * flat + j)));
+                    });
             }
         });
         const auto total = [&](int64_t row, int64_t channel) {
             double sum = 0;
             for (int64_t unit = 0; unit < streams; ++unit)
-                for (int64_t i = channel; i < flat; i += c) sum += partial.get()[(unit * rows + row) * flat + i];
+                for (int64_t i = channel; i < flat; i += c)
+                    sum += partial.get()[(unit * rows + row) * flat + i];
             return sum;
         };
         for (int64_t i = 0; i < c; ++i) {
@@ -177,7 +176,8 @@ private:
                     set_slopes(map, [](int64_t) { return std::array<double, 3>{1, 0, 0}; });
                 else
                     set_slopes(map, [&](int64_t i) {
-                        return through_norm(map, i, factor(map, i), grad_sums.get()[i], dots.get()[map * c + i]);
+                        return through_norm(map, i, factor(map, i), grad_sums.get()[i],
+                                            dots.get()[map * c + i]);
                     });
             }
     }
@@ -208,7 +208,8 @@ private:
             const int64_t first = g.row(tile, y, c);
             by_vectors<kWidth<A>>(flat, [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
                 constexpr int w = decltype(width)::value;
-                const auto grad = grad_map ? load<w>(grad_map + first + j) : load_as<A, w>(t.grad + first + j);
+                const auto grad =
+                    grad_map ? load<w>(grad_map + first + j) : load_as<A, w>(t.grad + first + j);
                 store<w>(to + j, gradient<w>(map, grad, j, first + j));
             });
         }
@@ -239,8 +240,7 @@ private:
         const Array<A> patterns(kTaps * pattern), flipped(kTaps * pattern), scale(border), shift(border);
         repeat_taps(b.depthwise2, c, g.columns, patterns.get());
         for (int64_t tap = 0; tap < kTaps; ++tap)
-            std::copy_n(patterns.get() + tap * pattern, pattern,
-                        flipped.get() + (kTaps - 1 - tap) * pattern);
+            std::copy_n(patterns.get() + tap * pattern, pattern, flipped.get() + (kTaps - 1 - tap) * pattern);
         repeat(norm.scale.get() + kInner * c, c, across, scale.get());
         repeat(norm.shift.get() + kInner * c, c, across, shift.get());
         std::vector<A> means(border, A(0));
@@ -300,14 +300,13 @@ private:
                     const A* const passes = s.window + window.at(y, 0);
                     by_vectors<kWidth<A>>(flat, [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
                         constexpr int w = decltype(width)::value;
-                        const auto value = load<w>(passes + j) > 0 ? load<w>(s.flat + y * flat + j)
-                                                                   : Vector<A, w>{};
+                        const auto value =
+                            load<w>(passes + j) > 0 ? load<w>(s.flat + y * flat + j) : Vector<A, w>{};
                         store<w>(inner + first + j, value);
                         A *const sum = sums + j, *const product = sums + pattern + j;
                         store<w>(sum, load<w>(sum) + value);
-                        store<w>(product,
-                                 load<w>(product) + value * (load_as<A, w>(raw_inner + first + j) -
-                                                             load<w>(means.data() + j)));
+                        store<w>(product, load<w>(product) + value * (load_as<A, w>(raw_inner + first + j) -
+                                                                      load<w>(means.data() + j)));
                     });
                 }
             }
@@ -340,8 +339,8 @@ private:
 
     // Sums the parts of the units to the gradient of a weight [C, size]. With Norm::fixed they are of the sum
     // of products alone: factor and scale are multiplied in, and the products with the weight are the dots.
-    void finish_weight(const A* partial, int64_t stride, int64_t count, int map, const T* weight, int64_t size,
-                       A* grad) {
+    void finish_weight(const A* partial, int64_t stride, int64_t count, int map, const T* weight,
+                       int64_t size, A* grad) {
         parallel_for(c, [&](int64_t out) {
             double dot = 0;
             sum_parts(partial, stride, count, out * size, size, [&](int64_t i, double sum) {
@@ -412,8 +411,7 @@ private:
             near_weight = folded(kConv, b.conv, taps);
             near_weight.resize(c * taps);
         }
-        if (b.def)
-            near_weight.insert(near_weight.end(), b.offset_weight, b.offset_weight + g.offsets * taps);
+        if (b.def) near_weight.insert(near_weight.end(), b.offset_weight, b.offset_weight + g.offsets * taps);
         const Packed near(near_columns, taps, near_weight.data(), taps, 1);
         const std::vector<T> dil_weight = b.dil ? folded(kDil, b.dil, taps) : std::vector<T>();
         const Packed dil(b.dil ? c : 0, taps, dil_weight.data(), taps, 1);
@@ -460,8 +458,8 @@ private:
                     if (b.def) {
                         difference(kDef, tile, nullptr, s.flat);
                         deformable(tile, def, s, stride,
-                                   deform_sums + (band * g.p.batch + image) * g.p.height * g.p.width *
-                                                     wide.channels);
+                                   deform_sums +
+                                       (band * g.p.batch + image) * g.p.height * g.p.width * wide.channels);
                     }
                     if (near_columns) {
                         if (b.conv) {
@@ -518,7 +516,8 @@ private:
         if (b.conv) finish_weight(first + part.near, part.size, units, kConv, b.conv, taps, t.grad_conv);
         if (b.dil) finish_weight(first + part.dil, part.size, units, kDil, b.dil, taps, t.grad_dil);
         if (b.depthwise1)
-            finish_weight(first + part.pointwise, part.size, units, kInner, b.pointwise1, c, t.grad_pointwise1);
+            finish_weight(first + part.pointwise, part.size, units, kInner, b.pointwise1, c,
+                          t.grad_pointwise1);
         const auto total = [&](int64_t at) {
             double sum = 0;
             for (int64_t unit = 0; unit < units; ++unit) sum += first[unit * part.size + at];
@@ -620,8 +619,8 @@ private:
         });
     }
 
-    // Gradients of factors, scale and shift from the sums. `dots` are of grad * (raw - mean), or of grad * raw
-    // with Norm::fixed.
+    // Gradients of factors, scale and shift from the sums. `dots` are of grad * (raw - mean), or of grad *
+    // raw with Norm::fixed.
     void finish_scalars() const {
         for (int map = 0; map < kMaps; ++map) {
             if (!has(b, map)) {
@@ -656,10 +655,10 @@ private:
     const int64_t c;
     const bool fixed;
     const int64_t conv_columns, near_columns;  // conv's and the offsets' share one product
-    const int64_t bands, units;  // bands of an image with sums of their own; units of the last pass
-    const int64_t slice;                // channels of an offset group, filled up to whole vectors
-    const deform_conv2d::Params wide;   // of the deformable branch on maps of such slices
-    const Array<T> map;                 // ReLU(input) in them
+    const int64_t bands, units;        // bands of an image with sums of their own; units of the last pass
+    const int64_t slice;               // channels of an offset group, filled up to whole vectors
+    const deform_conv2d::Params wide;  // of the deformable branch on maps of such slices
+    const Array<T> map;                // ReLU(input) in them
     const T* raw_inner = nullptr;
     Normalisation<T> norm;
     const int64_t across;            // columns of a pattern

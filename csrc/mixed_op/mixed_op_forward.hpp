@@ -1,4 +1,5 @@
-// Forward pass of the mixed operation on the CPU, for any kind of matrix product. Included by per-ISA sources.
+// Forward pass of the mixed operation on the CPU, for any kind of matrix product. Included by per-ISA
+// sources.
 #pragma once
 
 #include <algorithm>
@@ -22,10 +23,11 @@ Array<T> rectified(const Geometry& g, const T* input, bool wanted, int64_t slice
         const T* from = input + unit * runs * real;
         T* to = map.get() + unit * runs * slice;
         for (int64_t i = 0; i < runs * slice; i += run, from += slice == real ? run : real, to += run) {
-            by_vectors<kWidth<A>>(slice == real ? run : real, [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
-                constexpr int w = decltype(width)::value;
-                store_as<T, w>(to + j, relu(load_as<A, w>(from + j)));
-            });
+            by_vectors<kWidth<A>>(slice == real ? run : real,
+                                  [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
+                                      constexpr int w = decltype(width)::value;
+                                      store_as<T, w>(to + j, relu(load_as<A, w>(from + j)));
+                                  });
             std::fill(to + (slice == real ? run : real), to + run, T());
         }
     });
@@ -37,8 +39,7 @@ template <class T>
 std::vector<T> conv_and_offset(const Geometry& g, const Branches<T>& b) {
     std::vector<T> both;
     if (b.conv) both.insert(both.end(), b.conv, b.conv + g.channels * g.channels * kTaps);
-    if (b.def)
-        both.insert(both.end(), b.offset_weight, b.offset_weight + g.offsets * g.channels * kTaps);
+    if (b.def) both.insert(both.end(), b.offset_weight, b.offset_weight + g.offsets * g.channels * kTaps);
     return both;
 }
 
@@ -53,13 +54,11 @@ void store_offsets(const Geometry& g, const dc::Tile& tile, const A* from, int64
                 constexpr int w = decltype(width)::value;
                 store<w>(to + j, load<w>(from + j) + load<w>(bias + j));
             });
-            by_vectors<kWidth<A>>(
-                g.offsets - g.positions,
-                [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
-                    constexpr int w = decltype(width)::value;
-                    store<w>(to + g.positions + j,
-                             sigmoid(load<w>(from + g.positions + j) + load<w>(bias + g.positions + j)));
-                });
+            by_vectors<kWidth<A>>(g.offsets - g.positions, [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
+                constexpr int w = decltype(width)::value;
+                store<w>(to + g.positions + j,
+                         sigmoid(load<w>(from + g.positions + j) + load<w>(bias + g.positions + j)));
+            });
         }
     }
 }
@@ -310,15 +309,15 @@ private:
         for (int64_t i = 0; i < flat; ++i) constants.get()[i] = A(constant[i % c]);
         parallel_for(ceil_div(g.pixels, kGroup), [&](int64_t unit) {
             const int64_t begin = unit * flat;
-            by_vectors<kWidth<A>>(std::min(flat, size - begin), [&](auto width, int64_t j)
-                                                                    NASFAST_INLINE_LAMBDA {
-                constexpr int w = decltype(width)::value;
-                auto sum = load<w>(constants.get() + j);
-                for (size_t i = 0; i < maps.size(); ++i)
-                    sum += load<w>(patterns.get() + i * flat + j) * load_as<A, w>(maps[i] + begin + j);
-                if (g.p.add) sum += load_as<A, w>(t.output + begin + j);
-                store_as<T, w>(t.output + begin + j, sum);
-            });
+            by_vectors<kWidth<A>>(
+                std::min(flat, size - begin), [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
+                    constexpr int w = decltype(width)::value;
+                    auto sum = load<w>(constants.get() + j);
+                    for (size_t i = 0; i < maps.size(); ++i)
+                        sum += load<w>(patterns.get() + i * flat + j) * load_as<A, w>(maps[i] + begin + j);
+                    if (g.p.add) sum += load_as<A, w>(t.output + begin + j);
+                    store_as<T, w>(t.output + begin + j, sum);
+                });
         });
     }
 
@@ -392,8 +391,9 @@ private:
                     gather_all(tile, window, s.window, s.columns, all.depth);
                     all.multiply(pixels, s.columns, all.depth, Into::add, s.total, total_row);
                 }
-                if (b.depthwise1) separable_tile(tile, s, first, second, patterns1.get(), across,
-                                                 patterns2.get(), scale.get(), shift.get(), total_row);
+                if (b.depthwise1)
+                    separable_tile(tile, s, first, second, patterns1.get(), across, patterns2.get(),
+                                   scale.get(), shift.get(), total_row);
                 finish_merged(tile, s.total, total_row);
             });
     }
@@ -416,8 +416,9 @@ private:
     }
 
     // Both halves of the separable branch, the first on the tile and its border.
-    void separable_tile(const dc::Tile& tile, Scratch& s, const Packed& first, const Packed& second, const A* patterns1, int64_t across, const A* patterns2,
-                        const A* scale, const A* shift, int64_t total_row) const {
+    void separable_tile(const dc::Tile& tile, Scratch& s, const Packed& first, const Packed& second,
+                        const A* patterns1, int64_t across, const A* patterns2, const A* scale,
+                        const A* shift, int64_t total_row) const {
         dc::Tile ring = tile;
         ring.row -= 1, ring.column -= 1, ring.rows += 2, ring.columns += 2;
         const Window ring_window(ring, 1, c), inner(tile, 1, c);

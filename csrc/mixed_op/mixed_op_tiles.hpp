@@ -22,9 +22,9 @@ namespace nasfast::mixed_op::NASFAST_ISA {
 using namespace nasfast::NASFAST_ISA;
 namespace dc = deform_conv2d::NASFAST_ISA;
 
-constexpr int64_t kTile = 96;    // pixels: a multiple of the rows of every block of sums
-constexpr int64_t kRadius = 2;   // of the 3x3 taps with dilation 2
-constexpr int64_t kSpill = 64;   // elements behind a buffer that whole vectors may touch
+constexpr int64_t kTile = 96;   // pixels: a multiple of the rows of every block of sums
+constexpr int64_t kRadius = 2;  // of the 3x3 taps with dilation 2
+constexpr int64_t kSpill = 64;  // elements behind a buffer that whole vectors may touch
 
 // The deformable branch as deform_conv2d sees it, on a map of `channels`.
 inline deform_conv2d::Params deform_params(const Params& p, int64_t channels) {
@@ -65,10 +65,7 @@ struct Geometry {
 
 template <class T>
 bool has(const Branches<T>& b, int map) {
-    return (map == kConv  ? b.conv
-            : map == kDil ? b.dil
-            : map == kDef ? b.def
-                          : b.depthwise1) != nullptr;
+    return (map == kConv ? b.conv : map == kDil ? b.dil : map == kDef ? b.def : b.depthwise1) != nullptr;
 }
 
 // Copies `count` elements, and leaves what follows them within the last vector undefined.
@@ -110,7 +107,8 @@ struct Window {
     }
 };
 
-// Fills a window with transform(vector, index in the row's pattern, element of the map) of a map [N, H, W, C].
+// Fills a window with transform(vector, index in the row's pattern, element of the map) of a map [N, H, W,
+// C].
 template <class T, class A, class Transform>
 void fill(const Geometry& g, const dc::Tile& tile, const Window& window, const T* map, A* to,
           const Transform& transform) {

@@ -162,7 +162,7 @@ class _Concatenate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        parts = grad.split(ctx.channels, 1)
+        parts = torch.split(grad, ctx.channels, 1)
         return tuple(part.contiguous(memory_format=torch.channels_last) for part in parts)
 
 

@@ -280,17 +280,18 @@ def _update_running_statistics(
     """As BatchNorm does: towards the mean and the unbiased variance of ``count`` values."""
     buffers: list[Tensor] = []
     targets: list[Tensor] = []
+    momenta: list[float] = []
     rows = statistics.to(norms[0][1].running_mean.dtype)  # type: ignore[union-attr]
     unbiased = rows[:, 1] * (count / (count - 1))
     for at, bn in norms:
         assert bn.running_mean is not None
         assert bn.running_var is not None
-        buffers += [bn.running_mean, bn.running_var]
-        targets += [rows[at, 0], unbiased[at]]
         assert bn.num_batches_tracked is not None
         bn.num_batches_tracked.add_(1)
-    momentum = norms[0][1].momentum
-    if momentum is None:  # a cumulative average
-        assert norms[0][1].num_batches_tracked is not None
-        momentum = 1 / norms[0][1].num_batches_tracked.item()
-    torch._foreach_lerp_(buffers, targets, momentum)
+        buffers += [bn.running_mean, bn.running_var]
+        targets += [rows[at, 0], unbiased[at]]
+        momentum = bn.momentum
+        if momentum is None:  # a cumulative average
+            momentum = 1 / bn.num_batches_tracked.item()
+        momenta += [momentum, momentum]
+    torch._foreach_lerp_(buffers, targets, momenta)

@@ -80,13 +80,15 @@ def mixed_op(
         into: a sum to add to. Its memory becomes the result's where autograd allows that, so do
             not use it afterwards.
 
-    The statistics take no gradient; with ``batch_norm=False`` they are undefined. Sums are in
-    float32, or float64 for float64; factors, biases, scale and shift may be float32 beside a
+    The statistics take no gradient; they are 0 for what is not normalised by the batch. Sums are
+    in float32, or float64 for float64; factors, biases, scale and shift may be float32 beside a
     half-precision input. Autocast casts the input and the weights.
 
     Raises:
         ValueError: tensors that do not fit together, with what was wanted and what came.
     """
+    if into is input:
+        raise _wrong("into", "another tensor than input", "input itself", "pass input.clone()")
     tensors = (input, factors, *branches, scale, shift)
     settings = (batch_norm, float(eps), recompute)
     if _native.is_eager("mixed_op", *tensors, into):
@@ -399,20 +401,18 @@ def _kernel(*arguments: Any, into: Tensor | None = None) -> tuple[Tensor, Tensor
     b = Branches(*weights)
     g = _check(input, factors, b, scale, shift, batch_norm, into=into)
     ready = _ready(input, factors, b, scale, shift)
-    if input.numel() == 0:
-        output = torch.zeros_like(input) if into is None else into
-        none = input.new_empty(0)
-        return output, input.new_zeros(len(MAPS), 2, g.channels, dtype=ready.sums), none, none
-    in_place = into is not None and into.dtype == ready.dtype
     last = torch.channels_last
-    in_place = in_place and into.is_contiguous(memory_format=last)  # type: ignore[union-attr]
-    output = into if in_place else _map(ready.input, g.channels, ready.dtype)  # type: ignore[assignment]
-    statistics = ready.input.new_empty((len(MAPS), 2, g.channels), dtype=ready.sums)
+    if into is not None and into.dtype == ready.dtype and into.is_contiguous(memory_format=last):
+        output, in_place = into, True
+    else:
+        output, in_place = _map(ready.input, g.channels, ready.dtype), False
+    statistics = ready.input.new_zeros((len(MAPS), 2, g.channels), dtype=ready.sums)
     keep = batch_norm and not recompute
     raw, offset = _scratch(g, ready, batch_norm, b.deform is not None, keep)
     norm = _BATCH if batch_norm else _FIXED
     g = g._replace(norm=norm, eps=_bits(eps), add=int(in_place), **_choices(input))
-    _forward(g, ready, raw, offset, statistics, output)
+    if input.numel():
+        _forward(g, ready, raw, offset, statistics, output)
     if output.dtype != input.dtype:
         output = output.to(input.dtype)
     if into is not None and not in_place:

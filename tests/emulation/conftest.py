@@ -8,9 +8,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from emulated import Kernels
+
+from nasfast.ops import _native
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,3 +55,25 @@ def kernels(emulation: Path) -> Kernels:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return Kernels(module)
+
+
+@pytest.fixture
+def legs(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels in the place of those for the CPU; the list grows by the name of each called."""
+    called: list[str] = []
+
+    def entry(name: str) -> Any:
+        def run(dtype: int, sizes: tuple[int, ...], pointers: tuple[int, ...]) -> None:
+            called.append(name)
+            size = getattr(kernels.module, f"{name}_cuda_workspace")(dtype, sizes)
+            workspace = torch.empty(size + 256, dtype=torch.uint8)
+            aligned = workspace.data_ptr() + -workspace.data_ptr() % 256
+            getattr(kernels.module, f"{name}_cuda")(dtype, sizes, pointers, aligned, 0)
+
+        return run
+
+    ops = ("deform_conv2d", "mixed_op")
+    names = [f"{op}_{way}" for op in ops for way in ("forward", "backward")]
+    monkeypatch.setattr(_native, "C", SimpleNamespace(**{name: entry(name) for name in names}))
+    monkeypatch.setattr(_native, "CPU_DTYPES", tuple(_native.DTYPES))
+    return called

@@ -266,19 +266,44 @@ def replay(
 ) -> tuple[subprocess.CompletedProcess[str], list[Tensor | None]]:
     """The same call in a program under a sanitizer, and what it wrote."""
     read, written = buffers(case, dtype, tensors, grad, wanted)
-    header = [int(grad is not None), DTYPES.index(dtype), order, *skip]
-    header += case.sizes(deterministic, tf32)
+    done, outputs = replay_call(
+        program,
+        folder,
+        int(grad is not None),
+        DTYPES.index(dtype),
+        case.sizes(deterministic, tf32),
+        read,
+        written,
+        order,
+        skip,
+    )
+    return done, [t if t is None or t.dim() == 1 else first(t) for t in outputs]
+
+
+def replay_call(
+    program: Path,
+    folder: Path,
+    call: int,  # its number in replay.cpp
+    dtype: int,  # its code
+    sizes: Sequence[int],
+    read: Sequence[Tensor | None],
+    written: Sequence[Tensor | None],
+    order: int = 0,
+    skip: tuple[int, int] = (-1, -1),
+) -> tuple[subprocess.CompletedProcess[str], list[Tensor | None]]:
+    """A call in a program of its own; what it wrote where it came to that, in the given shapes."""
+    header = [call, dtype, order, *skip, *sizes]
     content = b""
     for tensor in read:
         header += [-1, 0] if tensor is None else [tensor.numel() * tensor.element_size(), 1]
         content += b"" if tensor is None else tensor.flatten().view(torch.uint8).numpy().tobytes()
     for tensor in written:
         header += [-1 if tensor is None else tensor.numel() * tensor.element_size(), 0]
-    call, result = folder / "call", folder / "result"
-    call.write_bytes(struct.pack(f"{len(header)}q", *header) + content)
+    described, result = folder / "call", folder / "result"
+    described.write_bytes(struct.pack(f"{len(header)}q", *header) + content)
     # ThreadSanitizer maps its memory at fixed addresses
     done = subprocess.run(
-        ["setarch", "-R", program, call, result],
+        ["setarch", "-R", program, described, result],
         capture_output=True,
         text=True,
         check=False,
@@ -291,9 +316,7 @@ def replay(
             outputs.append(None)
             continue
         flat = torch.frombuffer(data[:size], dtype=tensor.dtype) if size else tensor.flatten()
-        outputs.append(
-            flat.view(tensor.shape) if tensor.dim() == 1 else first(flat.view(tensor.shape))
-        )
+        outputs.append(flat.view(tensor.shape))
         data = data[size:]
     return done, outputs
 

@@ -2,36 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
-from emulated import Kernels
 from torch import Tensor
 
 from nasfast.ops import _native, deform_conv2d, deform_conv2d_reference
-
-
-@pytest.fixture
-def legs(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels in the place of those for the CPU; the list grows by the name of each called."""
-    called: list[str] = []
-
-    def entry(name: str) -> Any:
-        def run(dtype: int, sizes: tuple[int, ...], pointers: tuple[int, ...]) -> None:
-            called.append(name)
-            size = getattr(kernels.module, f"{name}_cuda_workspace")(dtype, sizes)
-            workspace = torch.empty(size + 256, dtype=torch.uint8)
-            aligned = workspace.data_ptr() + -workspace.data_ptr() % 256
-            getattr(kernels.module, f"{name}_cuda")(dtype, sizes, pointers, aligned, 0)
-
-        return run
-
-    names = ("deform_conv2d_forward", "deform_conv2d_backward")
-    monkeypatch.setattr(_native, "C", SimpleNamespace(**{name: entry(name) for name in names}))
-    monkeypatch.setattr(_native, "CPU_DTYPES", tuple(_native.DTYPES))
-    return called
 
 
 @pytest.mark.skipif(_native.C is None, reason=f"runs the reference: {_native.ERROR}")

@@ -1,0 +1,251 @@
+"""The fused mixed operation beside the plain one."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from nasfast.models.mixed_op import MixedOp, PlainMixedOp
+from nasfast.spaces.ir_nas import PRIMITIVES
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+MEMORIES = ("save", "recompute")
+ACTIVE = (None, (), (5,), (4,), (4, 5), (0,), (3,), (1, 4), (0, 2, 3), (5, 1), (0, 1, 2, 3, 4, 5))
+
+
+def make_pair(memory="save", channels=4, **options):
+    """A fused and a plain operation in float64 with the same state, affine parameters drawn."""
+    fused = MixedOp(channels, memory=memory, **options).double()
+    plain = PlainMixedOp(channels, **options).double()
+    for module in fused.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    plain.load_state_dict(fused.state_dict())
+    return fused, plain
+
+
+def step(op, x, weights, active=None, into=None):
+    """Output, and gradients of state, weights, running sum and parameters, 0 if there is none."""
+    leaves = [x, weights, *([] if into is None else [into]), *op.parameters()]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    running = None if into is None else into * 1
+    out = op(x, weights, active, into=running)
+    cotangent = torch.ones_like(out).cumsum(-1).sin()
+    if not out.requires_grad:  # where nothing but "none" runs
+        return [out, *map(torch.zeros_like, leaves)]
+    found = torch.autograd.grad(out, leaves, cotangent, materialize_grads=True)
+    return [out.detach(), *found]
+
+
+def assert_same(fused, plain):
+    for ours, reference in zip(fused, plain, strict=True):
+        torch.testing.assert_close(ours, reference, **CLOSE)
+
+
+def assert_same_state(fused, plain):
+    assert fused.state_dict().keys() == plain.state_dict().keys()
+    assert_same(fused.state_dict().values(), plain.state_dict().values())
+
+
+@pytest.fixture
+def x():
+    return torch.randn(3, 4, 6, 5, dtype=torch.float64)
+
+
+@pytest.fixture
+def weights():
+    return torch.rand(6, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("active", ACTIVE, ids=str)
+@pytest.mark.parametrize("summed", [False, True])
+def test_a_step_is_that_of_the_plain_one(x, weights, memory, affine, active, summed):
+    """Output, gradients and running statistics, of three steps and of evaluation after them."""
+    fused, plain = make_pair(memory, affine=affine)
+    for _ in range(3):
+        x, into = torch.randn_like(x), torch.randn_like(x) if summed else None
+        assert_same(step(fused, x, weights, active, into), step(plain, x, weights, active, into))
+        assert_same_state(fused, plain)
+    kept = {name: value.clone() for name, value in fused.state_dict().items()}
+    fused.eval()
+    plain.eval()
+    assert_same(step(fused, x, weights, active), step(plain, x, weights, active))
+    assert_same(fused.state_dict().values(), kept.values())
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("active", [None, (0, 3), (1,)], ids=str)
+def test_without_normalisation(x, weights, memory, training, active):
+    fused, plain = make_pair(memory, norm="none")
+    fused.train(training)
+    plain.train(training)
+    assert not list(fused.buffers())
+    assert_same(step(fused, x, weights, active), step(plain, x, weights, active))
+
+
+@pytest.mark.parametrize(
+    "primitives",
+    [PRIMITIVES[::-1], ("skip", "def3x3"), ("none",), ("sep3x3", "none", "conv3x3"), ("skip",), ()],
+    ids="-".join,
+)
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_other_primitives(x, memory, primitives):
+    fused, plain = make_pair(memory, primitives=primitives)
+    weights = torch.rand(len(primitives), dtype=torch.float64)
+    actives = itertools.chain(
+        [None], *(itertools.combinations(range(len(primitives)), r) for r in (1, 2))
+    )
+    for active in actives:
+        assert_same(step(fused, x, weights, active), step(plain, x, weights, active))
+    assert_same_state(fused, plain)
+
+
+def test_channels_and_offset_groups(weights):
+    for channels, groups in ((6, 1), (6, 3), (10, 5)):
+        fused, plain = make_pair(channels=channels, offset_groups=groups)
+        x = torch.randn(2, channels, 7, 4, dtype=torch.float64)
+        assert_same(step(fused, x, weights), step(plain, x, weights))
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("momentum", [None, 0.0, 0.3])
+def test_momentum(x, weights, memory, momentum):
+    """None is the average over all steps."""
+    fused, plain = make_pair(memory)
+    for module in (*fused.modules(), *plain.modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum
+    for _ in range(3):
+        x = torch.randn_like(x)
+        assert_same(step(fused, x, weights), step(plain, x, weights))
+    assert_same_state(fused, plain)
+
+
+def test_running_statistics_after_branches_of_different_age(x, weights):
+    """An average over steps counts the steps in which its branch ran."""
+    fused, plain = make_pair()
+    for module in (*fused.modules(), *plain.modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    for active in ((0,), (0, 1), None, (3, 4)):
+        x = torch.randn_like(x)
+        assert_same(step(fused, x, weights, active), step(plain, x, weights, active))
+    assert_same_state(fused, plain)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_statistics_see_a_batch_once_with_its_unbiased_variance(x, weights, memory):
+    op = MixedOp(4, memory=memory).double()
+    step(op, x, weights)
+    raw = op.ops.conv3x3.conv(x.detach().relu()).detach()
+    bn = op.ops.conv3x3.bn
+    assert [int(m.num_batches_tracked) for m in op.modules() if hasattr(m, "momentum")] == [1] * 5
+    torch.testing.assert_close(bn.running_mean, 0.1 * raw.mean((0, 2, 3)), **CLOSE)
+    variance = raw.var((0, 2, 3), correction=1)
+    torch.testing.assert_close(bn.running_var, 0.9 + 0.1 * variance, **CLOSE)
+
+
+def test_state_dicts_are_interchangeable(x, weights):
+    fused, plain = make_pair(affine=True)
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    step(plain, x, weights)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.normal_()
+    fused.load_state_dict(plain.state_dict())
+    assert_same(step(fused, x, weights), step(plain, x, weights))
+
+
+@pytest.mark.parametrize("active", [None, (0, 4), ()], ids=str)
+def test_the_running_sum_may_be_written_to(x, weights, active):
+    """And is, where its layout allows it."""
+    fused, plain = make_pair()
+    into = torch.randn_like(x).contiguous(memory_format=torch.channels_last)
+    wanted = plain(x, weights, active, into=into.clone())
+    got = fused(x, weights, active, into=into)
+    torch.testing.assert_close(got, wanted, **CLOSE)
+    assert got.data_ptr() == into.data_ptr()
+
+
+def kept_for_backward(op, states, weights):
+    """Bytes of the storages that autograd keeps beside parameters, by size, of a running sum."""
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        total = None
+        for state in states:
+            total = op(state, weights, into=total)
+    for parameter in op.parameters():
+        storages.pop(parameter.untyped_storage().data_ptr(), None)
+    return sorted(storages.values(), reverse=True), total
+
+
+@pytest.mark.parametrize("summed", [1, 3])
+def test_recompute_keeps_nothing_but_the_states(summed):
+    channels, states = 10, [torch.randn(2, 10, 16, 12, requires_grad=True) for _ in range(summed)]
+    states = [state.detach().contiguous(memory_format=torch.channels_last) for state in states]
+    weights = torch.rand(6, requires_grad=True)
+    op = MixedOp(channels, memory="recompute")
+    sizes, total = kept_for_backward(op, states, weights)
+    assert sizes[:summed] == [state.nbytes for state in states]
+    small = 5 * 2 * channels * 4  # the statistics
+    assert all(size <= small for size in sizes[summed:])
+    total.sum().backward()
+
+
+def test_save_keeps_maps_before_normalisation():
+    channels = 10
+    state = torch.randn(2, channels, 16, 12).contiguous(memory_format=torch.channels_last)
+    sizes, _ = kept_for_backward(MixedOp(channels), [state], torch.rand(6, requires_grad=True))
+    offsets = state.nbytes // channels * 54
+    assert sizes[:3] == sorted([5 * state.nbytes, offsets, state.nbytes], reverse=True)
+    plain, _ = kept_for_backward(PlainMixedOp(channels), [state], torch.rand(6, requires_grad=True))
+    assert sum(plain) > 1.9 * sum(sizes)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compile_fullgraph(x, weights, training):
+    torch.compiler.reset()
+    fused, plain = make_pair("recompute", affine=True)
+    fused.train(training)
+    plain.train(training)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    out, wanted = compiled(x, weights), plain(x, weights)
+    torch.testing.assert_close(out, wanted, **CLOSE)
+    out.sum().backward()
+    wanted.sum().backward()
+    assert_same([p.grad for p in fused.parameters()], [p.grad for p in plain.parameters()])
+    assert_same_state(fused, plain)
+
+
+def test_autocast(x, weights):
+    """Parameters stay in float32 and get their gradients there; running statistics too."""
+    fused, plain = make_pair()
+    fused, plain, x, weights = fused.float(), plain.float(), x.float(), weights.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = fused(x, weights)
+    assert out.dtype == torch.bfloat16
+    wanted = plain(x, weights)
+    torch.testing.assert_close(out.float(), wanted, rtol=0.05, atol=0.05)
+    out.float().sum().backward()
+    assert {p.grad.dtype for p in fused.parameters()} == {torch.float32}
+    for ours, reference in zip(fused.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=0.02, atol=0.02)
+
+
+def test_unknown_memory():
+    with pytest.raises(ValueError) as error:
+        MixedOp(4, memory="none")
+    assert str(error.value) == (
+        'MixedOp: memory must be "save" or "recompute", got \'none\'; "recompute" keeps less'
+    )
