@@ -35,7 +35,7 @@ from nasfast.training.loop import Group, Runtime, one_cycle, train_epoch
 class Recipe:
     """How a network is trained; the defaults are those of ``quick``."""
 
-    steps: int = 6000
+    steps: int = 3000
     """Optimisation steps."""
     batch_size: int = 8
     """Patches a step."""
