@@ -201,7 +201,10 @@ def test_source_run_decides_and_flags_override(tiny_run: Path, tiny_data: Path) 
     [
         (["RUN", "--rank", "99"], "train: wanted a rank from 1 to "),
         (["RUN", "--rank", "0"], "train: wanted a rank from 1 to "),
-        (["/no/run"], "train: no run directory and no genotype file at /no/run; python -m nasfast"),
+        (
+            ["/no/run"],
+            "train: no run directory and no genotype file at /no/run, nor a name of the zoo (",
+        ),
         (["RUN/config.toml"], "train: wanted a run directory or a JSON file with a genotype, got "),
         (["RUN/checkpoint"], "RUN/checkpoint is not a run directory: it has no config.toml"),
         (["RUN/env.json"], 'genotype: wanted the keys "space", "cell" and "connections", got '),
