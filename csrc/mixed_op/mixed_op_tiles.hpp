@@ -96,7 +96,6 @@ struct Window {
     Window(const dc::Tile& tile, int64_t radius, int64_t channels)
         : radius(radius), channels(channels), row_size((tile.columns + 2 * radius) * channels) {}
     // Elements of the largest window.
-    template <class Geometry>
     static int64_t most(const Geometry& g, int64_t radius) {
         const int64_t rows = ceil_div(g.p.height, g.tiling.down);
         return (rows + 2 * radius) * (g.columns + 2 * radius) * g.channels + kSpill;

@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from rich.console import Console
 
@@ -16,6 +17,7 @@ from nasfast.records import Evaluation, Record
 from nasfast.spaces.base import Genotype, Space
 from nasfast.strategies import Strategy
 from nasfast.study import Study
+from nasfast.training.loop import Runtime
 
 G = TypeVar("G", bound=Genotype)
 G_in = TypeVar("G_in", bound=Genotype, contravariant=True)
@@ -34,6 +36,13 @@ class Evaluator(Protocol[G_in]):
     def seed(self) -> int: ...
 
     @property
+    def inputs(self) -> Mapping[str, str]:
+        """SHA-256 of everything that was read."""
+
+    @property
+    def runtime(self) -> Runtime: ...
+
+    @property
     def remedy(self) -> str:
         """What to change where candidates fail."""
 
@@ -42,6 +51,36 @@ class Evaluator(Protocol[G_in]):
         """Wall time of the preparation, by step."""
 
     def __call__(self, genotype: G_in, index: int, gate: float | None) -> Evaluation: ...
+
+
+@dataclass(frozen=True)
+class SamplingSearch(Generic[G]):
+    """Candidates one after the other, asked of a strategy until the budget is spent."""
+
+    space: Space[G]
+    strategy: Strategy[G]
+    evaluator: Evaluator[G]
+    budget: int
+
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        return self.evaluator.inputs
+
+    @property
+    def runtime(self) -> Runtime:
+        return self.evaluator.runtime
+
+    @property
+    def environment(self) -> Mapping[str, object]:
+        return {"feedback": FEEDBACK}
+
+    @property
+    def more(self) -> str:
+        return f"--budget {2 * self.budget}"
+
+    def run(self, study: Study, console: Console) -> None:
+        """Ask and evaluate from where the study stands to the end."""
+        run(study, self.space, self.strategy, self.evaluator, self.budget, console)
 
 
 def run(

@@ -9,17 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from rich.console import Console
 
 from nasfast.data.restoration import RestorationData
 from nasfast.evaluator import derive_seed
 from nasfast.methods.restoration.train import Fitting, Recipe
-from nasfast.methods.sampling import FEEDBACK, run
+from nasfast.methods.sampling import FEEDBACK
 from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.records import Evaluation
 from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
-from nasfast.strategies import RandomSearch
-from nasfast.study import Study
 from nasfast.tasks.restoration import ImagePatches, RestorationTask, evaluate
 from nasfast.training.cost import count_macs, count_parameters
 from nasfast.training.loop import NonFiniteLossError, Runtime
@@ -99,6 +96,10 @@ class RestorationEvaluator:
         self.runtime = runtime
         self._task, self._data, self._network, self._recipe = task, data, network, recipe
         self._patches = ImagePatches(data.train, task, recipe.crop)
+        self.inputs: Mapping[str, str] = {
+            "training images": data.train.fingerprint(),
+            "validation images": data.val.fingerprint(),
+        }
 
     def __call__(self, genotype: IRNASGenotype, index: int, gate: float | None) -> Evaluation:
         """Evaluate a candidate; there is one stage and no gate. A loss that is not finite is told
@@ -131,30 +132,3 @@ class RestorationEvaluator:
         except NonFiniteLossError as error:
             failure = f"{FEEDBACK}: {error}"
         return Evaluation(rewards, metrics, None, params, macs, seconds, failure)
-
-
-@dataclass(frozen=True)
-class CandidateSearch:
-    """Uniformly sampled architectures, one after the other."""
-
-    space: IRNASSpace
-    evaluator: RestorationEvaluator
-    budget: int
-    inputs: Mapping[str, str]
-
-    @property
-    def runtime(self) -> Runtime:
-        return self.evaluator.runtime
-
-    @property
-    def environment(self) -> Mapping[str, object]:
-        return {"feedback": FEEDBACK}
-
-    @property
-    def more(self) -> str:
-        return f"--budget {2 * self.budget}"
-
-    def run(self, study: Study, console: Console) -> None:
-        """Sample and evaluate until the budget is spent."""
-        strategy = RandomSearch(self.space, self.evaluator.seed)
-        run(study, self.space, strategy, self.evaluator, self.budget, console)

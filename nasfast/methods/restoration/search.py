@@ -27,7 +27,6 @@ from nasfast.evaluator import derive_seed
 from nasfast.interrupt import Interrupt
 from nasfast.methods.base import SearchSettings
 from nasfast.methods.restoration.candidates import (
-    CandidateSearch,
     RestorationEvaluator,
     SizeClass,
     parse_range,
@@ -40,9 +39,11 @@ from nasfast.methods.restoration.supernet import (
     WeightsConfig,
 )
 from nasfast.methods.restoration.train import Recipe
+from nasfast.methods.sampling import SamplingSearch
 from nasfast.models.restorer import RestorerConfig
 from nasfast.models.supernet import Supernet, SupernetConfig
-from nasfast.spaces.ir_nas import IRNASSpace
+from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
+from nasfast.strategies import RandomSearch
 from nasfast.strategies.gradient import Temperature, make_relaxation
 from nasfast.tasks import task_from_json
 from nasfast.tasks.denoising import Denoising
@@ -170,7 +171,7 @@ def continued(
 
 def build(
     config: SearchConfig, interrupt: Interrupt, console: Console
-) -> tuple[SupernetSearch | CandidateSearch, SearchConfig]:
+) -> tuple[SupernetSearch | SamplingSearch[IRNASGenotype], SearchConfig]:
     """Open the images and make the supernet."""
     runtime = Runtime(resolve_device(config.device), interrupt.check)
     task = task_from_json(config.task)
@@ -194,11 +195,8 @@ def build(
         evaluator = RestorationEvaluator(
             task, data, config.network, config.recipe, runtime, seed=config.seed
         )
-        inputs = {
-            "training images": data.train.fingerprint(),
-            "validation images": data.val.fingerprint(),
-        }
-        return CandidateSearch(sizes, evaluator, config.budget, inputs), config
+        strategy = RandomSearch(sizes, config.seed)
+        return SamplingSearch(sizes, strategy, evaluator, config.budget), config
     torch.manual_seed(derive_seed(config.seed, "supernet"))
     model = Supernet(config.supernet, config.channels, task.scale)
     architecture = sum(p.numel() for p in model.architecture())

@@ -24,11 +24,10 @@ from nasfast.encoders import load_encoder
 from nasfast.evaluator import SegmentationEvaluator, Stage0Config, Stage1Config
 from nasfast.interrupt import Interrupt
 from nasfast.methods.base import SearchSettings
-from nasfast.methods.sampling import FEEDBACK, run
+from nasfast.methods.sampling import SamplingSearch
 from nasfast.models.segmenter import DecoderConfig, load_teacher
-from nasfast.spaces.fast_nas import FastNASSpace
+from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
 from nasfast.strategies import PPOConfig, make_strategy
-from nasfast.study import Study
 from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.loop import Runtime
 
@@ -149,7 +148,7 @@ def fit_to_data(config: SearchConfig, splits: Splits, console: Console) -> Searc
 
 def build(
     config: SearchConfig, interrupt: Interrupt, console: Console
-) -> tuple[SegmentationSearch, SearchConfig]:
+) -> tuple[SamplingSearch[FastNASGenotype], SearchConfig]:
     """Open data, encoder and teacher and fill the feature cache; the settings fit the data then."""
     runtime = Runtime(resolve_device(config.device), interrupt.check)
     splits = load_splits(config.data, seed=config.seed)
@@ -180,37 +179,9 @@ def build(
         teacher=load_teacher(config.teacher, splits.train.classes) if config.teacher else None,
     )
     console.print(f"features of the frozen encoder ready in {evaluator.seconds['encode']:.1f} s")
-    return SegmentationSearch(evaluator, config), config
-
-
-@dataclasses.dataclass(frozen=True)
-class SegmentationSearch:
-    """Candidates one after the other, asked of a strategy."""
-
-    evaluator: SegmentationEvaluator
-    config: SearchConfig
-
-    @property
-    def inputs(self) -> Mapping[str, str]:
-        return self.evaluator.inputs
-
-    @property
-    def runtime(self) -> Runtime:
-        return self.evaluator.runtime
-
-    @property
-    def environment(self) -> Mapping[str, object]:
-        return {"feedback": FEEDBACK}
-
-    @property
-    def more(self) -> str:
-        return f"--budget {2 * self.config.budget}"
-
-    def run(self, study: Study, console: Console) -> None:
-        """Ask and evaluate until the budget is spent."""
-        config, space = self.config, FastNASSpace()
-        strategy = make_strategy(config.strategy, space, config.seed, config.ppo)
-        run(study, space, strategy, self.evaluator, config.budget, console)
+    space = FastNASSpace()
+    strategy = make_strategy(config.strategy, space, config.seed, config.ppo)
+    return SamplingSearch(space, strategy, evaluator, config.budget), config
 
 
 def continued(
