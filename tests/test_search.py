@@ -30,6 +30,7 @@ from nasfast.config import from_mapping
 from nasfast.data import load_splits
 from nasfast.encoders import MobileNetV2
 from nasfast.methods import METHODS, sampling
+from nasfast.methods.sampling import SamplingSearch
 from nasfast.methods.segmentation import search as segmentation
 from nasfast.methods.segmentation.search import SearchConfig, parse
 from nasfast.records import Record
@@ -284,7 +285,7 @@ def test_resume_takes_the_run_s_threads(
     own_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(segmentation, "run", lambda *a: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr(SamplingSearch, "run", lambda *a: seen.append(torch.get_num_threads()))
     for threads in (2, 1):
         alter_identity(own_run, "computation", threads=str(threads))
         assert search.main(["--resume", str(own_run)]) == 0
