@@ -22,8 +22,13 @@ sys.path.insert(0, str(BENCH))
 import gpu_report  # noqa: E402
 import harness  # noqa: E402
 import mixed_rivals  # noqa: E402
+import plain  # noqa: E402
 import rivals  # noqa: E402
+import search_cost  # noqa: E402
+import search_legs  # noqa: E402
+from search_legs import Scale, Timed  # noqa: E402
 
+from nasfast.models.segmenter import Decoder  # noqa: E402
 from nasfast.models.supernet import SupernetConfig  # noqa: E402
 
 PROBLEM = rivals.Problem(2, 6, 7, 9, 4, spread=3.0)
@@ -174,6 +179,183 @@ def test_bench_mixed_op() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| C=4, 1x8x6 | 1.00x, " in done.stdout
     assert "| recompute | " in done.stdout
+
+
+SMALL = Scale(8, 3, crop=32, val_crop=48, batch_size=4, epochs=2, agg_size=8, width=0.35, classes=8)
+GENOTYPES = search_legs.architectures(5)
+
+
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory: pytest.TempPathFactory) -> search_legs.Problem:
+    return search_legs.Problem(SMALL, torch.device("cpu"), tmp_path_factory.mktemp("problem"))
+
+
+@pytest.mark.parametrize("name", GENOTYPES)
+def test_the_plain_formulation_trains_the_same_network(
+    problem: search_legs.Problem, name: str
+) -> None:
+    """In float32: the same reward, from weights, order, losses, optimizer and averages alike."""
+    ours = search_legs.Ours(problem, search_legs.Variant(search_legs.Float32))
+    rival = search_legs.Plain(problem)
+    expected, got = (leg(GENOTYPES[name], 3) for leg in (ours, rival))
+    assert got.reward == pytest.approx(expected.reward, rel=1e-3)
+    assert got.reward > 0
+    for timed in (expected, got):
+        assert timed.seconds.keys() == {"build", "stage0_train", "stage0_validate"}
+        assert all(seconds > 0 for seconds in timed.seconds.values())
+
+
+def test_weights_of_the_plain_formulation(problem: search_legs.Problem) -> None:
+    info = problem.encoder.feature_info
+    for genotype in GENOTYPES.values():
+        torch.manual_seed(5)
+        ours = Decoder(genotype, info, 8, SMALL.decoder).state_dict()
+        torch.manual_seed(5)
+        channels = [tap.channels for tap in info]
+        rival = plain.PlainDecoder(genotype, channels, 8, SMALL.decoder)
+        assert {type(m) for m in rival.modules() if "Conv" in type(m).__name__} == {torch.nn.Conv2d}
+        torch.testing.assert_close(dict(rival.state_dict()), dict(ours), rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def reward(problem: search_legs.Problem) -> float:
+    return search_legs.Ours(problem)(GENOTYPES["arch1"], 3).reward
+
+
+@pytest.mark.parametrize("name", search_legs.ABLATIONS)
+def test_what_is_taken_away_costs_time_alone(
+    problem: search_legs.Problem, reward: float, name: str
+) -> None:
+    without = search_legs.Ours(problem, search_legs.ABLATIONS[name])(GENOTYPES["arch1"], 3)
+    assert without.reward == pytest.approx(reward, abs=0.02)
+    assert without.reward > 0
+
+
+def test_files_of_the_plain_formulation(tmp_path: Path) -> None:
+    tap = torch.randn(1, 4, 3, 5).to(torch.bfloat16, memory_format=torch.channels_last)[0]
+    sample = {"tap0": tap, "labels": torch.full((3, 5), 255, dtype=torch.uint8)}
+    files = plain.Files.write(tmp_path, [sample, {"tap0": -tap, "labels": sample["labels"]}])
+    assert len(files) == 2
+    read = files[1]
+    assert read["tap0"].is_contiguous()
+    torch.testing.assert_close(read["tap0"], -tap.float(), rtol=0, atol=0)
+    torch.testing.assert_close(read["labels"], sample["labels"].long())
+
+
+def test_scale_of_a_search() -> None:
+    scale = Scale.of(256)
+    assert (scale.val_samples, scale.steps, Scale().steps) == (66, 20, 310)
+    seconds = {"build": 1.0, "stage0_train": 20.0, "stage0_validate": 66.0}
+    assert scale.extrapolate(seconds) == 1 + 310 + 1024
+    assert Scale().extrapolate(seconds) == 87
+
+
+def test_work_of_the_published_architectures() -> None:
+    """FLOPs as counted by hand, bytes within what copies of an implementation may add."""
+    known = {"arch0": (79.2, 23.1), "arch1": (38.3, 9.4), "arch2": (62.3, 11.2)}  # GFLOP, GB
+    for name, (gflop, gb) in known.items():
+        training, scoring = search_cost.segmentation_work(GENOTYPES[name], Scale(), torch.float32)
+        assert training.flops / 3e9 == pytest.approx(gflop, abs=0.05)
+        assert training.bytes / 1e9 == pytest.approx(gb, rel=0.06)
+        assert 0 < scoring.bytes < training.bytes / 64
+    half, _ = search_cost.segmentation_work(GENOTYPES["arch2"], Scale(), torch.bfloat16)
+    assert half.flops == training.flops
+    assert 0.5 < half.bytes / training.bytes < 0.6
+
+
+def test_bytes_of_operations() -> None:
+    x = torch.empty(3, 4, device="meta")
+    with search_cost.Traffic() as traffic:
+        y = x.relu()  # 48 in, 48 out
+        y.view(12).add_(1)  # 48, read and written at one place
+        torch.empty_like(x)
+        torch.empty(4, device="meta").expand(3, 4) + x  # 16 and 48 in, 48 out
+    assert traffic.bytes == 96 + 48 + 112
+
+
+def test_floor() -> None:
+    peaks = search_cost.Peaks(flops=100, bandwidth=10)
+    work = search_cost.Work(200, 10) + search_cost.Work(100, 5) * 2
+    assert work == search_cost.Work(400, 20)
+    assert work.floor(peaks) == 4
+    assert search_cost.Work(1, 100).floor(peaks) == 10
+    measured = search_cost.measure_peaks(
+        torch.device("cpu"), torch.float32, 32, lambda call: call() is None or 2.0
+    )
+    assert measured == search_cost.Peaks(32**3, 64 * 32 * 32)
+
+
+def test_candidates_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+    order = ""
+
+    def leg(name: str, seconds: float) -> Callable[[], Timed]:
+        def call() -> Timed:
+            nonlocal clock, order
+            clock, order = clock + seconds, order + name
+            return Timed(0.5, {"build": seconds + len(order)})
+
+        return call
+
+    monkeypatch.setattr(search_cost.time, "perf_counter", lambda: clock)
+    cases = {"x": {"ours": leg("a", 1), "plain": leg("b", 2)}, "y": {"ours": leg("c", 1)}}
+    found = search_cost.in_turn(cases, 11)  # a round takes 4
+    assert order == "abcabc"
+    assert [timed.total for timed in found["x"]["plain"]] == [4, 7]
+    assert search_cost.ratio(found["x"], "plain", "ours") == (4 / 2 + 7 / 5) / 2
+    search_cost.in_turn(cases, 0)
+    assert order == "abcabcabc"
+
+
+def test_search_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The whole of it on small sizes."""
+    monkeypatch.setattr(Scale, "of", lambda samples: SMALL)
+    monkeypatch.setattr(search_cost, "measure_peaks", lambda *_: search_cost.Peaks(1e12, 1e10))
+    monkeypatch.setattr(mixed_rivals, "CONFIG", (1, 1, 4))
+    monkeypatch.setattr(mixed_rivals, "SIZE", 8)
+    file = tmp_path / "cost.json"
+    options = ["--seconds", "0", "--candidates", "1", "--device", "cpu", "--folder", str(tmp_path)]
+    assert search_cost.main([*options, "--ablate", "--json", str(file)]) == 0
+    text = file.with_suffix(".md").read_text()
+    assert text == capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+    report = json.loads(file.read_text())
+    found = report["methods"]["segmentation"]
+    case = found["architectures"]["arch0"]
+    assert case["genotype"] == GENOTYPES["arch0"].to_json()
+    assert case["forward GFLOP of a step"] == pytest.approx(79.2, abs=0.05)
+    assert case["ratios"].keys() == {"plain", *(f"without: {n}" for n in search_legs.ABLATIONS)}
+    measured = case["measured"]["ours"]
+    assert len(measured) == 1
+    assert case["seconds"]["ours"] == pytest.approx(SMALL.extrapolate(measured[0]["seconds"]))
+    restoration = report["methods"]["restoration"]
+    seconds = [restoration["measured"][f"plain, {half}"] for half in search_cost.STEPS]
+    steps = [1300 * a + 1040 * b for a, b in zip(*seconds)]
+    assert restoration["seconds"]["plain"] == pytest.approx(6 * sum(steps) / len(steps), rel=0.5)
+    assert restoration["ours"] in ("save", "recompute")
+    assert restoration["ratios"][restoration["ours"]] == 1
+    lines = text.splitlines()
+    for start in (
+        "| Fast NAS (CVPR 2019) | 8 | 2,100 | ",
+        "| Template-based NAS (WACV 2020) | not published | not published | not built yet | ",
+        "| NAS-FCOS (CVPR 2020) | 28 | 3,000 | not built yet | ",
+        "| arch0 | 79.2, ",
+        "| plain, weights | ",
+    ):
+        assert any(line.startswith(start) for line in lines), start
+    assert text.count("not built yet") == 2
+
+
+def test_search_cost_of_one_method(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    result = {"batch": 2, "floor": 1.0, "ours": "save", "measured": {"save, weights": [0.25]}}
+    result |= {"seconds": {"save": 86.4, "plain": 172.8}, "ratios": {"plain": 2.0}}
+    monkeypatch.setitem(search_cost.MEASURES, "restoration", lambda *_: result)
+    assert search_cost.main(["--methods", "restoration", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "| IR-NAS (CVPR 2020) | 0.25 | 1 | 86.4 | 1 | " in text
+    assert "| 41.7 | 0.001 | 173 | 0.002 | 2 |" in text
+    assert "not measured" in text
+    assert "| save, weights | 250 |" in text
 
 
 def test_gpu_report_without_a_gpu(tmp_path: Path) -> None:
