@@ -22,6 +22,14 @@ def feature_cache_publish(states: int, row: int, owner: int, checksum: int, /) -
 def feature_cache_release(states: int, begin: int, end: int, word: int, /) -> int: ...
 def feature_cache_census(states: int, count: int, /) -> dict[int, int]: ...
 def feature_cache_find_broken(
-    states: int, data: int, sample_bytes: int, first: int, rows: int, n: int, seen: int, /
+    states: int,
+    data: int,
+    sample_bytes: int,
+    first: int,
+    count: int,
+    rows: int,
+    n: int,
+    seen: int,
+    /,
 ) -> int: ...
 def feature_cache_allocate(file: int, bytes: int, /) -> int: ...

@@ -84,12 +84,13 @@ uint64_t load(const State& state) { return __atomic_load_n(&state.word, __ATOMIC
 int64_t find_broken(const Samples& samples, const int64_t* rows, int64_t n, uint8_t* seen) {
     for (int64_t i = 0; i < n; ++i) {
         const int64_t row = rows[i];
+        if (row < 0 || row >= samples.count) return i;
         if (seen[row]) continue;
         const State& state = samples.states[row];
-        if (load(state) != published_word) return row;
+        if (load(state) != published_word) return i;
         const uint64_t sum = checksum(samples.data + row * samples.sample_bytes, samples.sample_bytes,
                                       uint64_t(samples.first + row));
-        if (sum != __atomic_load_n(&state.checksum, __ATOMIC_RELAXED)) return row;
+        if (sum != __atomic_load_n(&state.checksum, __ATOMIC_RELAXED)) return i;
         seen[row] = 1;
     }
     return -1;
