@@ -1,7 +1,5 @@
 // nasfast._C: one entry per kernel. Sizes and pointers arrive as tuples of integers in the order of the
 // struct's fields; nasfast/ops has checked what they point to.
-#include "feature_cache/bindings.hpp"
-
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -12,6 +10,7 @@
 #include "common/fields.hpp"
 #include "common/isa.hpp"
 #include "deform_conv2d/deform_conv2d.h"
+#include "feature_cache/bindings_cpu.hpp"
 #include "mixed_op/mixed_op.h"
 #ifdef NASFAST_CUDA
 #include "common/cuda_device.h"

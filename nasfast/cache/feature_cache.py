@@ -16,9 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nasfast.cache import segment as segments
+from nasfast.cache import places
+from nasfast.cache.header import Header
 from nasfast.cache.layout import STORAGES, Layout, stored
-from nasfast.cache.segment import SUFFIX, Filler, Header, Segment
+from nasfast.cache.segment import Filler, Segment, create
 
 Encode = Callable[[Tensor], Mapping[str, Tensor]]
 PLACEMENTS = ("auto", "file", "ram", "device")
@@ -81,6 +82,13 @@ class FeatureCache:
         self.segments, self.config = attached, config
         self.count, self.key, self.layout = header.total, dict(header.key), header.layout
         self.device = torch.device("cpu")
+        for segment in attached:
+            if segment.header.layout != self.layout:
+                raise ValueError(
+                    f"feature cache {segment.path}: wanted the arrays of {self.paths[0]}, got "
+                    "others; delete it"
+                )
+            segment.touch()
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -118,10 +126,12 @@ class FeatureCache:
             OSError: a directory that cannot be written, or is too small for the whole.
             RuntimeError: processes of another machine or container fill it.
         """
+        if count < 1:
+            raise ValueError(f"feature cache: wanted at least 1 sample, got {count}")
         request = _Request(key, count, encode, config, heartbeat, chunk)
         attached: list[Segment] = []
         try:
-            while sum(segment.count for segment in attached) < max(count, 1):
+            while sum(segment.count for segment in attached) < count:
                 attached.append(request.obtain(attached))
             for segment in attached:
                 request.fill(segment)
@@ -180,35 +190,31 @@ class FeatureCache:
         Returns:
             Maps as channels-last ``[n, C, H, W]``, labels ``[n, H, W]`` as stored.
         """
-        indices = indices.to("cpu")
-        out = {}
+        indices = indices.to("cpu", torch.int64)
         parts = []
         for segment in self.segments:
             inside = (indices >= segment.first) & (indices < segment.first + segment.count)
             if segment is self.segments[-1]:
-                inside |= (indices < 0) | (indices >= self.count)
+                inside |= (indices < 0) | (indices >= self.count)  # for its error
             rows = indices[inside] - segment.first
             segment.check(rows)
             parts.append((segment.data, inside, rows))
+        out = {}
         for spec in self.layout.visible:
-            wanted = dtype if spec.is_map and spec.dtype.is_floating_point else None
-            if spec.dtype == torch.int8 and f"{spec.name}.scale" in self.hidden:
-                wanted = dtype or torch.float32
-            array = torch.empty(len(indices), *spec.shape, dtype=wanted or spec.dtype)
+            scale, kept = self.layout.scale_of(spec), spec.dtype
+            if scale is not None:
+                kept = dtype or torch.float32
+            elif spec.is_map and spec.dtype.is_floating_point:
+                kept = dtype or spec.dtype
+            array = torch.empty(len(indices), *spec.shape, dtype=kept)
             for data, inside, rows in parts:
                 values = self.layout.view(data, spec.name)[rows]
-                if wanted and spec.dtype == torch.int8:
-                    scale = self.layout.view(data, f"{spec.name}.scale")[rows]
-                    values = values * scale[:, None, None]
-                array[inside] = values.to(array.dtype)
+                if scale is not None:
+                    values = values * self.layout.view(data, scale.name)[rows][:, None, None]
+                array[inside] = values.to(kept)
             array = array.to(self.device)
             out[spec.name] = array.permute(0, 3, 1, 2) if spec.is_map else array
         return out
-
-    @property
-    def hidden(self) -> set[str]:
-        """Names of the arrays that belong to int8 maps."""
-        return {spec.name for spec in self.layout.arrays if spec.hidden}
 
     def to(self, device: torch.device, memory: int | None = None) -> FeatureCache:
         """The same samples, gathered to ``device``."""
@@ -221,14 +227,14 @@ class FeatureCache:
     def errors(self) -> dict[str, float]:
         """Relative root mean square error of each int8 map over the published samples."""
         out = {}
-        for name in sorted(self.hidden):
-            if name.endswith(".error"):
+        for spec in self.layout.visible:
+            if self.layout.scale_of(spec) is not None:
                 sums = torch.zeros(2, dtype=torch.float64)
                 for segment in self.segments:
-                    array = self.layout.view(segment.data, name)
+                    array = self.layout.view(segment.data, f"{spec.name}.error")
                     sums += array[segment.published()].double().sum(0)
                 error, square = sums.tolist()
-                out[name.removesuffix(".error")] = (error / square) ** 0.5 if square else 0.0
+                out[spec.name] = (error / square) ** 0.5 if square else 0.0
         return out
 
     def verify(self) -> list[int]:
@@ -262,7 +268,7 @@ class _Request:
         path = _rest_path(name, self.config, first) if before else _first_path(name, self.config)
 
         def begin() -> tuple[Header, Tensor]:
-            memory = self.config.memory_bytes if path.parent == segments.ram_directory() else None
+            memory = self.config.memory_bytes if places.is_ram(path) else None
             if before:
                 layout = before[0].header.layout
                 blocks = torch.empty(0, layout.sample_bytes, dtype=torch.uint8)
@@ -280,7 +286,7 @@ class _Request:
                         f"memory: wanted room for one sample of {layout.sample_bytes} bytes, got "
                         f"{self.config.memory}; give more, or placement file"
                     )
-            placement = "ram" if path.parent == segments.ram_directory() else "file"
+            placement = "ram" if places.is_ram(path) else "file"
             key, storage = dict(self.key), self.config.storage
             return Header(key, storage, placement, first, count, self.count, layout), blocks
 
@@ -288,8 +294,8 @@ class _Request:
             try:
                 segment = _attach(path, self.key, self.config)
             except FileNotFoundError:
-                segments.sweep(path.parent, keep=path)
-                made = segments.create(path, begin, self.heartbeat)
+                places.sweep(path.parent, keep=path)
+                made = create(path, begin, self.heartbeat)
                 if made is None:
                     continue
                 segment = made
@@ -315,7 +321,7 @@ class _Request:
                     filler.write(rows, segment.header.layout.pack(encoded))
                     start = int(rows[-1]) + 1
                 elif not filler.reap():
-                    time.sleep(0.02)
+                    time.sleep(places.TURN)
         except BaseException:
             filler.release()
             raise
@@ -325,7 +331,7 @@ class _Request:
 
 
 def _attach(path: Path, key: Mapping[str, str], config: CacheConfig) -> Segment:
-    segments.sweep(segments.ram_directory(), keep=path)
+    places.sweep(places.ram_directory(), keep=path)
     segment = Segment.open(path)
     made = dict(segment.header.key) | {"storage": segment.header.storage}
     wanted = dict(key) | {"storage": config.storage}
@@ -345,13 +351,13 @@ def _name(key: Mapping[str, str], config: CacheConfig) -> str:
 def _first_path(name: str, config: CacheConfig) -> Path:
     """Of the segment that starts at sample 0; RAM segments of other bounds are others."""
     if config.placement != "ram":
-        return _directory(config) / f"{name}{SUFFIX}"
+        return _directory(config) / f"{name}{places.SUFFIX}"
     bound = "" if config.memory is None else f"-{config.memory_bytes}"
-    return segments.ram_directory() / f"{name}{bound}{SUFFIX}"
+    return places.ram_directory() / f"{name}{bound}{places.SUFFIX}"
 
 
 def _rest_path(name: str, config: CacheConfig, first: int) -> Path:
-    return _directory(config) / f"{name}-from-{first}{SUFFIX}"
+    return _directory(config) / f"{name}-from-{first}{places.SUFFIX}"
 
 
 def _directory(config: CacheConfig) -> Path:
