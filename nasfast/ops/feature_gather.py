@@ -6,6 +6,7 @@ holds the multiples of a scale per channel, which stands in the same block in fl
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -155,14 +156,13 @@ def _check(data: Tensor, indices: Tensor, fields: Sequence[Field], outs: Sequenc
             f"{indices.dtype} {list(indices.shape)} with strides {indices.stride()}",
             "convert them",
         )
-    for tensor, name in ((indices, "indices"), *((out, "out") for out in outs)):
-        if tensor.device != data.device:
-            raise _wrong(name, f"on {data.device}, as data", tensor.device, "move it")
+    device = data.device
+    for tensor in (indices, *outs):
+        if tensor.device != device:
+            name = "indices" if tensor is indices else "out"
+            raise _wrong(name, f"on {device}, as data", tensor.device, "move it")
+    _plan(tuple(fields), tuple(out.dtype for out in outs), data.shape[1])
     for field, out in zip(fields, outs, strict=True):
-        _check_field(field, data.shape[1])
-        if out.dtype != field.dtype and not (out.dtype in _FLOATS and _converts(field)):
-            kinds = f"{field.dtype}" + " or a float of at most 32 bits" * _converts(field)
-            raise _wrong("out", f"of {kinds}", out.dtype, "allocate it so")
         shape = (len(indices), *field.shape)
         if out.shape != shape or not out.is_contiguous():
             raise _wrong(
@@ -173,6 +173,22 @@ def _check(data: Tensor, indices: Tensor, fields: Sequence[Field], outs: Sequenc
             )
         if out.requires_grad:
             raise _wrong("out", "memory without gradient", "requires_grad", "pass out.detach()")
+
+
+@functools.lru_cache(256)
+def _plan(fields: tuple[Field, ...], dtypes: tuple[torch.dtype, ...], size: int) -> tuple[int, ...]:
+    """The fields of a call as the kernel wants them, checked against blocks of ``size`` bytes."""
+    plan = [len(fields)]
+    for field, dtype in zip(fields, dtypes, strict=True):
+        _check_field(field, size)
+        if dtype != field.dtype and not (dtype in _FLOATS and _converts(field)):
+            kinds = f"{field.dtype}" + " or a float of at most 32 bits" * _converts(field)
+            raise _wrong("out", f"of {kinds}", dtype, "allocate it so")
+        same = field.dtype == dtype
+        plan += (_BYTES, _BYTES) if same else (_KINDS[field.dtype], _KINDS[dtype])
+        plan += field.offset, field.scale_offset or 0
+        plan += field.nbytes if same else math.prod(field.shape), (field.shape or (1,))[-1]
+    return (*plan, *[0] * (6 * (_MOST - len(fields))))
 
 
 def _converts(field: Field) -> bool:
@@ -231,17 +247,11 @@ def _run(
     if data.data_ptr() % _ALIGN:
         address = f"an address {data.data_ptr() % _ALIGN} beyond one"
         raise _wrong("data", f"at a multiple of {_ALIGN} bytes", address, "copy it")
-    sizes = [len(indices), len(data), data.stride(0), threads, len(fields)]
-    for field, out in zip(fields, outs, strict=True):
-        same = field.dtype == out.dtype
-        sizes += (_BYTES, _BYTES) if same else (_KINDS[field.dtype], _KINDS[out.dtype])
-        sizes += field.offset, field.scale_offset or 0
-        sizes += field.nbytes if same else math.prod(field.shape), (field.shape or (1,))[-1]
-    missing = _MOST - len(fields)
-    sizes += [0] * (6 * missing)
+    plan = _plan(tuple(fields), tuple(out.dtype for out in outs), data.shape[1])
+    sizes = (len(indices), len(data), data.stride(0), threads, *plan)
+    tensors = (data, indices, *outs, *[None] * (_MOST - len(outs)))
     # the kinds are among the sizes, so the dtype of the call decides nothing
-    tensors = (data, indices, *outs, *[None] * missing)
-    _native.call("feature_gather_forward", torch.float32, tuple(sizes), tensors)
+    _native.call("feature_gather_forward", torch.float32, sizes, tensors)
     # a network that still needs for its gradient what was overwritten is to hear of it
     torch.autograd.graph.increment_version([out for out in outs if not out.is_inference()])
 
