@@ -210,7 +210,7 @@ class _Transfer:
         missing = indices[away]
         self._order.await_host()
         # a row's place among the samples of the device, and among the blocks; -1 is in neither
-        places = self._places.host(2 * len(indices)).view(2, -1)
+        places = self._places.host(2 * len(indices)).view(2, len(indices))
         places[0] = indices.where(~away, -1)
         places[1] = -1
         places[1, away] = torch.arange(len(missing))
@@ -222,7 +222,7 @@ class _Transfer:
     def gather(self, fields: Sequence[Field], outs: Sequence[Tensor]) -> None:
         """Write the batch, on the current stream."""
         places, blocks = self._copied
-        here, there = places.view(2, -1)
+        here, there = places.view(2, len(places) // 2)
         with self._order.use(places, blocks):
             gather_fields(self._samples.data, here, fields, outs)
             gather_fields(blocks, there, fields, outs)

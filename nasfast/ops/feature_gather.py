@@ -94,6 +94,8 @@ def feature_gather_reference(
     field = Field(offset, tuple(shape), dtype, scale_offset)
     _check(data, indices, [field], [out])
     _check_range(indices, len(data))
+    if not out.numel():
+        return out
 
     def read(first: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         size = math.prod(shape) * dtype.itemsize
@@ -142,7 +144,7 @@ def _check(data: Tensor, indices: Tensor, fields: Sequence[Field], outs: Sequenc
             f"{data.dtype} {list(data.shape)} with strides {data.stride()}",
             "view the blocks as bytes",
         )
-    if data.stride(0) % _ALIGN:
+    if len(data) > 1 and data.stride(0) % _ALIGN:
         raise _wrong(
             "data",
             f"rows a multiple of {_ALIGN} bytes apart",
@@ -161,7 +163,9 @@ def _check(data: Tensor, indices: Tensor, fields: Sequence[Field], outs: Sequenc
         if tensor.device != device:
             name = "indices" if tensor is indices else "out"
             raise _wrong(name, f"on {device}, as data", tensor.device, "move it")
-    _plan(tuple(fields), tuple(out.dtype for out in outs), data.shape[1])
+    size = data.shape[1]
+    plan = _plan if isinstance(size, int) else _plan.__wrapped__  # a symbol has no hash
+    plan(tuple(fields), tuple(out.dtype for out in outs), size)
     for field, out in zip(fields, outs, strict=True):
         shape = (len(indices), *field.shape)
         if out.shape != shape or not out.is_contiguous():
@@ -279,8 +283,8 @@ def _fake(
     shape: Sequence[int],
     dtype: torch.dtype,
     out: Tensor,
-    scale_offset: int | None = None,
-    threads: int = 1,
+    scale_offset: int | None,
+    threads: int,
 ) -> None:
     _check(data, indices, [Field(offset, tuple(shape), dtype, scale_offset)], [out])
 
@@ -288,7 +292,7 @@ def _fake(
 _library: Any = torch.library.Library("nasfast", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
     "feature_gather(Tensor data, Tensor indices, int offset, int[] shape, ScalarType dtype, "
-    "Tensor(a!) out, int? scale_offset=None, int threads=1) -> ()",
+    "Tensor(a!) out, int? scale_offset, int threads) -> ()",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 torch.library.register_fake("nasfast::feature_gather", _fake, lib=_library)
