@@ -10,6 +10,7 @@
 #include "common/fields.hpp"
 #include "common/isa.hpp"
 #include "deform_conv2d/deform_conv2d.h"
+#include "feature_cache/bindings_cpu.hpp"
 #include "feature_gather/feature_gather.h"
 #include "mixed_op/mixed_op.h"
 #ifdef NASFAST_CUDA
@@ -89,6 +90,7 @@ PYBIND11_MODULE(_C, m) {
           cpu_entry<mo::Params, mo::Forward, float, double, bfloat16>(NASFAST_KERNEL(mo, forward)));
     m.def("mixed_op_backward",
           cpu_entry<mo::Params, mo::Backward, float, double, bfloat16>(NASFAST_KERNEL(mo, backward)));
+    nasfast::feature_cache::bind(m);
 #ifdef NASFAST_CUDA
     m.def("cuda_info", &cuda_info);
     dc::cuda::bind_cuda(m);

@@ -67,6 +67,10 @@ class Layout:
     def __getitem__(self, name: str) -> ArraySpec:
         return next(spec for spec in self.arrays if spec.name == name)
 
+    def scale_of(self, spec: ArraySpec) -> ArraySpec | None:
+        """The scales of an int8 map; None for other arrays."""
+        return next((other for other in self.arrays if other.name == f"{spec.name}.scale"), None)
+
     @property
     def visible(self) -> tuple[ArraySpec, ...]:
         """What was encoded."""
