@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ if not BENCH.is_dir():
     pytest.skip("needs the folder bench of the checkout", allow_module_level=True)
 sys.path.insert(0, str(BENCH))
 
+import feature_rivals  # noqa: E402
 import gpu_report  # noqa: E402
 import harness  # noqa: E402
 import mixed_rivals  # noqa: E402
@@ -358,6 +360,77 @@ def test_search_cost_of_one_method(monkeypatch: pytest.MonkeyPatch, capsys: Any)
     assert "| 41.7 | 0.001 | 173 | 0.002 | 2 |" in text
     assert "not measured" in text
     assert "| save, weights | 250 |" in text
+
+
+TINY: dict[str, tuple[int, ...]] = {"tap0": (8, 4, 6), "teacher": (16, 2, 2), "labels": (4, 6)}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> feature_rivals.Store:
+    return feature_rivals.Store(tmp_path_factory.mktemp("store"), 20, TINY)  # batches of 8, 8, 4
+
+
+@pytest.mark.parametrize("name", [*feature_rivals.LEGS])
+def test_forms_of_features_give_the_same(store: feature_rivals.Store, name: str) -> None:
+    given = feature_rivals.LEGS[name](store)
+    expected = [store.encode(indices) for indices in store.order]
+    for _ in range(2):  # a pass can be repeated
+        got = [copy.deepcopy(item) for item in given()]
+        assert len(got) == 3
+        if name in ("memory copy", "memory copy, float32"):
+            assert [len(chunk) for chunk in got] == [8, 8, 4]
+            raw = store.blocks if name == "memory copy" else store.blocks.view(torch.half).float()
+            torch.testing.assert_close(torch.cat(got), raw, rtol=0, atol=0, equal_nan=True)
+        elif name == "memory copy, NumPy":
+            assert got == [None] * 3
+        elif name == "views, read":
+            words = [feature_rivals.total(store.cache.sample(i)) for i in store.order[0].tolist()]
+            assert got[0] == words
+        else:
+            for batch, samples in zip(got, expected):
+                if name == "views":
+                    batch = {key: torch.stack([s[key] for s in batch]) for key in samples}
+                dtype = torch.float32 if "float32" in name else torch.float16
+                assert batch.keys() == samples.keys()
+                assert batch["tap0"].dtype == batch["teacher"].dtype == dtype
+                for key, x in samples.items():
+                    tolerance = 0.04 if "int8" in name else 0
+                    torch.testing.assert_close(
+                        batch[key].to(x.dtype), x, rtol=0, atol=tolerance, check_stride=False
+                    )
+
+
+def test_readers_together(store: feature_rivals.Store) -> None:
+    rates = [feature_rivals.together(store, "batches", n, 0.2) for n in (1, 2)]
+    assert min(rates) > 100
+
+
+def test_a_reader_that_fails(tmp_path: Path) -> None:
+    store = feature_rivals.Store(tmp_path / "absent", 4, TINY)
+    with pytest.raises(RuntimeError) as info:
+        feature_rivals.together(store, "torch.save files", 1, 0.1)
+    assert str(info.value) == "torch.save files: wanted 1 readers, got exit codes [1]"
+
+
+def test_private_memory_of_a_reader(store: feature_rivals.Store) -> None:
+    alone, reader = (feature_rivals.private_memory(store, leg) for leg in (None, "batches"))
+    assert 0 < alone < reader < alone + 100 * harness.MIB
+
+
+def test_bench_feature_cache() -> None:
+    """All of it on small sizes, as pytest runs it."""
+    code = (
+        "import sys; sys.path.insert(0, 'bench'); import feature_rivals, pytest\n"
+        f"feature_rivals.SAMPLES, feature_rivals.SHAPES = 16, {TINY}\n"
+        "sys.exit(pytest.main(['-q', '--seconds', '0.1', 'bench/bench_feature_cache.py']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| memory copy | " in done.stdout
+    assert "| DataLoader(2), files | " in done.stdout
+    assert " MiB |" in done.stdout
 
 
 def test_gpu_report_without_a_gpu(tmp_path: Path) -> None:
