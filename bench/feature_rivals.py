@@ -243,7 +243,13 @@ def rows(arrays: dict[str, NDArray[Any]], indices: Tensor) -> Batch:
 
 def loader(dataset: Dataset[Batch], store: Store) -> Pass:
     order = [indices.tolist() for indices in store.order]
-    made = DataLoader(dataset, batch_sampler=order, num_workers=2, persistent_workers=True)
+    made = DataLoader(
+        dataset,
+        batch_sampler=order,
+        num_workers=2,
+        persistent_workers=True,
+        multiprocessing_context="fork",
+    )
     return lambda: made
 
 
@@ -291,7 +297,7 @@ class Rate:
 def together(store: Store, name: str, processes: int, seconds: float) -> float:
     """Samples a second that so many processes of one thread read in all, at the same time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(["torch", "nasfast.cache"])  # imported once
     barrier, results = context.Barrier(processes), context.SimpleQueue()
     arguments = (store, name, seconds, barrier, results)
     started = [context.Process(target=_read_for, args=arguments) for _ in range(processes)]
@@ -317,16 +323,18 @@ def _read_for(store: Store, name: str, seconds: float, barrier: Any, results: An
             if time.perf_counter() - start > seconds:
                 break
     results.put(count / spent)
+    del given  # a DataLoader ends its workers
 
 
 PRIVATE = """
 import sys, torch
 torch.set_num_threads(1)
 sys.path[:0] = {path!r}
-if {leg!r} is not None:
+leg = {leg!r}
+if leg:
     import pathlib, feature_rivals
     store = feature_rivals.Store(pathlib.Path({folder!r}), {samples!r}, {shapes!r})
-    given = feature_rivals.LEGS[{leg!r}](store)
+    given = feature_rivals.LEGS[leg](store)
     feature_rivals.drain(given)
 lines = open("/proc/self/smaps_rollup").read().splitlines()
 print(sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) * 1024)
