@@ -234,7 +234,7 @@ class FeatureCache:
         if samples is self._samples:
             return self
         moved = FeatureCache(self.segments, self.config)
-        moved._samples, moved.device = samples, samples.device
+        moved._host, moved._samples, moved.device = self._host, samples, samples.device
         return moved
 
     def errors(self) -> dict[str, float]:

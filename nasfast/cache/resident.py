@@ -60,10 +60,12 @@ class DeviceSamples:
             ) from error
         step = max(1, _CHUNK // size)
         staging = _host((min(step, rows), size), torch.uint8, device)
-        for indices in torch.split(torch.arange(rows), step):
+        for indices, there in zip(
+            torch.split(torch.arange(rows), step), torch.split(data, step), strict=True
+        ):
             blocks = staging[: len(indices)]
             host.gather(indices, [_block(size)], [blocks], torch.get_num_threads())
-            data[indices[0] : indices[-1] + 1].copy_(blocks)
+            there.copy_(blocks)
         return cls(host, data)
 
     def batch(self, indices: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
