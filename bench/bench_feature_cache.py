@@ -92,7 +92,11 @@ def test_private_memory_of_another_reader(tables: Tables, store: Store) -> None:
     }
     feature_rivals.drain(LEGS["views, read"](store))
     lines = tables.setdefault("private memory of another reader, beyond importing torch", {})
-    torch_alone = statistics.median(feature_rivals.private_memory(store, None) for _ in range(3))
+
+    def median(leg: str | None) -> float:
+        repeats = range(feature_rivals.REPEATS)
+        return statistics.median(feature_rivals.private_memory(store, leg) for _ in repeats)
+
+    alone = median(None)
     for name, leg in legs.items():
-        found = statistics.median(feature_rivals.private_memory(store, leg) for _ in range(3))
-        lines[name] = {"memory": f"{(found - torch_alone) / harness.MIB:.1f} MiB"}
+        lines[name] = {"memory": f"{(median(leg) - alone) / harness.MIB:.1f} MiB"}

@@ -12,18 +12,22 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from harness import Call
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from nasfast.cache import CacheConfig, FeatureCache
+from nasfast.cache.batches import Plan
+from nasfast.cache.layout import Layout, stored
+from nasfast.ops import gather_fields
 
 Batch = dict[str, Tensor]
 Pass = Callable[[], Iterable[Any]]
@@ -40,6 +44,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "labels": (64, 64),
 }
 SAMPLES = 384  # 515 MiB
+REPEATS = 3  # of a measurement of memory
 
 
 class Store:
@@ -278,6 +283,47 @@ LEGS: dict[str, Callable[[Store], Pass]] = {
     "DataLoader(2), files": loader_files,
 }
 FLOORS = (COPY, "memory copy, NumPy")
+
+
+def gather_calls(
+    device: str,
+    samples: int,
+    batch: int,
+    dtype: torch.dtype,
+    shapes: dict[str, tuple[int, ...]] = SHAPES,
+) -> tuple[dict[str, Call], int]:
+    """Batches of samples that are resident on a device, with maps in ``dtype``, and their bytes.
+
+    Every call of a leg gives the same samples; the copy writes the bytes of a batch to memory and
+    reads as many.
+    """
+    encoded = Store(Path(), 1, shapes).encode(torch.zeros(1, dtype=torch.int64))
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(samples, (batch,), generator=generator).to(device)
+    calls: dict[str, Call] = {}
+    for name, storage in (("nasfast", "float16"), ("nasfast, from int8", "int8")):
+        rows = stored(encoded, 1, storage)
+        layout = Layout.of(rows)
+        data = layout.pack(rows).to(device).repeat(samples, 1)
+        plan = Plan(layout, dtype)
+        outs = plan.allocate(batch, torch.device(device))
+        calls[name] = partial(gathered, data, indices, plan, outs)
+        if storage == "float16":
+            calls["indexing"] = partial(indexed, data, indices, layout, dtype)
+    size = sum(out.nbytes for out in outs)
+    source, target = torch.zeros(2, size, dtype=torch.uint8, device=device)
+    return {"copy": lambda: target.copy_(source), **calls}, size
+
+
+def gathered(data: Tensor, indices: Tensor, plan: Plan, outs: list[Tensor]) -> list[Tensor]:
+    gather_fields(data, indices, plan.fields, outs)
+    return outs
+
+
+def indexed(data: Tensor, indices: Tensor, layout: Layout, dtype: torch.dtype) -> list[Tensor]:
+    """PyTorch's indexing, array by array."""
+    arrays = [layout.view(data, spec.name)[indices] for spec in layout.visible]
+    return [array.to(dtype) if array.is_floating_point() else array for array in arrays]
 
 
 def drain(given: Pass) -> None:

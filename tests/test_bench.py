@@ -422,6 +422,7 @@ def test_bench_feature_cache() -> None:
     code = (
         "import sys; sys.path.insert(0, 'bench'); import feature_rivals, pytest\n"
         f"feature_rivals.SAMPLES, feature_rivals.SHAPES = 16, {TINY}\n"
+        "feature_rivals.REPEATS = 1\n"
         "sys.exit(pytest.main(['-q', '--seconds', '0.1', 'bench/bench_feature_cache.py']))\n"
     )
     done = subprocess.run(
@@ -459,6 +460,8 @@ def test_gpu_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
     monkeypatch.setattr(gpu_report, "SHAPES", [(1, 4, 6, 5, 4), (1, 4, -6, 5, 4)])
     monkeypatch.setattr(gpu_report, "MIXED_SHAPES", [(4, 1, 6, 5)])
     monkeypatch.setattr(gpu_report, "SEARCHES", [(1, 1, 4, 2, 8)])
+    monkeypatch.setattr(gpu_report, "GATHERS", [(3, 2)])
+    monkeypatch.setattr(gpu_report, "SEARCH_COST", ("--methods", "restoration", "--patches", "x"))
     monkeypatch.setattr(gpu_report, "PRECISIONS", {"bfloat16": torch.bfloat16})
     options = ["--no-build", "--no-tests", "--seconds", "0.01", "--out", str(tmp_path)]
     assert gpu_report.main(options) == 1
@@ -480,13 +483,35 @@ def test_gpu_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
     for way in found.values():
         minutes = (1300 * way["seconds"]["weights"] + 1040 * way["seconds"]["architecture"]) / 60
         assert way["whole search, minutes"] == pytest.approx(minutes)
+    found = report["feature_gather"]["3,2 bfloat16"]
+    assert found["bytes"] == 2 * 1_404_928  # 1.34 MiB a sample
+    assert found["times"].keys() == {"copy", "indexing", "nasfast", "nasfast, from int8"}
+    assert report["steps"]["search_cost"]["status"] == "exit code 2"
     text = (tmp_path / "nvidia-b300-sxm.md").read_text()
     assert text in capsys.readouterr().out
     assert "| 1,4,6,5,4 bfloat16 | 1.00x, " in text
     assert "| 1,1,4,2,8 bfloat16 | weights " in text
+    assert "| 3,2 bfloat16 | 1.00x, " in text
+    assert "- search_cost: exit code 2; " in text
     assert (
         "- deform_conv2d 1,4,-6,5,4 bfloat16: exit code 1; RuntimeError: Trying to create" in text
     )
+
+
+def test_gpu_report_shows_the_cost_of_a_search() -> None:
+    found = {"machine": "a machine", "methods": {}}
+    report: dict[str, Any] = {kind: {} for kind in gpu_report.MEASURES}
+    report |= {"machine": "another", "steps": {}, "search_cost": {"search_cost": found}}
+    assert search_cost.markdown(found).strip() in gpu_report.markdown(report)
+
+
+def test_gathers_on_a_device_give_the_same() -> None:
+    calls, size = feature_rivals.gather_calls("cpu", 3, 2, torch.float32, TINY)
+    given = {name: call() for name, call in calls.items()}
+    assert given.pop("copy").nbytes == size == sum(x.nbytes for x in given["nasfast"])
+    for name, tensors in given.items():
+        tolerance = 0.04 if "int8" in name else 0
+        torch.testing.assert_close(tensors, given["nasfast"], rtol=0, atol=tolerance)
 
 
 def test_gpu_report_stops_a_step() -> None:
