@@ -122,12 +122,14 @@ class SamplingSearch(Generic[G]):
                         "budget": self.budget,
                     }
                 )
+                if told == len(study.records) and _evaluated(study) >= self.budget:
+                    return
                 start = time.perf_counter()
                 asked = [self.strategy.ask() for _ in range(self.batch)]
                 controller += time.perf_counter() - start
                 self._evaluate(study, engine, told, asked, console)
                 if len(study.records) < told + len(asked):
-                    return  # the budget is spent
+                    return  # the budget ends in the batch
                 start = time.perf_counter()
                 for genotype, record in zip(asked, study.records[told:]):
                     self.strategy.tell(genotype, record.evaluation.rewards.get(FEEDBACK))
