@@ -72,7 +72,7 @@ class RayPool(Generic[G]):
         except (errors.RayActorError, errors.OutOfMemoryError) as error:
             # its last line says why; the advice that follows is Ray's to system operators
             last = str(error).strip().splitlines()[-1]
-            return Death(last.partition(" Some common causes")[0])
+            return Death(last.partition(" Some common causes")[0], working=True)
         return answer
 
     def close(self) -> None:

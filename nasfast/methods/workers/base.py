@@ -83,6 +83,8 @@ class Death:
     """The end of a worker that nobody asked for."""
 
     cause: str
+    working: bool
+    """Whether it had begun with its job; one that was dead before is not the candidate's doing."""
 
 
 Answer = Ready | Evaluation | Defect | Death

@@ -34,7 +34,7 @@ class Dispatcher(Generic[G]):
         self._pool, self._evaluator = pool, evaluator
         self._idle: list[int] = []
         self._running: dict[int, Job[G]] = {}  # by worker
-        self._failed_starts: dict[int, int] = {}  # by worker, since it was last ready
+        self._lost: dict[int, int] = {}  # deaths by worker, since its last evaluation
         self._waiting: deque[Job[G]] = deque()
         self._done: dict[int, Evaluation] = {}  # by index
         self._retried: set[int] = set()  # indices
@@ -72,37 +72,40 @@ class Dispatcher(Generic[G]):
         match answer:
             case Evaluation():
                 self._done[self._running.pop(worker).index] = answer
+                self._lost.pop(worker, None)
                 self._idle.append(worker)
             case Ready():
                 self._require_same_inputs(answer)
-                self._failed_starts.pop(worker, None)
                 self._idle.append(worker)
             case Defect(message=None):
                 raise WorkerError(f"in a worker:\n{answer.traceback}")
             case Defect():
                 raise RuntimeError(answer.message)
             case Death():
-                self._bury(worker, answer.cause)
+                self._bury(worker, answer)
                 self._pool.start(worker)
 
-    def _bury(self, worker: int, cause: str) -> None:
+    def _bury(self, worker: int, death: Death) -> None:
         job = self._running.pop(worker, None)
-        if job is not None and job.index not in self._retried:
-            self._retried.add(job.index)
-            self._waiting.appendleft(job)
-        elif job is not None:
-            params, macs = self._evaluator.cost(job.genotype)
-            failure = f"worker died twice: {cause}"
-            self._done[job.index] = Evaluation({}, {}, job.gate, params, macs, {}, failure)
-        elif worker in self._idle:
+        if worker in self._idle:
             self._idle.remove(worker)
-        else:
-            self._failed_starts[worker] = self._failed_starts.get(worker, 0) + 1
-            if self._failed_starts[worker] == 2:
+        elif job is None or not death.working:
+            self._lost[worker] = self._lost.get(worker, 0) + 1
+            if self._lost[worker] == 2:
                 raise RuntimeError(
-                    f"workers: a worker died twice while it started: {cause}; "
+                    f"workers: a worker died twice before its first candidate: {death.cause}; "
                     "use fewer --workers, or 1 to evaluate in this process"
                 )
+        if job is None:
+            return
+        if not death.working or job.index not in self._retried:
+            self._waiting.appendleft(job)
+            if death.working:
+                self._retried.add(job.index)
+            return
+        params, macs = self._evaluator.cost(job.genotype)
+        failure = f"worker died twice: {death.cause}"
+        self._done[job.index] = Evaluation({}, {}, job.gate, params, macs, {}, failure)
 
     def _require_same_inputs(self, ready: Ready) -> None:
         wanted = self._evaluator.inputs

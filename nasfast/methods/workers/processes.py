@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from multiprocessing import connection, forkserver, get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
-from typing import Any, Generic
+from typing import Any, Final, Generic, Literal
 
 from nasfast.methods.workers.base import Answer, Builder, Death, G, Job, Worker
 
@@ -20,10 +20,15 @@ _PRELOAD = ["nasfast.methods", "torch._dynamo"]
 its memory. The second is what torch imports when the first optimizer is made."""
 
 
-@dataclass(frozen=True)
+_BEGUN: Final = "begun"
+"""What a worker says when it has received a job."""
+
+
+@dataclass
 class _Seat:
     process: ForkServerProcess
     pipe: Connection
+    working: bool = False
 
 
 class ProcessPool(Generic[G]):
@@ -65,14 +70,17 @@ class ProcessPool(Generic[G]):
         """Answers that are there, at the latest after so many seconds."""
         pipes = {seat.pipe: worker for worker, seat in self._seats.items()}
         readable: list[Any] = connection.wait(pipes, seconds)
-        return [(pipes[pipe], self._receive(pipes[pipe])) for pipe in readable]
+        answers = ((pipes[pipe], self._receive(pipes[pipe])) for pipe in readable)
+        return [(worker, answer) for worker, answer in answers if answer is not None]
 
-    def _receive(self, worker: int) -> Answer:
+    def _receive(self, worker: int) -> Answer | None:
+        seat = self._seats[worker]
         try:
-            answer: Answer = self._seats[worker].pipe.recv()
+            message: Answer | Literal["begun"] = seat.pipe.recv()
         except (EOFError, OSError):
-            return Death(self._end(worker))
-        return answer
+            return Death(self._end(worker), seat.working)
+        seat.working = message == _BEGUN
+        return None if message == _BEGUN else message
 
     def _end(self, worker: int) -> str:
         seat = self._seats.pop(worker)
@@ -106,12 +114,14 @@ def start_server() -> None:
 
 
 def _serve(pipe: Connection, worker: Worker[Any]) -> None:
-    """A worker process: one answer for the start, then one for each job."""
+    """A worker process: an answer for the start, then one for each job."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, ConnectionError):  # the search is gone
         pipe.send(worker.start())
         while True:
-            pipe.send(worker.run(pipe.recv()))
+            job = pipe.recv()
+            pipe.send(_BEGUN)
+            pipe.send(worker.run(job))
 
 
 def _die_with_parent() -> None:
