@@ -13,3 +13,12 @@ if "OMP_WAIT_POLICY" not in _os.environ:
 import torch as _torch  # noqa: F401
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """``nasfast.FeatureCache``, imported when it is asked for."""
+    if name == "FeatureCache":
+        import nasfast.cache
+
+        return nasfast.cache.FeatureCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

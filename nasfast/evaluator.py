@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nasfast.cache import FeatureCache, tensors_fingerprint
+from nasfast.cache import CacheConfig, FeatureCache, tensors_fingerprint
 from nasfast.data import TrainTransform, ValTransform, batch
 from nasfast.encoders import MobileNetV2
 from nasfast.models.segmenter import Decoder, DecoderConfig, Segmenter
@@ -179,27 +179,31 @@ class SegmentationEvaluator:
         if teacher is not None:
             self.runtime.place(teacher).eval().requires_grad_(False)
 
-        @torch.inference_mode()
-        def train_batches() -> Iterator[dict[str, Tensor]]:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, "crops"))
-            order = torch.randperm(len(splits.search_train), generator=generator)
-            for chunk in in_order(config.samples, 16):
-                frames = order[chunk % len(order)].tolist()
-                images, labels = batch(splits.search_train, frames, transform, generator)
-                arrays = self._encode(images, dtype)
-                size = (arrays["tap0"].shape[-2], arrays["tap0"].shape[-1])
-                arrays["labels"] = resize_labels(labels, size)
-                if teacher is not None:
-                    with self.runtime.autocast():
-                        logits, _ = teacher(prepare_images(images, self.runtime))
-                    arrays["teacher"] = logits.to(dtype)
-                yield arrays
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "crops"))
+        order = torch.randperm(len(splits.search_train), generator=generator)
 
         @torch.inference_mode()
-        def val_batches() -> Iterator[dict[str, Tensor]]:
-            for chunk in in_order(len(splits.search_val), 8):
-                images, labels = batch(splits.search_val, chunk.tolist(), self._val_transform)
-                yield self._encode(images, dtype) | {"labels": labels}
+        def encode_train(indices: Tensor) -> dict[str, Tensor]:
+            crops = []
+            for index in indices.tolist():
+                # of its own, so that a crop does not depend on who encodes it
+                generator = torch.Generator().manual_seed(derive_seed(self.seed, "crop", index))
+                frame = int(order[index % len(order)])
+                crops.append(batch(splits.search_train, [frame], transform, generator))
+            images, labels = (torch.cat(parts) for parts in zip(*crops))
+            arrays = self._encode(images, dtype)
+            size = (arrays["tap0"].shape[-2], arrays["tap0"].shape[-1])
+            arrays["labels"] = resize_labels(labels, size)
+            if teacher is not None:
+                with self.runtime.autocast():
+                    logits, _ = teacher(prepare_images(images, self.runtime))
+                arrays["teacher"] = logits.to(dtype)
+            return arrays
+
+        @torch.inference_mode()
+        def encode_val(indices: Tensor) -> dict[str, Tensor]:
+            images, labels = batch(splits.search_val, indices.tolist(), self._val_transform)
+            return self._encode(images, dtype) | {"labels": labels}
 
         teacher_hash = tensors_fingerprint(teacher.state_dict()) if teacher else "none"
         train_key = key | {
@@ -217,10 +221,11 @@ class SegmentationEvaluator:
             "validation data": val_key["data"],
             "teacher": teacher_hash,
         }
+        where, heartbeat = CacheConfig(directory), self.runtime.heartbeat
         load, device = FeatureCache.load_or_build, self.runtime.device
         return (
-            load(directory, train_key, config.samples, train_batches).to(device),
-            load(directory, val_key, len(splits.search_val), val_batches).to(device),
+            load(train_key, config.samples, encode_train, where, heartbeat).to(device),
+            load(val_key, len(splits.search_val), encode_val, where, heartbeat, chunk=8).to(device),
         )
 
     def _encode(self, images: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

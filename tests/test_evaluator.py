@@ -192,8 +192,8 @@ def test_distillation(cache_dir, evaluator, evaluation, tmp_path):
     stage0 = dataclasses.replace(STAGE0, kd_weight=30.0)
     distilled = make(own, stage0=stage0, teacher=teacher)
     names = {path.name for path in own.iterdir()}
-    shared = names & {path.name for path in evaluator._val_cache.path.parent.iterdir()}
-    assert shared == {evaluator._val_cache.path.name}
+    shared = names & {path.name for path in evaluator._val_cache.paths[0].parent.iterdir()}
+    assert shared == {evaluator._val_cache.paths[0].name}
     assert distilled.inputs == evaluator.inputs | {
         "teacher": tensors_fingerprint(teacher.state_dict())
     }

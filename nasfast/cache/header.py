@@ -1,0 +1,123 @@
+"""What stands at the start of a cache's file. The format is in docs/feature_cache.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from nasfast.cache.layout import Layout, aligned
+from nasfast.ops import _native
+
+MAGIC = b"NASFEATS"
+VERSION = 1
+STATE = struct.Struct("<QQ")  # of a sample: word, checksum
+HOST = 48  # where the filling host stands
+_PREFIX = struct.Struct("<8sQQQQ")  # magic, version, bytes of the JSON, table, blocks
+_JSON = 128  # first byte of the JSON
+_PAGE = 4096
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a segment holds."""
+
+    key: Mapping[str, str]
+    """What the samples depend on."""
+    storage: str
+    """How maps are stored: auto (as encoded), float16, bfloat16, float32 or int8."""
+    placement: str
+    """file or ram."""
+    first: int
+    """Index of the first sample."""
+    count: int
+    """Samples in this segment."""
+    total: int
+    """Samples in the whole cache."""
+    layout: Layout
+
+    def encode(self) -> tuple[bytes, int, int]:
+        """The bytes before the state table; offsets of the table and of the blocks."""
+        text = json.dumps(
+            {
+                "key": dict(self.key),
+                "storage": self.storage,
+                "placement": self.placement,
+                "first": self.first,
+                "count": self.count,
+                "total": self.total,
+                "sample_bytes": self.layout.sample_bytes,
+                "arrays": self.layout.to_json(),
+            }
+        ).encode()
+        table = aligned(_JSON + len(text), _PAGE)
+        blocks = aligned(table + STATE.size * self.count, _PAGE)
+        prefix = _PREFIX.pack(MAGIC, VERSION, len(text), table, blocks)
+        checksum = _checksum_of(prefix + text).to_bytes(8, "little")
+        return (prefix + checksum).ljust(_JSON, b"\0") + text, table, blocks
+
+    @classmethod
+    def read(cls, path: Path, file: int) -> tuple[Header, int, int]:
+        """The header of a file; offsets of the table and of the blocks.
+
+        Raises:
+            ValueError: a foreign file, another version, a damaged header or a truncated file.
+        """
+        size = os.fstat(file).st_size
+        prefix = os.pread(file, _JSON, 0)
+        if len(prefix) < _JSON or not prefix.startswith(MAGIC):
+            raise ValueError(
+                f"feature cache {path}: wanted a file that starts with {MAGIC!r}, got "
+                f"{prefix[:8]!r}; delete it, or move it away"
+            )
+        _, version, length, table, blocks = _PREFIX.unpack_from(prefix)
+        if version != VERSION:
+            raise ValueError(
+                f"feature cache {path}: wanted format version {VERSION}, got {version}; delete it, "
+                "or use the nasfast that made it"
+            )
+        text = os.pread(file, min(length, size), _JSON)
+        wanted = int.from_bytes(prefix[_PREFIX.size : HOST], "little")
+        got = _checksum_of(prefix[: _PREFIX.size] + text)
+        if got != wanted:
+            raise ValueError(
+                f"feature cache {path}: damaged header, wanted the checksum {wanted:016x}, got "
+                f"{got:016x}; delete it"
+            )
+        fields = json.loads(text)
+        layout = Layout.from_json(fields.pop("arrays"), fields.pop("sample_bytes"))
+        header = cls(layout=layout, **fields)
+        end = blocks + header.count * layout.sample_bytes
+        if size < end:
+            raise ValueError(
+                f"feature cache {path}: truncated, wanted {end} bytes, got {size}; delete it"
+            )
+        return header, table, blocks
+
+
+def checksum(block: Tensor, index: int) -> int:
+    """XXH64 of a sample's block (uint8 ``[sample_bytes]``), with its index as the seed."""
+    return int(extension().feature_cache_checksum(block.data_ptr(), block.numel(), index))
+
+
+def _checksum_of(data: bytes) -> int:
+    array = np.frombuffer(data, np.uint8)
+    return int(extension().feature_cache_checksum(array.ctypes.data, len(data), 0))
+
+
+def extension() -> Any:
+    """``nasfast._C``.
+
+    Raises:
+        RuntimeError: it cannot be imported.
+    """
+    if _native.C is None:
+        raise RuntimeError(f"feature cache: wanted the compiled extension, got {_native.ERROR}")
+    return _native.C

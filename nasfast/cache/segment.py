@@ -1,0 +1,333 @@
+"""One file of a cache, attached: reading it through a map, filling it with others, creating it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nasfast.cache import owners, places
+from nasfast.cache.header import HOST, STATE, Header, checksum, extension
+from nasfast.files import sync_directory
+
+_NORESERVE = 0x4000  # MAP_NORESERVE: a private map of a large file is no claim on memory
+_PATIENCE = 2.0  # seconds for those who hold a file only to look at it
+
+
+@dataclass(frozen=True)
+class Census:
+    """States of a segment's samples."""
+
+    published: int
+    claimed: int
+    count: int
+
+    @property
+    def complete(self) -> bool:
+        return self.published == self.count
+
+
+class Segment:
+    """An attached file: samples ``first .. first + count - 1`` of a cache, memory-mapped.
+
+    Attributes:
+        path: the file.
+        header: what it holds.
+        data: uint8 ``[count, sample_bytes]``, zero-copy; row i is sample ``first + i``. Pages that
+            nobody writes to in this process show what is on the disk. It is valid as long as it
+            lives, whatever happens to the segment and to the file's name.
+    """
+
+    def __init__(self, path: Path, file: int, *, writable: bool) -> None:
+        """Takes over an open file that is locked shared; :meth:`open` is the way to one."""
+        self.path, self._file, self._writable = path, file, writable
+        self.header, table, self._blocks = Header.read(path, file)
+        end = table + STATE.size * self.count
+        # whole from the start, so that any size of pages will do
+        access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        self._table = np.frombuffer(mmap.mmap(file, end, mmap.MAP_SHARED, access), np.uint8)
+        self._states = self._table.ctypes.data + table
+        size = self.count * self.header.layout.sample_bytes
+        # private: torch wants memory that may be written, and the file is never touched
+        flags = mmap.MAP_PRIVATE | _NORESERVE
+        whole = mmap.mmap(file, self._blocks + size, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+        raw = torch.frombuffer(whole, dtype=torch.uint8, offset=self._blocks, count=size)
+        self.data = raw.view(self.count, self.header.layout.sample_bytes)
+        self._seen = np.zeros(self.count, np.uint8)
+        ram = self.header.placement == "ram"
+        self._detach = weakref.finalize(self, _detach, path, file, os.getpid(), ram)
+
+    @property
+    def first(self) -> int:
+        return self.header.first
+
+    @property
+    def count(self) -> int:
+        return self.header.count
+
+    @classmethod
+    def open(cls, path: Path) -> Segment:
+        """Attach a file.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is no segment, or damaged.
+        """
+        with places.settled(path.parent):
+            try:
+                file, writable = os.open(path, os.O_RDWR), True
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM):
+                    raise
+                file, writable = os.open(path, os.O_RDONLY), False
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH)
+                return cls(path, file, writable=writable)
+            except BaseException:
+                os.close(file)
+                raise
+
+    def close(self) -> None:
+        """No longer use the file; of a RAM segment the last user removes it."""
+        self._detach()
+
+    def census(self) -> Census:
+        """How many samples are published and claimed."""
+        words = extension().feature_cache_census(self._states, self.count)
+        published, free = (words.pop(word, 0) for word in (owners.PUBLISHED, owners.FREE))
+        return Census(published, self.count - published - free, self.count)
+
+    def check(self, rows: Tensor) -> None:
+        """Verify the checksums of rows of ``data`` (int64 ``[n]``) that were not verified before.
+
+        Raises:
+            ValueError: no row of the segment.
+            RuntimeError: a sample that is not published, or whose bytes are not those that were.
+        """
+        rows = rows.to("cpu", torch.int64).contiguous()
+        position = extension().feature_cache_find_broken(
+            self._states,
+            self.data.data_ptr(),
+            self.header.layout.sample_bytes,
+            self.first,
+            self.count,
+            rows.data_ptr(),
+            len(rows),
+            self._seen.ctypes.data,
+        )
+        if position >= 0:
+            raise self._fault(int(rows[position]))
+
+    def verify(self) -> list[int]:
+        """Read everything: the rows whose checksum does not match, of those that are published."""
+        self._seen[:] = 0
+        return [row for row in self.published() if self._sums(row)[0] != self._sums(row)[1]]
+
+    def published(self) -> list[int]:
+        """The rows that are published."""
+        return [row for row in range(self.count) if self._state(row)[0] == owners.PUBLISHED]
+
+    def in_use(self) -> bool:
+        """Whether others have the file open."""
+        alone = places.alone(self._file)
+        fcntl.flock(self._file, fcntl.LOCK_SH)
+        return not alone
+
+    def repair(self, rows: list[int]) -> None:
+        """Free damaged rows, so that the next who wants the cache fills them again.
+
+        Raises:
+            OSError: the file cannot be written.
+            RuntimeError: others use it, and may have read those rows before.
+        """
+        if not self._writable:
+            raise places.not_writable(self.path, errno.EACCES)
+        alone = places.alone(self._file)
+        for row in rows if alone else ():
+            extension().feature_cache_release(self._states, row, row + 1, owners.PUBLISHED)
+        fcntl.flock(self._file, fcntl.LOCK_SH)
+        if not alone:
+            raise RuntimeError(
+                f"feature cache {self.path}: in use, its damaged samples stay; end the processes "
+                "that use it first"
+            )
+
+    def touch(self) -> None:
+        """Note that the file is used; its time of access is when it was last attached."""
+        with suppress(OSError):
+            os.utime(self._file, ns=(time.time_ns(), os.fstat(self._file).st_mtime_ns))
+
+    def _state(self, row: int) -> tuple[int, int]:
+        at = self._table.size - STATE.size * (self.count - row)
+        word, published = STATE.unpack_from(self._table.data, at)
+        return word, published
+
+    def _sums(self, row: int) -> tuple[int, int]:
+        """The checksum of a row's bytes, and the one that was published."""
+        return checksum(self.data[row], self.first + row), self._state(row)[1]
+
+    def _fault(self, row: int) -> Exception:
+        if not 0 <= row < self.count:
+            return ValueError(
+                f"feature cache {self.path}: wanted a sample of {self.first} to "
+                f"{self.first + self.count - 1}, got {self.first + row}"
+            )
+        about = f"feature cache {self.path}: sample {self.first + row}"
+        if self._state(row)[0] != owners.PUBLISHED:
+            return RuntimeError(
+                f"{about} is not there yet; FeatureCache.load_or_build returns when all are"
+            )
+        got, wanted = self._sums(row)
+        return RuntimeError(
+            f"{about} is damaged: wanted the checksum {wanted:016x}, got {got:016x}; free it with "
+            f"`python -m nasfast.cache verify --repair {self.path}`, and the next search encodes "
+            "it again"
+        )
+
+
+class Filler:
+    """This process's part in filling a segment: claims free samples, writes and publishes them.
+
+    Raises:
+        OSError: the file cannot be written, or its disk is full.
+        RuntimeError: processes of another machine or container fill it.
+    """
+
+    def __init__(self, segment: Segment) -> None:
+        if not segment._writable:
+            raise places.not_writable(segment.path, errno.EACCES)
+        self._segment, self._file = segment, segment._file
+        self._states, self._blocks = segment._states, segment._blocks
+        self._owner = owners.this_process()
+        self._take_over()
+        status = os.fstat(self._file)
+        if status.st_blocks * 512 < status.st_size:  # a sparse copy
+            places.allocate(self._file, status.st_size, segment.path)
+
+    def claim(self, chunk: int, start: int) -> Tensor:
+        """Free rows of one aligned chunk, now this process's: int64, empty if none is free."""
+        states, count = self._states, self._segment.count
+        rows = extension().feature_cache_claim(states, count, chunk, start, self._owner)
+        return torch.tensor(rows, dtype=torch.int64)
+
+    def write(self, rows: Tensor, blocks: Tensor) -> None:
+        """Write claimed rows, uint8 ``[n, sample_bytes]``, and publish them.
+
+        The blocks go through the file, where a full disk is an error and not a signal; nothing is
+        synchronised, as the checksums tell what a power failure has torn.
+        """
+        first, sums = self._segment.first, []
+        for row, block in zip(rows.tolist(), blocks):
+            sums.append((row, checksum(block, first + row)))
+            places.write_at(self._file, block.numpy().data, self._blocks + row * blocks.shape[1])
+        for row, value in sums:
+            if not extension().feature_cache_publish(self._states, row, self._owner, value):
+                raise RuntimeError(
+                    f"feature cache {self._segment.path}: sample {first + row} was taken from this "
+                    "process while it encoded; start it again"
+                )
+
+    def release(self) -> None:
+        """Free what this process has claimed and not published."""
+        extension().feature_cache_release(self._states, 0, self._segment.count, self._owner)
+
+    def reap(self) -> int:
+        """Free the claims of processes that have died; returns how many there were."""
+        return self._free(word for word in self._claims() if not owners.is_alive(word))
+
+    def _claims(self) -> set[int]:
+        """The owners of what is claimed."""
+        words = extension().feature_cache_census(self._states, self._segment.count)
+        return set(words) - {owners.FREE, owners.PUBLISHED}
+
+    def _free(self, words: Iterable[int]) -> int:
+        release, count = extension().feature_cache_release, self._segment.count
+        return sum(release(self._states, 0, count, word) for word in words)
+
+    def _take_over(self) -> None:
+        """Make this host the one whose pids the table holds."""
+        host, deadline = owners.host(), time.monotonic() + _PATIENCE
+
+        def is_ours() -> bool:
+            return os.pread(self._file, len(host), HOST) == host
+
+        if is_ours():
+            return
+        while not is_ours():
+            if places.alone(self._file):
+                if not is_ours():
+                    self._free(self._claims())
+                    places.write_at(self._file, host, HOST)
+            elif time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"feature cache {self._segment.path}: being filled by another machine or "
+                    "container; wait until it has ended, or give another --cache-dir"
+                )
+            else:
+                time.sleep(places.TURN)
+        fcntl.flock(self._file, fcntl.LOCK_SH)
+
+
+def create(
+    path: Path, begin: Callable[[], tuple[Header, Tensor]], heartbeat: Callable[[], None]
+) -> Segment | None:
+    """Make the file of a segment and attach it; None if another process has made it meanwhile.
+
+    One process at a time calls ``begin``, which returns the header and the blocks of the first
+    samples (uint8 ``[n, sample_bytes]``, perhaps none). The others wait, with a ``heartbeat`` a
+    turn.
+
+    Raises:
+        OSError: the directory cannot be written or has no room for the whole file.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    file = places.creation_lock(temporary, heartbeat)
+    try:
+        if path.exists():
+            temporary.unlink()
+            os.close(file)
+            return None
+        header, blocks = begin()
+        prefix, table, offset = header.encode()
+        size = header.layout.sample_bytes
+        os.ftruncate(file, 0)  # what a killed process left
+        places.allocate(file, offset + header.count * size, path)
+        places.write_at(file, prefix, 0)
+        places.write_at(file, owners.host(), HOST)
+        for i, block in enumerate(blocks):
+            places.write_at(file, block.numpy().data, offset + i * size)
+            state = STATE.pack(owners.PUBLISHED, checksum(block, header.first + i))
+            places.write_at(file, state, table + i * STATE.size)
+        os.fsync(file)
+        with places.settled(path.parent):
+            os.rename(temporary, path)
+            fcntl.flock(file, fcntl.LOCK_SH)
+            segment = Segment(path, file, writable=True)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        os.close(file)
+        raise
+    sync_directory(path.parent)
+    return segment
+
+
+def _detach(path: Path, file: int, pid: int, ram: bool) -> None:
+    # a forked child shares the lock, which stays its parent's
+    if pid == os.getpid():
+        if ram:
+            with suppress(FileNotFoundError), places.settled(path.parent):
+                if places.alone(file) and places.names(path, file):
+                    path.unlink()
+        fcntl.flock(file, fcntl.LOCK_UN)  # its maps would hold on to it
+    os.close(file)
