@@ -35,9 +35,7 @@ class _Directories:
         directory, ram = self.directory, places.ram_directory()
         places.sweep(ram)  # else it goes while it is looked at
         found = [
-            path
-            for place in (directory, ram)
-            for path in sorted(place.glob(f"*{places.SUFFIX}"))
+            path for place in (directory, ram) for path in sorted(place.glob(f"*{places.SUFFIX}"))
         ]
         chosen = []
         for name in names:

@@ -72,7 +72,11 @@ def test_int8_is_scaled_by_channel_and_sample():
     rows = stored({"tap": x}, 3, "int8")
     assert list(rows) == ["tap", "tap.scale", "tap.error"]
     assert torch.equal(rows["tap.scale"], x.abs().amax((2, 3)) / 127)
-    assert rows["tap"].abs().amax((1, 2)).tolist() == [[127] * 5, [127, 127, 0, 127, 127], [127] * 5]
+    assert rows["tap"].abs().amax((1, 2)).tolist() == [
+        [127] * 5,
+        [127, 127, 0, 127, 127],
+        [127] * 5,
+    ]
     read = (rows["tap"] * rows["tap.scale"][:, None, None]).permute(0, 3, 1, 2)
     assert ((read - x).abs() <= rows["tap.scale"][:, :, None, None] * 0.5001).all()
     expected = torch.stack([(read - x).square().sum((1, 2, 3)), x.square().sum((1, 2, 3))], 1)
