@@ -25,7 +25,7 @@ from torch import Tensor
 from nasfast.cache import CacheConfig, FeatureCache, places
 from nasfast.cache.segment import Filler
 
-COUNT, CHUNK = 300, 4
+COUNT, CHUNK = 120, 4
 
 
 def truth(index: int) -> dict[str, Tensor]:
@@ -42,7 +42,12 @@ def log(file: int, event: str, indices: list[int]) -> None:
 
 
 def fill(config: CacheConfig, key: dict[str, str], events: int) -> None:
-    write = Filler.write
+    write, pwrite = Filler.write, os.pwrite
+
+    def slow_pwrite(file: int, data: bytes | memoryview, offset: int) -> int:
+        """A disk that takes its time, and less than it is given."""
+        time.sleep(0.0002)
+        return pwrite(file, memoryview(data)[: len(data) // 2 + 1], offset)
 
     def noted_write(filler: Filler, rows: Tensor, blocks: Tensor) -> None:
         write(filler, rows, blocks)
@@ -50,10 +55,10 @@ def fill(config: CacheConfig, key: dict[str, str], events: int) -> None:
 
     def encode(indices: Tensor) -> dict[str, Tensor]:
         log(events, "encoded", indices.tolist())
-        time.sleep(0.001)
         samples = [truth(i) for i in indices.tolist()]
         return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
+    os.pwrite = slow_pwrite
     Filler.write = noted_write  # type: ignore[method-assign]
     FeatureCache.load_or_build(key, COUNT, encode, config, chunk=CHUNK)
 
