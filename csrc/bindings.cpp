@@ -10,6 +10,7 @@
 #include "common/fields.hpp"
 #include "common/isa.hpp"
 #include "deform_conv2d/deform_conv2d.h"
+#include "depthwise_conv2d/depthwise_conv2d.h"
 #include "mixed_op/mixed_op.h"
 #ifdef NASFAST_CUDA
 #include "common/cuda_device.h"
@@ -19,6 +20,7 @@
 
 namespace py = pybind11;
 namespace dc = nasfast::deform_conv2d;
+namespace dw = nasfast::depthwise_conv2d;
 namespace mo = nasfast::mixed_op;
 
 namespace {
@@ -78,6 +80,10 @@ PYBIND11_MODULE(_C, m) {
           cpu_entry<dc::Params, dc::Forward, float, double, bfloat16>(NASFAST_KERNEL(dc, forward)));
     m.def("deform_conv2d_backward",
           cpu_entry<dc::Params, dc::Backward, float, double, bfloat16>(NASFAST_KERNEL(dc, backward)));
+    m.def("depthwise_conv2d_forward",
+          cpu_entry<dw::Params, dw::Forward, float, double, bfloat16>(NASFAST_KERNEL(dw, forward)));
+    m.def("depthwise_conv2d_backward",
+          cpu_entry<dw::Params, dw::Backward, float, double, bfloat16>(NASFAST_KERNEL(dw, backward)));
     m.def("mixed_op_forward",
           cpu_entry<mo::Params, mo::Forward, float, double, bfloat16>(NASFAST_KERNEL(mo, forward)));
     m.def("mixed_op_backward",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nasfast.ops import depthwise_conv2d
 from nasfast.spaces.fast_nas import PRIMITIVES
 
 
@@ -29,8 +30,9 @@ class Conv2d(nn.Conv2d):
     """Convolution without bias that keeps height and width, safe under bfloat16 on a CPU.
 
     There the weight gradient of a dilated convolution is wrong in torch 2.13 (oneDNN reads memory
-    that nothing wrote; the values differ from run to run) if it is depthwise or its channels are
-    no multiple of 16. Such a convolution runs in float32, which is also the faster way.
+    that nothing wrote; the values differ from run to run) if its channels are no multiple of 16.
+    Such a convolution runs in float32, which is also the faster way. A depthwise one is
+    :func:`nasfast.ops.depthwise_conv2d`.
     """
 
     def __init__(
@@ -46,9 +48,13 @@ class Conv2d(nn.Conv2d):
             bias=False,
         )
         ragged = bool(in_channels % 16 or out_channels % 16)
+        self._depthwise = groups == in_channels == out_channels > 1
         self._float32_on_cpu = dilation > 1 and (groups > 1 or ragged)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._depthwise:
+            padding, dilation = self.padding[0], self.dilation[0]
+            return depthwise_conv2d(x, self.weight, padding, dilation)
         if not (self._float32_on_cpu and x.device.type == "cpu"):
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):

@@ -1,6 +1,7 @@
 """Operators: a plain-PyTorch reference beside compiled CPU and CUDA kernels."""
 
 from nasfast.ops.deform_conv2d import DeformConv2d, deform_conv2d, deform_conv2d_reference
+from nasfast.ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_reference
 from nasfast.ops.mixed_op import Branches, mixed_op, mixed_op_reference
 from nasfast.ops.onnx import onnx_translation_table
 
@@ -9,6 +10,8 @@ __all__ = [
     "DeformConv2d",
     "deform_conv2d",
     "deform_conv2d_reference",
+    "depthwise_conv2d",
+    "depthwise_conv2d_reference",
     "mixed_op",
     "mixed_op_reference",
     "onnx_translation_table",
