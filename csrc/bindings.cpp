@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "batch_norm_relu/batch_norm_relu.h"
 #include "common/fields.hpp"
 #include "common/isa.hpp"
 #include "deform_conv2d/deform_conv2d.h"
@@ -19,6 +20,7 @@
 #endif
 
 namespace py = pybind11;
+namespace bn = nasfast::batch_norm_relu;
 namespace dc = nasfast::deform_conv2d;
 namespace dw = nasfast::depthwise_conv2d;
 namespace mo = nasfast::mixed_op;
@@ -76,6 +78,10 @@ PYBIND11_MODULE(_C, m) {
     nasfast::isa();  // a processor or setting that cannot work fails the import, with the reason
     m.def("isa_level", [] { return nasfast::isa_name(nasfast::isa()); });
     using nasfast::bfloat16;
+    m.def("batch_norm_relu_forward",
+          cpu_entry<bn::Params, bn::Forward, float, double, bfloat16>(NASFAST_KERNEL(bn, forward)));
+    m.def("batch_norm_relu_backward",
+          cpu_entry<bn::Params, bn::Backward, float, double, bfloat16>(NASFAST_KERNEL(bn, backward)));
     m.def("deform_conv2d_forward",
           cpu_entry<dc::Params, dc::Forward, float, double, bfloat16>(NASFAST_KERNEL(dc, forward)));
     m.def("deform_conv2d_backward",

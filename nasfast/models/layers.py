@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nasfast.ops import depthwise_conv2d
+from nasfast.ops import batch_norm_relu, depthwise_conv2d
 from nasfast.spaces.fast_nas import PRIMITIVES
 
 
@@ -61,6 +61,20 @@ class Conv2d(nn.Conv2d):
             return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
+def norm_relu(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """``relu(norm(x))``; in training on a CPU as the one operation :func:`batch_norm_relu`."""
+    if not norm.training or x.device.type != "cpu":
+        return F.relu(norm(x), inplace=True)
+    y, statistics = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
+    pixels = x.numel() // x.shape[1]
+    with torch.no_grad():
+        mean, variance = statistics
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(variance * (pixels / (pixels - 1)), norm.momentum)
+        norm.num_batches_tracked.add_(1)
+    return y
+
+
 class ConvBN(nn.Sequential):
     """Convolution without bias, BatchNorm with or without scale and shift; keeps the size."""
 
@@ -83,6 +97,10 @@ class ConvBNReLU(nn.Sequential):
             nn.BatchNorm2d(out_channels),
             nn.ReLU(inplace=True),
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, norm, _ = self
+        return norm_relu(conv(x), norm)
 
 
 class SepConv(nn.Sequential):
