@@ -128,6 +128,28 @@ class DepthwiseSeparable(nn.Sequential):
         )
 
 
+class _GlobalMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        return x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        share = grad / (ctx.shape[2] * ctx.shape[3])
+        return share.expand(ctx.shape).contiguous(memory_format=torch.channels_last)
+
+
+def global_mean(x: Tensor) -> Tensor:
+    """Mean over the pixels, ``[N, C, H, W]`` to ``[N, C, 1, 1]``.
+
+    ``Tensor.mean`` first copies a bfloat16 map to float32, and its gradient has stride 0, which is
+    slow to add to that of other readers of the map.
+    """
+    result: Tensor = _GlobalMean.apply(x)  # type: ignore[no-untyped-call]
+    return result
+
+
 class GlobalAveragePool(nn.Module):
     """Global mean, 1x1 convolution, BatchNorm, ReLU, back to the input's size.
 
@@ -141,13 +163,14 @@ class GlobalAveragePool(nn.Module):
         self.bn = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x.mean((2, 3), keepdim=True))
+        y = self.conv(global_mean(x))
         if self.training and len(x) == 1:
             bn = self.bn
             y = F.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
         else:
             y = self.bn(y)
-        return F.relu(y).expand(-1, -1, x.shape[-2], x.shape[-1])
+        everywhere = F.relu(y).expand(-1, -1, x.shape[-2], x.shape[-1])
+        return everywhere.contiguous(memory_format=torch.channels_last)  # sums of dense maps are fast
 
 
 class Zero(nn.Module):
