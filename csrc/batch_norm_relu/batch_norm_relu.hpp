@@ -1,8 +1,9 @@
 // Both passes of batch_norm_relu on the CPU. Included by per-ISA sources.
 //
 // Each pass reads its maps twice, once for sums over the batch and once for the result; what lies between
-// normalisation and ReLU is computed again in the backward pass. Sums are of chunks of pixels that stay in the
-// L1 cache, added up in double in the order of the chunks: results are the same for any number of threads.
+// normalisation and ReLU is computed again in the backward pass. Sums are of chunks of pixels that stay in
+// the L1 cache, added up in double in the order of the chunks: results are the same for any number of
+// threads.
 #pragma once
 
 #include <cmath>
@@ -78,20 +79,21 @@ void forward_impl(const Params& p, const Forward<T>& t) {
     const Chunks chunks(p, t.input);
     // of each chunk its sum, and the sum of squares around its own mean
     const Array<A> partial(chunks.count * 2 * p.channels);
-    by_chunks<T>(p, chunks, [&](int64_t chunk, int64_t begin, int64_t end, auto width, int64_t c)
-                                NASFAST_INLINE_LAMBDA {
-        constexpr int w = decltype(width)::value;
-        const auto value = [&](int64_t i) { return load_as<A, w>(t.input + i * p.channels + c); };
-        Vector<A, w> sum[kLanes] = {}, squares[kLanes] = {};
-        by_lanes(begin, end, [&](int lane, int64_t i) NASFAST_INLINE_LAMBDA { sum[lane] += value(i); });
-        const Vector<A, w> mean = total(sum) / static_cast<A>(end - begin);
-        by_lanes(begin, end, [&](int lane, int64_t i) NASFAST_INLINE_LAMBDA {
-            const Vector<A, w> d = value(i) - mean;
-            squares[lane] += d * d;
+    by_chunks<T>(
+        p, chunks,
+        [&](int64_t chunk, int64_t begin, int64_t end, auto width, int64_t c) NASFAST_INLINE_LAMBDA {
+            constexpr int w = decltype(width)::value;
+            const auto value = [&](int64_t i) { return load_as<A, w>(t.input + i * p.channels + c); };
+            Vector<A, w> sum[kLanes] = {}, squares[kLanes] = {};
+            by_lanes(begin, end, [&](int lane, int64_t i) NASFAST_INLINE_LAMBDA { sum[lane] += value(i); });
+            const Vector<A, w> mean = total(sum) / static_cast<A>(end - begin);
+            by_lanes(begin, end, [&](int lane, int64_t i) NASFAST_INLINE_LAMBDA {
+                const Vector<A, w> d = value(i) - mean;
+                squares[lane] += d * d;
+            });
+            A* const to = partial.get() + chunk * 2 * p.channels + c;
+            store<w>(to, total(sum)), store<w>(to + p.channels, total(squares));
         });
-        A* const to = partial.get() + chunk * 2 * p.channels + c;
-        store<w>(to, total(sum)), store<w>(to + p.channels, total(squares));
-    });
     const Array<double> totals(2 * p.channels);
     add_up(p, chunks, partial.get(), totals.get());
     double* const mean = totals.get();
@@ -112,16 +114,16 @@ void forward_impl(const Params& p, const Forward<T>& t) {
     const Array<A> factors(2 * p.channels);
     A *const scale = factors.get(), *const shift = scale + p.channels;
     affine(p, t.statistics, t.weight, t.bias, scale, shift);
-    by_chunks<T>(
-        p, chunks, [&](int64_t, int64_t begin, int64_t end, auto width, int64_t c) NASFAST_INLINE_LAMBDA {
-            constexpr int w = decltype(width)::value;
-            const auto a = load<w>(scale + c), b = load<w>(shift + c);
-            for (int64_t i = begin; i < end; ++i) {
-                const int64_t at = i * p.channels + c;
-                const Vector<A, w> y = load_as<A, w>(t.input + at) * a + b;
-                store_as<T, w>(t.output + at, y < 0 ? Vector<A, w>{} : y);  // a NaN stays one
-            }
-        });
+    by_chunks<T>(p, chunks,
+                 [&](int64_t, int64_t begin, int64_t end, auto width, int64_t c) NASFAST_INLINE_LAMBDA {
+                     constexpr int w = decltype(width)::value;
+                     const auto a = load<w>(scale + c), b = load<w>(shift + c);
+                     for (int64_t i = begin; i < end; ++i) {
+                         const int64_t at = i * p.channels + c;
+                         const Vector<A, w> y = load_as<A, w>(t.input + at) * a + b;
+                         store_as<T, w>(t.output + at, y < 0 ? Vector<A, w>{} : y);  // a NaN stays one
+                     }
+                 });
 }
 
 template <class T>
@@ -132,27 +134,28 @@ void backward_impl(const Params& p, const Backward<T>& t) {
     A *const scale = factors.get(), *const shift = scale + p.channels;
     affine(p, t.statistics, t.weight, t.bias, scale, shift);
     // the gradient in front of the ReLU, and the input around its mean
-    const auto read = [&](int64_t at, auto width, auto a, auto b, auto mean, auto& g,
-                          auto& x) NASFAST_INLINE_LAMBDA {
-        constexpr int w = decltype(width)::value;
-        x = load_as<A, w>(t.input + at);
-        g = load_as<A, w>(t.grad + at);
-        g = x * a + b <= 0 ? Vector<A, w>{} : g;
-        x -= mean;
-    };
+    const auto read = [&](int64_t at, auto width, auto a, auto b, auto mean, auto& g, auto& x)
+                          NASFAST_INLINE_LAMBDA {
+                              constexpr int w = decltype(width)::value;
+                              x = load_as<A, w>(t.input + at);
+                              g = load_as<A, w>(t.grad + at);
+                              g = x * a + b <= 0 ? Vector<A, w>{} : g;
+                              x -= mean;
+                          };
     const Array<A> partial(chunks.count * 2 * p.channels);
-    by_chunks<T>(p, chunks, [&](int64_t chunk, int64_t begin, int64_t end, auto width, int64_t c)
-                                NASFAST_INLINE_LAMBDA {
-        constexpr int w = decltype(width)::value;
-        const auto a = load<w>(scale + c), b = load<w>(shift + c), mean = load<w>(t.statistics + c);
-        Vector<A, w> sum[kLanes] = {}, product[kLanes] = {}, g, x;
-        by_lanes(begin, end, [&](int lane, int64_t i) NASFAST_INLINE_LAMBDA {
-            read(i * p.channels + c, width, a, b, mean, g, x);
-            sum[lane] += g, product[lane] += g * x;
-        });
-        A* const to = partial.get() + chunk * 2 * p.channels + c;
-        store<w>(to, total(sum)), store<w>(to + p.channels, total(product));
-    });
+    by_chunks<T>(p, chunks,
+                 [&](int64_t chunk, int64_t begin, int64_t end, auto width, int64_t c) NASFAST_INLINE_LAMBDA {
+                     constexpr int w = decltype(width)::value;
+                     const auto a = load<w>(scale + c), b = load<w>(shift + c),
+                                mean = load<w>(t.statistics + c);
+                     Vector<A, w> sum[kLanes] = {}, product[kLanes] = {}, g, x;
+                     by_lanes(begin, end, [&](int lane, int64_t i) NASFAST_INLINE_LAMBDA {
+                         read(i * p.channels + c, width, a, b, mean, g, x);
+                         sum[lane] += g, product[lane] += g * x;
+                     });
+                     A* const to = partial.get() + chunk * 2 * p.channels + c;
+                     store<w>(to, total(sum)), store<w>(to + p.channels, total(product));
+                 });
     const Array<double> totals(2 * p.channels);
     add_up(p, chunks, partial.get(), totals.get());
     // grad_input = scale * (g - mean of g - x * slope)

@@ -39,9 +39,8 @@ template <int Most, class Body>
 NASFAST_INLINE void by_tiles(int64_t width, int64_t dilation, const Body& body) {
     for (int64_t phase = 0; phase < std::min(dilation, width); ++phase)
         by_vectors<Most>(ceil_div(width - phase, dilation),
-                         [&](auto pixels, int64_t i) NASFAST_INLINE_LAMBDA {
-                             body(pixels, phase + i * dilation);
-                         });
+                         [&](auto pixels, int64_t i)
+                             NASFAST_INLINE_LAMBDA { body(pixels, phase + i * dilation); });
 }
 
 // Calls body(i, value) with the inputs of a tile: that of pixel j and tap t is i = j + t. Those outside are
@@ -86,8 +85,7 @@ NASFAST_INLINE void convolve_tile(const Params& p, const T* image, const Accumul
         }
     }
 #pragma GCC unroll 8
-    for (int j = 0; j < Pixels; ++j)
-        store_as<T, Width>(to + (x + j * p.dilation_w) * p.channels, sum[j]);
+    for (int j = 0; j < Pixels; ++j) store_as<T, Width>(to + (x + j * p.dilation_w) * p.channels, sum[j]);
 }
 
 // output = input * weights [kh, kw, C]; a unit is a row.
@@ -100,11 +98,11 @@ void convolve(const Params& p, const T* input, const Accumulate<T>* weights, T* 
             T* const row = output + unit * p.out_width * p.channels;
             by_vectors<kWidth<A>>(p.channels, [&](auto width, int64_t c) {
                 constexpr int w = decltype(width)::value;
-                by_tiles<kTile<A, w>>(
-                    p.out_width, p.dilation_w, [&](auto pixels, int64_t x) NASFAST_INLINE_LAMBDA {
-                        convolve_tile<decltype(taps)::value, decltype(pixels)::value, w>(
-                            p, image + c, weights + c, unit % p.out_height, x, row + c);
-                    });
+                by_tiles<kTile<A, w>>(p.out_width, p.dilation_w,
+                                      [&](auto pixels, int64_t x) NASFAST_INLINE_LAMBDA {
+                                          convolve_tile<decltype(taps)::value, decltype(pixels)::value, w>(
+                                              p, image + c, weights + c, unit % p.out_height, x, row + c);
+                                      });
             });
         });
     });

@@ -170,7 +170,9 @@ class GlobalAveragePool(nn.Module):
         else:
             y = self.bn(y)
         everywhere = F.relu(y).expand(-1, -1, x.shape[-2], x.shape[-1])
-        return everywhere.contiguous(memory_format=torch.channels_last)  # sums of dense maps are fast
+        return everywhere.contiguous(
+            memory_format=torch.channels_last
+        )  # sums of dense maps are fast
 
 
 class Zero(nn.Module):
