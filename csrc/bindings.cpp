@@ -11,9 +11,9 @@
 #include "common/fields.hpp"
 #include "common/isa.hpp"
 #include "deform_conv2d/deform_conv2d.h"
+#include "depthwise_conv2d/depthwise_conv2d.h"
 #include "feature_cache/bindings_cpu.hpp"
 #include "feature_gather/feature_gather.h"
-#include "depthwise_conv2d/depthwise_conv2d.h"
 #include "mixed_op/mixed_op.h"
 #ifdef NASFAST_CUDA
 #include "common/cuda_device.h"
@@ -25,8 +25,8 @@
 namespace py = pybind11;
 namespace bn = nasfast::batch_norm_relu;
 namespace dc = nasfast::deform_conv2d;
-namespace fg = nasfast::feature_gather;
 namespace dw = nasfast::depthwise_conv2d;
+namespace fg = nasfast::feature_gather;
 namespace mo = nasfast::mixed_op;
 
 namespace {

@@ -2,13 +2,13 @@
 
 from nasfast.ops.batch_norm_relu import batch_norm_relu, batch_norm_relu_reference
 from nasfast.ops.deform_conv2d import DeformConv2d, deform_conv2d, deform_conv2d_reference
+from nasfast.ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_reference
 from nasfast.ops.feature_gather import (
     Field,
     feature_gather,
     feature_gather_reference,
     gather_fields,
 )
-from nasfast.ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_reference
 from nasfast.ops.mixed_op import Branches, mixed_op, mixed_op_reference
 from nasfast.ops.onnx import onnx_translation_table
 
