@@ -7,9 +7,11 @@
 #include <stdexcept>
 #include <string>
 
+#include "batch_norm_relu/batch_norm_relu.h"
 #include "common/fields.hpp"
 #include "common/isa.hpp"
 #include "deform_conv2d/deform_conv2d.h"
+#include "depthwise_conv2d/depthwise_conv2d.h"
 #include "feature_cache/bindings_cpu.hpp"
 #include "feature_gather/feature_gather.h"
 #include "mixed_op/mixed_op.h"
@@ -21,7 +23,9 @@
 #endif
 
 namespace py = pybind11;
+namespace bn = nasfast::batch_norm_relu;
 namespace dc = nasfast::deform_conv2d;
+namespace dw = nasfast::depthwise_conv2d;
 namespace fg = nasfast::feature_gather;
 namespace mo = nasfast::mixed_op;
 
@@ -78,6 +82,10 @@ PYBIND11_MODULE(_C, m) {
     nasfast::isa();  // a processor or setting that cannot work fails the import, with the reason
     m.def("isa_level", [] { return nasfast::isa_name(nasfast::isa()); });
     using nasfast::bfloat16;
+    m.def("batch_norm_relu_forward",
+          cpu_entry<bn::Params, bn::Forward, float, double, bfloat16>(NASFAST_KERNEL(bn, forward)));
+    m.def("batch_norm_relu_backward",
+          cpu_entry<bn::Params, bn::Backward, float, double, bfloat16>(NASFAST_KERNEL(bn, backward)));
     m.def("deform_conv2d_forward",
           cpu_entry<dc::Params, dc::Forward, float, double, bfloat16>(NASFAST_KERNEL(dc, forward)));
     m.def("deform_conv2d_backward",
@@ -86,6 +94,10 @@ PYBIND11_MODULE(_C, m) {
           cpu_entry<fg::Params, fg::Call, float>([](const fg::Params& params, const fg::Pointers& pointers) {
               NASFAST_DISPATCH(fg, forward, params, pointers);
           }));
+    m.def("depthwise_conv2d_forward",
+          cpu_entry<dw::Params, dw::Forward, float, double, bfloat16>(NASFAST_KERNEL(dw, forward)));
+    m.def("depthwise_conv2d_backward",
+          cpu_entry<dw::Params, dw::Backward, float, double, bfloat16>(NASFAST_KERNEL(dw, backward)));
     m.def("mixed_op_forward",
           cpu_entry<mo::Params, mo::Forward, float, double, bfloat16>(NASFAST_KERNEL(mo, forward)));
     m.def("mixed_op_backward",

@@ -14,9 +14,7 @@ P = ParamSpec("P")
 def reports_errors(main: Callable[P, int]) -> Callable[P, int]:
     """Decorate an entry point: an error meant for the user is one line on stderr and status 2.
 
-    Meant for the user is what a ``raise`` statement of nasfast says and what the operating system
-    says of a file; an error out of a library, or of another type, is a defect and keeps its
-    traceback. Ctrl-C gives status 130.
+    Any other is a defect and keeps its traceback. Ctrl-C gives status 130.
     """
 
     @functools.wraps(main)
@@ -26,13 +24,22 @@ def reports_errors(main: Callable[P, int]) -> Callable[P, int]:
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             return 130
-        except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
-            if not isinstance(error, OSError) and not _raised_by_nasfast(error):
+        except Exception as error:
+            if not meant_for_user(error):
                 raise
             print(f"error: {error}", file=sys.stderr)
             return 2
 
     return wrapped
+
+
+def meant_for_user(error: Exception) -> bool:
+    """Whether an error is the user's to read: what a ``raise`` statement of nasfast says, and what
+    the operating system says of a file; not one out of a library, or of another type."""
+    if isinstance(error, OSError):
+        return True
+    ours = isinstance(error, (ValueError, RuntimeError, FloatingPointError))
+    return ours and _raised_by_nasfast(error)
 
 
 class TextConsole(Protocol):

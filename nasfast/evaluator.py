@@ -238,6 +238,15 @@ class SegmentationEvaluator:
         count = len(self._encoder.feature_info)
         return [arrays[f"tap{i}"].to(self.runtime.dtype) for i in range(count)]
 
+    def cost(self, genotype: FastNASGenotype) -> tuple[int, int]:
+        """Parameters and multiply-accumulates of a candidate at `val_size`, without training it."""
+        with torch.random.fork_rng([]):
+            decoder = Decoder(
+                genotype, self._encoder.feature_info, self.task.num_classes, self.decoder
+            )
+        model = Segmenter(self._encoder, decoder)
+        return count_parameters(model), count_macs(model, self.val_size)
+
     def __call__(self, genotype: FastNASGenotype, index: int, gate: float | None) -> Evaluation:
         """Evaluate a candidate.
 

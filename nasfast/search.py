@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -41,6 +41,12 @@ class _Resume:
     """Candidates to evaluate in all, where it should be more than before."""
     device: str | None = None
     """Another device than before."""
+    workers: int | None = None
+    """Another number of candidates in training at a time."""
+    devices: str | None = None
+    """Other devices that the workers share out, such as cuda:0,cuda:1."""
+    engine: Literal["process", "ray"] | None = None
+    """Other workers."""
 
 
 def method_of(name: str) -> Method[Any, Any, Any]:
@@ -61,7 +67,23 @@ def _open_run(argv: Sequence[str]) -> tuple[Study, Method[Any, Any, Any], Search
     method = method_of(study.config.get("method", "segmentation"))
     config = from_mapping(method.search_config, study.config, str(study.path / "config.toml"))
     config = method.continued(config, study.load_checkpoint() or {}, arguments.budget)
-    return study, method, dataclasses.replace(config, device=arguments.device or config.device)
+    given: dict[str, Any] = {
+        name: getattr(arguments, name)
+        for name in ("device", "workers", "devices", "engine")
+        if getattr(arguments, name) is not None
+    }
+    if "device" in given:
+        given.setdefault("devices", None)
+    given["threads"] = int(study.env["identity"]["computation"]["threads"])
+    return study, method, dataclasses.replace(config, **given)
+
+
+def _build(
+    method: Method[Any, Any, Any], config: SearchSettings, interrupt: Interrupt, console: Console
+) -> tuple[Search, SearchSettings]:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    return method.build(config, interrupt, console)
 
 
 def _identity(search: Search) -> dict[str, dict[str, str]]:
@@ -117,14 +139,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             if flag_value(argv, "--resume") is not None:
                 study, method, config = _open_run(argv)
                 stack.enter_context(study)
-                torch.set_num_threads(int(study.env["identity"]["computation"]["threads"]))
-                search, config = method.build(config, interrupt, console)
+                search, config = _build(method, config, interrupt, console)
                 _check_identity(study, search, console)
             else:
                 method = method_of(argv[0] if argv and argv[0][:1] != "-" else "segmentation")
                 config = method.parse_search(argv)
                 # before a run is made: this may refuse
-                search, config = method.build(config, interrupt, console)
+                search, config = _build(method, config, interrupt, console)
                 study = stack.enter_context(_create_run(argv, method.name, config, search))
                 again = ["--resume", str(study.path)]
             say(console, f"run      {study.path}")

@@ -97,6 +97,7 @@ def tiny_search(
         --stage1.crop 32 --stage1.shorter-side 32 --stage1.batch-size 3
         --stage1.polyak-decay 0.5
         --ppo.lr 0.05 --ppo.batch-size 2 --ppo.minibatch-size 2
+        --batch 2 --threads 1 --workers 1
         --cache-dir {tmp_path_factory.mktemp("cache")} --encoder-weights {tiny_weights}
     """
     return [*flags.split(), "--data", str(tiny_data)]

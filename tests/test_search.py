@@ -200,18 +200,23 @@ def test_crash_around_a_record(
     assert outcome(run) == outcome(tiny_run)
 
 
+@pytest.mark.parametrize("budget", [2, 3])  # the end of a batch, and its middle
 def test_a_larger_budget_continues(
-    tiny_search: list[str], tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    budget: int,
+    tiny_search: list[str],
+    tiny_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    argv = [*tiny_search, "--runs", str(tmp_path), "--budget", "2"]
+    argv = [*tiny_search, "--runs", str(tmp_path), "--budget", str(budget)]
     assert search.main(argv) == 0
     (run,) = tmp_path.iterdir()
     first = outcome(run)
-    assert len(first) == 2
-    assert f"python -m nasfast.search --resume {run} --budget 4\n" in capsys.readouterr().out
+    assert len(first) == budget
+    assert f"search --resume {run} --budget {2 * budget}\n" in capsys.readouterr().out
     assert search.main(["--resume", str(run), "--budget", "6"]) == 0
     assert outcome(run) == outcome(tiny_run)
-    assert first == outcome(run)[:2]
+    assert first == outcome(run)[:budget]
 
 
 @pytest.fixture
@@ -366,18 +371,19 @@ def test_what_a_run_leaves(tiny_search: list[str], tiny_run: Path) -> None:
     assert computation["threads"] == "1"
     assert computation["torch"] == torch.__version__
     records = outcome(tiny_run)
-    fresh = [r["evaluation"] for r in records if r["duplicate_of"] is None]
+    fresh = [record for record in records if record["duplicate_of"] is None]
     assert len(fresh) == 6
     assert json.loads((tiny_run / "best.json").read_text())["index"] in range(len(records))
-    rewards: list[float] = []
-    for evaluation in fresh:
+    rewards = {record["index"]: record["evaluation"]["rewards"]["stage0"] for record in fresh}
+    for record in fresh:
+        evaluation, batch = record["evaluation"], record["index"] // 2
         assert evaluation["failure"] is None
-        assert evaluation["gate"] == (statistics.fmean(rewards) if rewards else None)
+        before = [reward for index, reward in rewards.items() if index // 2 < batch]
+        assert evaluation["gate"] == (statistics.fmean(before) if before else None)
         passed = evaluation["gate"] is None or evaluation["rewards"]["stage0"] > evaluation["gate"]
         assert ("stage1" in evaluation["rewards"]) == passed
         assert evaluation["metrics"].keys() == evaluation["rewards"].keys()
-        rewards.append(evaluation["rewards"]["stage0"])
-    assert len(set(rewards)) > 1
+    assert len(set(rewards.values())) > 1
 
 
 def test_random_search_is_one_flag_away(
@@ -434,6 +440,14 @@ def test_a_method_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
         (["--strategy", "genetic"], "genetic"),
         (["--budget", "many"], "many"),
         (["--budget", "0"], "wanted a budget of at least 1 candidate"),
+        (["--workers", "0"], "SearchConfig.workers: wanted a value above"),
+        (["--threads", "0"], "SearchConfig.threads: wanted a value above"),
+        (["--batch", "0"], "SearchConfig.batch: wanted a value above"),
+        (["--engine", "slurm"], "slurm"),
+        (
+            ["--engine", "ray", "--devices", "cuda:0,cuda:1"],
+            "devices: wanted --engine process, as Ray hands out",
+        ),
         (["--stage2.lr", "1"], "--stage2.lr"),
         (["--stage0.samples", "0"], "Stage0Config.samples: wanted a value above 0"),
         (["--stage1.batch-size", "0"], "Stage1Config.batch_size: wanted a value above"),
@@ -457,6 +471,8 @@ def test_usage_errors(
         (["--encoder-weights", "/no/w.pth"], "weights: no file /no/w.pth; give a"),
         (["--encoder-weights", "TOML"], "weights: wanted a .safetensors, .pth or .pt file, got"),
         (["--device", "cuda:99"], "resolve_device: device "),
+        (["--devices", "cpu,gpu"], "resolve_device: device must be 'auto', 'cpu', 'cuda' or"),
+        (["--devices", "cpu,"], "resolve_device: device must be 'auto', 'cpu', 'cuda' or"),
         (["--teacher", "ENCODER"], "segmenter "),
         (["--omit", "3"], "omit: wanted classes from 0 to 2, got 3"),
         (["--name", "a/b"], "name: wanted letters, digits and ._+- (it becomes part of a"),

@@ -31,6 +31,9 @@ class SearchSettings:
     """Decides everything that is drawn."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    threads: int | None = None
+    """Threads that a network is computed with; default: as many as there are cores, or that many
+    shared out among a batch of candidates."""
     name: str | None = None
     """Name of the run; default: that of the data."""
     runs: Path = Path("runs")

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Literal
 
 from rich.console import Console
 
 from nasfast.cli import say
+from nasfast.config import require_positive
 from nasfast.evaluator import derive_seed
+from nasfast.methods.base import SearchSettings
+from nasfast.methods.workers import Builder, Crew, Engine, Evaluator, G, Job, cores
 from nasfast.records import Evaluation, Record
-from nasfast.spaces.base import Genotype, Space
+from nasfast.spaces.base import Space
 from nasfast.strategies import Strategy
 from nasfast.study import Study
 from nasfast.training.loop import Runtime
-
-G = TypeVar("G", bound=Genotype)
-G_in = TypeVar("G_in", bound=Genotype, contravariant=True)
 
 FEEDBACK = "stage0"
 """The stage whose reward the strategy learns from, for every candidate: all have passed it, so it
@@ -29,38 +30,56 @@ _MAX_FAILURES = 5
 _MAX_DUPLICATES = 100
 
 
-class Evaluator(Protocol[G_in]):
-    """Genotype to evaluation: a pure function of genotype, index and its own configuration."""
+@dataclass(frozen=True)
+class SamplingSettings(SearchSettings):
+    """Settings of a search that evaluates sampled candidates."""
+
+    batch: int = 1
+    """Candidates that are asked of the strategy at once and told to it at once, when all are
+    evaluated; their gate is that of the batch's begin. 1 is the published order."""
+    workers: int | None = None
+    """Candidates in training at a time, each in a process of its own; changes no result. Default:
+    as many as the batch has and the cores (on CUDA: the devices) keep busy."""
+    devices: str | None = None
+    """Instead of --device: devices that the workers share out, such as cuda:0,cuda:1."""
+    engine: Literal["process", "ray"] = "process"
+    """process: workers of this machine. ray: actors of the cluster at $RAY_ADDRESS, or of a local
+    one."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("workers", "threads") if getattr(self, name) is not None]
+        require_positive(self, "batch", *given)
+        if self.devices is not None and self.engine == "ray":
+            raise ValueError(
+                "devices: wanted --engine process, as Ray hands out GPUs itself, got ray; give "
+                "--device cuda and --workers"
+            )
 
     @property
-    def seed(self) -> int: ...
+    def places(self) -> str:
+        """Names of the devices, separated by commas."""
+        return self.devices or self.device
 
-    @property
-    def inputs(self) -> Mapping[str, str]:
-        """SHA-256 of everything that was read."""
 
-    @property
-    def runtime(self) -> Runtime: ...
-
-    @property
-    def remedy(self) -> str:
-        """What to change where candidates fail."""
-
-    @property
-    def seconds(self) -> Mapping[str, float]:
-        """Wall time of the preparation, by step."""
-
-    def __call__(self, genotype: G_in, index: int, gate: float | None) -> Evaluation: ...
+def default_threads(batch: int) -> int:
+    """Threads of a candidate such that a batch fills the cores. It decides last digits of results,
+    so it must not depend on the number of workers."""
+    return max(1, cores() // batch)
 
 
 @dataclass(frozen=True)
 class SamplingSearch(Generic[G]):
-    """Candidates one after the other, asked of a strategy until the budget is spent."""
+    """Candidates asked of a strategy, batch by batch, until the budget is spent."""
 
     space: Space[G]
     strategy: Strategy[G]
     evaluator: Evaluator[G]
+    """Of this process."""
+    build: Builder[G]
+    """Makes that of a worker."""
     budget: int
+    batch: int = 1
+    crew: Crew = field(default_factory=Crew)
 
     @property
     def inputs(self) -> Mapping[str, str]:
@@ -72,111 +91,126 @@ class SamplingSearch(Generic[G]):
 
     @property
     def environment(self) -> Mapping[str, object]:
-        return {"feedback": FEEDBACK}
+        return {"feedback": FEEDBACK, "crew": dataclasses.asdict(self.crew)}
 
     @property
     def more(self) -> str:
         return f"--budget {2 * self.budget}"
 
     def run(self, study: Study, console: Console) -> None:
-        """Ask and evaluate from where the study stands to the end."""
-        run(study, self.space, self.strategy, self.evaluator, self.budget, console)
+        """Ask, evaluate, record, tell, until ``budget`` candidates are evaluated.
 
+        After a crash the strategy continues from its checkpoint, the begin of a batch; what is
+        recorded of that batch is not evaluated again. So is a batch that the budget ended in.
 
-def run(
-    study: Study,
-    space: Space[G],
-    strategy: Strategy[G],
-    evaluator: Evaluator[G],
-    budget: int,
-    console: Console,
-) -> None:
-    """Ask, evaluate, record, tell, until ``budget`` candidates are evaluated.
-
-    After a crash the strategy continues from its checkpoint; a record that the checkpoint has not
-    seen is told again, not evaluated again.
-
-    Raises:
-        RuntimeError: the last candidates all failed, or all repeated earlier ones.
-    """
-    checkpoint = study.load_checkpoint()
-    told, encode, controller = 0, evaluator.seconds["encode"], 0.0
-    if checkpoint is not None:
-        told, controller = checkpoint["told"], checkpoint["seconds"]["controller"]
-        encode += checkpoint["seconds"]["encode"]
-        strategy.load_state_dict(checkpoint["strategy"])
-    first = {_key(r.canonical): r for r in reversed(study.records) if r.duplicate_of is None}
-    while told < len(study.records) or _evaluated(study) < budget:
-        start = time.perf_counter()
-        genotype = strategy.ask()
-        controller += time.perf_counter() - start
-        if told < len(study.records):
-            record = study.records[told]
-            if space.from_json(record.genotype) != genotype:
-                raise RuntimeError(
-                    f"{study.path}: record {told} is not what the strategy asked for; the records "
-                    "or the checkpoint were edited, start a new run"
+        Raises:
+            RuntimeError: the last candidates all failed, or all repeated earlier ones.
+        """
+        checkpoint = study.load_checkpoint()
+        told, encode, controller = 0, self.evaluator.seconds["encode"], 0.0
+        if checkpoint is not None:
+            told, controller = checkpoint["told"], checkpoint["seconds"]["controller"]
+            encode += checkpoint["seconds"]["encode"]
+            self.strategy.load_state_dict(checkpoint["strategy"])
+        with self.crew.engine_of(self.evaluator, self.build) as engine:
+            while True:
+                study.save_checkpoint(
+                    {
+                        "told": told,
+                        "strategy": self.strategy.state_dict(),
+                        "seconds": {"encode": encode, "controller": controller},
+                        "budget": self.budget,
+                    }
                 )
-        else:
-            canonical = genotype.canonical().to_json()
-            earlier = first.get(_key(canonical))
-            if earlier:
-                evaluation = earlier.evaluation
-            else:
-                with console.status(f"training candidate {_evaluated(study) + 1} of {budget}"):
-                    evaluation = evaluator(genotype, told, _gate(study))
-            record = Record(
-                index=told,
-                genotype=genotype.to_json(),
-                canonical=canonical,
-                seed=derive_seed(evaluator.seed, told),
-                evaluation=evaluation,
-                duplicate_of=earlier.index if earlier else None,
-                time=datetime.now(UTC).isoformat(timespec="seconds"),
-            )
-            study.append(record)
-            first.setdefault(_key(canonical), record)
-            _print_record(study, record, budget, console)
-        start = time.perf_counter()
-        strategy.tell(genotype, record.evaluation.rewards.get(FEEDBACK))
-        controller += time.perf_counter() - start
-        told += 1
-        study.save_checkpoint(
-            {
-                "told": told,
-                "strategy": strategy.state_dict(),
-                "seconds": {"encode": encode, "controller": controller},
-                "budget": budget,
-            }
-        )
-        _check_progress(study, evaluator.remedy)
+                if told == len(study.records) and _evaluated(study) >= self.budget:
+                    return
+                start = time.perf_counter()
+                asked = [self.strategy.ask() for _ in range(self.batch)]
+                controller += time.perf_counter() - start
+                self._evaluate(study, engine, told, asked, console)
+                if len(study.records) < told + len(asked):
+                    return  # the budget ends in the batch
+                start = time.perf_counter()
+                for genotype, record in zip(asked, study.records[told:]):
+                    self.strategy.tell(genotype, record.evaluation.rewards.get(FEEDBACK))
+                controller += time.perf_counter() - start
+                told += len(asked)
+
+    def _evaluate(
+        self, study: Study, engine: Engine[G], told: int, asked: Sequence[G], console: Console
+    ) -> None:
+        """Record what is not yet recorded of a batch, in order, as far as the budget reaches."""
+        gate = _gate(study.records[:told])
+        first = {_key(r.canonical): r.index for r in reversed(study.records) if not _repeats(r)}
+        spent = _evaluated(study)
+        new: list[Job[G]] = []
+        entries: list[tuple[Job[G], int]] = []  # with the index of its first record
+        for index, genotype in enumerate(asked, told):
+            if index < len(study.records):
+                if self.space.from_json(study.records[index].genotype) != genotype:
+                    raise RuntimeError(
+                        f"{study.path}: record {index} is not what the strategy asked for; the "
+                        "records or the checkpoint were edited, start a new run"
+                    )
+                continue
+            if spent >= self.budget:
+                break
+            job = Job(index, genotype, gate)
+            entries.append((job, first.setdefault(_key(genotype.canonical().to_json()), index)))
+            if entries[-1][1] == index:
+                new.append(job)
+                spent += 1
+        with console.status("") as status:
+
+            def show(running: int) -> None:
+                status.update(f"{running} in training, {_evaluated(study)} of {self.budget} done")
+
+            evaluations = engine.evaluate(new, show)
+            for job, origin in entries:
+                fresh = origin == job.index
+                record = Record(
+                    index=job.index,
+                    genotype=job.genotype.to_json(),
+                    canonical=job.genotype.canonical().to_json(),
+                    seed=derive_seed(self.evaluator.seed, job.index),
+                    evaluation=next(evaluations) if fresh else study.records[origin].evaluation,
+                    duplicate_of=None if fresh else origin,
+                    time=datetime.now(UTC).isoformat(timespec="seconds"),
+                )
+                study.append(record)
+                _print_record(study, record, self.budget, console)
+                _check_progress(study, self.evaluator.remedy)
 
 
 def _key(canonical: dict[str, object]) -> str:
     return repr(sorted(canonical.items()))
 
 
-def _fresh(study: Study) -> list[Evaluation]:
-    return [r.evaluation for r in study.records if r.duplicate_of is None]
+def _repeats(record: Record) -> bool:
+    return record.duplicate_of is not None
+
+
+def _fresh(records: Sequence[Record]) -> list[Evaluation]:
+    return [record.evaluation for record in records if not _repeats(record)]
 
 
 def _evaluated(study: Study) -> int:
-    return len(_fresh(study))
+    return len(_fresh(study.records))
 
 
-def _gate(study: Study) -> float | None:
+def _gate(records: Sequence[Record]) -> float | None:
     """Running mean of the stage-0 rewards so far (section 3.3: a candidate must beat it)."""
-    rewards = [e.rewards[FEEDBACK] for e in _fresh(study) if FEEDBACK in e.rewards]
+    rewards = [e.rewards[FEEDBACK] for e in _fresh(records) if FEEDBACK in e.rewards]
     return statistics.fmean(rewards) if rewards else None
 
 
 def _check_progress(study: Study, remedy: str) -> None:
-    failures = [e.failure for e in _fresh(study)[-_MAX_FAILURES:]]
+    failures = [e.failure for e in _fresh(study.records)[-_MAX_FAILURES:]]
     if len(failures) == _MAX_FAILURES and all(failures):
         raise RuntimeError(
             f"the last {_MAX_FAILURES} candidates failed, the last one: {failures[-1]}; {remedy}"
         )
-    if all(r.duplicate_of is not None for r in study.records[-_MAX_DUPLICATES:]):
+    if all(_repeats(record) for record in study.records[-_MAX_DUPLICATES:]):
         raise RuntimeError(
             f"the last {_MAX_DUPLICATES} architectures repeat earlier ones: the strategy has "
             "converged; take the best one found, or let it explore more (--ppo.ent-coef)"

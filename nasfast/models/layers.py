@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nasfast.ops import batch_norm_relu, depthwise_conv2d
 from nasfast.spaces.fast_nas import PRIMITIVES
 
 
@@ -29,8 +30,9 @@ class Conv2d(nn.Conv2d):
     """Convolution without bias that keeps height and width, safe under bfloat16 on a CPU.
 
     There the weight gradient of a dilated convolution is wrong in torch 2.13 (oneDNN reads memory
-    that nothing wrote; the values differ from run to run) if it is depthwise or its channels are
-    no multiple of 16. Such a convolution runs in float32, which is also the faster way.
+    that nothing wrote; the values differ from run to run) if its channels are no multiple of 16.
+    Such a convolution runs in float32, which is also the faster way. A depthwise one is
+    :func:`nasfast.ops.depthwise_conv2d`.
     """
 
     def __init__(
@@ -46,13 +48,31 @@ class Conv2d(nn.Conv2d):
             bias=False,
         )
         ragged = bool(in_channels % 16 or out_channels % 16)
+        self._depthwise = groups == in_channels == out_channels > 1
         self._float32_on_cpu = dilation > 1 and (groups > 1 or ragged)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._depthwise:
+            padding, dilation = self.padding[0], self.dilation[0]
+            return depthwise_conv2d(x, self.weight, padding, dilation)
         if not (self._float32_on_cpu and x.device.type == "cpu"):
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
             return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+def norm_relu(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """``relu(norm(x))``; in training on a CPU as the one operation :func:`batch_norm_relu`."""
+    if not norm.training or x.device.type != "cpu":
+        return F.relu(norm(x), inplace=True)
+    y, statistics = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
+    pixels = x.numel() // x.shape[1]
+    with torch.no_grad():
+        mean, variance = statistics
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(variance * (pixels / (pixels - 1)), norm.momentum)
+        norm.num_batches_tracked.add_(1)
+    return y
 
 
 class ConvBN(nn.Sequential):
@@ -77,6 +97,10 @@ class ConvBNReLU(nn.Sequential):
             nn.BatchNorm2d(out_channels),
             nn.ReLU(inplace=True),
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, norm, _ = self
+        return norm_relu(conv(x), norm)
 
 
 class SepConv(nn.Sequential):
@@ -104,6 +128,28 @@ class DepthwiseSeparable(nn.Sequential):
         )
 
 
+class _GlobalMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        return x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        share = grad / (ctx.shape[2] * ctx.shape[3])
+        return share.expand(ctx.shape).contiguous(memory_format=torch.channels_last)
+
+
+def global_mean(x: Tensor) -> Tensor:
+    """Mean over the pixels, ``[N, C, H, W]`` to ``[N, C, 1, 1]``.
+
+    ``Tensor.mean`` first copies a bfloat16 map to float32, and its gradient has stride 0, which is
+    slow to add to that of other readers of the map.
+    """
+    result: Tensor = _GlobalMean.apply(x)  # type: ignore[no-untyped-call]
+    return result
+
+
 class GlobalAveragePool(nn.Module):
     """Global mean, 1x1 convolution, BatchNorm, ReLU, back to the input's size.
 
@@ -117,13 +163,16 @@ class GlobalAveragePool(nn.Module):
         self.bn = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x.mean((2, 3), keepdim=True))
+        y = self.conv(global_mean(x))
         if self.training and len(x) == 1:
             bn = self.bn
             y = F.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
         else:
             y = self.bn(y)
-        return F.relu(y).expand(-1, -1, x.shape[-2], x.shape[-1])
+        everywhere = F.relu(y).expand(-1, -1, x.shape[-2], x.shape[-1])
+        return everywhere.contiguous(
+            memory_format=torch.channels_last
+        )  # sums of dense maps are fast
 
 
 class Zero(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nasfast.encoders import FeatureInfo, MobileNetV2, read_weights
 from nasfast.files import atomic_write
-from nasfast.models.layers import ConvBNReLU, build_op, largest, resize
+from nasfast.models.layers import ConvBNReLU, build_op, concatenate, largest, resize
 from nasfast.spaces.fast_nas import Cell, FastNASGenotype, FastNASSpace
 
 FORMAT = "nasfast.segmenter"
@@ -124,7 +124,7 @@ class Decoder(nn.Module):
         collected = [outputs[i] for i in self.collected]
         size = largest(collected)
         # blocks are sums of (resized) ReLUs: the published ReLU behind the concatenation is implied
-        fused = torch.cat([resize(x, size) for x in collected], dim=1)
+        fused = concatenate(*(resize(x, size) for x in collected))
         logits = self.conv_clf(self.pre_clf(fused))
         if not (self.training and self.with_aux):
             return logits, []

@@ -1,6 +1,8 @@
 """Operators: a plain-PyTorch reference beside compiled CPU and CUDA kernels."""
 
+from nasfast.ops.batch_norm_relu import batch_norm_relu, batch_norm_relu_reference
 from nasfast.ops.deform_conv2d import DeformConv2d, deform_conv2d, deform_conv2d_reference
+from nasfast.ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_reference
 from nasfast.ops.feature_gather import (
     Field,
     feature_gather,
@@ -14,8 +16,12 @@ __all__ = [
     "Branches",
     "DeformConv2d",
     "Field",
+    "batch_norm_relu",
+    "batch_norm_relu_reference",
     "deform_conv2d",
     "deform_conv2d_reference",
+    "depthwise_conv2d",
+    "depthwise_conv2d_reference",
     "feature_gather",
     "feature_gather_reference",
     "gather_fields",

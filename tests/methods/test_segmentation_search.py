@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,7 +76,9 @@ def test_crops_fit_the_data(data: Splits, crops: tuple[int, ...], fitted: tuple[
 
 
 def test_presets() -> None:
-    assert parse([]) == dataclasses.replace(PRESETS["demo"], runs=Path("runs").resolve())
+    wanted = dataclasses.replace(PRESETS["demo"], runs=Path("runs").resolve())
+    assert parse(["--threads", "3"]) == dataclasses.replace(wanted, threads=3)
+    assert [preset.batch for preset in PRESETS.values()] == [4, 4, 8]
     assert parse(["--data", "synthetic"]).preset == "demo"
     assert parse(["segmentation", "--data", "somewhere"]).preset == "quick"
     assert parse(["--data=somewhere"]).stage0 == PRESETS["quick"].stage0
@@ -90,6 +93,18 @@ def test_flags_override_the_preset() -> None:
     demo = PRESETS["demo"]
     assert config.stage1 == dataclasses.replace(demo.stage1, encoder_lr=0.5)
     assert config.stage0 == demo.stage0
+
+
+@pytest.mark.parametrize(
+    ("cores", "batch", "threads"), [(2, 4, 1), (16, 4, 4), (10, 4, 2), (3, 1, 3)]
+)
+def test_threads_follow_cores_and_batch(
+    monkeypatch: pytest.MonkeyPatch, cores: int, batch: int, threads: int
+) -> None:
+    """Not the number of workers, which must not change a result."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    for workers in ("1", "2"):
+        assert parse(["--batch", str(batch), "--workers", workers]).threads == threads
 
 
 def test_paths_are_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

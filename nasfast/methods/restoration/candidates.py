@@ -101,17 +101,25 @@ class RestorationEvaluator:
             "validation images": data.val.fingerprint(),
         }
 
+    def cost(self, genotype: IRNASGenotype) -> tuple[int, int]:
+        """Parameters and multiply-accumulates of a candidate, without training it."""
+        with torch.device("meta"):
+            return self._cost(
+                Restorer(genotype, self._network, self._data.channels, self._task.scale)
+            )
+
+    def _cost(self, model: Restorer) -> tuple[int, int]:
+        height, width = (side // self._task.scale for side in self._data.val.sizes[0])
+        macs = count_macs(model, (height, width), channels=self._data.channels)
+        return count_parameters(model), macs
+
     def __call__(self, genotype: IRNASGenotype, index: int, gate: float | None) -> Evaluation:
         """Evaluate a candidate; there is one stage and no gate. A loss that is not finite is told
         in ``failure``."""
         task, val, channels = self._task, self._data.val, self._data.channels
         torch.manual_seed(derive_seed(self.seed, index))
         model = Restorer(genotype, self._network, channels, task.scale)
-        height, width = (side // task.scale for side in val.sizes[0])
-        params, macs = (
-            count_parameters(model),
-            count_macs(model, (height, width), channels=channels),
-        )
+        params, macs = self._cost(model)
         self.runtime.place(model)
         fitting = Fitting(
             model,

@@ -9,6 +9,7 @@ run. (IR-NAS, CVPR 2020)
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import field
@@ -21,11 +22,9 @@ from rich.console import Console
 
 from nasfast.cli import flag_value, say
 from nasfast.config import require_positive
-from nasfast.data.restoration import open_images
-from nasfast.device import resolve_device
+from nasfast.data.restoration import RestorationData, open_images
 from nasfast.evaluator import derive_seed
 from nasfast.interrupt import Interrupt
-from nasfast.methods.base import SearchSettings
 from nasfast.methods.restoration.candidates import (
     RestorationEvaluator,
     SizeClass,
@@ -39,7 +38,8 @@ from nasfast.methods.restoration.supernet import (
     WeightsConfig,
 )
 from nasfast.methods.restoration.train import Recipe
-from nasfast.methods.sampling import SamplingSearch
+from nasfast.methods.sampling import SamplingSearch, SamplingSettings, default_threads
+from nasfast.methods.workers import Crew
 from nasfast.models.restorer import RestorerConfig
 from nasfast.models.supernet import Supernet, SupernetConfig
 from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
@@ -52,7 +52,7 @@ from nasfast.training.loop import Runtime
 
 
 @dataclasses.dataclass(frozen=True)
-class SearchConfig(SearchSettings):
+class SearchConfig(SamplingSettings):
     """Settings of a search; a preset gives the defaults."""
 
     method: Annotated[Literal["restoration"], tyro.conf.Positional] = "restoration"
@@ -86,6 +86,7 @@ class SearchConfig(SearchSettings):
     """Training of each of them."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive(self, "budget")
         parse_range(self.params)
         if self.params is not None and self.strategy != "random":
@@ -93,11 +94,19 @@ class SearchConfig(SearchSettings):
                 f"params: wanted --strategy random, which samples, got {self.strategy}; a search "
                 "by gradient is not held to a size"
             )
+        if (self.workers, self.devices, self.engine) != (None, None, "process") and (
+            self.strategy != "random"
+        ):
+            raise ValueError(
+                "workers, devices, engine: wanted --strategy random, which samples, got "
+                f"{self.strategy}; a search by gradient trains one supernet"
+            )
 
 
 PRESETS = {
     "demo": SearchConfig(
         preset="demo",
+        batch=4,
         bilevel=BilevelConfig(
             epochs=12,
             warmup=3,
@@ -116,6 +125,7 @@ PRESETS = {
     ),
     "quick": SearchConfig(
         preset="quick",
+        batch=4,
         bilevel=BilevelConfig(
             epochs=24,
             warmup=8,
@@ -131,7 +141,7 @@ PRESETS = {
         recipe=Recipe(steps=300),
         temperature=Temperature(steps=250),
     ),
-    "paper": SearchConfig(preset="paper", recipe=Recipe(steps=20_000)),
+    "paper": SearchConfig(preset="paper", batch=4, recipe=Recipe(steps=20_000)),
 }
 
 
@@ -143,9 +153,12 @@ def parse(argv: Sequence[str]) -> SearchConfig:
     config = parse_with_task(
         SearchConfig, argv, prog="nasfast.search", description=__doc__, default=PRESETS[preset]
     )
-    data = config.data
+    data, threads = config.data, config.threads
+    if config.strategy == "random":
+        threads = threads or default_threads(config.batch)
     return dataclasses.replace(
         config,
+        threads=threads,
         data=data if data == "synthetic" else str(Path(data).expanduser().resolve()),
         runs=config.runs.expanduser().resolve(),
     )
@@ -173,7 +186,14 @@ def build(
     config: SearchConfig, interrupt: Interrupt, console: Console
 ) -> tuple[SupernetSearch | SamplingSearch[IRNASGenotype], SearchConfig]:
     """Open the images and make the supernet."""
-    runtime = Runtime(resolve_device(config.device), interrupt.check)
+    crew = Crew.of(
+        workers=config.workers if config.strategy == "random" else 1,
+        devices=config.places,
+        threads=torch.get_num_threads(),
+        engine=config.engine,
+        batch=config.batch,
+    )
+    runtime = Runtime(torch.device(crew.devices[0]), interrupt.check)
     task = task_from_json(config.task)
     data = open_images(config.data, config.channels)
     space = IRNASSpace(config.supernet.layers, config.supernet.nodes)
@@ -183,7 +203,7 @@ def build(
         f"task     {task.label}\n"
         f"data     {data.train.name}: {len(halves[0])} images for the weights, {len(halves[1])} "
         f"for the architecture, {len(data.val)} to score\n"
-        f"device   {runtime.device}, {torch.get_num_threads()} threads, {runtime.precision}\n"
+        f"device   {crew}, {runtime.precision}\n"
         f"space    {space.size():.2e} networks; strategy {config.strategy}",
     )
     if config.strategy == "random":
@@ -192,11 +212,16 @@ def build(
             space.layers, space.nodes, low, high, config.network, config.channels, task.scale
         )
         sizes.sample(random.Random(config.seed))  # refuses an empty class before a run is made
-        evaluator = RestorationEvaluator(
-            task, data, config.network, config.recipe, runtime, seed=config.seed
+        search = SamplingSearch(
+            sizes,
+            RandomSearch(sizes, config.seed),
+            _evaluator(config, data, runtime),
+            functools.partial(evaluator_on, config),
+            config.budget,
+            config.batch,
+            crew,
         )
-        strategy = RandomSearch(sizes, config.seed)
-        return SamplingSearch(sizes, strategy, evaluator, config.budget), config
+        return search, config
     torch.manual_seed(derive_seed(config.seed, "supernet"))
     model = Supernet(config.supernet, config.channels, task.scale)
     architecture = sum(p.numel() for p in model.architecture())
@@ -205,7 +230,7 @@ def build(
         f"supernet {count_parameters(model) - architecture:,} weights, {architecture} architecture "
         "parameters",
     )
-    search = SupernetSearch(
+    return SupernetSearch(
         task,
         halves,
         data.val,
@@ -217,5 +242,20 @@ def build(
         config.bilevel,
         runtime,
         seed=config.seed,
+    ), config
+
+
+def evaluator_on(config: SearchConfig, device: str) -> RestorationEvaluator:
+    """A worker's evaluator."""
+    return _evaluator(
+        config, open_images(config.data, config.channels), Runtime(torch.device(device))
     )
-    return search, config
+
+
+def _evaluator(
+    config: SearchConfig, data: RestorationData, runtime: Runtime
+) -> RestorationEvaluator:
+    task = task_from_json(config.task)
+    return RestorationEvaluator(
+        task, data, config.network, config.recipe, runtime, seed=config.seed
+    )

@@ -7,6 +7,7 @@ generated street scenes. ``--resume RUN [--budget N]`` continues a run. (Fast NA
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -19,12 +20,11 @@ from nasfast.cache import default_directory
 from nasfast.cli import flag_value, say
 from nasfast.config import require_positive
 from nasfast.data import Splits, load_splits, shorter_side
-from nasfast.device import resolve_device
-from nasfast.encoders import load_encoder
+from nasfast.encoders import MobileNetV2, load_encoder
 from nasfast.evaluator import SegmentationEvaluator, Stage0Config, Stage1Config
 from nasfast.interrupt import Interrupt
-from nasfast.methods.base import SearchSettings
-from nasfast.methods.sampling import SamplingSearch
+from nasfast.methods.sampling import SamplingSearch, SamplingSettings, default_threads
+from nasfast.methods.workers import Crew
 from nasfast.models.segmenter import DecoderConfig, load_teacher
 from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
 from nasfast.strategies import PPOConfig, make_strategy
@@ -35,7 +35,7 @@ StageConfig = TypeVar("StageConfig", Stage0Config, Stage1Config)
 
 
 @dataclasses.dataclass(frozen=True)
-class SearchConfig(SearchSettings):
+class SearchConfig(SamplingSettings):
     """Settings of a search; a preset gives the defaults."""
 
     method: Annotated[Literal["segmentation"], tyro.conf.Positional] = "segmentation"
@@ -70,6 +70,7 @@ class SearchConfig(SearchSettings):
     """The controller."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.budget < 1:
             raise ValueError(f"search: wanted a budget of at least 1 candidate, got {self.budget}")
         require_positive(self.decoder, "agg_size", "sep_repeats")
@@ -81,6 +82,7 @@ class SearchConfig(SearchSettings):
 PRESETS = {
     "demo": SearchConfig(
         preset="demo",
+        batch=PPOConfig.short_budget().batch_size,
         budget=8,
         decoder=DecoderConfig(agg_size=32),
         stage0=Stage0Config(samples=384, crop=96, shorter_side=96, epochs=3, batch_size=16),
@@ -89,13 +91,14 @@ PRESETS = {
     ),
     "quick": SearchConfig(
         preset="quick",
+        batch=PPOConfig.short_budget().batch_size,
         budget=24,
         decoder=DecoderConfig(agg_size=32),
         stage0=Stage0Config(samples=320, crop=160, shorter_side=240, epochs=4, batch_size=16),
         stage1=Stage1Config(crop=224, shorter_side=260, batch_size=16, polyak_decay=0.9),
         ppo=PPOConfig.short_budget(),
     ),
-    "paper": SearchConfig(preset="paper", budget=2000, val_crop=400),
+    "paper": SearchConfig(preset="paper", batch=8, budget=2000, val_crop=400),
 }
 
 
@@ -114,7 +117,8 @@ def parse(argv: Sequence[str]) -> SearchConfig:
     }
     if config.data != "synthetic":
         paths["data"] = str(Path(config.data).expanduser().resolve())
-    return dataclasses.replace(config, **paths)
+    threads = config.threads or default_threads(config.batch)
+    return dataclasses.replace(config, threads=threads, **paths)
 
 
 def fit_to_data(config: SearchConfig, splits: Splits, console: Console) -> SearchConfig:
@@ -150,24 +154,49 @@ def build(
     config: SearchConfig, interrupt: Interrupt, console: Console
 ) -> tuple[SamplingSearch[FastNASGenotype], SearchConfig]:
     """Open data, encoder and teacher and fill the feature cache; the settings fit the data then."""
-    runtime = Runtime(resolve_device(config.device), interrupt.check)
+    crew = Crew.of(
+        workers=config.workers,
+        devices=config.places,
+        threads=torch.get_num_threads(),
+        engine=config.engine,
+        batch=config.batch,
+    )
+    runtime = Runtime(torch.device(crew.devices[0]), interrupt.check)
     splits = load_splits(config.data, seed=config.seed)
     config = fit_to_data(config, splits, console)
-    task = SegmentationTask(splits, config.omit)
     encoder = load_encoder(config.encoder_weights)
+    classes = SegmentationTask(splits, config.omit).num_classes
     say(
         console,
         f"data     {splits.train.name}: {len(splits.search_train)} frames to train candidates, "
-        f"{len(splits.search_val)} to score them, {task.num_classes} classes\n"
+        f"{len(splits.search_val)} to score them, {classes} classes\n"
         f"encoder  {encoder.name} x{encoder.width:g}, "
         f"{config.encoder_weights or 'packaged weights (trained on generated scenes)'}\n"
-        f"device   {runtime.device}, {torch.get_num_threads()} threads, "
-        f"{runtime.precision}\n"
+        f"device   {crew}, {runtime.precision}\n"
         f"space    {FastNASSpace().size():.2e} decoders; strategy {config.strategy}, "
         f"{config.budget} candidates",
     )
-    evaluator = SegmentationEvaluator(
-        task,
+    evaluator = _evaluator(config, splits, encoder, runtime)
+    console.print(f"features of the frozen encoder ready in {evaluator.seconds['encode']:.1f} s")
+    space = FastNASSpace()
+    strategy = make_strategy(config.strategy, space, config.seed, config.ppo)
+    worker = functools.partial(evaluator_on, config)
+    search = SamplingSearch(space, strategy, evaluator, worker, config.budget, config.batch, crew)
+    return search, config
+
+
+def evaluator_on(config: SearchConfig, device: str) -> SegmentationEvaluator:
+    """A worker's evaluator, from settings that fit the data."""
+    splits = load_splits(config.data, seed=config.seed)
+    encoder = load_encoder(config.encoder_weights)
+    return _evaluator(config, splits, encoder, Runtime(torch.device(device)))
+
+
+def _evaluator(
+    config: SearchConfig, splits: Splits, encoder: MobileNetV2, runtime: Runtime
+) -> SegmentationEvaluator:
+    return SegmentationEvaluator(
+        SegmentationTask(splits, config.omit),
         encoder,
         config.decoder,
         config.stage0,
@@ -178,10 +207,6 @@ def build(
         val_crop=config.val_crop,
         teacher=load_teacher(config.teacher, splits.train.classes) if config.teacher else None,
     )
-    console.print(f"features of the frozen encoder ready in {evaluator.seconds['encode']:.1f} s")
-    space = FastNASSpace()
-    strategy = make_strategy(config.strategy, space, config.seed, config.ppo)
-    return SamplingSearch(space, strategy, evaluator, config.budget), config
 
 
 def continued(

@@ -1,0 +1,52 @@
+// Batch normalisation in training, and the ReLU behind it. Maps are channels last.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.hpp"
+#include "common/isa.hpp"
+
+namespace nasfast::batch_norm_relu {
+
+// Fields in the order of nasfast.ops.batch_norm_relu.Sizes.
+struct Params {
+    int64_t pixels, channels;  // pixels of the whole batch
+    double eps;
+};
+
+template <class T>
+struct Forward {
+    using A = Accumulate<T>;
+    const T* input;   // [pixels, C]
+    const A* weight;  // [C]
+    const A* bias;    // [C]
+    T* output;        // [pixels, C]
+    A* statistics;    // [2, C]: mean, biased variance
+};
+
+template <class T>
+struct Backward {
+    using A = Accumulate<T>;
+    const T* grad;        // [pixels, C]
+    const T* input;       // [pixels, C]
+    const A* weight;      // [C]
+    const A* bias;        // [C]
+    const A* statistics;  // [2, C]
+    T* grad_input;        // [pixels, C]
+    A* grad_weight;       // [C]
+    A* grad_bias;         // [C]
+};
+
+NASFAST_PER_ISA(                                            //
+    void forward(const Params&, const Forward<float>&);     //
+    void forward(const Params&, const Forward<double>&);    //
+    void forward(const Params&, const Forward<bfloat16>&);  //
+    void backward(const Params&, const Backward<float>&);   //
+    void backward(const Params&, const Backward<double>&);  //
+    void backward(const Params&, const Backward<bfloat16>&);)
+
+NASFAST_PER_BF16_ISA(                                       //
+    void forward(const Params&, const Forward<bfloat16>&);  //
+    void backward(const Params&, const Backward<bfloat16>&);)
+
+}  // namespace nasfast::batch_norm_relu

@@ -1,0 +1,111 @@
+"""How many workers there are, where they run, and what runs them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Generic, Literal
+
+from nasfast.device import resolve_device
+from nasfast.methods.workers.actors import RayPool
+from nasfast.methods.workers.base import Builder, Engine, Evaluator, G, Job, Pool
+from nasfast.methods.workers.dispatch import Dispatcher
+from nasfast.methods.workers.processes import ProcessPool, start_server
+from nasfast.records import Evaluation
+
+
+def cores() -> int:
+    """Logical processors that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The workers of a search. Nothing here changes what candidates score."""
+
+    workers: int = 1
+    """One and processes: candidates are evaluated in this process."""
+    devices: tuple[str, ...] = ("cpu",)
+    """Of one kind. Worker i takes the i-th, and so on in turns; so does this process the first."""
+    threads: int = 1
+    """That each computes with."""
+    engine: Literal["process", "ray"] = "process"
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        workers: int | None,
+        devices: str,
+        threads: int,
+        engine: Literal["process", "ray"],
+        batch: int,
+    ) -> Crew:
+        """The crew of a search's settings.
+
+        Args:
+            workers: how many; None for as many as the cores, or on CUDA the devices, keep busy. A
+                GPU runs the kernels of several processes in turns, and each needs memory of its
+                own for context and features: more than one to a device is the user's choice.
+            devices: names, separated by commas.
+            threads: of each worker.
+            engine: "process", or "ray".
+            batch: candidates between updates, more than which are never in training.
+
+        Raises:
+            ValueError: no such device, devices of two kinds, or Ray is not installed.
+        """
+        names = tuple(str(resolve_device(name)) for name in devices.split(","))
+        kinds = sorted({name.partition(":")[0] for name in names})
+        if len(kinds) > 1:
+            raise ValueError(
+                f"devices: wanted devices of one kind, got {devices}; rewards differ between kinds"
+            )
+        if engine == "ray" and importlib.util.find_spec("ray") is None:
+            raise ValueError(
+                "engine: wanted one that is installed, got ray; "
+                "pip install 'nasfast[distributed]', or leave --engine out"
+            )
+        fitting = len(names) if kinds == ["cuda"] else max(1, cores() // threads)
+        crew = cls(workers or min(batch, fitting), names, threads, engine)
+        if crew.workers > 1 and engine == "process":
+            start_server()  # it imports while the search opens its data
+        return crew
+
+    def __str__(self) -> str:
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        workers = f"{self.workers} workers of " if self.workers > 1 else ""
+        return f"{', '.join(self.devices)}, {workers}{threads}"
+
+    @contextmanager
+    def engine_of(self, evaluator: Evaluator[G], build: Builder[G]) -> Iterator[Engine[G]]:
+        """Workers at work; killed at the end of the ``with`` block."""
+        if self.engine == "process" and self.workers == 1:
+            yield _InProcess(evaluator)
+            return
+        pool = self._pool(build)
+        try:
+            yield Dispatcher(pool, self.workers, evaluator)
+        finally:
+            pool.close()
+
+    def _pool(self, build: Builder[G]) -> Pool[G]:
+        if self.engine == "ray":
+            kind = self.devices[0].partition(":")[0]
+            return RayPool(build, kind, self.threads, self.workers)
+        return ProcessPool(build, self.devices, self.threads)
+
+
+class _InProcess(Generic[G]):
+    def __init__(self, evaluator: Evaluator[G]) -> None:
+        self._evaluator = evaluator
+
+    def evaluate(
+        self, jobs: Sequence[Job[G]], progress: Callable[[int], None]
+    ) -> Iterator[Evaluation]:
+        for job in jobs:
+            progress(1)
+            yield self._evaluator(job.genotype, job.index, job.gate)

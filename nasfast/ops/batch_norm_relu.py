@@ -1,0 +1,245 @@
+"""Batch normalisation in training, and the ReLU behind it, as one operation.
+
+PyTorch writes what lies between the two, and reads maps thirteen times for forward and backward; this
+reads them eight times and keeps the input alone. The public function comes first, then the reference,
+the checks, and the registration with ``torch.library``. There is a kernel for the CPU; on CUDA the
+reference runs, whose normalisation is cuDNN's.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nasfast.ops import _native
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def batch_norm_relu(
+    input: Tensor,  # [N, C, H, W]
+    weight: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:  # [N, C, H, W] in the memory format of input, [2, C]
+    """ReLU of the input normalised by its own statistics, and those: mean and biased variance.
+
+    The statistics take no gradient; they are for running averages. Weight and bias are float32
+    beside a half-precision input, else of its dtype, as for ``F.batch_norm``. Results are the same
+    for any number of threads. Channels last is the native memory format; other maps are copied into
+    it.
+
+    Raises:
+        ValueError: tensors that do not fit together, or a batch of one pixel, which has no variance.
+    """
+    arguments = input, weight, bias, float(eps)
+    if _native.is_eager("batch_norm_relu", input, weight, bias):
+        if torch.is_grad_enabled():
+            output, statistics = BatchNormReLUFunction.apply(*arguments)  # type: ignore[no-untyped-call]
+            return output, statistics
+        return _kernel(*arguments)
+    if _native.is_differentiated_forward():
+        return batch_norm_relu_reference(*arguments)
+    output, statistics = torch.ops.nasfast.batch_norm_relu.default(*arguments)
+    return output, statistics
+
+
+def batch_norm_relu_reference(
+    input: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """:func:`batch_norm_relu` in plain PyTorch: any device and float dtype."""
+    pixels = _check(input, weight, bias, eps).pixels
+    mean, variance = torch.zeros_like(weight).detach(), torch.ones_like(weight).detach()
+    # a running average of momentum 1 is the batch's own
+    normal = F.batch_norm(input, mean, variance, weight, bias, True, momentum=1.0, eps=eps)
+    statistics = torch.stack([mean, variance * ((pixels - 1) / pixels)])
+    return F.relu(normal).contiguous(memory_format=_layout(input)), statistics
+
+
+class Sizes(NamedTuple):
+    """``Params`` in csrc/batch_norm_relu/batch_norm_relu.h."""
+
+    pixels: int
+    channels: int
+    eps: int
+    """The bits of a double."""
+
+
+def _wrong(argument: str, wanted: str, got: object, remedy: str) -> ValueError:
+    return ValueError(f"batch_norm_relu: {argument} must be {wanted}, got {got}; {remedy}")
+
+
+def _check(
+    input: Tensor, weight: Tensor, bias: Tensor, eps: float, grad: Tensor | None = None
+) -> Sizes:
+    """Sizes of a call whose tensors fit together."""
+    if input.dtype not in (torch.float32, torch.float64, *_HALF):
+        raise _wrong("input", "of a float dtype", input.dtype, "convert it with input.float()")
+    if input.dim() != 4:
+        shape, remedy = tuple(input.shape), "reshape it (a single image is a batch of 1)"
+        raise _wrong("input", "of 4 dimensions", f"shape {shape}", remedy)
+    batch, channels, height, width = input.shape
+    pixels = batch * height * width
+    if pixels < 2 or channels == 0:
+        raise _wrong(
+            "input",
+            "of at least 2 pixels a channel",
+            f"shape {tuple(input.shape)}",
+            "a single one has no variance: normalise it with running statistics",
+        )
+    sums = _native.accumulate(input.dtype)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor.shape != (channels,):
+            remedy = "it has one value per channel of input"
+            raise _wrong(name, f"of shape {(channels,)}", tuple(tensor.shape), remedy)
+        if tensor.dtype != sums:
+            wanted = f"{sums} beside an input of {input.dtype}"
+            raise _wrong(name, wanted, tensor.dtype, f"convert it with {name}.to({sums})")
+        if tensor.device != input.device:
+            wanted = f"on the device of input, {input.device}"
+            raise _wrong(name, wanted, tensor.device, f"move it with {name}.to(input.device)")
+    if grad is not None and (grad.shape, grad.dtype) != (input.shape, input.dtype):
+        wanted = f"like input, {input.dtype} of shape {tuple(input.shape)}"
+        raise _wrong("grad", wanted, f"{grad.dtype} of shape {tuple(grad.shape)}", "convert it")
+    if eps < 0:
+        raise _wrong("eps", "at least 0", eps, "change it")
+    return Sizes(pixels, channels, int(struct.unpack("q", struct.pack("d", eps))[0]))
+
+
+def _layout(tensor: Tensor) -> torch.memory_format:
+    if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def _map(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _kernel(input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    sizes = _check(input, weight, bias, eps)
+    entry, dtype = "batch_norm_relu_forward", _native.storage(input)
+    x, w, b = _map(input, dtype), weight.contiguous(), bias.contiguous()
+    y = torch.empty_like(x)
+    statistics = w.new_empty(2, sizes.channels)
+    for kind, layout, tensor in (
+        (dtype, "map", x),
+        (w.dtype, "dense", w),
+        (w.dtype, "dense", b),
+        (dtype, "map", y),
+    ):
+        _native.check(entry, x, kind, layout, tensor)
+    _native.call(entry, dtype, sizes, (x, w, b, y, statistics))
+    return y.to(input.dtype).contiguous(memory_format=_layout(input)), statistics
+
+
+def _kernel_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = _check(input, weight, bias, eps, grad)
+    entry, dtype = "batch_norm_relu_backward", _native.storage(input)
+    dy, x = _map(grad, dtype), _map(input, dtype)
+    vectors = w, b, s = weight.contiguous(), bias.contiguous(), statistics.contiguous()
+    dx, dw, db = torch.empty_like(x), torch.empty_like(w), torch.empty_like(b)
+    for tensor in (dy, x, dx):
+        _native.check(entry, x, dtype, "map", tensor)
+    for tensor in vectors:
+        _native.check(entry, x, w.dtype, "dense", tensor)
+    _native.call(entry, dtype, sizes, (dy, x, w, b, s, dx, dw, db))
+    return dx.to(input.dtype).contiguous(memory_format=_layout(input)), dw, db
+
+
+def _fake(input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    _check(input, weight, bias, eps)
+    output = torch.empty_like(input, memory_format=_layout(input))
+    return output, weight.new_empty(2, len(weight))
+
+
+def _fake_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(input, weight, bias, eps, grad)
+    output = torch.empty_like(input, memory_format=_layout(input))
+    return output, torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    input, weight, bias, ctx.eps = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(input, weight, bias, output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    plain = _native.is_eager("batch_norm_relu", grad, *tensors)
+    eager = plain and not torch.is_grad_enabled()
+    op: Any = _kernel_backward if eager else torch.ops.nasfast.batch_norm_relu_backward.default
+    return *op(grad, *tensors, ctx.eps), None
+
+
+class BatchNormReLUFunction(torch.autograd.Function):
+    """What autograd does with the registered op, without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _kernel(*inputs)
+        _setup(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, statistics, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _double_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    """Second derivatives, rarely needed, by differentiating the reference twice."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # views, so that differentiation stops here and not in the graph that made the tensors
+        grad, *sources = (
+            t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+            for t in ctx.saved_tensors
+        )
+        output, _ = batch_norm_relu_reference(*sources, ctx.eps)
+        gradients = torch.autograd.grad(output, sources, grad, create_graph=True)
+        second = torch.autograd.grad(
+            gradients, (grad, *sources), cotangents, create_graph=create_graph, allow_unused=True
+        )
+    return *second, None, None
+
+
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+_library: Any = torch.library.Library("nasfast", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(
+    "batch_norm_relu(Tensor input, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+_library.define(
+    "batch_norm_relu_backward(Tensor grad, Tensor input, Tensor weight, Tensor bias, "
+    "Tensor statistics, float eps) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+for _name, _fake_kernel, _save, _differentiate in (
+    ("batch_norm_relu", _fake, _setup, _backward),
+    ("batch_norm_relu_backward", _fake_backward, _setup_backward, _double_backward),
+):
+    torch.library.register_fake(f"nasfast::{_name}", _fake_kernel, lib=_library)
+    torch.library.register_autograd(
+        f"nasfast::{_name}", _differentiate, setup_context=_save, lib=_library
+    )
+for _device in ("CPU", "CUDA"):
+    if _device == "CPU" and _native.has_kernel("batch_norm_relu", "cpu"):
+        _library.impl("batch_norm_relu", _kernel, _device)
+        _library.impl("batch_norm_relu_backward", _kernel_backward, _device)
+    else:  # PyTorch differentiates the reference
+        if _device == "CUDA":
+            _native.LEGS.setdefault("batch_norm_relu", {})["cuda"] = "cuDNN and a ReLU"
+        _library.impl("batch_norm_relu", batch_norm_relu_reference, _device)
+        _library.impl("batch_norm_relu", batch_norm_relu_reference, f"Autograd{_device}")

@@ -1,0 +1,318 @@
+"""Depthwise convolution: one kernel for each channel, stride 1, any padding and dilation.
+
+The public function comes first, then the reference, the checks, and the registration with
+``torch.library``. There is a kernel for the CPU; on CUDA the reference runs, which is cuDNN's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from nasfast.ops import _native
+
+_HALF = (torch.bfloat16, torch.float16)
+Ints = int | Sequence[int]
+Pair = tuple[int, int]
+
+
+def depthwise_conv2d(
+    input: Tensor,  # [N, C, H, W]
+    weight: Tensor,  # [C, 1, kh, kw]
+    padding: Ints = 0,
+    dilation: Ints = 1,
+) -> Tensor:  # [N, C, Ho, Wo], in the memory format of input
+    """Convolution of every channel with a kernel of its own; outside the image the input is zero.
+
+    Both tensors have one dtype; sums are in float32, or float64 for float64. Autocast casts both.
+    Results are the same for any number of threads. Channels last is the native memory format;
+    other maps are copied into it.
+
+    Raises:
+        ValueError: tensors that do not fit together, with what was wanted and what came.
+    """
+    padding, dilation = _pair("padding", padding), _pair("dilation", dilation)
+    arguments = input, weight, padding, dilation
+    output: Tensor
+    if _native.is_eager("depthwise_conv2d", input, weight):
+        if torch.is_grad_enabled():
+            output = DepthwiseConv2dFunction.apply(*arguments)  # type: ignore[no-untyped-call]
+        else:
+            output = _kernel(*arguments)
+    elif _native.is_differentiated_forward():
+        output = depthwise_conv2d_reference(*arguments)
+    else:
+        output = torch.ops.nasfast.depthwise_conv2d.default(*arguments)
+    return output
+
+
+def depthwise_conv2d_reference(
+    input: Tensor, weight: Tensor, padding: Ints = 0, dilation: Ints = 1
+) -> Tensor:
+    """:func:`depthwise_conv2d` in plain PyTorch: any device and float dtype."""
+    padding, dilation = _pair("padding", padding), _pair("dilation", dilation)
+    _check(input, weight, padding, dilation)
+    dtype, layout = input.dtype, _layout(input)
+    if dtype in _HALF and input.device.type == "cpu":
+        # torch 2.13 gets weight gradients of dilated ones wrong in bfloat16
+        input, weight = input.float(), weight.float()
+    output = F.conv2d(input, weight, None, 1, padding, dilation, groups=input.shape[1])
+    return output.to(dtype).contiguous(memory_format=layout)
+
+
+class Geometry(NamedTuple):
+    """Sizes of one call: ``Params`` in csrc/depthwise_conv2d/depthwise_conv2d.h."""
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    out_height: int
+    out_width: int
+    kernel_h: int
+    kernel_w: int
+    pad_h: int
+    pad_w: int
+    dilation_h: int
+    dilation_w: int
+
+
+def _wrong(argument: str, wanted: str, got: object, remedy: str) -> ValueError:
+    return ValueError(f"depthwise_conv2d: {argument} must be {wanted}, got {got}; {remedy}")
+
+
+def _pair(argument: str, value: Ints) -> Pair:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2:
+        raise _wrong(argument, "one integer or two (vertical, horizontal)", value, "pass two")
+    return pair
+
+
+def _check(
+    input: Tensor, weight: Tensor, padding: Pair, dilation: Pair, grad: Tensor | None = None
+) -> Geometry:
+    """Sizes of a call whose tensors fit together."""
+    if input.dtype not in (torch.float32, torch.float64, *_HALF):
+        raise _wrong("input", "of a float dtype", input.dtype, "convert it with input.float()")
+    for name, tensor in (("input", input), ("weight", weight), ("grad", grad)):
+        if tensor is None:
+            continue
+        if tensor.dim() != 4:
+            shape, remedy = tuple(tensor.shape), "reshape it (a single image is a batch of 1)"
+            raise _wrong(name, "of 4 dimensions", f"shape {shape}", remedy)
+        if tensor.dtype != input.dtype:
+            wanted = f"of the dtype of input, {input.dtype}"
+            raise _wrong(name, wanted, tensor.dtype, f"convert it with {name}.to(input.dtype)")
+        if tensor.device != input.device:
+            wanted = f"on the device of input, {input.device}"
+            raise _wrong(name, wanted, tensor.device, f"move it with {name}.to(input.device)")
+    for name, values, least in (("padding", padding, 0), ("dilation", dilation, 1)):
+        if min(values) < least:
+            raise _wrong(name, f"at least {least}", tuple(values), "change it")
+    batch, channels, height, width = input.shape
+    if height == 0 or width == 0 or channels == 0:
+        shape = tuple(input.shape)
+        raise _wrong("input", "of sizes above 0", f"shape {shape}", "pass an image")
+    kernel_h, kernel_w = weight.shape[2:]
+    if weight.shape[:2] != (channels, 1) or kernel_h == 0 or kernel_w == 0:
+        wanted = f"of shape [{channels}, 1, kh, kw], one kernel for each channel of input"
+        remedy = "build the layer for the channels of its input"
+        raise _wrong("weight", wanted, f"shape {tuple(weight.shape)}", remedy)
+    out_height = height + 2 * padding[0] - dilation[0] * (kernel_h - 1)
+    out_width = width + 2 * padding[1] - dilation[1] * (kernel_w - 1)
+    if out_height < 1 or out_width < 1:
+        raise _wrong(
+            "input",
+            f"as large as the dilated kernel {kernel_h}x{kernel_w}",
+            f"{height}x{width}, which gives an output of {out_height}x{out_width}",
+            "enlarge the image or the padding",
+        )
+    shape = (batch, channels, out_height, out_width)
+    if grad is not None and grad.shape != shape:
+        remedy = "padding and dilation decide the height and width"
+        raise _wrong("grad", f"of shape {shape}", tuple(grad.shape), remedy)
+    return Geometry(*input.shape, out_height, out_width, kernel_h, kernel_w, *padding, *dilation)
+
+
+def _layout(tensor: Tensor) -> torch.memory_format:
+    if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def _map(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    last = torch.channels_last
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=last)
+
+
+def _kernel(input: Tensor, weight: Tensor, padding: Pair, dilation: Pair) -> Tensor:
+    g = _check(input, weight, padding, dilation)
+    entry, dtype = "depthwise_conv2d_forward", _native.storage(input)
+    x, w = _map(input, dtype), weight.to(dtype).contiguous()
+    y = _empty(x, (g.batch, g.channels, g.out_height, g.out_width))
+    for layout, tensor in (("map", x), ("dense", w), ("map", y)):
+        _native.check(entry, x, dtype, layout, tensor)
+    _native.call(entry, dtype, g, (x, w, y))
+    return y.to(input.dtype).contiguous(memory_format=_layout(input))
+
+
+def _kernel_backward(
+    grad: Tensor,  # [N, C, Ho, Wo]
+    input: Tensor,
+    weight: Tensor,
+    padding: Pair,
+    dilation: Pair,
+    wanted: list[bool],  # of input, weight
+) -> tuple[Tensor, Tensor]:
+    g = _check(input, weight, padding, dilation, grad)
+    entry, dtype = "depthwise_conv2d_backward", _native.storage(input)
+    dy, x, w = _map(grad, dtype), _map(input, dtype), weight.to(dtype).contiguous()
+    dx = _empty(x, x.shape) if wanted[0] else None
+    dw = torch.empty_like(w, dtype=_native.accumulate(dtype)) if wanted[1] else None
+    for layout, tensor in (("map", dy), ("map", x), ("dense", w), ("map", dx)):
+        _native.check(entry, x, dtype, layout, tensor)
+    _native.call(entry, dtype, g, (dy, x, w, dx, dw))
+    none = input.new_empty(0)
+    return (
+        none if dx is None else dx.to(input.dtype).contiguous(memory_format=_layout(input)),
+        none if dw is None else dw.to(weight.dtype),
+    )
+
+
+def _fake(input: Tensor, weight: Tensor, padding: Pair, dilation: Pair) -> Tensor:
+    g = _check(input, weight, padding, dilation)
+    shape = (g.batch, g.channels, g.out_height, g.out_width)
+    return input.new_empty(shape).contiguous(memory_format=_layout(input))
+
+
+def _fake_backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    padding: Pair,
+    dilation: Pair,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor]:
+    _check(input, weight, padding, dilation, grad)
+    dx = torch.empty_like(input, memory_format=_layout(input))
+    dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return dx if wanted[0] else input.new_empty(0), dw if wanted[1] else input.new_empty(0)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, ctx.padding, ctx.dilation = inputs
+    ctx.save_for_backward(input, weight)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, weight = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:2])
+    plain = _native.is_eager("depthwise_conv2d", grad, input, weight)
+    eager = plain and not torch.is_grad_enabled()
+    op: Any = _kernel_backward if eager else torch.ops.nasfast.depthwise_conv2d_backward.default
+    gradients = op(grad, input, weight, ctx.padding, ctx.dilation, wanted)
+    return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), None, None
+
+
+class DepthwiseConv2dFunction(torch.autograd.Function):
+    """What autograd does with the registered op, without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _kernel(*inputs)
+        _setup(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    grad, input, weight, ctx.padding, ctx.dilation, ctx.wanted = inputs
+    ctx.save_for_backward(grad, input, weight)
+
+
+def _double_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    """Output and gradients are linear in each of grad, input and weight: the same two ops again."""
+    grad, input, weight = ctx.saved_tensors
+    sizes = ctx.padding, ctx.dilation
+    of_input, of_weight = (
+        cotangent if want else torch.zeros_like(like)
+        for cotangent, want, like in zip(cotangents, ctx.wanted, (input, weight), strict=True)
+    )
+    of_grad = depthwise_conv2d(of_input, weight, *sizes) + depthwise_conv2d(
+        input, of_weight, *sizes
+    )
+    op = torch.ops.nasfast.depthwise_conv2d_backward.default
+    dx, dw = op(grad, of_input, of_weight, *sizes, [True, True])
+    return of_grad, dx, dw, None, None, None
+
+
+def _autocast(device: str) -> Callable[..., Tensor]:
+    """Casts as autocast does for a convolution; leaves float64 alone."""
+
+    def leg(input: Tensor, weight: Tensor, padding: Pair, dilation: Pair) -> Tensor:
+        if input.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+            input, weight = input.to(dtype), weight.to(dtype)
+        with torch.autocast(device, enabled=False):
+            return depthwise_conv2d(input, weight, padding, dilation)
+
+    return leg
+
+
+def _flops(*arguments: Any, out_shape: Sequence[int], **rest: Any) -> int:
+    """Two per multiply-add, as PyTorch counts a convolution."""
+    batch, channels, height, width = out_shape
+    _, _, kernel_h, kernel_w = arguments[1]
+    return int(2 * batch * channels * height * width * kernel_h * kernel_w)
+
+
+def _backward_flops(
+    grad: Sequence[int], input: Sequence[int], weight: Sequence[int], *rest: Any, **shape: Any
+) -> int:
+    return sum(rest[-1]) * _flops(input, weight, out_shape=grad)
+
+
+_SIZES = "int[2] padding, int[2] dilation"
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+_library: Any = torch.library.Library("nasfast", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(f"depthwise_conv2d(Tensor input, Tensor weight, {_SIZES}) -> Tensor", tags=_TAGS)
+_library.define(
+    f"depthwise_conv2d_backward(Tensor grad, Tensor input, Tensor weight, {_SIZES}, "
+    "bool[2] wanted) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+for _name, _fake_kernel, _save, _differentiate, _formula in (
+    ("depthwise_conv2d", _fake, _setup, _backward, _flops),
+    (
+        "depthwise_conv2d_backward",
+        _fake_backward,
+        _setup_backward,
+        _double_backward,
+        _backward_flops,
+    ),
+):
+    torch.library.register_fake(f"nasfast::{_name}", _fake_kernel, lib=_library)
+    torch.library.register_autograd(
+        f"nasfast::{_name}", _differentiate, setup_context=_save, lib=_library
+    )
+    register_flop_formula(getattr(torch.ops.nasfast, _name))(_formula)
+for _device in ("CPU", "CUDA"):
+    _library.impl("depthwise_conv2d", _autocast(_device.lower()), f"Autocast{_device}")
+    if _device == "CPU" and _native.has_kernel("depthwise_conv2d", "cpu"):
+        _library.impl("depthwise_conv2d", _kernel, _device)
+        _library.impl("depthwise_conv2d_backward", _kernel_backward, _device)
+    else:  # PyTorch differentiates the reference
+        if _device == "CUDA":
+            _native.LEGS.setdefault("depthwise_conv2d", {})["cuda"] = "cuDNN"
+        _library.impl("depthwise_conv2d", depthwise_conv2d_reference, _device)
+        _library.impl("depthwise_conv2d", depthwise_conv2d_reference, f"Autograd{_device}")
