@@ -16,10 +16,12 @@ from unittest import mock
 
 import plain
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 import nasfast.evaluator
+import nasfast.models.layers
 from nasfast.cache import FeatureCache
 from nasfast.data import Splits, SyntheticStreets
 from nasfast.encoders import MobileNetV2
@@ -199,6 +201,26 @@ def looped_average() -> AbstractContextManager[Any]:
     return mock.patch.object(nasfast.evaluator, "PolyakAverage", LoopedAverage)
 
 
+def plain_depthwise(x: Tensor, weight: Tensor, padding: int, dilation: int) -> Tensor:
+    """Of PyTorch; a dilated one in float32, as its bfloat16 gradients are wrong on a CPU."""
+    options = None, 1, padding, dilation, len(weight)
+    if x.device.type != "cpu" or dilation == 1:
+        return F.conv2d(x, weight, *options)
+    with torch.autocast("cpu", enabled=False):
+        return F.conv2d(x.to(weight.dtype), weight, *options).to(x.dtype)
+
+
+def without_depthwise() -> AbstractContextManager[Any]:
+    return mock.patch.object(nasfast.models.layers, "depthwise_conv2d", plain_depthwise)
+
+
+def without_norm_relu() -> AbstractContextManager[Any]:
+    def apart(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+        return F.relu(norm(x), inplace=True)
+
+    return mock.patch.object(nasfast.models.layers, "norm_relu", apart)
+
+
 class FromFiles:
     """A cache's samples, read from files of float32 maps by a DataLoader."""
 
@@ -263,6 +285,8 @@ ABLATIONS: dict[str, Variant] = {
     "logits to the host": Variant(task=ScoreOnHost),
     "optimizer in a loop": Variant(patch=looped_optimizer),
     "average in a loop": Variant(patch=looped_average),
+    "PyTorch's depthwise": Variant(patch=without_depthwise),
+    "BatchNorm, then ReLU": Variant(patch=without_norm_relu),
 }
 """What each saves: the time without it, divided by ours."""
 
