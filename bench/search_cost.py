@@ -1,7 +1,7 @@
 """What a search costs on this machine: its arithmetic, ours, and the plain formulation.
 
     python bench/search_cost.py [--methods segmentation restoration] [--json search_cost.json]
-    python bench/search_cost.py --ablate
+    python bench/search_cost.py --methods segmentation [--ablate] [--workers 2]
 
 Measured are candidates of the published schedule on fewer samples, ours and plain in turn; their
 cost on all samples follows from the number of steps. A floor is what the operations of the plain
@@ -12,6 +12,8 @@ its inputs and writes its outputs once, whichever is longer; fusing operations c
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import itertools
 import json
 import statistics
@@ -39,6 +41,7 @@ import search_legs  # noqa: E402
 from search_legs import Ours, Plain, Problem, Scale, Timed  # noqa: E402
 
 from nasfast.device import resolve_device  # noqa: E402
+from nasfast.methods.workers import Crew, Job  # noqa: E402
 from nasfast.models.supernet import Supernet, SupernetConfig  # noqa: E402
 from nasfast.spaces.fast_nas import FastNASGenotype  # noqa: E402
 from nasfast.training.loop import Runtime  # noqa: E402
@@ -328,6 +331,52 @@ def measure_restoration(options: argparse.Namespace, device: torch.device) -> di
     }
 
 
+def measure_workers(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Candidates a minute of several workers and of one, each with one thread.
+
+    The candidates are the same architecture in small batches, so that no worker waits at the end.
+    """
+    scale = options.workers_scale
+    genotype = search_legs.architectures(2)["arch1"]
+    minutes: dict[int, list[float]] = {1: [], options.workers: []}
+    count = 2 * options.workers
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder, contextlib.ExitStack() as stack:
+        build = functools.partial(search_legs.evaluator_of, scale, Path(folder))
+        evaluator = build(str(device))
+        engines = {
+            workers: stack.enter_context(Crew(workers, (str(device),)).engine_of(evaluator, build))
+            for workers in minutes
+        }
+
+        def evaluate(workers: int, number: int) -> float:
+            jobs = [Job(index, genotype, None) for index in range(number)]
+            start = time.perf_counter()
+            for evaluation in engines[workers].evaluate(jobs, lambda _: None):
+                if evaluation.failure:
+                    raise RuntimeError(evaluation.failure)
+            return (time.perf_counter() - start) / 60
+
+        for workers in minutes:  # starts them
+            evaluate(workers, workers)
+        start = time.perf_counter()
+        while len(minutes[1]) < 3 or time.perf_counter() - start < options.seconds / 4:
+            for workers, found in minutes.items():
+                found.append(evaluate(workers, count))
+    torch.set_num_threads(threads)
+    rates = {
+        workers: statistics.median(count / m for m in found) for workers, found in minutes.items()
+    }
+    ratios = [one / several for one, several in zip(minutes[1], minutes[options.workers])]
+    return {
+        "workers": options.workers,
+        "candidates a minute": rates,
+        "ratio": statistics.median(ratios),
+        "minutes": minutes,
+    }
+
+
 MEASURES = {"segmentation": measure_segmentation, "restoration": measure_restoration}
 
 
@@ -395,6 +444,13 @@ def markdown(report: Mapping[str, Any]) -> str:
             f"of {whole}, extrapolated by their size."
         )
         parts.append(harness.table("half", halves))
+    if "workers" in report:
+        result = report["workers"]
+        rates = ", ".join(f"{n}: {rate:.2f}" for n, rate in result["candidates a minute"].items())
+        parts.append(
+            f"Candidates a minute by the number of workers, each with one thread: {rates}; "
+            f"{result['ratio']:.2f}x."
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -436,7 +492,7 @@ def segmentation_tables(result: Mapping[str, Any]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--methods", nargs="+", choices=BUILT, default=BUILT)
+    parser.add_argument("--methods", nargs="*", choices=BUILT, default=BUILT)
     parser.add_argument("--device", default="auto")
     parser.add_argument(
         "--samples", type=int, help="crops of a segmentation candidate; 256, on CUDA all 4000"
@@ -449,6 +505,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--seconds", type=float, default=400, help="of segmentation; no less than one round"
     )
     parser.add_argument("--ablate", action="store_true", help="also ours without each of its parts")
+    parser.add_argument(
+        "--workers", type=int, help="also candidates a minute of so many workers against one"
+    )
     parser.add_argument("--json", type=Path, help="file of all numbers; its table lies beside it")
     parser.add_argument("--folder", type=Path, help="where files of features go, for the time")
     options = parser.parse_args(arguments)
@@ -456,10 +515,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cuda = device.type == "cuda"
     options.scale = Scale.of(options.samples or (4000 if cuda else 256))
     options.patches = options.patches or (mixed_rivals.BATCH if cuda else 2)
+    options.workers_scale = Scale.of(64, batch_size=16)
     report = {
         "machine": harness.machine_line(),
         "methods": {method: MEASURES[method](options, device) for method in options.methods},
     }
+    if options.workers:
+        report["workers"] = measure_workers(options, device)
     text = markdown(report)
     print(text, end="")
     if options.json:

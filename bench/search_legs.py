@@ -307,7 +307,9 @@ class Timed:
 class Ours:
     """Candidates by :class:`SegmentationEvaluator`, without stage 1."""
 
-    def __init__(self, problem: Problem, variant: Variant = OURS) -> None:
+    def __init__(
+        self, problem: Problem, variant: Variant = OURS, *, with_files: bool = True
+    ) -> None:
         scale = problem.scale
         self.variant = variant
         self.runtime = variant.runtime(problem.device)
@@ -323,13 +325,15 @@ class Ours:
             val_crop=scale.val_crop,
             teacher=problem.teacher,
         )
-        self.caches = self.evaluator._train_cache, self.evaluator._val_cache
+        caches = self.evaluator._train_cache, self.evaluator._val_cache
+        if not with_files:
+            return
         if problem.files is None:
-            problem.write_files(*self.caches)
+            problem.write_files(*caches)
         assert problem.files is not None
         self.evaluator._train_cache, self.evaluator._val_cache = (
             variant.cache(cache, files, problem.device)
-            for cache, files in zip(self.caches, problem.files)
+            for cache, files in zip(caches, problem.files)
         )
 
     def __call__(self, genotype: FastNASGenotype, index: int) -> Timed:
@@ -367,3 +371,8 @@ class Plain:
         )
         total = time.perf_counter() - start
         return Timed(reward, {"build": total - sum(seconds.values()), **seconds})
+
+
+def evaluator_of(scale: Scale, folder: Path, device: str) -> SegmentationEvaluator:
+    """What a worker evaluates candidates with, on features that lie in the folder."""
+    return Ours(Problem(scale, torch.device(device), folder), with_files=False).evaluator

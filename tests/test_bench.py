@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -324,7 +325,7 @@ def test_candidates_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_search_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """The whole of it on small sizes."""
-    monkeypatch.setattr(Scale, "of", lambda samples: SMALL)
+    monkeypatch.setattr(Scale, "of", lambda samples, **_: SMALL)
     monkeypatch.setattr(search_cost, "measure_peaks", lambda *_: search_cost.Peaks(1e12, 1e10))
     monkeypatch.setattr(mixed_rivals, "CONFIG", (1, 1, 4))
     monkeypatch.setattr(mixed_rivals, "SIZE", 8)
@@ -361,6 +362,20 @@ def test_search_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
     ):
         assert any(line.startswith(start) for line in lines), start
     assert text.count("not built yet") == 2
+
+
+def test_workers_against_one(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(Scale, "of", lambda samples, **_: SMALL)
+    options = ["--methods", "--workers", "2", "--seconds", "0", "--device", "cpu"]
+    threads = torch.get_num_threads()
+    assert search_cost.main(options) == 0
+    assert torch.get_num_threads() == threads
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(
+        r"Candidates a minute by the number of workers, each with one thread: "
+        r"1: \d+\.\d\d, 2: \d+\.\d\d; \d\.\d\dx\.",
+        line,
+    )
 
 
 def test_search_cost_of_one_method(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
