@@ -16,12 +16,12 @@ import torch
 import tyro
 from rich.console import Console
 
-from nasfast.cache import default_directory
+from nasfast.cache import CacheConfig
 from nasfast.cli import flag_value, say
 from nasfast.config import require_positive
 from nasfast.data import Splits, load_splits, shorter_side
 from nasfast.encoders import MobileNetV2, load_encoder
-from nasfast.evaluator import SegmentationEvaluator, Stage0Config, Stage1Config
+from nasfast.evaluator import Caches, SegmentationEvaluator, Stage0Config, Stage1Config
 from nasfast.interrupt import Interrupt
 from nasfast.methods.sampling import SamplingSearch, SamplingSettings, default_threads
 from nasfast.methods.workers import Crew
@@ -56,6 +56,14 @@ class SearchConfig(SamplingSettings):
     cache_dir: Path | None = None
     """Where encoder features are kept between searches; default: $NASFAST_CACHE or
     ~/.cache/nasfast."""
+    placement: Literal["auto", "file", "ram", "device"] = "auto"
+    """Where features are read from. file: a memory-mapped file, used again by the next search;
+    ram: shared memory, gone with the search; device: a file that is read once into the memory of
+    each GPU; auto: device on CUDA, else file."""
+    memory: str | None = None
+    """Bound of what features take in RAM or on a device, such as 8GB; the rest stays on disk."""
+    storage: Literal["auto", "float16", "bfloat16", "float32", "int8"] = "auto"
+    """Type of the stored features; auto: that of the activations, or float16."""
     val_crop: int | None = None
     """Score candidates on centre crops of this side; default: whole images of one size."""
     omit: tuple[int, ...] = ()
@@ -77,6 +85,12 @@ class SearchConfig(SamplingSettings):
         for stage in (self.stage0, self.stage1):
             require_positive(stage, "crop", "shorter_side", "batch_size", "max_grad_norm")
         require_positive(self.stage0, "samples", "epochs")
+        _ = self.cache
+
+    @property
+    def cache(self) -> CacheConfig:
+        """Of the features; ValueError for a size that is none."""
+        return CacheConfig(self.cache_dir, self.placement, self.memory, self.storage)
 
 
 PRESETS = {
@@ -177,23 +191,41 @@ def build(
         f"{config.budget} candidates",
     )
     evaluator = _evaluator(config, splits, encoder, runtime)
-    console.print(f"features of the frozen encoder ready in {evaluator.seconds['encode']:.1f} s")
+    say(
+        console,
+        f"features of the frozen encoder ready in {evaluator.seconds['encode']:.1f} s: "
+        f"{evaluator.features}",
+    )
     space = FastNASSpace()
     strategy = make_strategy(config.strategy, space, config.seed, config.ppo)
-    worker = functools.partial(evaluator_on, config)
+    shared = {}
+    if runtime.device.type == "cuda" and config.engine == "process" and crew.workers > 1:
+        shared = {name: evaluator.caches_on(torch.device(name)) for name in crew.devices}
+    worker = functools.partial(evaluator_on, config, shared)
     search = SamplingSearch(space, strategy, evaluator, worker, config.budget, config.batch, crew)
     return search, config
 
 
-def evaluator_on(config: SearchConfig, device: str) -> SegmentationEvaluator:
-    """A worker's evaluator, from settings that fit the data."""
+def evaluator_on(
+    config: SearchConfig, shared: Mapping[str, Caches], device: str
+) -> SegmentationEvaluator:
+    """A worker's evaluator, from settings that fit the data.
+
+    ``shared`` holds the caches of each GPU, whose memory all its workers read; where there are
+    none, the worker attaches the files.
+    """
     splits = load_splits(config.data, seed=config.seed)
     encoder = load_encoder(config.encoder_weights)
-    return _evaluator(config, splits, encoder, Runtime(torch.device(device)))
+    runtime = Runtime(torch.device(device))
+    return _evaluator(config, splits, encoder, runtime, shared.get(device))
 
 
 def _evaluator(
-    config: SearchConfig, splits: Splits, encoder: MobileNetV2, runtime: Runtime
+    config: SearchConfig,
+    splits: Splits,
+    encoder: MobileNetV2,
+    runtime: Runtime,
+    caches: Caches | None = None,
 ) -> SegmentationEvaluator:
     return SegmentationEvaluator(
         SegmentationTask(splits, config.omit),
@@ -203,7 +235,8 @@ def _evaluator(
         config.stage1,
         runtime,
         seed=config.seed,
-        cache_dir=config.cache_dir or default_directory(),
+        cache=config.cache,
+        caches=caches,
         val_crop=config.val_crop,
         teacher=load_teacher(config.teacher, splits.train.classes) if config.teacher else None,
     )
