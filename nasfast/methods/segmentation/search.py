@@ -25,7 +25,7 @@ from nasfast.evaluator import SegmentationEvaluator, Stage0Config, Stage1Config
 from nasfast.interrupt import Interrupt
 from nasfast.methods.sampling import SamplingSearch, SamplingSettings, default_threads
 from nasfast.methods.workers import Crew
-from nasfast.models.segmenter import DecoderConfig, load_teacher
+from nasfast.models.segmenter import DecoderConfig, Segmenter, load_teacher
 from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
 from nasfast.strategies import PPOConfig, make_strategy
 from nasfast.tasks.segmentation import SegmentationTask
@@ -164,39 +164,58 @@ def build(
     runtime = Runtime(torch.device(crew.devices[0]), interrupt.check)
     splits = load_splits(config.data, seed=config.seed)
     config = fit_to_data(config, splits, console)
+    task = SegmentationTask(splits, config.omit)
     encoder = load_encoder(config.encoder_weights)
-    classes = SegmentationTask(splits, config.omit).num_classes
+    teacher = _teacher(config, splits)
     say(
         console,
         f"data     {splits.train.name}: {len(splits.search_train)} frames to train candidates, "
-        f"{len(splits.search_val)} to score them, {classes} classes\n"
+        f"{len(splits.search_val)} to score them, {task.num_classes} classes\n"
         f"encoder  {encoder.name} x{encoder.width:g}, "
         f"{config.encoder_weights or 'packaged weights (trained on generated scenes)'}\n"
         f"device   {crew}, {runtime.precision}\n"
         f"space    {FastNASSpace().size():.2e} decoders; strategy {config.strategy}, "
         f"{config.budget} candidates",
     )
-    evaluator = _evaluator(config, splits, encoder, runtime)
+    # they fill the feature cache together with this process
+    engine = crew.engine_for(functools.partial(evaluator_on, config))
+    try:
+        evaluator = _evaluator(config, task, encoder, teacher, runtime)
+    except BaseException:
+        engine.close()
+        raise
     console.print(f"features of the frozen encoder ready in {evaluator.seconds['encode']:.1f} s")
     space = FastNASSpace()
     strategy = make_strategy(config.strategy, space, config.seed, config.ppo)
-    worker = functools.partial(evaluator_on, config)
-    search = SamplingSearch(space, strategy, evaluator, worker, config.budget, config.batch, crew)
+    search = SamplingSearch(space, strategy, evaluator, config.budget, config.batch, crew, engine)
     return search, config
 
 
 def evaluator_on(config: SearchConfig, device: str) -> SegmentationEvaluator:
     """A worker's evaluator, from settings that fit the data."""
     splits = load_splits(config.data, seed=config.seed)
-    encoder = load_encoder(config.encoder_weights)
-    return _evaluator(config, splits, encoder, Runtime(torch.device(device)))
+    return _evaluator(
+        config,
+        SegmentationTask(splits, config.omit),
+        load_encoder(config.encoder_weights),
+        _teacher(config, splits),
+        Runtime(torch.device(device)),
+    )
+
+
+def _teacher(config: SearchConfig, splits: Splits) -> Segmenter | None:
+    return load_teacher(config.teacher, splits.train.classes) if config.teacher else None
 
 
 def _evaluator(
-    config: SearchConfig, splits: Splits, encoder: MobileNetV2, runtime: Runtime
+    config: SearchConfig,
+    task: SegmentationTask,
+    encoder: MobileNetV2,
+    teacher: Segmenter | None,
+    runtime: Runtime,
 ) -> SegmentationEvaluator:
     return SegmentationEvaluator(
-        SegmentationTask(splits, config.omit),
+        task,
         encoder,
         config.decoder,
         config.stage0,
@@ -205,7 +224,7 @@ def _evaluator(
         seed=config.seed,
         cache_dir=config.cache_dir or default_directory(),
         val_crop=config.val_crop,
-        teacher=load_teacher(config.teacher, splits.train.classes) if config.teacher else None,
+        teacher=teacher,
     )
 
 
