@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -24,8 +24,8 @@ from nasfast.encoders import MobileNetV2, load_encoder
 from nasfast.evaluator import Caches, SegmentationEvaluator, Stage0Config, Stage1Config
 from nasfast.interrupt import Interrupt
 from nasfast.methods.sampling import SamplingSearch, SamplingSettings, default_threads
-from nasfast.methods.workers import Crew
-from nasfast.models.segmenter import DecoderConfig, load_teacher
+from nasfast.methods.workers import Crew, Engine
+from nasfast.models.segmenter import DecoderConfig, Segmenter, load_teacher
 from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
 from nasfast.strategies import PPOConfig, make_strategy
 from nasfast.tasks.segmentation import SegmentationTask
@@ -178,19 +178,24 @@ def build(
     runtime = Runtime(torch.device(crew.devices[0]), interrupt.check)
     splits = load_splits(config.data, seed=config.seed)
     config = fit_to_data(config, splits, console)
+    task = SegmentationTask(splits, config.omit)
     encoder = load_encoder(config.encoder_weights)
-    classes = SegmentationTask(splits, config.omit).num_classes
+    teacher = _teacher(config, splits)
     say(
         console,
         f"data     {splits.train.name}: {len(splits.search_train)} frames to train candidates, "
-        f"{len(splits.search_val)} to score them, {classes} classes\n"
+        f"{len(splits.search_val)} to score them, {task.num_classes} classes\n"
         f"encoder  {encoder.name} x{encoder.width:g}, "
         f"{config.encoder_weights or 'packaged weights (trained on generated scenes)'}\n"
         f"device   {crew}, {runtime.precision}\n"
         f"space    {FastNASSpace().size():.2e} decoders; strategy {config.strategy}, "
         f"{config.budget} candidates",
     )
-    evaluator = _evaluator(config, splits, encoder, runtime)
+
+    def prepared() -> SegmentationEvaluator:
+        return _evaluator(config, task, encoder, teacher, runtime)
+
+    engine, evaluator = _staff(config, crew, prepared)
     say(
         console,
         f"features of the frozen encoder ready in {evaluator.seconds['encode']:.1f} s: "
@@ -198,11 +203,7 @@ def build(
     )
     space = FastNASSpace()
     strategy = make_strategy(config.strategy, space, config.seed, config.ppo)
-    shared = {}
-    if runtime.device.type == "cuda" and config.engine == "process" and crew.workers > 1:
-        shared = {name: evaluator.caches_on(torch.device(name)) for name in crew.devices}
-    worker = functools.partial(evaluator_on, config, shared)
-    search = SamplingSearch(space, strategy, evaluator, worker, config.budget, config.batch, crew)
+    search = SamplingSearch(space, strategy, evaluator, config.budget, config.batch, crew, engine)
     return search, config
 
 
@@ -215,20 +216,47 @@ def evaluator_on(
     none, the worker attaches the files.
     """
     splits = load_splits(config.data, seed=config.seed)
-    encoder = load_encoder(config.encoder_weights)
-    runtime = Runtime(torch.device(device))
-    return _evaluator(config, splits, encoder, runtime, shared.get(device))
+    return _evaluator(
+        config,
+        SegmentationTask(splits, config.omit),
+        load_encoder(config.encoder_weights),
+        _teacher(config, splits),
+        Runtime(torch.device(device)),
+        shared.get(device),
+    )
+
+
+def _staff(
+    config: SearchConfig, crew: Crew, prepared: Callable[[], SegmentationEvaluator]
+) -> tuple[Engine[FastNASGenotype], SegmentationEvaluator]:
+    """The workers, and this process's evaluator."""
+    if crew.shares_devices:
+        evaluator = prepared()
+        shared = {name: evaluator.caches_on(torch.device(name)) for name in crew.devices}
+        return crew.engine_for(functools.partial(evaluator_on, config, shared)), evaluator
+    # they fill the feature cache together with this process
+    engine = crew.engine_for(functools.partial(evaluator_on, config, {}))
+    try:
+        return engine, prepared()
+    except BaseException:
+        engine.close()
+        raise
+
+
+def _teacher(config: SearchConfig, splits: Splits) -> Segmenter | None:
+    return load_teacher(config.teacher, splits.train.classes) if config.teacher else None
 
 
 def _evaluator(
     config: SearchConfig,
-    splits: Splits,
+    task: SegmentationTask,
     encoder: MobileNetV2,
+    teacher: Segmenter | None,
     runtime: Runtime,
     caches: Caches | None = None,
 ) -> SegmentationEvaluator:
     return SegmentationEvaluator(
-        SegmentationTask(splits, config.omit),
+        task,
         encoder,
         config.decoder,
         config.stage0,
@@ -238,7 +266,7 @@ def _evaluator(
         cache=config.cache,
         caches=caches,
         val_crop=config.val_crop,
-        teacher=load_teacher(config.teacher, splits.train.classes) if config.teacher else None,
+        teacher=teacher,
     )
 
 
