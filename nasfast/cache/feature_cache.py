@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nasfast.cache import places
 from nasfast.cache.batches import HostSamples
-from nasfast.cache.header import Header
+from nasfast.cache.header import STATE, Header
 from nasfast.cache.layout import STORAGES, Layout, stored
 from nasfast.cache.resident import DeviceSamples
 from nasfast.cache.segment import Filler, Segment, create
@@ -300,7 +300,7 @@ class _Request:
                 blocks = layout.pack(rows)
             count = self.count - first
             if memory is not None:
-                count = min(count, memory // layout.sample_bytes)
+                count = min(count, memory // (layout.sample_bytes + STATE.size))
                 if count == 0:
                     raise ValueError(
                         f"memory: wanted room for one sample of {layout.sample_bytes} bytes, got "
@@ -355,12 +355,18 @@ def _attach(path: Path, key: Mapping[str, str], config: CacheConfig) -> Segment:
     segment = Segment.open(path)
     made = dict(segment.header.key) | {"storage": segment.header.storage}
     wanted = dict(key) | {"storage": config.storage}
-    names = [n for n in made | wanted if made.get(n) != wanted.get(n)]
-    if names:
+    differ = [name for name in made | wanted if made.get(name) != wanted.get(name)]
+    if differ:
         segment.close()
-        sides = (", ".join(f"{n}={side.get(n)!r}" for n in names) for side in (made, wanted))
-        raise ValueError("feature cache {}: made for {}, wanted {}; delete it".format(path, *sides))
+        raise ValueError(
+            f"feature cache {path}: made for {_values(made, differ)}, wanted "
+            f"{_values(wanted, differ)}; delete it"
+        )
     return segment
+
+
+def _values(key: Mapping[str, str], names: list[str]) -> str:
+    return ", ".join(f"{n}={key[n]!r}" if n in key else f"{n}=nothing" for n in names)
 
 
 def _name(key: Mapping[str, str], config: CacheConfig) -> str:

@@ -119,5 +119,7 @@ def extension() -> Any:
         RuntimeError: it cannot be imported.
     """
     if _native.C is None:
-        raise RuntimeError(f"feature cache: wanted the compiled extension, got {_native.ERROR}")
+        raise RuntimeError(
+            f"feature cache: wanted the compiled extension, got none: {_native.ERROR}"
+        )
     return _native.C

@@ -87,11 +87,11 @@ def creation_lock(temporary: Path, heartbeat: Callable[[], None]) -> int:
         except OSError as error:
             raise not_writable(directory, error.errno or errno.EIO) from error
         try:
-            while not alone(file):
+            while names(temporary, file):
+                if alone(file) and names(temporary, file):
+                    return file
                 heartbeat()
                 time.sleep(TURN)
-            if names(temporary, file):
-                return file
         except BaseException:
             os.close(file)
             raise
@@ -146,10 +146,10 @@ def allocate(file: int, size: int, path: Path) -> None:
     """
     missing = size - os.fstat(file).st_blocks * 512
     free = free_bytes(path.parent)
-    code = 0
+    code = errno.ENOSPC
     if not is_ram(path) or missing <= free:
         code = extension().feature_cache_allocate(file, size)
-    if code == errno.ENOSPC or (missing > free and code in (0, errno.EOPNOTSUPP)):
+    if code == errno.ENOSPC or (code == errno.EOPNOTSUPP and missing > free):
         raise OSError(
             errno.ENOSPC,
             f"feature cache: wanted {missing} bytes in {path.parent}, got {free} free; make room "

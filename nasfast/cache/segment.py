@@ -116,6 +116,12 @@ class Segment:
             RuntimeError: a sample that is not published, or whose bytes are not those that were.
         """
         rows = rows.to("cpu", torch.int64).contiguous()
+        while (position := self._find_broken(rows)) >= 0:
+            fault = self._fault(int(rows[position]))
+            if fault is not None:
+                raise fault
+
+    def _find_broken(self, rows: Tensor) -> int:
         position = extension().feature_cache_find_broken(
             self._states,
             self.data.data_ptr(),
@@ -126,8 +132,7 @@ class Segment:
             len(rows),
             self._seen.ctypes.data,
         )
-        if position >= 0:
-            raise self._fault(int(rows[position]))
+        return int(position)
 
     def verify(self) -> list[int]:
         """Read everything: the rows whose checksum does not match, of those that are published."""
@@ -177,7 +182,8 @@ class Segment:
         """The checksum of a row's bytes, and the one that was published."""
         return checksum(self.data[row], self.first + row), self._state(row)[1]
 
-    def _fault(self, row: int) -> Exception:
+    def _fault(self, row: int) -> Exception | None:
+        """What is wrong with a row; None if it was published just now."""
         if not 0 <= row < self.count:
             return ValueError(
                 f"feature cache {self.path}: wanted a sample of {self.first} to "
@@ -189,6 +195,8 @@ class Segment:
                 f"{about} is not there yet; FeatureCache.load_or_build returns when all are"
             )
         got, wanted = self._sums(row)
+        if got == wanted:
+            return None
         return RuntimeError(
             f"{about} is damaged: wanted the checksum {wanted:016x}, got {got:016x}; free it with "
             f"`python -m nasfast.cache verify --repair {self.path}`, and the next search encodes "

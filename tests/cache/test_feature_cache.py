@@ -1,91 +1,167 @@
+"""Caches: what goes in comes out, from whichever place, encoded once."""
+
+from __future__ import annotations
+
 import errno
-import json
-import math
 import os
+import pickle
 import re
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import COUNT, KEY, arrays, build, encoder, must_not_encode, raises
 
 import nasfast
-from nasfast.cache import FeatureCache, default_directory, tensors_fingerprint
+from nasfast.cache import CacheConfig, FeatureCache, default_directory, places, tensors_fingerprint
 
-KEY = {"encoder": "abc", "dtype": "float16"}
-COUNT = 5
-
-
-def arrays(dtype=torch.float16):
-    return {
-        "tap0": torch.randn(COUNT, 3, 7, 4).to(dtype),
-        "tap1": torch.randn(COUNT, 8, 2, 1).to(dtype),
-        "labels": torch.randint(0, 256, (COUNT, 9, 11), dtype=torch.uint8),
-    }
+DOCUMENT = Path(__file__).parents[2] / "docs" / "feature_cache.md"
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
-def batches(content, sizes=(2, 2, 1)):
-    start = 0
-    for size in sizes:
-        yield {name: array[start : start + size] for name, array in content.items()}
-        start += size
+@pytest.fixture(params=["file", "ram", "ram and file"])
+def placement(request):
+    if request.param == "ram and file":
+        return {"placement": "ram", "memory": "1200B"}  # three samples of 384 + 16
+    return {"placement": request.param}
 
 
-def build(directory, content=None, key=KEY, count=COUNT):
-    content = content or arrays()
-    return FeatureCache.load_or_build(directory, key, count, lambda: batches(content))
-
-
-def must_not_build():
-    raise AssertionError("built again")
-
-
-def parse(path):
-    """An independent reader of the documented format."""
-    data = path.read_bytes()
-    assert data[:8] == b"NASFAST1"
-    length = int.from_bytes(data[8:16], "little")
-    header = json.loads(data[16 : 16 + length])
-    first = -(-(16 + length) // 4096) * 4096
-    out = {}
-    for array in header["arrays"]:
-        start, count = first + array["offset"], math.prod(array["shape"]) * header["count"]
-        assert start % 4096 == 0
-        dtype = {"uint8": np.uint8, "float16": np.float16, "bfloat16": np.uint16}[array["dtype"]]
-        values = np.frombuffer(data, dtype, count, start)
-        out[array["name"]] = values.reshape(header["count"], *array["shape"])
-    return header, out
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_round_trip(tmp_path, dtype):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_round_trip(tmp_path, placement, dtype):
     content = arrays(dtype)
-    cache = build(tmp_path / "made", content)
-    assert cache.count == COUNT
-    for indices in ([0, 1, 2, 3, 4], [4, 0, 4], [2]):
-        read = cache.batch(torch.tensor(indices))
+    cache = build(tmp_path / "made", content, **placement)
+    assert (cache.count, cache.key, cache.device) == (COUNT, KEY, torch.device("cpu"))
+    for indices in ([0, 1, 2, 3, 4], [4, 0, 4], [2], []):
+        read = cache.batch(torch.tensor(indices, dtype=torch.int64))
         assert list(read) == list(content)
         for name, array in content.items():
             assert read[name].dtype == array.dtype
             assert torch.equal(read[name], array[indices])
 
 
-def test_batches_are_channels_last(tmp_path):
-    read = build(tmp_path).batch(torch.tensor([3, 1]))
+@st.composite
+def contents(draw):
+    n = draw(st.integers(1, 9))
+    out = {}
+    for i in range(draw(st.integers(1, 3))):
+        shape = (n, *draw(st.lists(st.integers(1, 6), max_size=3)))
+        out[f"a{i}"] = torch.randn(shape).to(draw(st.sampled_from(DTYPES)))
+    return out
+
+
+@given(contents(), st.integers(1, 4), st.sampled_from([None, 1, 2, 5]), st.data())
+@settings(max_examples=30, deadline=None)
+def test_round_trip_of_any_layout(content, chunk, fit, data):
+    count, calls = len(content["a0"]), []
+    order = data.draw(st.lists(st.integers(0, count - 1), max_size=12))
+    indices = torch.tensor(order, dtype=torch.int64)
+    with tempfile.TemporaryDirectory() as folder:
+        config = CacheConfig(Path(folder))
+        if fit is not None:
+            size = build(Path(folder), content).layout.sample_bytes
+            config = CacheConfig(Path(folder), "ram", f"{fit * (size + 16)}B")
+        load = FeatureCache.load_or_build
+        cache = load(KEY, count, encoder(content, calls), config, chunk=chunk)
+        assert sorted(i for call in calls for i in call) == list(range(count))
+        assert [s.count for s in cache.segments] == (
+            [count] if fit is None or fit >= count else [fit, count - fit]
+        )
+        again = load(KEY, count, must_not_encode, config)
+        for read in (cache, again, pickle.loads(pickle.dumps(cache))):
+            batch = read.batch(indices)
+            assert all(torch.equal(batch[name], a[indices]) for name, a in content.items())
+
+
+def test_batches_are_channels_last_and_new(tmp_path):
+    cache = build(tmp_path)
+    read = cache.batch(torch.tensor([3, 1]))
     assert read["tap0"].shape == (2, 3, 7, 4)
     assert read["tap0"].is_contiguous(memory_format=torch.channels_last)
     assert read["labels"].is_contiguous()
+    again = cache.batch(torch.tensor([3, 1]))
+    read["tap0"].zero_()
+    assert again["tap0"].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_batches_take_a_type(tmp_path, placement, dtype):
+    content = arrays()
+    read = build(tmp_path, content, **placement).batch(torch.tensor([4, 1, 2]), dtype)
+    assert torch.equal(read["tap0"], content["tap0"][[4, 1, 2]].to(dtype))
+    assert read["tap0"].dtype == dtype
+    assert read["labels"].dtype == torch.uint8
+
+
+def test_a_sample_is_a_view_of_the_file(tmp_path, placement):
+    content = arrays()
+    cache = build(tmp_path, content, **placement)
+    for i in range(COUNT):
+        sample = cache.sample(i)
+        assert all(torch.equal(sample[name], array[i]) for name, array in content.items())
+        assert sample["tap0"].stride() == (1, 12, 3)
+        (segment,) = [s for s in cache.segments if s.first <= i < s.first + s.count]
+        block = segment.data[i - segment.first].data_ptr()
+        assert [a.data_ptr() - block for a in sample.values()] == [0, 192, 256]
+
+
+@pytest.mark.parametrize("index", [-1, 5])
+def test_no_such_sample(tmp_path, placement, index):
+    cache = build(tmp_path, **placement)
+    message = f"feature cache ...: wanted a sample of ... to ..., got {index}"
+    with raises(ValueError, message):
+        cache.sample(index)
+    with raises(ValueError, message):
+        cache.batch(torch.tensor([0, index]))
+
+
+@pytest.mark.parametrize("dtype", [None, *DTYPES])
+def test_int8(tmp_path, placement, dtype):
+    content = arrays(torch.float32)
+    if "memory" in placement:
+        placement["memory"] = "2KB"
+    cache = build(tmp_path, content, storage="int8", **placement)
+    read = cache.batch(torch.arange(5), dtype)
+    assert list(read) == list(content)
+    assert torch.equal(read["labels"], content["labels"])
+    errors = cache.errors()
+    assert list(errors) == ["tap0", "tap1"]
+    for name, error in errors.items():
+        assert read[name].dtype == (dtype or torch.float32)
+        difference = (read[name].float() - content[name]).norm() / content[name].norm()
+        assert 0 < error < 0.01
+        assert difference.item() == pytest.approx(error, rel=0.2 if dtype != torch.bfloat16 else 1)
+    sample = cache.sample(4)
+    assert sample["tap0"].dtype == torch.int8
+    assert sample["tap0.scale"].shape == (3,)
+
+
+def test_without_int8_nothing_is_lost(tmp_path):
+    assert build(tmp_path).errors() == {}
+
+
+@pytest.mark.parametrize("storage", ["float16", "bfloat16", "float32"])
+def test_storage(tmp_path, storage):
+    content = arrays(torch.float32)
+    cache = build(tmp_path, content, storage=storage)
+    read = cache.batch(torch.arange(5))["tap0"]
+    assert torch.equal(read, content["tap0"].to(getattr(torch, storage)))
+    assert build(tmp_path, content).paths != cache.paths
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_documented_format(tmp_path, dtype):
+    """The reader in the document knows nothing of nasfast."""
+    (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.S)
+    names: dict = {}
+    exec(code, names)
     content = arrays(dtype)
-    header, read = parse(build(tmp_path, content).path)
-    assert header["version"] == 1
+    header, read = names["read"](build(tmp_path, content).paths[0])
     assert header["key"] == KEY
-    assert header["count"] == COUNT
+    assert (header["first"], header["count"], header["total"]) == (0, COUNT, COUNT)
     assert list(read) == list(content)
     assert np.array_equal(read["labels"], content["labels"].numpy())
     for name in ("tap0", "tap1"):
@@ -93,44 +169,280 @@ def test_documented_format(tmp_path, dtype):
         assert torch.equal(values, content[name].permute(0, 2, 3, 1))
 
 
-def test_reuse_does_not_build_again(tmp_path):
+def test_reuse_does_not_encode_again(tmp_path):
     first = build(tmp_path)
-    again = FeatureCache.load_or_build(tmp_path, dict(reversed(KEY.items())), 5, must_not_build)
-    assert again.path == first.path
+    again = FeatureCache.load_or_build(
+        dict(reversed(KEY.items())), COUNT, must_not_encode, CacheConfig(tmp_path)
+    )
+    assert again.paths == first.paths
     assert torch.equal(
         again.batch(torch.tensor([1]))["tap0"], first.batch(torch.tensor([1]))["tap0"]
     )
 
 
+def test_reuse_leaves_the_file_but_notes_when(tmp_path):
+    path = build(tmp_path).paths[0]
+    os.utime(path, (1, 1))
+    build(tmp_path)
+    assert path.stat().st_mtime == 1
+    assert path.stat().st_atime > 1
+
+
 def test_each_key_has_its_file(tmp_path):
-    paths = {build(tmp_path, key=KEY | {"data": data}).path for data in ("a", "b")}
+    paths = {build(tmp_path, key=KEY | {"data": data}).paths[0] for data in ("a", "b")}
     assert set(tmp_path.iterdir()) == paths
     assert len(paths) == 2
 
 
-def test_what_is_read_may_be_written_without_touching_the_file(tmp_path):
-    cache = build(tmp_path)
-    before = cache.path.read_bytes()
-    cache.batch(torch.tensor([0]))["tap0"].zero_()
-    assert cache.path.read_bytes() == before
+def test_open(tmp_path, placement):
+    config = CacheConfig(tmp_path, **placement)
+    with pytest.raises(FileNotFoundError, match=r"\.features|nasfast"):
+        FeatureCache.open(KEY, config)
+    content = arrays()
+    cache = build(tmp_path, content, **placement)
+    opened = FeatureCache.open(KEY, config)
+    assert opened.paths == cache.paths
+    assert torch.equal(opened.batch(torch.arange(5))["labels"], content["labels"])
+    assert opened.verify() == []
 
 
-def test_to_cpu_is_the_map_itself(tmp_path):
+def test_a_reader_attaches_while_it_is_filled(tmp_path):
+    content, config = arrays(), CacheConfig(tmp_path)
+
+    def encode(indices):
+        first = int(indices[0])
+        if first:
+            cache = FeatureCache.open(KEY, config)
+            assert torch.equal(cache.sample(first - 1)["tap0"], content["tap0"][first - 1])
+            with raises(RuntimeError, f"...sample {first} is not there yet..."):
+                cache.sample(first)
+        return {name: array[indices] for name, array in content.items()}
+
+    assert FeatureCache.load_or_build(KEY, COUNT, encode, config, chunk=2).verify() == []
+
+
+def test_verify(tmp_path, placement):
+    cache = build(tmp_path, **placement)
+    for path in cache.paths:
+        with path.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\xff")
+    last = [s.first + s.count - 1 for s in cache.segments]
+    assert cache.verify() == last
+
+
+def test_an_error_frees_what_was_claimed(tmp_path):
+    content, config, calls = arrays(), CacheConfig(tmp_path), []
+
+    def stop(indices):
+        if 2 in indices:
+            raise KeyboardInterrupt
+        return {name: array[indices] for name, array in content.items()}
+
+    with pytest.raises(KeyboardInterrupt):
+        FeatureCache.load_or_build(KEY, COUNT, stop, config, chunk=2)
+    assert FeatureCache.open(KEY, config).segments[0].census().claimed == 0
+    FeatureCache.load_or_build(KEY, COUNT, encoder(content, calls), config, chunk=2)
+    assert calls == [[2, 3], [4]]
+
+
+def test_an_error_in_the_first_samples_leaves_no_file(tmp_path, placement, ram):
+    def stop(indices):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        FeatureCache.load_or_build(KEY, COUNT, stop, CacheConfig(tmp_path, **placement))
+    assert list(tmp_path.glob("*")) == []
+    assert not ram.exists() or list(ram.iterdir()) == []
+
+
+def test_heartbeat_may_stop(tmp_path):
+    beats = []
+
+    def beat():
+        beats.append(1)
+        if len(beats) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        FeatureCache.load_or_build(
+            KEY, COUNT, encoder(arrays()), CacheConfig(tmp_path), beat, chunk=2
+        )
+    assert FeatureCache.open(KEY, CacheConfig(tmp_path)).segments[0].census().published == 4
+
+
+@pytest.mark.parametrize(
+    ("late", "message"),
+    [
+        (
+            {"labels": torch.zeros(1, 11, 9, dtype=torch.uint8)},
+            "feature cache: wanted samples of labels as uint8 [9, 11], got uint8 [11, 9]; crop all "
+            "images to one size",
+        ),
+        ({"labels": None}, "feature cache: wanted the arrays tap0, tap1, labels of each sample, "
+         "got tap0, tap1; encode the same for all"),
+        (
+            {"tap0": torch.zeros(2, 3, 7, 4, dtype=torch.float16)},
+            "feature cache: wanted 1 samples of tap0, got 2",
+        ),
+    ],
+)  # fmt: skip
+def test_samples_that_differ(tmp_path, late, message):
+    content = arrays()
+
+    def encode(indices):
+        out = {name: array[indices] for name, array in content.items()}
+        if 4 in indices:
+            out |= late
+        return {name: array for name, array in out.items() if array is not None}
+
+    with raises(ValueError, message):
+        FeatureCache.load_or_build(KEY, COUNT, encode, CacheConfig(tmp_path), chunk=2)
+    segment = FeatureCache.open(KEY, CacheConfig(tmp_path)).segments[0]
+    assert (segment.census().published, segment.census().claimed) == (4, 0)
+
+
+def test_another_number_of_samples(tmp_path):
+    path = build(tmp_path).paths[0]
+    with raises(ValueError, f"feature cache {path}: wanted 6 samples, got 5; delete it"):
+        FeatureCache.load_or_build(KEY, 6, must_not_encode, CacheConfig(tmp_path))
+
+
+def test_no_samples(tmp_path):
+    with raises(ValueError, "feature cache: wanted at least 1 sample, got 0"):
+        FeatureCache.load_or_build(KEY, 0, must_not_encode, CacheConfig(tmp_path))
+
+
+def test_parts_of_other_arrays(tmp_path):
+    content = arrays()
+    config = {"placement": "ram", "memory": "1200B"}
+    cache = build(tmp_path, content, **config)
+    cache.close()
+    with raises(
+        ValueError,
+        f"feature cache {cache.paths[1]}: wanted the arrays of {cache.paths[0]}, got others; "
+        "delete it",
+    ):
+        build(tmp_path, {"labels": torch.zeros(5, 16, 24, dtype=torch.uint8)}, **config)
+
+
+def test_ram_goes_with_its_last_user(tmp_path, ram):
+    first = build(tmp_path, placement="ram")
+    second = FeatureCache.open(KEY, CacheConfig(tmp_path, "ram"))
+    assert first.paths[0].parent == ram
+    assert not list(tmp_path.glob("*"))
+    assert ram.stat().st_mode & 0o777 == 0o700
+    view = second.sample(1)["labels"]
+    expected = view.clone()
+    first.close()
+    assert second.paths[0].exists()
+    del second
+    assert list(ram.iterdir()) == []
+    assert torch.equal(view, expected)
+
+
+def test_ram_of_the_killed_is_removed(tmp_path, ram):
+    pid = os.fork()
+    if pid == 0:
+        _cache = build(tmp_path, placement="ram")
+        os._exit(0)  # not closed, as if killed
+    os.waitpid(pid, 0)
+    (left,) = ram.iterdir()
+    with pytest.raises(FileNotFoundError):
+        FeatureCache.open({"other": "key"}, CacheConfig(tmp_path))
+    assert not left.exists()
+
+
+def test_what_fits_is_in_ram(tmp_path, ram):
+    cache = build(tmp_path, placement="ram", memory="1200B")
+    assert [(s.first, s.count, s.path.parent) for s in cache.segments] == [
+        (0, 3, ram),
+        (3, 2, tmp_path),
+    ]
+    assert [s.header.placement for s in cache.segments] == ["ram", "file"]
+
+
+def test_memory_for_less_than_a_sample(tmp_path, ram):
+    with raises(
+        ValueError,
+        "memory: wanted room for one sample of 384 bytes, got 300B; give more, or placement file",
+    ):
+        build(tmp_path, placement="ram", memory="300B")
+    assert list(ram.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("8GB", 8 * 10**9), ("8 gib", 8 * 2**30), ("1.5M", 1_500_000), ("512KiB", 512 * 1024),
+        ("4096", 4096), ("7B", 7), ("2TB", 2 * 10**12), (None, None),
+    ],
+)  # fmt: skip
+def test_memory(text, expected):
+    assert CacheConfig(memory=text).memory_bytes == expected
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "8 GiBs", "8iB", "1,5GB", "lots"])
+def test_bad_memory(text):
+    with raises(
+        ValueError,
+        f"memory: wanted a size such as 8GB or 512MiB, got {text!r}; give a number with B, KB, MB, "
+        "GB, TB, KiB, MiB, GiB or TiB",
+    ):
+        CacheConfig(memory=text)
+
+
+def test_bad_settings():
+    with raises(ValueError, "placement: wanted one of auto, file, ram, device, got 'disk'"):
+        CacheConfig(placement="disk")
+    with raises(
+        ValueError, "storage: wanted one of auto, float16, bfloat16, float32, int8, got 'int4'"
+    ):
+        CacheConfig(storage="int4")
+
+
+def full(directory, wanted):
+    return (
+        f"[Errno {errno.ENOSPC}] feature cache: wanted {wanted} bytes in {directory}, got ... "
+        "free; make room with `python -m nasfast.cache rm`, bound a RAM segment with --memory, or "
+        "give another --cache-dir"
+    )
+
+
+def test_full_file_system(mount):
+    """An error before anything is written; afterwards there is as much room as before."""
+    directory = mount("size=256k")
+    before = places.free_bytes(directory)
+    content = {"tap": torch.zeros(20, 1, 64, 64)}
+    with raises(OSError, full(directory, 8192 + 20 * 64 * 64 * 4)):
+        build(directory, content)
+    assert list(directory.iterdir()) == []
+    assert places.free_bytes(directory) == before
+    build(directory, {"tap": content["tap"][:8]})
+
+
+def test_full_ram(mount, monkeypatch, tmp_path):
+    directory = mount("size=256k")
+    monkeypatch.setattr(places, "ram_directory", lambda: directory)
+    content = {"tap": torch.zeros(20, 1, 64, 64)}
+    with raises(OSError, full(directory, 8192 + 20 * 64 * 64 * 4)):
+        build(tmp_path / "disk", content, placement="ram")
+    assert list(directory.iterdir()) == []
+    cache = build(tmp_path / "disk", content, placement="ram", memory="128KiB")
+    assert [s.count for s in cache.segments] == [7, 13]
+
+
+def test_ram_that_the_machine_has_not(monkeypatch, tmp_path, ram):
+    monkeypatch.setattr(places, "free_bytes", lambda directory: 4096)
+    with raises(OSError, full(ram, 8192 + COUNT * 384)):
+        build(tmp_path, placement="ram")
+    assert list(ram.iterdir()) == []
+    build(tmp_path)  # of a disk, reserving itself tells
+
+
+def test_to_cpu_is_the_cache_itself(tmp_path):
     cache = build(tmp_path)
     assert cache.to(torch.device("cpu")) is cache
-
-
-def test_a_batch_moves_its_indices_once(tmp_path):
-    class Indices:
-        moves = 0
-
-        def to(self, device, non_blocking):
-            self.moves += 1
-            return torch.tensor([1, 3])
-
-    indices = Indices()
-    assert len(build(tmp_path).batch(indices)["labels"]) == 2
-    assert indices.moves == 1
 
 
 @pytest.mark.cuda
@@ -141,134 +453,10 @@ def test_to_cuda(tmp_path):
     assert torch.equal(read["tap0"].cpu(), content["tap0"][[2, 0]])
 
 
-def raises(error, message):
-    return pytest.raises(error, match=f"^{re.escape(message)}$")
-
-
-def test_another_key(tmp_path):
-    path = build(tmp_path).path
-    other = KEY | {"encoder": "def"}
-    with raises(ValueError, f"feature cache {path}: made for {KEY}, wanted {other}; delete it"):
-        FeatureCache.open(path, other)
-
-
-def test_truncated(tmp_path):
-    path = build(tmp_path).path
-    size = path.stat().st_size
-    os.truncate(path, size - 1)
-    with raises(
-        ValueError,
-        f"feature cache {path}: truncated, array labels ends at byte {size} of {size - 1}; "
-        "delete it",
-    ):
-        FeatureCache.load_or_build(tmp_path, KEY, COUNT, must_not_build)
-
-
-def test_truncated_in_the_header(tmp_path):
-    path = build(tmp_path).path
-    os.truncate(path, 40)
-    with raises(ValueError, f"feature cache {path}: broken header; delete it"):
-        FeatureCache.open(path, KEY)
-
-
-@pytest.mark.parametrize("content", [b"", b"NASFAST1", b"PK\x03\x04 some archive of more bytes"])
-def test_foreign_file(tmp_path, content):
-    path = tmp_path / "x.features"
-    path.write_bytes(content)
-    with raises(
-        ValueError,
-        f"feature cache {path}: wanted a file that starts with b'NASFAST1', got {content[:8]!r}; "
-        "delete it",
-    ):
-        FeatureCache.open(path, KEY)
-
-
-@pytest.mark.parametrize(("count", "message"), [(6, "wanted 6"), (4, "wanted 4")])
-def test_wrong_number_of_samples(tmp_path, count, message):
-    with raises(ValueError, f"feature cache: {message} samples, got 5"):
-        build(tmp_path, count=count)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_no_samples(tmp_path):
-    with raises(ValueError, "feature cache: wanted 5 samples, got 0"):
-        FeatureCache.load_or_build(tmp_path, KEY, 5, list)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_samples_of_another_size(tmp_path):
-    content = arrays()
-    parts = list(batches(content, (3, 2)))
-    parts[1]["labels"] = torch.zeros(2, 11, 9, dtype=torch.uint8)
-    with raises(
-        ValueError,
-        "feature cache: wanted samples of labels as uint8 [9, 11], got uint8 [11, 9]; "
-        "crop all images to one size",
-    ):
-        FeatureCache.load_or_build(tmp_path, KEY, COUNT, lambda: parts)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_unknown_dtype(tmp_path):
-    with raises(
-        ValueError,
-        "feature cache: wanted labels as one of uint8, float16, bfloat16, got int64; convert it",
-    ):
-        build(tmp_path, arrays() | {"labels": torch.zeros(COUNT, 2, 2, dtype=torch.int64)})
-
-
-def test_a_crash_leaves_no_file(tmp_path):
-    def crash():
-        yield from batches(arrays(), (2,))
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        FeatureCache.load_or_build(tmp_path, KEY, COUNT, crash)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_fill_removes_what_a_killed_one_left_and_no_more(tmp_path):
-    code = (
-        "import sys, time, torch\n"
-        "from pathlib import Path\n"
-        "from nasfast.cache import FeatureCache\n"
-        "def batches():\n"
-        "    yield {'labels': torch.zeros(2, 3, 3, dtype=torch.uint8)}\n"
-        "    print('filling', flush=True)\n"
-        "    time.sleep(60)\n"
-        "FeatureCache.load_or_build(Path(sys.argv[1]), {'data': 'x'}, 4, batches)\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(nasfast.__file__).parents[1])},
-    )
-    try:
-        assert process.stdout.readline() == "filling\n"
-        build(tmp_path)  # the other one lives: its file stays
-        (unfinished,) = tmp_path.glob(".*.tmp")
-        assert unfinished.name.endswith(f".features.{process.pid}.tmp")
-    finally:
-        process.kill()
-        process.communicate()
-    assert unfinished.exists()
-    build(tmp_path)  # an existing cache is opened, nothing is filled
-    assert unfinished.exists()
-    cache = build(tmp_path, key={"encoder": "other"})
-    assert not unfinished.exists()
-    assert len(list(tmp_path.iterdir())) == 2
-    assert cache.path.exists()
-
-
-def test_full_disk_is_an_error(tmp_path, monkeypatch):
-    def full(descriptor, offset, length):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match="No space left on device"):
-        build(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+def test_the_package_offers_it():
+    assert nasfast.FeatureCache is FeatureCache
+    with raises(AttributeError, "module 'nasfast' has no attribute 'FeatureCash'"):
+        _ = nasfast.FeatureCash
 
 
 def test_fingerprint_sees_names_shapes_dtypes_and_values():

@@ -1,0 +1,157 @@
+"""What is left behind is removed, what is in use stays."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+import time
+
+import pytest
+import torch
+from samples import COUNT, KEY, arrays, build, encoder
+
+from nasfast.cache import CacheConfig, FeatureCache, places
+from nasfast.cache.segment import Segment
+
+
+def test_a_fill_removes_what_killed_ones_left_and_no_more(tmp_path):
+    left, used = tmp_path / ".a.features.tmp", tmp_path / ".b.features.tmp"
+    other = tmp_path / "notes.tmp"
+    for path in (left, used, other):
+        path.write_bytes(b"x" * 5000)
+    with used.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        cache = build(tmp_path)
+        assert set(tmp_path.iterdir()) == {used, other, *cache.paths}
+
+
+def test_what_a_killed_creator_left_is_taken_over(tmp_path):
+    path = build(tmp_path).paths[0]
+    temporary = path.rename(path.with_name(f".{path.name}.tmp"))
+    os.truncate(temporary, 9000)
+    content = arrays()
+    cache = build(tmp_path, content)
+    assert list(tmp_path.iterdir()) == [path]
+    assert cache.verify() == []
+
+
+def test_sweep_counts(tmp_path):
+    (tmp_path / ".a.features.tmp").write_bytes(b"x" * 5000)
+    assert places.sweep(tmp_path) == 8192
+    assert places.sweep(tmp_path) == 0
+    assert places.sweep(tmp_path / "absent") == 0
+
+
+def test_sweep_keeps_files_on_disk_and_ram_in_use(tmp_path, ram):
+    disk = build(tmp_path)
+    disk.close()
+    cache = build(tmp_path, placement="ram")
+    places.sweep(tmp_path)
+    places.sweep(ram)
+    assert disk.paths[0].exists()
+    assert cache.paths[0].exists()
+    (unused := ram / "x.features").write_bytes(b"")
+    places.sweep(ram, keep=unused)
+    assert unused.exists()
+    places.sweep(ram)
+    assert not unused.exists()
+
+
+def test_sweep_leaves_what_it_may_not_open(tmp_path, monkeypatch):
+    (path := tmp_path / ".a.features.tmp").write_bytes(b"")
+
+    def refuse(*args):
+        raise PermissionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        assert places.sweep(tmp_path) == 0
+    assert path.exists()
+
+
+def test_remove(tmp_path):
+    cache = build(tmp_path)
+    (path,) = cache.paths
+    assert places.remove(path) is None
+    assert path.exists()
+    cache.close()
+    size = path.stat().st_blocks * 512
+    assert places.remove(path) == size > 0
+    assert places.remove(path) is None
+
+
+def test_remove_by_force(tmp_path):
+    content = arrays()
+    cache = build(tmp_path, content)
+    assert places.remove(cache.paths[0], force=True)
+    assert torch.equal(cache.batch(torch.tensor([1]))["labels"], content["labels"][1:2])
+
+
+def test_a_creator_waits_for_another_with_a_heartbeat(tmp_path):
+    """The second attaches to what the first has made, as soon as it is there."""
+    content, config, first_calls, second_calls = arrays(), CacheConfig(tmp_path), [], []
+    beats, begun = threading.Event(), threading.Event()
+
+    def slowly(indices):
+        begun.set()
+        assert beats.wait(10)
+        return encoder(content, first_calls)(indices)
+
+    def second():
+        begun.wait(10)
+        FeatureCache.load_or_build(
+            KEY, COUNT, encoder(content, second_calls), config, beats.set, chunk=2
+        )
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    cache = FeatureCache.load_or_build(KEY, COUNT, slowly, config, chunk=2)
+    thread.join(10)
+    assert cache.verify() == []
+    assert sorted(i for call in first_calls + second_calls for i in call) == [0, 1, 2, 3, 4]
+
+
+def test_a_waiting_creator_may_stop(tmp_path):
+    temporary = tmp_path / ".x.features.tmp"
+    file = places.creation_lock(temporary, lambda: None)
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        places.creation_lock(temporary, stop)
+    os.close(file)
+
+
+def test_a_waiting_creator_sees_that_the_file_got_its_name(tmp_path):
+    temporary = tmp_path / ".x.features.tmp"
+    file = places.creation_lock(temporary, lambda: None)
+    turns = []
+
+    def turn():
+        turns.append(1)
+        if len(turns) == 1:
+            temporary.rename(tmp_path / "x.features")  # still locked
+
+    other = places.creation_lock(temporary, turn)
+    assert places.names(temporary, other)
+    assert not places.names(temporary, file)
+    os.close(file)
+    os.close(other)
+
+
+def test_attaching_waits_while_ram_segments_settle(tmp_path, ram):
+    cache = build(tmp_path, placement="ram")
+    attached = []
+
+    def attach():
+        attached.append(Segment.open(cache.paths[0]))
+
+    with places.settled(ram), places.settled(ram):  # a garbage collection may close one inside
+        thread = threading.Thread(target=attach)
+        thread.start()
+        time.sleep(0.05)
+        assert not attached
+    thread.join(10)
+    assert attached
