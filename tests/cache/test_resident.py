@@ -15,7 +15,7 @@ from samples import build, raises
 from torch import Tensor
 
 from nasfast.cache import FeatureCache, resident
-from nasfast.cache.batches import HostSamples, Plan
+from nasfast.cache.batches import HostSamples
 from nasfast.cache.resident import DeviceSamples
 
 CPU = torch.device("cpu")
@@ -268,7 +268,7 @@ def test_copies_and_kernels_are_ordered(monkeypatch: pytest.MonkeyPatch) -> None
     there = upload(samples, CPU, 6)
     there.side = streams
     transfer = resident._Transfer(there)
-    plan = Plan(samples.layout, None)
+    plan = samples.plan(None)
     for _ in range(2):
         transfer.fill(torch.tensor([9, 1]))
         transfer.gather(plan.fields, plan.allocate(2, CPU))
