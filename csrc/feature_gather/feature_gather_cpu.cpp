@@ -1,6 +1,6 @@
-// CPU kernel of feature_gather, compiled once per instruction set. It is bound by memory: four pages are read
-// side by side, for a processor follows several streams but none beyond its page, and a batch that no cache
-// would hold is written past the caches.
+// CPU kernel of feature_gather, compiled once per instruction set. It is bound by memory. A large batch is
+// written past the caches, which would only read it first, and drop what they hold; four pages are read side
+// by side, since a processor foresees no read beyond the page.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -105,14 +105,20 @@ NASFAST_INLINE void finish_stream() {
 #endif
 }
 
-// Calls body(i) for i = 0, step, ... below count, in four runs of `run` side by side.
-template <class Body>
-NASFAST_INLINE void side_by_side(int64_t count, int64_t step, int64_t run, const Body& body) {
+// Calls body(i) for i = 0, step, ... below count, which reads from[i : i + step]: four pages side by side,
+// and fetches the next four.
+template <class T, class Body>
+NASFAST_INLINE void side_by_side(const T* from, int64_t count, int64_t step, const Body& body) {
+    constexpr int64_t page = kPage / sizeof(T), line = kLine / sizeof(T);
     int64_t i = 0;
-    for (; i + kPages * run <= count; i += kPages * run)
-        for (int64_t j = i; j < i + run; j += step)
+    for (; i + kPages * page <= count; i += kPages * page)
+        for (int64_t j = i; j < i + page; j += step)
 #pragma GCC unroll 4
-            for (int64_t page = 0; page < kPages; ++page) body(j + page * run);
+            for (int64_t k = j; k < j + kPages * page; k += page) {
+                for (int64_t next = k + kPages * page, end = next + step; next < end; next += line)
+                    __builtin_prefetch(from + next, 0, 2);
+                body(k);
+            }
     for (; i < count; i += step) body(i);
 }
 
@@ -128,7 +134,7 @@ void copy(const uint8_t* from, int64_t count, uint8_t* to, bool streamed) {
     }
     const int64_t head = std::min(count, to_line(to)), lines = (count - head) / kLine * kLine;
     std::memcpy(to, from, static_cast<size_t>(head));
-    side_by_side(lines, kLine, kPage,
+    side_by_side(from + head, lines, kLine,
                  [&](int64_t i) NASFAST_INLINE_LAMBDA { stream_line(to + head + i, from + head + i); });
     const int64_t done = head + lines;
     std::memcpy(to + done, from + done, static_cast<size_t>(count - done));
@@ -161,8 +167,8 @@ void convert(const From* from, int64_t count, const float* scales, int64_t chann
     int64_t i = 0;
     if (streamed) {
         if (const int64_t head = std::min<int64_t>(count, to_line(to) / sizeof(To))) part(0, head), i = head;
-        const int64_t run = kPage / static_cast<int64_t>(sizeof(From)), whole = (count - i) / kUnit * kUnit;
-        side_by_side(whole, kUnit, run, [&](int64_t j) NASFAST_INLINE_LAMBDA {
+        const int64_t whole = (count - i) / kUnit * kUnit;
+        side_by_side(from + i, whole, kUnit, [&](int64_t j) NASFAST_INLINE_LAMBDA {
             alignas(kLine) To unit[kUnit];
             convert_unit(from + i + j, scale_of(i + j), unit);
             for (int64_t k = 0; k < kUnit; k += kLine / sizeof(To)) stream_line(to + i + j + k, unit + k);
