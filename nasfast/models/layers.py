@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,23 +38,24 @@ class Conv2d(nn.Conv2d):
     def __init__(
         self, in_channels: int, out_channels: int, kernel: int, dilation: int = 1, groups: int = 1
     ) -> None:
+        padding = dilation * (kernel // 2)
         super().__init__(
             in_channels,
             out_channels,
             kernel,
-            padding=dilation * (kernel // 2),
+            padding=padding,
             dilation=dilation,
             groups=groups,
             bias=False,
         )
+        self._sizes = padding, dilation
         ragged = bool(in_channels % 16 or out_channels % 16)
         self._depthwise = groups == in_channels == out_channels > 1
         self._float32_on_cpu = dilation > 1 and (groups > 1 or ragged)
 
     def forward(self, x: Tensor) -> Tensor:
         if self._depthwise:
-            padding, dilation = self.padding[0], self.dilation[0]
-            return depthwise_conv2d(x, self.weight, padding, dilation)
+            return depthwise_conv2d(x, self.weight, *self._sizes)
         if not (self._float32_on_cpu and x.device.type == "cpu"):
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
@@ -69,9 +70,11 @@ def norm_relu(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     pixels = x.numel() // x.shape[1]
     with torch.no_grad():
         mean, variance = statistics
-        norm.running_mean.lerp_(mean, norm.momentum)
-        norm.running_var.lerp_(variance * (pixels / (pixels - 1)), norm.momentum)
-        norm.num_batches_tracked.add_(1)
+        averages = norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum
+        running_mean, running_var, count, momentum = cast(Any, averages)
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(variance * (pixels / (pixels - 1)), momentum)
+        count.add_(1)
     return y
 
 
@@ -100,7 +103,7 @@ class ConvBNReLU(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         conv, norm, _ = self
-        return norm_relu(conv(x), norm)
+        return norm_relu(conv(x), cast(nn.BatchNorm2d, norm))
 
 
 class SepConv(nn.Sequential):
@@ -132,11 +135,12 @@ class _GlobalMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.shape = x.shape
-        return x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])
+        total: Tensor = x.sum((2, 3), keepdim=True)
+        return total / (x.shape[2] * x.shape[3])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        share = grad / (ctx.shape[2] * ctx.shape[3])
+        share: Tensor = grad / (ctx.shape[2] * ctx.shape[3])
         return share.expand(ctx.shape).contiguous(memory_format=torch.channels_last)
 
 
