@@ -64,17 +64,17 @@ class Conv2d(nn.Conv2d):
 
 def norm_relu(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     """``relu(norm(x))``; in training on a CPU as the one operation :func:`batch_norm_relu`."""
-    if not norm.training or x.device.type != "cpu":
+    momentum = norm.momentum
+    plain = x.device.type != "cpu" or not norm.affine or norm.weight.dtype == torch.bfloat16
+    if plain or not norm.training or momentum is None:
         return F.relu(norm(x), inplace=True)
-    y, statistics = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
-    pixels = x.numel() // x.shape[1]
-    with torch.no_grad():
-        mean, variance = statistics
-        averages = norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum
-        running_mean, running_var, count, momentum = cast(Any, averages)
-        running_mean.lerp_(mean, momentum)
-        running_var.lerp_(variance * (pixels / (pixels - 1)), momentum)
-        count.add_(1)
+    y, (mean, variance) = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
+    if norm.running_mean is not None and norm.running_var is not None:
+        pixels = x.numel() // x.shape[1]
+        norm.running_mean.lerp_(mean, momentum)
+        norm.running_var.lerp_(variance * (pixels / (pixels - 1)), momentum)
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
     return y
 
 
