@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -92,6 +92,10 @@ class Stage1Config:
     """Weight of each auxiliary head's loss."""
 
 
+Caches = tuple[FeatureCache, FeatureCache]
+"""Features that candidates are trained on, and that they are scored on."""
+
+
 def derive_seed(*parts: object) -> int:
     """A 63-bit seed from anything with a stable text: equal parts, equal seed, on any machine."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
@@ -119,7 +123,9 @@ class SegmentationEvaluator:
         stage0, stage1: training of the two stages.
         runtime: device and precision.
         seed: decides crops, initial weights and order, together with the candidate's index.
-        cache_dir: where feature caches are kept between searches.
+        cache: where and how the features of the frozen encoder are kept; its bound holds for the
+            features of training and of validation together.
+        caches: those features, of another evaluator with the same arguments (`caches_on`).
         val_crop: side of the centre crop that candidates are scored on; None takes whole images,
             which must then share one size.
         teacher: network whose logits candidates imitate in stage 0.
@@ -146,7 +152,8 @@ class SegmentationEvaluator:
         runtime: Runtime,
         *,
         seed: int,
-        cache_dir: Path,
+        cache: CacheConfig,
+        caches: Caches | None = None,
         val_crop: int | None = None,
         teacher: Segmenter | None = None,
     ) -> None:
@@ -161,15 +168,15 @@ class SegmentationEvaluator:
         runtime.place(self._encoder)
         self.seconds: dict[str, float] = {}
         with _timed(self.seconds, "encode"):
-            self._train_cache, self._val_cache = self._fill(cache_dir, teacher)
+            self._train_cache, self._val_cache = self._fill(cache, caches, teacher)
         labels = self._val_cache.batch(torch.tensor([0]))["labels"]
         self.val_size: tuple[int, int] = (labels.shape[-2], labels.shape[-1])
 
-    def _fill(
-        self, directory: Path, teacher: Segmenter | None
-    ) -> tuple[FeatureCache, FeatureCache]:
+    def _fill(self, cache: CacheConfig, caches: Caches | None, teacher: Segmenter | None) -> Caches:
         splits, config = self.task.splits, self.stage0
-        dtype = torch.bfloat16 if self.runtime.dtype == torch.bfloat16 else torch.float16
+        half = torch.bfloat16 if self.runtime.dtype == torch.bfloat16 else torch.float16
+        # the cache stores them as it is told; int8 is made of the most exact
+        dtype = half if cache.storage == "auto" else torch.float32
         transform = TrainTransform(config.crop, config.shorter_side)
         key = {
             "encoder": tensors_fingerprint(self._encoder.state_dict()),
@@ -221,12 +228,36 @@ class SegmentationEvaluator:
             "validation data": val_key["data"],
             "teacher": teacher_hash,
         }
-        where, heartbeat = CacheConfig(directory), self.runtime.heartbeat
+        if caches is not None:
+            return caches
         load, device = FeatureCache.load_or_build, self.runtime.device
-        return (
-            load(train_key, config.samples, encode_train, where, heartbeat).to(device),
-            load(val_key, len(splits.search_val), encode_val, where, heartbeat, chunk=8).to(device),
-        )
+        heartbeat, frames = self.runtime.heartbeat, len(splits.search_val)
+        val = load(val_key, frames, encode_val, cache, heartbeat, chunk=8).to(device)
+        if cache.memory_bytes is not None:  # the rest is for the training features
+            rest = max(0, cache.memory_bytes - val.resident_bytes)
+            cache = dataclasses.replace(cache, memory=f"{rest}B")
+        train = load(train_key, config.samples, encode_train, cache, heartbeat).to(device)
+        return train, val
+
+    def caches_on(self, device: torch.device) -> Caches:
+        """The features on a device; sent to a process of the same GPU, they are the same memory."""
+        return self._train_cache.to(device), self._val_cache.to(device)
+
+    @property
+    def features(self) -> str:
+        """How many bytes they take, where, and what int8 has cost them."""
+        caches = (self._train_cache, self._val_cache)
+        size = sum(cache.count * cache.layout.sample_bytes for cache in caches)
+        resident = sum(cache.resident_bytes for cache in caches)
+        where = sorted({str(path.parent) for cache in caches for path in cache.paths})
+        text = f"{size / 1e6:.0f} MB in {', '.join(where)}"
+        if resident and self.runtime.device.type == "cuda":
+            text += f", {resident / 1e6:.0f} MB of them on {self.runtime.device}"
+        errors = self._train_cache.errors()
+        if errors:
+            told = ", ".join(f"{name} {100 * error:.2f} %" for name, error in errors.items())
+            text += f"; relative error of int8: {told}"
+        return text
 
     def _encode(self, images: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         self.runtime.heartbeat()

@@ -78,14 +78,6 @@ def _open_run(argv: Sequence[str]) -> tuple[Study, Method[Any, Any, Any], Search
     return study, method, dataclasses.replace(config, **given)
 
 
-def _build(
-    method: Method[Any, Any, Any], config: SearchSettings, interrupt: Interrupt, console: Console
-) -> tuple[Search, SearchSettings]:
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    return method.build(config, interrupt, console)
-
-
 def _identity(search: Search) -> dict[str, dict[str, str]]:
     """What a bit-exact continuation needs to be the same: what was read, and what computed."""
     return {
@@ -135,17 +127,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     study, again = None, argv
     start = time.perf_counter()
     with Interrupt() as interrupt, contextlib.ExitStack() as stack:
+
+        def build(
+            method: Method[Any, Any, Any], config: SearchSettings
+        ) -> tuple[Search, SearchSettings]:
+            if config.threads is not None:
+                torch.set_num_threads(config.threads)
+            built: tuple[Search, SearchSettings] = method.build(config, interrupt, console)
+            stack.callback(built[0].close)
+            return built
+
         try:
             if flag_value(argv, "--resume") is not None:
                 study, method, config = _open_run(argv)
                 stack.enter_context(study)
-                search, config = _build(method, config, interrupt, console)
+                search, config = build(method, config)
                 _check_identity(study, search, console)
             else:
                 method = method_of(argv[0] if argv and argv[0][:1] != "-" else "segmentation")
                 config = method.parse_search(argv)
                 # before a run is made: this may refuse
-                search, config = _build(method, config, interrupt, console)
+                search, config = build(method, config)
                 study = stack.enter_context(_create_run(argv, method.name, config, search))
                 again = ["--resume", str(study.path)]
             say(console, f"run      {study.path}")

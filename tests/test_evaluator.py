@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import nasfast.evaluator
-from nasfast.cache import tensors_fingerprint
+from nasfast.cache import CacheConfig, tensors_fingerprint
 from nasfast.data import SyntheticStreets, batch, split_for_search
 from nasfast.encoders import MobileNetV2
 from nasfast.evaluator import (
@@ -56,7 +56,7 @@ def make(cache_dir, stage0=STAGE0, stage1=STAGE1, beat=lambda: None, seed=7,
     runtime = Runtime(torch.device(device), beat)
     return SegmentationEvaluator(
         task, make_encoder(), DECODER, stage0, stage1, runtime,
-        seed=seed, cache_dir=cache_dir, **options,
+        seed=seed, cache=CacheConfig(cache_dir), **options,
     )  # fmt: skip
 
 

@@ -101,7 +101,14 @@ class HostSamples:
         self.layout = layout
         self.count = sources[-1].first + sources[-1].count
         self._sources = sources
+        self._plans: dict[torch.dtype | None, Plan] = {}
         self._spare: dict[torch.dtype | None, list[Buffers]] = {}
+
+    def plan(self, dtype: torch.dtype | None) -> Plan:
+        """What a batch holds; see :class:`Plan`."""
+        if dtype not in self._plans:
+            self._plans[dtype] = Plan(self.layout, dtype)
+        return self._plans[dtype]
 
     def batch(self, indices: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """A batch in new memory; see :class:`Plan`.
@@ -110,7 +117,7 @@ class HostSamples:
             ValueError: indices or a dtype that there are not.
             RuntimeError: a sample that is not published, or damaged.
         """
-        plan = Plan(self.layout, dtype)
+        plan = self.plan(dtype)
         outs = plan.allocate(len(indices), self.device)
         self.gather(indices, plan.fields, outs, torch.get_num_threads())
         return plan.named(outs)
@@ -119,7 +126,7 @@ class HostSamples:
         self, order: Iterable[Tensor], dtype: torch.dtype | None = None, ahead: int = 2
     ) -> Batches:
         """Batches in reused memory, gathered ahead by a thread; see :class:`Batches`."""
-        plan = Plan(self.layout, dtype)
+        plan = self.plan(dtype)
         spare = self._spare.setdefault(dtype, [])
         stages = []
         for _ in range(ahead + 1):
@@ -232,11 +239,11 @@ class Batches(Iterator[dict[str, Tensor]]):
             name="nasfast-batches",
             daemon=True,
         )
+        thread.start()
         # also at the end of the process: a thread must not wake up in an interpreter that is gone
         self._close = weakref.finalize(
             self, _finish, thread, stop, self._free, self._given, stages, reuse
         )
-        thread.start()
 
     def __next__(self) -> dict[str, Tensor]:
         if not self._close.alive:
@@ -246,7 +253,7 @@ class Batches(Iterator[dict[str, Tensor]]):
         stage = self._ready.get()
         if stage is None or isinstance(stage, BaseException):
             self.close()
-            raise stage or StopIteration
+            raise StopIteration if stage is None else stage
         self._given.append(stage)
         return stage.batch()
 

@@ -223,12 +223,21 @@ class FeatureCache:
             torch.OutOfMemoryError: the device has not as much memory.
         """
         samples: HostSamples | DeviceSamples = self._host
+        if device.type == self.device.type and device.index in (None, self.device.index):
+            return self
         if device.type != "cpu":
             if memory is None:
                 resident = self.config.placement in ("auto", "device")
                 memory = self.config.memory_bytes if resident else 0
             samples = DeviceSamples.upload(self._host, device, memory)
         return self._over(samples)
+
+    @property
+    def resident_bytes(self) -> int:
+        """What its samples take in RAM segments or on the device."""
+        if isinstance(self._samples, DeviceSamples):
+            return self._samples.data.nbytes
+        return sum(s.data.nbytes for s in self.segments if s.header.placement == "ram")
 
     def _over(self, samples: HostSamples | DeviceSamples) -> FeatureCache:
         if samples is self._samples:

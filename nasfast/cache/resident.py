@@ -78,7 +78,7 @@ class DeviceSamples:
             ValueError: indices or a dtype that there are not.
             RuntimeError: a sample on the host that is not published, or damaged.
         """
-        plan = Plan(self.layout, dtype)
+        plan = self.host.plan(dtype)
         outs = plan.allocate(len(indices), self.device)
         if len(self.data) < self.count:
             transfer = _Transfer(self)
@@ -100,7 +100,7 @@ class DeviceSamples:
         Where all samples are on the device, ``order`` is consumed at once and goes up in one copy.
         Else a thread fetches ``ahead`` batches of what is on the host, see :class:`Batches`.
         """
-        plan = Plan(self.layout, dtype)
+        plan = self.host.plan(dtype)
         buffers = Buffers(plan, self.device)
         if len(self.data) == self.count:
             return self._resident(order, plan, buffers)

@@ -103,6 +103,9 @@ class Search(Protocol):
     def run(self, study: Study, console: Console) -> None:
         """Search from where the study stands to the end; every record and checkpoint is saved."""
 
+    def close(self) -> None:
+        """End what it started; nothing is lost."""
+
 
 class Trainer(Protocol):
     """A full training in rounds, with a checkpoint after each."""

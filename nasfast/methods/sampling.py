@@ -16,7 +16,7 @@ from nasfast.cli import say
 from nasfast.config import require_positive
 from nasfast.evaluator import derive_seed
 from nasfast.methods.base import SearchSettings
-from nasfast.methods.workers import Builder, Crew, Engine, Evaluator, G, Job, cores
+from nasfast.methods.workers import Crew, Engine, Evaluator, G, InProcess, Job, cores
 from nasfast.records import Evaluation, Record
 from nasfast.spaces.base import Space
 from nasfast.strategies import Strategy
@@ -74,12 +74,11 @@ class SamplingSearch(Generic[G]):
     space: Space[G]
     strategy: Strategy[G]
     evaluator: Evaluator[G]
-    """Of this process."""
-    build: Builder[G]
-    """Makes that of a worker."""
     budget: int
     batch: int = 1
     crew: Crew = field(default_factory=Crew)
+    engine: Engine[G] = field(default_factory=InProcess)
+    """That of the crew."""
 
     @property
     def inputs(self) -> Mapping[str, str]:
@@ -112,33 +111,34 @@ class SamplingSearch(Generic[G]):
             told, controller = checkpoint["told"], checkpoint["seconds"]["controller"]
             encode += checkpoint["seconds"]["encode"]
             self.strategy.load_state_dict(checkpoint["strategy"])
-        with self.crew.engine_of(self.evaluator, self.build) as engine:
-            while True:
-                study.save_checkpoint(
-                    {
-                        "told": told,
-                        "strategy": self.strategy.state_dict(),
-                        "seconds": {"encode": encode, "controller": controller},
-                        "budget": self.budget,
-                    }
-                )
-                if told == len(study.records) and _evaluated(study) >= self.budget:
-                    return
-                start = time.perf_counter()
-                asked = [self.strategy.ask() for _ in range(self.batch)]
-                controller += time.perf_counter() - start
-                self._evaluate(study, engine, told, asked, console)
-                if len(study.records) < told + len(asked):
-                    return  # the budget ends in the batch
-                start = time.perf_counter()
-                for genotype, record in zip(asked, study.records[told:]):
-                    self.strategy.tell(genotype, record.evaluation.rewards.get(FEEDBACK))
-                controller += time.perf_counter() - start
-                told += len(asked)
+        while True:
+            study.save_checkpoint(
+                {
+                    "told": told,
+                    "strategy": self.strategy.state_dict(),
+                    "seconds": {"encode": encode, "controller": controller},
+                    "budget": self.budget,
+                }
+            )
+            if told == len(study.records) and _evaluated(study) >= self.budget:
+                return
+            start = time.perf_counter()
+            asked = [self.strategy.ask() for _ in range(self.batch)]
+            controller += time.perf_counter() - start
+            self._evaluate(study, told, asked, console)
+            if len(study.records) < told + len(asked):
+                return  # the budget ends in the batch
+            start = time.perf_counter()
+            for genotype, record in zip(asked, study.records[told:]):
+                self.strategy.tell(genotype, record.evaluation.rewards.get(FEEDBACK))
+            controller += time.perf_counter() - start
+            told += len(asked)
 
-    def _evaluate(
-        self, study: Study, engine: Engine[G], told: int, asked: Sequence[G], console: Console
-    ) -> None:
+    def close(self) -> None:
+        """End the workers."""
+        self.engine.close()
+
+    def _evaluate(self, study: Study, told: int, asked: Sequence[G], console: Console) -> None:
         """Record what is not yet recorded of a batch, in order, as far as the budget reaches."""
         gate = _gate(study.records[:told])
         first = {_key(r.canonical): r.index for r in reversed(study.records) if not _repeats(r)}
@@ -165,7 +165,7 @@ class SamplingSearch(Generic[G]):
             def show(running: int) -> None:
                 status.update(f"{running} in training, {_evaluated(study)} of {self.budget} done")
 
-            evaluations = engine.evaluate(new, show)
+            evaluations = self.engine.evaluate(self.evaluator, new, show)
             for job, origin in entries:
                 fresh = origin == job.index
                 record = Record(

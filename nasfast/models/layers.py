@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,23 +38,24 @@ class Conv2d(nn.Conv2d):
     def __init__(
         self, in_channels: int, out_channels: int, kernel: int, dilation: int = 1, groups: int = 1
     ) -> None:
+        padding = dilation * (kernel // 2)
         super().__init__(
             in_channels,
             out_channels,
             kernel,
-            padding=dilation * (kernel // 2),
+            padding=padding,
             dilation=dilation,
             groups=groups,
             bias=False,
         )
+        self._sizes = padding, dilation
         ragged = bool(in_channels % 16 or out_channels % 16)
         self._depthwise = groups == in_channels == out_channels > 1
         self._float32_on_cpu = dilation > 1 and (groups > 1 or ragged)
 
     def forward(self, x: Tensor) -> Tensor:
         if self._depthwise:
-            padding, dilation = self.padding[0], self.dilation[0]
-            return depthwise_conv2d(x, self.weight, padding, dilation)
+            return depthwise_conv2d(x, self.weight, *self._sizes)
         if not (self._float32_on_cpu and x.device.type == "cpu"):
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
@@ -63,14 +64,16 @@ class Conv2d(nn.Conv2d):
 
 def norm_relu(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     """``relu(norm(x))``; in training on a CPU as the one operation :func:`batch_norm_relu`."""
-    if not norm.training or x.device.type != "cpu":
+    momentum = norm.momentum
+    plain = x.device.type != "cpu" or not norm.affine or norm.weight.dtype == torch.bfloat16
+    if plain or not norm.training or momentum is None:
         return F.relu(norm(x), inplace=True)
-    y, statistics = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
-    pixels = x.numel() // x.shape[1]
-    with torch.no_grad():
-        mean, variance = statistics
-        norm.running_mean.lerp_(mean, norm.momentum)
-        norm.running_var.lerp_(variance * (pixels / (pixels - 1)), norm.momentum)
+    y, (mean, variance) = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
+    if norm.running_mean is not None and norm.running_var is not None:
+        pixels = x.numel() // x.shape[1]
+        norm.running_mean.lerp_(mean, momentum)
+        norm.running_var.lerp_(variance * (pixels / (pixels - 1)), momentum)
+    if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
     return y
 
@@ -100,7 +103,7 @@ class ConvBNReLU(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         conv, norm, _ = self
-        return norm_relu(conv(x), norm)
+        return norm_relu(conv(x), cast(nn.BatchNorm2d, norm))
 
 
 class SepConv(nn.Sequential):
@@ -132,11 +135,12 @@ class _GlobalMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.shape = x.shape
-        return x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])
+        total: Tensor = x.sum((2, 3), keepdim=True)
+        return total / (x.shape[2] * x.shape[3])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        share = grad / (ctx.shape[2] * ctx.shape[3])
+        share: Tensor = grad / (ctx.shape[2] * ctx.shape[3])
         return share.expand(ctx.shape).contiguous(memory_format=torch.channels_last)
 
 

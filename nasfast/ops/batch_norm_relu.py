@@ -1,9 +1,9 @@
 """Batch normalisation in training, and the ReLU behind it, as one operation.
 
-PyTorch writes what lies between the two, and reads maps thirteen times for forward and backward; this
-reads them eight times and keeps the input alone. The public function comes first, then the reference,
-the checks, and the registration with ``torch.library``. There is a kernel for the CPU; on CUDA the
-reference runs, whose normalisation is cuDNN's.
+PyTorch writes what lies between the two: forward and backward move thirteen maps through memory,
+where this moves eight, and keeps the input alone. The public function comes first, then the
+reference, the checks, and the registration with ``torch.library``. There is a kernel for the CPU;
+on CUDA the reference runs, whose normalisation is cuDNN's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def batch_norm_relu(
     it.
 
     Raises:
-        ValueError: tensors that do not fit together, or a batch of one pixel, which has no variance.
+        ValueError: tensors that do not fit together, or a batch of one pixel.
     """
     arguments = input, weight, bias, float(eps)
     if _native.is_eager("batch_norm_relu", input, weight, bias):
@@ -194,7 +194,7 @@ class BatchNormReLUFunction(torch.autograd.Function):
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, statistics, ctx.eps = inputs
+    *tensors, _, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -203,10 +203,11 @@ def _double_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # views, so that differentiation stops here and not in the graph that made the tensors
-        grad, *sources = (
+        grad, input, weight, bias = (
             t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
             for t in ctx.saved_tensors
         )
+        sources = input, weight, bias
         output, _ = batch_norm_relu_reference(*sources, ctx.eps)
         gradients = torch.autograd.grad(output, sources, grad, create_graph=True)
         second = torch.autograd.grad(

@@ -136,7 +136,18 @@ def _check(
     if grad is not None and grad.shape != shape:
         remedy = "padding and dilation decide the height and width"
         raise _wrong("grad", f"of shape {shape}", tuple(grad.shape), remedy)
-    return Geometry(*input.shape, out_height, out_width, kernel_h, kernel_w, *padding, *dilation)
+    return Geometry(
+        batch,
+        channels,
+        height,
+        width,
+        out_height,
+        out_width,
+        kernel_h,
+        kernel_w,
+        *padding,
+        *dilation,
+    )
 
 
 def _layout(tensor: Tensor) -> torch.memory_format:
@@ -279,7 +290,7 @@ def _flops(*arguments: Any, out_shape: Sequence[int], **rest: Any) -> int:
 def _backward_flops(
     grad: Sequence[int], input: Sequence[int], weight: Sequence[int], *rest: Any, **shape: Any
 ) -> int:
-    return sum(rest[-1]) * _flops(input, weight, out_shape=grad)
+    return int(sum(rest[-1])) * _flops(input, weight, out_shape=grad)
 
 
 _SIZES = "int[2] padding, int[2] dilation"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -230,6 +232,48 @@ def test_processes_share_what_is_resident(tmp_path: Path, device: torch.device) 
         child.join(10)
         child.kill()
     assert child.exitcode == 0
+
+
+class Streams:
+    """In the place of torch.cuda: notes what is asked of streams and events, in order."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.log, self.device = log, CPU
+        self.names = iter(("copied", "used"))
+
+    def Event(self) -> Any:
+        name = next(self.names)
+        return SimpleNamespace(
+            name=name,
+            synchronize=lambda: self.log.append(f"host waits until {name}"),
+            record=lambda stream=None: self.log.append(name),
+        )
+
+    def wait_event(self, event: Any) -> None:
+        self.log.append(f"stream waits until {event.name}")
+
+    def stream(self, side: Any) -> Any:
+        return nullcontext()
+
+    def current_stream(self, device: torch.device) -> Any:
+        return self
+
+
+def test_copies_and_kernels_are_ordered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's memory is not written before it is copied, nor a device's before it is used."""
+    log: list[str] = []
+    samples, streams = host(content()), Streams(log)
+    monkeypatch.setattr(resident, "_cuda", streams)
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: log.append("kept"))
+    there = upload(samples, CPU, 6)
+    there.side = streams
+    transfer = resident._Transfer(there)
+    plan = samples.plan(None)
+    for _ in range(2):
+        transfer.fill(torch.tensor([9, 1]))
+        transfer.gather(plan.fields, plan.allocate(2, CPU))
+    fill = ["host waits until copied", "stream waits until used", "copied"]
+    assert log == [*fill, "stream waits until copied", "kept", "kept", "used"] * 2
 
 
 # ---- what only a GPU shows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -79,9 +80,9 @@ def toy(plan: Mapping[int, str], place: Path, device: str) -> Toy:
 def evaluate(plan: Mapping[int, str], place: Path) -> list[Evaluation]:
     jobs = [Job(index, GENOTYPE, 0.5) for index in range(4)]
     crew = Crew(workers=2, threads=1, engine="ray")
-    with crew.engine_of(Toy({}, place), functools.partial(toy, plan, place)) as engine:
+    with contextlib.closing(crew.engine_for(functools.partial(toy, plan, place))) as engine:
         handlers.append(signal.getsignal(signal.SIGTERM))
-        return list(engine.evaluate(jobs, lambda running: None))
+        return list(engine.evaluate(Toy({}, place), jobs, lambda running: None))
 
 
 def test_deaths(tmp_path: Path) -> None:

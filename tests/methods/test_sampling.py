@@ -99,8 +99,7 @@ def play(
     runs = list(root.glob("*"))
     opened = Study.open(*runs) if runs else Study.create(root, "segmentation", "script", {}, {})
     with opened as study:
-        search = SamplingSearch(SPACE, script, script, lambda device: script, budget, batch)
-        search.run(study, Console(quiet=True))
+        SamplingSearch(SPACE, script, script, budget, batch).run(study, Console(quiet=True))
         return script, study.records
 
 
@@ -288,7 +287,7 @@ def test_a_smaller_budget_than_spent_stops_at_once(tmp_path: Path) -> None:
 def test_who_evaluates_is_in_the_environment() -> None:
     script = Script(distinct(), lambda i: success(0.4))
     crew = Crew(2, ("cpu",), 3)
-    search = SamplingSearch(SPACE, script, script, lambda device: script, 1, crew=crew)
+    search = SamplingSearch(SPACE, script, script, budget=1, crew=crew)
     assert search.environment == {
         "feedback": "stage0",
         "crew": {"workers": 2, "devices": ("cpu",), "threads": 3, "engine": "process"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -88,9 +89,9 @@ def evaluate(
     plan: Mapping[int, str], place: Path, crew: Crew, count: int = 4, **options
 ) -> list[Evaluation]:
     evaluator: Evaluator[FastNASGenotype] = Toy(plan, place, **options)
-    build = functools.partial(toy, plan, place)
-    with crew.engine_of(evaluator, build) as engine:
-        return list(engine.evaluate(jobs(count, gate=0.5), lambda running: None))
+    engine = crew.engine_for(functools.partial(toy, plan, place))
+    with contextlib.closing(engine):
+        return list(engine.evaluate(evaluator, jobs(count, gate=0.5), lambda running: None))
 
 
 TWO = Crew(workers=2, threads=3)
@@ -166,12 +167,12 @@ def test_any_order_and_any_death_give_the_same(
         },
         random.Random(seed),
     )
-    dispatcher = Dispatcher(pool, workers, Bare())
+    dispatcher: Dispatcher[FastNASGenotype] = Dispatcher(pool, workers)
     indices = itertools.count()
     for size in batches:
         batch = [Job(next(indices), GENOTYPE, 0.5) for _ in range(size)]
         running: list[int] = []
-        for job, evaluation in zip(batch, dispatcher.evaluate(batch, running.append)):
+        for job, evaluation in zip(batch, dispatcher.evaluate(Bare(), batch, running.append)):
             if deaths.get(job.index) == 2:
                 failure = "worker died twice: cause"
                 assert evaluation == Evaluation({}, {}, 0.5, 123, 456, {}, failure)
@@ -211,13 +212,15 @@ def test_a_candidate_that_kills_twice_is_a_failure(tmp_path: Path, end: str, cau
 
 def test_a_death_is_noticed_at_once(tmp_path: Path) -> None:
     """While it is idle, too: the next batch finds another worker in its place."""
-    evaluator, build = Toy({}, tmp_path), functools.partial(toy, {}, tmp_path)
-    with TWO.engine_of(evaluator, build) as engine:
-        list(engine.evaluate(jobs(2), lambda running: None))
+    evaluator = Toy({}, tmp_path)
+    engine = TWO.engine_for(functools.partial(toy, {}, tmp_path))
+    with contextlib.closing(engine):
+        list(engine.evaluate(evaluator, jobs(2), lambda running: None))
         for seat in engine._pool._seats.values():  # type: ignore[attr-defined]
             os.kill(seat.process.pid, signal.SIGKILL)
         start = time.perf_counter()
-        assert rewards(list(engine.evaluate(jobs(4), lambda running: None))) == [0, 1, 2, 3]
+        evaluations = engine.evaluate(evaluator, jobs(4), lambda running: None)
+        assert rewards(list(evaluations)) == [0, 1, 2, 3]
         assert time.perf_counter() - start < 10
 
 

@@ -11,7 +11,9 @@ from nasfast.models.layers import (
     Zero,
     build_op,
     concatenate,
+    global_mean,
     largest,
+    norm_relu,
     resize,
 )
 from nasfast.spaces.fast_nas import PRIMITIVES
@@ -174,3 +176,30 @@ def test_concatenate_is_cat_with_gradients_that_are_maps() -> None:
     for gradient, part in zip(gradients, grad.split([3, 1, 4], 1), strict=True):
         torch.testing.assert_close(gradient, part, rtol=0, atol=0)
         assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"momentum": 0.3}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}],
+    ids=str,
+)
+def test_norm_relu_is_the_modules(settings, training) -> None:
+    norm, other = (nn.BatchNorm2d(6, **settings).train(training) for _ in range(2))
+    x = torch.randn(3, 6, 5, 4)
+    for _ in range(3):
+        torch.testing.assert_close(norm_relu(x, norm), F.relu(other(x)))
+    torch.testing.assert_close(dict(norm.named_buffers()), dict(other.named_buffers()))
+
+
+def test_norm_relu_of_a_module_in_bfloat16() -> None:
+    norm, x = nn.BatchNorm2d(6).bfloat16(), torch.randn(3, 6, 5, 4).bfloat16()
+    assert torch.equal(norm_relu(x, norm), F.relu(norm(x)))
+
+
+def test_global_mean() -> None:
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(global_mean(x), x.mean((2, 3), keepdim=True))
+    assert torch.autograd.gradcheck(global_mean, [x])
+    (gradient,) = torch.autograd.grad(global_mean(x).sum(), [x])
+    assert gradient.is_contiguous(memory_format=torch.channels_last)

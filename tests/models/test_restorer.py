@@ -132,7 +132,7 @@ def test_a_pointwise_head():
     """One convolution with BatchNorm from the last cell, 3 nodes of 2 * 4 channels, to the head."""
     net = make(config=dataclasses.replace(SMALL, atrous=False))
     x = torch.rand(2, 24, 8, 9)
-    assert torch.equal(net.aspp(x), F.relu(net.aspp[1](net.aspp[0](x))))
+    torch.testing.assert_close(net.aspp(x), F.relu(net.aspp[1](net.aspp[0](x))))
     assert count_parameters(net.aspp) == 24 * 5 + 2 * 5
     assert net(torch.rand(1, 1, 8, 9)).shape == (1, 1, 8, 9)
 

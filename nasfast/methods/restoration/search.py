@@ -216,10 +216,10 @@ def build(
             sizes,
             RandomSearch(sizes, config.seed),
             _evaluator(config, data, runtime),
-            functools.partial(evaluator_on, config),
             config.budget,
             config.batch,
             crew,
+            crew.engine_for(functools.partial(evaluator_on, config)),
         )
         return search, config
     torch.manual_seed(derive_seed(config.seed, "supernet"))

@@ -186,6 +186,9 @@ class SupernetSearch:
         one measures how far the weights were trained."""
         return {"choice": "last"}
 
+    def close(self) -> None:
+        """It has started nothing that would go on."""
+
     def run(self, study: Study, console: Console) -> None:
         """Search to the last epoch, or until the derived architecture stays the same.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -16,16 +16,16 @@ import torch
 import tyro
 from rich.console import Console
 
-from nasfast.cache import default_directory
+from nasfast.cache import CacheConfig
 from nasfast.cli import flag_value, say
 from nasfast.config import require_positive
 from nasfast.data import Splits, load_splits, shorter_side
 from nasfast.encoders import MobileNetV2, load_encoder
-from nasfast.evaluator import SegmentationEvaluator, Stage0Config, Stage1Config
+from nasfast.evaluator import Caches, SegmentationEvaluator, Stage0Config, Stage1Config
 from nasfast.interrupt import Interrupt
 from nasfast.methods.sampling import SamplingSearch, SamplingSettings, default_threads
-from nasfast.methods.workers import Crew
-from nasfast.models.segmenter import DecoderConfig, load_teacher
+from nasfast.methods.workers import Crew, Engine
+from nasfast.models.segmenter import DecoderConfig, Segmenter, load_teacher
 from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
 from nasfast.strategies import PPOConfig, make_strategy
 from nasfast.tasks.segmentation import SegmentationTask
@@ -56,6 +56,14 @@ class SearchConfig(SamplingSettings):
     cache_dir: Path | None = None
     """Where encoder features are kept between searches; default: $NASFAST_CACHE or
     ~/.cache/nasfast."""
+    placement: Literal["auto", "file", "ram", "device"] = "auto"
+    """Where features are read from. file: a memory-mapped file, used again by the next search;
+    ram: shared memory, gone with the search; device: a file that is read once into the memory of
+    each GPU; auto: device on CUDA, else file."""
+    memory: str | None = None
+    """Bound of what features take in RAM or on a device, such as 8GB; the rest stays on disk."""
+    storage: Literal["auto", "float16", "bfloat16", "float32", "int8"] = "auto"
+    """Type of the stored features; auto: that of the activations, or float16."""
     val_crop: int | None = None
     """Score candidates on centre crops of this side; default: whole images of one size."""
     omit: tuple[int, ...] = ()
@@ -77,6 +85,12 @@ class SearchConfig(SamplingSettings):
         for stage in (self.stage0, self.stage1):
             require_positive(stage, "crop", "shorter_side", "batch_size", "max_grad_norm")
         require_positive(self.stage0, "samples", "epochs")
+        _ = self.cache
+
+    @property
+    def cache(self) -> CacheConfig:
+        """Of the features; ValueError for a size that is none."""
+        return CacheConfig(self.cache_dir, self.placement, self.memory, self.storage)
 
 
 PRESETS = {
@@ -164,48 +178,95 @@ def build(
     runtime = Runtime(torch.device(crew.devices[0]), interrupt.check)
     splits = load_splits(config.data, seed=config.seed)
     config = fit_to_data(config, splits, console)
+    task = SegmentationTask(splits, config.omit)
     encoder = load_encoder(config.encoder_weights)
-    classes = SegmentationTask(splits, config.omit).num_classes
+    teacher = _teacher(config, splits)
     say(
         console,
         f"data     {splits.train.name}: {len(splits.search_train)} frames to train candidates, "
-        f"{len(splits.search_val)} to score them, {classes} classes\n"
+        f"{len(splits.search_val)} to score them, {task.num_classes} classes\n"
         f"encoder  {encoder.name} x{encoder.width:g}, "
         f"{config.encoder_weights or 'packaged weights (trained on generated scenes)'}\n"
         f"device   {crew}, {runtime.precision}\n"
         f"space    {FastNASSpace().size():.2e} decoders; strategy {config.strategy}, "
         f"{config.budget} candidates",
     )
-    evaluator = _evaluator(config, splits, encoder, runtime)
-    console.print(f"features of the frozen encoder ready in {evaluator.seconds['encode']:.1f} s")
+
+    def prepared() -> SegmentationEvaluator:
+        return _evaluator(config, task, encoder, teacher, runtime)
+
+    engine, evaluator = _staff(config, crew, prepared)
+    say(
+        console,
+        f"features of the frozen encoder ready in {evaluator.seconds['encode']:.1f} s: "
+        f"{evaluator.features}",
+    )
     space = FastNASSpace()
     strategy = make_strategy(config.strategy, space, config.seed, config.ppo)
-    worker = functools.partial(evaluator_on, config)
-    search = SamplingSearch(space, strategy, evaluator, worker, config.budget, config.batch, crew)
+    search = SamplingSearch(space, strategy, evaluator, config.budget, config.batch, crew, engine)
     return search, config
 
 
-def evaluator_on(config: SearchConfig, device: str) -> SegmentationEvaluator:
-    """A worker's evaluator, from settings that fit the data."""
+def evaluator_on(
+    config: SearchConfig, shared: Mapping[str, Caches], device: str
+) -> SegmentationEvaluator:
+    """A worker's evaluator, from settings that fit the data.
+
+    ``shared`` holds the caches of each GPU, whose memory all its workers read; where there are
+    none, the worker attaches the files.
+    """
     splits = load_splits(config.data, seed=config.seed)
-    encoder = load_encoder(config.encoder_weights)
-    return _evaluator(config, splits, encoder, Runtime(torch.device(device)))
+    return _evaluator(
+        config,
+        SegmentationTask(splits, config.omit),
+        load_encoder(config.encoder_weights),
+        _teacher(config, splits),
+        Runtime(torch.device(device)),
+        shared.get(device),
+    )
+
+
+def _staff(
+    config: SearchConfig, crew: Crew, prepared: Callable[[], SegmentationEvaluator]
+) -> tuple[Engine[FastNASGenotype], SegmentationEvaluator]:
+    """The workers, and this process's evaluator."""
+    if crew.shares_devices:
+        evaluator = prepared()
+        shared = {name: evaluator.caches_on(torch.device(name)) for name in crew.devices}
+        return crew.engine_for(functools.partial(evaluator_on, config, shared)), evaluator
+    # they fill the feature cache together with this process
+    engine = crew.engine_for(functools.partial(evaluator_on, config, {}))
+    try:
+        return engine, prepared()
+    except BaseException:
+        engine.close()
+        raise
+
+
+def _teacher(config: SearchConfig, splits: Splits) -> Segmenter | None:
+    return load_teacher(config.teacher, splits.train.classes) if config.teacher else None
 
 
 def _evaluator(
-    config: SearchConfig, splits: Splits, encoder: MobileNetV2, runtime: Runtime
+    config: SearchConfig,
+    task: SegmentationTask,
+    encoder: MobileNetV2,
+    teacher: Segmenter | None,
+    runtime: Runtime,
+    caches: Caches | None = None,
 ) -> SegmentationEvaluator:
     return SegmentationEvaluator(
-        SegmentationTask(splits, config.omit),
+        task,
         encoder,
         config.decoder,
         config.stage0,
         config.stage1,
         runtime,
         seed=config.seed,
-        cache_dir=config.cache_dir or default_directory(),
+        cache=config.cache,
+        caches=caches,
         val_crop=config.val_crop,
-        teacher=load_teacher(config.teacher, splits.train.classes) if config.teacher else None,
+        teacher=teacher,
     )
 
 

@@ -136,13 +136,34 @@ class Pool(Protocol[G_in]):
         """End all workers, at once and for good."""
 
 
-class Engine(Protocol[G_in]):
-    """Evaluates a batch of candidates."""
+class Engine(Protocol[G]):
+    """Evaluates batches of candidates."""
 
     def evaluate(
-        self, jobs: Sequence[Job[G_in]], progress: Callable[[int], None]
+        self, evaluator: Evaluator[G], jobs: Sequence[Job[G]], progress: Callable[[int], None]
     ) -> Iterator[Evaluation]:
         """Evaluations in the order of the jobs, each as soon as it and those before it are there.
 
-        ``progress`` is told how many candidates are in training whenever that changes.
+        Args:
+            evaluator: of this process. Workers' evaluators give the same.
+            jobs: the batch.
+            progress: is told how many candidates are in training, whenever that changes.
         """
+
+    def close(self) -> None:
+        """End all workers, at once and for good."""
+
+
+class InProcess(Generic[G]):
+    """No workers: this process evaluates, one candidate after the other."""
+
+    def evaluate(
+        self, evaluator: Evaluator[G], jobs: Sequence[Job[G]], progress: Callable[[int], None]
+    ) -> Iterator[Evaluation]:
+        """As `Engine` says."""
+        for job in jobs:
+            progress(1)
+            yield evaluator(job.genotype, job.index, job.gate)
+
+    def close(self) -> None:
+        """Nothing to end."""

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, Literal
+from typing import Literal
 
 from nasfast.device import resolve_device
 from nasfast.methods.workers.actors import RayPool
-from nasfast.methods.workers.base import Builder, Engine, Evaluator, G, Job, Pool
+from nasfast.methods.workers.base import Builder, Engine, G, InProcess, Pool
 from nasfast.methods.workers.dispatch import Dispatcher
 from nasfast.methods.workers.processes import ProcessPool, start_server
-from nasfast.records import Evaluation
 
 
 def cores() -> int:
@@ -75,37 +72,23 @@ class Crew:
             start_server()  # it imports while the search opens its data
         return crew
 
+    @property
+    def shares_devices(self) -> bool:
+        """Whether processes of this machine can read what this process has put on their GPU."""
+        return self.engine == "process" and self.workers > 1 and self.devices[0] != "cpu"
+
     def __str__(self) -> str:
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         workers = f"{self.workers} workers of " if self.workers > 1 else ""
         return f"{', '.join(self.devices)}, {workers}{threads}"
 
-    @contextmanager
-    def engine_of(self, evaluator: Evaluator[G], build: Builder[G]) -> Iterator[Engine[G]]:
-        """Workers at work; killed at the end of the ``with`` block."""
-        if self.engine == "process" and self.workers == 1:
-            yield _InProcess(evaluator)
-            return
-        pool = self._pool(build)
-        try:
-            yield Dispatcher(pool, self.workers, evaluator)
-        finally:
-            pool.close()
-
-    def _pool(self, build: Builder[G]) -> Pool[G]:
+    def engine_for(self, build: Builder[G]) -> Engine[G]:
+        """Workers that begin to build their evaluators at once."""
         if self.engine == "ray":
             kind = self.devices[0].partition(":")[0]
-            return RayPool(build, kind, self.threads, self.workers)
-        return ProcessPool(build, self.devices, self.threads)
-
-
-class _InProcess(Generic[G]):
-    def __init__(self, evaluator: Evaluator[G]) -> None:
-        self._evaluator = evaluator
-
-    def evaluate(
-        self, jobs: Sequence[Job[G]], progress: Callable[[int], None]
-    ) -> Iterator[Evaluation]:
-        for job in jobs:
-            progress(1)
-            yield self._evaluator(job.genotype, job.index, job.gate)
+            pool: Pool[G] = RayPool(build, kind, self.threads, self.workers)
+        elif self.workers == 1:
+            return InProcess()
+        else:
+            pool = ProcessPool(build, self.devices, self.threads)
+        return Dispatcher(pool, self.workers)
