@@ -361,7 +361,7 @@ def measure_workers(options: argparse.Namespace, device: torch.device) -> dict[s
         for workers in minutes:  # starts them
             evaluate(workers, workers)
         start = time.perf_counter()
-        while len(minutes[1]) < 3 or time.perf_counter() - start < options.seconds / 4:
+        while not minutes[1] or time.perf_counter() - start < options.seconds / 4:
             for workers, found in minutes.items():
                 found.append(evaluate(workers, count))
     torch.set_num_threads(threads)

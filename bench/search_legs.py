@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, default_collate
 
 import nasfast.evaluator
 import nasfast.models.layers
-from nasfast.cache import FeatureCache
+from nasfast.cache import CacheConfig, FeatureCache
 from nasfast.data import Splits, SyntheticStreets
 from nasfast.encoders import MobileNetV2
 from nasfast.evaluator import SegmentationEvaluator, Stage0Config, Stage1Config, derive_seed
@@ -321,7 +321,7 @@ class Ours:
             Stage1Config(epochs=0),
             self.runtime,
             seed=SEED,
-            cache_dir=problem.folder / "cache",
+            cache=CacheConfig(problem.folder / "cache"),
             val_crop=scale.val_crop,
             teacher=problem.teacher,
         )
