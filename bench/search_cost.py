@@ -346,14 +346,16 @@ def measure_workers(options: argparse.Namespace, device: torch.device) -> dict[s
         build = functools.partial(search_legs.evaluator_of, scale, Path(folder))
         evaluator = build(str(device))
         engines = {
-            workers: stack.enter_context(Crew(workers, (str(device),)).engine_of(evaluator, build))
+            workers: stack.enter_context(
+                contextlib.closing(Crew(workers, (str(device),)).engine_for(build))
+            )
             for workers in minutes
         }
 
         def evaluate(workers: int, number: int) -> float:
             jobs = [Job(index, genotype, None) for index in range(number)]
             start = time.perf_counter()
-            for evaluation in engines[workers].evaluate(jobs, lambda _: None):
+            for evaluation in engines[workers].evaluate(evaluator, jobs, lambda _: None):
                 if evaluation.failure:
                     raise RuntimeError(evaluation.failure)
             return (time.perf_counter() - start) / 60
