@@ -11,15 +11,18 @@
 #include "common/isa.hpp"
 #include "deform_conv2d/deform_conv2d.h"
 #include "feature_cache/bindings_cpu.hpp"
+#include "feature_gather/feature_gather.h"
 #include "mixed_op/mixed_op.h"
 #ifdef NASFAST_CUDA
 #include "common/cuda_device.h"
 #include "deform_conv2d/bindings_cuda.hpp"
+#include "feature_gather/bindings_cuda.hpp"
 #include "mixed_op/bindings_cuda.hpp"
 #endif
 
 namespace py = pybind11;
 namespace dc = nasfast::deform_conv2d;
+namespace fg = nasfast::feature_gather;
 namespace mo = nasfast::mixed_op;
 
 namespace {
@@ -79,6 +82,10 @@ PYBIND11_MODULE(_C, m) {
           cpu_entry<dc::Params, dc::Forward, float, double, bfloat16>(NASFAST_KERNEL(dc, forward)));
     m.def("deform_conv2d_backward",
           cpu_entry<dc::Params, dc::Backward, float, double, bfloat16>(NASFAST_KERNEL(dc, backward)));
+    m.def("feature_gather_forward",
+          cpu_entry<fg::Params, fg::Call, float>([](const fg::Params& params, const fg::Pointers& pointers) {
+              NASFAST_DISPATCH(fg, forward, params, pointers);
+          }));
     m.def("mixed_op_forward",
           cpu_entry<mo::Params, mo::Forward, float, double, bfloat16>(NASFAST_KERNEL(mo, forward)));
     m.def("mixed_op_backward",
@@ -87,6 +94,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef NASFAST_CUDA
     m.def("cuda_info", &cuda_info);
     dc::cuda::bind_cuda(m);
+    fg::cuda::bind_cuda(m);
     mo::cuda::bind_cuda(m);
 #endif
 }

@@ -84,7 +84,7 @@ def test_no_spills(kernels: list[Kernel]) -> None:
 
 
 def test_tensor_cores(objects: dict[str, tuple[Path, str]]) -> None:
-    """Machine code of every kernel for half types holds matrix instructions."""
+    """Machine code of every kernel that multiplies half types holds matrix instructions."""
     triton = importlib.util.find_spec("triton")  # its wheel has the disassembler, CUDA's need not
     beside = Path(triton.origin).parent / "backends/nvidia/bin" if triton and triton.origin else ""
     cuobjdump = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(beside))
@@ -94,7 +94,8 @@ def test_tensor_cores(objects: dict[str, tuple[Path, str]]) -> None:
         r"\S*(forward_kernel\S*TensorTile|backward_(data|weight)\S*float16"
         r"|(product|deform)_kernel\S*TensorTile|weight_kernel\S*TensorGradient)"
     )
-    for path, _ in objects.values():
+    for op in ("deform_conv2d", "mixed_op"):
+        path, _ = objects[f"{op}_cuda"]
         code = subprocess.run(
             [cuobjdump, "-sass", path], capture_output=True, text=True, check=True
         )

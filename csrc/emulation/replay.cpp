@@ -2,19 +2,21 @@
 // buffers have no byte to spare, and what the kernel is to write starts as NaN.
 //
 // File: integers of 64 bits, then bytes. The call (0, 1: forward, backward of deform_conv2d; 2, 3: of
-// mixed_op), dtype, seed of the order, barrier and wait to skip, the fields of Params, and for each pointer
-// the bytes of its buffer, or -1 for null, and whether its content follows. Then the contents. The other
-// buffers are written to the second file.
+// mixed_op; 4: feature_gather), dtype, seed of the order, barrier and wait to skip, the fields of Params, and
+// for each pointer the bytes of its buffer, or -1 for null, and whether its content follows. Then the
+// contents. The other buffers are written to the second file.
 #include <cstdio>
 #include <memory>
 
 #include "common/fields.hpp"
 #include "deform_conv2d/deform_conv2d_cuda.cu"
+#include "feature_gather/feature_gather_cuda.cu"
 #include "mixed_op/mixed_op_cuda.cu"
 
 namespace {
 
 namespace dc = nasfast::deform_conv2d;
+namespace fg = nasfast::feature_gather;
 namespace mo = nasfast::mixed_op;
 
 struct File {
@@ -108,10 +110,16 @@ int main(int count, char** arguments) try {
                     [&](void* space) { mo::cuda::forward(p, t, space, nullptr); });
             });
             break;
-        default:
+        case 3:
             replay<mo::Params, mo::Backward>(in, out, dtype, [&](const auto& p, const auto& t) {
                 run(mo::cuda::backward_workspace(type, p),
                     [&](void* space) { mo::cuda::backward(p, t, space, nullptr); });
+            });
+            break;
+        default:
+            replay<fg::Params, fg::Call>(in, out, dtype, [&](const auto& p, const auto& t) {
+                run(fg::cuda::forward_workspace(type, p),
+                    [&](void* space) { fg::cuda::forward(p, t, space, nullptr); });
             });
     }
 } catch (const std::exception& error) {

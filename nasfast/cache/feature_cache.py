@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,8 +17,10 @@ import torch
 from torch import Tensor
 
 from nasfast.cache import places
+from nasfast.cache.batches import HostSamples
 from nasfast.cache.header import STATE, Header
 from nasfast.cache.layout import STORAGES, Layout, stored
+from nasfast.cache.resident import DeviceSamples
 from nasfast.cache.segment import Filler, Segment, create
 
 Encode = Callable[[Tensor], Mapping[str, Tensor]]
@@ -84,7 +85,9 @@ class FeatureCache:
         self.config = dataclasses.replace(config, directory=_directory(config))
         self.segments = attached
         self.count, self.key, self.layout = header.total, dict(header.key), header.layout
-        self.device = torch.device("cpu")
+        self._host = HostSamples(self.layout, attached)
+        self._samples: HostSamples | DeviceSamples = self._host
+        self.device = self._host.device
         for segment in attached:
             if segment.header.layout != self.layout:
                 raise ValueError(
@@ -184,7 +187,7 @@ class FeatureCache:
         return out
 
     def batch(self, indices: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Gather samples (int64 ``[n]``) into new memory.
+        """Gather samples (int64 ``[n]``) into new memory on the cache's device.
 
         Args:
             indices: any samples, in any order.
@@ -193,38 +196,48 @@ class FeatureCache:
         Returns:
             Maps as channels-last ``[n, C, H, W]``, labels ``[n, H, W]`` as stored.
         """
-        indices = indices.to("cpu", torch.int64)
-        parts = []
-        for segment in self.segments:
-            inside = (indices >= segment.first) & (indices < segment.first + segment.count)
-            if segment is self.segments[-1]:
-                inside |= (indices < 0) | (indices >= self.count)  # for its error
-            rows = indices[inside] - segment.first
-            segment.check(rows)
-            parts.append((segment.data, inside, rows))
-        out = {}
-        for spec in self.layout.visible:
-            scale, kept = self.layout.scale_of(spec), spec.dtype
-            if scale is not None:
-                kept = dtype or torch.float32
-            elif spec.is_map and spec.dtype.is_floating_point:
-                kept = dtype or spec.dtype
-            array = torch.empty(len(indices), *spec.shape, dtype=kept)
-            for data, inside, rows in parts:
-                values = self.layout.view(data, spec.name)[rows]
-                if scale is not None:
-                    values = values * self.layout.view(data, scale.name)[rows][:, None, None]
-                array[inside] = values.to(kept)
-            array = array.to(self.device)
-            out[spec.name] = array.permute(0, 3, 1, 2) if spec.is_map else array
-        return out
+        return self._samples.batch(indices, dtype)
+
+    def batches(
+        self, order: Iterable[Tensor], dtype: torch.dtype | None = None, ahead: int = 2
+    ) -> Iterator[dict[str, Tensor]]:
+        """Gather batches (int64 ``[n]`` each) into reused memory, ahead of who reads them.
+
+        Args:
+            order: the samples of each batch; consumed in order and ahead, maybe by another thread.
+            dtype: as for :meth:`batch`.
+            ahead: batches that are gathered while one is read.
+
+        Returns:
+            Batches like those of :meth:`batch`; each is valid until the next is asked for.
+        """
+        return self._samples.batches(order, dtype, ahead)
 
     def to(self, device: torch.device, memory: int | None = None) -> FeatureCache:
-        """The same samples, gathered to ``device``."""
-        if device.type == "cpu":
+        """The same samples with batches on ``device``.
+
+        Args:
+            device: where the first samples become resident; the CPU has what is mapped.
+            memory: bytes that they may take there. By default those of the configuration, or none
+                where its placement is file or ram: then all come from the host.
+
+        Raises:
+            RuntimeError: a sample that is not published or is damaged.
+            torch.OutOfMemoryError: the device has not as much memory.
+        """
+        samples: HostSamples | DeviceSamples = self._host
+        if device.type != "cpu":
+            if memory is None:
+                resident = self.config.placement in ("auto", "device")
+                memory = self.config.memory_bytes if resident else 0
+            samples = DeviceSamples.upload(self._host, device, memory)
+        return self._over(samples)
+
+    def _over(self, samples: HostSamples | DeviceSamples) -> FeatureCache:
+        if samples is self._samples:
             return self
-        moved = copy.copy(self)
-        moved.device = device
+        moved = FeatureCache(self.segments, self.config)
+        moved._host, moved._samples, moved.device = self._host, samples, samples.device
         return moved
 
     def errors(self) -> dict[str, float]:
@@ -250,7 +263,14 @@ class FeatureCache:
             segment.close()
 
     def __reduce__(self) -> tuple[object, ...]:
-        return FeatureCache.open, (self.key, self.config)
+        """Another process attaches the files, and shares what is resident on a device."""
+        resident = self._samples.data if isinstance(self._samples, DeviceSamples) else None
+        return _reopen, (self.key, self.config, resident)
+
+
+def _reopen(key: Mapping[str, str], config: CacheConfig, resident: Tensor | None) -> FeatureCache:
+    cache = FeatureCache.open(key, config)
+    return cache if resident is None else cache._over(DeviceSamples(cache._host, resident))
 
 
 @dataclass(frozen=True)

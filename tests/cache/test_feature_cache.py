@@ -114,6 +114,7 @@ def test_no_such_sample(tmp_path, placement, index):
     message = f"feature cache ...: wanted a sample of ... to ..., got {index}"
     with raises(ValueError, message):
         cache.sample(index)
+    message = f"feature cache: wanted indices from 0 to 4, got {index}; the cache has 5 samples"
     with raises(ValueError, message):
         cache.batch(torch.tensor([0, index]))
 

@@ -74,6 +74,7 @@ def legs(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     ops = ("deform_conv2d", "mixed_op")
     names = [f"{op}_{way}" for op in ops for way in ("forward", "backward")]
+    names.append("feature_gather_forward")
     monkeypatch.setattr(_native, "C", SimpleNamespace(**{name: entry(name) for name in names}))
     monkeypatch.setattr(_native, "CPU_DTYPES", tuple(_native.DTYPES))
     return called

@@ -1,0 +1,303 @@
+"""Gathers the samples of a batch from a feature cache, in the dtypes that training computes in.
+
+A sample is one block of bytes, and its arrays stand at fixed offsets in every block. An int8 array
+holds the multiples of a scale per channel, which stands in the same block in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nasfast.ops import _native
+
+# Codes of nasfast::feature_gather::Kind in csrc/feature_gather/feature_gather.h.
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+_BYTES = 4
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_STORED = (*_FLOATS, torch.int8, torch.uint8)
+_MOST = 16  # fields of a call of the kernel
+_ALIGN = 16  # bytes
+
+
+class Field(NamedTuple):
+    """An array in the block of a sample."""
+
+    offset: int
+    """First byte, a multiple of 16."""
+    shape: tuple[int, ...]
+    """Of one sample, channels last."""
+    dtype: torch.dtype
+    """As stored: float32, bfloat16, float16, int8 or uint8."""
+    scale_offset: int | None = None
+    """First byte of an int8 array's scales, float32 ``[shape[-1]]``, a multiple of 16."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of one sample."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def feature_gather(
+    data: Tensor,  # uint8 [S, B], a block of B bytes per sample
+    indices: Tensor,  # int64 [N]
+    offset: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    out: Tensor,  # [N, *shape]
+    scale_offset: int | None = None,
+    *,
+    threads: int = 1,
+) -> Tensor:
+    """Writes one array of the samples ``indices`` to ``out``, and returns ``out``.
+
+    Args:
+        data: the blocks; they begin at multiples of 16 bytes and may lie apart.
+        indices: samples, in any order and any number of times.
+        offset, shape, dtype, scale_offset: the array, see :class:`Field`.
+        out: contiguous; of ``dtype``, or of any of float32, bfloat16 and float16 where ``dtype`` is
+            one of these or int8 with scales. Rounded to the nearest, ties to even.
+        threads: of a CPU, at most.
+
+    On CUDA the indices are read by the device alone: nothing waits, the call can be captured in a
+    graph, and a row whose index is none of the samples is left as it is.
+
+    Raises:
+        ValueError: tensors that do not fit together, with what was wanted and what came; on a CPU
+            also an index that is none of the samples.
+    """
+    shape = tuple(shape)
+    if _native.is_eager("feature_gather", data, indices, out):
+        _gather(data, indices, offset, shape, dtype, out, scale_offset, threads)
+    else:
+        torch.ops.nasfast.feature_gather.default(
+            data, indices, offset, shape, dtype, out, scale_offset, threads
+        )
+    return out
+
+
+def feature_gather_reference(
+    data: Tensor,
+    indices: Tensor,
+    offset: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    out: Tensor,
+    scale_offset: int | None = None,
+) -> Tensor:
+    """:func:`feature_gather` in plain PyTorch, on any device."""
+    field = Field(offset, tuple(shape), dtype, scale_offset)
+    _check(data, indices, [field], [out])
+    _check_range(indices, len(data))
+    if not out.numel():
+        return out
+
+    def read(first: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        return data[:, first : first + size][indices].view(dtype).view(len(indices), *shape)
+
+    values = read(offset, field.shape, dtype)
+    if scale_offset is not None:
+        channels = field.shape[-1]
+        scale = read(scale_offset, (channels,), torch.float32)
+        values = values * scale.view(-1, *[1] * (len(field.shape) - 1), channels)
+    return out.copy_(values)
+
+
+def gather_fields(
+    data: Tensor,  # uint8 [S, B]
+    indices: Tensor,  # int64 [N]
+    fields: Sequence[Field],
+    outs: Sequence[Tensor],  # [N, *shape] of each field
+    *,
+    threads: int = 1,
+) -> None:
+    """:func:`feature_gather` of several arrays in one call, and of some of the samples.
+
+    A row whose index is none of the samples is left as it is, on every device: a batch is put
+    together from several ``data`` by a call for each.
+
+    Raises:
+        ValueError: tensors that do not fit together, with what was wanted and what came.
+    """
+    _check(data, indices, fields, outs)
+    for first in range(0, len(fields), _MOST):
+        part = slice(first, first + _MOST)
+        _run(data, indices, fields[part], outs[part], threads)
+
+
+def _wrong(argument: str, wanted: str, got: object, remedy: str) -> ValueError:
+    return ValueError(f"feature_gather: {argument} must be {wanted}, got {got}; {remedy}")
+
+
+def _check(data: Tensor, indices: Tensor, fields: Sequence[Field], outs: Sequence[Tensor]) -> None:
+    """All but what only memory shows: addresses, and the values of the indices."""
+    if data.dtype != torch.uint8 or data.dim() != 2 or data.stride(1) != 1:
+        raise _wrong(
+            "data",
+            "uint8 [samples, bytes] with contiguous rows",
+            f"{data.dtype} {list(data.shape)} with strides {data.stride()}",
+            "view the blocks as bytes",
+        )
+    if len(data) > 1 and data.stride(0) % _ALIGN:
+        raise _wrong(
+            "data",
+            f"rows a multiple of {_ALIGN} bytes apart",
+            f"a stride of {data.stride(0)}",
+            "pad the blocks",
+        )
+    if indices.dtype != torch.int64 or indices.dim() != 1 or not indices.is_contiguous():
+        raise _wrong(
+            "indices",
+            "contiguous int64 [N]",
+            f"{indices.dtype} {list(indices.shape)} with strides {indices.stride()}",
+            "convert them",
+        )
+    device = data.device
+    for tensor in (indices, *outs):
+        if tensor.device != device:
+            name = "indices" if tensor is indices else "out"
+            raise _wrong(name, f"on {device}, as data", tensor.device, "move it")
+    size = data.shape[1]
+    plan = _plan if isinstance(size, int) else _plan.__wrapped__  # a symbol has no hash
+    plan(tuple(fields), tuple(out.dtype for out in outs), size)
+    for field, out in zip(fields, outs, strict=True):
+        shape = (len(indices), *field.shape)
+        if out.shape != shape or not out.is_contiguous():
+            raise _wrong(
+                "out",
+                f"contiguous {list(shape)}",
+                f"{list(out.shape)} with strides {out.stride()}",
+                "allocate it so, channels last",
+            )
+        if out.requires_grad:
+            raise _wrong("out", "memory without gradient", "requires_grad", "pass out.detach()")
+
+
+@functools.lru_cache(256)
+def _plan(fields: tuple[Field, ...], dtypes: tuple[torch.dtype, ...], size: int) -> tuple[int, ...]:
+    """The fields of a call as the kernel wants them, checked against blocks of ``size`` bytes."""
+    plan = [len(fields)]
+    for field, dtype in zip(fields, dtypes, strict=True):
+        _check_field(field, size)
+        if dtype != field.dtype and not (dtype in _FLOATS and _converts(field)):
+            kinds = f"{field.dtype}" + " or a float of at most 32 bits" * _converts(field)
+            raise _wrong("out", f"of {kinds}", dtype, "allocate it so")
+        same = field.dtype == dtype
+        plan += (_BYTES, _BYTES) if same else (_KINDS[field.dtype], _KINDS[dtype])
+        plan += field.offset, field.scale_offset or 0
+        plan += field.nbytes if same else math.prod(field.shape), (field.shape or (1,))[-1]
+    return (*plan, *[0] * (6 * (_MOST - len(fields))))
+
+
+def _converts(field: Field) -> bool:
+    return field.dtype in _FLOATS or field.scale_offset is not None
+
+
+def _check_field(field: Field, size: int) -> None:
+    if field.dtype not in _STORED:
+        kinds = ", ".join(map(str, _STORED))
+        raise _wrong("dtype", f"one of {kinds}", field.dtype, "store it as one of these")
+    parts = [("offset", field.offset, field.nbytes)]
+    if field.scale_offset is not None:
+        if field.dtype != torch.int8 or not field.shape:
+            raise _wrong(
+                "scale_offset",
+                "None but for an int8 array with channels",
+                f"{field.scale_offset} for {field.dtype} {list(field.shape)}",
+                "leave it out",
+            )
+        parts.append(("scale_offset", field.scale_offset, field.shape[-1] * 4))
+    for name, first, nbytes in parts:
+        if first % _ALIGN or first < 0 or first + nbytes > size:
+            raise _wrong(
+                name,
+                f"a multiple of {_ALIGN} from 0 to {size - nbytes}, to leave {nbytes} bytes in "
+                f"a block of {size}",
+                first,
+                "read it from the layout of the blocks",
+            )
+
+
+def _check_range(indices: Tensor, samples: int) -> None:
+    if indices.device.type != "cpu" or not len(indices):
+        return
+    low, high = (int(bound) for bound in indices.aminmax())
+    if low < 0 or high >= samples:
+        raise _wrong(
+            "indices",
+            f"samples from 0 to {samples - 1}",
+            low if low < 0 else high,
+            "draw them from what data holds",
+        )
+
+
+def _run(
+    data: Tensor, indices: Tensor, fields: Sequence[Field], outs: Sequence[Tensor], threads: int
+) -> None:
+    """What :func:`_check` has seen, into at most 16 outs."""
+    if data.device.type not in _DEVICES:
+        inside = (indices >= 0) & (indices < len(data))
+        rows = indices[inside]
+        for field, out in zip(fields, outs, strict=True):
+            new = out.new_empty(len(rows), *field.shape)
+            out[inside] = feature_gather_reference(data, rows, *field[:3], new, field[3])
+        return
+    if data.data_ptr() % _ALIGN:
+        address = f"an address {data.data_ptr() % _ALIGN} beyond one"
+        raise _wrong("data", f"at a multiple of {_ALIGN} bytes", address, "copy it")
+    plan = _plan(tuple(fields), tuple(out.dtype for out in outs), data.shape[1])
+    sizes = (len(indices), len(data), data.stride(0), threads, *plan)
+    tensors = (data, indices, *outs, *[None] * (_MOST - len(outs)))
+    # the kinds are among the sizes, so the dtype of the call decides nothing
+    _native.call("feature_gather_forward", torch.float32, sizes, tensors)
+    # a network that still needs for its gradient what was overwritten is to hear of it
+    torch.autograd.graph.increment_version([out for out in outs if not out.is_inference()])
+
+
+def _gather(
+    data: Tensor,
+    indices: Tensor,
+    offset: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    out: Tensor,
+    scale_offset: int | None,
+    threads: int,
+) -> None:
+    field = Field(offset, tuple(shape), dtype, scale_offset)
+    _check(data, indices, [field], [out])
+    _check_range(indices, len(data))
+    _run(data, indices, [field], [out], threads)
+
+
+def _fake(
+    data: Tensor,
+    indices: Tensor,
+    offset: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    out: Tensor,
+    scale_offset: int | None,
+    threads: int,
+) -> None:
+    _check(data, indices, [Field(offset, tuple(shape), dtype, scale_offset)], [out])
+
+
+_library: Any = torch.library.Library("nasfast", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(
+    "feature_gather(Tensor data, Tensor indices, int offset, int[] shape, ScalarType dtype, "
+    "Tensor(a!) out, int? scale_offset, int threads) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+torch.library.register_fake("nasfast::feature_gather", _fake, lib=_library)
+_DEVICES = set()
+for _device in ("CPU", "CUDA"):
+    _library.impl("feature_gather", _gather, _device)
+    if _native.has_kernel("feature_gather", _device.lower()):
+        _DEVICES.add(_device.lower())

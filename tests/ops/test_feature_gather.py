@@ -1,0 +1,456 @@
+"""feature_gather: one list of samples feeds every check against the reference."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from nasfast.ops import Field, _native, feature_gather, feature_gather_reference, gather_fields
+
+OP: Any = torch.ops.nasfast.feature_gather.default
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+PAIRS = [
+    *((dtype, dtype) for dtype in (*FLOATS, torch.int8, torch.uint8)),
+    *itertools.permutations(FLOATS, 2),
+    *((torch.int8, dtype) for dtype in FLOATS),
+]
+PAIR_IDS = [f"{stored}-{to}".replace("torch.", "") for stored, to in PAIRS]
+every_pair = pytest.mark.parametrize(("stored", "to"), PAIRS, ids=PAIR_IDS)
+native = pytest.mark.skipif(_native.C is None, reason=str(_native.ERROR))
+
+
+@dataclass(frozen=True)
+class Sample:
+    id: str
+    shape: tuple[int, ...]
+    indices: tuple[int, ...] = (3, 0, 3, 4)
+    samples: int = 5
+    apart: int = 0  # bytes between the blocks
+
+    def field(self, dtype: torch.dtype, scaled: bool) -> Field:
+        return Field(128, self.shape, dtype, 16 if scaled else None)
+
+    def data(self, field: Field) -> Tensor:
+        """Blocks that hold numbers where the field is, and noise elsewhere."""
+        end = -(-(field.offset + field.nbytes) // 16) * 16 + 32
+        end = max(end, 16 + 4 * (self.shape or (1,))[-1])
+        size = -(-end // 16) * 16
+        memory = torch.randint(0, 256, (self.samples, size + self.apart), dtype=torch.uint8)
+        data = memory[:, :size]
+        write(data, field.offset, numbers(self.samples, field))
+        if field.scale_offset is not None:
+            write(data, field.scale_offset, torch.rand(self.samples, field.shape[-1]) + 0.1)
+        return data
+
+
+def numbers(samples: int, field: Field) -> Tensor:
+    if field.dtype.is_floating_point:
+        return (torch.randn(samples, *field.shape) * 10).to(field.dtype)
+    low = -127 if field.dtype == torch.int8 else 0
+    return torch.randint(low, 128, (samples, *field.shape), dtype=field.dtype)
+
+
+def write(data: Tensor, offset: int, values: Tensor) -> None:
+    raw = values.reshape(len(values), -1).view(torch.uint8)
+    data[:, offset : offset + raw.shape[1]] = raw
+
+
+SAMPLES = [
+    Sample("map", (3, 5, 24)),
+    Sample("labels", (7, 9)),
+    Sample("one-channel", (4, 3, 1)),
+    Sample("odd-channels", (5, 3, 19)),
+    Sample("more-than-a-unit", (2, 3, 100)),
+    Sample("apart", (3, 2, 8), apart=48),
+    Sample("vector", (11,)),
+    Sample("batch-0", (3, 2, 8), indices=()),
+    Sample("batch-33", (3, 2, 8), indices=tuple(i * 7 % 5 for i in range(33))),
+    Sample("one-sample", (3, 2, 8), indices=(0,), samples=1),
+    Sample("empty-map", (3, 0, 8)),
+]
+every_sample = pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.id)
+LARGE = Sample("large", (157, 61, 37), indices=(1, 0, 1, 1), samples=2)  # written past the caches
+
+
+def expected(data: Tensor, field: Field, indices: Tensor, to: torch.dtype) -> Tensor:
+    """The values of the samples, by the definition."""
+    rows = []
+    for index in indices.tolist():
+        block = data[index].contiguous()
+        values = block[field.offset : field.offset + field.nbytes].clone().view(field.dtype)
+        values = values.view(field.shape)
+        if field.scale_offset is not None and to != field.dtype:
+            first = field.scale_offset
+            scale = block[first : first + 4 * field.shape[-1]].clone().view(torch.float32)
+            values = values.float() * scale
+        rows.append(values.to(to))
+    return torch.stack(rows) if rows else torch.empty(0, *field.shape, dtype=to)
+
+
+def poisoned(rows: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory that is neither 0 nor a number, amid memory that nothing may touch."""
+    return torch.full((rows, *shape), torch.nan if dtype.is_floating_point else 99, dtype=dtype)
+
+
+def check(sample: Sample, stored: torch.dtype, to: torch.dtype, threads: int = 1) -> None:
+    field = sample.field(stored, stored == torch.int8 and to != stored)
+    data, indices = sample.data(field), torch.tensor(sample.indices, dtype=torch.int64)
+    wanted = expected(data, field, indices, to)
+    for function, extra in ((feature_gather, {"threads": threads}), (feature_gather_reference, {})):
+        memory = poisoned(len(indices) + 2, sample.shape, to)
+        before, out, after = memory[:1].clone(), memory[1:-1], memory[-1:].clone()
+        got = function(data, indices, *field[:3], out, field.scale_offset, **extra)
+        assert got is out
+        assert torch.equal(out, wanted)
+        for edge, was in ((memory[:1], before), (memory[-1:], after)):
+            assert torch.equal(edge.view(torch.uint8), was.view(torch.uint8))
+
+
+@every_sample
+@every_pair
+def test_values(sample: Sample, stored: torch.dtype, to: torch.dtype) -> None:
+    check(sample, stored, to)
+
+
+@every_pair
+@pytest.mark.parametrize("threads", [1, 2])
+def test_large(stored: torch.dtype, to: torch.dtype, threads: int) -> None:
+    check(LARGE, stored, to, threads)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 70), min_size=1, max_size=3),
+    pair=st.sampled_from(PAIRS),
+    samples=st.integers(1, 4),
+    apart=st.sampled_from([0, 16, 64]),
+    indices=st.data(),
+)
+def test_any_shape(
+    shape: list[int],
+    pair: tuple[torch.dtype, torch.dtype],
+    samples: int,
+    apart: int,
+    indices: st.DataObject,
+) -> None:
+    chosen = indices.draw(st.lists(st.integers(0, samples - 1), max_size=5))
+    check(Sample("", tuple(shape), tuple(chosen), samples, apart), *pair)
+
+
+def every_half(dtype: torch.dtype) -> Tensor:
+    return torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(1, -1)
+
+
+def floats_between_halves(dtype: torch.dtype) -> Tensor:
+    """Every half value, the middle to the next one, and what lies just beside the middle."""
+    here = every_half(dtype).float()
+    bits = here.view(torch.int32)
+    step = 2**13 if dtype == torch.float16 else 2**16
+    near = [bits, bits + step // 2 - 1, bits + step // 2, bits + step // 2 + 1]
+    subnormal = torch.arange(0, 2**14) * 2.0**-26 * (1 + 2.0**-20)
+    extreme = torch.tensor([65519.9, 65520.0, 3.4e38, 1e-45, -1e-45, 6e-8, torch.inf])
+    rest = torch.cat([subnormal, -subnormal, extreme, -extreme])
+    return torch.cat([torch.cat(near, 1).view(torch.float32), rest[None]], 1)
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize(
+    ("stored", "to"), list(itertools.permutations(FLOATS, 2)), ids=lambda dtype: str(dtype)[6:]
+)
+def test_every_value(stored: torch.dtype, to: torch.dtype, large: bool) -> None:
+    """All half values, and floats where rounding is decided; infinities and NaN too."""
+    source = floats_between_halves(to) if stored == torch.float32 else every_half(stored)
+    if large:
+        source = source.repeat(1, -(-(4 << 20) // source.numel()))
+    size = source.numel() // 16 * 16
+    source = source[:, :size].contiguous()
+    out = torch.empty(1, size, dtype=to)
+    feature_gather(source.view(torch.uint8), torch.tensor([0]), 0, (size,), stored, out)
+    wanted = source.to(to)
+    assert torch.equal(out.isnan(), wanted.isnan())
+    real = ~wanted.isnan()
+    raw = {2: torch.int16, 4: torch.int32}[to.itemsize]
+    assert torch.equal(out[real].view(raw), wanted[real].view(raw))
+
+
+@native
+@pytest.mark.parametrize("isa", ["x86-64-v2", "x86-64-v3"])
+def test_lower_instruction_set(isa: str) -> None:
+    if isa >= _native.isa_level()[: len(isa)] or _native.isa_level() == "portable":
+        pytest.skip(f"the tests run on {_native.isa_level()}")
+    chosen = "test_large or test_every_value or (test_values and (odd or unit))"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, __file__],
+        env=os.environ | {"NASFAST_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def fields_of(sample: Sample) -> tuple[list[Field], Tensor]:
+    """A layout of many fields, more than fit into one call."""
+    fields, end = [], 0
+    for number in range(19):
+        dtype = FLOATS[number % 3]
+        fields.append(Field(end, (number + 1, 3), dtype))
+        end += -(-fields[-1].nbytes // 16) * 16
+    data = torch.zeros(sample.samples, end, dtype=torch.uint8)
+    for field in fields:
+        write(data, field.offset, numbers(sample.samples, field))
+    return fields, data
+
+
+def test_many_fields_in_one_call() -> None:
+    fields, data = fields_of(SAMPLES[0])
+    indices = torch.tensor([2, 4, 2])
+    outs = [poisoned(3, field.shape, torch.float32) for field in fields]
+    gather_fields(data, indices, fields, outs)
+    for field, out in zip(fields, outs, strict=True):
+        assert torch.equal(out, expected(data, field, indices, torch.float32))
+
+
+def test_rows_of_other_data_are_left_alone() -> None:
+    """Two calls put a batch together from two parts of the samples."""
+    fields, data = fields_of(SAMPLES[0])
+    indices = torch.tensor([4, 0, 1, 3, 2])
+    outs = [poisoned(5, field.shape, field.dtype) for field in fields]
+    gather_fields(data[:2], indices, fields, outs)
+    for field, out in zip(fields, outs, strict=True):
+        assert out[[0, 3, 4]].isnan().all()
+        assert torch.equal(out[[1, 2]], expected(data, field, indices[[1, 2]], field.dtype))
+    gather_fields(data[2:], indices - 2, fields, outs)
+    for field, out in zip(fields, outs, strict=True):
+        assert torch.equal(out, expected(data, field, indices, field.dtype))
+
+
+def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference does the same."""
+    monkeypatch.setattr(sys.modules["nasfast.ops.feature_gather"], "_DEVICES", set())
+    check(SAMPLES[0], torch.int8, torch.float16)
+    test_rows_of_other_data_are_left_alone()
+
+
+def test_overwritten_memory_is_seen_by_autograd() -> None:
+    sample, weight = SAMPLES[0], torch.ones((), requires_grad=True)
+    field = sample.field(torch.float32, scaled=False)
+    data, indices = sample.data(field), torch.tensor(sample.indices)
+    out = torch.empty(4, *sample.shape)
+    loss = (feature_gather(data, indices, *field[:3], out) * weight).sum()
+    feature_gather(data, indices, *field[:3], out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_inference_tensors() -> None:
+    with torch.inference_mode():
+        check(SAMPLES[0], torch.float16, torch.float32)
+
+
+@pytest.mark.parametrize("sample", [SAMPLES[0], SAMPLES[7]], ids=lambda sample: sample.id)
+@pytest.mark.parametrize("stored", [torch.float16, torch.int8, torch.uint8], ids=str)
+def test_opcheck(sample: Sample, stored: torch.dtype) -> None:
+    field = sample.field(stored, stored == torch.int8)
+    data, indices = sample.data(field), torch.tensor(sample.indices, dtype=torch.int64)
+    out = torch.zeros(
+        len(indices), *sample.shape, dtype=stored if stored == torch.uint8 else torch.float32
+    )
+    torch.library.opcheck(OP, (data, indices, *field[:3], out, field.scale_offset, 1))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_fullgraph(dynamic: bool) -> None:
+    torch.compiler.reset()
+    sample = SAMPLES[0]
+    field = sample.field(torch.float16, scaled=False)
+    data = sample.data(field)
+
+    def step(indices: Tensor) -> Tensor:
+        out = torch.empty(indices.shape[0], *sample.shape)
+        return feature_gather(data, indices, *field[:3], out) * 2
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for chosen in ([0, 3], [1, 2, 4]):
+        indices = torch.tensor(chosen)
+        assert torch.equal(compiled(indices), expected(data, field, indices, torch.float32) * 2)
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    """A right call, but for the changes."""
+    return {
+        "data": torch.zeros(3, 64, dtype=torch.uint8),
+        "indices": torch.tensor([2, 0]),
+        "offset": 16,
+        "shape": (2, 4),
+        "dtype": torch.int8,
+        "out": torch.zeros(2, 2, 4),
+        "scale_offset": 32,
+    } | changes
+
+
+ERRORS = [
+    (
+        {"data": torch.zeros(3, 64)},
+        "data must be uint8 [samples, bytes] with contiguous rows, got torch.float32 [3, 64] with "
+        "strides (64, 1); view the blocks as bytes",
+    ),
+    (
+        {"data": torch.zeros(3, 128, dtype=torch.uint8)[:, ::2]},
+        "data must be uint8 [samples, bytes] with contiguous rows, got torch.uint8 [3, 64] with "
+        "strides (128, 2); view the blocks as bytes",
+    ),
+    (
+        {"data": torch.zeros(3, 72, dtype=torch.uint8)},
+        "data must be rows a multiple of 16 bytes apart, got a stride of 72; pad the blocks",
+    ),
+    (
+        {"data": torch.zeros(3, 80, dtype=torch.uint8)[:, 8:]},
+        "data must be at a multiple of 16 bytes, got an address 8 beyond one; copy it",
+    ),
+    (
+        {"indices": torch.tensor([2, 0], dtype=torch.int32)},
+        "indices must be contiguous int64 [N], got torch.int32 [2] with strides (1,); convert them",
+    ),
+    (
+        {"indices": torch.tensor([[2, 0]])},
+        "indices must be contiguous int64 [N], got torch.int64 [1, 2] with strides (2, 1); convert "
+        "them",
+    ),
+    (
+        {"indices": torch.tensor([2, 3])},
+        "indices must be samples from 0 to 2, got 3; draw them from what data holds",
+    ),
+    (
+        {"indices": torch.tensor([-1, 3])},
+        "indices must be samples from 0 to 2, got -1; draw them from what data holds",
+    ),
+    (
+        {"dtype": torch.int64},
+        "dtype must be one of torch.float32, torch.bfloat16, torch.float16, torch.int8, "
+        "torch.uint8, got torch.int64; store it as one of these",
+    ),
+    (
+        {"offset": 8},
+        "offset must be a multiple of 16 from 0 to 56, to leave 8 bytes in a block of 64, got 8; "
+        "read it from the layout of the blocks",
+    ),
+    (
+        {"offset": 64},
+        "offset must be a multiple of 16 from 0 to 56, to leave 8 bytes in a block of 64, got 64; "
+        "read it from the layout of the blocks",
+    ),
+    (
+        {"scale_offset": 64},
+        "scale_offset must be a multiple of 16 from 0 to 48, to leave 16 bytes in a block of 64, "
+        "got 64; read it from the layout of the blocks",
+    ),
+    (
+        {"dtype": torch.float16},
+        "scale_offset must be None but for an int8 array with channels, got 32 for torch.float16 "
+        "[2, 4]; leave it out",
+    ),
+    (
+        {"scale_offset": None},
+        "out must be of torch.int8, got torch.float32; allocate it so",
+    ),
+    (
+        {"out": torch.zeros(2, 2, 4, dtype=torch.float64)},
+        "out must be of torch.int8 or a float of at most 32 bits, got torch.float64; allocate it "
+        "so",
+    ),
+    (
+        {"out": torch.zeros(3, 2, 4)},
+        "out must be contiguous [2, 2, 4], got [3, 2, 4] with strides (8, 4, 1); allocate it so, "
+        "channels last",
+    ),
+    (
+        {"out": torch.zeros(2, 4, 2).transpose(1, 2)},
+        "out must be contiguous [2, 2, 4], got [2, 2, 4] with strides (8, 1, 2); allocate it so, "
+        "channels last",
+    ),
+    (
+        {"out": torch.zeros(2, 2, 4, requires_grad=True)},
+        "out must be memory without gradient, got requires_grad; pass out.detach()",
+    ),
+    (
+        {"out": torch.zeros(2, 2, 4, device="meta")},
+        "out must be on cpu, as data, got meta; move it",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), ERRORS, ids=range(len(ERRORS)))
+def test_errors(changes: dict[str, Any], message: str) -> None:
+    if "an address" in message and _native.C is None:
+        pytest.skip("the reference reads any address")
+    with pytest.raises(ValueError, match=f"^{re.escape(f'feature_gather: {message}')}$"):
+        feature_gather(**arguments(**changes))
+
+
+def test_no_error_without_changes() -> None:
+    feature_gather(**arguments())
+
+
+def test_fake_checks_too() -> None:
+    with FakeTensorMode(), pytest.raises(ValueError, match="out must be contiguous"):
+        feature_gather(
+            **arguments(
+                out=torch.zeros(3, 2, 4),
+                indices=torch.zeros(2).long(),
+                data=torch.zeros(3, 64, dtype=torch.uint8),
+            )
+        )
+
+
+@pytest.mark.cuda
+@every_sample
+@every_pair
+def test_cuda(sample: Sample, stored: torch.dtype, to: torch.dtype) -> None:
+    field = sample.field(stored, stored == torch.int8 and to != stored)
+    data, indices = sample.data(field), torch.tensor(sample.indices, dtype=torch.int64)
+    out = poisoned(len(indices), sample.shape, to).cuda()
+    there = torch.empty_strided(data.shape, data.stride(), dtype=torch.uint8, device="cuda")
+    feature_gather(there.copy_(data), indices.cuda(), *field[:3], out, field.scale_offset)
+    assert torch.equal(out.cpu(), expected(data, field, indices, to))
+
+
+@pytest.mark.cuda
+def test_cuda_graph() -> None:
+    """A replay reads the indices that are there then."""
+    field = LARGE.field(torch.float16, scaled=False)
+    host = LARGE.data(field)
+    data, indices = host.cuda(), torch.tensor([0, 1], device="cuda")
+    out = torch.empty(2, *LARGE.shape, device="cuda")
+    feature_gather(data, indices, *field[:3], out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        feature_gather(data, indices, *field[:3], out)
+    for chosen in ([1, 0], [1, 1]):
+        indices.copy_(torch.tensor(chosen))
+        graph.replay()
+        wanted = expected(host, field, torch.tensor(chosen), torch.float32)
+        assert torch.equal(out.cpu(), wanted)
+
+
+@pytest.mark.cuda
+def test_cuda_leaves_rows_of_other_samples_alone() -> None:
+    field = SAMPLES[0].field(torch.float32, scaled=False)
+    data = SAMPLES[0].data(field)
+    indices = torch.tensor([-1, 2, 5])
+    out = poisoned(3, SAMPLES[0].shape, torch.float32).cuda()
+    feature_gather(data.cuda(), indices.cuda(), *field[:3], out)
+    assert out[[0, 2]].isnan().all()
+    assert torch.equal(out[1:2].cpu(), expected(data, field, indices[1:2], torch.float32))
