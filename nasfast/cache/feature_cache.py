@@ -388,7 +388,7 @@ def _name(key: Mapping[str, str], config: CacheConfig) -> str:
 
 def _first_path(name: str, config: CacheConfig) -> Path:
     """Of the segment that starts at sample 0; RAM segments of other bounds are others."""
-    if config.placement != "ram":
+    if config.placement != "ram" or config.memory_bytes == 0:
         return _directory(config) / f"{name}{places.SUFFIX}"
     bound = "" if config.memory is None else f"-{config.memory_bytes}"
     return places.ram_directory() / f"{name}{bound}{places.SUFFIX}"

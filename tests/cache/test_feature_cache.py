@@ -376,6 +376,11 @@ def test_what_fits_is_in_ram(tmp_path, ram):
     assert [s.header.placement for s in cache.segments] == ["ram", "file"]
 
 
+def test_no_memory_is_the_file(tmp_path):
+    cache = build(tmp_path, placement="ram", memory="0")
+    assert cache.paths == build(tmp_path).paths
+
+
 def test_memory_for_less_than_a_sample(tmp_path, ram):
     with raises(
         ValueError,
