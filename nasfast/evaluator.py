@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nasfast.cache import CacheConfig, FeatureCache, tensors_fingerprint
 from nasfast.data import TrainTransform, ValTransform, batch
@@ -26,6 +26,7 @@ from nasfast.tasks.segmentation import (
     resize_labels,
 )
 from nasfast.training.cost import count_macs, count_parameters
+from nasfast.training.graphs import graphed_step
 from nasfast.training.loop import (
     Group,
     NonFiniteLossError,
@@ -326,14 +327,20 @@ class SegmentationEvaluator:
             failure=failure,
         )
 
+    def _adam(
+        self, parameters: list[nn.Parameter], lr: float, weight_decay: float
+    ) -> torch.optim.Adam:
+        graphs = self.runtime.device.type == "cuda"
+        return torch.optim.Adam(
+            parameters, lr, weight_decay=weight_decay, fused=True, capturable=graphs
+        )
+
     def _run_stage0(
         self, model: Segmenter, index: int, seconds: dict[str, float]
     ) -> SegmentationScores:
         config, decoder = self.stage0, model.decoder
         parameters = list(decoder.parameters())
-        optimizer = torch.optim.Adam(
-            parameters, config.lr, weight_decay=config.weight_decay, fused=True
-        )
+        optimizer = self._adam(parameters, config.lr, config.weight_decay)
         average = PolyakAverage(parameters, config.polyak_decay)
         group = Group(parameters, optimizer, config.max_grad_norm)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, index, "stage0"))
@@ -351,12 +358,14 @@ class SegmentationEvaluator:
                 kd_weight=config.kd_weight,
             )
 
-        with _timed(seconds, "stage0_train"):
+        cache = self._train_cache
+        with _timed(seconds, "stage0_train"), graphed_step(self.runtime.device) as graph:
             decoder.train()
             for _ in range(config.epochs):
-                indices = epoch_indices(config.samples, config.batch_size, generator)
-                train_epoch(indices, loss_of, [group], self.runtime, average)
+                indices = epoch_indices(cache.count, config.batch_size, generator, cache.device)
+                train_epoch(indices, loss_of, [group], self.runtime, average, graph)
                 average.copy_to_parameters()
+            optimizer.zero_grad(set_to_none=True)
 
         def val_batches() -> Iterator[tuple[list[Tensor], Tensor]]:
             for chunk in in_order(self._val_cache.count, 8):
@@ -377,11 +386,8 @@ class SegmentationEvaluator:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, index, "stage1"))
         transform = TrainTransform(config.crop, config.shorter_side)
         parts = {
-            "decoder": torch.optim.Adam(
-                model.decoder.parameters(),
-                config.decoder_lr,
-                weight_decay=config.weight_decay,
-                fused=True,
+            "decoder": self._adam(
+                list(model.decoder.parameters()), config.decoder_lr, config.weight_decay
             ),
             "encoder": torch.optim.SGD(
                 model.encoder.parameters(),
@@ -404,14 +410,15 @@ class SegmentationEvaluator:
             labels = resize_labels(labels, (logits.shape[-2], logits.shape[-1]))
             return task.loss(logits, aux, labels, aux_weight=config.aux_weight)
 
-        with _timed(seconds, "stage1_train"):
+        with _timed(seconds, "stage1_train"), graphed_step(self.runtime.device) as graph:
             model.train()
             data = task.splits.search_train
             for _ in range(config.epochs):
                 indices = epoch_indices(len(data), config.batch_size, generator)
                 pairs = image_batches(data, indices, transform, self.runtime, generator)
-                train_epoch(pairs, loss_of, groups, self.runtime, average)
+                train_epoch(pairs, loss_of, groups, self.runtime, average, graph)
             average.copy_to_parameters()
+            model.zero_grad(set_to_none=True)
 
         with _timed(seconds, "stage1_validate"):
             return task.score_images(
