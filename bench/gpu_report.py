@@ -29,9 +29,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the checkout is what is built and measured
 
+import feature_rivals  # noqa: E402
 import harness  # noqa: E402
 import mixed_rivals  # noqa: E402
 import rivals  # noqa: E402
+import search_cost  # noqa: E402
 
 DEVICE = "cuda"
 SHAPES = [*rivals.SHAPES, (8, 256, 100, 136, 256)]
@@ -49,7 +51,9 @@ MIXED_SHAPES = [(c, 12, 64, 64) for c in mixed_rivals.CHANNELS]
 SEARCHES = [(*mixed_rivals.CONFIG, mixed_rivals.BATCH, mixed_rivals.SIZE)]
 # of that search: 100 epochs of 13 batches, the architecture in the last 80
 STEPS = {"weights": 1300, "architecture": 1040}
-LIMITS = {"build": 1500, "tests": 900, "case": 180}  # seconds
+GATHERS = [(2048, 64), (2048, 8)]  # samples on the device, samples of a batch
+SEARCH_COST: tuple[str, ...] = ()  # its arguments: the published sizes
+LIMITS = {"build": 1500, "tests": 900, "case": 180, "search_cost": 1800}  # seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-build", action="store_true", help="measure the build that is there")
     parser.add_argument("--no-tests", action="store_true", help="leave out pytest -m cuda")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each case, about")
+    parser.add_argument(
+        "--no-search-cost", action="store_true", help="leave out candidates of Fast NAS in full"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder")
     parser.add_argument("--compile", action="store_true", help="also what inductor makes of eager")
     # kind device sizes precision file
@@ -88,7 +95,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     file, part = options.out / f"{name}.json", options.out / f"{name}.part"
     steps: dict[str, dict[str, Any]] = {}
     report: dict[str, Any] = {"machine": harness.machine_line(), "steps": steps}
-    report |= {kind: {} for kind in MEASURES}
+    report |= {kind: {} for kind in (*MEASURES, "search_cost")}
 
     def run_step(name: str, command: list[str], limit: float, kind: str = "") -> None:
         part.unlink(missing_ok=True)
@@ -104,14 +111,25 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         run_step("build", install, LIMITS["build"])
     if not options.no_tests:
         run_step("tests", ["-m", "pytest", "-q", "-m", "cuda"], LIMITS["tests"])
-    shapes = {"deform_conv2d": SHAPES, "mixed_op": MIXED_SHAPES, "search": SEARCHES}
+    shapes = {
+        "deform_conv2d": SHAPES,
+        "mixed_op": MIXED_SHAPES,
+        "search": SEARCHES,
+        "feature_gather": GATHERS,
+    }
     flags = ["--seconds", str(options.seconds), *(["--compile"] if options.compile else [])]
     for kind, cases in shapes.items():
         for shape in (",".join(map(str, sizes)) for sizes in cases):
             for precision in PRECISIONS:
+                if (kind, precision) == ("feature_gather", "tf32"):
+                    continue  # no arithmetic
                 case = ["--case", kind, DEVICE, shape, precision, str(part)]
                 name = f"{kind} {shape} {precision}"
                 run_step(name, [__file__, *flags, *case], LIMITS["case"], kind)
+    if not options.no_search_cost:
+        script = str(Path(search_cost.__file__))
+        command = [script, "--device", DEVICE, "--json", str(part), *SEARCH_COST]
+        run_step("search_cost", command, LIMITS["search_cost"], "search_cost")
     print(f"\nwrote {file}\n\n{markdown(report)}")
     return report
 
@@ -229,10 +247,29 @@ def measure_search(
         file.write_text(json.dumps(result))
 
 
+def measure_feature_gather(
+    device: str, sizes: Sequence[int], precision: str, options: argparse.Namespace, file: Path
+) -> None:
+    """Times batches from samples on the device, with their maps in the precision."""
+    samples, batch = sizes
+    calls, size = feature_rivals.gather_calls(device, samples, batch, PRECISIONS[precision])
+    rounds, memory, reasons = time_calls(calls, device, options.seconds)
+    result: dict[str, Any] = {"bytes": size, "extra bytes": memory, "without CUDA graph": reasons}
+    result["times"] = rounds.times
+    result["text"] = {
+        name: f"{rounds.multiple(name, 'copy'):.2f}x, {1e3 * median:.3f} ms, "
+        f"{2 * size / median / 1e9:.0f} GB/s"
+        for name, times in rounds.times.items()
+        for median in [statistics.median(times)]
+    }
+    file.write_text(json.dumps(result))
+
+
 MEASURES: dict[str, Callable[..., None]] = {
     "deform_conv2d": measure_deform_conv2d,
     "mixed_op": measure_mixed_op,
     "search": measure_search,
+    "feature_gather": measure_feature_gather,
 }
 
 
@@ -263,6 +300,11 @@ def markdown(report: dict[str, Any]) -> str:
             for case, result in report["search"].items()
         }
         parts.append(f"search, layers,nodes,width,batch,size\n\n{harness.table('case', lines)}")
+    if report["feature_gather"]:
+        lines = {case: result["text"] for case, result in report["feature_gather"].items()}
+        head = "feature_gather, samples,batch, GB/s read and written as if by the copy"
+        parts.append(f"{head}\n\n{harness.table('case', lines)}")
+    parts += [search_cost.markdown(found) for found in report["search_cost"].values()]
     notes = [
         f"- {name}: {result['status']}; {result['output'].strip().rpartition(chr(10))[2]}"
         for name, result in report["steps"].items()

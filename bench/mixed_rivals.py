@@ -205,7 +205,14 @@ class Checkpointed(nn.Module):
 
 
 def search_calls(
-    way: str, config: Sequence[int], batch: int, size: int, device: str, dtype: torch.dtype
+    way: str,
+    config: Sequence[int],
+    batch: int,
+    size: int,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    nchw: bool = False,
 ) -> dict[str, Call]:
     """The halves of a search step of grey images: a loss and its gradients.
 
@@ -213,12 +220,14 @@ def search_calls(
         way: out of SEARCH_WAYS.
         config: layers, nodes, width.
         dtype: what autocast computes in, if not float32.
+        nchw: memory as it comes, instead of channels last.
     """
     net = Supernet(SupernetConfig(*config, **SEARCH_WAYS[way]), 1)
     if way == "eager, checkpoints":
         for cell in net.cells:
             cell.edges = nn.ModuleList(Checkpointed(op) for op in cell.edges)
-    net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    layout = torch.contiguous_format if nchw else torch.channels_last
+    net.to(device, memory_format=layout)  # type: ignore[call-overload]
     images = torch.rand(batch, 1, size, size, device=device)
     architecture, weights = net.architecture(), net.weights()
 
