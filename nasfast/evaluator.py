@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -266,9 +266,13 @@ class SegmentationEvaluator:
             taps = self._encoder(prepare_images(images, self.runtime))
         return {f"tap{i}": tap.to(dtype) for i, tap in enumerate(taps)}
 
-    def _taps(self, arrays: dict[str, Tensor]) -> list[Tensor]:
-        count = len(self._encoder.feature_info)
-        return [arrays[f"tap{i}"].to(self.runtime.dtype) for i in range(count)]
+    def _batches(
+        self, cache: FeatureCache, order: Iterable[Tensor]
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Taps, labels and, where there is one, the teacher's logits; each batch is valid until the
+        next is asked for."""
+        for arrays in cache.batches(order, self.runtime.dtype, ahead=1):
+            yield tuple(arrays.values())
 
     def cost(self, genotype: FastNASGenotype) -> tuple[int, int]:
         """Parameters and multiply-accumulates of a candidate at `val_size`, without training it."""
@@ -345,36 +349,35 @@ class SegmentationEvaluator:
         group = Group(parameters, optimizer, config.max_grad_norm)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, index, "stage0"))
 
-        def loss_of(indices: Tensor) -> Tensor:
-            arrays = self._train_cache.batch(indices)
+        taps = len(self._encoder.feature_info)
+
+        def loss_of(batch: tuple[Tensor, ...]) -> Tensor:
+            labels, *teacher = batch[taps:]
             with self.runtime.autocast():
-                logits, aux = decoder(self._taps(arrays))
+                logits, aux = decoder(batch[:taps])
             return self.task.loss(
                 logits,
                 aux,
-                arrays["labels"],
+                labels,
                 aux_weight=config.aux_weight,
-                teacher=arrays.get("teacher"),
+                teacher=teacher[0] if teacher else None,
                 kd_weight=config.kd_weight,
             )
 
-        cache = self._train_cache
         with _timed(seconds, "stage0_train"), graphed_step(self.runtime.device) as graph:
             decoder.train()
             for _ in range(config.epochs):
-                indices = epoch_indices(cache.count, config.batch_size, generator, cache.device)
-                train_epoch(indices, loss_of, [group], self.runtime, average, graph)
+                order = epoch_indices(config.samples, config.batch_size, generator)
+                batches = self._batches(self._train_cache, order)
+                train_epoch(batches, loss_of, [group], self.runtime, average, graph)
                 average.copy_to_parameters()
             optimizer.zero_grad(set_to_none=True)
 
-        def val_batches() -> Iterator[tuple[list[Tensor], Tensor]]:
-            for chunk in in_order(self._val_cache.count, 8):
-                arrays = self._val_cache.batch(chunk)
-                yield self._taps(arrays), arrays["labels"]
-
         with _timed(seconds, "stage0_validate"):
             decoder.eval()
-            return self.task.score(val_batches(), lambda taps: decoder(taps)[0], self.runtime)
+            batches = self._batches(self._val_cache, in_order(self._val_cache.count, 8))
+            pairs = ((batch[:taps], batch[taps]) for batch in batches)
+            return self.task.score(pairs, lambda features: decoder(features)[0], self.runtime)
 
     def _run_stage1(
         self, model: Segmenter, index: int, seconds: dict[str, float]

@@ -186,17 +186,17 @@ def test_caches_are_reused(cache_dir, evaluator, evaluation, monkeypatch):
 
 
 def test_a_crop_does_not_depend_on_who_encodes_it(tmp_path, monkeypatch):
-    encoders, load = [], FeatureCache.load_or_build
+    encoders, load = {}, FeatureCache.load_or_build
 
     def load_or_build(key, count, encode, *args, **options):
-        encoders.append(encode)
+        encoders[count] = encode
         return load(key, count, encode, *args, **options)
 
     monkeypatch.setattr(FeatureCache, "load_or_build", load_or_build)
     cache = make(tmp_path)._train_cache
     together = cache.batch(torch.arange(cache.count))
     for i in reversed(range(cache.count)):
-        alone = encoders[0](torch.tensor([i]))
+        alone = encoders[cache.count](torch.tensor([i]))
         assert torch.equal(alone["labels"], together["labels"][i : i + 1])
         torch.testing.assert_close(alone["tap3"], together["tap3"][i : i + 1])
     assert not torch.equal(together["labels"][0], together["labels"][1])

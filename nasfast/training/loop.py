@@ -89,17 +89,9 @@ def in_order(count: int, batch_size: int) -> Iterator[Tensor]:
     yield from torch.split(torch.arange(count), batch_size)
 
 
-def epoch_indices(
-    count: int,
-    batch_size: int,
-    generator: torch.Generator,
-    device: torch.device | None = None,
-) -> Iterator[Tensor]:
-    """Shuffled batches of sample indices; a last partial batch is dropped unless it is the only.
-
-    They are drawn on the CPU, and brought to ``device`` at once, not batch by batch.
-    """
-    order = torch.randperm(count, generator=generator).to(device)
+def epoch_indices(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Shuffled batches of sample indices; a last partial batch is dropped unless it is the only."""
+    order = torch.randperm(count, generator=generator)
     for start in range(0, max(count - batch_size, 0) + 1, batch_size):
         yield order[start : start + batch_size]
 
