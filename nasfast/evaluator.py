@@ -6,12 +6,12 @@ import copy
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nasfast.cache import CacheConfig, FeatureCache, tensors_fingerprint
 from nasfast.data import TrainTransform, ValTransform, batch
@@ -26,6 +26,7 @@ from nasfast.tasks.segmentation import (
     resize_labels,
 )
 from nasfast.training.cost import count_macs, count_parameters
+from nasfast.training.graphs import graphed_step
 from nasfast.training.loop import (
     Group,
     NonFiniteLossError,
@@ -265,9 +266,13 @@ class SegmentationEvaluator:
             taps = self._encoder(prepare_images(images, self.runtime))
         return {f"tap{i}": tap.to(dtype) for i, tap in enumerate(taps)}
 
-    def _taps(self, arrays: dict[str, Tensor]) -> list[Tensor]:
-        count = len(self._encoder.feature_info)
-        return [arrays[f"tap{i}"].to(self.runtime.dtype) for i in range(count)]
+    def _batches(
+        self, cache: FeatureCache, order: Iterable[Tensor]
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Taps, labels and, where there is one, the teacher's logits; each batch is valid until the
+        next is asked for."""
+        for arrays in cache.batches(order, self.runtime.dtype, ahead=1):
+            yield tuple(arrays.values())
 
     def cost(self, genotype: FastNASGenotype) -> tuple[int, int]:
         """Parameters and multiply-accumulates of a candidate at `val_size`, without training it."""
@@ -326,46 +331,53 @@ class SegmentationEvaluator:
             failure=failure,
         )
 
+    def _adam(
+        self, parameters: list[nn.Parameter], lr: float, weight_decay: float
+    ) -> torch.optim.Adam:
+        graphs = self.runtime.device.type == "cuda"
+        return torch.optim.Adam(
+            parameters, lr, weight_decay=weight_decay, fused=True, capturable=graphs
+        )
+
     def _run_stage0(
         self, model: Segmenter, index: int, seconds: dict[str, float]
     ) -> SegmentationScores:
         config, decoder = self.stage0, model.decoder
         parameters = list(decoder.parameters())
-        optimizer = torch.optim.Adam(
-            parameters, config.lr, weight_decay=config.weight_decay, fused=True
-        )
+        optimizer = self._adam(parameters, config.lr, config.weight_decay)
         average = PolyakAverage(parameters, config.polyak_decay)
         group = Group(parameters, optimizer, config.max_grad_norm)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, index, "stage0"))
 
-        def loss_of(indices: Tensor) -> Tensor:
-            arrays = self._train_cache.batch(indices)
+        taps = len(self._encoder.feature_info)
+
+        def loss_of(batch: tuple[Tensor, ...]) -> Tensor:
+            labels, *teacher = batch[taps:]
             with self.runtime.autocast():
-                logits, aux = decoder(self._taps(arrays))
+                logits, aux = decoder(batch[:taps])
             return self.task.loss(
                 logits,
                 aux,
-                arrays["labels"],
+                labels,
                 aux_weight=config.aux_weight,
-                teacher=arrays.get("teacher"),
+                teacher=teacher[0] if teacher else None,
                 kd_weight=config.kd_weight,
             )
 
-        with _timed(seconds, "stage0_train"):
+        with _timed(seconds, "stage0_train"), graphed_step(self.runtime.device) as graph:
             decoder.train()
             for _ in range(config.epochs):
-                indices = epoch_indices(config.samples, config.batch_size, generator)
-                train_epoch(indices, loss_of, [group], self.runtime, average)
+                order = epoch_indices(config.samples, config.batch_size, generator)
+                batches = self._batches(self._train_cache, order)
+                train_epoch(batches, loss_of, [group], self.runtime, average, graph)
                 average.copy_to_parameters()
-
-        def val_batches() -> Iterator[tuple[list[Tensor], Tensor]]:
-            for chunk in in_order(self._val_cache.count, 8):
-                arrays = self._val_cache.batch(chunk)
-                yield self._taps(arrays), arrays["labels"]
+            optimizer.zero_grad(set_to_none=True)
 
         with _timed(seconds, "stage0_validate"):
             decoder.eval()
-            return self.task.score(val_batches(), lambda taps: decoder(taps)[0], self.runtime)
+            batches = self._batches(self._val_cache, in_order(self._val_cache.count, 8))
+            pairs = ((batch[:taps], batch[taps]) for batch in batches)
+            return self.task.score(pairs, lambda features: decoder(features)[0], self.runtime)
 
     def _run_stage1(
         self, model: Segmenter, index: int, seconds: dict[str, float]
@@ -377,11 +389,8 @@ class SegmentationEvaluator:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, index, "stage1"))
         transform = TrainTransform(config.crop, config.shorter_side)
         parts = {
-            "decoder": torch.optim.Adam(
-                model.decoder.parameters(),
-                config.decoder_lr,
-                weight_decay=config.weight_decay,
-                fused=True,
+            "decoder": self._adam(
+                list(model.decoder.parameters()), config.decoder_lr, config.weight_decay
             ),
             "encoder": torch.optim.SGD(
                 model.encoder.parameters(),
@@ -404,14 +413,15 @@ class SegmentationEvaluator:
             labels = resize_labels(labels, (logits.shape[-2], logits.shape[-1]))
             return task.loss(logits, aux, labels, aux_weight=config.aux_weight)
 
-        with _timed(seconds, "stage1_train"):
+        with _timed(seconds, "stage1_train"), graphed_step(self.runtime.device) as graph:
             model.train()
             data = task.splits.search_train
             for _ in range(config.epochs):
                 indices = epoch_indices(len(data), config.batch_size, generator)
                 pairs = image_batches(data, indices, transform, self.runtime, generator)
-                train_epoch(pairs, loss_of, groups, self.runtime, average)
+                train_epoch(pairs, loss_of, groups, self.runtime, average, graph)
             average.copy_to_parameters()
+            model.zero_grad(set_to_none=True)
 
         with _timed(seconds, "stage1_validate"):
             return task.score_images(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["atomic_file", "atomic_write", "remove_stale", "sync_directory"]
+__all__ = ["atomic_file", "atomic_write", "sync_directory"]
 
 
 @contextmanager
@@ -42,15 +42,3 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def remove_stale(directory: Path, pattern: str) -> None:
-    """Remove what killed processes left of unfinished :func:`atomic_file` names like `pattern`."""
-    for temporary in directory.glob(f".{pattern}.*.tmp"):
-        owner = int(temporary.name.split(".")[-2])
-        try:
-            os.kill(owner, 0)
-        except ProcessLookupError:
-            temporary.unlink(missing_ok=True)
-        except PermissionError:
-            continue  # alive, another user's

@@ -2,7 +2,8 @@
 
 METHOD is "segmentation" (the default) or "restoration"; ``METHOD --help`` shows its settings.
 Without more it searches a small network for generated images, in a minute; ``--data DIR`` takes
-your own. ``--resume RUN`` continues a run where it stopped.
+your own. ``--workers N`` trains so many candidates at a time, which changes no result.
+``--resume RUN`` continues a run where it stopped.
 """
 
 from __future__ import annotations

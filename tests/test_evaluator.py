@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import nasfast.evaluator
-from nasfast.cache import CacheConfig, tensors_fingerprint
+from nasfast.cache import CacheConfig, FeatureCache, tensors_fingerprint
 from nasfast.data import SyntheticStreets, batch, split_for_search
 from nasfast.encoders import MobileNetV2
 from nasfast.evaluator import (
@@ -183,6 +183,23 @@ def test_caches_are_reused(cache_dir, evaluator, evaluation, monkeypatch):
         again = make(cache_dir)
     assert {path: path.stat().st_mtime_ns for path in cache_dir.iterdir()} == files
     assert outcome(again(GENOTYPE, 4, None)) == outcome(evaluation)
+
+
+def test_a_crop_does_not_depend_on_who_encodes_it(tmp_path, monkeypatch):
+    encoders, load = {}, FeatureCache.load_or_build
+
+    def load_or_build(key, count, encode, *args, **options):
+        encoders[count] = encode
+        return load(key, count, encode, *args, **options)
+
+    monkeypatch.setattr(FeatureCache, "load_or_build", load_or_build)
+    cache = make(tmp_path)._train_cache
+    together = cache.batch(torch.arange(cache.count))
+    for i in reversed(range(cache.count)):
+        alone = encoders[cache.count](torch.tensor([i]))
+        assert torch.equal(alone["labels"], together["labels"][i : i + 1])
+        torch.testing.assert_close(alone["tap3"], together["tap3"][i : i + 1])
+    assert not torch.equal(together["labels"][0], together["labels"][1])
 
 
 def test_distillation(cache_dir, evaluator, evaluation, tmp_path):

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from nasfast.files import atomic_file, atomic_write, remove_stale, sync_directory
+from nasfast.files import atomic_file, atomic_write, sync_directory
 
 
 def test_write_and_replace(tmp_path):
@@ -47,23 +47,6 @@ def test_content_is_on_the_disk_before_the_name_and_the_name_before_the_end(tmp_
         monkeypatch.setattr(os, name, lambda *a, n=name, r=real: (calls.append(n), r(*a))[1])
     atomic_write(tmp_path / "file", "x")
     assert calls == ["fsync", "replace", "fsync"]
-
-
-def test_remove_stale(tmp_path, monkeypatch):
-    owners = {1: None, 2: ProcessLookupError, 3: PermissionError}
-
-    def kill(owner, number):
-        assert number == 0
-        if owners[owner]:
-            raise owners[owner]
-
-    monkeypatch.setattr(os, "kill", kill)
-    names = [f".{stem}.{owner}.tmp" for stem in ("a.features", "b.json") for owner in owners]
-    for name in [*names, "a.features", ".hidden"]:
-        (tmp_path / name).touch()
-    remove_stale(tmp_path, "*.features")
-    left = {*names, "a.features", ".hidden"} - {".a.features.2.tmp"}
-    assert set(os.listdir(tmp_path)) == left
 
 
 def test_sync_directory_closes_what_it_opens(tmp_path):

@@ -10,6 +10,9 @@ namespace {
 constexpr uint64_t prime1 = 0x9E3779B185EBCA87, prime2 = 0xC2B2AE3D27D4EB4F, prime3 = 0x165667B19E3779F9,
                    prime4 = 0x85EBCA77C2B2AE63, prime5 = 0x27D4EB2F165667C5;
 
+// Bytes to fetch ahead: the processor's own prefetch ends at each page, which halves the speed.
+constexpr int ahead = 4096;
+
 uint64_t rotate(uint64_t value, int bits) { return value << bits | value >> (64 - bits); }
 
 // little endian, like every format of this module
@@ -35,6 +38,7 @@ uint64_t checksum(const void* data, size_t bytes, uint64_t seed) {
     if (bytes >= 32) {
         uint64_t a = seed + prime1 + prime2, b = seed + prime2, c = seed, d = seed - prime1;
         for (; end - at >= 32; at += 32) {
+            __builtin_prefetch(at + ahead);
             a = round(a, read<uint64_t>(at));
             b = round(b, read<uint64_t>(at + 8));
             c = round(c, read<uint64_t>(at + 16));

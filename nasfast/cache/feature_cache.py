@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -80,7 +81,9 @@ class FeatureCache:
 
     def __init__(self, attached: tuple[Segment, ...], config: CacheConfig) -> None:
         header = attached[0].header
-        self.segments, self.config = attached, config
+        # what another process needs to attach too
+        self.config = dataclasses.replace(config, directory=_directory(config))
+        self.segments = attached
         self.count, self.key, self.layout = header.total, dict(header.key), header.layout
         self._host = HostSamples(self.layout, attached)
         self._samples: HostSamples | DeviceSamples = self._host
@@ -385,7 +388,7 @@ def _name(key: Mapping[str, str], config: CacheConfig) -> str:
 
 def _first_path(name: str, config: CacheConfig) -> Path:
     """Of the segment that starts at sample 0; RAM segments of other bounds are others."""
-    if config.placement != "ram":
+    if config.placement != "ram" or config.memory_bytes == 0:
         return _directory(config) / f"{name}{places.SUFFIX}"
     bound = "" if config.memory is None else f"-{config.memory_bytes}"
     return places.ram_directory() / f"{name}{bound}{places.SUFFIX}"
@@ -396,7 +399,7 @@ def _rest_path(name: str, config: CacheConfig, first: int) -> Path:
 
 
 def _directory(config: CacheConfig) -> Path:
-    return config.directory or default_directory()
+    return (config.directory or default_directory()).expanduser().absolute()
 
 
 def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -83,6 +83,8 @@ def creation_lock(temporary: Path, heartbeat: Callable[[], None]) -> int:
     while True:
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700 if is_ram(temporary) else 0o777)
+            if is_ram(temporary) and directory.stat().st_uid != os.getuid():
+                raise PermissionError(errno.EACCES, "another user's")
             file = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise not_writable(directory, error.errno or errno.EIO) from error

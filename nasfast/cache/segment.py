@@ -8,7 +8,7 @@ import mmap
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,31 @@ class Census:
         return self.published == self.count
 
 
+class _Table:
+    """The states of a segment's samples, in shared memory."""
+
+    def __init__(self, file: int, start: int, count: int, access: int) -> None:
+        # all from the start of the file, so that any size of pages will do
+        mapped = mmap.mmap(file, start + STATE.size * count, mmap.MAP_SHARED, access)
+        self._bytes = np.frombuffer(mapped, np.uint8)[start:]
+        self.address: int = self._bytes.ctypes.data
+        self._count = count
+
+    def __getitem__(self, row: int) -> tuple[int, int]:
+        """Word and checksum of a row."""
+        word, published = STATE.unpack_from(self._bytes.data, STATE.size * row)
+        return word, published
+
+    def words(self) -> dict[int, int]:
+        """How many rows have each word."""
+        return dict(extension().feature_cache_census(self.address, self._count))
+
+    def free(self, word: int, begin: int = 0, end: int | None = None) -> int:
+        """Free the rows of a word; returns how many there were."""
+        rows = begin, self._count if end is None else end
+        return int(extension().feature_cache_release(self.address, *rows, word))
+
+
 class Segment:
     """An attached file: samples ``first .. first + count - 1`` of a cache, memory-mapped.
 
@@ -53,11 +78,8 @@ class Segment:
         """Takes over an open file that is locked shared; :meth:`open` is the way to one."""
         self.path, self._file, self._writable = path, file, writable
         self.header, table, self._blocks = Header.read(path, file)
-        end = table + STATE.size * self.count
-        # whole from the start, so that any size of pages will do
-        access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        self._table = np.frombuffer(mmap.mmap(file, end, mmap.MAP_SHARED, access), np.uint8)
-        self._states = self._table.ctypes.data + table
+        self._table_at = table
+        self._table = _Table(file, table, self.count, mmap.PROT_READ)
         size = self.count * self.header.layout.sample_bytes
         # private: torch wants memory that may be written, and the file is never touched
         flags = mmap.MAP_PRIVATE | _NORESERVE
@@ -104,7 +126,7 @@ class Segment:
 
     def census(self) -> Census:
         """How many samples are published and claimed."""
-        words = extension().feature_cache_census(self._states, self.count)
+        words = self._table.words()
         published, free = (words.pop(word, 0) for word in (owners.PUBLISHED, owners.FREE))
         return Census(published, self.count - published - free, self.count)
 
@@ -123,7 +145,7 @@ class Segment:
 
     def _find_broken(self, rows: Tensor) -> int:
         position = extension().feature_cache_find_broken(
-            self._states,
+            self._table.address,
             self.data.data_ptr(),
             self.header.layout.sample_bytes,
             self.first,
@@ -137,11 +159,11 @@ class Segment:
     def verify(self) -> list[int]:
         """Read everything: the rows whose checksum does not match, of those that are published."""
         self._seen[:] = 0
-        return [row for row in self.published() if self._sums(row)[0] != self._sums(row)[1]]
+        return [row for row in self.published() if len(set(self._sums(row))) == 2]
 
     def published(self) -> list[int]:
         """The rows that are published."""
-        return [row for row in range(self.count) if self._state(row)[0] == owners.PUBLISHED]
+        return [row for row in range(self.count) if self._table[row][0] == owners.PUBLISHED]
 
     def in_use(self) -> bool:
         """Whether others have the file open."""
@@ -156,11 +178,10 @@ class Segment:
             OSError: the file cannot be written.
             RuntimeError: others use it, and may have read those rows before.
         """
-        if not self._writable:
-            raise places.not_writable(self.path, errno.EACCES)
+        table = self._writable_table()
         alone = places.alone(self._file)
         for row in rows if alone else ():
-            extension().feature_cache_release(self._states, row, row + 1, owners.PUBLISHED)
+            table.free(owners.PUBLISHED, row, row + 1)
         fcntl.flock(self._file, fcntl.LOCK_SH)
         if not alone:
             raise RuntimeError(
@@ -173,14 +194,15 @@ class Segment:
         with suppress(OSError):
             os.utime(self._file, ns=(time.time_ns(), os.fstat(self._file).st_mtime_ns))
 
-    def _state(self, row: int) -> tuple[int, int]:
-        at = self._table.size - STATE.size * (self.count - row)
-        word, published = STATE.unpack_from(self._table.data, at)
-        return word, published
+    def _writable_table(self) -> _Table:
+        if not self._writable:
+            raise places.not_writable(self.path, errno.EACCES)
+        access = mmap.PROT_READ | mmap.PROT_WRITE
+        return _Table(self._file, self._table_at, self.count, access)
 
     def _sums(self, row: int) -> tuple[int, int]:
         """The checksum of a row's bytes, and the one that was published."""
-        return checksum(self.data[row], self.first + row), self._state(row)[1]
+        return checksum(self.data[row], self.first + row), self._table[row][1]
 
     def _fault(self, row: int) -> Exception | None:
         """What is wrong with a row; None if it was published just now."""
@@ -190,7 +212,7 @@ class Segment:
                 f"{self.first + self.count - 1}, got {self.first + row}"
             )
         about = f"feature cache {self.path}: sample {self.first + row}"
-        if self._state(row)[0] != owners.PUBLISHED:
+        if self._table[row][0] != owners.PUBLISHED:
             return RuntimeError(
                 f"{about} is not there yet; FeatureCache.load_or_build returns when all are"
             )
@@ -213,10 +235,8 @@ class Filler:
     """
 
     def __init__(self, segment: Segment) -> None:
-        if not segment._writable:
-            raise places.not_writable(segment.path, errno.EACCES)
-        self._segment, self._file = segment, segment._file
-        self._states, self._blocks = segment._states, segment._blocks
+        self._segment, self._table = segment, segment._writable_table()
+        self._file, self._blocks = segment._file, segment._blocks
         self._owner = owners.this_process()
         self._take_over()
         status = os.fstat(self._file)
@@ -225,8 +245,8 @@ class Filler:
 
     def claim(self, chunk: int, start: int) -> Tensor:
         """Free rows of one aligned chunk, now this process's: int64, empty if none is free."""
-        states, count = self._states, self._segment.count
-        rows = extension().feature_cache_claim(states, count, chunk, start, self._owner)
+        at, count = self._table.address, self._segment.count
+        rows = extension().feature_cache_claim(at, count, chunk, start, self._owner)
         return torch.tensor(rows, dtype=torch.int64)
 
     def write(self, rows: Tensor, blocks: Tensor) -> None:
@@ -239,8 +259,9 @@ class Filler:
         for row, block in zip(rows.tolist(), blocks):
             sums.append((row, checksum(block, first + row)))
             places.write_at(self._file, block.numpy().data, self._blocks + row * blocks.shape[1])
+        publish = extension().feature_cache_publish
         for row, value in sums:
-            if not extension().feature_cache_publish(self._states, row, self._owner, value):
+            if not publish(self._table.address, row, self._owner, value):
                 raise RuntimeError(
                     f"feature cache {self._segment.path}: sample {first + row} was taken from this "
                     "process while it encoded; start it again"
@@ -248,20 +269,15 @@ class Filler:
 
     def release(self) -> None:
         """Free what this process has claimed and not published."""
-        extension().feature_cache_release(self._states, 0, self._segment.count, self._owner)
+        self._table.free(self._owner)
 
     def reap(self) -> int:
         """Free the claims of processes that have died; returns how many there were."""
-        return self._free(word for word in self._claims() if not owners.is_alive(word))
+        return sum(self._table.free(w) for w in self._claims() if not owners.is_alive(w))
 
     def _claims(self) -> set[int]:
         """The owners of what is claimed."""
-        words = extension().feature_cache_census(self._states, self._segment.count)
-        return set(words) - {owners.FREE, owners.PUBLISHED}
-
-    def _free(self, words: Iterable[int]) -> int:
-        release, count = extension().feature_cache_release, self._segment.count
-        return sum(release(self._states, 0, count, word) for word in words)
+        return set(self._table.words()) - {owners.FREE, owners.PUBLISHED}
 
     def _take_over(self) -> None:
         """Make this host the one whose pids the table holds."""
@@ -275,7 +291,8 @@ class Filler:
         while not is_ours():
             if places.alone(self._file):
                 if not is_ours():
-                    self._free(self._claims())
+                    for word in self._claims():
+                        self._table.free(word)
                     places.write_at(self._file, host, HOST)
             elif time.monotonic() > deadline:
                 raise RuntimeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 from abc import ABC, abstractmethod
@@ -120,10 +121,15 @@ def default_colors(count: int) -> tuple[tuple[int, int, int], ...]:
     return tuple((channel(i, 0), channel(i, 1), channel(i, 2)) for i in range(count))
 
 
+@functools.cache  # a tensor made on a GPU waits for it
+def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device).view(2, 3, 1, 1)
+    return mean, std
+
+
 def normalize(images: Tensor) -> Tensor:
     """Images of 0..255 (any dtype) [N, 3, H, W] -> float32 with ImageNet mean and deviation."""
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"normalize: wanted images [N, 3, H, W], got {list(images.shape)}")
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
+    mean, std = _imagenet(images.device)
     return (images.to(torch.float32) - 255 * mean) / (255 * std)  # [N, 3, H, W]

@@ -26,6 +26,12 @@ def largest(maps: list[Tensor]) -> tuple[int, int]:
     return winner.shape[-2], winner.shape[-1]
 
 
+def _runs_own_ops(x: Tensor) -> bool:
+    """Whether ops that have a kernel for the CPU alone pay. A compiler, or an export, knows more of
+    PyTorch's own."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 class Conv2d(nn.Conv2d):
     """Convolution without bias that keeps height and width, safe under bfloat16 on a CPU.
 
@@ -54,7 +60,7 @@ class Conv2d(nn.Conv2d):
         self._float32_on_cpu = dilation > 1 and (groups > 1 or ragged)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._depthwise:
+        if self._depthwise and _runs_own_ops(x):
             return depthwise_conv2d(x, self.weight, *self._sizes)
         if not (self._float32_on_cpu and x.device.type == "cpu"):
             return super().forward(x)
@@ -65,8 +71,8 @@ class Conv2d(nn.Conv2d):
 def norm_relu(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     """``relu(norm(x))``; in training on a CPU as the one operation :func:`batch_norm_relu`."""
     momentum = norm.momentum
-    plain = x.device.type != "cpu" or not norm.affine or norm.weight.dtype == torch.bfloat16
-    if plain or not norm.training or momentum is None:
+    own = norm.training and norm.affine and norm.weight.dtype != torch.bfloat16
+    if not own or momentum is None or not _runs_own_ops(x):
         return F.relu(norm(x), inplace=True)
     y, (mean, variance) = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
     if norm.running_mean is not None and norm.running_var is not None:

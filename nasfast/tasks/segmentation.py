@@ -26,7 +26,7 @@ def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
 
 def prepare_images(images: Tensor, runtime: Runtime) -> Tensor:
     """uint8 ``[N, 3, H, W]`` to normalised channels-last float images on the device."""
-    images = normalize(images.to(runtime.device))
+    images = normalize(runtime.move(images))
     return images.contiguous(memory_format=torch.channels_last)
 
 
@@ -40,7 +40,7 @@ def image_batches(
     """Prepared images ``[N, 3, h, w]`` and labels ``[N, h, w]`` on the device, batch by batch."""
     for chunk in indices:
         images, labels = batch(dataset, chunk.tolist(), transform, generator)
-        yield prepare_images(images, runtime), labels.to(runtime.device)
+        yield prepare_images(images, runtime), runtime.move(labels)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,11 @@ class SegmentationTask:
                 logits = predict(inputs)
             finite &= logits.isfinite().all()
             size = (labels.shape[-2], labels.shape[-1])
-            matrix.update(resize(logits.float(), size).argmax(1), labels.to(runtime.device))
+            # on a CPU an image at a time: a batch of full-size logits would not stay in its caches
+            run = 1 if logits.device.type == "cpu" else len(logits)
+            parts = (torch.split(maps, run) for maps in (logits, runtime.move(labels)))
+            for some, wanted in zip(*parts, strict=True):
+                matrix.update(resize(some.float(), size).argmax(1), wanted)
         if not finite.item():
             raise NonFiniteLossError("the network's logits are not finite")
         return matrix.compute(self.omit)

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from nasfast.device import autocast_dtype
+from nasfast.training.graphs import Batch, GraphedStep
 from nasfast.training.polyak import PolyakAverage
 
 T = TypeVar("T")
@@ -45,6 +46,12 @@ class Runtime:
         return torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
         )
+
+    def move(self, tensor: Tensor) -> Tensor:
+        """Move a tensor to the device; a GPU copies it from pinned memory, and nobody waits."""
+        if self.device.type == "cuda" and tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     def place(self, module: nn.Module) -> nn.Module:
         """Move a module to the device with channels-last weights."""
@@ -95,17 +102,25 @@ def train_epoch(
     groups: Sequence[Group],
     runtime: Runtime,
     average: PolyakAverage | None = None,
+    graph: GraphedStep | None = None,
 ) -> float:
     """One pass of optimisation steps; returns the mean loss.
 
-    The loss is read from the device once, at the end. ``average`` follows every step.
+    The loss is read from the device once, at the end. ``average`` follows every step. ``graph``
+    repeats the steps of this and later passes, which must be the same: no schedules, and batches of
+    tensors.
 
     Raises:
         NonFiniteLossError: the mean loss is NaN or infinite.
+        ValueError: a graph beside a schedule, whose learning rates it would not follow.
     """
-    total, steps = torch.zeros((), device=runtime.device), 0
-    for batch in batches:
-        runtime.heartbeat()
+    if graph is not None and any(group.schedule is not None for group in groups):
+        raise ValueError(
+            "train_epoch: wanted groups without a schedule beside a graph, which repeats the "
+            "learning rate that it was recorded with, got one; leave out either"
+        )
+
+    def step(batch: T) -> Tensor:
         loss = loss_of(batch)
         for group in groups:
             group.optimizer.zero_grad(set_to_none=True)
@@ -117,7 +132,12 @@ def train_epoch(
                 group.schedule.step()
         if average is not None:
             average.update()
-        total += loss.detach()
+        return loss.detach()
+
+    total, steps = torch.zeros((), device=runtime.device), 0
+    for batch in batches:
+        runtime.heartbeat()
+        total += step(batch) if graph is None else graph(step, cast(Batch, batch))
         steps += 1
     mean = total.item() / max(steps, 1)
     if not math.isfinite(mean):

@@ -207,6 +207,19 @@ def test_open(tmp_path, placement):
     assert opened.verify() == []
 
 
+def test_a_process_elsewhere_attaches_too(tmp_path, monkeypatch):
+    """Whatever its working directory and environment are."""
+    content = arrays()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NASFAST_CACHE", str(tmp_path / "default"))
+    pickled = [pickle.dumps(build(directory, content)) for directory in (Path("relative"), None)]
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("NASFAST_CACHE", "/nowhere")
+    for text in pickled:
+        read = pickle.loads(text).batch(torch.arange(5))
+        assert torch.equal(read["labels"], content["labels"])
+
+
 def test_a_reader_attaches_while_it_is_filled(tmp_path):
     content, config = arrays(), CacheConfig(tmp_path)
 
@@ -361,6 +374,11 @@ def test_what_fits_is_in_ram(tmp_path, ram):
         (3, 2, tmp_path),
     ]
     assert [s.header.placement for s in cache.segments] == ["ram", "file"]
+
+
+def test_no_memory_is_the_file(tmp_path):
+    cache = build(tmp_path, placement="ram", memory="0")
+    assert cache.paths == build(tmp_path).paths
 
 
 def test_memory_for_less_than_a_sample(tmp_path, ram):

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from samples import COUNT, KEY, arrays, build, encoder
+from samples import COUNT, KEY, arrays, build, encoder, raises
 
 from nasfast.cache import CacheConfig, FeatureCache, places
 from nasfast.cache.segment import Segment
@@ -139,6 +139,17 @@ def test_a_waiting_creator_sees_that_the_file_got_its_name(tmp_path):
     assert not places.names(temporary, file)
     os.close(file)
     os.close(other)
+
+
+def test_ram_directory_of_another_user(tmp_path, ram, monkeypatch):
+    ram.mkdir()
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with raises(
+        OSError,
+        f"[Errno 13] feature cache: cannot write to {ram}: Permission denied; give another "
+        "--cache-dir",
+    ):
+        build(tmp_path, placement="ram")
 
 
 def test_attaching_waits_while_ram_segments_settle(tmp_path, ram):

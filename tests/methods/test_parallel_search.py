@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -184,6 +185,28 @@ def assert_describes(evaluator: Any, run: Path) -> None:
 def test_a_worker_s_evaluator(tiny_search: list[str], tiny_run: Path) -> None:
     evaluator = segmentation.evaluator_on(segmentation.parse(tiny_search), "cpu")
     assert_describes(evaluator, tiny_run)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--name", "a/b"], "name: wanted letters, digits and ._+- (it becomes part of a"),
+        (["--stage0.lr", "1e30"], "the last 5 candidates failed, the last one: stage0: training"),
+    ],
+)
+def test_errors_leave_no_workers(
+    flags: list[str],
+    message: str,
+    tiny_search: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = [*tiny_search, "--workers", "2", "--runs", str(tmp_path), *flags]
+    assert search.main(argv) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert multiprocessing.active_children() == []
+    for run in tmp_path.glob("*"):
+        assert [bool(r["evaluation"]["failure"]) for r in outcome(run)] == [True] * 5
 
 
 @pytest.mark.parametrize("given", [{"workers": 2}, {"devices": "cpu"}, {"engine": "ray"}])

@@ -325,7 +325,7 @@ def test_default_workers_on_cuda_are_one_a_device(
 
 
 def test_its_text() -> None:
-    assert str(Crew(1, ("cpu",), 1)) == "cpu, 1 thread"
+    assert str(Crew(1, ("cpu", "cpu"), 1)) == "cpu, 1 thread"
     assert str(Crew(2, ("cuda:0", "cuda:1"), 4)) == "cuda:0, cuda:1, 2 workers of 4 threads"
 
 

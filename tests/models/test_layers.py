@@ -203,3 +203,11 @@ def test_global_mean() -> None:
     assert torch.autograd.gradcheck(global_mean, [x])
     (gradient,) = torch.autograd.grad(global_mean(x).sum(), [x])
     assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_exports_hold_operators_of_pytorch() -> None:
+    module = build_op(PRIMITIVES.index("sep5x5_d6"), 6, 1).eval()
+    x = torch.randn(2, 6, 5, 4)
+    program = torch.export.export(module, (x,))
+    assert not any("nasfast" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(x), module(x))

@@ -80,7 +80,7 @@ class Crew:
     def __str__(self) -> str:
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         workers = f"{self.workers} workers of " if self.workers > 1 else ""
-        return f"{', '.join(self.devices)}, {workers}{threads}"
+        return f"{', '.join(self.devices[: self.workers])}, {workers}{threads}"
 
     def engine_for(self, build: Builder[G]) -> Engine[G]:
         """Workers that begin to build their evaluators at once."""
