@@ -246,8 +246,8 @@ def measure_segmentation(options: argparse.Namespace, device: torch.device) -> d
             name: {leg: bind(call, genotype, i) for leg, call in legs.items()}
             for i, (name, genotype) in enumerate(genotypes.items())
         }
-        for call in cases["arch0"].values():  # compilers, pools and primitives
-            call()
+        for call in legs.values():  # imports, pools, pages
+            call(search_legs.CHEAP, 0)
         times = in_turn(cases, options.seconds)
     result: dict[str, Any] = {"scale": asdict(scale), "dtype": str(dtype), "peaks": asdict(peaks)}
     result["architectures"] = {}
@@ -386,10 +386,15 @@ def clock_of(device: torch.device) -> harness.Clock:
     return harness.CudaClock() if device.type == "cuda" else harness.cpu_clock
 
 
+def number(value: float) -> str:
+    """Three digits, and no exponent where it is large."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def spread(values: Sequence[float]) -> str:
     """Median and range."""
-    text = f"{statistics.median(values):.3g}"
-    return text if len(values) == 1 else f"{text} ({min(values):.3g} to {max(values):.3g})"
+    text = number(statistics.median(values))
+    return text if len(values) == 1 else f"{text} ({number(min(values))} to {number(max(values))})"
 
 
 def summary(method: str, found: dict[str, Any] | None) -> dict[str, str]:
@@ -419,10 +424,10 @@ def summary(method: str, found: dict[str, Any] | None) -> dict[str, str]:
     return line | {
         "ours, s a candidate": spread(ours),
         "floor, s": spread(floors),
-        "an hour": f"{3600 / statistics.median(ours):,.3g}",
-        "search, days": f"{days['ours']:.3g}",
+        "an hour": number(3600 / statistics.median(ours)),
+        "search, days": number(days["ours"]),
         "plain, s a candidate": spread(plain_),
-        "plain search, days": f"{days['plain']:.3g}",
+        "plain search, days": number(days["plain"]),
         "plain / ours": spread(ratios),
     }
 

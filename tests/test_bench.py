@@ -377,6 +377,11 @@ def test_workers_against_one(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> No
     )
 
 
+def test_spread_of_numbers() -> None:
+    assert search_cost.spread([2.0]) == "2"
+    assert search_cost.spread([12345.6, 0.01234, 999.4]) == "999 (0.0123 to 12,346)"
+
+
 def test_search_cost_of_one_method(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     result = {"batch": 2, "floor": 1.0, "ours": "save", "measured": {"save, weights": [0.25]}}
     result |= {"seconds": {"save": 86.4, "plain": 172.8}, "ratios": {"plain": 2.0}}
