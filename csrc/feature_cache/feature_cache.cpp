@@ -61,10 +61,14 @@ std::vector<int64_t> claim(State* states, int64_t count, int64_t chunk, int64_t 
     const int64_t chunks = (count + chunk - 1) / chunk;
     for (int64_t k = 0; k < chunks && rows.empty(); ++k) {
         const int64_t begin = (start / chunk + k) % chunks * chunk;
-        for (int64_t row = begin; row < std::min(begin + chunk, count); ++row) {
-            if (load(states[row]) != free_word) continue;
-            if (!replace(states[row].word, free_word, owner)) break;
-            rows.push_back(row);
+        const auto last = states + std::min(begin + chunk, count);
+        const auto is_claimed = [](const State& state) { return load(state) > published_word; };
+        if (std::any_of(states + begin, last, is_claimed)) continue;
+        // all begin with the first free row, which only one gets
+        for (State* state = states + begin; state < last; ++state) {
+            if (load(*state) != free_word) continue;
+            if (!replace(state->word, free_word, owner)) break;
+            rows.push_back(state - states);
         }
     }
     return rows;

@@ -22,7 +22,7 @@ inline constexpr uint64_t published_word = 1;
 
 // Claims the free samples of one chunk (rows k * chunk up to (k + 1) * chunk) for an owner, in the first
 // chunk from `start` on, round the table, that has any. Returns their rows: none where no sample is free. A
-// chunk that another process is just claiming is left to it.
+// chunk of which another has claimed a sample is left to it.
 std::vector<int64_t> claim(State* states, int64_t count, int64_t chunk, int64_t start, uint64_t owner);
 
 // Makes a written sample of the owner visible. False: it is not the owner's (any more).

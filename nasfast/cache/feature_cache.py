@@ -226,9 +226,9 @@ class FeatureCache:
             torch.OutOfMemoryError: the device has not as much memory.
         """
         samples: HostSamples | DeviceSamples = self._host
-        if device.type == self.device.type and device.index in (None, self.device.index):
-            return self
         if device.type != "cpu":
+            if device.type == self.device.type and device.index in (None, self.device.index):
+                return self
             if memory is None:
                 resident = self.config.placement in ("auto", "device")
                 memory = self.config.memory_bytes if resident else 0
@@ -305,9 +305,10 @@ class _Request:
                 layout = before[0].header.layout
                 blocks = torch.empty(0, layout.sample_bytes, dtype=torch.uint8)
             else:
+                size = min(self.chunk, self.count)
                 # with a bound the whole chunk may not fit
-                n = min(self.chunk, self.count) if memory is None else 1
-                rows = self._rows(torch.arange(n))
+                samples = torch.arange(size if memory is None else 1)
+                rows = self._rows(samples, samples, size)
                 layout = Layout.of(rows)
                 blocks = layout.pack(rows)
             count = self.count - first
@@ -349,17 +350,27 @@ class _Request:
                 self.heartbeat()
                 rows = filler.claim(self.chunk, start)
                 if len(rows):
-                    encoded = self._rows(rows + segment.first)
+                    begin = start = int(rows[0]) // self.chunk * self.chunk
+                    size = min(self.chunk, segment.count - begin)
+                    encoded = self._rows(rows + segment.first, rows - begin, size)
                     filler.write(rows, segment.header.layout.pack(encoded))
-                    start = int(rows[-1]) + 1
+                    start += self.chunk
                 elif not filler.reap():
                     time.sleep(places.TURN)
         except BaseException:
             filler.release()
             raise
 
-    def _rows(self, indices: Tensor) -> dict[str, Tensor]:
-        return stored(self.encode(indices), len(indices), self.config.storage)
+    def _rows(self, indices: Tensor, places: Tensor, size: int) -> dict[str, Tensor]:
+        """What is stored of samples, encoded at their places in a batch of the usual size.
+
+        An encoder may round otherwise in a batch of another size: the places of what a killed
+        process has published, or of what does not fit, hold copies of the first sample.
+        """
+        padded = indices[:1].repeat(size)
+        padded[places] = indices
+        rows = stored(self.encode(padded), size, self.config.storage)
+        return rows if len(indices) == size else {name: row[places] for name, row in rows.items()}
 
 
 def _attach(path: Path, key: Mapping[str, str], config: CacheConfig) -> Segment:

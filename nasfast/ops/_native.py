@@ -148,6 +148,24 @@ def pixel_step(tensor: Tensor) -> int | None:
     return step if tensor.stride() == expected and step >= channels else None
 
 
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """Channels last for maps [N, C, H, W] that are so and not contiguous as well."""
+    last = torch.channels_last
+    if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=last):
+        return torch.contiguous_format
+    return last
+
+
+def as_map(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The map that a kernel reads, copied where it is of another dtype or layout."""
+    return tensor.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def as_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A kernel's map in dtype and layout of ``other``."""
+    return tensor.to(other.dtype).contiguous(memory_format=memory_format(other))
+
+
 def check(entry: str, like: Tensor, dtype: torch.dtype, layout: str, tensor: Tensor | None) -> None:
     """The last door before a kernel, which believes what it is given.
 

@@ -57,7 +57,7 @@ def batch_norm_relu_reference(
     # a running average of momentum 1 is the batch's own
     normal = F.batch_norm(input, mean, variance, weight, bias, True, momentum=1.0, eps=eps)
     statistics = torch.stack([mean, variance * ((pixels - 1) / pixels)])
-    return F.relu(normal).contiguous(memory_format=_layout(input)), statistics
+    return F.relu(normal).contiguous(memory_format=_native.memory_format(input)), statistics
 
 
 class Sizes(NamedTuple):
@@ -110,20 +110,10 @@ def _check(
     return Sizes(pixels, channels, int(struct.unpack("q", struct.pack("d", eps))[0]))
 
 
-def _layout(tensor: Tensor) -> torch.memory_format:
-    if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=torch.channels_last):
-        return torch.contiguous_format
-    return torch.channels_last
-
-
-def _map(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype).contiguous(memory_format=torch.channels_last)
-
-
 def _kernel(input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     sizes = _check(input, weight, bias, eps)
     entry, dtype = "batch_norm_relu_forward", _native.storage(input)
-    x, w, b = _map(input, dtype), weight.contiguous(), bias.contiguous()
+    x, w, b = _native.as_map(input, dtype), weight.contiguous(), bias.contiguous()
     y = torch.empty_like(x)
     statistics = w.new_empty(2, sizes.channels)
     for kind, layout, tensor in (
@@ -134,7 +124,7 @@ def _kernel(input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Te
     ):
         _native.check(entry, x, kind, layout, tensor)
     _native.call(entry, dtype, sizes, (x, w, b, y, statistics))
-    return y.to(input.dtype).contiguous(memory_format=_layout(input)), statistics
+    return _native.as_like(y, input), statistics
 
 
 def _kernel_backward(
@@ -142,7 +132,7 @@ def _kernel_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     sizes = _check(input, weight, bias, eps, grad)
     entry, dtype = "batch_norm_relu_backward", _native.storage(input)
-    dy, x = _map(grad, dtype), _map(input, dtype)
+    dy, x = _native.as_map(grad, dtype), _native.as_map(input, dtype)
     vectors = w, b, s = weight.contiguous(), bias.contiguous(), statistics.contiguous()
     dx, dw, db = torch.empty_like(x), torch.empty_like(w), torch.empty_like(b)
     for tensor in (dy, x, dx):
@@ -150,12 +140,12 @@ def _kernel_backward(
     for tensor in vectors:
         _native.check(entry, x, w.dtype, "dense", tensor)
     _native.call(entry, dtype, sizes, (dy, x, w, b, s, dx, dw, db))
-    return dx.to(input.dtype).contiguous(memory_format=_layout(input)), dw, db
+    return _native.as_like(dx, input), dw, db
 
 
 def _fake(input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     _check(input, weight, bias, eps)
-    output = torch.empty_like(input, memory_format=_layout(input))
+    output = torch.empty_like(input, memory_format=_native.memory_format(input))
     return output, weight.new_empty(2, len(weight))
 
 
@@ -163,7 +153,7 @@ def _fake_backward(
     grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(input, weight, bias, eps, grad)
-    output = torch.empty_like(input, memory_format=_layout(input))
+    output = torch.empty_like(input, memory_format=_native.memory_format(input))
     return output, torch.empty_like(weight), torch.empty_like(bias)
 
 

@@ -57,7 +57,7 @@ def depthwise_conv2d_reference(
     """:func:`depthwise_conv2d` in plain PyTorch: any device and float dtype."""
     padding, dilation = _pair("padding", padding), _pair("dilation", dilation)
     _check(input, weight, padding, dilation)
-    dtype, layout = input.dtype, _layout(input)
+    dtype, layout = input.dtype, _native.memory_format(input)
     if dtype in _HALF and input.device.type == "cpu":
         # torch 2.13 gets weight gradients of dilated ones wrong in bfloat16
         input, weight = input.float(), weight.float()
@@ -150,16 +150,6 @@ def _check(
     )
 
 
-def _layout(tensor: Tensor) -> torch.memory_format:
-    if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=torch.channels_last):
-        return torch.contiguous_format
-    return torch.channels_last
-
-
-def _map(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype).contiguous(memory_format=torch.channels_last)
-
-
 def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     last = torch.channels_last
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=last)
@@ -168,12 +158,12 @@ def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
 def _kernel(input: Tensor, weight: Tensor, padding: Pair, dilation: Pair) -> Tensor:
     g = _check(input, weight, padding, dilation)
     entry, dtype = "depthwise_conv2d_forward", _native.storage(input)
-    x, w = _map(input, dtype), weight.to(dtype).contiguous()
+    x, w = _native.as_map(input, dtype), weight.to(dtype).contiguous()
     y = _empty(x, (g.batch, g.channels, g.out_height, g.out_width))
     for layout, tensor in (("map", x), ("dense", w), ("map", y)):
         _native.check(entry, x, dtype, layout, tensor)
     _native.call(entry, dtype, g, (x, w, y))
-    return y.to(input.dtype).contiguous(memory_format=_layout(input))
+    return _native.as_like(y, input)
 
 
 def _kernel_backward(
@@ -186,7 +176,11 @@ def _kernel_backward(
 ) -> tuple[Tensor, Tensor]:
     g = _check(input, weight, padding, dilation, grad)
     entry, dtype = "depthwise_conv2d_backward", _native.storage(input)
-    dy, x, w = _map(grad, dtype), _map(input, dtype), weight.to(dtype).contiguous()
+    dy, x, w = (
+        _native.as_map(grad, dtype),
+        _native.as_map(input, dtype),
+        weight.to(dtype).contiguous(),
+    )
     dx = _empty(x, x.shape) if wanted[0] else None
     dw = torch.empty_like(w, dtype=_native.accumulate(dtype)) if wanted[1] else None
     for layout, tensor in (("map", dy), ("map", x), ("dense", w), ("map", dx)):
@@ -194,7 +188,7 @@ def _kernel_backward(
     _native.call(entry, dtype, g, (dy, x, w, dx, dw))
     none = input.new_empty(0)
     return (
-        none if dx is None else dx.to(input.dtype).contiguous(memory_format=_layout(input)),
+        none if dx is None else _native.as_like(dx, input),
         none if dw is None else dw.to(weight.dtype),
     )
 
@@ -202,7 +196,7 @@ def _kernel_backward(
 def _fake(input: Tensor, weight: Tensor, padding: Pair, dilation: Pair) -> Tensor:
     g = _check(input, weight, padding, dilation)
     shape = (g.batch, g.channels, g.out_height, g.out_width)
-    return input.new_empty(shape).contiguous(memory_format=_layout(input))
+    return input.new_empty(shape).contiguous(memory_format=_native.memory_format(input))
 
 
 def _fake_backward(
@@ -214,7 +208,7 @@ def _fake_backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor]:
     _check(input, weight, padding, dilation, grad)
-    dx = torch.empty_like(input, memory_format=_layout(input))
+    dx = torch.empty_like(input, memory_format=_native.memory_format(input))
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
     return dx if wanted[0] else input.new_empty(0), dw if wanted[1] else input.new_empty(0)
 

@@ -137,6 +137,7 @@ class CudaGraph:
 
     def close(self) -> None:
         if self._graph is not None:
+            self._stream.synchronize()
             self._graph.reset()
             self._graph = None
 

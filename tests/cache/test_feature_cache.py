@@ -66,7 +66,8 @@ def test_round_trip_of_any_layout(content, chunk, fit, data):
             config = CacheConfig(Path(folder), "ram", f"{fit * (size + 16)}B")
         load = FeatureCache.load_or_build
         cache = load(KEY, count, encoder(content, calls), config, chunk=chunk)
-        assert sorted(i for call in calls for i in call) == list(range(count))
+        # a batch may be filled up with copies
+        assert sorted(i for call in calls for i in set(call)) == list(range(count))
         assert [s.count for s in cache.segments] == (
             [count] if fit is None or fit >= count else [fit, count - fit]
         )

@@ -68,6 +68,20 @@ def samples() -> list[Sample]:
     ]
 
 
+def run_python(code: str, *arguments: str, **environment: str) -> str:
+    """Output of a fresh interpreter in the repository."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 every_sample = pytest.mark.parametrize("sample", samples(), ids=lambda sample: sample.id)
 
 
@@ -129,10 +143,20 @@ def test_instruction_sets(level: str) -> None:
         "    for dtype in t.TOLERANCE:\n"
         "        t.check_reference(sample, dtype)\n"
     )
-    command = [sys.executable, "-c", code, level]
-    environment = os.environ | {"NASFAST_ISA": level}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr
+    run_python(code, level, NASFAST_ISA=level)
+
+
+def test_runs_without_the_extension() -> None:
+    """Where ``nasfast._C`` cannot be imported, the op runs its reference and says so."""
+    code = (
+        "import sys; sys.modules['nasfast._C'] = None\n"
+        "sys.path.insert(0, 'tests/ops'); import test_batch_norm_relu as t, torch\n"
+        "torch.manual_seed(0)\n"
+        "for sample in t.samples()[:3]:\n"
+        "    t.check_reference(sample, torch.float64)\n"
+        "print(t._native.LEGS['batch_norm_relu']['cpu'])\n"
+    )
+    assert run_python(code).startswith("reference: nasfast._C cannot be imported: ")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -298,3 +322,13 @@ def test_error_of_backward() -> None:
         "batch_norm_relu: grad must be like input, torch.float32 of shape (2, 3, 5, 6), got "
         "torch.float32 of shape (1, 3, 5, 6); convert it"
     )
+
+
+@pytest.mark.cuda
+def test_on_cuda_it_is_the_reference() -> None:
+    tensors = [t.detach().cuda().requires_grad_() for t in Sample("").tensors(torch.float32)]
+    output, statistics = batch_norm_relu(*tensors)
+    expected, wanted = batch_norm_relu_reference(*(t.detach().cpu().double() for t in tensors))
+    torch.testing.assert_close(output.cpu().double(), expected, **TOLERANCE[torch.float32])
+    torch.testing.assert_close(statistics.cpu().double(), wanted, **TOLERANCE[torch.float32])
+    torch.autograd.grad(output.sum(), tensors)

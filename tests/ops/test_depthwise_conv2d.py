@@ -84,6 +84,20 @@ def samples() -> list[Sample]:
     ]
 
 
+def run_python(code: str, *arguments: str, **environment: str) -> str:
+    """Output of a fresh interpreter in the repository."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 every_sample = pytest.mark.parametrize("sample", samples(), ids=lambda sample: sample.id)
 
 
@@ -143,10 +157,20 @@ def test_instruction_sets(level: str) -> None:
         "    for dtype in t.TOLERANCE:\n"
         "        t.check_reference(sample, dtype)\n"
     )
-    command = [sys.executable, "-c", code, level]
-    environment = os.environ | {"NASFAST_ISA": level}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr
+    run_python(code, level, NASFAST_ISA=level)
+
+
+def test_runs_without_the_extension() -> None:
+    """Where ``nasfast._C`` cannot be imported, the op runs its reference and says so."""
+    code = (
+        "import sys; sys.modules['nasfast._C'] = None\n"
+        "sys.path.insert(0, 'tests/ops'); import test_depthwise_conv2d as t, torch\n"
+        "torch.manual_seed(0)\n"
+        "for sample in t.samples()[:3]:\n"
+        "    t.check_reference(sample, torch.float64)\n"
+        "print(t._native.LEGS['depthwise_conv2d']['cpu'])\n"
+    )
+    assert run_python(code).startswith("reference: nasfast._C cannot be imported: ")
 
 
 @pytest.mark.parametrize("function", [depthwise_conv2d, depthwise_conv2d_reference])
@@ -326,3 +350,14 @@ def test_error_of_backward() -> None:
         "depthwise_conv2d: grad must be of shape (2, 3, 3, 4), got (2, 3, 5, 6); padding and "
         "dilation decide the height and width"
     )
+
+
+@pytest.mark.cuda
+def test_on_cuda_it_is_the_reference() -> None:
+    tensors = [t.detach().cuda().requires_grad_() for t in Sample("").tensors(torch.float32)]
+    with torch.autocast("cuda", torch.bfloat16):
+        output = depthwise_conv2d(*tensors, 1)
+    assert output.dtype == torch.bfloat16
+    expected = F.conv2d(*(t.bfloat16() for t in tensors), padding=1, groups=5)
+    torch.testing.assert_close(output, expected, **TOLERANCE[torch.bfloat16])
+    assert [g.dtype for g in torch.autograd.grad(output.sum(), tensors)] == [torch.float32] * 2
