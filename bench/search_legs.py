@@ -18,7 +18,7 @@ import plain
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
 import nasfast.evaluator
 import nasfast.models.layers
@@ -228,38 +228,33 @@ class FromFiles:
     def __init__(self, files: plain.Files, device: torch.device) -> None:
         self.files, self.device, self.count = files, device, len(files)
 
-    def batch(self, indices: Tensor) -> dict[str, Tensor]:
-        return self._place(default_collate([self.files[i] for i in indices.tolist()]))
-
-    def batches(self, order: Iterable[Tensor], **_: Any) -> Iterator[dict[str, Tensor]]:
+    def batches(
+        self, order: Iterable[Tensor], dtype: torch.dtype | None = None, ahead: int = 2
+    ) -> Iterator[dict[str, Tensor]]:
         loader = DataLoader(
             self.files,
             batch_sampler=[indices.tolist() for indices in order],
             num_workers=2,
+            prefetch_factor=ahead,
             pin_memory=self.device.type == "cuda",
         )
-        return map(self._place, loader)
-
-    def _place(self, batch: plain.Sample) -> dict[str, Tensor]:
-        return {
-            name: x.to(self.device, memory_format=torch.channels_last)
-            if x.dim() == 4
-            else x.to(self.device)
-            for name, x in batch.items()
-        }
+        for batch in loader:
+            yield {
+                name: x.to(self.device, dtype, memory_format=torch.channels_last)
+                if x.dim() == 4
+                else x.to(self.device)
+                for name, x in batch.items()
+            }
 
 
 class NCHW:
     """A cache whose maps come contiguous."""
 
     def __init__(self, cache: FeatureCache) -> None:
-        self.cache, self.device, self.count = cache, cache.device, cache.count
+        self.cache, self.count = cache, cache.count
 
-    def batch(self, indices: Tensor) -> dict[str, Tensor]:
-        return contiguous(self.cache.batch(indices))
-
-    def batches(self, order: Iterable[Tensor], **options: Any) -> Iterator[dict[str, Tensor]]:
-        return map(contiguous, self.cache.batches(order, **options))
+    def batches(self, order: Iterable[Tensor], *options: Any, **more: Any) -> Iterator[Any]:
+        return map(contiguous, self.cache.batches(order, *options, **more))
 
 
 def contiguous(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
