@@ -229,7 +229,7 @@ class FromFiles:
         self.files, self.device, self.count = files, device, len(files)
 
     def batches(
-        self, order: Iterable[Tensor], dtype: torch.dtype | None = None, ahead: int = 2
+        self, order: Iterable[Tensor], dtype: torch.dtype | None = None, ahead: int = 1
     ) -> Iterator[dict[str, Tensor]]:
         loader = DataLoader(
             self.files,

@@ -25,7 +25,7 @@ from nasfast.tasks.segmentation import (
     prepare_images,
     resize_labels,
 )
-from nasfast.training.cost import count_macs, count_parameters
+from nasfast.training.cost import count_macs, count_macs_on, count_parameters
 from nasfast.training.graphs import graphed_step
 from nasfast.training.loop import (
     Group,
@@ -172,6 +172,9 @@ class SegmentationEvaluator:
             self._train_cache, self._val_cache = self._fill(cache, caches, teacher)
         labels = self._val_cache.batch(torch.tensor([0]))["labels"]
         self.val_size: tuple[int, int] = (labels.shape[-2], labels.shape[-1])
+        self._encoder_macs = count_macs(self._encoder, self.val_size)
+        image = torch.empty(1, 3, *self.val_size, device="meta")
+        self._meta_taps = copy.deepcopy(self._encoder).to("meta")(image)
 
     def _fill(self, cache: CacheConfig, caches: Caches | None, teacher: Segmenter | None) -> Caches:
         splits, config = self.task.splits, self.stage0
@@ -277,11 +280,14 @@ class SegmentationEvaluator:
     def cost(self, genotype: FastNASGenotype) -> tuple[int, int]:
         """Parameters and multiply-accumulates of a candidate at `val_size`, without training it."""
         with torch.random.fork_rng([]):
-            decoder = Decoder(
-                genotype, self._encoder.feature_info, self.task.num_classes, self.decoder
-            )
-        model = Segmenter(self._encoder, decoder)
-        return count_parameters(model), count_macs(model, self.val_size)
+            return self._cost(self._build(genotype))
+
+    def _build(self, genotype: FastNASGenotype) -> Decoder:
+        return Decoder(genotype, self._encoder.feature_info, self.task.num_classes, self.decoder)
+
+    def _cost(self, decoder: Decoder) -> tuple[int, int]:
+        macs = self._encoder_macs + count_macs_on(decoder, self._meta_taps)
+        return count_parameters(self._encoder) + count_parameters(decoder), macs
 
     def __call__(self, genotype: FastNASGenotype, index: int, gate: float | None) -> Evaluation:
         """Evaluate a candidate.
@@ -303,11 +309,9 @@ class SegmentationEvaluator:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(derive_seed(self.seed, index))
             try:
-                decoder = Decoder(
-                    genotype, self._encoder.feature_info, self.task.num_classes, self.decoder
-                )
+                decoder = self._build(genotype)
+                params, macs = self._cost(decoder)
                 model = Segmenter(self._encoder, decoder)
-                params, macs = count_parameters(model), count_macs(model, self.val_size)
                 decoder.with_aux = self.stage0.aux_weight > 0
                 self.runtime.place(decoder)
                 stages = {"stage0": self._run_stage0, "stage1": self._run_stage1}

@@ -179,7 +179,7 @@ def test_caches_are_reused(cache_dir, evaluator, evaluation, monkeypatch):
     files = {path: path.stat().st_mtime_ns for path in cache_dir.iterdir()}
     assert len(files) == 2
     with monkeypatch.context() as patch:
-        patch.setattr(MobileNetV2, "forward", None)
+        patch.setattr(SegmentationEvaluator, "_encode", None)
         again = make(cache_dir)
     assert {path: path.stat().st_mtime_ns for path in cache_dir.iterdir()} == files
     assert outcome(again(GENOTYPE, 4, None)) == outcome(evaluation)

@@ -123,7 +123,7 @@ class HostSamples:
         return plan.named(outs)
 
     def batches(
-        self, order: Iterable[Tensor], dtype: torch.dtype | None = None, ahead: int = 2
+        self, order: Iterable[Tensor], dtype: torch.dtype | None = None, ahead: int = 1
     ) -> Batches:
         """Batches in reused memory, gathered ahead by a thread; see :class:`Batches`."""
         plan = self.plan(dtype)

@@ -199,7 +199,7 @@ class FeatureCache:
         return self._samples.batch(indices, dtype)
 
     def batches(
-        self, order: Iterable[Tensor], dtype: torch.dtype | None = None, ahead: int = 2
+        self, order: Iterable[Tensor], dtype: torch.dtype | None = None, ahead: int = 1
     ) -> Iterator[dict[str, Tensor]]:
         """Gather batches (int64 ``[n]`` each) into reused memory, ahead of who reads them.
 

@@ -92,7 +92,7 @@ class DeviceSamples:
         return plan.named(outs)
 
     def batches(
-        self, order: Iterable[Tensor], dtype: torch.dtype | None = None, ahead: int = 2
+        self, order: Iterable[Tensor], dtype: torch.dtype | None = None, ahead: int = 1
     ) -> Iterator[dict[str, Tensor]]:
         """Batches in reused memory of the device, valid until the next one is asked for.
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from nasfast.training.loop import Runtime
 
@@ -28,10 +31,35 @@ def count_macs(module: nn.Module, size: tuple[int, int], *, channels: int = 3) -
         size: (H, W) of the image.
         channels: of the image.
     """
+    return count_macs_on(module, torch.empty(1, channels, *size, device="meta"))
+
+
+def count_macs_on(module: nn.Module, inputs: object) -> int:
+    """The same for a network on ``inputs``, tensors on the device "meta"."""
     meta = copy.deepcopy(module).to("meta").eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        meta(torch.empty(1, channels, *size, device="meta"))
-    return int(counter.get_total_flops()) // 2
+    counter = _Flops()
+    with torch.no_grad(), counter:
+        meta(inputs)
+    return counter.flops // 2
+
+
+class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What FlopCounterMode counts, without taking apart the operations that have no formula."""
+
+    flops = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result: Tensor = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += int(formula(*args, **(kwargs or {}), out_val=result))
+        return result
 
 
 @dataclass(frozen=True)

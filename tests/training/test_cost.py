@@ -1,6 +1,8 @@
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from nasfast.encoders import MobileNetV2
 from nasfast.training.cost import count_macs, count_parameters, measure_latency
 from nasfast.training.loop import Runtime
 
@@ -35,6 +37,13 @@ def test_macs_are_those_of_evaluation_mode_and_leave_the_network_alone():
     assert net.training
     assert net.calls == 0
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+
+
+def test_macs_are_those_of_pytorch_s_counter():
+    net = MobileNetV2(0.35).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net(torch.zeros(1, 3, 64, 96))
+    assert 2 * count_macs(net, (64, 96)) == counter.get_total_flops()
 
 
 def test_images_of_other_channels():
