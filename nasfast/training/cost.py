@@ -37,7 +37,7 @@ def count_macs(module: nn.Module, size: tuple[int, int], *, channels: int = 3) -
 def count_macs_on(module: nn.Module, inputs: object) -> int:
     """The same for a network on ``inputs``, tensors on the device "meta"."""
     meta = copy.deepcopy(module).to("meta").eval()
-    counter = _Flops()
+    counter = _Flops()  # type: ignore[no-untyped-call]
     with torch.no_grad(), counter:
         meta(inputs)
     return counter.flops // 2
