@@ -73,6 +73,32 @@ def test_claims_are_aligned_chunks_round_the_table(path):
     assert filler.claim(4, 0).tolist() == [1, 2, 3]
 
 
+def test_one_process_gets_all_of_a_chunk():
+    """Two begin with the same one at the same moment, again and again."""
+    code = """
+import mmap, os
+import numpy as np
+from nasfast.ops._native import C
+words = np.frombuffer(mmap.mmap(-1, 16 * 500 * 4096), np.uint64).reshape(500, 4096, 2)
+ready = np.frombuffer(mmap.mmap(-1, 16), np.int64)
+me = 0 if os.fork() else 1
+for i, table in enumerate(words):
+    ready[me] = i + 1
+    while ready[1 - me] <= i:
+        pass
+    C.feature_cache_claim(table.ctypes.data, 4096, 4096, 0, 2 << 62 | 1 + me)
+if me:
+    os._exit(0)
+os.wait()
+owners = words[:, :, 0]
+print((owners > 1).all(), (owners != owners[:, :1]).any(1).sum())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert done.stdout.split() == ["True", "0"], done.stderr
+
+
 def test_only_the_owner_publishes(path):
     set_words(path, [0] * 5)
     segment = Segment.open(path)
