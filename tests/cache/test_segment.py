@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -261,6 +262,37 @@ def test_filled_by_another_host(path, monkeypatch):
     ):
         fill(path, must_not_encode)
     assert other.census().claimed == 2
+
+
+@pytest.fixture
+def unreserved(monkeypatch):
+    """As a file system that cannot reserve room."""
+    entries = SimpleNamespace(feature_cache_allocate=lambda file, size: errno.EOPNOTSUPP)
+    monkeypatch.setattr(places, "extension", lambda: entries)
+
+
+def test_the_table_takes_its_room_where_none_can_be_reserved(unreserved, tmp_path):
+    """It is written through a map, where a full disk would be SIGBUS."""
+    content = {"tap": torch.randn(600, 4, 2, 2)}
+
+    def encode(indices):
+        if 2 in indices:
+            raise KeyboardInterrupt
+        return {"tap": content["tap"][indices]}
+
+    with pytest.raises(KeyboardInterrupt):
+        FeatureCache.load_or_build(KEY, 600, encode, CacheConfig(tmp_path), chunk=2)
+    (path,) = tmp_path.iterdir()
+    with path.open("rb") as file:
+        assert os.lseek(file.fileno(), table_of(path), os.SEEK_HOLE) >= table_of(path) + 16 * 600
+    assert build(tmp_path, content).verify() == []
+
+
+def test_no_room_where_none_can_be_reserved(unreserved, monkeypatch, tmp_path):
+    monkeypatch.setattr(places, "free_bytes", lambda directory: 100)
+    with raises(OSError, f"...wanted ... bytes in {tmp_path}, got 100 free; make room with ..."):
+        build(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_sparse_copy_is_allocated_before_it_is_filled(path):
