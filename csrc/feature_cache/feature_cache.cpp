@@ -64,9 +64,10 @@ std::vector<int64_t> claim(State* states, int64_t count, int64_t chunk, int64_t 
         const auto last = states + std::min(begin + chunk, count);
         const auto is_claimed = [](const State& state) { return load(state) > published_word; };
         if (std::any_of(states + begin, last, is_claimed)) continue;
-        // all begin with the first free row, which only one gets
+        // all begin with the first row that is not published, which only one gets: whoever comes later,
+        // and looked before, finds it claimed
         for (State* state = states + begin; state < last; ++state) {
-            if (load(*state) != free_word) continue;
+            if (load(*state) == published_word) continue;
             if (!replace(state->word, free_word, owner)) break;
             rows.push_back(state - states);
         }

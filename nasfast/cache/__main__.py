@@ -65,11 +65,11 @@ class Ls(_Directories):
         files, total = self.files(), 0
         for path in files:
             print(path)
-            status = path.stat()
-            total += status.st_blocks * 512
             try:
+                status = path.stat()
+                total += status.st_blocks * 512
                 segment = Segment.open(path)
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 print(f"  {error}")
                 continue
             census, header = segment.census(), segment.header
@@ -99,7 +99,7 @@ class Verify(_Directories):
         for path in self.files(self.names):
             try:
                 segment = Segment.open(path)
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 print(error)
                 damaged += 1
                 continue

@@ -330,10 +330,13 @@ def create(
         places.allocate(file, offset + header.count * size, path)
         places.write_at(file, prefix, 0)
         places.write_at(file, owners.host(), HOST)
+        states = b""
         for i, block in enumerate(blocks):
             places.write_at(file, block.numpy().data, offset + i * size)
-            state = STATE.pack(owners.PUBLISHED, checksum(block, header.first + i))
-            places.write_at(file, state, table + i * STATE.size)
+            states += STATE.pack(owners.PUBLISHED, checksum(block, header.first + i))
+        # whole: it is written through maps later, where a full disk is a signal, and not all file
+        # systems can reserve room
+        places.write_at(file, states.ljust(header.count * STATE.size, b"\0"), table)
         os.fsync(file)
         with places.settled(path.parent):
             os.rename(temporary, path)

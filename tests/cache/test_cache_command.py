@@ -89,6 +89,17 @@ def test_ls_of_a_damaged_file(path, run):
     assert out.endswith("1 files, 4.1 KB\n")
 
 
+def test_one_that_cannot_be_opened_leaves_the_others(directory, path, run):
+    """Another user's, or removed at this moment."""
+    gone = directory / "0.features"
+    gone.symlink_to(directory / "nowhere")
+    error = f"[Errno 2] No such file or directory: '{gone}'"
+    status, out = run("ls")
+    assert status == 0
+    assert out.startswith(f"{gone}\n  {error}\n{path}\n  file, 5 of 5 samples published")
+    assert run("verify") == (1, f"{error}\n{path}: 5 samples are whole\n")
+
+
 def test_ls_of_nothing(run, directory):
     assert run("ls") == (0, "0 files, 0 B\n")
 

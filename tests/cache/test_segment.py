@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,6 +72,32 @@ def test_claims_are_aligned_chunks_round_the_table(path):
     filler.release()
     set_words(path, [1])
     assert filler.claim(4, 0).tolist() == [1, 2, 3]
+
+
+def test_one_process_gets_all_of_a_chunk():
+    """Two begin with the same one at the same moment, again and again."""
+    code = """
+import mmap, os
+import numpy as np
+from nasfast.ops._native import C
+words = np.frombuffer(mmap.mmap(-1, 16 * 500 * 4096), np.uint64).reshape(500, 4096, 2)
+ready = np.frombuffer(mmap.mmap(-1, 16), np.int64)
+me = 0 if os.fork() else 1
+for i, table in enumerate(words):
+    ready[me] = i + 1
+    while ready[1 - me] <= i:
+        pass
+    C.feature_cache_claim(table.ctypes.data, 4096, 4096, 0, 2 << 62 | 1 + me)
+if me:
+    os._exit(0)
+os.wait()
+owners = words[:, :, 0]
+print((owners > 1).all(), (owners != owners[:, :1]).any(1).sum())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert done.stdout.split() == ["True", "0"], done.stderr
 
 
 def test_only_the_owner_publishes(path):
@@ -235,6 +262,37 @@ def test_filled_by_another_host(path, monkeypatch):
     ):
         fill(path, must_not_encode)
     assert other.census().claimed == 2
+
+
+@pytest.fixture
+def unreserved(monkeypatch):
+    """As a file system that cannot reserve room."""
+    entries = SimpleNamespace(feature_cache_allocate=lambda file, size: errno.EOPNOTSUPP)
+    monkeypatch.setattr(places, "extension", lambda: entries)
+
+
+def test_the_table_takes_its_room_where_none_can_be_reserved(unreserved, tmp_path):
+    """It is written through a map, where a full disk would be SIGBUS."""
+    content = {"tap": torch.randn(600, 4, 2, 2)}
+
+    def encode(indices):
+        if 2 in indices:
+            raise KeyboardInterrupt
+        return {"tap": content["tap"][indices]}
+
+    with pytest.raises(KeyboardInterrupt):
+        FeatureCache.load_or_build(KEY, 600, encode, CacheConfig(tmp_path), chunk=2)
+    (path,) = tmp_path.iterdir()
+    with path.open("rb") as file:
+        assert os.lseek(file.fileno(), table_of(path), os.SEEK_HOLE) >= table_of(path) + 16 * 600
+    assert build(tmp_path, content).verify() == []
+
+
+def test_no_room_where_none_can_be_reserved(unreserved, monkeypatch, tmp_path):
+    monkeypatch.setattr(places, "free_bytes", lambda directory: 100)
+    with raises(OSError, f"...wanted ... bytes in {tmp_path}, got 100 free; make room with ..."):
+        build(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_sparse_copy_is_allocated_before_it_is_filled(path):

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from nasfast.interrupt import Interrupt, StopRequested
 from nasfast.methods.workers import Crew, Job, WorkerError
-from nasfast.methods.workers.base import Answer, Death, Evaluator, Ready
+from nasfast.methods.workers.base import Answer, Death, Evaluator, Ready, Worker
 from nasfast.methods.workers.dispatch import Dispatcher
 from nasfast.records import Evaluation
 from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
@@ -275,6 +275,18 @@ def test_a_stop_ends_workers_at_work(tmp_path: Path) -> None:
             evaluate({0: "sleep"}, tmp_path, TWO, heartbeat=interrupt.check)
         thread.join()
     assert not exists(int((tmp_path / "asleep").read_text()))
+
+
+@pytest.mark.parametrize(("device", "chosen"), [("cpu", []), ("cuda", []), ("cuda:1", [1])])
+def test_a_worker_computes_on_its_gpu(
+    device: str, chosen: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_devices: list[int] = []
+    # as torch does it: a device without a number is refused
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", set_devices.append, raising=False)
+    worker = Worker(functools.partial(toy, {}, tmp_path), device, torch.get_num_threads())
+    assert isinstance(worker.start(), Ready)
+    assert set_devices == chosen
 
 
 # ---- the crew

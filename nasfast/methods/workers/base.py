@@ -100,7 +100,7 @@ class Worker(Generic[G]):
         """Build the evaluator."""
         try:
             torch.set_num_threads(self._threads)
-            if self._device.startswith("cuda"):
+            if self._device.startswith("cuda:"):  # "cuda" is the current one, perhaps Ray's choice
                 torch.cuda.set_device(self._device)
             self._evaluate = self._build(self._device)
         except Exception as error:
