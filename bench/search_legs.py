@@ -192,14 +192,23 @@ class LoopedAverage(PolyakAverage):
 def looped_optimizer() -> AbstractContextManager[Any]:
     adam = torch.optim.Adam
 
-    def looped(parameters: Any, lr: float, weight_decay: float, **_: Any) -> torch.optim.Adam:
-        return adam(parameters, lr, weight_decay=weight_decay, foreach=False)
+    def looped(
+        parameters: Any, lr: float, weight_decay: float, fused: bool, capturable: bool
+    ) -> torch.optim.Adam:
+        return adam(parameters, lr, weight_decay=weight_decay, foreach=False, capturable=capturable)
 
     return mock.patch.multiple(torch.optim, Adam=looped)
 
 
 def looped_average() -> AbstractContextManager[Any]:
     return mock.patch.object(nasfast.evaluator, "PolyakAverage", LoopedAverage)
+
+
+def without_graphs() -> AbstractContextManager[Any]:
+    def eager(device: torch.device) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    return mock.patch.object(nasfast.evaluator, "graphed_step", eager)
 
 
 def plain_depthwise(x: Tensor, weight: Tensor, padding: int, dilation: int) -> Tensor:
@@ -284,6 +293,8 @@ ABLATIONS: dict[str, Variant] = {
     "PyTorch's depthwise": Variant(patch=without_depthwise),
     "BatchNorm, then ReLU": Variant(patch=without_norm_relu),
 }
+if torch.cuda.is_available():
+    ABLATIONS["CUDA graphs"] = Variant(patch=without_graphs)
 """What each saves: the time without it, divided by ours."""
 
 

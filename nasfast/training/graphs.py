@@ -104,12 +104,11 @@ def _kind(batch: Batch) -> tuple[object, ...]:
 
 
 class CudaGraph:
-    """:class:`Recorder` of a CUDA device. All of a process share a stream and a pool of memory, so
-    that a candidate's graph takes the memory of the one before; use one at a time."""
+    """:class:`Recorder` of a CUDA device. Each has memory of its own, which returns to PyTorch's
+    allocator when it is closed."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream, self._pool = _shared(device)
+        self._device, self._stream = device, _side_stream(device)
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @contextmanager
@@ -124,9 +123,8 @@ class CudaGraph:
 
     def record(self, work: Callable[[], Tensor]) -> Tensor:
         graph = torch.cuda.CUDAGraph()
-        pool: Any = self._pool.id
         mode = "thread_local"  # other threads, which gather features ahead, may allocate meanwhile
-        with torch.cuda.graph(graph, pool, self._stream, capture_error_mode=mode):
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode=mode):
             result = work()
         self._graph = graph
         return result
@@ -143,9 +141,8 @@ class CudaGraph:
 
 
 @functools.cache
-def _shared(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.MemPool]:
-    with torch.cuda.device(device):
-        return torch.cuda.Stream(), torch.cuda.MemPool()  # type: ignore[no-untyped-call]
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @contextmanager

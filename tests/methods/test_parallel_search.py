@@ -183,7 +183,7 @@ def assert_describes(evaluator: Any, run: Path) -> None:
 
 
 def test_a_worker_s_evaluator(tiny_search: list[str], tiny_run: Path) -> None:
-    evaluator = segmentation.evaluator_on(segmentation.parse(tiny_search), {}, "cpu")
+    evaluator = segmentation.evaluator_on(segmentation.parse(tiny_search), "cpu")
     assert_describes(evaluator, tiny_run)
 
 

@@ -208,12 +208,12 @@ def build(
 
 
 def evaluator_on(
-    config: SearchConfig, shared: Mapping[str, Caches], device: str
+    config: SearchConfig, device: str, caches: Caches | None = None
 ) -> SegmentationEvaluator:
     """A worker's evaluator, from settings that fit the data.
 
-    ``shared`` holds the caches of each GPU, whose memory all its workers read; where there are
-    none, the worker attaches the files.
+    ``caches`` are the features that the search has put on the worker's GPU; without them it
+    attaches the files.
     """
     splits = load_splits(config.data, seed=config.seed)
     return _evaluator(
@@ -222,7 +222,7 @@ def evaluator_on(
         load_encoder(config.encoder_weights),
         _teacher(config, splits),
         Runtime(torch.device(device)),
-        shared.get(device),
+        caches,
     )
 
 
@@ -230,12 +230,15 @@ def _staff(
     config: SearchConfig, crew: Crew, prepared: Callable[[], SegmentationEvaluator]
 ) -> tuple[Engine[FastNASGenotype], SegmentationEvaluator]:
     """The workers, and this process's evaluator."""
+    build = functools.partial(evaluator_on, config)
     if crew.shares_devices:
         evaluator = prepared()
-        shared = {name: evaluator.caches_on(torch.device(name)) for name in crew.devices}
-        return crew.engine_for(functools.partial(evaluator_on, config, shared)), evaluator
-    # they fill the feature cache together with this process
-    engine = crew.engine_for(functools.partial(evaluator_on, config, {}))
+        on_device = {
+            name: functools.partial(build, caches=evaluator.caches_on(torch.device(name)))
+            for name in crew.devices[: crew.workers]
+        }
+        return crew.engine_for(build, on_device), evaluator
+    engine = crew.engine_for(build)  # they fill the feature cache together with this process
     try:
         return engine, prepared()
     except BaseException:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from nasfast.device import resolve_device
@@ -82,13 +84,21 @@ class Crew:
         workers = f"{self.workers} workers of " if self.workers > 1 else ""
         return f"{', '.join(self.devices[: self.workers])}, {workers}{threads}"
 
-    def engine_for(self, build: Builder[G]) -> Engine[G]:
-        """Workers that begin to build their evaluators at once."""
+    def engine_for(
+        self, build: Builder[G], on_device: Mapping[str, Builder[G]] = MappingProxyType({})
+    ) -> Engine[G]:
+        """Workers that begin to build their evaluators at once.
+
+        Args:
+            build: makes an evaluator on any device.
+            on_device: what processes make theirs with instead on certain devices.
+        """
         if self.engine == "ray":
             kind = self.devices[0].partition(":")[0]
             pool: Pool[G] = RayPool(build, kind, self.threads, self.workers)
         elif self.workers == 1:
             return InProcess()
         else:
-            pool = ProcessPool(build, self.devices, self.threads)
+            builders = [(device, on_device.get(device, build)) for device in self.devices]
+            pool = ProcessPool(builders, self.threads)
         return Dispatcher(pool, self.workers)

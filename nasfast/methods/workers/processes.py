@@ -32,28 +32,27 @@ class _Seat:
 
 
 class ProcessPool(Generic[G]):
-    """Worker i evaluates on ``devices[i % len(devices)]``.
+    """Worker i evaluates on the i-th device, and so on in turns.
 
     The processes ignore Ctrl-C, which is this process's to handle, and die with it.
 
     Args:
-        build: makes the evaluator of a worker.
-        devices: names of devices.
+        builders: names of devices, and what makes the evaluator of a worker there.
         threads: that a worker computes with.
     """
 
-    def __init__(self, build: Builder[G], devices: Sequence[str], threads: int) -> None:
-        self._build, self._devices, self._threads = build, devices, threads
+    def __init__(self, builders: Sequence[tuple[str, Builder[G]]], threads: int) -> None:
+        self._builders, self._threads = builders, threads
         self._seats: dict[int, _Seat] = {}
 
     def start(self, worker: int) -> None:
         """Begin a worker, or begin it again."""
         start_server()
         ours, theirs = connection.Pipe()
-        device = self._devices[worker % len(self._devices)]
+        device, build = self._builders[worker % len(self._builders)]
         process = get_context("forkserver").Process(
             target=_serve,
-            args=(theirs, Worker(self._build, device, self._threads)),
+            args=(theirs, Worker(build, device, self._threads)),
             name=f"nasfast-worker-{worker}",
             daemon=True,
         )
