@@ -130,7 +130,7 @@ class FeatureCache:
         Raises:
             ValueError: a file of another key, foreign or damaged; encoded arrays that differ.
             OSError: a directory that cannot be written, or is too small for the whole.
-            RuntimeError: processes of another machine or container fill it.
+            RuntimeError: processes of another machine or container use it.
         """
         if count < 1:
             raise ValueError(f"feature cache: wanted at least 1 sample, got {count}")

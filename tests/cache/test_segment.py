@@ -251,14 +251,14 @@ def test_another_hosts_claims_are_free_when_it_has_gone(path):
     assert path.read_bytes()[48:72] == owners.host()
 
 
-def test_filled_by_another_host(path, monkeypatch):
+def test_in_use_by_another_host(path, monkeypatch):
     monkeypatch.setattr(segments, "_PATIENCE", 0.05)
     foreign(path)
     other = Segment.open(path)
     with raises(
         RuntimeError,
-        f"feature cache {path}: being filled by another machine or container; wait until it has "
-        "ended, or give another --cache-dir",
+        f"feature cache {path}: in use by another machine or container; wait until it has ended, "
+        "or give another --cache-dir",
     ):
         fill(path, must_not_encode)
     assert other.census().claimed == 2
