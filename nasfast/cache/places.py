@@ -55,8 +55,11 @@ def sweep(directory: Path, keep: Path | None = None) -> int:
     freed = 0
     for path in [path for pattern in patterns for path in directory.glob(pattern)]:
         if path != keep:
-            with suppress(PermissionError):  # another user's, in a directory that is shared
+            try:
                 freed += remove(path) or 0
+            except OSError as error:  # another user's, in a directory that is shared, or read-only
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise
     return freed
 
 

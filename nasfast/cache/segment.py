@@ -318,6 +318,7 @@ def create(
     """
     temporary = path.with_name(f".{path.name}.tmp")
     file = places.creation_lock(temporary, heartbeat)
+    segment = None
     try:
         if path.exists():
             temporary.unlink()
@@ -344,7 +345,10 @@ def create(
             segment = Segment(path, file, writable=True)
     except BaseException:
         temporary.unlink(missing_ok=True)
-        os.close(file)
+        if segment is None:
+            os.close(file)
+        else:
+            segment.close()  # the file is its own
         raise
     sync_directory(path.parent)
     return segment

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import threading
@@ -58,15 +59,19 @@ def test_sweep_keeps_files_on_disk_and_ram_in_use(tmp_path, ram):
     assert not unused.exists()
 
 
-def test_sweep_leaves_what_it_may_not_open(tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_sweep_leaves_what_it_may_not_open(tmp_path, monkeypatch, code):
     (path := tmp_path / ".a.features.tmp").write_bytes(b"")
 
     def refuse(*args):
-        raise PermissionError
+        raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", refuse)
         assert places.sweep(tmp_path) == 0
+        code = errno.EIO
+        with raises(OSError, f"[Errno {errno.EIO}] Input/output error"):
+            places.sweep(tmp_path)
     assert path.exists()
 
 
