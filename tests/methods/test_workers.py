@@ -188,6 +188,25 @@ def test_any_order_and_any_death_give_the_same(
     assert pool.most <= workers
 
 
+def test_workers_that_started_end_if_another_cannot() -> None:
+    class Full(Script):
+        closed = False
+
+        def start(self, worker: int) -> None:
+            if worker == 2:
+                raise BlockingIOError("Resource temporarily unavailable")
+            super().start(worker)
+
+        def close(self) -> None:
+            self.closed = True
+
+    pool = Full({}, random.Random(0))
+    with pytest.raises(BlockingIOError):
+        Dispatcher(pool, 4)
+    assert len(pool.pending) == 2
+    assert pool.closed
+
+
 # ---- processes
 
 
