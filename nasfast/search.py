@@ -75,6 +75,8 @@ def _open_run(argv: Sequence[str]) -> tuple[Study, Method[Any, Any, Any], Search
     }
     if "device" in given:
         given.setdefault("devices", None)
+    elif "devices" in given:
+        given["device"] = "auto"
     given["threads"] = int(study.env["identity"]["computation"]["threads"])
     return study, method, dataclasses.replace(config, **given)
 

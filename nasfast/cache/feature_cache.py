@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -25,7 +26,7 @@ from nasfast.cache.segment import Filler, Segment, create
 
 Encode = Callable[[Tensor], Mapping[str, Tensor]]
 PLACEMENTS = ("auto", "file", "ram", "device")
-_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+_UNITS = {None: 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,18 @@ class CacheConfig:
         """The bound in bytes.
 
         Raises:
-            ValueError: no size.
+            ValueError: no size; only 0 needs no unit.
         """
         if self.memory is None:
             return None
-        match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", self.memory.strip(), re.I)
-        if match is None or (match[3] and not match[2]):
+        text = self.memory.strip().upper()
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([KMGT])(I?)B?|B)|0", text)
+        if match is None:
             raise ValueError(
                 f"memory: wanted a size such as 8GB or 512MiB, got {self.memory!r}; give a number "
                 "with B, KB, MB, GB, TB, KiB, MiB, GiB or TiB"
             )
-        return int(float(match[1]) * (1024 if match[3] else 1000) ** _UNITS[match[2].upper()])
+        return int(float(match[1] or 0) * (1024 if match[3] else 1000) ** _UNITS[match[2]])
 
 
 class FeatureCache:
@@ -130,7 +132,7 @@ class FeatureCache:
         Raises:
             ValueError: a file of another key, foreign or damaged; encoded arrays that differ.
             OSError: a directory that cannot be written, or is too small for the whole.
-            RuntimeError: processes of another machine or container fill it.
+            RuntimeError: processes of another machine or container use it.
         """
         if count < 1:
             raise ValueError(f"feature cache: wanted at least 1 sample, got {count}")
@@ -156,15 +158,15 @@ class FeatureCache:
         """Attach an existing cache, which others may be filling still.
 
         Raises:
-            FileNotFoundError: nobody has made it.
+            FileNotFoundError: nobody has made it, or not all its files.
             ValueError: a file of another key, foreign or damaged.
         """
         name = _name(key, config)
-        first = _attach(_first_path(name, config), key, config)
-        attached = [first]
-        if first.count < first.header.total:
-            attached.append(_attach(_rest_path(name, config, first.count), key, config))
-        return cls(tuple(attached), config)
+        first = _attach_existing(_first_path(name, config), key, config)
+        if first.count == first.header.total:
+            return cls((first,), config)
+        rest = _attach_existing(_rest_path(name, config, first.count), key, config)
+        return cls((first, rest), config)
 
     def sample(self, index: int) -> dict[str, Tensor]:
         """Zero-copy views of one published sample, not to be written to.
@@ -386,6 +388,16 @@ def _attach(path: Path, key: Mapping[str, str], config: CacheConfig) -> Segment:
             f"{_values(wanted, differ)}; delete it"
         )
     return segment
+
+
+def _attach_existing(path: Path, key: Mapping[str, str], config: CacheConfig) -> Segment:
+    try:
+        return _attach(path, key, config)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            errno.ENOENT,
+            f"feature cache: wanted {path}, got no such file; FeatureCache.load_or_build makes it",
+        ) from error
 
 
 def _values(key: Mapping[str, str], names: list[str]) -> str:

@@ -21,6 +21,8 @@ from nasfast.cache.header import extension
 
 SUFFIX = ".features"
 TURN = 0.02  # seconds between looks at what others do
+_MEMBERSHIP = Path("/proc/self/cgroup")
+_GROUPS = Path("/sys/fs/cgroup")
 
 
 def ram_directory() -> Path:
@@ -29,13 +31,42 @@ def ram_directory() -> Path:
 
 
 def free_bytes(directory: Path) -> int:
-    """What a new file in a directory may take; in RAM also no more than the machine has left."""
+    """What a new file in a directory may take; in RAM also no more than the memory that is left, to
+    the machine and to this process's control groups."""
     status = os.statvfs(directory)
     free = status.f_bavail * status.f_frsize
     if directory == ram_directory():
         line = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
         free = min(free, int(line[1]) * 1024) if line else free
+        free = max(0, min([free, *_left_to_groups()]))
     return free
+
+
+def _left_to_groups() -> Iterator[int]:
+    """What each limit on the memory of this process has left, in bytes.
+
+    A limit holds for all groups below. Cached files count as used until their room is needed, so
+    those that were not read lately are no obstacle.
+    """
+    memberships = _MEMBERSHIP.read_text().splitlines() if _MEMBERSHIP.exists() else []
+    for membership in memberships:
+        _, controllers, path = membership.split(":", 2)
+        if not controllers:  # version 2
+            root, names = _GROUPS, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root = _GROUPS / "memory"
+            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        group = root / path.lstrip("/")
+        for directory in (group, *group.parents):
+            if directory.is_relative_to(root):
+                with suppress(OSError):  # a container sees its own group as the root
+                    limit, used = ((directory / name).read_text().strip() for name in names[:2])
+                    stat = (directory / "memory.stat").read_text()
+                    cached = re.search(rf"^{names[2]} (\d+)$", stat, re.M)
+                    if limit != "max":
+                        yield int(limit) - int(used) + (int(cached[1]) if cached else 0)
 
 
 def is_ram(path: Path) -> bool:
@@ -55,8 +86,11 @@ def sweep(directory: Path, keep: Path | None = None) -> int:
     freed = 0
     for path in [path for pattern in patterns for path in directory.glob(pattern)]:
         if path != keep:
-            with suppress(PermissionError):  # another user's, in a directory that is shared
+            try:
                 freed += remove(path) or 0
+            except OSError as error:  # another user's, in a directory that is shared, or read-only
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise
     return freed
 
 

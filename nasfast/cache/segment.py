@@ -231,7 +231,7 @@ class Filler:
 
     Raises:
         OSError: the file cannot be written, or its disk is full.
-        RuntimeError: processes of another machine or container fill it.
+        RuntimeError: processes of another machine or container use it.
     """
 
     def __init__(self, segment: Segment) -> None:
@@ -296,7 +296,7 @@ class Filler:
                     places.write_at(self._file, host, HOST)
             elif time.monotonic() > deadline:
                 raise RuntimeError(
-                    f"feature cache {self._segment.path}: being filled by another machine or "
+                    f"feature cache {self._segment.path}: in use by another machine or "
                     "container; wait until it has ended, or give another --cache-dir"
                 )
             else:
@@ -318,6 +318,7 @@ def create(
     """
     temporary = path.with_name(f".{path.name}.tmp")
     file = places.creation_lock(temporary, heartbeat)
+    segment = None
     try:
         if path.exists():
             temporary.unlink()
@@ -344,7 +345,10 @@ def create(
             segment = Segment(path, file, writable=True)
     except BaseException:
         temporary.unlink(missing_ok=True)
-        os.close(file)
+        if segment is None:
+            os.close(file)
+        else:
+            segment.close()  # the file is its own
         raise
     sync_directory(path.parent)
     return segment

@@ -39,7 +39,8 @@ class SamplingSettings(SearchSettings):
     evaluated; their gate is that of the batch's begin. 1 is the published order."""
     workers: int | None = None
     """Candidates in training at a time, each in a process of its own; changes no result. Default:
-    as many as the batch has and the cores (on CUDA: the devices) keep busy."""
+    as many as the batch has and the cores (on CUDA: the devices) keep busy, with ray as many as the
+    batch has: so many at most, the cluster decides."""
     devices: str | None = None
     """Instead of --device: devices that the workers share out, such as cuda:0,cuda:1."""
     engine: Literal["process", "ray"] = "process"
@@ -53,6 +54,11 @@ class SamplingSettings(SearchSettings):
             raise ValueError(
                 "devices: wanted --engine process, as Ray hands out GPUs itself, got ray; give "
                 "--device cuda and --workers"
+            )
+        if self.devices is not None and self.device != "auto":
+            raise ValueError(
+                f"devices: wanted --device or --devices, got both, {self.device} and "
+                f"{self.devices}; leave one out"
             )
 
     @property

@@ -198,14 +198,25 @@ def test_each_key_has_its_file(tmp_path):
 
 def test_open(tmp_path, placement):
     config = CacheConfig(tmp_path, **placement)
-    with pytest.raises(FileNotFoundError, match=r"\.features|nasfast"):
-        FeatureCache.open(KEY, config)
     content = arrays()
     cache = build(tmp_path, content, **placement)
     opened = FeatureCache.open(KEY, config)
     assert opened.paths == cache.paths
     assert torch.equal(opened.batch(torch.arange(5))["labels"], content["labels"])
     assert opened.verify() == []
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_open_of_what_nobody_has_made(tmp_path, missing):
+    cache = build(tmp_path, placement="ram", memory="1200B")
+    path = cache.paths[missing]
+    path.unlink()
+    with raises(
+        FileNotFoundError,
+        f"[Errno {errno.ENOENT}] feature cache: wanted {path}, got no such file; "
+        "FeatureCache.load_or_build makes it",
+    ):
+        FeatureCache.open(KEY, cache.config)
 
 
 def test_a_process_elsewhere_attaches_too(tmp_path, monkeypatch):
@@ -395,14 +406,14 @@ def test_memory_for_less_than_a_sample(tmp_path, ram):
     ("text", "expected"),
     [
         ("8GB", 8 * 10**9), ("8 gib", 8 * 2**30), ("1.5M", 1_500_000), ("512KiB", 512 * 1024),
-        ("4096", 4096), ("7B", 7), ("2TB", 2 * 10**12), (None, None),
+        ("0", 0), (" 0b", 0), ("7B", 7), ("2TB", 2 * 10**12), (None, None),
     ],
 )  # fmt: skip
 def test_memory(text, expected):
     assert CacheConfig(memory=text).memory_bytes == expected
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "8 GiBs", "8iB", "1,5GB", "lots"])
+@pytest.mark.parametrize("text", ["", "8", "0.5", "GB", "-1GB", "8 GiBs", "8iB", "1,5GB", "lots"])
 def test_bad_memory(text):
     with raises(
         ValueError,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,15 +60,19 @@ def test_sweep_keeps_files_on_disk_and_ram_in_use(tmp_path, ram):
     assert not unused.exists()
 
 
-def test_sweep_leaves_what_it_may_not_open(tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_sweep_leaves_what_it_may_not_open(tmp_path, monkeypatch, code):
     (path := tmp_path / ".a.features.tmp").write_bytes(b"")
 
     def refuse(*args):
-        raise PermissionError
+        raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", refuse)
         assert places.sweep(tmp_path) == 0
+        code = errno.EIO
+        with raises(OSError, f"[Errno {errno.EIO}] Input/output error"):
+            places.sweep(tmp_path)
     assert path.exists()
 
 
@@ -150,6 +156,79 @@ def test_ram_directory_of_another_user(tmp_path, ram, monkeypatch):
         "--cache-dir",
     ):
         build(tmp_path, placement="ram")
+
+
+@pytest.fixture
+def groups(tmp_path, monkeypatch):
+    """Stands for /sys/fs/cgroup; makes this process a member, and groups with limits."""
+    root, membership = tmp_path / "groups", tmp_path / "membership"
+    monkeypatch.setattr(places, "_GROUPS", root)
+    monkeypatch.setattr(places, "_MEMBERSHIP", membership)
+
+    def make(member, limits):
+        membership.write_text(member)
+        for name, (limit, used, cached) in limits.items():
+            first = "memory" in Path(name).parts
+            directory = root / name
+            directory.mkdir(parents=True, exist_ok=True)
+            names = ("limit_in_bytes", "usage_in_bytes") if first else ("max", "current")
+            (directory / f"memory.{names[0]}").write_text(f"{limit}\n")
+            (directory / f"memory.{names[1]}").write_text(f"{used}\n")
+            key = "total_inactive_file" if first else "inactive_file"
+            (directory / "memory.stat").write_text(f"anon 7\n{key} {cached}\nactive_file 9\n")
+
+    return make
+
+
+UNLIMITED = 9223372036854771712
+
+
+@pytest.mark.parametrize(
+    ("member", "limits", "free"),
+    [
+        ("0::/a/b\n", {"a/b": (5000, 1000, 200)}, 4200),
+        ("0::/a/b\n", {"a/b": (5000, 1000, 0), "a": (6000, 5000, 0)}, 1000),
+        ("0::/a/b\n", {"a/b": ("max", 1000, 0), "a": (6000, 5000, 0)}, 1000),
+        ("0::/a/b\n", {"a/b": (5000, 5100, 50), "a/c": (10, 5, 0)}, 0),
+        ("0::/\n", {".": (5000, 1000, 0)}, 4000),
+        ("0::/../other\n", {".": (5000, 1000, 0)}, 4000),
+        ("3:cpu:/x\n2:memory:/a\n0::/\n", {"memory/a": (5000, 1000, 300)}, 4300),
+        ("2:cpu,memory:/a:b\n", {"memory/a:b": (UNLIMITED, 1, 0), "memory": (900, 1, 0)}, 899),
+        ("2:memory:/docker/a\n", {"memory": (5000, 1000, 0)}, 4000),
+    ],
+)
+def test_room_in_ram_is_also_that_of_the_control_groups(ram, groups, member, limits, free):
+    ram.mkdir()
+    groups(member, limits)
+    assert places.free_bytes(ram) == free
+    assert places.free_bytes(ram.parent) > 5000
+
+
+@pytest.mark.parametrize(
+    ("member", "limits"),
+    [
+        ("0::/a\n", {"a": ("max", 1000, 0)}),
+        ("2:memory:/a\n", {"memory/a": (UNLIMITED, 1, 0)}),
+        ("0::/a\n", {}),
+        ("", {}),
+    ],
+)
+def test_groups_without_a_limit(ram, groups, member, limits):
+    ram.mkdir()
+    groups(member, limits)
+    assert places.free_bytes(ram) > 1 << 20
+
+
+def test_a_control_group_without_room(tmp_path, ram, groups):
+    groups("0::/a\n", {"a": (5000, 1000, 0)})
+    with raises(
+        OSError,
+        f"[Errno {errno.ENOSPC}] feature cache: wanted ... bytes in {ram}, got 4000 free; make "
+        "room with `python -m nasfast.cache rm`, bound a RAM segment with --memory, or give "
+        "another --cache-dir",
+    ):
+        build(tmp_path, placement="ram")
+    assert list(ram.iterdir()) == []
 
 
 def test_attaching_waits_while_ram_segments_settle(tmp_path, ram):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import shutil
 import struct
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -251,17 +253,43 @@ def test_another_hosts_claims_are_free_when_it_has_gone(path):
     assert path.read_bytes()[48:72] == owners.host()
 
 
-def test_filled_by_another_host(path, monkeypatch):
+def test_in_use_by_another_host(path, monkeypatch):
     monkeypatch.setattr(segments, "_PATIENCE", 0.05)
     foreign(path)
     other = Segment.open(path)
     with raises(
         RuntimeError,
-        f"feature cache {path}: being filled by another machine or container; wait until it has "
-        "ended, or give another --cache-dir",
+        f"feature cache {path}: in use by another machine or container; wait until it has ended, "
+        "or give another --cache-dir",
     ):
         fill(path, must_not_encode)
     assert other.census().claimed == 2
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_as_a_new_file_is_attached(path, monkeypatch):
+    """It is closed once: the second time, its number might be another file's."""
+    header = Segment.open(path).header
+    blocks = torch.empty(0, header.layout.sample_bytes, dtype=torch.uint8)
+    closed, close = [], os.close
+
+    @contextmanager
+    def interrupted(directory):
+        yield
+        raise KeyboardInterrupt
+
+    def note(file):
+        closed.append(file)
+        close(file)
+
+    gc.collect()
+    with monkeypatch.context() as patch:
+        patch.setattr(places, "settled", interrupted)
+        patch.setattr(os, "close", note)
+        with pytest.raises(KeyboardInterrupt):
+            segments.create(path.with_name("new.features"), lambda: (header, blocks), lambda: None)
+        gc.collect()
+    assert len(closed) == 1
 
 
 @pytest.fixture
@@ -372,6 +400,7 @@ def test_read_only_file_system(mount):
     content = arrays()
     build(directory, content).close()
     (path,) = directory.iterdir()
+    (directory / ".x.features.tmp").touch()  # of a killed creator
     subprocess.run(["mount", "-o", "remount,ro", str(directory)], check=True)
     cache = fill(path, must_not_encode)
     assert torch.equal(cache.batch(torch.arange(5))["tap0"], content["tap0"])

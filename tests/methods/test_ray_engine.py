@@ -8,6 +8,8 @@ import json
 import os
 import random
 import signal
+import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import pytest
 import torch
 
 from nasfast import search
-from nasfast.methods.workers import Crew, Job, WorkerError
+from nasfast.methods.workers import Crew, Job, WorkerError, actors
 from nasfast.records import Evaluation
 from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
 from nasfast.training.loop import Runtime
@@ -77,6 +79,12 @@ def toy(plan: Mapping[int, str], place: Path, device: str) -> Toy:
     return Toy(plan, place)
 
 
+def slow(place: Path, device: str) -> Toy:
+    (place / "begun").touch()
+    time.sleep(60)
+    return Toy({}, place)
+
+
 def evaluate(plan: Mapping[int, str], place: Path) -> list[Evaluation]:
     jobs = [Job(index, GENOTYPE, 0.5) for index in range(4)]
     crew = Crew(workers=2, threads=1, engine="ray")
@@ -103,6 +111,33 @@ def test_deaths(tmp_path: Path) -> None:
     )
     assert "common causes" not in second.failure
     assert (second.params, second.macs, second.gate) == (123, 456, 0.5)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_workers_without_a_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is told once, and not of those that have one and are slow to start."""
+    monkeypatch.setattr(actors, "_PATIENCE", 0.0)
+    build = functools.partial(toy, {}, tmp_path)
+    with contextlib.closing(actors.RayPool(build, "cuda", 3, 2)) as pool:
+        pool.start(0)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                assert pool.wait(0.01) == []
+    assert [str(warning.message) for warning in told] == [
+        "workers: Ray has found no place for any in 0 s; each wants 3 CPU and 1 GPU, the cluster "
+        "has 2 CPU and 0 GPU in all; add machines, wait until others have finished, or ask for "
+        "less with --threads or --device cpu"
+    ]
+    monkeypatch.setattr(actors, "_PATIENCE", 60.0)
+    with contextlib.closing(actors.RayPool(functools.partial(slow, tmp_path), "cpu", 1, 2)) as pool:
+        pool.start(0)
+        pool.start(1)
+        while not (tmp_path / "begun").exists():
+            assert pool.wait(0.01) == []
+        pool._patient_until = 0.0
+        with warnings.catch_warnings(action="error"):
+            assert pool.wait(0.01) == []
 
 
 @pytest.mark.usefixtures("cluster")

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from nasfast.data import Sample, SegmentationDataset, Splits
+from nasfast.interrupt import Interrupt
 from nasfast.methods.segmentation import search as segmentation
 from nasfast.methods.segmentation.search import PRESETS, SearchConfig, continued, parse
 
@@ -114,6 +115,25 @@ def test_paths_are_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert (config.data, config.encoder_weights) == (str(tmp_path / "d"), tmp_path / "e.pth")
     assert (config.cache_dir, config.runs) == (Path("/home/someone/c"), tmp_path / "runs")
     assert config.teacher is None
+
+
+def test_features_on_the_device_need_one() -> None:
+    config = dataclasses.replace(PRESETS["demo"], device="cpu", placement="device", workers=1)
+    with pytest.raises(ValueError) as caught, Interrupt() as interrupt:
+        segmentation.build(config, interrupt, Console(file=io.StringIO()))
+    assert str(caught.value) == (
+        "placement: wanted auto, file or ram on a CPU, got device; leave --placement out, or give "
+        "--device cuda"
+    )
+
+
+def test_device_beside_devices() -> None:
+    with pytest.raises(ValueError) as caught:
+        SearchConfig(device="cuda:1", devices="cuda:0,cuda:1")
+    assert str(caught.value) == (
+        "devices: wanted --device or --devices, got both, cuda:1 and cuda:0,cuda:1; leave one out"
+    )
+    assert SearchConfig(devices="cpu,cpu").places == "cpu,cpu"
 
 
 @pytest.mark.parametrize(("budget", "wanted"), [(None, 2), (5, 5)])

@@ -188,6 +188,25 @@ def test_any_order_and_any_death_give_the_same(
     assert pool.most <= workers
 
 
+def test_workers_that_started_end_if_another_cannot() -> None:
+    class Full(Script):
+        closed = False
+
+        def start(self, worker: int) -> None:
+            if worker == 2:
+                raise BlockingIOError("Resource temporarily unavailable")
+            super().start(worker)
+
+        def close(self) -> None:
+            self.closed = True
+
+    pool = Full({}, random.Random(0))
+    with pytest.raises(BlockingIOError):
+        Dispatcher(pool, 4)
+    assert len(pool.pending) == 2
+    assert pool.closed
+
+
 # ---- processes
 
 
@@ -334,6 +353,38 @@ def test_default_workers_on_cuda_are_one_a_device(
     assert (two.workers, two.devices) == (2, ("cuda:0", "cuda:2"))
     assert Crew.of(workers=None, devices="auto", **options).workers == 1
     assert Crew.of(workers=5, devices="cuda", **options).workers == 5
+
+
+def test_default_workers_of_a_cluster_are_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    has(monkeypatch, cores=2)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    crew = Crew.of(workers=None, devices="cpu", threads=1, engine="ray", batch=8)
+    assert crew == Crew(8, ("cpu",), 1, "ray")
+
+
+@pytest.mark.parametrize(
+    ("workers", "threads", "cpus"), [(8, 1, 4), (2, 1, 2), (2, 3, 4), (2, 6, 6)]
+)
+def test_a_local_cluster_hands_out_the_cores(
+    monkeypatch: pytest.MonkeyPatch, workers: int, threads: int, cpus: int
+) -> None:
+    has(monkeypatch, cores=4)
+    made: list[tuple[object, ...]] = []
+
+    def make(*arguments: object) -> Script:
+        made.append(arguments)
+        return Script({}, random.Random(0))
+
+    monkeypatch.setattr("nasfast.methods.workers.crew.RayPool", make)
+    build = functools.partial(toy, {}, Path())
+    Crew(workers, ("cpu",), threads, "ray").engine_for(build)
+    assert made == [(build, "cpu", threads, cpus)]
+
+
+def test_spaces_between_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    has(monkeypatch, cores=2)
+    crew = Crew.of(workers=1, devices="cpu, cpu", threads=1, engine="process", batch=4)
+    assert crew.devices == ("cpu", "cpu")
 
 
 def test_its_text() -> None:

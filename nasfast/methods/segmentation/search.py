@@ -175,6 +175,11 @@ def build(
         engine=config.engine,
         batch=config.batch,
     )
+    if config.placement == "device" and crew.devices[0] == "cpu":
+        raise ValueError(
+            "placement: wanted auto, file or ram on a CPU, got device; leave --placement out, or "
+            "give --device cuda"
+        )
     runtime = Runtime(torch.device(crew.devices[0]), interrupt.check)
     splits = load_splits(config.data, seed=config.seed)
     config = fit_to_data(config, splits, console)

@@ -48,7 +48,8 @@ class Crew:
         Args:
             workers: how many; None for as many as the cores, or on CUDA the devices, keep busy. A
                 GPU runs the kernels of several processes in turns, and each needs memory of its
-                own for context and features: more than one to a device is the user's choice.
+                own for context and features: more than one to a device is the user's choice. With
+                Ray None is a whole batch: the cluster decides how many of them run at once.
             devices: names, separated by commas.
             threads: of each worker.
             engine: "process", or "ray".
@@ -57,7 +58,7 @@ class Crew:
         Raises:
             ValueError: no such device, devices of two kinds, or Ray is not installed.
         """
-        names = tuple(str(resolve_device(name)) for name in devices.split(","))
+        names = tuple(str(resolve_device(name.strip())) for name in devices.split(","))
         kinds = sorted({name.partition(":")[0] for name in names})
         if len(kinds) > 1:
             raise ValueError(
@@ -68,7 +69,12 @@ class Crew:
                 "engine: wanted one that is installed, got ray; "
                 "pip install 'nasfast[distributed]', or leave --engine out"
             )
-        fitting = len(names) if kinds == ["cuda"] else max(1, cores() // threads)
+        if engine == "ray":
+            fitting = batch
+        elif kinds == ["cuda"]:
+            fitting = len(names)
+        else:
+            fitting = max(1, cores() // threads)
         crew = cls(workers or min(batch, fitting), names, threads, engine)
         if crew.workers > 1 and engine == "process":
             start_server()  # it imports while the search opens its data
@@ -95,7 +101,8 @@ class Crew:
         """
         if self.engine == "ray":
             kind = self.devices[0].partition(":")[0]
-            pool: Pool[G] = RayPool(build, kind, self.threads, self.workers)
+            cpus = max(self.threads, min(self.workers * self.threads, cores()))
+            pool: Pool[G] = RayPool(build, kind, self.threads, cpus)
         elif self.workers == 1:
             return InProcess()
         else:

@@ -32,8 +32,12 @@ class Dispatcher(Generic[G]):
         self._waiting: deque[Job[G]] = deque()
         self._done: dict[int, Evaluation] = {}  # by index
         self._retried: set[int] = set()  # indices
-        for worker in range(workers):
-            pool.start(worker)
+        try:
+            for worker in range(workers):
+                pool.start(worker)
+        except BaseException:
+            pool.close()
+            raise
 
     def evaluate(
         self, evaluator: Evaluator[G], jobs: Sequence[Job[G]], progress: Callable[[int], None]
