@@ -51,16 +51,6 @@ struct Backward {
     A* grad_mask;     // [N, Ho, Wo, D, K]
 };
 
-NASFAST_PER_ISA(                                            //
-    void forward(const Params&, const Forward<float>&);     //
-    void forward(const Params&, const Forward<double>&);    //
-    void forward(const Params&, const Forward<bfloat16>&);  //
-    void backward(const Params&, const Backward<float>&);   //
-    void backward(const Params&, const Backward<double>&);  //
-    void backward(const Params&, const Backward<bfloat16>&);)
-
-NASFAST_PER_BF16_ISA(                                       //
-    void forward(const Params&, const Forward<bfloat16>&);  //
-    void backward(const Params&, const Backward<bfloat16>&);)
+NASFAST_KERNELS_PER_ISA
 
 }  // namespace nasfast::deform_conv2d

@@ -8,6 +8,7 @@ on CUDA the reference runs, whose normalisation is cuDNN's.
 
 from __future__ import annotations
 
+import functools
 import struct
 from typing import Any, NamedTuple
 
@@ -15,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nasfast.ops import _native
+from nasfast.ops import _checks, _native, _register
 
-_HALF = (torch.bfloat16, torch.float16)
+_OP = "batch_norm_relu"
+_wrong = functools.partial(_checks.wrong, _OP)
 
 
 def batch_norm_relu(
@@ -69,19 +71,12 @@ class Sizes(NamedTuple):
     """The bits of a double."""
 
 
-def _wrong(argument: str, wanted: str, got: object, remedy: str) -> ValueError:
-    return ValueError(f"batch_norm_relu: {argument} must be {wanted}, got {got}; {remedy}")
-
-
 def _check(
     input: Tensor, weight: Tensor, bias: Tensor, eps: float, grad: Tensor | None = None
 ) -> Sizes:
     """Sizes of a call whose tensors fit together."""
-    if input.dtype not in (torch.float32, torch.float64, *_HALF):
-        raise _wrong("input", "of a float dtype", input.dtype, "convert it with input.float()")
-    if input.dim() != 4:
-        shape, remedy = tuple(input.shape), "reshape it (a single image is a batch of 1)"
-        raise _wrong("input", "of 4 dimensions", f"shape {shape}", remedy)
+    _checks.check_float(_OP, input)
+    _checks.check_dimensions(_OP, "input", input, 4)
     batch, channels, height, width = input.shape
     pixels = batch * height * width
     if pixels < 2 or channels == 0:
@@ -99,9 +94,7 @@ def _check(
         if tensor.dtype != sums:
             wanted = f"{sums} beside an input of {input.dtype}"
             raise _wrong(name, wanted, tensor.dtype, f"convert it with {name}.to({sums})")
-        if tensor.device != input.device:
-            wanted = f"on the device of input, {input.device}"
-            raise _wrong(name, wanted, tensor.device, f"move it with {name}.to(input.device)")
+        _checks.check_device(_OP, name, tensor, input)
     if grad is not None and (grad.shape, grad.dtype) != (input.shape, input.dtype):
         wanted = f"like input, {input.dtype} of shape {tuple(input.shape)}"
         raise _wrong("grad", wanted, f"{grad.dtype} of shape {tuple(grad.shape)}", "convert it")
@@ -206,31 +199,19 @@ def _double_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]
     return *second, None, None
 
 
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-_library: Any = torch.library.Library("nasfast", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(
+_register.define(
     "batch_norm_relu(Tensor input, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
-    tags=_TAGS,
+    _fake,
+    backward=_backward,
+    setup=_setup,
 )
-_library.define(
+_register.define(
     "batch_norm_relu_backward(Tensor grad, Tensor input, Tensor weight, Tensor bias, "
     "Tensor statistics, float eps) -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    _fake_backward,
+    backward=_double_backward,
+    setup=_setup_backward,
 )
-for _name, _fake_kernel, _save, _differentiate in (
-    ("batch_norm_relu", _fake, _setup, _backward),
-    ("batch_norm_relu_backward", _fake_backward, _setup_backward, _double_backward),
-):
-    torch.library.register_fake(f"nasfast::{_name}", _fake_kernel, lib=_library)
-    torch.library.register_autograd(
-        f"nasfast::{_name}", _differentiate, setup_context=_save, lib=_library
-    )
-for _device in ("CPU", "CUDA"):
-    if _device == "CPU" and _native.has_kernel("batch_norm_relu", "cpu"):
-        _library.impl("batch_norm_relu", _kernel, _device)
-        _library.impl("batch_norm_relu_backward", _kernel_backward, _device)
-    else:  # PyTorch differentiates the reference
-        if _device == "CUDA":
-            _native.LEGS.setdefault("batch_norm_relu", {})["cuda"] = "cuDNN and a ReLU"
-        _library.impl("batch_norm_relu", batch_norm_relu_reference, _device)
-        _library.impl("batch_norm_relu", batch_norm_relu_reference, f"Autograd{_device}")
+_register.implement(
+    _OP, _kernel, _kernel_backward, batch_norm_relu_reference, on_cuda="cuDNN and a ReLU"
+)

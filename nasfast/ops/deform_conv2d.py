@@ -9,21 +9,21 @@ Symbols in shapes: K = kh * kw taps, G = weight groups (C / weight.shape[1]), D 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from operator import index
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
 
-from nasfast.ops import _native
+from nasfast.ops import _checks, _native, _register
+from nasfast.ops._checks import HALF, Ints, Pair
 
-_HALF = (torch.bfloat16, torch.float16)
-Ints = int | Sequence[int]
-Pair = tuple[int, int]
+_OP = "deform_conv2d"
+_wrong = functools.partial(_checks.wrong, _OP)
+_pair = functools.partial(_checks.pair, _OP)
 
 
 def deform_conv2d(
@@ -212,20 +212,6 @@ class Layout(NamedTuple):
     tf32: int
 
 
-def _wrong(argument: str, wanted: str, got: object, remedy: str) -> ValueError:
-    return ValueError(f"deform_conv2d: {argument} must be {wanted}, got {got}; {remedy}")
-
-
-def _pair(argument: str, value: Ints) -> Pair:
-    if type(value) is int:
-        return value, value
-    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if len(pair) != 2 or not all(hasattr(size, "__index__") for size in pair):
-        raise _wrong(argument, "one integer or two (vertical, horizontal)", value, "pass two")
-    first, second = (size if isinstance(size, torch.SymInt) else index(size) for size in pair)
-    return first, second
-
-
 def _pairs(stride: Ints, padding: Ints, dilation: Ints) -> tuple[Pair, Pair, Pair]:
     return _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation)
 
@@ -242,8 +228,7 @@ def _check(
     grad: Tensor | None = None,
 ) -> Geometry:
     """Sizes of a call whose tensors fit together."""
-    if input.dtype not in (torch.float32, torch.float64, *_HALF):
-        raise _wrong("input", "of a float dtype", input.dtype, "convert it with input.float()")
+    _checks.check_float(_OP, input)
     for name, tensor, dims in (
         ("input", input, 4),
         ("offset", offset, 4),
@@ -252,27 +237,12 @@ def _check(
         ("mask", mask, 4),
         ("grad", grad, 4),
     ):
-        if tensor is None:
-            continue
-        if tensor.dim() != dims:
-            wanted, shape = f"of {dims} dimensions", tuple(tensor.shape)
-            raise _wrong(
-                name, wanted, f"shape {shape}", "reshape it (a single image is a batch of 1)"
-            )
-        position = name in ("offset", "mask") and input.dtype in _HALF
-        if tensor.dtype != input.dtype and not (position and tensor.dtype == torch.float32):
-            wanted = f"of the dtype of input, {input.dtype}" + position * " (or torch.float32)"
-            raise _wrong(name, wanted, tensor.dtype, f"convert it with {name}.to(input.dtype)")
-        if tensor.device != input.device:
-            wanted = f"on the device of input, {input.device}"
-            raise _wrong(name, wanted, tensor.device, f"move it with {name}.to(input.device)")
-    for name, values, least in (
-        ("stride", stride, 1),
-        ("padding", padding, 0),
-        ("dilation", dilation, 1),
-    ):
-        if min(values) < least:
-            raise _wrong(name, f"at least {least}", tuple(values), "change it")
+        if tensor is not None:
+            position = name in ("offset", "mask")
+            _checks.check_dimensions(_OP, name, tensor, dims)
+            _checks.check_dtype(_OP, name, tensor, input, or_float32=position)
+            _checks.check_device(_OP, name, tensor, input)
+    _checks.check_settings(_OP, stride=stride, padding=padding, dilation=dilation)
 
     batch, channels, height, width = input.shape
     if height == 0 or width == 0:
@@ -291,19 +261,10 @@ def _check(
             f"shape {tuple(weight.shape)}",
             "build the layer for the channels of its input",
         )
-    out_height, out_width = (
-        (size + 2 * pad - dilated * (kernel - 1) - 1) // step + 1
-        for size, pad, dilated, kernel, step in zip(
-            (height, width), padding, dilation, (kernel_h, kernel_w), stride
-        )
+    kernel = kernel_h, kernel_w
+    out_height, out_width = _checks.output_size(
+        _OP, (height, width), kernel, stride, padding, dilation
     )
-    if out_height < 1 or out_width < 1:
-        raise _wrong(
-            "input",
-            f"as large as the dilated kernel {kernel_h}x{kernel_w}",
-            f"{height}x{width}, which gives an output of {out_height}x{out_width}",
-            "enlarge the image or the padding",
-        )
     taps = kernel_h * kernel_w
     offset_groups = offset.shape[1] // (2 * taps)
     if offset_groups == 0 or offset.shape[1] % (2 * taps) or channels % offset_groups:
@@ -351,7 +312,7 @@ def _layout(tensor: Tensor) -> torch.memory_format:
 
 def _at_least_float32(*tensors: Tensor | None) -> list[Any]:
     """float16 and bfloat16 tensors in float32; others, and None, as they are."""
-    return [t.float() if t is not None and t.dtype in _HALF else t for t in tensors]
+    return [t.float() if t is not None and t.dtype in HALF else t for t in tensors]
 
 
 class Plan(NamedTuple):
@@ -651,7 +612,7 @@ def _autocast(device: str) -> Callable[..., Tensor]:
         dtype = torch.get_autocast_dtype(device)
 
         def cast(tensor: Any, to: torch.dtype) -> Any:
-            floating = tensor is not None and tensor.dtype in (torch.float32, *_HALF)
+            floating = tensor is not None and tensor.dtype in (torch.float32, *HALF)
             return tensor.to(to) if floating else tensor
 
         with torch.autocast(device, enabled=False):
@@ -712,33 +673,22 @@ def _backward_flops(grad: Sequence[int], *arguments: Any, **rest: Any) -> int:
 
 
 _SIZES = "int[2] stride, int[2] padding, int[2] dilation"
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-_library: Any = torch.library.Library("nasfast", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(
+_register.define(
     "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, "
     f"{_SIZES}, Tensor? mask) -> Tensor",
-    tags=_TAGS,
+    _fake,
+    _flops,
+    _backward,
+    _setup,
 )
-_library.define(
+_register.define(
     "deform_conv2d_backward(Tensor grad, Tensor input, Tensor offset, Tensor weight, Tensor? mask, "
     f"{_SIZES}, bool[5] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    _fake_backward,
+    _backward_flops,
+    _double_backward,
+    _setup_backward,
 )
-for _name, _fake_kernel, _save, _differentiate, _formula in (
-    ("deform_conv2d", _fake, _setup, _backward, _flops),
-    ("deform_conv2d_backward", _fake_backward, _setup_backward, _double_backward, _backward_flops),
-):
-    torch.library.register_fake(f"nasfast::{_name}", _fake_kernel, lib=_library)
-    torch.library.register_autograd(
-        f"nasfast::{_name}", _differentiate, setup_context=_save, lib=_library
-    )
-    register_flop_formula(getattr(torch.ops.nasfast, _name))(_formula)
-torch.library.register_vmap("nasfast::deform_conv2d", _vmap, lib=_library)
-for _device in ("CPU", "CUDA"):
-    _library.impl("deform_conv2d", _autocast(_device.lower()), f"Autocast{_device}")
-    if _native.has_kernel("deform_conv2d", _device.lower()):
-        _library.impl("deform_conv2d", _kernel, _device)
-        _library.impl("deform_conv2d_backward", _kernel_backward, _device)
-    else:  # PyTorch differentiates the reference
-        _library.impl("deform_conv2d", deform_conv2d_reference, _device)
-        _library.impl("deform_conv2d", deform_conv2d_reference, f"Autograd{_device}")
+torch.library.register_vmap("nasfast::deform_conv2d", _vmap, lib=_register.LIBRARY)
+_register.autocast(_OP, _autocast)
+_register.implement(_OP, _kernel, _kernel_backward, deform_conv2d_reference)

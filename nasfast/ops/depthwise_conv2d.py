@@ -6,19 +6,20 @@ The public function comes first, then the reference, the checks, and the registr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from nasfast.ops import _native
+from nasfast.ops import _checks, _native, _register
+from nasfast.ops._checks import HALF, Ints, Pair
 
-_HALF = (torch.bfloat16, torch.float16)
-Ints = int | Sequence[int]
-Pair = tuple[int, int]
+_OP = "depthwise_conv2d"
+_wrong = functools.partial(_checks.wrong, _OP)
+_pair = functools.partial(_checks.pair, _OP)
 
 
 def depthwise_conv2d(
@@ -58,7 +59,7 @@ def depthwise_conv2d_reference(
     padding, dilation = _pair("padding", padding), _pair("dilation", dilation)
     _check(input, weight, padding, dilation)
     dtype, layout = input.dtype, _native.memory_format(input)
-    if dtype in _HALF and input.device.type == "cpu":
+    if dtype in HALF and input.device.type == "cpu":
         # torch 2.13 gets weight gradients of dilated ones wrong in bfloat16
         input, weight = input.float(), weight.float()
     output = F.conv2d(input, weight, None, 1, padding, dilation, groups=input.shape[1])
@@ -82,38 +83,17 @@ class Geometry(NamedTuple):
     dilation_w: int
 
 
-def _wrong(argument: str, wanted: str, got: object, remedy: str) -> ValueError:
-    return ValueError(f"depthwise_conv2d: {argument} must be {wanted}, got {got}; {remedy}")
-
-
-def _pair(argument: str, value: Ints) -> Pair:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2:
-        raise _wrong(argument, "one integer or two (vertical, horizontal)", value, "pass two")
-    return pair
-
-
 def _check(
     input: Tensor, weight: Tensor, padding: Pair, dilation: Pair, grad: Tensor | None = None
 ) -> Geometry:
     """Sizes of a call whose tensors fit together."""
-    if input.dtype not in (torch.float32, torch.float64, *_HALF):
-        raise _wrong("input", "of a float dtype", input.dtype, "convert it with input.float()")
+    _checks.check_float(_OP, input)
     for name, tensor in (("input", input), ("weight", weight), ("grad", grad)):
-        if tensor is None:
-            continue
-        if tensor.dim() != 4:
-            shape, remedy = tuple(tensor.shape), "reshape it (a single image is a batch of 1)"
-            raise _wrong(name, "of 4 dimensions", f"shape {shape}", remedy)
-        if tensor.dtype != input.dtype:
-            wanted = f"of the dtype of input, {input.dtype}"
-            raise _wrong(name, wanted, tensor.dtype, f"convert it with {name}.to(input.dtype)")
-        if tensor.device != input.device:
-            wanted = f"on the device of input, {input.device}"
-            raise _wrong(name, wanted, tensor.device, f"move it with {name}.to(input.device)")
-    for name, values, least in (("padding", padding, 0), ("dilation", dilation, 1)):
-        if min(values) < least:
-            raise _wrong(name, f"at least {least}", tuple(values), "change it")
+        if tensor is not None:
+            _checks.check_dimensions(_OP, name, tensor, 4)
+            _checks.check_dtype(_OP, name, tensor, input)
+            _checks.check_device(_OP, name, tensor, input)
+    _checks.check_settings(_OP, padding=padding, dilation=dilation)
     batch, channels, height, width = input.shape
     if height == 0 or width == 0 or channels == 0:
         shape = tuple(input.shape)
@@ -123,15 +103,10 @@ def _check(
         wanted = f"of shape [{channels}, 1, kh, kw], one kernel for each channel of input"
         remedy = "build the layer for the channels of its input"
         raise _wrong("weight", wanted, f"shape {tuple(weight.shape)}", remedy)
-    out_height = height + 2 * padding[0] - dilation[0] * (kernel_h - 1)
-    out_width = width + 2 * padding[1] - dilation[1] * (kernel_w - 1)
-    if out_height < 1 or out_width < 1:
-        raise _wrong(
-            "input",
-            f"as large as the dilated kernel {kernel_h}x{kernel_w}",
-            f"{height}x{width}, which gives an output of {out_height}x{out_width}",
-            "enlarge the image or the padding",
-        )
+    kernel = kernel_h, kernel_w
+    out_height, out_width = _checks.output_size(
+        _OP, (height, width), kernel, (1, 1), padding, dilation
+    )
     shape = (batch, channels, out_height, out_width)
     if grad is not None and grad.shape != shape:
         remedy = "padding and dilation decide the height and width"
@@ -288,36 +263,20 @@ def _backward_flops(
 
 
 _SIZES = "int[2] padding, int[2] dilation"
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-_library: Any = torch.library.Library("nasfast", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(f"depthwise_conv2d(Tensor input, Tensor weight, {_SIZES}) -> Tensor", tags=_TAGS)
-_library.define(
+_register.define(
+    f"depthwise_conv2d(Tensor input, Tensor weight, {_SIZES}) -> Tensor",
+    _fake,
+    _flops,
+    _backward,
+    _setup,
+)
+_register.define(
     f"depthwise_conv2d_backward(Tensor grad, Tensor input, Tensor weight, {_SIZES}, "
     "bool[2] wanted) -> (Tensor, Tensor)",
-    tags=_TAGS,
+    _fake_backward,
+    _backward_flops,
+    _double_backward,
+    _setup_backward,
 )
-for _name, _fake_kernel, _save, _differentiate, _formula in (
-    ("depthwise_conv2d", _fake, _setup, _backward, _flops),
-    (
-        "depthwise_conv2d_backward",
-        _fake_backward,
-        _setup_backward,
-        _double_backward,
-        _backward_flops,
-    ),
-):
-    torch.library.register_fake(f"nasfast::{_name}", _fake_kernel, lib=_library)
-    torch.library.register_autograd(
-        f"nasfast::{_name}", _differentiate, setup_context=_save, lib=_library
-    )
-    register_flop_formula(getattr(torch.ops.nasfast, _name))(_formula)
-for _device in ("CPU", "CUDA"):
-    _library.impl("depthwise_conv2d", _autocast(_device.lower()), f"Autocast{_device}")
-    if _device == "CPU" and _native.has_kernel("depthwise_conv2d", "cpu"):
-        _library.impl("depthwise_conv2d", _kernel, _device)
-        _library.impl("depthwise_conv2d_backward", _kernel_backward, _device)
-    else:  # PyTorch differentiates the reference
-        if _device == "CUDA":
-            _native.LEGS.setdefault("depthwise_conv2d", {})["cuda"] = "cuDNN"
-        _library.impl("depthwise_conv2d", depthwise_conv2d_reference, _device)
-        _library.impl("depthwise_conv2d", depthwise_conv2d_reference, f"Autograd{_device}")
+_register.autocast(_OP, _autocast)
+_register.implement(_OP, _kernel, _kernel_backward, depthwise_conv2d_reference, on_cuda="cuDNN")

@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nasfast.ops import _native
+from nasfast.ops import _checks, _native, _register
 
 # Codes of nasfast::feature_gather::Kind in csrc/feature_gather/feature_gather.h.
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
@@ -131,8 +131,7 @@ def gather_fields(
         _run(data, indices, fields[part], outs[part], threads)
 
 
-def _wrong(argument: str, wanted: str, got: object, remedy: str) -> ValueError:
-    return ValueError(f"feature_gather: {argument} must be {wanted}, got {got}; {remedy}")
+_wrong = functools.partial(_checks.wrong, "feature_gather")
 
 
 def _check(data: Tensor, indices: Tensor, fields: Sequence[Field], outs: Sequence[Tensor]) -> None:
@@ -289,15 +288,13 @@ def _fake(
     _check(data, indices, [Field(offset, tuple(shape), dtype, scale_offset)], [out])
 
 
-_library: Any = torch.library.Library("nasfast", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(
+_register.define(
     "feature_gather(Tensor data, Tensor indices, int offset, int[] shape, ScalarType dtype, "
     "Tensor(a!) out, int? scale_offset, int threads) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+    _fake,
 )
-torch.library.register_fake("nasfast::feature_gather", _fake, lib=_library)
 _DEVICES = set()
 for _device in ("CPU", "CUDA"):
-    _library.impl("feature_gather", _gather, _device)
+    _register.LIBRARY.impl("feature_gather", _gather, _device)
     if _native.has_kernel("feature_gather", _device.lower()):
         _DEVICES.add(_device.lower())

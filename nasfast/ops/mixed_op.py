@@ -17,6 +17,7 @@ dil3x3, def3x3, inner.
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 import threading
@@ -26,9 +27,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from nasfast.ops import _native
+from nasfast.ops import _checks, _native, _register
 from nasfast.ops.deform_conv2d import deform_conv2d_reference
 
 FACTORS = ("conv3x3", "sep3x3", "dil3x3", "def3x3", "skip")
@@ -36,7 +36,6 @@ FACTORS = ("conv3x3", "sep3x3", "dil3x3", "def3x3", "skip")
 MAPS = (*FACTORS[:4], "inner")
 """What is normalised, in order."""
 
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Codes of nasfast::mixed_op::Norm in csrc/mixed_op/mixed_op.h.
 _FIXED, _BATCH, _GIVEN = 0, 1, 2
 
@@ -119,7 +118,7 @@ def mixed_op_reference(
     """:func:`mixed_op` in plain PyTorch: any device and float dtype, differentiable twice."""
     b = branches
     g = _check(input, factors, b, scale, shift, batch_norm)
-    half = input.dtype in (torch.bfloat16, torch.float16)
+    half = input.dtype in _checks.HALF
     sums = torch.float32 if half else input.dtype
     x = input.to(sums)
     b = Branches(*(None if weight is None else weight.to(sums) for weight in b))
@@ -180,8 +179,7 @@ class Sizes(NamedTuple):
     tf32: int = 0
 
 
-def _wrong(argument: str, wanted: str, got: object, remedy: str) -> ValueError:
-    return ValueError(f"mixed_op: {argument} must be {wanted}, got {got}; {remedy}")
+_wrong = functools.partial(_checks.wrong, "mixed_op")
 
 
 _TOGETHER = (
@@ -200,8 +198,7 @@ def _check(
     **maps: Tensor | None,
 ) -> Sizes:
     """Sizes of a call whose tensors fit together; ``maps`` are of the input's shape."""
-    if input.dtype not in _FLOATS:
-        raise _wrong("input", "of a float dtype", input.dtype, "convert it with input.float()")
+    _checks.check_float("mixed_op", input)
     if input.dim() != 4 or 0 in input.shape[1:]:
         raise _wrong(
             "input",
@@ -257,7 +254,7 @@ def _check(
         if tensor.shape != shape:
             remedy = f"input has {c} channels"
             raise _wrong(name, f"of shape {shape}", tuple(tensor.shape), remedy)
-        half = input.dtype in (torch.bfloat16, torch.float16)
+        half = input.dtype in _checks.HALF
         sums = name in free and half and tensor.dtype == torch.float32
         if tensor.dtype != input.dtype and not sums:
             wanted = f"of the dtype of input, {input.dtype}" + (name in free and half) * (
@@ -620,28 +617,19 @@ def _backward_flops(grad: Sequence[int], *arguments: Any, **rest: Any) -> int:
 
 _WEIGHTS = ", ".join(f"Tensor? {name}" for name in Branches._fields)
 _TENSORS = f"Tensor input, Tensor factors, {_WEIGHTS}, Tensor? scale, Tensor? shift"
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-_library: Any = torch.library.Library("nasfast", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(
+_register.define(
     f"mixed_op({_TENSORS}, bool batch_norm, float eps, bool recompute) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    _fake,
+    _flops,
+    _backward,
+    _setup,
 )
-_library.define(
+_register.define(
     f"mixed_op_backward(Tensor grad, {_TENSORS}, Tensor statistics, Tensor raw, Tensor offset, "
     f"bool batch_norm, float eps, bool[14] wanted) -> ({', '.join(['Tensor'] * 14)})",
-    tags=_TAGS,
+    _fake_backward,
+    _backward_flops,
 )
-torch.library.register_fake("nasfast::mixed_op", _fake, lib=_library)
-torch.library.register_fake("nasfast::mixed_op_backward", _fake_backward, lib=_library)
-torch.library.register_autograd("nasfast::mixed_op", _backward, setup_context=_setup, lib=_library)
-register_flop_formula(torch.ops.nasfast.mixed_op)(_flops)
-register_flop_formula(torch.ops.nasfast.mixed_op_backward)(_backward_flops)
-for _device in ("CPU", "CUDA"):
-    _library.impl("mixed_op", _autocast(_device.lower()), f"Autocast{_device}")
-    if _native.has_kernel("mixed_op", _device.lower()):
-        _library.impl("mixed_op", _kernel, _device)
-        _library.impl("mixed_op_backward", _kernel_backward, _device)
-    else:
-        _library.impl("mixed_op", _reference, _device)
-        _library.impl("mixed_op", _reference, f"Autograd{_device}")
+_register.autocast("mixed_op", _autocast)
+_register.implement("mixed_op", _kernel, _kernel_backward, _reference)

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import (
+    TOLERANCE,
+    arrange,
+    check_level,
+    check_same_bits_for_any_thread_count,
+    check_without_extension,
+    every_level,
+    native,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nasfast.ops import _native, batch_norm_relu, batch_norm_relu_reference
 
-ROOT = Path(__file__).resolve().parents[2]
 OP = torch.ops.nasfast.batch_norm_relu.default
 OP_BACKWARD = torch.ops.nasfast.batch_norm_relu_backward.default
-TOLERANCE = {
-    torch.float64: {"rtol": 1e-10, "atol": 1e-10},
-    torch.float32: {"rtol": 1e-4, "atol": 1e-4},
-    torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
-    torch.float16: {"rtol": 3e-3, "atol": 3e-3},
-}
-LEVELS = ("x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16", "x86-64-v4-amx")
-native = pytest.mark.skipif(_native.C is None, reason=f"runs the reference: {_native.ERROR}")
 
 
 @dataclass(frozen=True)
@@ -45,10 +41,7 @@ class Sample:
     def tensors(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
         """input, weight, bias."""
         input = torch.randn(self.batch, self.channels, *self.size) * 2 + self.mean
-        if self.layout == "channels_last":
-            input = input.contiguous(memory_format=torch.channels_last)
-        elif self.layout == "strided":
-            input = torch.stack([input, input], -1)[..., 0]
+        input = arrange(input, self.layout)
         sums = _native.accumulate(dtype)
         weight, bias = torch.randn(2, self.channels, dtype=sums)
         return [t.requires_grad_() for t in (input.to(dtype), weight.clone(), bias.clone())]
@@ -66,20 +59,6 @@ def samples() -> list[Sample]:
         Sample("contiguous", layout="contiguous"),
         Sample("strided", layout="strided"),
     ]
-
-
-def run_python(code: str, *arguments: str, **environment: str) -> str:
-    """Output of a fresh interpreter in the repository."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 every_sample = pytest.mark.parametrize("sample", samples(), ids=lambda sample: sample.id)
@@ -129,34 +108,21 @@ def test_equals_reference_for_drawn_sizes(sample: Sample) -> None:
 
 
 @native
-@pytest.mark.parametrize("level", LEVELS)
+@every_level
 def test_instruction_sets(level: str) -> None:
     """The kernels of each, in a process that is told to use them."""
-    best = _native.isa_level()
-    if best not in LEVELS or LEVELS.index(level) > LEVELS.index(best):
-        pytest.skip(f"the best of this processor is {best}")
     code = (
-        "import sys; sys.path.insert(0, 'tests/ops'); import test_batch_norm_relu as t, torch\n"
-        "assert t._native.isa_level() == sys.argv[1], t._native.isa_level()\n"
-        "torch.manual_seed(0)\n"
         "for sample in t.samples():\n"
         "    for dtype in t.TOLERANCE:\n"
         "        t.check_reference(sample, dtype)\n"
     )
-    run_python(code, level, NASFAST_ISA=level)
+    check_level(level, "batch_norm_relu", code)
 
 
 def test_runs_without_the_extension() -> None:
     """Where ``nasfast._C`` cannot be imported, the op runs its reference and says so."""
-    code = (
-        "import sys; sys.modules['nasfast._C'] = None\n"
-        "sys.path.insert(0, 'tests/ops'); import test_batch_norm_relu as t, torch\n"
-        "torch.manual_seed(0)\n"
-        "for sample in t.samples()[:3]:\n"
-        "    t.check_reference(sample, torch.float64)\n"
-        "print(t._native.LEGS['batch_norm_relu']['cpu'])\n"
-    )
-    assert run_python(code).startswith("reference: nasfast._C cannot be imported: ")
+    code = "for sample in t.samples()[:3]:\n    t.check_reference(sample, torch.float64)\n"
+    check_without_extension("batch_norm_relu", code)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -186,14 +152,13 @@ def test_not_a_number_stays_one(function: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_for_any_thread_count(dtype: torch.dtype) -> None:
     tensors = Sample("", channels=48, size=(40, 50)).tensors(dtype)
-    runs = []
-    for count in (1, 2, 5):
-        torch.set_num_threads(count)
+
+    def run() -> list[Tensor]:
         output, statistics = batch_norm_relu(*tensors)
         gradients = torch.autograd.grad(output, tensors, torch.ones_like(output).cumsum(-1))
-        runs.append([output, statistics, *gradients])
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+        return [output, statistics, *gradients]
+
+    check_same_bits_for_any_thread_count(run)
 
 
 def test_gradcheck_twice() -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import (
+    TOLERANCE,
+    arrange,
+    check_level,
+    check_same_bits_for_any_thread_count,
+    check_without_extension,
+    every_level,
+    native,
+)
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -20,16 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nasfast.ops import DeformConv2d, _native, deform_conv2d, deform_conv2d_reference
 
-ROOT = Path(__file__).resolve().parents[2]
 OP = torch.ops.nasfast.deform_conv2d.default
 OP_BACKWARD = torch.ops.nasfast.deform_conv2d_backward.default
-TOLERANCE = {
-    torch.float64: {"rtol": 1e-10, "atol": 1e-10},
-    torch.float32: {"rtol": 1e-4, "atol": 1e-4},
-    torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
-    torch.float16: {"rtol": 3e-3, "atol": 3e-3},
-}
-native = pytest.mark.skipif(_native.C is None, reason=f"runs the reference: {_native.ERROR}")
 
 
 @dataclass(frozen=True)
@@ -70,15 +67,7 @@ class Sample:
             torch.randn(self.out_channels) if self.bias else None,
             torch.rand(self.batch, taps, *out) if self.mask else None,
         ]
-        return [None if t is None else self.arrange(t.to(dtype)) for t in tensors]
-
-    def arrange(self, tensor: Tensor) -> Tensor:
-        """The tensor in the layout of this sample."""
-        if self.layout == "channels_last" and tensor.dim() == 4:
-            return tensor.contiguous(memory_format=torch.channels_last)
-        if self.layout == "strided":
-            return torch.stack([tensor, tensor], -1)[..., 0]
-        return tensor
+        return [None if t is None else arrange(t.to(dtype), self.layout) for t in tensors]
 
     def arguments(self, tensors: list[Tensor | None]) -> tuple[Any, ...]:
         """All arguments of the function, in order."""
@@ -115,24 +104,6 @@ every_sample = pytest.mark.parametrize("sample", samples(), ids=lambda sample: s
 def require_grad(tensors: list[Tensor | None]) -> list[Tensor]:
     """Marks the tensors that are there; returns them."""
     return [tensor.requires_grad_() for tensor in tensors if tensor is not None]
-
-
-def flatten_bits(*tensors: Tensor) -> list[int]:
-    return torch.cat([tensor.flatten() for tensor in tensors]).view(torch.int32).tolist()
-
-
-def run_python(code: str, *arguments: str, **environment: str) -> str:
-    """Output of a fresh interpreter in the repository."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def forward_backward(sample: Sample, tensors: list[Tensor | None]) -> list[Tensor]:
@@ -281,37 +252,20 @@ def test_single_gradient(wanted: int, id: str) -> None:
 def test_same_bits_for_any_thread_count(id: str) -> None:
     sample = next(sample for sample in samples() if sample.id == id)
     tensors = sample.tensors(torch.float32)
-    threads = torch.get_num_threads()
-    try:
-        runs = []
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            runs.append(flatten_bits(*forward_backward(sample, tensors)))
-    finally:
-        torch.set_num_threads(threads)
-    assert runs[0] == runs[1] == runs[2]
-
-
-LEVELS = ("x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16", "x86-64-v4-amx")
+    check_same_bits_for_any_thread_count(lambda: forward_backward(sample, tensors))
 
 
 @native
-@pytest.mark.parametrize("level", LEVELS)
+@every_level
 def test_instruction_sets(level: str) -> None:
     """The kernels of each, in a process that is told to use them."""
-    best = _native.isa_level()
-    if best not in LEVELS or LEVELS.index(level) > LEVELS.index(best):
-        pytest.skip(f"the best of this processor is {best}")
     code = (
-        "import sys; sys.path.insert(0, 'tests/ops'); import test_deform_conv2d as t, torch\n"
-        "assert t._native.isa_level() == sys.argv[1], t._native.isa_level()\n"
-        "torch.manual_seed(0)\n"
         "for sample in t.samples():\n"
         "    for dtype in (torch.float32, torch.float64):\n"
         "        t.test_equals_reference(sample, dtype)\n"
         "    t.check_half_precision(t.deform_conv2d, sample, torch.bfloat16)\n"
     )
-    run_python(code, level, NASFAST_ISA=level)
+    check_level(level, "deform_conv2d", code)
 
 
 @native
@@ -937,13 +891,8 @@ def test_cuda_compile_and_autocast() -> None:
 def test_runs_without_the_extension() -> None:
     """Where ``nasfast._C`` cannot be imported, the op runs its reference and says so."""
     code = (
-        "import sys; sys.modules['nasfast._C'] = None\n"
-        "sys.path.insert(0, 'tests/ops'); import test_deform_conv2d as t, torch\n"
-        "assert t._native.C is None and t._native.isa_level() == 'none'\n"
-        "torch.manual_seed(0)\n"
         "for sample in t.samples()[:3]:\n"
         "    t.test_equals_reference(sample, torch.float64)\n"
         "t.test_autocast_brings_inputs_to_one_dtype()\n"
-        "print(t._native.LEGS['deform_conv2d']['cpu'])\n"
     )
-    assert run_python(code).startswith("reference: nasfast._C cannot be imported: ")
+    check_without_extension("deform_conv2d", code)

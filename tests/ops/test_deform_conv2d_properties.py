@@ -6,9 +6,10 @@ import math
 from typing import NamedTuple
 
 import torch
+from harness import TOLERANCE, arrange
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_deform_conv2d import TOLERANCE, Sample, require_grad
+from test_deform_conv2d import Sample, require_grad
 from torch import Tensor
 
 from nasfast.ops import deform_conv2d, deform_conv2d_reference
@@ -49,11 +50,11 @@ class Case(NamedTuple):
         if self.single and self.dtype != torch.float64:
             offset, mask = (None if t is None else t.float() for t in (offset, mask))
         drawn = zip((input, offset, weight, mask), self.layouts)
-        input, offset, weight, mask = (None if t is None else arrange(t, to) for t, to in drawn)
+        input, offset, weight, mask = (None if t is None else lay_out(t, to) for t, to in drawn)
         return [input, offset, weight, bias, mask]
 
 
-def arrange(tensor: Tensor, layout: Layout) -> Tensor:
+def lay_out(tensor: Tensor, layout: Layout) -> Tensor:
     if isinstance(layout, Slice):
         n, c, h, w = tensor.shape
         wide = tensor.new_full((n, layout.before + c + layout.after, h, w), math.nan)
@@ -61,7 +62,7 @@ def arrange(tensor: Tensor, layout: Layout) -> Tensor:
         return part.copy_(tensor)
     if layout == "expanded":  # as the gradient of a sum is
         return tensor.flatten()[:1].sum().expand(tensor.shape)
-    return Sample("", layout=layout).arrange(tensor)
+    return arrange(tensor, layout)
 
 
 @st.composite
@@ -146,7 +147,7 @@ def test_equals_reference(case: Case) -> None:
     expected = deform_conv2d_reference(*case.sample.arguments(doubles))
     assert output.dtype == case.dtype
     assert_close(output.detach(), expected.detach(), case.dtype)
-    cotangent = arrange(torch.randn(output.shape).to(case.dtype), case.layouts[-1])
+    cotangent = lay_out(torch.randn(output.shape).to(case.dtype), case.layouts[-1])
     gradients = torch.autograd.grad(output, leaves, cotangent)
     references = torch.autograd.grad(expected, double_leaves, cotangent.double())
     for leaf, gradient, reference in zip(leaves, gradients, references):

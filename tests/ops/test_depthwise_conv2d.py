@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import (
+    TOLERANCE,
+    arrange,
+    check_level,
+    check_same_bits_for_any_thread_count,
+    check_without_extension,
+    every_level,
+    native,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from nasfast.ops import _native, depthwise_conv2d, depthwise_conv2d_reference
+from nasfast.ops import depthwise_conv2d, depthwise_conv2d_reference
 
-ROOT = Path(__file__).resolve().parents[2]
 OP = torch.ops.nasfast.depthwise_conv2d.default
 OP_BACKWARD = torch.ops.nasfast.depthwise_conv2d_backward.default
-TOLERANCE = {
-    torch.float64: {"rtol": 1e-10, "atol": 1e-10},
-    torch.float32: {"rtol": 1e-4, "atol": 1e-4},
-    torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
-    torch.float16: {"rtol": 3e-3, "atol": 3e-3},
-}
-LEVELS = ("x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16", "x86-64-v4-amx")
-native = pytest.mark.skipif(_native.C is None, reason=f"runs the reference: {_native.ERROR}")
 
 
 @dataclass(frozen=True)
@@ -53,15 +49,8 @@ class Sample:
         """input, weight."""
         input = torch.randn(self.batch, self.channels, *self.size)
         weight = torch.randn(self.channels, 1, *self.kernel)
-        return [self.arrange(tensor.to(dtype)).requires_grad_() for tensor in (input, weight)]
-
-    def arrange(self, tensor: Tensor) -> Tensor:
-        """The tensor in the layout of this sample."""
-        if self.layout == "channels_last":
-            return tensor.contiguous(memory_format=torch.channels_last)
-        if self.layout == "strided":
-            return torch.stack([tensor, tensor], -1)[..., 0]
-        return tensor
+        tensors = (arrange(tensor.to(dtype), self.layout) for tensor in (input, weight))
+        return [tensor.requires_grad_() for tensor in tensors]
 
 
 def samples() -> list[Sample]:
@@ -82,20 +71,6 @@ def samples() -> list[Sample]:
         Sample("contiguous", layout="contiguous"),
         Sample("strided", layout="strided"),
     ]
-
-
-def run_python(code: str, *arguments: str, **environment: str) -> str:
-    """Output of a fresh interpreter in the repository."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 every_sample = pytest.mark.parametrize("sample", samples(), ids=lambda sample: sample.id)
@@ -143,34 +118,21 @@ def test_equals_reference_for_drawn_sizes(sample: Sample) -> None:
 
 
 @native
-@pytest.mark.parametrize("level", LEVELS)
+@every_level
 def test_instruction_sets(level: str) -> None:
     """The kernels of each, in a process that is told to use them."""
-    best = _native.isa_level()
-    if best not in LEVELS or LEVELS.index(level) > LEVELS.index(best):
-        pytest.skip(f"the best of this processor is {best}")
     code = (
-        "import sys; sys.path.insert(0, 'tests/ops'); import test_depthwise_conv2d as t, torch\n"
-        "assert t._native.isa_level() == sys.argv[1], t._native.isa_level()\n"
-        "torch.manual_seed(0)\n"
         "for sample in t.samples():\n"
         "    for dtype in t.TOLERANCE:\n"
         "        t.check_reference(sample, dtype)\n"
     )
-    run_python(code, level, NASFAST_ISA=level)
+    check_level(level, "depthwise_conv2d", code)
 
 
 def test_runs_without_the_extension() -> None:
     """Where ``nasfast._C`` cannot be imported, the op runs its reference and says so."""
-    code = (
-        "import sys; sys.modules['nasfast._C'] = None\n"
-        "sys.path.insert(0, 'tests/ops'); import test_depthwise_conv2d as t, torch\n"
-        "torch.manual_seed(0)\n"
-        "for sample in t.samples()[:3]:\n"
-        "    t.check_reference(sample, torch.float64)\n"
-        "print(t._native.LEGS['depthwise_conv2d']['cpu'])\n"
-    )
-    assert run_python(code).startswith("reference: nasfast._C cannot be imported: ")
+    code = "for sample in t.samples()[:3]:\n    t.check_reference(sample, torch.float64)\n"
+    check_without_extension("depthwise_conv2d", code)
 
 
 @pytest.mark.parametrize("function", [depthwise_conv2d, depthwise_conv2d_reference])
@@ -188,14 +150,13 @@ def test_by_hand(function: Any) -> None:
 def test_same_bits_for_any_thread_count(id: str, dtype: torch.dtype) -> None:
     sample = next(sample for sample in samples() if sample.id == id)
     tensors = sample.tensors(dtype)
-    runs = []
-    for count in (1, 2, 5):
-        torch.set_num_threads(count)
+
+    def run() -> list[Tensor]:
         output = depthwise_conv2d(*tensors, *sample.sizes)
         gradients = torch.autograd.grad(output, tensors, torch.ones_like(output).cumsum(-1))
-        runs.append([output, *gradients])
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+        return [output, *gradients]
+
+    check_same_bits_for_any_thread_count(run)
 
 
 def test_gradcheck_twice() -> None:
@@ -334,6 +295,10 @@ IMAGE, WEIGHT = torch.ones(2, 3, 5, 6), torch.ones(3, 1, 3, 3)
         (
             (IMAGE, WEIGHT, (1, 2, 3)),
             "padding must be one integer or two (vertical, horizontal), got (1, 2, 3); pass two",
+        ),
+        (
+            (IMAGE, WEIGHT, 1, 1.5),
+            "dilation must be one integer or two (vertical, horizontal), got 1.5; pass two",
         ),
     ],
 )

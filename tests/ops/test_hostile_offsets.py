@@ -10,12 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from harness import LEVELS, ROOT
 
 from nasfast.ops import _native
 
-ROOT = Path(__file__).resolve().parents[2]
 SANITIZE = "-O1 -g1 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all"
-SETS = ["x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16", "x86-64-v4-amx"]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +70,7 @@ def run(*command: object, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("isa", ["best", *SETS])
+@pytest.mark.parametrize("isa", ["best", *LEVELS])
 def test_hostile_offsets(driver: Path, isa: str) -> None:
     """NaN, infinite, huge and denormal offsets, and positions exactly on the borders.
 
@@ -84,7 +83,7 @@ def test_hostile_offsets(driver: Path, isa: str) -> None:
     }  # do not spin on a busy machine
     if isa == "best":
         output = run(driver, 3400, **threads)
-    elif best not in SETS or SETS.index(isa) >= SETS.index(best):
+    elif best not in LEVELS or LEVELS.index(isa) >= LEVELS.index(best):
         pytest.skip(f"not below the best instruction set, {best}")
     else:
         output = run(driver, 200, NASFAST_ISA=isa, **threads)

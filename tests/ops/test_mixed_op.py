@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import (
+    arrange,
+    check_level,
+    check_same_bits_for_any_thread_count,
+    check_without_extension,
+    every_level,
+    native,
+)
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
-from nasfast.ops import Branches, _native, mixed_op, mixed_op_reference
+from nasfast.ops import Branches, mixed_op, mixed_op_reference
 from nasfast.ops.mixed_op import FACTORS, MAPS
 
-ROOT = Path(__file__).resolve().parents[2]
 OP = torch.ops.nasfast.mixed_op.default
 OP_BACKWARD = torch.ops.nasfast.mixed_op_backward.default
 # Relative to the Euclidean norm.
@@ -38,7 +41,6 @@ WEIGHTS = {  # of each branch, as slices of Branches._fields
     "def3x3": slice(2, 6),
     "sep3x3": slice(6, 10),
 }
-native = pytest.mark.skipif(_native.C is None, reason=f"runs the reference: {_native.ERROR}")
 
 
 @dataclass(frozen=True)
@@ -104,14 +106,6 @@ class Sample:
             shift if self.shift else None,
         ]
         return [None if t is None else arrange(t.to(dtype), self.layout) for t in tensors]
-
-
-def arrange(tensor: Tensor, layout: str) -> Tensor:
-    if layout == "channels_last" and tensor.dim() == 4:
-        return tensor.contiguous(memory_format=torch.channels_last)
-    if layout == "strided":
-        return torch.stack([tensor, tensor], -1)[..., 0]
-    return tensor
 
 
 def call(
@@ -415,15 +409,7 @@ def test_recomputed_gradients_are_the_same_bits(sample: Sample) -> None:
 def test_same_bits_for_any_thread_count(id: str, dtype: torch.dtype) -> None:
     sample = find(id)
     tensors = sample.tensors(dtype)
-    threads = torch.get_num_threads()
-    try:
-        runs = []
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            runs.append(forward_backward(sample, tensors))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
+    check_same_bits_for_any_thread_count(lambda: forward_backward(sample, tensors))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
@@ -493,34 +479,11 @@ def test_into_under_half_precision() -> None:
         assert_close(output, expected, dtype)
 
 
-def run_python(code: str, *arguments: str, **environment: str) -> str:
-    """Output of a fresh interpreter in the repository."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-LEVELS = ("x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16", "x86-64-v4-amx")
-
-
 @native
-@pytest.mark.parametrize("level", LEVELS)
+@every_level
 def test_instruction_sets(level: str) -> None:
     """The kernels of each, in a process that is told to use them."""
-    best = _native.isa_level()
-    if best not in LEVELS or LEVELS.index(level) > LEVELS.index(best):
-        pytest.skip(f"the best of this processor is {best}")
     code = (
-        "import sys; sys.path.insert(0, 'tests/ops'); import test_mixed_op as t, torch\n"
-        "assert t._native.isa_level() == sys.argv[1], t._native.isa_level()\n"
-        "torch.manual_seed(0)\n"
         "torch.use_deterministic_algorithms(True)\n"
         "for sample in t.samples():\n"
         "    for dtype in (torch.float32, torch.float64):\n"
@@ -528,7 +491,7 @@ def test_instruction_sets(level: str) -> None:
         "for id in t.HALVES:\n"
         "    t.check_against_reference(t.find(id), torch.bfloat16)\n"
     )
-    run_python(code, level, NASFAST_ISA=level)
+    check_level(level, "mixed_op", code)
 
 
 @pytest.mark.parametrize("function", [mixed_op, mixed_op_reference])
@@ -1001,14 +964,9 @@ def test_cuda_autocast() -> None:
 def test_runs_without_the_extension() -> None:
     """Where ``nasfast._C`` cannot be imported, the op runs its reference and says so."""
     code = (
-        "import sys; sys.modules['nasfast._C'] = None\n"
-        "sys.path.insert(0, 'tests/ops'); import test_mixed_op as t, torch\n"
-        "assert t._native.C is None\n"
-        "torch.manual_seed(0)\n"
         "for sample in t.samples()[:4]:\n"
         "    t.check_against_reference(sample, torch.float64)\n"
         "t.test_autocast_leaves_float64_alone()\n"
         "t.test_autocast_casts_as_for_a_convolution()\n"
-        "print(t._native.LEGS['mixed_op']['cpu'])\n"
     )
-    assert run_python(code).startswith("reference: nasfast._C cannot be imported: ")
+    check_without_extension("mixed_op", code)

@@ -5,16 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from harness import arrange
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_mixed_op import (
-    Sample,
-    arrange,
-    assert_close,
-    call,
-    convert,
-    require_grad,
-)
+from test_mixed_op import Sample, assert_close, call, convert, require_grad
 from torch import Tensor
 
 from nasfast.ops import mixed_op, mixed_op_reference

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_deform_conv2d import TOLERANCE, Block, Sample, native
+from harness import TOLERANCE, native
+from test_deform_conv2d import Block, Sample
 from torch import Tensor, nn
 
 from nasfast.ops import deform_conv2d, onnx_translation_table
