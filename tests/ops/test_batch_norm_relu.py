@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_harness import (
     TOLERANCE,
     arrange,
     check_level,
@@ -17,8 +19,6 @@ from harness import (
     every_level,
     native,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nasfast.ops import _native, batch_norm_relu, batch_norm_relu_reference

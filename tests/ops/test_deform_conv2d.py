@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import (
+from op_harness import (
     TOLERANCE,
     arrange,
     check_level,

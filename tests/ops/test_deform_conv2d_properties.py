@@ -6,9 +6,9 @@ import math
 from typing import NamedTuple
 
 import torch
-from harness import TOLERANCE, arrange
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from op_harness import TOLERANCE, arrange
 from test_deform_conv2d import Sample, require_grad
 from torch import Tensor
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import LEVELS, ROOT
+from op_harness import LEVELS, ROOT
 
 from nasfast.ops import _native
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import (
+from op_harness import (
     arrange,
     check_level,
     check_same_bits_for_any_thread_count,

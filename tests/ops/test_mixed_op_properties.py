@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from harness import arrange
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from op_harness import arrange
 from test_mixed_op import Sample, assert_close, call, convert, require_grad
 from torch import Tensor
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import TOLERANCE, native
+from op_harness import TOLERANCE, native
 from test_deform_conv2d import Block, Sample
 from torch import Tensor, nn
 
