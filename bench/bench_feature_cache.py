@@ -23,7 +23,13 @@ import torch
 from feature_rivals import FLOORS, LEGS, Rate, Store
 
 Tables = dict[str, dict[str, dict[str, object]]]
-TOGETHER = ("batches", "batch", "DataLoader(2), memmap", "DataLoader(2), files")
+TOGETHER = (
+    "batches",
+    "batches, none ahead",
+    "batch",
+    "DataLoader(2), memmap",
+    "DataLoader(2), files",
+)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +95,7 @@ def test_private_memory_of_another_reader(tables: Tables, store: Store) -> None:
     legs = {
         "attached, every sample read in place": "views, read",
         "attached, every sample read in batches": "batches",
+        "attached, the same, none ahead": "batches, none ahead",
     }
     feature_rivals.drain(LEGS["views, read"](store))
     lines = tables.setdefault("private memory of another reader, beyond importing torch", {})

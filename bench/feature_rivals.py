@@ -204,6 +204,10 @@ def batches(store: Store) -> Pass:
     return lambda: store.cache.batches(store.order)
 
 
+def batches_when_asked(store: Store) -> Pass:
+    return lambda: store.cache.batches(store.order, ahead=0)
+
+
 def batches_float32(store: Store) -> Pass:
     return lambda: store.cache.batches(store.order, torch.float32)
 
@@ -271,6 +275,7 @@ LEGS: dict[str, Callable[[Store], Pass]] = {
     "memory copy, NumPy": numpy_copy,
     "batch": batch,
     "batches": batches,
+    "batches, none ahead": batches_when_asked,
     "views": views,
     "views, read": views_read,
     "memory copy, float32": widening_copy,

@@ -244,7 +244,7 @@ class FromFiles:
             self.files,
             batch_sampler=[indices.tolist() for indices in order],
             num_workers=2,
-            prefetch_factor=ahead,
+            prefetch_factor=max(ahead, 1),
             pin_memory=self.device.type == "cuda",
         )
         for batch in loader:

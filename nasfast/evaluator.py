@@ -274,7 +274,9 @@ class SegmentationEvaluator:
     ) -> Iterator[tuple[Tensor, ...]]:
         """Taps, labels and, where there is one, the teacher's logits; each batch is valid until the
         next is asked for."""
-        for arrays in cache.batches(order, self.runtime.dtype, ahead=1):
+        # on a CPU the candidates keep the processors busy
+        ahead = 0 if self.runtime.device.type == "cpu" else 1
+        for arrays in cache.batches(order, self.runtime.dtype, ahead):
             yield tuple(arrays.values())
 
     def cost(self, genotype: FastNASGenotype) -> tuple[int, int]:

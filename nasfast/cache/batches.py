@@ -124,15 +124,27 @@ class HostSamples:
 
     def batches(
         self, order: Iterable[Tensor], dtype: torch.dtype | None = None, ahead: int = 1
-    ) -> Batches:
-        """Batches in reused memory, gathered ahead by a thread; see :class:`Batches`."""
+    ) -> Iterator[dict[str, Tensor]]:
+        """Batches in reused memory: gathered ahead by a thread, see :class:`Batches`, or with
+        ``ahead`` = 0 when they are asked for, in one piece of memory."""
         plan = self.plan(dtype)
         spare = self._spare.setdefault(dtype, [])
         stages = []
         for _ in range(ahead + 1):
             buffers = spare.pop() if spare else Buffers(plan, self.device)
             stages.append(_HostStage(self, plan, buffers))
+        if ahead == 0:
+            return self._when_asked(order, stages[0], spare)
         return Batches(order, stages, lambda stage: spare.append(stage.buffers))
+
+    @staticmethod
+    def _when_asked(
+        order: Iterable[Tensor], stage: _HostStage, spare: list[Buffers]
+    ) -> Iterator[dict[str, Tensor]]:
+        for indices in order:
+            stage.fill(indices, torch.get_num_threads())
+            yield stage.batch()
+        spare.append(stage.buffers)
 
     def gather(
         self, indices: Tensor, fields: Sequence[Field], outs: Sequence[Tensor], threads: int = 1
@@ -189,9 +201,9 @@ class _HostStage:
         self._samples, self._plan, self.buffers = samples, plan, buffers
         self._batch: dict[str, Tensor] = {}
 
-    def fill(self, indices: Tensor) -> None:
+    def fill(self, indices: Tensor, threads: int = 1) -> None:
         outs = self.buffers.first(len(indices))
-        self._samples.gather(indices, self._plan.fields, outs)
+        self._samples.gather(indices, self._plan.fields, outs, threads)
         self._batch = self._plan.named(outs)
 
     def batch(self) -> dict[str, Tensor]:
@@ -224,8 +236,7 @@ class Batches(Iterator[dict[str, Tensor]]):
     ) -> None:
         if len(stages) < 2:
             raise ValueError(
-                f"feature cache: wanted at least 1 batch ahead, got {len(stages) - 1}; "
-                "call batch() to gather none ahead"
+                f"feature cache: wanted 0 batches ahead or more, got {len(stages) - 1}"
             )
         self._free: SimpleQueue[Stage | None] = SimpleQueue()
         self._ready: SimpleQueue[Stage | BaseException | None] = SimpleQueue()

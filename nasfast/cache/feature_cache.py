@@ -208,7 +208,8 @@ class FeatureCache:
         Args:
             order: the samples of each batch; consumed in order and ahead, maybe by another thread.
             dtype: as for :meth:`batch`.
-            ahead: batches that are gathered while one is read.
+            ahead: batches that a thread gathers while one is read; 0 gathers each when it is asked
+                for, which costs least where no processor is idle.
 
         Returns:
             Batches like those of :meth:`batch`; each is valid until the next is asked for.

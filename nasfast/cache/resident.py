@@ -98,13 +98,14 @@ class DeviceSamples:
 
         They are queued on the stream that is current when a batch is asked for; use them there.
         Where all samples are on the device, ``order`` is consumed at once and goes up in one copy.
-        Else a thread fetches ``ahead`` batches of what is on the host, see :class:`Batches`.
+        Else a thread fetches ``ahead`` batches, one at least, of what is on the host, see
+        :class:`Batches`.
         """
         plan = self.host.plan(dtype)
         buffers = Buffers(plan, self.device)
         if len(self.data) == self.count:
             return self._resident(order, plan, buffers)
-        return Batches(order, [_DeviceStage(self, plan, buffers) for _ in range(ahead + 1)])
+        return Batches(order, [_DeviceStage(self, plan, buffers) for _ in range(max(ahead, 1) + 1)])
 
     def _resident(
         self, order: Iterable[Tensor], plan: Plan, buffers: Buffers

@@ -54,7 +54,7 @@ def test_batch_is_that_of_the_host(
 
 @every_device
 @every_bound
-@pytest.mark.parametrize("ahead", [1, 3])
+@pytest.mark.parametrize("ahead", [0, 1, 3])
 def test_batches_are_those_of_the_host(device: torch.device, bound: int | None, ahead: int) -> None:
     samples, order = host(content(), (4, 7)), orders(3)
     order.insert(1, torch.tensor([], dtype=torch.int64))
