@@ -11,8 +11,6 @@ import re
 import shutil
 import signal
 import statistics
-import subprocess
-import sys
 import time
 import tomllib
 from pathlib import Path
@@ -23,6 +21,7 @@ import tomli_w
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from search_runs import outcome, start, wait_for_records
 from torch import Tensor
 
 from nasfast import search
@@ -40,40 +39,6 @@ from nasfast.tasks.segmentation import SegmentationTask
 
 SPACE = FastNASSpace()
 WIDTH = '{"width": 0.35}'
-
-
-def outcome(run: Path) -> list[dict[str, Any]]:
-    """What a search decided and measured, without what the clock decided."""
-    records = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
-    for record in records:
-        del record["time"], record["evaluation"]["seconds"]
-    return records
-
-
-def start(command: list[str], threads: int = 1) -> subprocess.Popen[str]:
-    """`python -m nasfast.search` in a process of its own."""
-    root = str(Path(search.__file__).parents[1])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    return subprocess.Popen(
-        [sys.executable, "-m", "nasfast.search", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ
-        | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "PYTHONPATH": path},
-    )
-
-
-def wait_for_records(process: subprocess.Popen[str], runs: Path, count: int) -> Path:
-    """The run directory, as soon as it holds `count` records."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        for path in runs.glob("*/records.jsonl"):
-            if path.read_bytes().count(b"\n") >= count:
-                return path.parent
-        time.sleep(0.001)
-    process.kill()
-    raise AssertionError(f"{count} records did not appear: {process.communicate()}")
 
 
 # ---- the run contract

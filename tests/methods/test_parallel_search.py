@@ -8,12 +8,12 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from search_runs import outcome, start, wait_for_records
 
 from nasfast import search
 from nasfast.methods import method_of_genotype
@@ -22,33 +22,11 @@ from nasfast.methods.segmentation import search as segmentation
 from nasfast.study import Study
 
 
-def outcome(run: Path) -> list[dict[str, Any]]:
-    """What a search decided and measured, without what the clock decided."""
-    records = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
-    for record in records:
-        del record["time"], record["evaluation"]["seconds"]
-    return records
-
-
 def learned(run: Path) -> str:
     """The strategy's state in the checkpoint."""
     state = Study.open(run, read_only=True).load_checkpoint()
     assert state is not None
     return f"{state['told']} {state['strategy']}"
-
-
-def start(command: list[str]) -> subprocess.Popen[str]:
-    """`python -m nasfast.search` in a process group of its own."""
-    root = str(Path(search.__file__).parents[1])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    return subprocess.Popen(
-        [sys.executable, "-m", "nasfast.search", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": path},
-        start_new_session=True,
-    )
 
 
 def children(pid: int) -> list[int]:
@@ -65,18 +43,6 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-def wait_for_records(process: subprocess.Popen[str], runs: Path, count: int) -> Path:
-    """The run directory, as soon as it holds `count` records."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        for path in runs.glob("*/records.jsonl"):
-            if path.read_bytes().count(b"\n") >= count:
-                return path.parent
-        time.sleep(0.001)
-    process.kill()
-    raise AssertionError(f"{count} records did not appear: {process.communicate()}")
 
 
 def assert_gone(pids: list[int]) -> None:
@@ -123,7 +89,7 @@ def test_random_restoration_networks_with_two_workers(
 def test_killed_workers_and_a_signal_lose_nothing(
     tiny_search: list[str], tiny_run: Path, tmp_path: Path
 ) -> None:
-    process = start([*tiny_search, "--workers", "2", "--runs", str(tmp_path)])
+    process = start([*tiny_search, "--workers", "2", "--runs", str(tmp_path)], group=True)
     run = wait_for_records(process, tmp_path, 1)
     first = workers_of(process)
     assert len(first) == 2
@@ -147,7 +113,7 @@ def test_killed_workers_and_a_signal_lose_nothing(
 def test_a_killed_search_leaves_no_workers(
     tiny_search: list[str], tiny_run: Path, tmp_path: Path
 ) -> None:
-    process = start([*tiny_search, "--workers", "2", "--runs", str(tmp_path)])
+    process = start([*tiny_search, "--workers", "2", "--runs", str(tmp_path)], group=True)
     run = wait_for_records(process, tmp_path, 3)
     workers, helpers = workers_of(process), children(process.pid)
     assert len(workers) == 2

@@ -8,8 +8,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import tomllib
 from pathlib import Path
@@ -20,6 +18,7 @@ import pytest
 import tomli_w
 import torch
 from PIL import Image
+from search_runs import outcome, start
 
 from nasfast import search
 from nasfast.config import from_mapping
@@ -30,14 +29,6 @@ from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
 from nasfast.study import Study
 from nasfast.training.cost import count_parameters
-
-
-def outcome(run: Path) -> list[dict[str, Any]]:
-    """What a search decided and measured, without what the clock decided."""
-    records = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
-    for record in records:
-        del record["time"], record["evaluation"]["seconds"]
-    return records
 
 
 def checkpoint(run: Path) -> dict[str, Any]:
@@ -54,19 +45,6 @@ def assert_same(run: Path, whole: Path) -> None:
         assert torch.equal(ours[name], theirs[name])
     for name, tensor in theirs["model"].items():
         assert torch.equal(ours["model"][name], tensor), name
-
-
-def start(command: list[str]) -> subprocess.Popen[str]:
-    """`python -m nasfast.search` in a process of its own."""
-    root = str(Path(search.__file__).parents[1])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    return subprocess.Popen(
-        [sys.executable, "-m", "nasfast.search", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-    )
 
 
 # ---- the run contract
