@@ -358,7 +358,7 @@ def together(store: Store, name: str, processes: int, seconds: float) -> float:
         process.join()
     failed = [process.exitcode for process in started if process.exitcode]
     if failed:
-        raise RuntimeError(f"{name}: wanted {processes} readers, got exit codes {failed}")
+        raise RuntimeError(f"{name}: expected {processes} readers, got exit codes {failed}")
     return sum(results.get() for _ in started)
 
 

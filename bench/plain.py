@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from nasfast.evaluator import Stage0Config
+from nasfast.evaluation.evaluator import Stage0Config
 from nasfast.models.segmenter import DecoderConfig
 from nasfast.spaces.fast_nas import PRIMITIVES, Cell, FastNASGenotype
 from nasfast.training.loop import epoch_indices

@@ -44,10 +44,10 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from nasfast.device import resolve_device  # noqa: E402
-from nasfast.methods.workers import Crew, Job  # noqa: E402
 from nasfast.models.supernet import Supernet, SupernetConfig  # noqa: E402
 from nasfast.spaces.fast_nas import FastNASGenotype  # noqa: E402
 from nasfast.training.loop import Runtime  # noqa: E402
+from nasfast.workers import Crew, Job  # noqa: E402
 
 TAPS = ((24, 4), (32, 8), (96, 16), (320, 32))  # channels, stride, at width 1.0
 # steps of the published search for denoising: 100 epochs of 13 batches, the architecture in 80

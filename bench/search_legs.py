@@ -20,18 +20,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import nasfast.evaluator
+import nasfast.evaluation.evaluator
 import nasfast.models.layers
 from nasfast.cache import CacheConfig, FeatureCache
 from nasfast.data import Splits, SyntheticStreets
 from nasfast.encoders import MobileNetV2
-from nasfast.evaluator import SegmentationEvaluator, Stage0Config, Stage1Config, derive_seed
+from nasfast.evaluation.evaluator import SegmentationEvaluator, Stage0Config, Stage1Config
 from nasfast.models.segmenter import Decoder, DecoderConfig, Segmenter
 from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
 from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.loop import Runtime
 from nasfast.training.metrics import SegmentationScores
 from nasfast.training.polyak import PolyakAverage
+from nasfast.utils.seeding import derive_seed
 
 SPACE = FastNASSpace()
 PUBLISHED = {
@@ -201,14 +202,14 @@ def looped_optimizer() -> AbstractContextManager[Any]:
 
 
 def looped_average() -> AbstractContextManager[Any]:
-    return mock.patch.object(nasfast.evaluator, "PolyakAverage", LoopedAverage)
+    return mock.patch.object(nasfast.evaluation.evaluator, "PolyakAverage", LoopedAverage)
 
 
 def without_graphs() -> AbstractContextManager[Any]:
     def eager(device: torch.device) -> AbstractContextManager[None]:
         return nullcontext()
 
-    return mock.patch.object(nasfast.evaluator, "graphed_step", eager)
+    return mock.patch.object(nasfast.evaluation.evaluator, "graphed_step", eager)
 
 
 def plain_depthwise(x: Tensor, weight: Tensor, padding: int, dilation: int) -> Tensor:

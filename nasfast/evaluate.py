@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from nasfast.cli import reports_errors
-from nasfast.files import atomic_write
 from nasfast.methods import method_of_model
+from nasfast.utils.cli import reports_errors
+from nasfast.utils.files import atomic_write
 
 
 @reports_errors

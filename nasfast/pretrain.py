@@ -20,18 +20,18 @@ from rich.console import Console
 from safetensors.torch import save
 from torch import Tensor
 
-from nasfast.cli import reports_errors
-from nasfast.config import require_positive
 from nasfast.data import SyntheticStreets, TrainTransform, ValTransform
 from nasfast.data.base import split_for_search
 from nasfast.device import resolve_device
 from nasfast.encoders import PACKAGED_WEIGHTS, MobileNetV2
-from nasfast.evaluator import build_segmenter
-from nasfast.files import atomic_write
+from nasfast.evaluation.evaluator import build_segmenter
 from nasfast.models.segmenter import DecoderConfig
 from nasfast.spaces.fast_nas import FastNASSpace
 from nasfast.tasks.segmentation import SegmentationTask, image_batches, resize_labels
 from nasfast.training.loop import Group, Runtime, epoch_indices, one_cycle, train_epoch
+from nasfast.utils.cli import reports_errors
+from nasfast.utils.config import require_positive
+from nasfast.utils.files import atomic_write
 
 _GENOTYPE = [[2, [1, 0, 3, 6], [0, 1, 2, 8], [2, 0, 6, 1]], [[2, 3], [3, 1], [4, 4]]]
 

@@ -22,14 +22,14 @@ import torch
 import tyro
 from rich.console import Console
 
-from nasfast.cli import flag_value, reports_errors, say
-from nasfast.config import from_mapping
 from nasfast.device import machine_info
-from nasfast.interrupt import Interrupt, StopRequested
 from nasfast.methods import METHODS, Method
-from nasfast.methods.base import Search, SearchSettings
 from nasfast.report import terminal_table, write_report
-from nasfast.study import Study
+from nasfast.runs.study import Study
+from nasfast.searches.base import Search, SearchSettings
+from nasfast.utils.cli import flag_value, reports_errors, say
+from nasfast.utils.config import from_mapping
+from nasfast.utils.interrupt import Interrupt, StopRequested
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ def method_of(name: str) -> Method[Any, Any, Any]:
         ValueError: there is none; the message lists them.
     """
     if name not in METHODS:
-        raise ValueError(f"search: wanted one of {', '.join(METHODS)}, got {name!r}")
+        raise ValueError(f"search: expected one of {', '.join(METHODS)}, got {name!r}")
     return METHODS[name]
 
 
@@ -101,7 +101,7 @@ def _check_identity(study: Study, search: Search, console: Console) -> None:
         changed = [name for name, value in before.items() if now[kind][name] != value]
         if changed and kind == "inputs":
             raise ValueError(
-                f"resume {study.path}: wanted the {', '.join(changed)} that the run began with, "
+                f"resume {study.path}: expected the {', '.join(changed)} that the run began with, "
                 "got other content in the same place; restore it or start a new run"
             )
         for name in changed:

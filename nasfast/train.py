@@ -22,16 +22,16 @@ import torch
 import tyro
 from rich.console import Console
 
-from nasfast.cli import flag_value, reports_errors, say
-from nasfast.config import from_mapping
 from nasfast.device import machine_info, resolve_device
-from nasfast.files import atomic_file, atomic_write
-from nasfast.interrupt import Interrupt, StopRequested
 from nasfast.methods import METHODS, Method, method_of_genotype, method_of_source, read_genotype
 from nasfast.methods.base import MODEL_FILE, Source, Trainer, TrainSettings
+from nasfast.runs.study import Study
 from nasfast.spaces.base import Genotype
-from nasfast.study import Study
 from nasfast.training.loop import Runtime
+from nasfast.utils.cli import flag_value, reports_errors, say
+from nasfast.utils.config import from_mapping
+from nasfast.utils.files import atomic_file, atomic_write
+from nasfast.utils.interrupt import Interrupt, StopRequested
 
 T = TypeVar("T", bound=TrainSettings)
 
@@ -51,7 +51,7 @@ def find(config: TrainSettings, zoo: Mapping[str, Source]) -> Source:
         ranking = study.ranking()
         if not 1 <= config.rank <= len(ranking):
             raise ValueError(
-                f"train: wanted a rank from 1 to {len(ranking)} (the architectures that "
+                f"train: expected a rank from 1 to {len(ranking)} (the architectures that "
                 f"{study.path} evaluated), got {config.rank}"
             )
         return Source(ranking[config.rank - 1].genotype, study.path, study.config)

@@ -441,7 +441,7 @@ def test_a_reader_that_fails(tmp_path: Path) -> None:
     store = feature_rivals.Store(tmp_path / "absent", 4, TINY)
     with pytest.raises(RuntimeError) as info:
         feature_rivals.together(store, "torch.save files", 1, 0.1)
-    assert str(info.value) == "torch.save files: wanted 1 readers, got exit codes [1]"
+    assert str(info.value) == "torch.save files: expected 1 readers, got exit codes [1]"
 
 
 def test_private_memory_of_a_reader(store: feature_rivals.Store) -> None:

@@ -50,12 +50,12 @@ def test_other_data_of_the_same_classes(tiny_model: Path, tiny_data: Path, tmp_p
     [
         (
             ["MODEL", "--data", "synthetic"],
-            "evaluate MODEL/model.safetensors: wanted data of the classes sky, road, [post], got "
+            "evaluate MODEL/model.safetensors: expected data of the classes sky, road, [post], got "
             "sky, building, road, pavement, tree, car, person, pole in synthetic",
         ),
         (["/no/model"], "weights: no file /no/model; give a .safetensors, .pth or .pt file"),
-        (["MODEL/metrics.json"], "weights: wanted a .safetensors, .pth or .pt file, got metrics"),
-        (["MODEL", "--data", "/no"], "data: wanted 'synthetic' or a folder, got '/no'"),
+        (["MODEL/metrics.json"], "weights: expected a .safetensors, .pth or .pt file, got metrics"),
+        (["MODEL", "--data", "/no"], "data: expected 'synthetic' or a folder, got '/no'"),
         (["MODEL", "--device", "tpu"], "resolve_device: device must be 'auto', 'cpu', 'cuda'"),
     ],
 )
@@ -73,7 +73,7 @@ def test_weights_that_are_no_network(
 ) -> None:
     assert evaluate.main([str(tiny_weights)]) == 2
     assert capsys.readouterr().err == (
-        f"error: segmenter {tiny_weights}: wanted a model.safetensors that nasfast.train wrote, "
+        f"error: segmenter {tiny_weights}: expected a model.safetensors that nasfast.train wrote, "
         "got a file without 'nasfast.segmenter' in its metadata\n"
     )
 
@@ -81,7 +81,7 @@ def test_weights_that_are_no_network(
 @pytest.mark.parametrize(
     ("flags", "shown"),
     [
-        (["--batch", "0"], "EvaluateConfig.batch: wanted a value above 0"),
+        (["--batch", "0"], "EvaluateConfig.batch: expected a value above 0"),
         (["--epochs", "1"], "--epochs"),
     ],
 )

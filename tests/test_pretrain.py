@@ -38,14 +38,14 @@ def test_it_writes_weights_that_load(tmp_path: Path) -> None:
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "encoder.safetensors"
     assert pretrain.main([*TINY, "--frames", "0", "--out", str(out)]) == 2
-    assert capsys.readouterr().err == "error: SyntheticStreets: wanted num_samples >= 1, got 0\n"
+    assert capsys.readouterr().err == "error: SyntheticStreets: expected num_samples >= 1, got 0\n"
     assert not out.exists()
 
 
 @pytest.mark.parametrize(
     ("flags", "shown"),
     [
-        (["--epochs", "0"], "PretrainConfig.epochs: wanted a value above 0"),
+        (["--epochs", "0"], "PretrainConfig.epochs: expected a value above 0"),
         (["--epoch", "1"], "--epoch"),
     ],
 )

@@ -25,17 +25,18 @@ from search_runs import outcome, start, wait_for_records
 from torch import Tensor
 
 from nasfast import search
-from nasfast.config import from_mapping
 from nasfast.data import load_splits
 from nasfast.encoders import MobileNetV2
-from nasfast.methods import METHODS, sampling
-from nasfast.methods.sampling import SamplingSearch
+from nasfast.methods import METHODS
 from nasfast.methods.segmentation import search as segmentation
 from nasfast.methods.segmentation.search import SearchConfig, parse
-from nasfast.records import Record
+from nasfast.runs.records import Record
+from nasfast.runs.study import Study
+from nasfast.searches import sampling
+from nasfast.searches.sampling import SamplingSearch
 from nasfast.spaces.fast_nas import FastNASSpace
-from nasfast.study import Study
 from nasfast.tasks.segmentation import SegmentationTask
+from nasfast.utils.config import from_mapping
 
 SPACE = FastNASSpace()
 WIDTH = '{"width": 0.35}'
@@ -225,7 +226,7 @@ def test_resume_with_other_content_is_refused(
             Image.new("L", (48, 32), 1).save(path)
     assert search.main(["--resume", str(own_run), "--budget", "7"]) == 2
     assert capsys.readouterr().err == (
-        f"error: resume {own_run}: wanted the {changed} that the run began with, got other "
+        f"error: resume {own_run}: expected the {changed} that the run began with, got other "
         "content in the same place; restore it or start a new run\n"
     )
     assert outcome(own_run) == outcome(tiny_run)
@@ -236,7 +237,7 @@ def test_resume_with_another_teacher_is_refused(
 ) -> None:
     alter_identity(own_run, "inputs", teacher="another")
     assert search.main(["--resume", str(own_run)]) == 2
-    assert "wanted the teacher that the run began with" in capsys.readouterr().err
+    assert "expected the teacher that the run began with" in capsys.readouterr().err
 
 
 def test_resume_elsewhere_is_noted(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -296,7 +297,7 @@ def test_images_of_mixed_sizes_need_a_crop(
         patch.setattr(segmentation, "load_splits", lambda *a, **k: both)
         assert search.main(argv) == 2
         assert re.fullmatch(
-            r"error: search: wanted images of one size to score candidates on, got 2 sizes from "
+            r"error: search: expected images of one size to score candidates on, got 2 sizes from "
             r"\(\d+, 48\) to \(\d+, 48\); give --val-crop SIDE to score centre crops\n",
             capsys.readouterr().err,
         )
@@ -394,7 +395,7 @@ def test_a_teacher(
 
 def test_a_method_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert search.main(["detection", "--budget", "1"]) == 2
-    wanted = f"error: search: wanted one of {', '.join(METHODS)}, got 'detection'\n"
+    wanted = f"error: search: expected one of {', '.join(METHODS)}, got 'detection'\n"
     assert capsys.readouterr().err == wanted
 
 
@@ -404,20 +405,20 @@ def test_a_method_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
         (["--preset", "fast"], "fast"),
         (["--strategy", "genetic"], "genetic"),
         (["--budget", "many"], "many"),
-        (["--budget", "0"], "wanted a budget of at least 1 candidate"),
-        (["--workers", "0"], "SearchConfig.workers: wanted a value above"),
-        (["--threads", "0"], "SearchConfig.threads: wanted a value above"),
-        (["--batch", "0"], "SearchConfig.batch: wanted a value above"),
+        (["--budget", "0"], "expected a budget of at least 1 candidate"),
+        (["--workers", "0"], "SearchConfig.workers: expected a value above"),
+        (["--threads", "0"], "SearchConfig.threads: expected a value above"),
+        (["--batch", "0"], "SearchConfig.batch: expected a value above"),
         (["--engine", "slurm"], "slurm"),
         (
             ["--engine", "ray", "--devices", "cuda:0,cuda:1"],
-            "devices: wanted --engine process, as Ray hands out",
+            "devices: expected --engine process, as Ray hands out",
         ),
-        (["--device", "cpu", "--devices", "cpu,cpu"], "devices: wanted --device or --devices"),
-        (["--memory", "8"], "wanted a size such as 8GB"),
+        (["--device", "cpu", "--devices", "cpu,cpu"], "devices: expected --device or --devices"),
+        (["--memory", "8"], "expected a size such as 8GB"),
         (["--stage2.lr", "1"], "--stage2.lr"),
-        (["--stage0.samples", "0"], "Stage0Config.samples: wanted a value above 0"),
-        (["--stage1.batch-size", "0"], "Stage1Config.batch_size: wanted a value above"),
+        (["--stage0.samples", "0"], "Stage0Config.samples: expected a value above 0"),
+        (["--stage1.batch-size", "0"], "Stage1Config.batch_size: expected a value above"),
         (["--resume", "there", "--seed", "3"], "--seed"),
     ],
 )
@@ -434,9 +435,9 @@ def test_usage_errors(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--data", "/no/where"], "data: wanted 'synthetic' or a folder, got '/no/where'"),
+        (["--data", "/no/where"], "data: expected 'synthetic' or a folder, got '/no/where'"),
         (["--encoder-weights", "/no/w.pth"], "weights: no file /no/w.pth; give a"),
-        (["--encoder-weights", "TOML"], "weights: wanted a .safetensors, .pth or .pt file, got"),
+        (["--encoder-weights", "TOML"], "weights: expected a .safetensors, .pth or .pt file, got"),
         (["--device", "cuda:99"], "resolve_device: device "),
         (
             ["--device", "auto", "--devices", "cpu,gpu"],
@@ -446,10 +447,10 @@ def test_usage_errors(
             ["--device", "auto", "--devices", "cpu,"],
             "resolve_device: device must be 'auto', 'cpu', 'cuda' or",
         ),
-        (["--placement", "device"], "placement: wanted auto, file or ram on a CPU, got device"),
+        (["--placement", "device"], "placement: expected auto, file or ram on a CPU, got device"),
         (["--teacher", "ENCODER"], "segmenter "),
-        (["--omit", "3"], "omit: wanted classes from 0 to 2, got 3"),
-        (["--name", "a/b"], "name: wanted letters, digits and ._+- (it becomes part of a"),
+        (["--omit", "3"], "omit: expected classes from 0 to 2, got 3"),
+        (["--name", "a/b"], "name: expected letters, digits and ._+- (it becomes part of a"),
     ],
 )
 def test_errors_are_one_line_and_leave_no_run(
@@ -476,7 +477,7 @@ def test_a_teacher_of_other_classes_is_refused(
     flags = ["--teacher", str(path), "--data", "synthetic", "--runs", str(tmp_path / "runs")]
     assert search.main([*tiny_search, *flags]) == 2
     assert capsys.readouterr().err == (
-        f"error: teacher {path}: wanted a network for sky, building, road, pavement, tree, car, "
+        f"error: teacher {path}: expected a network for sky, building, road, pavement, tree, car, "
         "person, pole, got one for sky, road, [post]; train one on this data first\n"
     )
     assert not (tmp_path / "runs").exists()
@@ -493,7 +494,7 @@ def test_resume_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_resume_with_a_bad_budget(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert search.main(["--resume", str(tiny_run), "--budget", "0"]) == 2
     assert (
-        "error: search: wanted a budget of at least 1 candidate, got 0" in capsys.readouterr().err
+        "error: search: expected a budget of at least 1 candidate, got 0" in capsys.readouterr().err
     )
 
 
@@ -501,7 +502,7 @@ def test_errors_of_the_module_itself(tmp_path: Path) -> None:
     process = start(["--data", "/no/where", "--runs", str(tmp_path / "runs")])
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 2, stderr
-    assert stderr == "error: data: wanted 'synthetic' or a folder, got '/no/where'\n"
+    assert stderr == "error: data: expected 'synthetic' or a folder, got '/no/where'\n"
     assert stdout == ""
 
 

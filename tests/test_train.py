@@ -20,13 +20,13 @@ from safetensors import safe_open
 
 from nasfast import train
 from nasfast.data import SyntheticStreets, split_for_search
-from nasfast.files import atomic_file
 from nasfast.methods.segmentation import SEGMENTATION, TrainConfig, Trainer
 from nasfast.methods.segmentation import train as segmentation
 from nasfast.models.segmenter import DecoderConfig
+from nasfast.runs.study import Study
 from nasfast.spaces.fast_nas import FastNASSpace
-from nasfast.study import Study
 from nasfast.training.loop import Runtime
+from nasfast.utils.files import atomic_file
 
 PUBLISHED = [[8, [0, 0, 5, 2], [0, 2, 8, 8], [0, 5, 1, 4]], [[3, 3], [3, 2], [3, 0]]]
 
@@ -199,16 +199,19 @@ def test_source_run_decides_and_flags_override(tiny_run: Path, tiny_data: Path) 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["RUN", "--rank", "99"], "train: wanted a rank from 1 to "),
-        (["RUN", "--rank", "0"], "train: wanted a rank from 1 to "),
+        (["RUN", "--rank", "99"], "train: expected a rank from 1 to "),
+        (["RUN", "--rank", "0"], "train: expected a rank from 1 to "),
         (
             ["/no/run"],
             "train: no run directory and no genotype file at /no/run, nor a name of the zoo (",
         ),
-        (["RUN/config.toml"], "train: wanted a run directory or a JSON file with a genotype, got "),
+        (
+            ["RUN/config.toml"],
+            ("train: expected a run directory or a JSON file with a genotype, got "),
+        ),
         (["RUN/checkpoint"], "RUN/checkpoint is not a run directory: it has no config.toml"),
-        (["RUN/env.json"], 'genotype: wanted the keys "space", "cell" and "connections", got '),
-        (["RUN", "--data", "/no/data"], "data: wanted 'synthetic' or a folder, got '/no/data'"),
+        (["RUN/env.json"], 'genotype: expected the keys "space", "cell" and "connections", got '),
+        (["RUN", "--data", "/no/data"], "data: expected 'synthetic' or a folder, got '/no/data'"),
         (["RUN", "--encoder-weights", "/no/w.pt"], "weights: no file /no/w.pt"),
         (["RUN", "--device", "cuda:99"], "resolve_device: device "),
         (["--resume", "RUN/checkpoint"], "train: RUN/checkpoint is not the directory of a train"),
@@ -244,8 +247,8 @@ def test_an_existing_output_is_refused(
 @pytest.mark.parametrize(
     ("flags", "shown"),
     [
-        (["--epochs", "0"], "TrainConfig.epochs: wanted a value above 0, got 0"),
-        (["--batch-size", "-1"], "TrainConfig.batch_size: wanted a value above"),
+        (["--epochs", "0"], "TrainConfig.epochs: expected a value above 0, got 0"),
+        (["--batch-size", "-1"], "TrainConfig.batch_size: expected a value above"),
         (["--momentum", "1"], "--momentum"),
     ],
 )

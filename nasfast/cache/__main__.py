@@ -14,7 +14,7 @@ import tyro
 
 from nasfast.cache import default_directory, places
 from nasfast.cache.segment import Segment
-from nasfast.cli import reports_errors
+from nasfast.utils.cli import reports_errors
 
 _SECONDS = {"m": 60, "h": 3600, "d": 86400}
 
@@ -46,7 +46,7 @@ class _Directories:
                 matches = [p for p in found if name and p.name.startswith(name)]
             if not matches:
                 raise ValueError(
-                    f"wanted a cache in {directory} or in RAM, got {name!r}; `python -m "
+                    f"expected a cache in {directory} or in RAM, got {name!r}; `python -m "
                     "nasfast.cache ls` lists them"
                 )
             chosen += matches
@@ -134,7 +134,7 @@ class Rm(_Directories):
 
     def run(self) -> int:
         if not (self.names or self.all or self.older_than):
-            raise ValueError("rm: wanted names, --all or --older-than, got none of them")
+            raise ValueError("rm: expected names, --all or --older-than, got none of them")
         files, freed, kept = self._chosen(), 0, 0
         for path in files:
             done = places.remove(path, force=self.force)
@@ -154,7 +154,9 @@ class Rm(_Directories):
             return files
         match = self.SPAN.fullmatch(self.older_than.strip())
         if match is None:
-            raise ValueError(f"rm: wanted --older-than as 30d, 12h or 90m, got {self.older_than!r}")
+            raise ValueError(
+                f"rm: expected --older-than as 30d, 12h or 90m, got {self.older_than!r}"
+            )
         limit = time.time() - int(match[1]) * _SECONDS[match[2]]
         used = ((path, path.stat()) for path in files)
         return [path for path, s in used if max(s.st_atime, s.st_mtime) < limit]

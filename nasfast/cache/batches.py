@@ -44,7 +44,7 @@ class Plan:
     def __init__(self, layout: Layout, dtype: torch.dtype | None) -> None:
         if dtype is not None and dtype not in _FLOATS:
             names = ", ".join(map(dtype_name, _FLOATS))
-            raise ValueError(f"feature cache: wanted maps as one of {names}, got {dtype}")
+            raise ValueError(f"feature cache: expected maps as one of {names}, got {dtype}")
         self.dtype = dtype
         offsets = {spec.name: spec.offset for spec in layout.arrays}
         self._names = [spec.name for spec in layout.visible]
@@ -169,7 +169,7 @@ def checked(indices: Tensor, count: int) -> Tensor:
     """
     if indices.dtype != torch.int64 or indices.dim() != 1:
         raise ValueError(
-            f"feature cache: wanted indices as int64 [n], got {dtype_name(indices.dtype)} "
+            f"feature cache: expected indices as int64 [n], got {dtype_name(indices.dtype)} "
             f"{list(indices.shape)}"
         )
     indices = indices.cpu().contiguous()
@@ -178,8 +178,8 @@ def checked(indices: Tensor, count: int) -> Tensor:
         if low < 0 or high >= count:
             wrong = low if low < 0 else high
             raise ValueError(
-                f"feature cache: wanted indices from 0 to {count - 1}, got {wrong}; the cache has "
-                f"{count} samples"
+                f"feature cache: expected indices from 0 to {count - 1}, got {wrong}; the cache "
+                f"has {count} samples"
             )
     return indices
 
@@ -236,7 +236,7 @@ class Batches(Iterator[dict[str, Tensor]]):
     ) -> None:
         if len(stages) < 2:
             raise ValueError(
-                f"feature cache: wanted 0 batches ahead or more, got {len(stages) - 1}"
+                f"feature cache: expected 0 batches ahead or more, got {len(stages) - 1}"
             )
         self._free: SimpleQueue[Stage | None] = SimpleQueue()
         self._ready: SimpleQueue[Stage | BaseException | None] = SimpleQueue()

@@ -47,7 +47,7 @@ class CacheConfig:
         for name, known in (("placement", PLACEMENTS), ("storage", STORAGES)):
             if getattr(self, name) not in known:
                 raise ValueError(
-                    f"{name}: wanted one of {', '.join(known)}, got {getattr(self, name)!r}"
+                    f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
         _ = self.memory_bytes
 
@@ -64,8 +64,8 @@ class CacheConfig:
         match = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([KMGT])(I?)B?|B)|0", text)
         if match is None:
             raise ValueError(
-                f"memory: wanted a size such as 8GB or 512MiB, got {self.memory!r}; give a number "
-                "with B, KB, MB, GB, TB, KiB, MiB, GiB or TiB"
+                f"memory: expected a size such as 8GB or 512MiB, got {self.memory!r}; give a "
+                "number with B, KB, MB, GB, TB, KiB, MiB, GiB or TiB"
             )
         return int(float(match[1] or 0) * (1024 if match[3] else 1000) ** _UNITS[match[2]])
 
@@ -93,7 +93,7 @@ class FeatureCache:
         for segment in attached:
             if segment.header.layout != self.layout:
                 raise ValueError(
-                    f"feature cache {segment.path}: wanted the arrays of {self.paths[0]}, got "
+                    f"feature cache {segment.path}: expected the arrays of {self.paths[0]}, got "
                     "others; delete it"
                 )
             segment.touch()
@@ -135,7 +135,7 @@ class FeatureCache:
             RuntimeError: processes of another machine or container use it.
         """
         if count < 1:
-            raise ValueError(f"feature cache: wanted at least 1 sample, got {count}")
+            raise ValueError(f"feature cache: expected at least 1 sample, got {count}")
         request = _Request(key, count, encode, config, heartbeat, chunk)
         attached: list[Segment] = []
         try:
@@ -319,7 +319,7 @@ class _Request:
                 count = min(count, memory // (layout.sample_bytes + STATE.size))
                 if count == 0:
                     raise ValueError(
-                        f"memory: wanted room for one sample of {layout.sample_bytes} bytes, got "
+                        f"memory: expected room for one sample of {layout.sample_bytes} bytes, got "
                         f"{self.config.memory}; give more, or placement file"
                     )
             placement = "ram" if places.is_ram(path) else "file"
@@ -338,7 +338,7 @@ class _Request:
             if segment.header.total != self.count:
                 segment.close()
                 raise ValueError(
-                    f"feature cache {path}: wanted {self.count} samples, got "
+                    f"feature cache {path}: expected {self.count} samples, got "
                     f"{segment.header.total}; delete it"
                 )
             return segment
@@ -385,7 +385,7 @@ def _attach(path: Path, key: Mapping[str, str], config: CacheConfig) -> Segment:
     if differ:
         segment.close()
         raise ValueError(
-            f"feature cache {path}: made for {_values(made, differ)}, wanted "
+            f"feature cache {path}: made for {_values(made, differ)}, expected "
             f"{_values(wanted, differ)}; delete it"
         )
     return segment
@@ -397,7 +397,10 @@ def _attach_existing(path: Path, key: Mapping[str, str], config: CacheConfig) ->
     except FileNotFoundError as error:
         raise FileNotFoundError(
             errno.ENOENT,
-            f"feature cache: wanted {path}, got no such file; FeatureCache.load_or_build makes it",
+            (
+                f"feature cache: expected {path}, got no such file; "
+                "FeatureCache.load_or_build makes it"
+            ),
         ) from error
 
 

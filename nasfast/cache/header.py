@@ -74,21 +74,21 @@ class Header:
         prefix = os.pread(file, _JSON, 0)
         if len(prefix) < _JSON or not prefix.startswith(MAGIC):
             raise ValueError(
-                f"feature cache {path}: wanted a file that starts with {MAGIC!r}, got "
+                f"feature cache {path}: expected a file that starts with {MAGIC!r}, got "
                 f"{prefix[:8]!r}; delete it, or move it away"
             )
         _, version, length, table, blocks = _PREFIX.unpack_from(prefix)
         if version != VERSION:
             raise ValueError(
-                f"feature cache {path}: wanted format version {VERSION}, got {version}; delete it, "
-                "or use the nasfast that made it"
+                f"feature cache {path}: expected format version {VERSION}, got {version}; delete "
+                "it, or use the nasfast that made it"
             )
         text = os.pread(file, min(length, size), _JSON)
         wanted = int.from_bytes(prefix[_PREFIX.size : HOST], "little")
         got = _checksum_of(prefix[: _PREFIX.size] + text)
         if got != wanted:
             raise ValueError(
-                f"feature cache {path}: damaged header, wanted the checksum {wanted:016x}, got "
+                f"feature cache {path}: damaged header, expected the checksum {wanted:016x}, got "
                 f"{got:016x}; delete it"
             )
         fields = json.loads(text)
@@ -97,7 +97,7 @@ class Header:
         end = blocks + header.count * layout.sample_bytes
         if size < end:
             raise ValueError(
-                f"feature cache {path}: truncated, wanted {end} bytes, got {size}; delete it"
+                f"feature cache {path}: truncated, expected {end} bytes, got {size}; delete it"
             )
         return header, table, blocks
 
@@ -120,6 +120,6 @@ def extension() -> Any:
     """
     if _native.C is None:
         raise RuntimeError(
-            f"feature cache: wanted the compiled extension, got none: {_native.ERROR}"
+            f"feature cache: expected the compiled extension, got none: {_native.ERROR}"
         )
     return _native.C

@@ -102,7 +102,7 @@ class Layout:
             wanted = ", ".join(spec.name for spec in self.visible)
             got = ", ".join(name for name in rows if "." not in name)
             raise ValueError(
-                f"feature cache: wanted the arrays {wanted} of each sample, got {got}; "
+                f"feature cache: expected the arrays {wanted} of each sample, got {got}; "
                 "encode the same for all"
             )
         n = len(next(iter(rows.values())))
@@ -111,7 +111,7 @@ class Layout:
             array = rows[spec.name]
             if (array.dtype, tuple(array.shape[1:])) != (spec.dtype, spec.shape):
                 raise ValueError(
-                    f"feature cache: wanted samples of {spec.name} as {dtype_name(spec.dtype)} "
+                    f"feature cache: expected samples of {spec.name} as {dtype_name(spec.dtype)} "
                     f"{list(spec.shape)}, got {dtype_name(array.dtype)} {list(array.shape[1:])}; "
                     "crop all images to one size"
                 )
@@ -149,18 +149,20 @@ def stored(arrays: Mapping[str, Tensor], n: int, storage: str) -> dict[str, Tens
             dimensions that cannot be stored, or values that int8 cannot hold.
     """
     if not arrays:
-        raise ValueError("feature cache: wanted named arrays of the samples, got none")
+        raise ValueError("feature cache: expected named arrays of the samples, got none")
     rows: dict[str, Tensor] = {}
     for name, array in arrays.items():
         if "." in name:
-            raise ValueError(f"feature cache: wanted a name without a dot, got {name!r}; rename it")
+            raise ValueError(
+                f"feature cache: expected a name without a dot, got {name!r}; rename it"
+            )
         if not 1 <= array.dim() <= 4:
             raise ValueError(
-                f"feature cache: wanted {name} as maps [n, C, H, W] or labels [n, H, W], got "
+                f"feature cache: expected {name} as maps [n, C, H, W] or labels [n, H, W], got "
                 f"{list(array.shape)}"
             )
         if len(array) != n:
-            raise ValueError(f"feature cache: wanted {n} samples of {name}, got {len(array)}")
+            raise ValueError(f"feature cache: expected {n} samples of {name}, got {len(array)}")
         array = array.detach()
         if array.dim() == 4:
             array = array.permute(0, 2, 3, 1)
@@ -171,7 +173,7 @@ def stored(arrays: Mapping[str, Tensor], n: int, storage: str) -> dict[str, Tens
                 array = array.to(DTYPES[storage])
         if array.dtype not in DTYPES.values():
             raise ValueError(
-                f"feature cache: wanted {name} as one of {', '.join(DTYPES)}, got "
+                f"feature cache: expected {name} as one of {', '.join(DTYPES)}, got "
                 f"{dtype_name(array.dtype)}; convert it"
             )
         rows[name] = array
@@ -182,8 +184,8 @@ def _quantised(name: str, x: Tensor) -> dict[str, Tensor]:  # [n, H, W, C]
     scale = x.abs().amax((1, 2)) / 127  # [n, C]
     if not scale.isfinite().all():
         raise ValueError(
-            f"feature cache: wanted finite values of {name} to store them as int8, got inf or NaN; "
-            "store float32"
+            f"feature cache: expected finite values of {name} to store them as int8, got inf or "
+            "NaN; store float32"
         )
     step = scale[:, None, None]
     q = (x / step.where(step > 0, 1)).round()

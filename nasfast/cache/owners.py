@@ -21,7 +21,7 @@ def this_process() -> int:
     start = _start_time(os.getpid())
     if start is None:
         raise RuntimeError(
-            f"feature cache: wanted the start time of process {os.getpid()} in /proc, got none; "
+            f"feature cache: expected the start time of process {os.getpid()} in /proc, got none; "
             "mount /proc"
         )
     return owner_word(os.getpid(), start)

@@ -188,7 +188,7 @@ def allocate(file: int, size: int, path: Path) -> None:
     if code == errno.ENOSPC or (code == errno.EOPNOTSUPP and missing > free):
         raise OSError(
             errno.ENOSPC,
-            f"feature cache: wanted {missing} bytes in {path.parent}, got {free} free; make room "
+            f"feature cache: expected {missing} bytes in {path.parent}, got {free} free; make room "
             "with `python -m nasfast.cache rm`, bound a RAM segment with --memory, or give another "
             "--cache-dir",
         )

@@ -55,8 +55,9 @@ class DeviceSamples:
             data = torch.empty(rows, size, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(
-                f"feature cache: wanted {rows * size / 1e9:.1f} GB of {device} for {rows} samples, "
-                f"got out of memory; bound it, as in --memory {rows * size // 2_000_000_000 + 1}GB"
+                f"feature cache: expected {rows * size / 1e9:.1f} GB of {device} for {rows} "
+                "samples, got out of memory; bound it, as in --memory "
+                f"{rows * size // 2_000_000_000 + 1}GB"
             ) from error
         step = max(1, _CHUNK // size)
         staging = _host((min(step, rows), size), torch.uint8, device)

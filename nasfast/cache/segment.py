@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nasfast.cache import owners, places
 from nasfast.cache.header import HOST, STATE, Header, checksum, extension
-from nasfast.files import sync_directory
+from nasfast.utils.files import sync_directory
 
 _NORESERVE = 0x4000  # MAP_NORESERVE: a private map of a large file is no claim on memory
 _PATIENCE = 2.0  # seconds for those who hold a file only to look at it
@@ -208,7 +208,7 @@ class Segment:
         """What is wrong with a row; None if it was published just now."""
         if not 0 <= row < self.count:
             return ValueError(
-                f"feature cache {self.path}: wanted a sample of {self.first} to "
+                f"feature cache {self.path}: expected a sample of {self.first} to "
                 f"{self.first + self.count - 1}, got {self.first + row}"
             )
         about = f"feature cache {self.path}: sample {self.first + row}"
@@ -220,9 +220,9 @@ class Segment:
         if got == wanted:
             return None
         return RuntimeError(
-            f"{about} is damaged: wanted the checksum {wanted:016x}, got {got:016x}; free it with "
-            f"`python -m nasfast.cache verify --repair {self.path}`, and the next search encodes "
-            "it again"
+            f"{about} is damaged: expected the checksum {wanted:016x}, got {got:016x}; free it "
+            f"with `python -m nasfast.cache verify --repair {self.path}`, and the next search "
+            "encodes it again"
         )
 
 

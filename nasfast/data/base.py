@@ -130,6 +130,6 @@ def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
 def normalize(images: Tensor) -> Tensor:
     """Images of 0..255 (any dtype) [N, 3, H, W] -> float32 with ImageNet mean and deviation."""
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"normalize: wanted images [N, 3, H, W], got {list(images.shape)}")
+        raise ValueError(f"normalize: expected images [N, 3, H, W], got {list(images.shape)}")
     mean, std = _imagenet(images.device)
     return (images.to(torch.float32) - 255 * mean) / (255 * std)  # [N, 3, H, W]

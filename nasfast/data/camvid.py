@@ -40,7 +40,7 @@ def open_camvid(
             ignore_index = int(described["ignore_index"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{root / 'classes.json'}: wanted an object with 'ignore_index' and 'classes', a "
+                f"{root / 'classes.json'}: expected an object with 'ignore_index' and 'classes', a "
                 f"list of {{'name', 'color'}}; got {type(error).__name__}: {error}"
             ) from error
 

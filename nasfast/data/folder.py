@@ -78,7 +78,7 @@ class FileDataset(SegmentationDataset):
         with _opened(path, "mask") as file:
             if file.mode not in ("1", "L", "P"):
                 raise ValueError(
-                    f"mask {path} has mode {file.mode}: wanted an 8-bit index mask (grey or "
+                    f"mask {path} has mode {file.mode}: expected an 8-bit index mask (grey or "
                     "palette PNG whose pixel values are class indices)"
                 )
             labels = np.array(file, dtype=np.uint8)  # [H, W]
@@ -86,7 +86,7 @@ class FileDataset(SegmentationDataset):
         unknown = [v for v in present if v >= len(self.classes) and v != self.ignore_index]
         if unknown:
             raise ValueError(
-                f"mask {path} has the value {unknown[0]}: wanted 0..{len(self.classes) - 1} "
+                f"mask {path} has the value {unknown[0]}: expected 0..{len(self.classes) - 1} "
                 f"or {self.ignore_index} (ignore)"
             )
         return torch.from_numpy(labels)
@@ -104,17 +104,19 @@ def open_folder(
     """
     classes = read_lines(root / "classes.txt")
     if len(classes) > 255:
-        raise ValueError(f"{root / 'classes.txt'}: wanted at most 255 classes, got {len(classes)}")
+        raise ValueError(
+            f"{root / 'classes.txt'}: expected at most 255 classes, got {len(classes)}"
+        )
     images, masks = root / "images", root / "masks"
     lists = [root / "train.txt", root / "val.txt"]
     if all(path.is_file() for path in lists):
         parts = [[id_of(line) for line in read_lines(path)] for path in lists]
     elif any(path.is_file() for path in lists):
-        raise FileNotFoundError(f"{root}: wanted both train.txt and val.txt or neither, got one")
+        raise FileNotFoundError(f"{root}: expected both train.txt and val.txt or neither, got one")
     else:
         stems = files_by_stem(images)
         if len(stems) < 2:
-            raise ValueError(f"{images}: wanted at least 2 images, got {len(stems)}")
+            raise ValueError(f"{images}: expected at least 2 images, got {len(stems)}")
         ranked = sorted(stems, key=lambda stem: hashlib.sha256(stem.encode()).hexdigest())
         held_out = max(1, round(0.2 * len(ranked)))
         parts = [sorted(ranked[held_out:]), sorted(ranked[:held_out])]
@@ -134,7 +136,7 @@ def read_lines(path: Path) -> list[str]:
     """The stripped lines of a list, without empty ones. ValueError for an empty list."""
     lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     if not lines:
-        raise ValueError(f"{path} is empty: wanted one entry per line")
+        raise ValueError(f"{path} is empty: expected one entry per line")
     return lines
 
 
@@ -161,7 +163,7 @@ def pair_files(
         missing = [i for i in ids if i not in files]
         if missing:
             raise FileNotFoundError(
-                f"no {kind} for id {missing[0]!r}: wanted {folder / missing[0]} with the suffix "
+                f"no {kind} for id {missing[0]!r}: expected {folder / missing[0]} with the suffix "
                 f"{' or '.join(IMAGE_SUFFIXES)} ({len(missing)} of {len(ids)} missing)"
             )
         found.append([files[i] for i in ids])

@@ -171,7 +171,7 @@ def open_images(source: str | Path, channels: int) -> RestorationData:
         return _divide(*(_draw_all(channels, stream) for stream in DRAWN))
     root = Path(source)
     if not root.is_dir():
-        raise FileNotFoundError(f"data: wanted 'synthetic' or a folder, got {str(source)!r}")
+        raise FileNotFoundError(f"data: expected 'synthetic' or a folder, got {str(source)!r}")
     for top in (root, root / "images"):
         if (top / "train").is_dir() and (top / "test").is_dir():
             name = root.resolve().name
@@ -182,7 +182,7 @@ def open_images(source: str | Path, channels: int) -> RestorationData:
     pictures = open_pictures(root, channels)
     if len(pictures) < 3:
         raise ValueError(
-            f"{root}: wanted at least 3 images (training, validation, test), got {len(pictures)}"
+            f"{root}: expected at least 3 images (training, validation, test), got {len(pictures)}"
         )
     ranked = sorted(range(len(pictures)), key=lambda index: _hash(pictures.names[index]))
     count = max(1, round(0.2 * len(pictures)))
@@ -194,7 +194,7 @@ def open_pictures(folder: Path, channels: int, *, name: str | None = None) -> Pi
     """All images or pairs of one folder, sorted by name; for errors see `open_images`."""
     _check_channels(channels)
     if not folder.is_dir():
-        raise FileNotFoundError(f"data: wanted a folder of images, got {str(folder)!r}")
+        raise FileNotFoundError(f"data: expected a folder of images, got {str(folder)!r}")
     files, clean = _image_files(folder), folder / CLEAN_FOLDER
     degraded = next((folder / name for name in DEGRADED_FOLDERS if (folder / name).is_dir()), None)
     pairs: list[tuple[Path, ...]]
@@ -211,7 +211,7 @@ def open_pictures(folder: Path, channels: int, *, name: str | None = None) -> Pi
         pairs = [(path,) for path in files]
     if not pairs:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        raise ValueError(f"data: {folder} holds no images: wanted {LAYOUTS}; found {found}")
+        raise ValueError(f"data: {folder} holds no images: expected {LAYOUTS}; found {found}")
     sources = [_Files(paths, channels) for paths in pairs]
     return Pictures(name or folder.resolve().name, channels, sources)
 
@@ -227,7 +227,7 @@ class _Files(Source):
         if sizes[-1] != sizes[0]:
             clean, degraded = (f"{p} of {h}x{w}" for p, (h, w) in zip(paths, sizes, strict=True))
             raise ValueError(
-                f"data: wanted pairs of one size, got {clean} and {degraded} (height x width)"
+                f"data: expected pairs of one size, got {clean} and {degraded} (height x width)"
             )
 
     def read(self) -> Picture:
@@ -306,7 +306,7 @@ def _outline(rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.bool
 def _divide(train: Pictures, test: Pictures) -> RestorationData:
     if len(train) < 2:
         raise ValueError(
-            f"{train.name}: wanted at least 2 training images (one validates), got {len(train)}"
+            f"{train.name}: expected at least 2 training images (one validates), got {len(train)}"
         )
     held_out = max(1, len(train) // 50)
     return RestorationData(train=train[:-held_out], val=train[-held_out:], test=test)
@@ -318,7 +318,7 @@ def _hash(name: str) -> str:
 
 def _check_channels(channels: int) -> None:
     if channels not in MODES:
-        raise ValueError(f"channels: wanted 1 (grey) or 3 (RGB), got {channels}")
+        raise ValueError(f"channels: expected 1 (grey) or 3 (RGB), got {channels}")
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -332,7 +332,7 @@ def _paired(clean: dict[str, Path], degraded: dict[str, Path]) -> list[tuple[Pat
     """(clean, degraded) by key; FileNotFoundError names the first file without its partner."""
     for key in sorted(clean.keys() ^ degraded.keys()):
         found, missing = (clean, "degraded") if key in clean else (degraded, "clean")
-        raise FileNotFoundError(f"data: {found[key]} has no {missing} partner; wanted {LAYOUTS}")
+        raise FileNotFoundError(f"data: {found[key]} has no {missing} partner; expected {LAYOUTS}")
     return [(clean[key], degraded[key]) for key in sorted(clean)]
 
 
@@ -349,10 +349,10 @@ def _measure(path: Path, channels: int) -> tuple[int, int]:
     with _opened(path) as file:
         mode, size = file.mode, (file.height, file.width)
     if mode in WIDE_MODES:
-        raise ValueError(f"image {path} has mode {mode}: wanted 8 bits a channel; convert it")
+        raise ValueError(f"image {path} has mode {mode}: expected 8 bits a channel; convert it")
     if channels == 3 and mode in GREY_MODES:
         raise ValueError(
-            f"image {path} is grey: wanted a colour image for 3 channels; use 1 channel, which "
+            f"image {path} is grey: expected a colour image for 3 channels; use 1 channel, which "
             "takes colour images too and converts them"
         )
     return size

@@ -56,13 +56,13 @@ class SyntheticStreets(SegmentationDataset):
         cache_in_memory: bool = False,
     ) -> None:
         if num_samples < 1:
-            raise ValueError(f"SyntheticStreets: wanted num_samples >= 1, got {num_samples}")
+            raise ValueError(f"SyntheticStreets: expected num_samples >= 1, got {num_samples}")
         if seed < 0:
-            raise ValueError(f"SyntheticStreets: wanted seed >= 0, got {seed}")
+            raise ValueError(f"SyntheticStreets: expected seed >= 0, got {seed}")
         if min(size) < 32:
-            raise ValueError(f"SyntheticStreets: wanted size of at least 32x32, got {size}")
+            raise ValueError(f"SyntheticStreets: expected size of at least 32x32, got {size}")
         if stream not in STREAMS:
-            raise ValueError(f"SyntheticStreets: wanted stream of {STREAMS}, got {stream!r}")
+            raise ValueError(f"SyntheticStreets: expected stream of {STREAMS}, got {stream!r}")
         self.name, self.classes = "synthetic", tuple(CLASSES)
         self.ignore_index, self.colors = IGNORE, tuple(CLASSES.values())
         self._num_samples, self._seed, self._size, self._stream = num_samples, seed, size, stream

@@ -38,13 +38,13 @@ class TrainTransform:
         low, high = self.scale_range
         if not 0 < low <= high < float("inf"):
             raise ValueError(
-                f"TrainTransform: wanted scale_range (low, high) with 0 < low <= high, "
+                f"TrainTransform: expected scale_range (low, high) with 0 < low <= high, "
                 f"got {self.scale_range}"
             )
 
     def __call__(self, sample: Sample, generator: torch.Generator | None = None) -> Sample:
         if generator is None:
-            raise ValueError("TrainTransform: wanted a torch.Generator, got None")
+            raise ValueError("TrainTransform: expected a torch.Generator, got None")
         draw = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
         low, high = self.scale_range
         crop_h, crop_w = _pair(self.crop)
@@ -94,7 +94,7 @@ def batch(
     sizes = sorted({tuple(s.mask.shape) for s in samples})
     if len(sizes) != 1:
         raise ValueError(
-            f"batch: wanted one or more samples of one size, got {len(samples)} samples of sizes "
+            f"batch: expected one or more samples of one size, got {len(samples)} samples of sizes "
             f"{sizes}; crop them, or take one at a time"
         )
     return torch.stack([s.image for s in samples]), torch.stack([s.mask for s in samples])
@@ -124,4 +124,4 @@ def _pair(size: Size) -> tuple[int, int]:
 
 def _check_size(owner: str, argument: str, size: Size) -> None:
     if min(_pair(size)) < 2:  # torch resizes no uint8 image to 1x1
-        raise ValueError(f"{owner}: wanted {argument} of at least 2 pixels, got {size}")
+        raise ValueError(f"{owner}: expected {argument} of at least 2 pixels, got {size}")

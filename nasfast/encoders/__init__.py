@@ -37,7 +37,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise ValueError(f"weights: {path} is not a safetensors file: {error}") from error
     if path.suffix not in {".pth", ".pt"}:
         raise ValueError(
-            f"weights: wanted a .safetensors, .pth or .pt file, got {path.name}; convert it first"
+            f"weights: expected a .safetensors, .pth or .pt file, got {path.name}; convert it first"
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -48,7 +48,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(
-            f"weights: wanted a flat dict of tensors in {path}, got {type(state).__name__}; "
+            f"weights: expected a flat dict of tensors in {path}, got {type(state).__name__}; "
             "save model.state_dict() alone"
         )
     return state, {}

@@ -122,7 +122,7 @@ class MobileNetV2(nn.Module):
         missing = [k for k in own if k not in given and not k.endswith("num_batches_tracked")]
         unknown = [k for k in given if k not in own]
         shapes = [
-            f"{k}: wanted {list(own[k].shape)}, got {list(v.shape)}"
+            f"{k}: expected {list(own[k].shape)}, got {list(v.shape)}"
             for k, v in given.items()
             if k in own and v.shape != own[k].shape
         ]
@@ -137,7 +137,7 @@ class MobileNetV2(nn.Module):
                 )
                 raise ValueError(
                     f"mobilenet_v2 weights {source}: {len(keys)} key(s) {problem}: {shown}. "
-                    f"Wanted torchvision's mobilenet_v2 state dict at width {self.width:g}; "
+                    f"Expected torchvision's mobilenet_v2 state dict at width {self.width:g}; "
                     "convert the key names or give another file."
                 )
         self.load_state_dict({k: v.to(own[k].dtype) for k, v in given.items()}, strict=False)

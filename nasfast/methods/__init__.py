@@ -71,7 +71,7 @@ def read_genotype(path: Path) -> object:
         content: object = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(
-            f"train: wanted a run directory or a JSON file with a genotype, got {path}: {error}"
+            f"train: expected a run directory or a JSON file with a genotype, got {path}: {error}"
         ) from error
     if isinstance(content, dict) and "genotype" in content:  # best.json, metrics.json
         return content["genotype"]

@@ -11,33 +11,14 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from nasfast.config import require_positive
-from nasfast.interrupt import Interrupt
+from nasfast.searches.base import Search, SearchSettings
 from nasfast.spaces.base import Genotype
-from nasfast.study import Study
 from nasfast.training.loop import Runtime
+from nasfast.utils.config import require_positive
+from nasfast.utils.interrupt import Interrupt
 
 MODEL_FILE = "model.safetensors"
 """Name of a trained network in the directory of its training."""
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """Settings that every search has."""
-
-    data: str = "synthetic"
-    """"synthetic", or a folder."""
-    seed: int = 0
-    """Decides everything that is drawn."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    threads: int | None = None
-    """Threads that a network is computed with; default: as many as there are cores, or that many
-    shared out among a batch of candidates."""
-    name: str | None = None
-    """Name of the run; default: that of the data."""
-    runs: Path = Path("runs")
-    """Directory that run directories are made in."""
 
 
 @dataclass(frozen=True)
@@ -80,31 +61,6 @@ class EvaluateConfig:
     def path(self) -> Path:
         """The model file."""
         return self.model / MODEL_FILE if self.model.is_dir() else self.model
-
-
-class Search(Protocol):
-    """A search with its data open, ready to run."""
-
-    @property
-    def inputs(self) -> Mapping[str, str]:
-        """SHA-256 of everything that was read."""
-
-    @property
-    def runtime(self) -> Runtime: ...
-
-    @property
-    def environment(self) -> Mapping[str, object]:
-        """What env.json says beside the machine and the identity."""
-
-    @property
-    def more(self) -> str:
-        """Flags that make a finished run go on, such as "--budget 16"; empty where none do."""
-
-    def run(self, study: Study, console: Console) -> None:
-        """Search from where the study stands to the end; every record and checkpoint is saved."""
-
-    def close(self) -> None:
-        """End what it started; nothing is lost."""
 
 
 class Trainer(Protocol):

@@ -62,7 +62,7 @@ class DeformBranch(nn.Module):
         super().__init__()
         if channels % offset_groups:
             raise ValueError(
-                f"def3x3: wanted channels in {offset_groups} groups that share offsets, got "
+                f"def3x3: expected channels in {offset_groups} groups that share offsets, got "
                 f"{channels}; choose a width that divides"
             )
         self.offset = nn.Conv2d(channels, 27 * offset_groups, 3, padding=1)
@@ -114,10 +114,10 @@ class PlainMixedOp(nn.Module):
         for name in primitives:
             if name not in PRIMITIVES:
                 raise ValueError(
-                    f"MixedOp: wanted primitives out of {', '.join(PRIMITIVES)}, got {name!r}"
+                    f"MixedOp: expected primitives out of {', '.join(PRIMITIVES)}, got {name!r}"
                 )
         if norm not in ("batch", "none"):
-            raise ValueError(f'MixedOp: wanted norm "batch" or "none", got {norm!r}')
+            raise ValueError(f'MixedOp: expected norm "batch" or "none", got {norm!r}')
         self.primitives = tuple(primitives)
         self.ops = nn.ModuleDict(
             {

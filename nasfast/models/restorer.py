@@ -13,11 +13,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from nasfast.encoders import read_weights
-from nasfast.files import atomic_write
 from nasfast.models.layers import ConvBN, ConvBNReLU, DepthwiseSeparable, concatenate
 from nasfast.models.mixed_op import make_branch
 from nasfast.models.supernet import check_images
 from nasfast.spaces.ir_nas import IRNASGenotype, Node
+from nasfast.utils.files import atomic_write
 
 FORMAT = "nasfast.restorer"
 ATROUS_RATES = (2, 4, 6)
@@ -50,7 +50,7 @@ class RestorerConfig:
         for field in ("width", "stem", "head", "low_level"):
             value = getattr(self, field)
             if value < 1:
-                raise ValueError(f"RestorerConfig.{field}: wanted at least 1, got {value}")
+                raise ValueError(f"RestorerConfig.{field}: expected at least 1, got {value}")
 
 
 class Cell(nn.Module):
@@ -198,7 +198,7 @@ def read_restorer(path: Path) -> tuple[Restorer, dict[str, Any]]:
     tensors, metadata = read_weights(path)
     if FORMAT not in metadata:
         raise ValueError(
-            f"restorer {path}: wanted a model.safetensors that nasfast.train wrote for a "
+            f"restorer {path}: expected a model.safetensors that nasfast.train wrote for a "
             f"restoration network, got a file without {FORMAT!r} in its metadata"
         )
     description: dict[str, Any] = json.loads(metadata[FORMAT])

@@ -12,9 +12,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from nasfast.encoders import FeatureInfo, MobileNetV2, read_weights
-from nasfast.files import atomic_write
 from nasfast.models.layers import ConvBNReLU, build_op, concatenate, largest, resize
 from nasfast.spaces.fast_nas import Cell, FastNASGenotype, FastNASSpace
+from nasfast.utils.files import atomic_write
 
 FORMAT = "nasfast.segmenter"
 
@@ -167,7 +167,7 @@ def read_segmenter(path: Path) -> tuple[Segmenter, dict[str, Any]]:
     tensors, metadata = read_weights(path)
     if FORMAT not in metadata:
         raise ValueError(
-            f"segmenter {path}: wanted a model.safetensors that nasfast.train wrote, got a file "
+            f"segmenter {path}: expected a model.safetensors that nasfast.train wrote, got a file "
             f"without {FORMAT!r} in its metadata"
         )
     description: dict[str, Any] = json.loads(metadata[FORMAT])
@@ -193,7 +193,7 @@ def load_teacher(path: Path, classes: Sequence[str]) -> Segmenter:
     model, description = read_segmenter(path)
     if tuple(description["classes"]) != tuple(classes):
         raise ValueError(
-            f"teacher {path}: wanted a network for {', '.join(classes)}, got one for "
+            f"teacher {path}: expected a network for {', '.join(classes)}, got one for "
             f"{', '.join(description['classes'])}; train one on this data first"
         )
     return model

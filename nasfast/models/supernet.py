@@ -59,15 +59,15 @@ class SupernetConfig:
         for field, least in (("layers", 1), ("nodes", 1), ("width", 2)):
             value = getattr(self, field)
             if value < least:
-                raise ValueError(f"SupernetConfig.{field}: wanted at least {least}, got {value}")
+                raise ValueError(f"SupernetConfig.{field}: expected at least {least}, got {value}")
         if self.width % 2:
             raise ValueError(
-                f"SupernetConfig.width: wanted an even number, got {self.width}; half the channels "
-                "share the offsets of a deformable convolution"
+                f"SupernetConfig.width: expected an even number, got {self.width}; half the "
+                "channels share the offsets of a deformable convolution"
             )
         if self.memory not in ("save", "recompute"):
             raise ValueError(
-                f'SupernetConfig.memory: wanted "save" or "recompute", got {self.memory!r}'
+                f'SupernetConfig.memory: expected "save" or "recompute", got {self.memory!r}'
             )
 
 
@@ -322,6 +322,6 @@ def check_images(model: str, images: Tensor, channels: int) -> None:
     """ValueError unless ``images`` is ``[N, channels, H, W]``."""
     if images.dim() != 4 or images.shape[1] != channels:
         raise ValueError(
-            f"{model}: wanted images [N, {channels}, H, W], got shape {list(images.shape)}; "
+            f"{model}: expected images [N, {channels}, H, W], got shape {list(images.shape)}; "
             "read the data with the channels of the model"
         )

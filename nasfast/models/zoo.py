@@ -60,5 +60,5 @@ ZOO = {
 def get(name: str) -> Architecture:
     """The architecture of that name; ValueError lists the names."""
     if name not in ZOO:
-        raise ValueError(f"architecture: wanted one of {', '.join(ZOO)}, got {name!r}")
+        raise ValueError(f"architecture: expected one of {', '.join(ZOO)}, got {name!r}")
     return ZOO[name]

@@ -1,6 +1,6 @@
 """What the checks of several ops have in common, and the words of every op's errors.
 
-Each function raises ``ValueError`` with op, argument, what was wanted, what came, and a remedy.
+Each function raises ``ValueError`` with op, argument, what was expected, what came, and a remedy.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def deform_conv2d(
     convolution that predicts offset and mask) is read in place; other maps are copied into it.
 
     Raises:
-        ValueError: tensors that do not fit together, with what was wanted and what came.
+        ValueError: tensors that do not fit together, with what was expected and what came.
     """
     stride, padding, dilation = _pairs(stride, padding, dilation)
     arguments = input, offset, weight, bias, stride, padding, dilation, mask

@@ -35,7 +35,7 @@ def depthwise_conv2d(
     other maps are copied into it.
 
     Raises:
-        ValueError: tensors that do not fit together, with what was wanted and what came.
+        ValueError: tensors that do not fit together, with what was expected and what came.
     """
     padding, dilation = _pair("padding", padding), _pair("dilation", dilation)
     arguments = input, weight, padding, dilation

@@ -68,7 +68,7 @@ def feature_gather(
     graph, and a row whose index is none of the samples is left as it is.
 
     Raises:
-        ValueError: tensors that do not fit together, with what was wanted and what came; on a CPU
+        ValueError: tensors that do not fit together, with what was expected and what came; on a CPU
             also an index that is none of the samples.
     """
     shape = tuple(shape)
@@ -123,7 +123,7 @@ def gather_fields(
     together from several ``data`` by a call for each.
 
     Raises:
-        ValueError: tensors that do not fit together, with what was wanted and what came.
+        ValueError: tensors that do not fit together, with what was expected and what came.
     """
     _check(data, indices, fields, outs)
     for first in range(0, len(fields), _MOST):

@@ -84,7 +84,7 @@ def mixed_op(
     half-precision input. Autocast casts the input and the weights.
 
     Raises:
-        ValueError: tensors that do not fit together, with what was wanted and what came.
+        ValueError: tensors that do not fit together, with what was expected and what came.
     """
     if into is input:
         raise _wrong("into", "another tensor than input", "input itself", "pass input.clone()")

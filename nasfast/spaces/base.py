@@ -66,13 +66,13 @@ def check_choices(decisions: Sequence[Decision], choices: Sequence[int]) -> None
     """ValueError unless `choices` holds one integer in range for each decision."""
     if len(choices) != len(decisions):
         raise ValueError(
-            f"choices: wanted {len(decisions)} integers, one per decision, got {len(choices)}; "
+            f"choices: expected {len(decisions)} integers, one per decision, got {len(choices)}; "
             "Space.decisions lists them in order"
         )
     for decision, choice in zip(decisions, choices, strict=True):
         if type(choice) is not int or not 0 <= choice < decision.size:
             raise ValueError(
-                f"{decision.name}: wanted an integer in 0..{decision.size - 1}, got {choice!r}; "
+                f"{decision.name}: expected an integer in 0..{decision.size - 1}, got {choice!r}; "
                 "check that the genotype was made for this space"
             )
 

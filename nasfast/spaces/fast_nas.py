@@ -139,7 +139,7 @@ class FastNASSpace:
         for field in ("num_layers", "num_blocks", "num_taps"):
             if getattr(self, field) < 1:
                 raise ValueError(
-                    f"FastNASSpace.{field}: wanted at least 1, got {getattr(self, field)}"
+                    f"FastNASSpace.{field}: expected at least 1, got {getattr(self, field)}"
                 )
 
     @property
@@ -181,7 +181,7 @@ class FastNASSpace:
         lengths = (len(genotype.connections), len(genotype.cell.layers), genotype.num_taps)
         if lengths != (self.num_blocks, self.num_layers, self.num_taps):
             raise ValueError(
-                f"genotype: wanted {self.num_blocks} connections, {self.num_layers} cell layers "
+                f"genotype: expected {self.num_blocks} connections, {self.num_layers} cell layers "
                 f"and {self.num_taps} taps, got {lengths[0]}, {lengths[1]} and {lengths[2]}; "
                 "make a FastNASSpace of that size"
             )
@@ -206,12 +206,12 @@ class FastNASSpace:
         if isinstance(obj, dict):
             if set(obj) != {"space", "cell", "connections"}:
                 raise ValueError(
-                    'genotype: wanted the keys "space", "cell" and "connections", '
+                    'genotype: expected the keys "space", "cell" and "connections", '
                     f"got {sorted(map(str, obj))}"
                 )
             if obj["space"] != self.name:
                 raise ValueError(
-                    f'space: wanted "{self.name}", got {obj["space"]!r}; '
+                    f'space: expected "{self.name}", got {obj["space"]!r}; '
                     "read the genotype with the space that wrote it"
                 )
             cell, connections = obj["cell"], obj["connections"]
@@ -229,7 +229,7 @@ class FastNASSpace:
             if decision.head == "cell.op" and choice not in range(len(PRIMITIVES)):
                 known = ", ".join(f"{i} {name}" for i, name in enumerate(PRIMITIVES))
                 raise ValueError(
-                    f"{decision.name}: wanted the index of a primitive, {known}; got {choice!r}"
+                    f"{decision.name}: expected the index of a primitive, {known}; got {choice!r}"
                 )
         return self.decode(choices)
 
@@ -237,5 +237,5 @@ class FastNASSpace:
 def _list(obj: object, where: str, length: int, form: str) -> list[int]:
     """`obj` if it is a list of that length, else ValueError; `decode` checks the items."""
     if not isinstance(obj, list | tuple) or len(obj) != length:
-        raise ValueError(f"{where}: wanted a list of {length}, {form}, got {obj!r}")
+        raise ValueError(f"{where}: expected a list of {length}, {form}, got {obj!r}")
     return list(obj)

@@ -84,11 +84,11 @@ class IRNASGenotype:
         if not isinstance(obj, dict) or set(obj) != {"space", "nodes", "levels"}:
             got = sorted(map(str, obj)) if isinstance(obj, dict) else repr(obj)
             raise ValueError(
-                f'genotype: wanted an object of "space", "nodes" and "levels", got {got}'
+                f'genotype: expected an object of "space", "nodes" and "levels", got {got}'
             )
         if obj["space"] != "ir_nas":
             raise ValueError(
-                f'space: wanted "ir_nas", got {obj["space"]!r}; '
+                f'space: expected "ir_nas", got {obj["space"]!r}; '
                 "read the genotype with the space that wrote it"
             )
         nodes = [
@@ -114,7 +114,7 @@ class IRNASSpace:
         for field in ("layers", "nodes"):
             if getattr(self, field) < 1:
                 raise ValueError(
-                    f"IRNASSpace.{field}: wanted at least 1, got {getattr(self, field)}"
+                    f"IRNASSpace.{field}: expected at least 1, got {getattr(self, field)}"
                 )
 
     @property
@@ -153,17 +153,19 @@ class IRNASSpace:
         lengths = (len(genotype.levels), len(genotype.nodes))
         if lengths != (self.layers, self.nodes):
             raise ValueError(
-                f"genotype: wanted {self.layers} levels and {self.nodes} nodes, got {lengths[0]} "
+                f"genotype: expected {self.layers} levels and {self.nodes} nodes, got {lengths[0]} "
                 f"and {lengths[1]}; make an IRNASSpace of that size"
             )
         choices = []
         for i, ((op0, low), (op1, high)) in enumerate(genotype.nodes):
             for j, op in enumerate((op0, op1)):
                 if op not in OPS:
-                    raise ValueError(f"node{i}.edge{j}: wanted one of {', '.join(OPS)}, got {op!r}")
+                    raise ValueError(
+                        f"node{i}.edge{j}: expected one of {', '.join(OPS)}, got {op!r}"
+                    )
             if (low, high) not in _pairs(2 + i):
                 raise ValueError(
-                    f"node{i}: wanted two different states of 0..{1 + i}, the lower first, got "
+                    f"node{i}: expected two different states of 0..{1 + i}, the lower first, got "
                     f"{low!r} and {high!r}"
                 )
             choices += [_pairs(2 + i).index((low, high)), OPS.index(op0), OPS.index(op1)]
@@ -266,7 +268,7 @@ def _path_index(levels: Sequence[int]) -> int:
         reached = targets(before)
         if type(level) is not int or level not in reached:
             raise ValueError(
-                f"levels: wanted layer {layer} at one of {sorted(reached)}, which level "
+                f"levels: expected layer {layer} at one of {sorted(reached)}, which level "
                 f"{before} before it reaches, got {level!r}"
             )
         left = len(levels) - layer
@@ -283,7 +285,7 @@ def _node(edges: Iterable[Edge]) -> Node:
 def _edge(obj: object, where: str) -> Edge:
     op, state = _list(obj, where, 2, "[op, state]")
     if type(state) is not int:
-        raise ValueError(f"{where}: wanted the number of a state, got {state!r}")
+        raise ValueError(f"{where}: expected the number of a state, got {state!r}")
     return op, state
 
 
@@ -291,7 +293,7 @@ def _list(obj: object, where: str, length: int | None, form: str) -> list[Any]:
     """`obj` if it is a list of that length, None for any but 0, else ValueError."""
     if not isinstance(obj, list | tuple) or len(obj) != (length or max(len(obj), 1)):
         wanted = f"a list of {length}" if length else "a list"
-        raise ValueError(f"{where}: wanted {wanted}, {form}, got {obj!r}")
+        raise ValueError(f"{where}: expected {wanted}, {form}, got {obj!r}")
     return list(obj)
 
 
@@ -299,4 +301,4 @@ def _check_table(name: str, table: Sequence[Sequence[float]], rows: int, columns
     widths = {len(row) for row in table}
     if len(table) != rows or widths != {columns}:
         got = f"{len(table)} of {', '.join(map(str, sorted(widths)))}"
-        raise ValueError(f"{name}: wanted {rows} rows of {columns}, got {got}")
+        raise ValueError(f"{name}: expected {rows} rows of {columns}, got {got}")

@@ -27,7 +27,7 @@ STRATEGIES: dict[str, Callable[[Space[Any], int, PPOConfig], Strategy[Any]]] = {
 def make_strategy(name: str, space: Space[G], seed: int, ppo: PPOConfig) -> Strategy[G]:
     """The strategy of that name; ValueError lists the choices."""
     if name not in STRATEGIES:
-        raise ValueError(f"strategy: wanted one of {', '.join(STRATEGIES)}, got {name!r}")
+        raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {name!r}")
     return STRATEGIES[name](space, seed, ppo)
 
 

@@ -30,6 +30,6 @@ def check_state(state: Mapping[str, Any], strategy: str) -> None:
     """ValueError unless `state` names the strategy that is about to load it."""
     if state.get("strategy") != strategy:
         raise ValueError(
-            f'state["strategy"]: wanted "{strategy}", got {state.get("strategy")!r}; '
+            f'state["strategy"]: expected "{strategy}", got {state.get("strategy")!r}; '
             "resume with the strategy that wrote the checkpoint"
         )

@@ -40,7 +40,7 @@ class Temperature:
         for field in ("start", "end", "steps"):
             value = getattr(self, field)
             if not value > 0:
-                raise ValueError(f"Temperature.{field}: wanted more than 0, got {value}")
+                raise ValueError(f"Temperature.{field}: expected more than 0, got {value}")
 
     def at(self, step: int) -> float:
         """The temperature of architecture step 0, 1, .."""
@@ -132,7 +132,9 @@ class Proxyless:
         """Undo what the optimizer did to operations that did not run, and shift the two that did so
         that together they are as probable as before."""
         if self._before is None:
-            raise RuntimeError("after_architecture_step: wanted a call of architecture_step before")
+            raise RuntimeError(
+                "after_architecture_step: expected a call of architecture_step before"
+            )
         old, pairs = self._before
         self._before = None
         new = alphas.gather(1, pairs)
@@ -226,5 +228,5 @@ def make_relaxation(name: str, seed: int, temperature: Temperature) -> Relaxatio
     """The relaxation of that name; ValueError lists the choices."""
     if name not in GRADIENT_STRATEGIES:
         choices = ", ".join(GRADIENT_STRATEGIES)
-        raise ValueError(f"strategy: wanted one of {choices}, got {name!r}")
+        raise ValueError(f"strategy: expected one of {choices}, got {name!r}")
     return GRADIENT_STRATEGIES[name](seed, temperature)

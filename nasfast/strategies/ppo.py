@@ -75,15 +75,15 @@ class PPOConfig:
             value = getattr(self, field)
             if value < 0 or (field in positive and value == 0):
                 wanted = "above 0" if field in positive else "at least 0"
-                raise ValueError(f"PPOConfig.{field}: wanted a value {wanted}, got {value}")
+                raise ValueError(f"PPOConfig.{field}: expected a value {wanted}, got {value}")
         if self.baseline_decay > 1:
             raise ValueError(
-                f"PPOConfig.baseline_decay: wanted at most 1, got {self.baseline_decay}; "
+                f"PPOConfig.baseline_decay: expected at most 1, got {self.baseline_decay}; "
                 "1 averages the whole buffer"
             )
         if self.buffer_size < max(2, self.batch_size):
             raise ValueError(
-                f"PPOConfig.buffer_size: wanted at least 2 and at least batch_size="
+                f"PPOConfig.buffer_size: expected at least 2 and at least batch_size="
                 f"{self.batch_size}, got {self.buffer_size}; a reward is compared with others"
             )
 
@@ -106,8 +106,9 @@ class Controller(nn.Module):
         for decision in decisions:
             if sizes.setdefault(decision.head, decision.size) != decision.size:
                 raise ValueError(
-                    f"{decision.name}: wanted size {sizes[decision.head]}, as the other decisions "
-                    f'of head "{decision.head}", got {decision.size}; give it a head of its own'
+                    f"{decision.name}: expected size {sizes[decision.head]}, as the other "
+                    f'decisions of head "{decision.head}", got {decision.size}; '
+                    "give it a head of its own"
                 )
         total, width = sum(sizes.values()), config.hidden_size
         starts = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
@@ -215,12 +216,12 @@ class PPO(Generic[G]):
         if not self._asked or self._space.decode(self._asked[0][0]) != genotype:
             wanted = self._space.decode(self._asked[0][0]) if self._asked else "no genotype"
             raise ValueError(
-                f"tell: wanted the reward of {wanted}, got {genotype}; "
+                f"tell: expected the reward of {wanted}, got {genotype}; "
                 "tell every genotype that was asked for once, in order"
             )
         if reward is not None and not math.isfinite(reward):
             raise ValueError(
-                f"tell: wanted a finite reward, got {reward}; tell None for a failed evaluation"
+                f"tell: expected a finite reward, got {reward}; tell None for a failed evaluation"
             )
         choices, log_prob = self._asked.popleft()
         if reward is None:

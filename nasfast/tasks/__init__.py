@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nasfast.config import from_mapping
 from nasfast.tasks.denoising import Denoising
 from nasfast.tasks.deraining import Deraining
 from nasfast.tasks.inpainting import Inpainting
 from nasfast.tasks.restoration import RestorationTask
 from nasfast.tasks.super_resolution import SuperResolution
+from nasfast.utils.config import from_mapping
 
 TASKS: dict[str, type[RestorationTask]] = {
     task.name: task for task in (Denoising, Deraining, SuperResolution, Inpainting)
@@ -26,7 +26,7 @@ def task_from_json(description: Mapping[str, Any]) -> RestorationTask:
     """
     name = description.get("task")
     if name not in TASKS:
-        raise ValueError(f"task: wanted one of {', '.join(TASKS)}, got {name!r}")
+        raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {name!r}")
     settings = {key: value for key, value in description.items() if key != "task"}
     return from_mapping(TASKS[name], settings, name)
 

@@ -30,7 +30,7 @@ def dct_filter(images: Tensor, sigma: float, threshold: float = 2.7) -> Tensor:
     height, width = images.shape[-2:]
     if min(height, width) < DCT_SIDE:
         raise ValueError(
-            f"dct_filter: wanted images of at least {DCT_SIDE}x{DCT_SIDE} pixels, got "
+            f"dct_filter: expected images of at least {DCT_SIDE}x{DCT_SIDE} pixels, got "
             f"{height}x{width}"
         )
     across = _dct(images.shape[1]).to(images)

@@ -24,8 +24,8 @@ class Denoising(RestorationTask):
     def __post_init__(self) -> None:
         if not self.sigmas or not all(0 < sigma <= 255 for sigma in self.sigmas):
             raise ValueError(
-                f"denoising: wanted sigma above 0 and at most 255 (the scale of 8-bit images), got "
-                f"{self.sigma}"
+                "denoising: expected sigma above 0 and at most 255 (the scale of 8-bit images), "
+                f"got {self.sigma}"
             )
 
     @property

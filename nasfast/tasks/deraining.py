@@ -48,7 +48,7 @@ class Deraining(RestorationTask):
             value = getattr(self, field)
             if len(value) != 2 or not low <= value[0] <= value[1] <= high:
                 raise ValueError(
-                    f"deraining: wanted {field} as a range (low, high) within {low}..{high}, got "
+                    f"deraining: expected {field} as a range (low, high) within {low}..{high}, got "
                     f"{value}"
                 )
 

@@ -38,7 +38,7 @@ def ssim(prediction: Tensor, target: Tensor, *, padding: bool = False) -> Tensor
     height, width = target.shape[-2:]
     if not padding and min(height, width) < WINDOW:
         raise ValueError(
-            f"ssim: wanted images of at least {WINDOW}x{WINDOW} pixels, got {height}x{width}"
+            f"ssim: expected images of at least {WINDOW}x{WINDOW} pixels, got {height}x{width}"
         )
     with torch.autocast(prediction.device.type, enabled=False):
         dtype = torch.promote_types(prediction.dtype, torch.float32)
@@ -72,6 +72,6 @@ def _blur(size: int, padding: bool, like: Tensor) -> Tensor:
 def _check_shapes(name: str, prediction: Tensor, target: Tensor) -> None:
     if prediction.shape != target.shape or target.ndim != 4:
         raise ValueError(
-            f"{name}: wanted prediction and target of one shape [N, C, H, W], got "
+            f"{name}: expected prediction and target of one shape [N, C, H, W], got "
             f"{list(prediction.shape)} and {list(target.shape)}"
         )

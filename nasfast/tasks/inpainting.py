@@ -33,11 +33,11 @@ class Inpainting(RestorationTask):
         for field in ("missing", "boxes"):
             value = getattr(self, field)
             if not 0 <= value < 1:
-                raise ValueError(f"inpainting: wanted {field} from 0 to below 1, got {value}")
+                raise ValueError(f"inpainting: expected {field} from 0 to below 1, got {value}")
         if self.missing == self.boxes == 0:
-            raise ValueError("inpainting: wanted missing or boxes above 0, got 0 for both")
+            raise ValueError("inpainting: expected missing or boxes above 0, got 0 for both")
         if self.box < 1:
-            raise ValueError(f"inpainting: wanted box of at least 1 pixel, got {self.box}")
+            raise ValueError(f"inpainting: expected box of at least 1 pixel, got {self.box}")
 
     @property
     def label(self) -> str:

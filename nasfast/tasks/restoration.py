@@ -66,7 +66,7 @@ class RestorationTask(ABC):
         """Raise ValueError where the task cannot learn from these pictures."""
         if pictures.paired and not self.takes_pairs:
             raise ValueError(
-                f"{self.name}: wanted clean images, which it degrades itself, got the pairs of "
+                f"{self.name}: expected clean images, which it degrades itself, got the pairs of "
                 f"{pictures.name}; give the folder of the clean images alone"
             )
 
@@ -113,15 +113,15 @@ class ImagePatches:
     ) -> None:
         if crop < 1 or crop % task.scale:
             raise ValueError(
-                f"ImagePatches: wanted crop to be a positive multiple of the scale "
+                f"ImagePatches: expected crop to be a positive multiple of the scale "
                 f"{task.scale}, got {crop}"
             )
         if crops < 1:
-            raise ValueError(f"ImagePatches: wanted crops of at least 1, got {crops}")
+            raise ValueError(f"ImagePatches: expected crops of at least 1, got {crops}")
         for name, size in zip(images.names, images.sizes, strict=True):
             if min(size) < crop:
                 raise ValueError(
-                    f"ImagePatches: wanted images of at least {crop}x{crop} pixels, the size of "
+                    f"ImagePatches: expected images of at least {crop}x{crop} pixels, the size of "
                     f"a patch, got {name} of {size[0]}x{size[1]} (height x width); choose a "
                     "smaller patch or leave the image out"
                 )
@@ -214,7 +214,7 @@ class RestorationLoss:
     def __post_init__(self) -> None:
         if not 0 <= self.ssim_weight < math.inf:
             raise ValueError(
-                f"RestorationLoss: wanted ssim_weight (lambda) of at least 0 and finite, got "
+                f"RestorationLoss: expected ssim_weight (lambda) of at least 0 and finite, got "
                 f"{self.ssim_weight}"
             )
 
@@ -311,19 +311,19 @@ def evaluate(
         keep: indices of the images to give back.
 
     Raises:
-        ValueError: no images, grey where colour is wanted or the reverse, unknown protocol, an
+        ValueError: no images, grey where colour is expected or the reverse, unknown protocol, an
             "overlap" that the task or the size of an image does not allow, or a result of
             another size than the clean image.
     """
     if protocol not in ("whole", "overlap"):
-        raise ValueError(f"evaluate: wanted protocol 'whole' or 'overlap', got {protocol!r}")
+        raise ValueError(f"evaluate: expected protocol 'whole' or 'overlap', got {protocol!r}")
     if channels is not None and images.channels != channels:
         raise ValueError(
-            f"evaluate: wanted images of {_channels(channels)}, which the method was made for, "
+            f"evaluate: expected images of {_channels(channels)}, which the method was made for, "
             f"got {_channels(images.channels)}; open {images.name} with {_channels(channels)}"
         )
     if not len(images):
-        raise ValueError("evaluate: wanted at least one image, got none")
+        raise ValueError("evaluate: expected at least one image, got none")
     if protocol == "overlap" and task.scale > 1:
         raise ValueError(
             f"evaluate: the protocol 'overlap' wants a task of scale 1, got {task.name} of scale "
@@ -340,7 +340,7 @@ def evaluate(
         degraded, restored, clean = restore(run, task, picture, generator)
         if restored.shape != clean.shape:
             raise ValueError(
-                f"evaluate: wanted a restored image {list(clean.shape)} for {picture.name}, got "
+                f"evaluate: expected a restored image {list(clean.shape)} for {picture.name}, got "
                 f"{list(restored.shape)}"
             )
         restored = restored.clamp(0, 1)

@@ -55,7 +55,7 @@ class SegmentationTask:
         for index in self.omit:
             if not 0 <= index < self.num_classes:
                 raise ValueError(
-                    f"omit: wanted classes from 0 to {self.num_classes - 1}, got {index}"
+                    f"omit: expected classes from 0 to {self.num_classes - 1}, got {index}"
                 )
 
     @property

@@ -29,7 +29,7 @@ class SuperResolution(RestorationTask):
 
     def __post_init__(self) -> None:
         if self.scale not in (2, 3, 4):
-            raise ValueError(f"super-resolution: wanted scale 2, 3 or 4, got {self.scale}")
+            raise ValueError(f"super-resolution: expected scale 2, 3 or 4, got {self.scale}")
 
     @property
     def label(self) -> str:

@@ -116,7 +116,7 @@ def train_epoch(
     """
     if graph is not None and any(group.schedule is not None for group in groups):
         raise ValueError(
-            "train_epoch: wanted groups without a schedule beside a graph, which repeats the "
+            "train_epoch: expected groups without a schedule beside a graph, which repeats the "
             "learning rate that it was recorded with, got one; leave out either"
         )
 

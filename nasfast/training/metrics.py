@@ -52,7 +52,7 @@ class ConfusionMatrix:
         """Count a batch: integer predictions and labels of one shape, ``[N, H, W]``."""
         if predictions.shape != labels.shape:
             raise ValueError(
-                f"ConfusionMatrix.update: wanted predictions and labels of one shape, got "
+                f"ConfusionMatrix.update: expected predictions and labels of one shape, got "
                 f"{list(predictions.shape)} and {list(labels.shape)}; resize the logits first"
             )
         rows = labels.long().masked_fill(labels == self.ignore_index, self.num_classes)

@@ -189,7 +189,7 @@ def test_error_of_an_index(bad: int) -> None:
     assert len(next(batches)["labels"]) == 1
     with raises(
         ValueError,
-        f"feature cache: wanted indices from 0 to 10, got {bad}; the cache has 11 samples",
+        f"feature cache: expected indices from 0 to 10, got {bad}; the cache has 11 samples",
     ):
         next(batches)
     assert list(batches) == []
@@ -201,7 +201,7 @@ def test_error_of_an_index(bad: int) -> None:
     ids=["float", "two-dimensional"],
 )
 def test_error_of_indices(indices: Tensor, got: str) -> None:
-    with raises(ValueError, f"feature cache: wanted indices as int64 [n], got {got}"):
+    with raises(ValueError, f"feature cache: expected indices as int64 [n], got {got}"):
         host(content()).batch(indices)
 
 
@@ -227,7 +227,7 @@ def test_error_of_the_order() -> None:
 def test_error_of_the_dtype(call: Callable[..., Any]) -> None:
     with raises(
         ValueError,
-        "feature cache: wanted maps as one of float32, bfloat16, float16, got torch.float64",
+        "feature cache: expected maps as one of float32, bfloat16, float16, got torch.float64",
     ):
         call(host(content()), torch.tensor([1]), torch.float64)
 
@@ -235,7 +235,7 @@ def test_error_of_the_dtype(call: Callable[..., Any]) -> None:
 def test_error_of_ahead() -> None:
     with raises(
         ValueError,
-        "feature cache: wanted 0 batches ahead or more, got -1",
+        "feature cache: expected 0 batches ahead or more, got -1",
     ):
         host(content()).batches([], ahead=-1)
 

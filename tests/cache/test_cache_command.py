@@ -85,7 +85,7 @@ def test_ls_of_ram_shows_what_is_used(directory, ram, run):
 def test_ls_of_a_damaged_file(path, run):
     os.truncate(path, 9)
     out = run("ls")[1]
-    assert f"{path}\n  feature cache {path}: wanted a file that starts with" in out
+    assert f"{path}\n  feature cache {path}: expected a file that starts with" in out
     assert out.endswith("1 files, 4.1 KB\n")
 
 
@@ -126,7 +126,7 @@ def test_verify_of_a_damaged_header(path, run):
     os.truncate(path, 9)
     status, out = run("verify")
     assert status == 1
-    assert out.startswith(f"feature cache {path}: wanted a file that starts with")
+    assert out.startswith(f"feature cache {path}: expected a file that starts with")
 
 
 def test_repair(directory, path, run):
@@ -199,15 +199,15 @@ def test_another_directory(directory, tmp_path, run):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["rm"], "rm: wanted names, --all or --older-than, got none of them"),
+        (["rm"], "rm: expected names, --all or --older-than, got none of them"),
         (
             ["rm", "--older-than", "3 weeks"],
-            "rm: wanted --older-than as 30d, 12h or 90m, got '3 weeks'",
+            "rm: expected --older-than as 30d, 12h or 90m, got '3 weeks'",
         ),
         *(
             (
                 [command, name],
-                f"wanted a cache in {{directory}} or in RAM, got {name!r}; `python -m "
+                f"expected a cache in {{directory}} or in RAM, got {name!r}; `python -m "
                 "nasfast.cache ls` lists them",
             )
             for command, name in (("rm", "zz"), ("verify", ""), ("rm", "/etc/passwd"))

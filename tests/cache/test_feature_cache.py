@@ -112,10 +112,10 @@ def test_a_sample_is_a_view_of_the_file(tmp_path, placement):
 @pytest.mark.parametrize("index", [-1, 5])
 def test_no_such_sample(tmp_path, placement, index):
     cache = build(tmp_path, **placement)
-    message = f"feature cache ...: wanted a sample of ... to ..., got {index}"
+    message = f"feature cache ...: expected a sample of ... to ..., got {index}"
     with raises(ValueError, message):
         cache.sample(index)
-    message = f"feature cache: wanted indices from 0 to 4, got {index}; the cache has 5 samples"
+    message = f"feature cache: expected indices from 0 to 4, got {index}; the cache has 5 samples"
     with raises(ValueError, message):
         cache.batch(torch.tensor([0, index]))
 
@@ -213,7 +213,7 @@ def test_open_of_what_nobody_has_made(tmp_path, missing):
     path.unlink()
     with raises(
         FileNotFoundError,
-        f"[Errno {errno.ENOENT}] feature cache: wanted {path}, got no such file; "
+        f"[Errno {errno.ENOENT}] feature cache: expected {path}, got no such file; "
         "FeatureCache.load_or_build makes it",
     ):
         FeatureCache.open(KEY, cache.config)
@@ -302,14 +302,14 @@ def test_heartbeat_may_stop(tmp_path):
     [
         (
             {"labels": torch.zeros(1, 11, 9, dtype=torch.uint8)},
-            "feature cache: wanted samples of labels as uint8 [9, 11], got uint8 [11, 9]; crop all "
-            "images to one size",
+            "feature cache: expected samples of labels as uint8 [9, 11], got uint8 [11, 9]; crop "
+            "all images to one size",
         ),
-        ({"labels": None}, "feature cache: wanted the arrays tap0, tap1, labels of each sample, "
+        ({"labels": None}, "feature cache: expected the arrays tap0, tap1, labels of each sample, "
          "got tap0, tap1; encode the same for all"),
         (
             {"tap0": torch.zeros(2, 3, 7, 4, dtype=torch.float16)},
-            "feature cache: wanted 1 samples of tap0, got 2",
+            "feature cache: expected 1 samples of tap0, got 2",
         ),
     ],
 )  # fmt: skip
@@ -330,12 +330,12 @@ def test_samples_that_differ(tmp_path, late, message):
 
 def test_another_number_of_samples(tmp_path):
     path = build(tmp_path).paths[0]
-    with raises(ValueError, f"feature cache {path}: wanted 6 samples, got 5; delete it"):
+    with raises(ValueError, f"feature cache {path}: expected 6 samples, got 5; delete it"):
         FeatureCache.load_or_build(KEY, 6, must_not_encode, CacheConfig(tmp_path))
 
 
 def test_no_samples(tmp_path):
-    with raises(ValueError, "feature cache: wanted at least 1 sample, got 0"):
+    with raises(ValueError, "feature cache: expected at least 1 sample, got 0"):
         FeatureCache.load_or_build(KEY, 0, must_not_encode, CacheConfig(tmp_path))
 
 
@@ -346,7 +346,7 @@ def test_parts_of_other_arrays(tmp_path):
     cache.close()
     with raises(
         ValueError,
-        f"feature cache {cache.paths[1]}: wanted the arrays of {cache.paths[0]}, got others; "
+        f"feature cache {cache.paths[1]}: expected the arrays of {cache.paths[0]}, got others; "
         "delete it",
     ):
         build(tmp_path, {"labels": torch.zeros(5, 16, 24, dtype=torch.uint8)}, **config)
@@ -396,7 +396,7 @@ def test_no_memory_is_the_file(tmp_path):
 def test_memory_for_less_than_a_sample(tmp_path, ram):
     with raises(
         ValueError,
-        "memory: wanted room for one sample of 384 bytes, got 300B; give more, or placement file",
+        "memory: expected room for one sample of 384 bytes, got 300B; give more, or placement file",
     ):
         build(tmp_path, placement="ram", memory="300B")
     assert list(ram.iterdir()) == []
@@ -417,24 +417,24 @@ def test_memory(text, expected):
 def test_bad_memory(text):
     with raises(
         ValueError,
-        f"memory: wanted a size such as 8GB or 512MiB, got {text!r}; give a number with B, KB, MB, "
-        "GB, TB, KiB, MiB, GiB or TiB",
+        f"memory: expected a size such as 8GB or 512MiB, got {text!r}; give a number with B, KB, "
+        "MB, GB, TB, KiB, MiB, GiB or TiB",
     ):
         CacheConfig(memory=text)
 
 
 def test_bad_settings():
-    with raises(ValueError, "placement: wanted one of auto, file, ram, device, got 'disk'"):
+    with raises(ValueError, "placement: expected one of auto, file, ram, device, got 'disk'"):
         CacheConfig(placement="disk")
     with raises(
-        ValueError, "storage: wanted one of auto, float16, bfloat16, float32, int8, got 'int4'"
+        ValueError, "storage: expected one of auto, float16, bfloat16, float32, int8, got 'int4'"
     ):
         CacheConfig(storage="int4")
 
 
 def full(directory, wanted):
     return (
-        f"[Errno {errno.ENOSPC}] feature cache: wanted {wanted} bytes in {directory}, got ... "
+        f"[Errno {errno.ENOSPC}] feature cache: expected {wanted} bytes in {directory}, got ... "
         "free; make room with `python -m nasfast.cache rm`, bound a RAM segment with --memory, or "
         "give another --cache-dir"
     )

@@ -113,32 +113,32 @@ def test_foreign_file(path):
         path.write_bytes(content)
         refuses(
             path,
-            f"wanted a file that starts with b'NASFEATS', got {content[:8]!r}; delete it, or move "
-            "it away",
+            f"expected a file that starts with b'NASFEATS', got {content[:8]!r}; delete it, or "
+            "move it away",
         )
 
 
 def test_another_version(path):
     change(path, 8, b"\x02")
-    refuses(path, "wanted format version 1, got 2; delete it, or use the nasfast that made it")
+    refuses(path, "expected format version 1, got 2; delete it, or use the nasfast that made it")
 
 
 @pytest.mark.parametrize("at", [17, 30, 33, 42, 130, 200])
 def test_a_flipped_byte_in_the_header(path, at):
     change(path, at, bytes([path.read_bytes()[at] ^ 4]))
-    refuses(path, "damaged header, wanted the checksum ..., got ...; delete it")
+    refuses(path, "damaged header, expected the checksum ..., got ...; delete it")
 
 
 def test_truncated(path):
     size = path.stat().st_size
     for short in (size - 1, 8192):
         os.truncate(path, short)
-        refuses(path, f"truncated, wanted {size} bytes, got {short}; delete it")
+        refuses(path, f"truncated, expected {size} bytes, got {short}; delete it")
 
 
 def test_truncated_in_the_header(path):
     os.truncate(path, 160)
-    refuses(path, "damaged header, wanted the checksum ..., got ...; delete it")
+    refuses(path, "damaged header, expected the checksum ..., got ...; delete it")
 
 
 def test_another_key(path):
@@ -146,7 +146,7 @@ def test_another_key(path):
         patch.setattr("nasfast.cache.feature_cache._name", lambda key, config: path.stem)
         with raises(
             ValueError,
-            f"feature cache {path}: made for encoder='abc', data=nothing, wanted encoder='def', "
+            f"feature cache {path}: made for encoder='abc', data=nothing, expected encoder='def', "
             "data='x'; delete it",
         ):
             FeatureCache.open(KEY | {"encoder": "def", "data": "x"}, CacheConfig(path.parent))
@@ -155,5 +155,7 @@ def test_another_key(path):
 def test_without_the_extension(monkeypatch):
     monkeypatch.setattr(_native, "C", None)
     monkeypatch.setattr(_native, "ERROR", "the reason")
-    with raises(RuntimeError, "feature cache: wanted the compiled extension, got none: the reason"):
+    with raises(
+        RuntimeError, ("feature cache: expected the compiled extension, got none: the reason")
+    ):
         headers.extension()

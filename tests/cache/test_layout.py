@@ -91,7 +91,7 @@ def test_int8_is_scaled_by_channel_and_sample():
 def test_int8_needs_finite_values(value):
     x = torch.zeros(1, 2, 2, 2)
     x[0, 1, 1, 0] = value
-    text = "feature cache: wanted finite values of tap to store them as int8, got inf or NaN; "
+    text = "feature cache: expected finite values of tap to store them as int8, got inf or NaN; "
     with raises(ValueError, text + "store float32"):
         stored({"tap": x}, 1, "int8")
 
@@ -99,20 +99,20 @@ def test_int8_needs_finite_values(value):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({}, "feature cache: wanted named arrays of the samples, got none"),
+        ({}, "feature cache: expected named arrays of the samples, got none"),
         (
             {"a.b": torch.zeros(2)},
-            "feature cache: wanted a name without a dot, got 'a.b'; rename it",
+            "feature cache: expected a name without a dot, got 'a.b'; rename it",
         ),
         (
             {"tap": torch.zeros(2, 1, 1, 1, 1)},
-            "feature cache: wanted tap as maps [n, C, H, W] or labels [n, H, W], got "
+            "feature cache: expected tap as maps [n, C, H, W] or labels [n, H, W], got "
             "[2, 1, 1, 1, 1]",
         ),
-        ({"tap": torch.zeros(3, 2, 2)}, "feature cache: wanted 2 samples of tap, got 3"),
+        ({"tap": torch.zeros(3, 2, 2)}, "feature cache: expected 2 samples of tap, got 3"),
         (
             {"labels": torch.zeros(2, 2, 2, dtype=torch.int64)},
-            "feature cache: wanted labels as one of uint8, int8, float16, bfloat16, float32, got "
+            "feature cache: expected labels as one of uint8, int8, float16, bfloat16, float32, got "
             "int64; convert it",
         ),
     ],
@@ -127,18 +127,18 @@ def test_what_cannot_be_stored(arrays, message):
     [
         (
             {"labels": torch.zeros(2, 11, 9)},
-            "feature cache: wanted samples of labels as float32 [9, 11], got float32 [11, 9]; "
+            "feature cache: expected samples of labels as float32 [9, 11], got float32 [11, 9]; "
             "crop all images to one size",
         ),
         (
             {"labels": torch.zeros(2, 9, 11, dtype=F16)},
-            "feature cache: wanted samples of labels as float32 [9, 11], got float16 [9, 11]; "
+            "feature cache: expected samples of labels as float32 [9, 11], got float16 [9, 11]; "
             "crop all images to one size",
         ),
         (
             {"tap": torch.zeros(2, 9, 11)},
-            "feature cache: wanted the arrays labels of each sample, got tap; encode the same for "
-            "all",
+            "feature cache: expected the arrays labels of each sample, got tap; encode the same "
+            "for all",
         ),
     ],
 )

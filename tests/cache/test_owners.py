@@ -72,7 +72,7 @@ def test_no_proc(monkeypatch):
     monkeypatch.setattr(owners, "_state", lambda pid: None)
     with raises(
         RuntimeError,
-        f"feature cache: wanted the start time of process {os.getpid()} in /proc, got none; "
+        f"feature cache: expected the start time of process {os.getpid()} in /proc, got none; "
         "mount /proc",
     ):
         owners.this_process()

@@ -223,7 +223,7 @@ def test_a_control_group_without_room(tmp_path, ram, groups):
     groups("0::/a\n", {"a": (5000, 1000, 0)})
     with raises(
         OSError,
-        f"[Errno {errno.ENOSPC}] feature cache: wanted ... bytes in {ram}, got 4000 free; make "
+        f"[Errno {errno.ENOSPC}] feature cache: expected ... bytes in {ram}, got 4000 free; make "
         "room with `python -m nasfast.cache rm`, bound a RAM segment with --memory, or give "
         "another --cache-dir",
     ):

@@ -109,7 +109,7 @@ def test_a_damaged_sample_does_not_go_up() -> None:
 @pytest.mark.parametrize("bad", [-1, COUNT])
 def test_error_of_an_index(bound: int | None, bad: int) -> None:
     there = upload(host(content()), CPU, bound)
-    message = f"feature cache: wanted indices from 0 to 10, got {bad}; the cache has 11 samples"
+    message = f"feature cache: expected indices from 0 to 10, got {bad}; the cache has 11 samples"
     with raises(ValueError, message):
         there.batch(torch.tensor([0, bad]))
     with raises(ValueError, message):
@@ -126,8 +126,8 @@ def test_error_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     gigabytes = samples.layout.sample_bytes * 10**6 / 1e9
     with raises(
         torch.OutOfMemoryError,
-        f"feature cache: wanted {gigabytes:.1f} GB of cpu for 1000000 samples, got out of memory; "
-        f"bound it, as in --memory {int(gigabytes // 2) + 1}GB",
+        f"feature cache: expected {gigabytes:.1f} GB of cpu for 1000000 samples, got out of "
+        f"memory; bound it, as in --memory {int(gigabytes // 2) + 1}GB",
     ):
         DeviceSamples.upload(samples, CPU)
 

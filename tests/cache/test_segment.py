@@ -140,7 +140,7 @@ def test_a_flipped_byte_in_the_data(path, at):
     got, wanted = segment._sums(2)
     with raises(
         RuntimeError,
-        f"feature cache {path}: sample 2 is damaged: wanted the checksum {wanted:016x}, got "
+        f"feature cache {path}: sample 2 is damaged: expected the checksum {wanted:016x}, got "
         f"{got:016x}; free it with `python -m nasfast.cache verify --repair {path}`, and the next "
         "search encodes it again",
     ):
@@ -208,7 +208,7 @@ def test_published_while_it_is_looked_at(path, monkeypatch):
 
 @pytest.mark.parametrize("row", [-1, COUNT, 1 << 40, -(1 << 40)])
 def test_no_such_sample(path, row):
-    with raises(ValueError, f"feature cache {path}: wanted a sample of 0 to 4, got {row}"):
+    with raises(ValueError, f"feature cache {path}: expected a sample of 0 to 4, got {row}"):
         Segment.open(path).check(torch.tensor([0, row]))
 
 
@@ -318,7 +318,7 @@ def test_the_table_takes_its_room_where_none_can_be_reserved(unreserved, tmp_pat
 
 def test_no_room_where_none_can_be_reserved(unreserved, monkeypatch, tmp_path):
     monkeypatch.setattr(places, "free_bytes", lambda directory: 100)
-    with raises(OSError, f"...wanted ... bytes in {tmp_path}, got 100 free; make room with ..."):
+    with raises(OSError, f"...expected ... bytes in {tmp_path}, got 100 free; make room with ..."):
         build(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

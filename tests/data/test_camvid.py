@@ -47,7 +47,7 @@ def test_classes_of_the_folder(camvid):
     )
     path.write_text('{"classes": [{"name": "sky"}]}')
     with pytest.raises(
-        ValueError, match=r"classes.json: wanted an object .*; got KeyError: 'color'"
+        ValueError, match=r"classes.json: expected an object .*; got KeyError: 'color'"
     ):
         open_camvid(camvid)
 

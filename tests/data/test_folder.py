@@ -137,8 +137,8 @@ def no_images(folder):
 @pytest.mark.parametrize(
     ("spoil", "error", "text"),
     [
-        (spoil_value, ValueError, r"masks/f3.png has the value 3: wanted 0..2 or 255 \(ignore\)"),
-        (spoil_mode, ValueError, r"masks/f3.png has mode RGB: wanted an 8-bit index mask"),
+        (spoil_value, ValueError, r"masks/f3.png has the value 3: expected 0..2 or 255 \(ignore\)"),
+        (spoil_mode, ValueError, r"masks/f3.png has mode RGB: expected an 8-bit index mask"),
         (
             spoil_size,
             ValueError,
@@ -150,14 +150,14 @@ def no_images(folder):
         (
             lose_mask,
             FileNotFoundError,
-            r"no mask for id 'f3': wanted .*masks/f3 with .* .jpg or .jpeg or .png \(1 of 8",
+            r"no mask for id 'f3': expected .*masks/f3 with .* .jpg or .jpeg or .png \(1 of 8",
         ),
-        (lose_image, FileNotFoundError, r"no image for id 'f3': wanted .*images/f3 .*1 of 2"),
-        (lose_list, FileNotFoundError, r"wanted both train.txt and val.txt or neither, got one"),
-        (empty_list, ValueError, r"train.txt is empty: wanted one entry per line"),
-        (no_classes, ValueError, r"classes.txt is empty: wanted one entry per line"),
-        (many_classes, ValueError, r"classes.txt: wanted at most 255 classes, got 256"),
-        (no_images, ValueError, r"images: wanted at least 2 images, got 0"),
+        (lose_image, FileNotFoundError, r"no image for id 'f3': expected .*images/f3 .*1 of 2"),
+        (lose_list, FileNotFoundError, r"expected both train.txt and val.txt or neither, got one"),
+        (empty_list, ValueError, r"train.txt is empty: expected one entry per line"),
+        (no_classes, ValueError, r"classes.txt is empty: expected one entry per line"),
+        (many_classes, ValueError, r"classes.txt: expected at most 255 classes, got 256"),
+        (no_images, ValueError, r"images: expected at least 2 images, got 0"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

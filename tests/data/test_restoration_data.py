@@ -200,43 +200,47 @@ def short_train(root):
     ("spoil", "error", "text"),
     [
         (unreadable, ValueError, "image {root}/4.png cannot be read: cannot identify image file"),
-        (deep, ValueError, "image {root}/4.png has mode I;16: wanted 8 bits a channel; convert it"),
+        (
+            deep,
+            ValueError,
+            ("image {root}/4.png has mode I;16: expected 8 bits a channel; convert it"),
+        ),
         (
             grey,
             ValueError,
-            "image {root}/4.png is grey: wanted a colour image for 3 channels; use 1 channel, "
+            "image {root}/4.png is grey: expected a colour image for 3 channels; use 1 channel, "
             "which takes colour images too and converts them",
         ),
         (
             alone,
             FileNotFoundError,
-            "data: {root}/1ground_truth.png has no degraded partner; wanted " + LAYOUTS,
+            "data: {root}/1ground_truth.png has no degraded partner; expected " + LAYOUTS,
         ),
         (
             alone_in_two,
             FileNotFoundError,
-            "data: {root}/clean/a.png has no degraded partner; wanted " + LAYOUTS,
+            "data: {root}/clean/a.png has no degraded partner; expected " + LAYOUTS,
         ),
         (
             unequal,
             ValueError,
-            "data: wanted pairs of one size, got {root}/1ground_truth.png of 20x30 and "
+            "data: expected pairs of one size, got {root}/1ground_truth.png of 20x30 and "
             "{root}/1rain.png of 20x31 (height x width)",
         ),
         (
             empty,
             ValueError,
-            f"data: {{root}} holds no images: wanted {LAYOUTS}; found notes.txt",
+            f"data: {{root}} holds no images: expected {LAYOUTS}; found notes.txt",
         ),
         (
             two,
             ValueError,
-            "{root}: wanted at least 3 images (training, validation, test), got 2",
+            "{root}: expected at least 3 images (training, validation, test), got 2",
         ),
         (
             short_train,
             ValueError,
-            "{root.name}: wanted at least 2 training images (one validates), got 1",
+            "{root.name}: expected at least 2 training images (one validates), got 1",
         ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -251,11 +255,13 @@ def test_errors_name_the_file(flat, spoil, error, text):
 def test_sources(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         open_images(tmp_path / "none", 1)
-    assert str(error.value) == (f"data: wanted 'synthetic' or a folder, got '{tmp_path / 'none'}'")
+    assert str(error.value) == (
+        f"data: expected 'synthetic' or a folder, got '{tmp_path / 'none'}'"
+    )
     with pytest.raises(FileNotFoundError) as error:
         open_pictures(tmp_path / "none", 1)
-    assert str(error.value) == f"data: wanted a folder of images, got '{tmp_path / 'none'}'"
+    assert str(error.value) == f"data: expected a folder of images, got '{tmp_path / 'none'}'"
     for call in (open_images, open_pictures):
         with pytest.raises(ValueError) as caught:
             call(tmp_path, 2)
-        assert str(caught.value) == "channels: wanted 1 (grey) or 3 (RGB), got 2"
+        assert str(caught.value) == "channels: expected 1 (grey) or 3 (RGB), got 2"

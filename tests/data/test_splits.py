@@ -79,12 +79,14 @@ def test_fingerprint_is_equal_in_another_process():
 
 
 def test_unknown_sources(tmp_path):
-    with pytest.raises(FileNotFoundError, match="wanted 'synthetic' or a folder, got 'synthetik'"):
+    with pytest.raises(
+        FileNotFoundError, match=("expected 'synthetic' or a folder, got 'synthetik'")
+    ):
         load_splits("synthetik")
     (tmp_path / "frames").mkdir()
     with pytest.raises(
         ValueError,
-        match=r"no known layout: wanted CamVid \(train.txt \+ train/ .*\) or a folder pair "
+        match=r"no known layout: expected CamVid \(train.txt \+ train/ .*\) or a folder pair "
         r"\(images/ \+ masks/ \+ classes.txt\), found frames",
     ):
         load_splits(tmp_path)
@@ -100,7 +102,7 @@ def test_normalize():
         torch.testing.assert_close(got, wanted)
     last = images.to(memory_format=torch.channels_last)
     assert normalize(last).is_contiguous(memory_format=torch.channels_last)
-    with pytest.raises(ValueError, match=r"wanted images \[N, 3, H, W\], got \[3, 5, 7\]"):
+    with pytest.raises(ValueError, match=r"expected images \[N, 3, H, W\], got \[3, 5, 7\]"):
         normalize(images[0])
 
 

@@ -68,10 +68,10 @@ def test_cached_samples_are_kept():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"num_samples": 0}, "wanted num_samples >= 1, got 0"),
-        ({"num_samples": 1, "seed": -1}, "wanted seed >= 0, got -1"),
-        ({"num_samples": 1, "size": (96, 31)}, r"wanted size of at least 32x32, got \(96, 31\)"),
-        ({"num_samples": 1, "stream": "test"}, "wanted stream of .*'pretrain'.*, got 'test'"),
+        ({"num_samples": 0}, "expected num_samples >= 1, got 0"),
+        ({"num_samples": 1, "seed": -1}, "expected seed >= 0, got -1"),
+        ({"num_samples": 1, "size": (96, 31)}, r"expected size of at least 32x32, got \(96, 31\)"),
+        ({"num_samples": 1, "stream": "test"}, "expected stream of .*'pretrain'.*, got 'test'"),
     ],
 )
 def test_errors(arguments, text):

@@ -127,15 +127,17 @@ def test_errors():
         ValueError, match=r"got 2 samples of sizes \[\(32, 40\), \(33, 40\)\]; crop"
     ):
         batch(Mixed(2), [1, 0], ValTransform(None))
-    with pytest.raises(ValueError, match=r"wanted one or more samples of one size, got 0"):
+    with pytest.raises(ValueError, match=r"expected one or more samples of one size, got 0"):
         batch(Mixed(2), [], ValTransform(None))
-    with pytest.raises(ValueError, match=r"TrainTransform: wanted a torch.Generator, got None"):
+    with pytest.raises(ValueError, match=r"TrainTransform: expected a torch.Generator, got None"):
         batch(Mixed(2), [0], TrainTransform(8, 8))
-    with pytest.raises(ValueError, match="TrainTransform: wanted crop of at least 2 pixels, got 1"):
+    with pytest.raises(
+        ValueError, match=("TrainTransform: expected crop of at least 2 pixels, got 1")
+    ):
         TrainTransform(1, 8)
-    with pytest.raises(ValueError, match="wanted shorter_side of at least 2 pixels, got -1"):
+    with pytest.raises(ValueError, match="expected shorter_side of at least 2 pixels, got -1"):
         TrainTransform(8, -1)
     with pytest.raises(ValueError, match=r"0 < low <= high, got \(1.4, 0.7\)"):
         TrainTransform(8, 8, (1.4, 0.7))
-    with pytest.raises(ValueError, match=r"ValTransform: wanted size of at least .*\(8, 0\)"):
+    with pytest.raises(ValueError, match=r"ValTransform: expected size of at least .*\(8, 0\)"):
         ValTransform((8, 0))

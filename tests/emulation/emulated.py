@@ -237,7 +237,7 @@ class Kernels:
         deterministic: bool = False,
         tf32: bool = False,
     ) -> list[Tensor | None]:
-        """[output], or the gradients in the order of ``wanted``; maps as [N, C, H, W]."""
+        """[output], or the gradients in the order of ``expected``; maps as [N, C, H, W]."""
         name = "deform_conv2d_" + ("forward" if grad is None else "backward") + "_cuda"
         read, written = buffers(case, dtype, tensors, grad, wanted)
         sizes, code = case.sizes(deterministic, tf32), DTYPES.index(dtype)

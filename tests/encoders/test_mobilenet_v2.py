@@ -104,7 +104,7 @@ def altered(change):
 
 
 HINT = (
-    "Wanted torchvision's mobilenet_v2 state dict at width 0.35; "
+    "Expected torchvision's mobilenet_v2 state dict at width 0.35; "
     "convert the key names or give another file."
 )
 
@@ -120,7 +120,7 @@ HINT = (
         (
             lambda s: s.update({"features.0.0.weight": torch.zeros(32, 3, 3, 3)}),
             "1 key(s) of another shape: features.0.0.weight: "
-            "wanted [16, 3, 3, 3], got [32, 3, 3, 3]",
+            "expected [16, 3, 3, 3], got [32, 3, 3, 3]",
         ),
         (
             lambda s: s.update({f"x{i}": torch.zeros(1) for i in range(7)}),

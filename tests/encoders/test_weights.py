@@ -43,7 +43,7 @@ def test_absent_file(tmp_path):
 def test_wrong_suffix(tmp_path):
     path = tmp_path / "w.onnx"
     path.touch()
-    message = "weights: wanted a .safetensors, .pth or .pt file, got w.onnx; convert it first"
+    message = "weights: expected a .safetensors, .pth or .pt file, got w.onnx; convert it first"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         read_weights(path)
 
@@ -78,7 +78,7 @@ def test_not_a_flat_dict(tmp_path, content, kind):
     path = tmp_path / "w.pth"
     torch.save(content, path)
     message = (
-        f"weights: wanted a flat dict of tensors in {path}, got {kind}; save model.state_dict() "
+        f"weights: expected a flat dict of tensors in {path}, got {kind}; save model.state_dict() "
         "alone"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

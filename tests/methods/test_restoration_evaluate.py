@@ -102,9 +102,12 @@ def test_models_are_recognised(fitted: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--data", "/no"], "data: wanted 'synthetic' or a folder, got '/no'"),
-        (["--task", "super-resolution"], "evaluate MODEL/model.safetensors: wanted a task of scal"),
-        (["--task", "dehazing"], "task: wanted one of denoising, "),
+        (["--data", "/no"], "data: expected 'synthetic' or a folder, got '/no'"),
+        (
+            ["--task", "super-resolution"],
+            ("evaluate MODEL/model.safetensors: expected a task of scal"),
+        ),
+        (["--task", "dehazing"], "task: expected one of denoising, "),
         (["--protocol", "overlap"], "evaluate: the protocol 'overlap' wants images of at least "),
         (["--device", "tpu"], "resolve_device: device must be 'auto', 'cpu', 'cuda'"),
     ],
@@ -121,8 +124,8 @@ def test_errors_are_one_line(
 @pytest.mark.parametrize(
     ("flags", "shown"),
     [
-        (["--batch", "0"], "EvaluateConfig.batch: wanted a value above 0"),
-        (["--pictures", "-1"], "pictures: wanted 0 or more, got -1"),
+        (["--batch", "0"], "EvaluateConfig.batch: expected a value above 0"),
+        (["--pictures", "-1"], "pictures: expected 0 or more, got -1"),
         (["--split", "train"], "train"),
     ],
 )

@@ -21,14 +21,14 @@ from PIL import Image
 from search_runs import outcome, start
 
 from nasfast import search
-from nasfast.config import from_mapping
 from nasfast.methods.restoration.candidates import SizeClass, parse_range
 from nasfast.methods.restoration.search import PRESETS, SearchConfig, parse
-from nasfast.methods.restoration.supernet import WeightsConfig, most_probable
 from nasfast.models.restorer import Restorer, RestorerConfig
+from nasfast.runs.study import Study
+from nasfast.searches.bilevel import WeightsConfig, most_probable
 from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
-from nasfast.study import Study
 from nasfast.training.cost import count_parameters
+from nasfast.utils.config import from_mapping
 
 
 def checkpoint(run: Path) -> dict[str, Any]:
@@ -215,7 +215,7 @@ def test_edited_records_are_noticed(
     (run / "records.jsonl").write_text("".join(lines[:2]))
     assert search.main(["--resume", str(run)]) == 2
     assert capsys.readouterr().err == (
-        f"error: {run}: wanted records of 5 epochs, which the checkpoint has seen, got 2; the "
+        f"error: {run}: expected records of 5 epochs, which the checkpoint has seen, got 2; the "
         "records or the checkpoint were edited, start a new run\n"
     )
 
@@ -231,8 +231,8 @@ def test_resume_with_other_data_is_refused(
     Image.new("L", (48, 40), 7).save(data / "train" / "06.png")
     assert search.main(["--resume", str(run)]) == 2
     assert capsys.readouterr().err == (
-        f"error: resume {run}: wanted the images of the architecture that the run began with, got "
-        "other content in the same place; restore it or start a new run\n"
+        f"error: resume {run}: expected the images of the architecture that the run began with, "
+        "got other content in the same place; restore it or start a new run\n"
     )
 
 
@@ -283,7 +283,7 @@ def test_an_empty_size_class(
 
 @pytest.mark.parametrize("text", ["100", "a:b", "5:4", ":", "1:2:3", "-1:3"])
 def test_ranges_that_are_none(text: str) -> None:
-    with pytest.raises(ValueError, match=r"params: wanted LOW:HIGH, such as .*, got "):
+    with pytest.raises(ValueError, match=r"params: expected LOW:HIGH, such as .*, got "):
         parse_range(text)
 
 
@@ -346,14 +346,14 @@ def test_tasks_and_their_settings() -> None:
         (["--preset", "fast"], "fast"),
         (["--strategy", "ppo"], "ppo"),
         (["--channels", "2"], "2"),
-        (["--budget", "0"], "SearchConfig.budget: wanted a value above"),
-        (["--task.sigma", "300"], "denoising: wanted sigma above 0 and at"),
+        (["--budget", "0"], "SearchConfig.budget: expected a value above"),
+        (["--task.sigma", "300"], "denoising: expected sigma above 0 and at"),
         (["--task.rain", "1"], "--task.rain"),
-        (["--bilevel.ssim-weight", "-1"], "RestorationLoss: wanted ssim_weight"),
-        (["--bilevel.warmup", "99"], "warmup: wanted fewer epochs than"),
-        (["--bilevel.weights.lr", "0"], "WeightsConfig.lr: wanted a value above"),
-        (["--params", "1:2"], "params: wanted --strategy random, which"),
-        (["--supernet.width", "3"], "SupernetConfig.width: wanted an even"),
+        (["--bilevel.ssim-weight", "-1"], "RestorationLoss: expected ssim_weight"),
+        (["--bilevel.warmup", "99"], "warmup: expected fewer epochs than"),
+        (["--bilevel.weights.lr", "0"], "WeightsConfig.lr: expected a value above"),
+        (["--params", "1:2"], "params: expected --strategy random, which"),
+        (["--supernet.width", "3"], "SupernetConfig.width: expected an even"),
     ],
 )
 def test_usage_errors(flags: list[str], shown: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -370,12 +370,15 @@ def _image(folder: Path, size: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--data", "/no/where"], "data: wanted 'synthetic' or a folder, got '/no/where'"),
-        (["--task", "dehazing"], "task: wanted one of denoising, "),
-        (["--channels", "3"], "image DATA/train/00.png is grey: wanted a colour image for 3"),
-        (["--bilevel.crop", "41"], "ImagePatches: wanted images of at least 41x41 pixels, the si"),
+        (["--data", "/no/where"], "data: expected 'synthetic' or a folder, got '/no/where'"),
+        (["--task", "dehazing"], "task: expected one of denoising, "),
+        (["--channels", "3"], "image DATA/train/00.png is grey: expected a colour image for 3"),
+        (
+            ["--bilevel.crop", "41"],
+            ("ImagePatches: expected images of at least 41x41 pixels, the si"),
+        ),
         (["--device", "cuda:99"], "resolve_device: device "),
-        (["--task", "inpainting", "--name", "a/b"], "name: wanted letters, digits and ._+- (it"),
+        (["--task", "inpainting", "--name", "a/b"], "name: expected letters, digits and ._+- (it"),
     ],
 )
 def test_errors_are_one_line_and_leave_no_run(
@@ -423,7 +426,7 @@ def test_a_budget_for_a_search_by_gradient(
 ) -> None:
     assert search.main(["--resume", str(bilevel_run), "--budget", "9"]) == 2
     assert capsys.readouterr().err == (
-        "error: resume: wanted no --budget, as the learning rate of a search by gradient follows "
+        "error: resume: expected no --budget, as the learning rate of a search by gradient follows "
         "its number of epochs, got 9; start a new run with another --bilevel.epochs\n"
     )
 

@@ -94,7 +94,7 @@ def test_resume_with_other_data_is_refused(
     Image.new("L", (48, 40), 7).save(data / "train" / "01.png")
     assert train.main(["--resume", str(out)]) == 2
     assert capsys.readouterr().err == (
-        f"error: resume {out}: wanted the training images that it began with, got other content "
+        f"error: resume {out}: expected the training images that it began with, got other content "
         f"in {data}; restore it or start a new training\n"
     )
 
@@ -220,11 +220,14 @@ def test_the_published_recipe() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--rank", "99"], "train: wanted a rank from 1 to "),
+        (["--rank", "99"], "train: expected a rank from 1 to "),
         (["--channels", "3"], "image DATA/"),
-        (["--crop", "48"], "ImagePatches: wanted images of at least 48x48 pixels, the size of a "),
-        (["--task", "dehazing"], "task: wanted one of denoising, "),
-        (["--data", "/no/data"], "data: wanted 'synthetic' or a folder, got '/no/data'"),
+        (
+            ["--crop", "48"],
+            ("ImagePatches: expected images of at least 48x48 pixels, the size of a "),
+        ),
+        (["--task", "dehazing"], "task: expected one of denoising, "),
+        (["--data", "/no/data"], "data: expected 'synthetic' or a folder, got '/no/data'"),
     ],
 )
 def test_errors_are_one_line_and_leave_nothing(
@@ -244,10 +247,10 @@ def test_errors_are_one_line_and_leave_nothing(
 @pytest.mark.parametrize(
     ("flags", "shown"),
     [
-        (["--steps", "0"], "TrainConfig.steps: wanted a value above 0"),
-        (["--round-steps", "0"], "TrainConfig.round_steps: wanted a"),
-        (["--ssim-weight", "-0.5"], "RestorationLoss: wanted ssim_weight"),
-        (["--task.sigma", "0"], "denoising: wanted sigma above 0 and at"),
+        (["--steps", "0"], "TrainConfig.steps: expected a value above 0"),
+        (["--round-steps", "0"], "TrainConfig.round_steps: expected a"),
+        (["--ssim-weight", "-0.5"], "RestorationLoss: expected ssim_weight"),
+        (["--task.sigma", "0"], "denoising: expected sigma above 0 and at"),
         (["--momentum", "1"], "--momentum"),
     ],
 )

@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 
 from nasfast.data import Sample, SegmentationDataset, Splits
-from nasfast.interrupt import Interrupt
 from nasfast.methods.segmentation import search as segmentation
 from nasfast.methods.segmentation.search import PRESETS, SearchConfig, continued, parse
+from nasfast.utils.interrupt import Interrupt
 
 
 def splits(*sizes: tuple[int, int], val: tuple[int, int] = (60, 80)) -> Splits:
@@ -122,8 +122,8 @@ def test_features_on_the_device_need_one() -> None:
     with pytest.raises(ValueError) as caught, Interrupt() as interrupt:
         segmentation.build(config, interrupt, Console(file=io.StringIO()))
     assert str(caught.value) == (
-        "placement: wanted auto, file or ram on a CPU, got device; leave --placement out, or give "
-        "--device cuda"
+        "placement: expected auto, file or ram on a CPU, got device; leave --placement out, or "
+        "give --device cuda"
     )
 
 
@@ -131,7 +131,7 @@ def test_device_beside_devices() -> None:
     with pytest.raises(ValueError) as caught:
         SearchConfig(device="cuda:1", devices="cuda:0,cuda:1")
     assert str(caught.value) == (
-        "devices: wanted --device or --devices, got both, cuda:1 and cuda:0,cuda:1; leave one out"
+        "devices: expected --device or --devices, got both, cuda:1 and cuda:0,cuda:1; leave one out"
     )
     assert SearchConfig(devices="cpu,cpu").places == "cpu,cpu"
 

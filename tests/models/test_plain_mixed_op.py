@@ -107,8 +107,8 @@ def test_offsets_are_not_initialised_to_zero():
     ("arguments", "message"),
     [
         ({"primitives": ("conv5x5",)}, "primitives out of conv3x3, sep3x3, .*, got 'conv5x5'"),
-        ({"norm": "layer"}, 'wanted norm "batch" or "none", got \'layer\''),
-        ({"offset_groups": 3}, "def3x3: wanted channels in 3 groups that share offsets, got 4;"),
+        ({"norm": "layer"}, 'expected norm "batch" or "none", got \'layer\''),
+        ({"offset_groups": 3}, "def3x3: expected channels in 3 groups that share offsets, got 4;"),
     ],
 )
 def test_errors(arguments, message):

@@ -185,7 +185,7 @@ def test_foreign_file(tmp_path):
     path = tmp_path / "foreign.safetensors"
     save_file({"weight": torch.zeros(1)}, path, {"format": "pt"})
     message = (
-        f"restorer {path}: wanted a model.safetensors that nasfast.train wrote for a restoration "
+        f"restorer {path}: expected a model.safetensors that nasfast.train wrote for a restoration "
         "network, got a file without 'nasfast.restorer' in its metadata"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -194,18 +194,20 @@ def test_foreign_file(tmp_path):
 
 @pytest.mark.parametrize("field", ["width", "stem", "head", "low_level"])
 def test_empty_layers(field):
-    with pytest.raises(ValueError, match=f"RestorerConfig.{field}: wanted at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"RestorerConfig.{field}: expected at least 1, got 0"):
         RestorerConfig(**{field: 0})
 
 
 def test_odd_width_of_a_deformable_convolution():
     config = dataclasses.replace(SMALL, width=5)
     make((1, 1), config)  # twice the width
-    with pytest.raises(ValueError, match="def3x3: wanted channels in 2 groups that share offsets"):
+    with pytest.raises(
+        ValueError, match=("def3x3: expected channels in 2 groups that share offsets")
+    ):
         make((0, 1), config)
 
 
 def test_images_of_other_channels():
-    message = "Restorer: wanted images [N, 1, H, W], got shape [2, 3, 8, 8]; read the data with"
+    message = "Restorer: expected images [N, 1, H, W], got shape [2, 3, 8, 8]; read the data with"
     with pytest.raises(ValueError, match=re.escape(message)):
         make()(torch.rand(2, 3, 8, 8))

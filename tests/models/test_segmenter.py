@@ -219,7 +219,7 @@ def test_foreign_file(tmp_path):
     path = tmp_path / "foreign.safetensors"
     save_file(MobileNetV2(0.35).state_dict(), path, {"format": "pt"})
     message = (
-        f"segmenter {path}: wanted a model.safetensors that nasfast.train wrote, got a file "
+        f"segmenter {path}: expected a model.safetensors that nasfast.train wrote, got a file "
         "without 'nasfast.segmenter' in its metadata"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -234,7 +234,7 @@ def test_teacher_of_the_same_classes(saved):
 def test_teacher_of_other_classes(saved):
     path, _ = saved
     message = (
-        f"teacher {path}: wanted a network for sky, road, got one for road, sky; "
+        f"teacher {path}: expected a network for sky, road, got one for road, sky; "
         "train one on this data first"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

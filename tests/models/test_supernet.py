@@ -282,11 +282,11 @@ def test_memory_of_recomputing():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": 0}, "SupernetConfig.layers: wanted at least 1, got 0"),
-        ({"nodes": 0}, "SupernetConfig.nodes: wanted at least 1, got 0"),
-        ({"width": 0}, "SupernetConfig.width: wanted at least 2, got 0"),
-        ({"width": 5}, "SupernetConfig.width: wanted an even number, got 5; half the channels"),
-        ({"memory": "none"}, 'SupernetConfig.memory: wanted "save" or "recompute", got \'none\''),
+        ({"layers": 0}, "SupernetConfig.layers: expected at least 1, got 0"),
+        ({"nodes": 0}, "SupernetConfig.nodes: expected at least 1, got 0"),
+        ({"width": 0}, "SupernetConfig.width: expected at least 2, got 0"),
+        ({"width": 5}, "SupernetConfig.width: expected an even number, got 5; half the channels"),
+        ({"memory": "none"}, 'SupernetConfig.memory: expected "save" or "recompute", got \'none\''),
     ],
 )
 def test_config_errors(options, message):
@@ -295,8 +295,10 @@ def test_config_errors(options, message):
 
 
 def test_images_of_other_channels(images):
-    message = "Supernet: wanted images [N, 3, H, W], got shape [2, 1, 9, 7]; read the data with"
+    message = "Supernet: expected images [N, 3, H, W], got shape [2, 1, 9, 7]; read the data with"
     with pytest.raises(ValueError, match=re.escape(message)):
         make(channels=3)(images)
-    with pytest.raises(ValueError, match=re.escape("wanted images [N, 1, H, W], got shape [1, 9")):
+    with pytest.raises(
+        ValueError, match=re.escape("expected images [N, 1, H, W], got shape [1, 9")
+    ):
         make()(images[0])

@@ -24,6 +24,6 @@ def test_architectures(name, channels, layers, nodes, parameters):
 
 
 def test_unknown_name():
-    message = "architecture: wanted one of irnas-denoise, irnas-derain, got 'irnas'"
+    message = "architecture: expected one of irnas-denoise, irnas-derain, got 'irnas'"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         zoo.get("irnas")

@@ -86,7 +86,7 @@ def test_equals_reference(sample: Sample, dtype: torch.dtype, layout: str, into:
 @settings(REPRODUCIBLE, max_examples=40)
 @given(samples())
 def test_saved_and_recomputed_agree(sample: Sample) -> None:
-    """To the last bit, and no matter whether gradients are wanted at all."""
+    """To the last bit, and no matter whether gradients are expected at all."""
     torch.manual_seed(0)
     tensors = sample.tensors(torch.float32)
     plain, _ = call(mixed_op, sample, tensors)

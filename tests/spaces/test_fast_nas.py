@@ -262,7 +262,7 @@ def test_decision_out_of_range(index, beyond):
     choices = [0] * 19
     choices[index] = decision.size if beyond == "size" else beyond
     message = (
-        f"{decision.name}: wanted an integer in 0..{decision.size - 1}, got {choices[index]!r}; "
+        f"{decision.name}: expected an integer in 0..{decision.size - 1}, got {choices[index]!r}; "
         "check that the genotype was made for this space"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -270,21 +270,23 @@ def test_decision_out_of_range(index, beyond):
 
 
 def test_wrong_number_of_choices():
-    with pytest.raises(ValueError, match="choices: wanted 19 integers, one per decision, got 18;"):
+    with pytest.raises(
+        ValueError, match=("choices: expected 19 integers, one per decision, got 18;")
+    ):
         SPACE.decode([0] * 18)
 
 
 def test_genotype_of_another_space():
     with pytest.raises(
         ValueError,
-        match="wanted 3 connections, 3 cell layers and 4 taps, got 1, 1 and 2; make a FastNAS",
+        match="expected 3 connections, 3 cell layers and 4 taps, got 1, 1 and 2; make a FastNAS",
     ):
         SPACE.encode(FastNASSpace(1, 1, 2).decode([0] * 7))
 
 
 @pytest.mark.parametrize("field", ["num_layers", "num_blocks", "num_taps"])
 def test_empty_space(field):
-    with pytest.raises(ValueError, match=f"FastNASSpace.{field}: wanted at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"FastNASSpace.{field}: expected at least 1, got 0"):
         FastNASSpace(**{field: 0})
 
 
@@ -294,24 +296,27 @@ GOOD = SPACE.from_json(ARCHITECTURES[0][0]).to_json()
 @pytest.mark.parametrize(
     ("obj", "message"),
     [
-        ("[]", "genotype: wanted a list of 2, [cell, connections] or an object, got '[]'"),
-        ([1, 2, 3], "genotype: wanted a list of 2, [cell, connections] or an object, got [1, 2"),
-        ({"cell": []}, 'wanted the keys "space", "cell" and "connections", got [\'cell\']'),
-        (GOOD | {"space": "x"}, "space: wanted \"fast_nas\", got 'x'; read the genotype with"),
-        (GOOD | {"cell": [0, []]}, "cell: wanted a list of 4, [op0, layer, ..], got [0, []]"),
-        (GOOD | {"cell": [0, [], [], []]}, "cell.layer1: wanted a list of 4, [p1, p2, o1, o2], g"),
-        (GOOD | {"connections": None}, "connections: wanted a list of 3, [[i, j], ..], got None"),
+        ("[]", "genotype: expected a list of 2, [cell, connections] or an object, got '[]'"),
+        ([1, 2, 3], "genotype: expected a list of 2, [cell, connections] or an object, got [1, 2"),
+        ({"cell": []}, 'expected the keys "space", "cell" and "connections", got [\'cell\']'),
+        (GOOD | {"space": "x"}, "space: expected \"fast_nas\", got 'x'; read the genotype with"),
+        (GOOD | {"cell": [0, []]}, "cell: expected a list of 4, [op0, layer, ..], got [0, []]"),
+        (
+            GOOD | {"cell": [0, [], [], []]},
+            ("cell.layer1: expected a list of 4, [p1, p2, o1, o2], g"),
+        ),
+        (GOOD | {"connections": None}, "connections: expected a list of 3, [[i, j], ..], got None"),
         (
             GOOD | {"connections": [[0, 0], [0, 0], [0]]},
-            "connection2: wanted a list of 2, [i, j], got [0]",
+            "connection2: expected a list of 2, [i, j], got [0]",
         ),
         (
             GOOD | {"connections": [[0, 4], [0, 0], [0, 0]]},
-            "connection0.right: wanted an integer in 0..3, got 4",
+            "connection0.right: expected an integer in 0..3, got 4",
         ),
         (
             GOOD | {"cell": [11, *GOOD["cell"][1:]]},
-            "cell.op0: wanted the index of a primitive, 0 conv1x1, 1 conv3x3, 2 sep3x3, ",
+            "cell.op0: expected the index of a primitive, 0 conv1x1, 1 conv3x3, 2 sep3x3, ",
         ),
         (
             GOOD | {"cell": ["conv7x7", *GOOD["cell"][1:]]},

@@ -256,13 +256,15 @@ def test_decision_out_of_range(index, beyond):
     decision = SPACE.decisions[index]
     choices = [0] * 16
     choices[index] = decision.size if beyond == "size" else beyond
-    message = f"{decision.name}: wanted an integer in 0..{decision.size - 1}, got"
+    message = f"{decision.name}: expected an integer in 0..{decision.size - 1}, got"
     with pytest.raises(ValueError, match=re.escape(message)):
         SPACE.decode(choices)
 
 
 def test_genotype_of_another_space():
-    message = "genotype: wanted 4 levels and 5 nodes, got 3 and 4; make an IRNASSpace of that size"
+    message = (
+        "genotype: expected 4 levels and 5 nodes, got 3 and 4; make an IRNASSpace of that size"
+    )
     other = IRNASSpace(3, 4).decode([0] * 13)
     with pytest.raises(ValueError, match=re.escape(message)):
         SPACE.encode(other)
@@ -272,7 +274,7 @@ def test_genotype_of_another_space():
 
 @pytest.mark.parametrize("field", ["layers", "nodes"])
 def test_empty_space(field):
-    with pytest.raises(ValueError, match=f"IRNASSpace.{field}: wanted at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"IRNASSpace.{field}: expected at least 1, got 0"):
         IRNASSpace(**{field: 0})
 
 
@@ -282,45 +284,45 @@ GOOD = IRNASSpace(2, 2).decode([0] * 7).to_json()
 @pytest.mark.parametrize(
     ("obj", "message"),
     [
-        ([1], 'genotype: wanted an object of "space", "nodes" and "levels", got [1]'),
+        ([1], 'genotype: expected an object of "space", "nodes" and "levels", got [1]'),
         ({"nodes": 1}, 'an object of "space", "nodes" and "levels", got [\'nodes\']'),
-        (GOOD | {"space": "x"}, "space: wanted \"ir_nas\", got 'x'; read the genotype with"),
-        (GOOD | {"nodes": []}, "nodes: wanted a list, [node, ..], got []"),
-        (GOOD | {"nodes": None}, "nodes: wanted a list, [node, ..], got None"),
+        (GOOD | {"space": "x"}, "space: expected \"ir_nas\", got 'x'; read the genotype with"),
+        (GOOD | {"nodes": []}, "nodes: expected a list, [node, ..], got []"),
+        (GOOD | {"nodes": None}, "nodes: expected a list, [node, ..], got None"),
         (
             GOOD | {"nodes": [[["skip", 0]]]},
-            "node0: wanted a list of 2, [[op, state], [op, state]], got [['skip', 0]]",
+            "node0: expected a list of 2, [[op, state], [op, state]], got [['skip', 0]]",
         ),
         (
             GOOD | {"nodes": [[["skip", 0], "skip"]]},
-            "node0.edge1: wanted a list of 2, [op, state], got 'skip'",
+            "node0.edge1: expected a list of 2, [op, state], got 'skip'",
         ),
         (
             GOOD | {"nodes": [[["skip", 0], ["skip", "1"]]]},
-            "node0.edge1: wanted the number of a state, got '1'",
+            "node0.edge1: expected the number of a state, got '1'",
         ),
         (
             GOOD | {"nodes": [[["skip", 0], ["none", 1]]]},
-            "node0.edge1: wanted one of conv3x3, sep3x3, dil3x3, def3x3, skip, got 'none'",
+            "node0.edge1: expected one of conv3x3, sep3x3, dil3x3, def3x3, skip, got 'none'",
         ),
         (
             GOOD | {"nodes": [[["skip", 0], ["skip", 2]]]},
-            "node0: wanted two different states of 0..1, the lower first, got 0 and 2",
+            "node0: expected two different states of 0..1, the lower first, got 0 and 2",
         ),
         (
             GOOD | {"nodes": [[["skip", 1], ["skip", 1]]]},
-            "node0: wanted two different states of 0..1, the lower first, got 1 and 1",
+            "node0: expected two different states of 0..1, the lower first, got 1 and 1",
         ),
-        (GOOD | {"levels": 3}, "levels: wanted a list, [level, ..], got 3"),
+        (GOOD | {"levels": 3}, "levels: expected a list, [level, ..], got 3"),
         (
             GOOD | {"levels": [0, 2]},
-            "levels: wanted layer 2 at one of [0, 1], which level 0 before it reaches, got 2",
+            "levels: expected layer 2 at one of [0, 1], which level 0 before it reaches, got 2",
         ),
         (
             GOOD | {"levels": [2]},
-            "levels: wanted layer 1 at one of [0, 1], which level 0 before it reaches, got 2",
+            "levels: expected layer 1 at one of [0, 1], which level 0 before it reaches, got 2",
         ),
-        (GOOD | {"levels": [0, True]}, "levels: wanted layer 2 at one of [0, 1], which level 0"),
+        (GOOD | {"levels": [0, True]}, "levels: expected layer 2 at one of [0, 1], which level 0"),
     ],
 )
 def test_malformed_json(obj, message):
@@ -329,7 +331,7 @@ def test_malformed_json(obj, message):
 
 
 def test_tables_of_another_size():
-    with pytest.raises(ValueError, match=r"probabilities: wanted 5 rows of 6, got 4 of 6"):
+    with pytest.raises(ValueError, match=r"probabilities: expected 5 rows of 6, got 4 of 6"):
         derive_nodes([[0.1] * 6] * 4, 2)
-    with pytest.raises(ValueError, match=r"probabilities: wanted 3 rows of 3, got 3 of 3, 6"):
+    with pytest.raises(ValueError, match=r"probabilities: expected 3 rows of 3, got 3 of 3, 6"):
         viterbi([[0.1] * 6, [0.1] * 3, [0.1] * 3], 2)

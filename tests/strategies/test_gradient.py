@@ -156,7 +156,7 @@ def test_proxyless_leaves_what_did_not_run():
         torch.testing.assert_close(p[others], q[others])
         ratio = after_step[edge, i] - after_step[edge, j]
         torch.testing.assert_close(alphas[edge, i] - alphas[edge, j], ratio)
-    with pytest.raises(RuntimeError, match="wanted a call of architecture_step before"):
+    with pytest.raises(RuntimeError, match="expected a call of architecture_step before"):
         relaxation.after_architecture_step(alphas)
 
 
@@ -224,19 +224,19 @@ def test_on_a_supernet(name):
 
 def test_names():
     assert isinstance(make("proxyless"), Proxyless)
-    message = "strategy: wanted one of darts, proxyless, gumbel, got 'ppo'"
+    message = "strategy: expected one of darts, proxyless, gumbel, got 'ppo'"
     with pytest.raises(ValueError, match=f"^{message}$"):
         make("ppo")
 
 
 @pytest.mark.parametrize("name", GRADIENT_STRATEGIES)
 def test_state_of_another_relaxation(name):
-    message = f"wanted \"{name}\", got 'random'; resume with the strategy that wrote"
+    message = f"expected \"{name}\", got 'random'; resume with the strategy that wrote"
     with pytest.raises(ValueError, match=message):
         make(name).load_state_dict({"strategy": "random"})
 
 
 @pytest.mark.parametrize("field", ["start", "end", "steps"])
 def test_temperature_out_of_range(field):
-    with pytest.raises(ValueError, match=f"Temperature.{field}: wanted more than 0, got 0"):
+    with pytest.raises(ValueError, match=f"Temperature.{field}: expected more than 0, got 0"):
         Temperature(**{field: 0})

@@ -101,7 +101,7 @@ def test_gradient_of_one_decision():
 
 def test_shared_head_of_two_sizes():
     message = (
-        'b: wanted size 2, as the other decisions of head "h", got 3; give it a head of its own'
+        'b: expected size 2, as the other decisions of head "h", got 3; give it a head of its own'
     )
     with pytest.raises(ValueError, match=message):
         controller(decisions=[Decision("a", "h", 2), Decision("b", "h", 3)])
@@ -308,14 +308,14 @@ def test_tell_wants_what_was_asked():
     strategy = PPO(SPACE, PPOConfig(**SMALL), 0)
     first, second = strategy.ask(), strategy.ask()
     message = (
-        f"tell: wanted the reward of {first}, got {second}; "
+        f"tell: expected the reward of {first}, got {second}; "
         "tell every genotype that was asked for once, in order"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         strategy.tell(second, 0.5)
     strategy.tell(first, 0.5)
     strategy.tell(second, 0.5)
-    with pytest.raises(ValueError, match="tell: wanted the reward of no genotype, got FastNASG"):
+    with pytest.raises(ValueError, match="tell: expected the reward of no genotype, got FastNASG"):
         strategy.tell(second, 0.5)
 
 
@@ -343,7 +343,7 @@ def test_reward_is_finite(reward):
     ],
 )
 def test_settings_out_of_range(field, value, wanted):
-    with pytest.raises(ValueError, match=f"^PPOConfig.{field}: wanted {wanted}, got {value}"):
+    with pytest.raises(ValueError, match=f"^PPOConfig.{field}: expected {wanted}, got {value}"):
         PPOConfig(**{field: value})
 
 

@@ -30,13 +30,17 @@ def test_state_round_trip(cut):
 def test_make_strategy():
     assert isinstance(make_strategy("random", SPACE, 0, PPOConfig()), RandomSearch)
     assert isinstance(make_strategy("ppo", SPACE, 0, PPOConfig()), PPO)
-    with pytest.raises(ValueError, match="strategy: wanted one of ppo, random, got 'evolution'"):
+    with pytest.raises(ValueError, match="strategy: expected one of ppo, random, got 'evolution'"):
         make_strategy("evolution", SPACE, 0, PPOConfig())
 
 
 def test_state_of_another_strategy():
     ppo, search = PPO(SPACE, PPOConfig(), 0), RandomSearch(SPACE, 0)
-    with pytest.raises(ValueError, match="wanted \"ppo\", got 'random'; resume with the strategy"):
+    with pytest.raises(
+        ValueError, match=("expected \"ppo\", got 'random'; resume with the strategy")
+    ):
         ppo.load_state_dict(search.state_dict())
-    with pytest.raises(ValueError, match='wanted "random", got None; resume with the strategy th'):
+    with pytest.raises(
+        ValueError, match=('expected "random", got None; resume with the strategy th')
+    ):
         search.load_state_dict({})

@@ -49,7 +49,7 @@ def test_dct_filter_from_the_definition():
 def test_dct_filter_wants_a_window():
     with pytest.raises(ValueError) as error:
         dct_filter(torch.zeros(1, 1, 7, 20), 0.1)
-    assert str(error.value) == "dct_filter: wanted images of at least 8x8 pixels, got 7x20"
+    assert str(error.value) == "dct_filter: expected images of at least 8x8 pixels, got 7x20"
 
 
 @pytest.mark.parametrize("channels", [1, 3])

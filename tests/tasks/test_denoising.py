@@ -46,5 +46,6 @@ def test_sigma_out_of_range(sigma):
     with pytest.raises(ValueError) as error:
         Denoising(sigma)
     assert str(error.value) == (
-        f"denoising: wanted sigma above 0 and at most 255 (the scale of 8-bit images), got {sigma}"
+        "denoising: expected sigma above 0 and at most 255 (the scale of "
+        f"8-bit images), got {sigma}"
     )

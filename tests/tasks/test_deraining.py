@@ -67,5 +67,5 @@ def test_ranges(field, value, limits):
     with pytest.raises(ValueError) as error:
         Deraining(**{field: value})
     assert str(error.value) == (
-        f"deraining: wanted {field} as a range (low, high) within {limits}, got {value}"
+        f"deraining: expected {field} as a range (low, high) within {limits}, got {value}"
     )

@@ -76,7 +76,7 @@ def test_shapes_must_agree(function):
     with pytest.raises(ValueError) as error:
         function(torch.zeros(1, 1, 16, 16), torch.zeros(1, 3, 16, 16))
     assert str(error.value) == (
-        f"{function.__name__}: wanted prediction and target of one shape [N, C, H, W], got "
+        f"{function.__name__}: expected prediction and target of one shape [N, C, H, W], got "
         "[1, 1, 16, 16] and [1, 3, 16, 16]"
     )
 
@@ -86,4 +86,4 @@ def test_windows_must_fit():
     assert ssim(x, x, padding=True).item() == pytest.approx(1)
     with pytest.raises(ValueError) as error:
         ssim(x, x)
-    assert str(error.value) == "ssim: wanted images of at least 11x11 pixels, got 10x20"
+    assert str(error.value) == "ssim: expected images of at least 11x11 pixels, got 10x20"

@@ -49,10 +49,10 @@ def test_diffusion_beats_the_identity():
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"missing": 1.0}, "inpainting: wanted missing from 0 to below 1, got 1.0"),
-        ({"boxes": -0.1}, "inpainting: wanted boxes from 0 to below 1, got -0.1"),
-        ({"missing": 0.0}, "inpainting: wanted missing or boxes above 0, got 0 for both"),
-        ({"box": 0}, "inpainting: wanted box of at least 1 pixel, got 0"),
+        ({"missing": 1.0}, "inpainting: expected missing from 0 to below 1, got 1.0"),
+        ({"boxes": -0.1}, "inpainting: expected boxes from 0 to below 1, got -0.1"),
+        ({"missing": 0.0}, "inpainting: expected missing or boxes above 0, got 0 for both"),
+        ({"box": 0}, "inpainting: expected box of at least 1 pixel, got 0"),
     ],
 )
 def test_settings(settings, text):

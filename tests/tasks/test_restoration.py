@@ -79,7 +79,7 @@ def test_descriptions_of_nothing_known():
     with pytest.raises(ValueError) as error:
         task_from_json({"task": "dehazing"})
     names = "denoising, deraining, super-resolution, inpainting"
-    assert str(error.value) == f"task: wanted one of {names}, got 'dehazing'"
+    assert str(error.value) == f"task: expected one of {names}, got 'dehazing'"
     with pytest.raises(ValueError, match="super-resolution: unknown setting 'sigma'"):
         task_from_json({"task": "super-resolution", "sigma": 3})
 
@@ -175,7 +175,7 @@ def test_super_resolution_patches():
     with pytest.raises(ValueError) as error:
         ImagePatches(random_pictures((40, 40)), SuperResolution(3), 32)
     assert str(error.value) == (
-        "ImagePatches: wanted crop to be a positive multiple of the scale 3, got 32"
+        "ImagePatches: expected crop to be a positive multiple of the scale 3, got 32"
     )
 
 
@@ -183,17 +183,17 @@ def test_images_must_hold_a_patch():
     with pytest.raises(ValueError) as error:
         ImagePatches(random_pictures((64, 64), (63, 80)), Denoising(), 64)
     assert str(error.value) == (
-        "ImagePatches: wanted images of at least 64x64 pixels, the size of a patch, got 1.png of "
+        "ImagePatches: expected images of at least 64x64 pixels, the size of a patch, got 1.png of "
         "63x80 (height x width); choose a smaller patch or leave the image out"
     )
     with pytest.raises(ValueError) as error:
         ImagePatches(random_pictures((64, 64)), Denoising(), 64, crops=0)
-    assert str(error.value) == "ImagePatches: wanted crops of at least 1, got 0"
+    assert str(error.value) == "ImagePatches: expected crops of at least 1, got 0"
 
 
 def test_pairs_are_refused_where_the_task_degrades():
     text = (
-        "denoising: wanted clean images, which it degrades itself, got the pairs of random; give "
+        "denoising: expected clean images, which it degrades itself, got the pairs of random; give "
         "the folder of the clean images alone"
     )
     pictures = random_pictures((20, 20), paired=True)
@@ -238,7 +238,7 @@ def test_lambda_out_of_range(weight):
     with pytest.raises(ValueError) as error:
         RestorationLoss(weight)
     assert str(error.value) == (
-        f"RestorationLoss: wanted ssim_weight (lambda) of at least 0 and finite, got {weight}"
+        f"RestorationLoss: expected ssim_weight (lambda) of at least 0 and finite, got {weight}"
     )
 
 
@@ -322,14 +322,14 @@ def test_runtime_gives_device_precision_and_heartbeat():
     [
         (
             {"protocol": "mean"},
-            "evaluate: wanted protocol 'whole' or 'overlap', got 'mean'",
+            "evaluate: expected protocol 'whole' or 'overlap', got 'mean'",
         ),
         (
             {"channels": 3},
-            "evaluate: wanted images of 3 channels, which the method was made for, got 1 channel "
+            "evaluate: expected images of 3 channels, which the method was made for, got 1 channel "
             "(grey); open random with 3 channels",
         ),
-        ({"images": random_pictures()}, "evaluate: wanted at least one image, got none"),
+        ({"images": random_pictures()}, "evaluate: expected at least one image, got none"),
         (
             {"task": SuperResolution(2), "protocol": "overlap"},
             "evaluate: the protocol 'overlap' wants a task of scale 1, got super-resolution of "
@@ -342,7 +342,7 @@ def test_runtime_gives_device_precision_and_heartbeat():
         ),
         (
             {"predict": lambda images: images[..., 1:]},
-            "evaluate: wanted a restored image [1, 20, 24] for 0.png, got [1, 20, 23]",
+            "evaluate: expected a restored image [1, 20, 24] for 0.png, got [1, 20, 23]",
         ),
     ],
 )

@@ -36,7 +36,7 @@ def test_task_reads_classes_and_ignore_index_from_the_data():
 
 @pytest.mark.parametrize("index", [-1, CLASSES])
 def test_omitted_classes_exist(index):
-    with pytest.raises(ValueError, match=f"^omit: wanted classes from 0 to 7, got {index}$"):
+    with pytest.raises(ValueError, match=f"^omit: expected classes from 0 to 7, got {index}$"):
         SegmentationTask(TASK.splits, (0, index))
 
 

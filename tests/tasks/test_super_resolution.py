@@ -35,4 +35,4 @@ def test_baseline_has_the_size_of_the_target():
 def test_scales():
     with pytest.raises(ValueError) as error:
         SuperResolution(5)
-    assert str(error.value) == "super-resolution: wanted scale 2, 3 or 4, got 5"
+    assert str(error.value) == "super-resolution: expected scale 2, 3 or 4, got 5"

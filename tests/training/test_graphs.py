@@ -146,8 +146,8 @@ def test_a_schedule_is_refused() -> None:
             GraphedStep(Repeater()),
         )
     assert str(error.value) == (
-        "train_epoch: wanted groups without a schedule beside a graph, which repeats the learning "
-        "rate that it was recorded with, got one; leave out either"
+        "train_epoch: expected groups without a schedule beside a graph, which repeats the "
+        "learning rate that it was recorded with, got one; leave out either"
     )
     assert training.calls == 0
 

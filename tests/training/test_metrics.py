@@ -77,7 +77,7 @@ def test_an_absent_class_that_is_predicted_is_no_term_of_the_means():
 
 def test_shapes():
     message = (
-        "ConfusionMatrix.update: wanted predictions and labels of one shape, got [1, 2, 3] and "
+        "ConfusionMatrix.update: expected predictions and labels of one shape, got [1, 2, 3] and "
         "[1, 4, 6]; resize the logits first"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 import torch
 
 from nasfast.data.restoration import RestorationData
-from nasfast.evaluator import derive_seed
 from nasfast.methods.restoration.train import Fitting, Recipe
-from nasfast.methods.sampling import FEEDBACK
 from nasfast.models.restorer import Restorer, RestorerConfig
-from nasfast.records import Evaluation
+from nasfast.runs.records import Evaluation
+from nasfast.searches.sampling import FEEDBACK
 from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
 from nasfast.tasks.restoration import ImagePatches, RestorationTask, evaluate
 from nasfast.training.cost import count_macs, count_parameters
 from nasfast.training.loop import NonFiniteLossError, Runtime
+from nasfast.utils.seeding import derive_seed
 
 MAX_DRAWS = 10_000
 
@@ -64,7 +64,7 @@ def parse_range(text: str | None) -> tuple[int, int]:
         return 0, 2**63
     match = re.fullmatch(r"(\d[\d_]*):(\d[\d_]*)", text)
     if match is None or int(match[1]) > int(match[2]):
-        raise ValueError(f"params: wanted LOW:HIGH, such as 60000:80000, got {text!r}")
+        raise ValueError(f"params: expected LOW:HIGH, such as 60000:80000, got {text!r}")
     return int(match[1]), int(match[2])
 
 

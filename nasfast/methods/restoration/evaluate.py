@@ -18,7 +18,6 @@ from torch import Tensor
 
 from nasfast.data.restoration import open_images
 from nasfast.device import resolve_device
-from nasfast.files import atomic_file
 from nasfast.methods import base
 from nasfast.methods.restoration.settings import parse
 from nasfast.models.restorer import read_restorer
@@ -27,6 +26,7 @@ from nasfast.tasks import restoration as metrics
 from nasfast.tasks.restoration import Predict, Scores
 from nasfast.training.cost import count_macs, count_parameters, measure_latency
 from nasfast.training.loop import Runtime
+from nasfast.utils.files import atomic_file
 
 PICTURES = "pictures"
 """Folder beside the model that the strips are put in."""
@@ -54,7 +54,7 @@ class EvaluateConfig(base.EvaluateConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pictures < 0:
-            raise ValueError(f"pictures: wanted 0 or more, got {self.pictures}")
+            raise ValueError(f"pictures: expected 0 or more, got {self.pictures}")
 
 
 def parse_evaluate(argv: Sequence[str], description: str | None) -> EvaluateConfig:
@@ -73,7 +73,7 @@ def evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], Table]:
     task = task_from_json(config.task or description["task"])
     if task.scale != model.scale:
         raise ValueError(
-            f"evaluate {config.path}: wanted a task of scale {model.scale}, as the network has, "
+            f"evaluate {config.path}: expected a task of scale {model.scale}, as the network has, "
             f"got {task.label} of scale {task.scale}"
         )
     images = getattr(open_images(source, channels), config.split)

@@ -20,28 +20,23 @@ import torch
 import tyro
 from rich.console import Console
 
-from nasfast.cli import flag_value, say
-from nasfast.config import require_positive
 from nasfast.data.restoration import RestorationData, open_images
-from nasfast.evaluator import derive_seed
-from nasfast.interrupt import Interrupt
 from nasfast.methods.restoration.candidates import (
     RestorationEvaluator,
     SizeClass,
     parse_range,
 )
 from nasfast.methods.restoration.settings import parse as parse_with_task
-from nasfast.methods.restoration.supernet import (
+from nasfast.methods.restoration.train import Recipe
+from nasfast.models.restorer import RestorerConfig
+from nasfast.models.supernet import Supernet, SupernetConfig
+from nasfast.searches.bilevel import (
     ArchitectureConfig,
     BilevelConfig,
     SupernetSearch,
     WeightsConfig,
 )
-from nasfast.methods.restoration.train import Recipe
-from nasfast.methods.sampling import SamplingSearch, SamplingSettings, default_threads
-from nasfast.methods.workers import Crew
-from nasfast.models.restorer import RestorerConfig
-from nasfast.models.supernet import Supernet, SupernetConfig
+from nasfast.searches.sampling import SamplingSearch, SamplingSettings, default_threads
 from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
 from nasfast.strategies import RandomSearch
 from nasfast.strategies.gradient import Temperature, make_relaxation
@@ -49,6 +44,11 @@ from nasfast.tasks import task_from_json
 from nasfast.tasks.denoising import Denoising
 from nasfast.training.cost import count_parameters
 from nasfast.training.loop import Runtime
+from nasfast.utils.cli import flag_value, say
+from nasfast.utils.config import require_positive
+from nasfast.utils.interrupt import Interrupt
+from nasfast.utils.seeding import derive_seed
+from nasfast.workers import Crew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +91,14 @@ class SearchConfig(SamplingSettings):
         parse_range(self.params)
         if self.params is not None and self.strategy != "random":
             raise ValueError(
-                f"params: wanted --strategy random, which samples, got {self.strategy}; a search "
+                f"params: expected --strategy random, which samples, got {self.strategy}; a search "
                 "by gradient is not held to a size"
             )
         if (self.workers, self.devices, self.engine) != (None, None, "process") and (
             self.strategy != "random"
         ):
             raise ValueError(
-                "workers, devices, engine: wanted --strategy random, which samples, got "
+                "workers, devices, engine: expected --strategy random, which samples, got "
                 f"{self.strategy}; a search by gradient trains one supernet"
             )
 
@@ -176,8 +176,8 @@ def continued(
         return dataclasses.replace(config, budget=checkpoint.get("budget", config.budget))
     if config.strategy != "random":
         raise ValueError(
-            "resume: wanted no --budget, as the learning rate of a search by gradient follows its "
-            f"number of epochs, got {budget}; start a new run with another --bilevel.epochs"
+            "resume: expected no --budget, as the learning rate of a search by gradient follows "
+            f"its number of epochs, got {budget}; start a new run with another --bilevel.epochs"
         )
     return dataclasses.replace(config, budget=budget)
 

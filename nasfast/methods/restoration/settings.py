@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import tyro
 
-from nasfast.cli import flag_value
 from nasfast.tasks import task_from_json
+from nasfast.utils.cli import flag_value
 
 C = TypeVar("C")
 

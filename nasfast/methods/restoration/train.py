@@ -15,11 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from nasfast.cli import flag_value
-from nasfast.config import from_mapping, require_positive
 from nasfast.data.restoration import open_images
-from nasfast.evaluator import derive_seed
-from nasfast.files import atomic_write
 from nasfast.methods.base import MODEL_FILE, Source, TrainSettings
 from nasfast.methods.restoration.settings import parse
 from nasfast.models.restorer import Restorer, RestorerConfig, save_restorer
@@ -29,6 +25,10 @@ from nasfast.tasks.denoising import Denoising
 from nasfast.tasks.restoration import ImagePatches, RestorationLoss, evaluate
 from nasfast.training.cost import count_macs, count_parameters
 from nasfast.training.loop import Group, Runtime, one_cycle, train_epoch
+from nasfast.utils.cli import flag_value
+from nasfast.utils.config import from_mapping, require_positive
+from nasfast.utils.files import atomic_write
+from nasfast.utils.seeding import derive_seed
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ class Trainer:
         """
         if state["data"] != self.data.train.fingerprint():
             raise ValueError(
-                f"resume {self.out}: wanted the training images that it began with, got other "
+                f"resume {self.out}: expected the training images that it began with, got other "
                 f"content in {self.settings.data}; restore it or start a new training"
             )
         self.fitting.load_state_dict(state["fitting"])

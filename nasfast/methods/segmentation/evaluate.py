@@ -28,8 +28,8 @@ def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
     val = task.splits.val
     if tuple(description["classes"]) != tuple(val.classes):
         raise ValueError(
-            f"evaluate {path}: wanted data of the classes {', '.join(description['classes'])}, got "
-            f"{', '.join(val.classes)} in {data}"
+            f"evaluate {path}: expected data of the classes {', '.join(description['classes'])}, "
+            f"got {', '.join(val.classes)} in {data}"
         )
     runtime.place(model)
     scores = task.score_images(model, val, ValTransform(None), runtime, batch_size=1)

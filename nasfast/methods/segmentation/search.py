@@ -17,19 +17,19 @@ import tyro
 from rich.console import Console
 
 from nasfast.cache import CacheConfig
-from nasfast.cli import flag_value, say
-from nasfast.config import require_positive
 from nasfast.data import Splits, load_splits, shorter_side
 from nasfast.encoders import MobileNetV2, load_encoder
-from nasfast.evaluator import Caches, SegmentationEvaluator, Stage0Config, Stage1Config
-from nasfast.interrupt import Interrupt
-from nasfast.methods.sampling import SamplingSearch, SamplingSettings, default_threads
-from nasfast.methods.workers import Crew, Engine
+from nasfast.evaluation.evaluator import Caches, SegmentationEvaluator, Stage0Config, Stage1Config
 from nasfast.models.segmenter import DecoderConfig, Segmenter, load_teacher
+from nasfast.searches.sampling import SamplingSearch, SamplingSettings, default_threads
 from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
 from nasfast.strategies import PPOConfig, make_strategy
 from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.loop import Runtime
+from nasfast.utils.cli import flag_value, say
+from nasfast.utils.config import require_positive
+from nasfast.utils.interrupt import Interrupt
+from nasfast.workers import Crew, Engine
 
 StageConfig = TypeVar("StageConfig", Stage0Config, Stage1Config)
 
@@ -80,7 +80,9 @@ class SearchConfig(SamplingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.budget < 1:
-            raise ValueError(f"search: wanted a budget of at least 1 candidate, got {self.budget}")
+            raise ValueError(
+                f"search: expected a budget of at least 1 candidate, got {self.budget}"
+            )
         require_positive(self.decoder, "agg_size", "sep_repeats")
         for stage in (self.stage0, self.stage1):
             require_positive(stage, "crop", "shorter_side", "batch_size", "max_grad_norm")
@@ -148,7 +150,7 @@ def fit_to_data(config: SearchConfig, splits: Splits, console: Console) -> Searc
     sizes = sorted({tuple(sample.mask.shape) for sample in splits.search_val})
     if len(sizes) > 1:
         raise ValueError(
-            f"search: wanted images of one size to score candidates on, got {len(sizes)} sizes "
+            f"search: expected images of one size to score candidates on, got {len(sizes)} sizes "
             f"from {sizes[0]} to {sizes[-1]}; give --val-crop SIDE to score centre crops"
         )
     side = min(shorter_side(splits.search_train), *sizes[0])
@@ -177,7 +179,7 @@ def build(
     )
     if config.placement == "device" and crew.devices[0] == "cpu":
         raise ValueError(
-            "placement: wanted auto, file or ram on a CPU, got device; leave --placement out, or "
+            "placement: expected auto, file or ram on a CPU, got device; leave --placement out, or "
             "give --device cuda"
         )
     runtime = Runtime(torch.device(crew.devices[0]), interrupt.check)

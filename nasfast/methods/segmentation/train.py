@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nasfast.config import require_positive
 from nasfast.data import TrainTransform, ValTransform, load_splits, shorter_side
 from nasfast.encoders import load_encoder
-from nasfast.evaluator import build_segmenter, derive_seed
-from nasfast.files import atomic_write
+from nasfast.evaluation.evaluator import build_segmenter
 from nasfast.methods.base import MODEL_FILE, Source, TrainSettings
 from nasfast.models.segmenter import DecoderConfig, save_segmenter
 from nasfast.spaces.fast_nas import FastNASGenotype
 from nasfast.tasks.segmentation import SegmentationTask, image_batches
 from nasfast.training.cost import count_macs, count_parameters
 from nasfast.training.loop import Group, Runtime, epoch_indices, one_cycle, train_epoch
+from nasfast.utils.config import require_positive
+from nasfast.utils.files import atomic_write
+from nasfast.utils.seeding import derive_seed
 
 FULL_DECODER = DecoderConfig(agg_size=64, sep_repeats=2, aux_cell=False)
 

@@ -1,0 +1,36 @@
+"""Write the report of a run again: ``python -m nasfast.report RUN [--rival RUN]``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from nasfast.report import write_report
+from nasfast.runs.study import Study
+from nasfast.utils.cli import reports_errors
+
+
+def rewrite(run: Annotated[Path, tyro.conf.Positional], rival: Path | None = None) -> None:
+    """Write the report of a run again.
+
+    Args:
+        run: run directory of the search.
+        rival: run directory of a search of the same budget to compare with.
+    """
+    other = Study.open(rival, read_only=True) if rival is not None else None
+    print(write_report(Study.open(run, read_only=True), rival=other))
+
+
+@reports_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    tyro.cli(rewrite, args=argv, prog="nasfast.report")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

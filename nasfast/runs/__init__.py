@@ -1,0 +1,1 @@
+"""The run directory of a search and its records."""

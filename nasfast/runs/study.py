@@ -1,0 +1,298 @@
+"""The run directory: configuration, records, checkpoint and lock of one search.
+
+    runs/<YYYYmmdd-HHMMSS>-<method>-<name>/
+        config.toml  env.json  records.jsonl  best.json  checkpoint/state.pt  report.html  lock
+
+A record is on the disk when `append` returns; a crash loses at most the one being written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import errno
+import fcntl
+import itertools
+import json
+import os
+import re
+import tomllib
+import warnings
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import tomli_w
+import torch
+
+from nasfast.runs.records import Record
+from nasfast.utils.files import atomic_file, atomic_write, sync_directory
+
+__all__ = ["Study"]
+
+
+class Study:
+    """One run directory, held by one writing process at a time.
+
+    Use `Study.create` for a new run and `Study.open` for an existing one; both lock the directory
+    until `close` or the end of the `with` block.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    env: dict[str, Any]
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path = path
+        self._lock: int | None = None
+        self._records: list[Record] = []
+        wanted = ("config.toml", "env.json", "records.jsonl")
+        missing = [name for name in wanted if not (path / name).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{path} is not a run directory: it has no {', '.join(missing)}; "
+                "give a directory that a search wrote, such as runs/<date>-<method>-<name>"
+            )
+        if not read_only:
+            self._lock = _acquire(path / "lock")
+            _writers.add(self)
+        try:
+            self.config = tomllib.loads((path / "config.toml").read_text())
+            self.env = json.loads((path / "env.json").read_text())
+            self._read_records()
+            if not read_only:
+                for stale in (path / "checkpoint").glob(".*.tmp"):
+                    stale.unlink()
+                self.write_best()
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def create(
+        cls, root: Path, method: str, name: str, config: Mapping[str, Any], env: Mapping[str, Any]
+    ) -> Self:
+        """Make a new run directory below `root`; an existing one is never touched.
+
+        Args:
+            method: command of the search, such as "segmentation".
+            name: the user's name of the run.
+            config: fully resolved settings; None values are left out, nested mappings and
+                dataclasses become tables.
+            env: versions, machine and command line, stored as JSON.
+        """
+        for argument, value in (("method", method), ("name", name)):
+            if not re.fullmatch(r"\w[\w.+-]*", value):
+                raise ValueError(
+                    f"{argument}: expected letters, digits and ._+- (it becomes part of a "
+                    f"directory name), got {value!r}"
+                )
+        toml = tomli_w.dumps({k: _toml(v, k) for k, v in config.items() if v is not None})
+        environment = json.dumps(env, indent=2) + "\n"
+        root.mkdir(parents=True, exist_ok=True)
+        stem = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{method}-{name}"
+        for attempt in itertools.count(1):
+            path = root / (stem if attempt == 1 else f"{stem}-{attempt}")
+            try:
+                path.mkdir()
+                break
+            except FileExistsError:
+                continue
+        (path / "checkpoint").mkdir()
+        atomic_write(path / "config.toml", toml)
+        atomic_write(path / "env.json", environment)
+        atomic_write(path / "records.jsonl", "")
+        sync_directory(root)
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path, *, read_only: bool = False) -> Self:
+        """Open an existing run: to continue it, or with `read_only` just to look.
+
+        A last line that a crash left torn is cut off the records with a warning. `read_only` needs
+        no lock, changes no records, and so works on a run in progress.
+        """
+        return cls(path, read_only=read_only)
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """Every record so far, in the order of their index."""
+        return tuple(self._records)
+
+    @property
+    def best(self) -> Record | None:
+        """The first of the ranking; None before a success."""
+        ranking = self.ranking()
+        return ranking[0] if ranking else None
+
+    def ranking(self) -> list[Record]:
+        """Successful architectures, each once, best first.
+
+        By score, of equals the earliest first; or, where env.json says that the search's "choice"
+        is its "last" architecture, by the last time that it came up.
+        """
+        scored = [(record.score, record) for record in self._records if record.score is not None]
+        if self.env.get("choice") == "last":
+            scored.reverse()
+        else:
+            scored.sort(key=lambda pair: pair[0], reverse=True)
+        once: dict[int, Record] = {}  # by the first record of the architecture
+        for _, record in scored:
+            first = record.index if record.duplicate_of is None else record.duplicate_of
+            once.setdefault(first, record)
+        return list(once.values())
+
+    def append(self, record: Record) -> None:
+        """Add one record, durably; updates best.json when it is the new best."""
+        self._require_lock()
+        if record.index != len(self._records):
+            raise ValueError(
+                f"record index: expected {len(self._records)} (the records so far), got "
+                f"{record.index}; append every record once, in order"
+            )
+        line = (json.dumps(record.to_json(), separators=(",", ":")) + "\n").encode()
+        with open(self.path / "records.jsonl", "ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+                os.fsync(file.fileno())
+            except BaseException:
+                file.truncate(size)
+                raise
+        self._records.append(record)
+        if self.best is record:
+            self.write_best()
+
+    def write_best(self) -> None:
+        """Write the best record to best.json, atomically, unless it is there already."""
+        self._require_lock()
+        if self.best is None:
+            return
+        path, text = self.path / "best.json", json.dumps(self.best.to_json(), indent=2) + "\n"
+        if not path.exists() or path.read_text() != text:
+            atomic_write(path, text)
+
+    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
+        """Replace checkpoint/state.pt atomically. `state`: tensors and plain Python values only."""
+        self._require_lock()
+        with atomic_file(self.path / "checkpoint" / "state.pt") as file:
+            torch.save(dict(state), file)
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The state last saved, on the CPU; None when the run has none yet."""
+        path = self.path / "checkpoint" / "state.pt"
+        if not path.exists():
+            return None
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return state
+
+    def close(self) -> None:
+        """Release the lock; calling it again does nothing."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _require_lock(self) -> None:
+        if self._lock is None:
+            raise RuntimeError(
+                f"{self.path} is closed or open for reading only; use Study.open(path) to write"
+            )
+
+    def _read_records(self) -> None:
+        path = self.path / "records.jsonl"
+        data = path.read_bytes()
+        lines = data.splitlines(keepends=True)
+        for number, line in enumerate(lines, start=1):
+            try:
+                parsed = json.loads(line)
+                torn = not line.endswith(b"\n")
+            except ValueError as error:
+                if number < len(lines):
+                    raise ValueError(
+                        f"{path}, line {number}: expected one JSON record, got {line[:60]!r} "
+                        f"({error}); restore the file from a copy"
+                    ) from error
+                torn = True
+            if torn:
+                self._cut(path, len(data) - len(line), number)
+                return
+            try:
+                record = Record.from_json(parsed)
+                if record.index != number - 1:
+                    raise ValueError(f"index: expected {number - 1}, got {record.index}")
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}, line {number}: not a record of this version of nasfast: {error}"
+                ) from error
+            self._records.append(record)
+
+    def _cut(self, path: Path, size: int, number: int) -> None:
+        """Drop a torn last line: a crash while it was appended, so nothing was built on it."""
+        if self._lock is None:
+            return
+        with open(path, "r+b") as file:
+            file.truncate(size)
+            os.fsync(file.fileno())
+        warnings.warn(
+            f"{path}: line {number} was torn by a crash while it was written and has been cut off",
+            stacklevel=4,
+        )
+
+
+def _acquire(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 32).decode() or "that has just started"
+        os.close(descriptor)
+        raise RuntimeError(
+            f"{path.parent} is being written by process {holder}; wait for it or stop it first"
+        ) from None
+    os.truncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
+    return descriptor
+
+
+_writers: weakref.WeakSet[Study] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    for study in _writers:
+        study.close()
+
+
+# A forked data worker that outlives its killed parent must not keep the run locked.
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+def _toml(value: Any, key: str) -> Any:
+    """The TOML form of one setting; `key` is its dotted name for the error."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {k: _toml(v, f"{key}.{k}") for k, v in value.items() if v is not None}
+    if isinstance(value, tuple | list):
+        return [_toml(v, f"{key}[{i}]") for i, v in enumerate(value)]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(
+        f"config {key}: expected a bool, int, float, str, Path, sequence, mapping or dataclass, "
+        f"got {type(value).__name__}"
+    )

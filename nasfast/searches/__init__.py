@@ -1,0 +1,1 @@
+"""The two ways to search: sampled candidates, and a supernet by gradient."""

@@ -1,0 +1,1 @@
+"""Files, configuration, seeds, signals and the command line: what everything else stands on."""

@@ -1,0 +1,130 @@
+"""Workers as processes of this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing import connection, forkserver, get_context, parent_process, resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from typing import Any, Final, Generic, Literal
+
+from nasfast.workers.protocol import Answer, Builder, Death, G, Job, Worker
+
+_PRELOAD = ["nasfast.methods", "torch._dynamo"]
+"""Imported once, by the server that workers are forked from: they start in milliseconds and share
+its memory. The second is what torch imports when the first optimizer is made."""
+
+
+_BEGUN: Final = "begun"
+"""What a worker says when it has received a job."""
+
+
+@dataclass
+class _Seat:
+    process: ForkServerProcess
+    pipe: Connection
+    working: bool = False
+
+
+class ProcessPool(Generic[G]):
+    """Worker i evaluates on the i-th device, and so on in turns.
+
+    The processes ignore Ctrl-C, which is this process's to handle, and die with it.
+
+    Args:
+        builders: names of devices, and what makes the evaluator of a worker there.
+        threads: that a worker computes with.
+    """
+
+    def __init__(self, builders: Sequence[tuple[str, Builder[G]]], threads: int) -> None:
+        self._builders, self._threads = builders, threads
+        self._seats: dict[int, _Seat] = {}
+
+    def start(self, worker: int) -> None:
+        """Begin a worker, or begin it again."""
+        start_server()
+        ours, theirs = connection.Pipe()
+        device, build = self._builders[worker % len(self._builders)]
+        process = get_context("forkserver").Process(
+            target=_serve,
+            args=(theirs, Worker(build, device, self._threads)),
+            name=f"nasfast-worker-{worker}",
+            daemon=True,
+        )
+        process.start()
+        theirs.close()  # so that the worker's end is its own, and closes when it dies
+        self._seats[worker] = _Seat(process, ours)
+
+    def send(self, worker: int, job: Job[G]) -> None:
+        """Give an idle worker a candidate."""
+        with contextlib.suppress(ConnectionError):  # it is dead, which `wait` tells
+            self._seats[worker].pipe.send(job)
+
+    def wait(self, seconds: float) -> list[tuple[int, Answer]]:
+        """Answers that are there, at the latest after so many seconds."""
+        pipes = {seat.pipe: worker for worker, seat in self._seats.items()}
+        readable: list[Any] = connection.wait(pipes, seconds)
+        answers = ((pipes[pipe], self._receive(pipes[pipe])) for pipe in readable)
+        return [(worker, answer) for worker, answer in answers if answer is not None]
+
+    def _receive(self, worker: int) -> Answer | None:
+        seat = self._seats[worker]
+        try:
+            message: Answer | Literal["begun"] = seat.pipe.recv()
+        except (EOFError, OSError):
+            return Death(self._end(worker), seat.working)
+        seat.working = message == _BEGUN
+        return None if message == _BEGUN else message
+
+    def _end(self, worker: int) -> str:
+        seat = self._seats.pop(worker)
+        seat.pipe.close()
+        seat.process.join()
+        status = seat.process.exitcode or 0
+        seat.process.close()
+        if status >= 0:
+            return f"exited with status {status}"
+        cause = f"killed by signal {-status} ({signal.Signals(-status).name})"
+        return f"{cause}, out of memory?" if -status == signal.SIGKILL else cause
+
+    def close(self) -> None:
+        """Kill all workers, whatever they do: none has anything to save."""
+        for seat in self._seats.values():
+            seat.process.kill()
+        for worker in list(self._seats):
+            self._end(worker)
+
+
+def start_server() -> None:
+    """Start the process that workers are forked from, unless it runs; it imports in background."""
+    get_context("forkserver").set_forkserver_preload(_PRELOAD)
+    resource_tracker.ensure_running()  # the server would start it, which unblocks signals
+    # Inherited by the server and all workers. A signal of this moment waits, none is lost.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _serve(pipe: Connection, worker: Worker[Any]) -> None:
+    """A worker process: an answer for the start, then one for each job."""
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    with contextlib.suppress(EOFError, ConnectionError):  # the search is gone
+        pipe.send(worker.start())
+        while True:
+            job = pipe.recv()
+            pipe.send(_BEGUN)
+            pipe.send(worker.run(job))
+
+
+def _die_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)

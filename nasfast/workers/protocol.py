@@ -1,0 +1,169 @@
+"""What the search, its engines and their workers say to each other."""
+
+from __future__ import annotations
+
+import platform
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+
+from nasfast.runs.records import Evaluation
+from nasfast.spaces.base import Genotype
+from nasfast.training.loop import Runtime
+from nasfast.utils.cli import meant_for_user
+
+G = TypeVar("G", bound=Genotype)
+G_in = TypeVar("G_in", bound=Genotype, contravariant=True)
+G_out = TypeVar("G_out", bound=Genotype, covariant=True)
+
+
+class Evaluator(Protocol[G_in]):
+    """Genotype to evaluation: a pure function of genotype, index and its own configuration."""
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        """SHA-256 of everything that was read."""
+
+    @property
+    def runtime(self) -> Runtime: ...
+
+    @property
+    def remedy(self) -> str:
+        """What to change where candidates fail."""
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """Wall time of the preparation, by step."""
+
+    def __call__(self, genotype: G_in, index: int, gate: float | None) -> Evaluation: ...
+
+    def cost(self, genotype: G_in) -> tuple[int, int]:
+        """Parameters and multiply-accumulates, as an evaluation states them, without training."""
+
+
+Builder = Callable[[str], Evaluator[G]]
+"""Makes a worker's evaluator on a device. It is pickled, and opens all that it needs by itself."""
+
+
+@dataclass(frozen=True)
+class Job(Generic[G_out]):
+    """A candidate to evaluate."""
+
+    index: int
+    genotype: G_out
+    gate: float | None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A worker waits for its first job."""
+
+    inputs: Mapping[str, str]
+    """Of its evaluator."""
+    host: str
+
+
+@dataclass(frozen=True)
+class Defect:
+    """An error in a worker that is no candidate's failure."""
+
+    traceback: str
+    message: str | None
+    """Its text where it is meant for the user."""
+
+
+@dataclass(frozen=True)
+class Death:
+    """The end of a worker that nobody asked for."""
+
+    cause: str
+    working: bool
+    """Whether it had begun with its job; one that was dead before is not the candidate's doing."""
+
+
+Answer = Ready | Evaluation | Defect | Death
+
+
+class Worker(Generic[G]):
+    """An evaluator in a process of its own; errors are answers."""
+
+    def __init__(self, build: Builder[G], device: str, threads: int) -> None:
+        self._build, self._device, self._threads = build, device, threads
+
+    def start(self) -> Ready | Defect:
+        """Build the evaluator."""
+        try:
+            torch.set_num_threads(self._threads)
+            if self._device.startswith("cuda:"):  # "cuda" is the current one, perhaps Ray's choice
+                torch.cuda.set_device(self._device)
+            self._evaluate = self._build(self._device)
+        except Exception as error:
+            return _defect(error)
+        return Ready(dict(self._evaluate.inputs), platform.node())
+
+    def run(self, job: Job[G]) -> Evaluation | Defect:
+        """Evaluate a candidate."""
+        try:
+            return self._evaluate(job.genotype, job.index, job.gate)
+        except Exception as error:
+            return _defect(error)
+
+
+def _defect(error: Exception) -> Defect:
+    text = "".join(traceback.format_exception(error))
+    return Defect(text, str(error) if meant_for_user(error) else None)
+
+
+class Pool(Protocol[G_in]):
+    """Workers by number. They only run what they are given: queue and retries are elsewhere."""
+
+    def start(self, worker: int) -> None:
+        """Begin a worker, or begin it again; its first answer is Ready."""
+
+    def send(self, worker: int, job: Job[G_in]) -> None:
+        """Give an idle worker a candidate; does not wait."""
+
+    def wait(self, seconds: float) -> list[tuple[int, Answer]]:
+        """Answers as they come; none after so many seconds without one."""
+
+    def close(self) -> None:
+        """End all workers, at once and for good."""
+
+
+class Engine(Protocol[G]):
+    """Evaluates batches of candidates."""
+
+    def evaluate(
+        self, evaluator: Evaluator[G], jobs: Sequence[Job[G]], progress: Callable[[int], None]
+    ) -> Iterator[Evaluation]:
+        """Evaluations in the order of the jobs, each as soon as it and those before it are there.
+
+        Args:
+            evaluator: of this process. Workers' evaluators give the same.
+            jobs: the batch.
+            progress: is told how many candidates are in training, whenever that changes.
+        """
+
+    def close(self) -> None:
+        """End all workers, at once and for good."""
+
+
+class InProcess(Generic[G]):
+    """No workers: this process evaluates, one candidate after the other."""
+
+    def evaluate(
+        self, evaluator: Evaluator[G], jobs: Sequence[Job[G]], progress: Callable[[int], None]
+    ) -> Iterator[Evaluation]:
+        """As `Engine` says."""
+        for job in jobs:
+            progress(1)
+            yield evaluator(job.genotype, job.index, job.gate)
+
+    def close(self) -> None:
+        """Nothing to end."""

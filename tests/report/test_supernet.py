@@ -1,0 +1,151 @@
+"""The report of a search by gradient: charts, heat maps, drawings, pictures."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+from xml.etree.ElementTree import tostring
+
+import pytest
+import torch
+from PIL import Image
+
+from nasfast.report import terminal_table, write_report
+from nasfast.report.graphs import ir_cell_graph, ir_path_graph
+from nasfast.runs.records import Evaluation, Record
+from nasfast.runs.study import Study
+from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
+
+SPACE = IRNASSpace(layers=3, nodes=2)
+GENOTYPES = [SPACE.sample(random.Random(i)) for i in range(3)]
+
+
+def record(index: int, genotype: IRNASGenotype, earlier: int | None) -> Record:
+    metrics = {
+        "psnr": 20.0 + index,
+        "ssim": 0.5,
+        "loss": 0.1 / (1 + index),
+        "alpha_entropy": 1.79 - 0.1 * index,
+        "beta_entropy": 1.0,
+    }
+    if index:
+        metrics["architecture_loss"] = 0.2 / (1 + index)
+    return Record(
+        index=index,
+        genotype=genotype.to_json(),
+        canonical=genotype.canonical().to_json(),
+        seed=0,
+        evaluation=Evaluation(
+            {"supernet": 0.7 + index / 100},
+            {"supernet": metrics},
+            None,
+            61_234 + index,
+            10**9,
+            {"train": 3.0, "validate": 1.0},
+        ),
+        duplicate_of=earlier,
+        time="2026-01-01T00:00:00+00:00",
+    )
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Any:
+    """Four epochs that derived the architectures 0, 1, 1, 2."""
+    environment = {"choice": "last", "command": ["python"]}
+    with Study.create(tmp_path, "restoration", "demo", {}, environment) as study:
+        for index, (which, earlier) in enumerate([(0, None), (1, None), (1, 1), (2, None)]):
+            study.append(record(index, GENOTYPES[which], earlier))
+        alphas = torch.full((4, 5, 6), 1 / 6)
+        alphas[3, 4] = torch.tensor([0.05, 0.05, 0.05, 0.7, 0.1, 0.05])
+        betas = torch.full((4, 6, 3), 1 / 3)
+        betas[:, 0] = torch.tensor([0.0, 0.25, 0.75])
+        study.save_checkpoint({"alphas": alphas, "betas": betas})
+        yield study
+
+
+def test_how_the_choice_formed(study: Study) -> None:
+    page = write_report(study).read_text()
+    for text in ("Losses and validation", "How the choice formed", "PSNR of the supernet, dB"):
+        assert text in page
+    assert "another architecture was derived (2)" in page
+    assert "2 → node 1, epoch 4: def3x3 0.700" in page
+    assert "layer 1, level 0, epoch 2: wider 0.750" in page
+    cells = re.findall(r'<rect[^>]*class="c\d"[^>]*fill-opacity="([\d.]+)"', page)
+    assert len(cells) == 4 * (5 + 6)
+    assert min(cells) == "0.12"
+    assert max(cells) == "1.00"  # the edge that decided
+    charts = re.findall(r'<svg[^>]*class="chart".*?</svg>', page, re.DOTALL)
+    losses = next(chart for chart in charts if "loss of the architecture" in chart)
+    assert losses.count('class="line c0"') == losses.count('class="line c1"') == 1
+    assert losses.count('class="line gate"') == 2  # where the architecture changed
+    for chart in charts:
+        ElementTree.fromstring(chart)
+
+
+def test_the_last_architecture_is_the_choice(study: Study) -> None:
+    page = write_report(study).read_text()
+    assert "The cell, after epoch 4" in page
+    assert "<dt>PSNR</dt><dd>23.0000</dd>" in page
+    assert "<dt>parameters</dt><dd>61.24 k</dd>" in page
+    table = terminal_table(study)
+    assert [str(column.header) for column in table.columns][:4] == [
+        "rank",
+        "index",
+        "supernet",
+        "PSNR",
+    ]
+    assert list(table.columns[1].cells) == ["3", "2", "0"]
+
+
+def test_pictures_are_inside_the_page(study: Study) -> None:
+    assert "Before and after" not in write_report(study).read_text()
+    for training in ("train-10", "train-9", "train-9-seed"):
+        folder = study.path / training / "pictures"
+        folder.mkdir(parents=True)
+        Image.new("L", (8, 4), 100).save(folder / "boat.png")
+    page = write_report(study).read_text()
+    assert page.count('src="data:image/png;base64,') == 3
+    captions = re.findall(r"<figcaption>([^<]*: boat)</figcaption>", page)
+    assert captions == ["train-9-seed: boat", "train-9: boat", "train-10: boat"]
+    assert "://" not in re.sub(r"xmlns=\S+", "", page)
+
+
+def drawn(svg: ElementTree.Element, kind: str) -> list[str]:
+    found = [group for group in svg if kind in group.get("class", "").split()]
+    return ["".join(group.itertext()) for group in found]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_drawings_have_every_node_and_edge(seed: int) -> None:
+    genotype = IRNASSpace(layers=4, nodes=3).sample(random.Random(seed))
+    cell, path = (
+        ElementTree.fromstring(
+            tostring(draw(genotype), encoding="unicode").replace(
+                'xmlns="http://www.w3.org/2000/svg" ', ""
+            )
+        )
+        for draw in (ir_cell_graph, ir_path_graph)
+    )
+    ops = [op for node in genotype.nodes for op, _ in node]
+    ends = ["layer - 2", "layer - 1", "output"]
+    assert sorted(drawn(cell, "node")) == sorted([*ends, *ops, "+", "+", "+"])
+    assert len(drawn(cell, "edge")) == 2 * len(ops) + 3
+    assert len(drawn(cell, "loose")) == 3
+    assert len(drawn(path, "loose")) == 4
+    assert len(drawn(path, "edge")) == 2 + 5 + 7 + 7
+    assert drawn(path, "op") == ["stem", *(f"{2**level} W" for level in genotype.levels)]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_drawn_nodes_lie_inside(seed: int) -> None:
+    genotype = IRNASSpace(layers=4, nodes=5).sample(random.Random(seed))
+    for draw in (ir_cell_graph, ir_path_graph):
+        svg = draw(genotype)
+        _, _, width, height = map(float, svg.attrib["viewBox"].split())
+        for rect in svg.iter("rect"):
+            x, y, w, h = (float(rect.attrib[key]) for key in ("x", "y", "width", "height"))
+            assert 0 <= x <= x + w <= width
+            assert 0 <= y <= y + h <= height

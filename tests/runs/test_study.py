@@ -1,0 +1,423 @@
+"""The run directory: durable records, atomic files, one writer."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nasfast.runs.records import Evaluation, Record
+from nasfast.runs.study import Study
+from nasfast.utils.files import atomic_file, atomic_write
+
+
+def make_record(index: int, **changes: Any) -> Record:
+    """A plausible record; everything in it follows from its index."""
+    rng = random.Random(index)
+    rewards = {"stage0": rng.uniform(0.2, 0.5)}
+    if rng.random() < 0.5:
+        rewards["stage1"] = rewards["stage0"] + 0.1
+    evaluation = Evaluation(
+        rewards=rewards,
+        metrics={stage: {"miou": reward - 0.05} for stage, reward in rewards.items()},
+        gate=0.3 if index else None,
+        params=2_000_000 + index,
+        macs=10**9 + index,
+        seconds={"stage0_train": 1.5, "stage0_validate": 0.5},
+    )
+    genotype: dict[str, object] = {"space": "fast_nas", "cell": [index], "connections": [[3, 3]]}
+    record = Record(
+        index=index,
+        genotype=genotype,
+        canonical=genotype,
+        seed=7 + index,
+        evaluation=evaluation,
+        duplicate_of=None,
+        time="2026-01-01T00:00:00+00:00",
+    )
+    return replace(record, **changes)
+
+
+def failed(index: int) -> Record:
+    evaluation = Evaluation(
+        rewards={}, metrics={}, gate=None, params=0, macs=0, seconds={}, failure="out of memory"
+    )
+    return make_record(index, evaluation=evaluation)
+
+
+def scored(index: int, *rewards: float) -> Record:
+    record = make_record(index)
+    named = {f"stage{i}": reward for i, reward in enumerate(rewards)}
+    return replace(record, evaluation=replace(record.evaluation, rewards=named))
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Any:
+    with Study.create(tmp_path / "runs", "segmentation", "demo", {}, {}) as study:
+        yield study
+
+
+def test_create_lays_out_the_directory(tmp_path: Path) -> None:
+    with Study.create(tmp_path / "runs", "segmentation", "demo", {"seed": 1}, {"gpu": None}) as run:
+        assert run.path.parent == tmp_path / "runs"
+        assert run.path.name.endswith("-segmentation-demo")
+        assert run.env == {"gpu": None}
+        assert (run.records, run.best, run.ranking()) == ((), None, [])
+        names = {path.name for path in run.path.iterdir()}
+    assert names == {"config.toml", "env.json", "records.jsonl", "checkpoint", "lock"}
+
+
+def test_config_round_trip(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Optimizer:
+        lr: float = 3e-3
+        betas: tuple[float, float] = (0.9, 0.999)
+        clip: float | None = None
+
+    config = {
+        "seed": 3,
+        "teacher": None,
+        "data": Path("data/voc"),
+        "optimizer": Optimizer(),
+        "stages": ({"crop": (256, 256), "distill": None}, {"crop": [350, 350], "amp": True}),
+        "text": 'quoted "é" \\ \n',
+    }
+    with Study.create(tmp_path, "segmentation", "demo", config, {}) as run:
+        path = run.path
+    assert Study.open(path, read_only=True).config == {
+        "seed": 3,
+        "data": "data/voc",
+        "optimizer": {"lr": 3e-3, "betas": [0.9, 0.999]},
+        "stages": [{"crop": [256, 256]}, {"crop": [350, 350], "amp": True}],
+        "text": 'quoted "é" \\ \n',
+    }
+
+
+def test_config_of_a_wrong_type(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"config train\.lr\[1\]: expected a bool, .* got NoneType"):
+        Study.create(tmp_path, "segmentation", "demo", {"train": {"lr": [0.1, None]}}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b"])
+def test_name_must_fit_a_directory(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"name: expected letters, digits and .* got"):
+        Study.create(tmp_path, "segmentation", name, {}, {})
+
+
+def test_collisions_get_a_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datetime as real
+
+    class Frozen(real.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Frozen:
+            return cls(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr("nasfast.runs.study.datetime.datetime", Frozen)
+    paths = []
+    for _ in range(3):
+        with Study.create(tmp_path, "segmentation", "demo", {}, {}) as run:
+            run.append(make_record(0))
+            paths.append(run.path)
+    stem = "20260102-030405-segmentation-demo"
+    assert [path.name for path in paths] == [stem, f"{stem}-2", f"{stem}-3"]
+    assert [len(Study.open(path).records) for path in paths] == [1, 1, 1]
+
+
+def test_records_survive_reopening(study: Study) -> None:
+    records = [make_record(0), failed(1), make_record(2, duplicate_of=0), make_record(3)]
+    for record in records:
+        study.append(record)
+    study.close()
+    with Study.open(study.path) as reopened:
+        assert reopened.records == tuple(records)
+        reopened.append(make_record(4))
+        assert len(reopened.records) == 5
+
+
+def test_ranking_and_best(study: Study) -> None:
+    records = [
+        scored(0, 0.5),
+        scored(1, 0.3, 0.4),
+        failed(2),
+        replace(scored(3, 0.3, 0.4), duplicate_of=1),
+        scored(4, 0.35, 0.6),
+        scored(5, 0.9),
+        scored(6, 0.3, 0.4),
+    ]
+    best = []
+    for record in records:
+        study.append(record)
+        best.append(json.loads((study.path / "best.json").read_text())["index"])
+    assert best == [0, 1, 1, 1, 4, 4, 4]
+    assert [record.index for record in study.ranking()] == [4, 1, 6, 5, 0]
+    assert study.best == records[4]
+
+
+def test_the_last_choice_comes_first(tmp_path: Path) -> None:
+    records = [
+        scored(0, 0.9),
+        scored(1, 0.5),
+        replace(scored(2, 0.4), duplicate_of=0),
+        scored(3, 0.7),
+        replace(scored(4, 0.6), duplicate_of=1),
+        failed(5),
+    ]
+    with Study.create(tmp_path, "restoration", "demo", {}, {"choice": "last"}) as study:
+        best = []
+        for record in records:
+            study.append(record)
+            best.append(json.loads((study.path / "best.json").read_text())["index"])
+        assert best == [0, 1, 2, 3, 4, 4]
+        assert [record.index for record in study.ranking()] == [4, 3, 2]
+
+
+def test_failures_only_have_no_best(study: Study) -> None:
+    study.append(failed(0))
+    assert study.best is None
+    assert not (study.path / "best.json").exists()
+
+
+def test_best_is_restored_on_opening(study: Study) -> None:
+    study.append(make_record(0))
+    study.close()
+    (study.path / "best.json").unlink()
+    with Study.open(study.path):
+        assert Record.from_json(json.loads((study.path / "best.json").read_text())).index == 0
+
+
+def test_index_out_of_order(study: Study) -> None:
+    with pytest.raises(
+        ValueError, match=(r"record index: expected 0 .*, got 3; append " r"every record")
+    ):
+        study.append(make_record(3))
+
+
+def test_full_disk_leaves_no_torn_line(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    study.append(make_record(0))
+
+    def no_space(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_space)
+        with pytest.raises(OSError, match="No space left"):
+            study.append(make_record(1))
+    study.append(make_record(1))
+    study.close()
+    assert Study.open(study.path, read_only=True).records == (make_record(0), make_record(1))
+
+
+def test_torn_last_line_at_every_byte(study: Study) -> None:
+    records = [make_record(0), make_record(1), make_record(2)]
+    for record in records:
+        study.append(record)
+    study.close()
+    file = study.path / "records.jsonl"
+    whole = file.read_bytes()
+    start = whole[:-1].rindex(b"\n") + 1
+    for size in range(start, len(whole)):
+        file.write_bytes(whole[:size])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert Study.open(study.path, read_only=True).records == tuple(records[:2])
+            assert file.read_bytes() == whole[:size]
+            assert caught == []
+            with Study.open(study.path) as reopened:
+                assert reopened.records == tuple(records[:2])
+        assert file.read_bytes() == whole[:start]
+        assert [("line 3 was torn" in str(w.message)) for w in caught] == [True] * (size > start)
+    with Study.open(study.path) as reopened:
+        reopened.append(records[2])
+    assert file.read_bytes() == whole
+
+
+def test_torn_last_line_of_zeros(study: Study) -> None:
+    study.append(make_record(0))
+    study.close()
+    with open(study.path / "records.jsonl", "ab") as file:
+        file.write(b"\0" * 100)
+    with pytest.warns(UserWarning, match="line 2 was torn"), Study.open(study.path) as reopened:
+        assert reopened.records == (make_record(0),)
+
+
+def test_broken_middle_line(study: Study) -> None:
+    for index in range(3):
+        study.append(make_record(index))
+    study.close()
+    file = study.path / "records.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text(lines[0] + lines[1][:20] + "\n" + lines[2])
+    with pytest.raises(ValueError, match=r"records\.jsonl, line 2: expected one JSON record, got"):
+        Study.open(study.path)
+    file.write_text(lines[0] + "{}\n" + lines[2])
+    with pytest.raises(ValueError, match=r"records\.jsonl, line 2: not a record of this version"):
+        Study.open(study.path)
+    file.write_text(lines[0] + lines[2])
+    with pytest.raises(ValueError, match=r"line 2: not a record.*index: expected 1, got 2"):
+        Study.open(study.path)
+    file.write_text("".join(lines))
+    Study.open(study.path).close()
+
+
+def test_not_a_run_directory(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(FileNotFoundError, match=r"not a run .* no env\.json, records\.jsonl; give"):
+        Study.open(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"it has no config\.toml, env\.json, records"):
+        Study.open(tmp_path / "absent")
+
+
+def test_checkpoint_round_trip(study: Study) -> None:
+    assert study.load_checkpoint() is None
+    study.save_checkpoint({"step": 1})
+    state = {"weight": torch.randn(3, 2), "rng": random.Random(1).getstate(), "names": ["a", None]}
+    study.save_checkpoint(state)
+    loaded = study.load_checkpoint()
+    assert loaded is not None
+    assert loaded.keys() == state.keys()
+    assert torch.equal(loaded["weight"], state["weight"])
+    assert loaded["rng"] == state["rng"]
+    assert loaded["names"] == state["names"]
+    assert [path.name for path in (study.path / "checkpoint").iterdir()] == ["state.pt"]
+
+
+def test_failed_checkpoint_keeps_the_old_one(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    study.save_checkpoint({"step": 1})
+
+    def interrupted(source: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            study.save_checkpoint({"step": 2})
+    assert study.load_checkpoint() == {"step": 1}
+    assert [path.name for path in (study.path / "checkpoint").iterdir()] == ["state.pt"]
+
+
+def test_leftovers_of_a_killed_checkpoint_are_removed(study: Study) -> None:
+    study.close()
+    (study.path / "checkpoint" / ".state.pt.123.tmp").write_bytes(b"half")
+    Study.open(study.path).close()
+    assert list((study.path / "checkpoint").iterdir()) == []
+
+
+def test_atomic_write(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    atomic_write(path, "é")
+    assert path.read_bytes() == "é".encode()
+    atomic_write(path, b"\x00")
+    assert path.read_bytes() == b"\x00"
+    with pytest.raises(TypeError), atomic_file(path) as file:
+        file.writelines([b"half", None])  # type: ignore[list-item]
+    assert path.read_bytes() == b"\x00"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_second_writer_is_refused(study: Study) -> None:
+    wanted = rf"is being written by process {os.getpid()}; wait for it or stop it"
+    with pytest.raises(RuntimeError, match=wanted):
+        Study.open(study.path)
+    code = "import sys; from pathlib import Path; from nasfast.runs.study import Study\n"
+    code += "Study.open(Path(sys.argv[1]))"
+    other = subprocess.run(
+        [sys.executable, "-c", code, str(study.path)], capture_output=True, text=True
+    )
+    assert other.returncode == 1
+    assert f"is being written by process {os.getpid()}" in other.stderr
+    study.append(make_record(0))
+    study.close()
+    study.close()
+    Study.open(study.path).close()
+
+
+def test_reader_and_closed_study_do_not_write(study: Study) -> None:
+    reader = Study.open(study.path, read_only=True)
+    with pytest.raises(RuntimeError, match=r"closed or open for reading only; use Study\.open"):
+        reader.append(make_record(0))
+    study.close()
+    for write in (lambda: study.append(make_record(0)), lambda: study.save_checkpoint({})):
+        with pytest.raises(RuntimeError, match="closed or open for reading only"):
+            write()
+
+
+def test_forked_child_does_not_hold_the_lock(study: Study) -> None:
+    release, hold = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(hold)
+        os.read(release, 1)
+        os._exit(0)
+    try:
+        os.close(release)
+        with pytest.raises(RuntimeError, match="is being written"):
+            Study.open(study.path)
+        study.close()
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                Study.open(study.path).close()
+                break
+            except RuntimeError:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+    finally:
+        os.close(hold)
+        os.waitpid(child, 0)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from nasfast.runs.study import Study
+from test_study import make_record
+
+with Study.open(Path(sys.argv[1])) as study:
+    while True:
+        index = len(study.records)
+        study.append(make_record(index))
+        study.save_checkpoint({"next": index + 1})
+        print(index, flush=True)
+"""
+
+
+def test_kill_loses_no_acknowledged_record(study: Study) -> None:
+    study.close()
+    rng = random.Random(0)
+    count = 0
+    for _ in range(4):
+        writer = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", WRITER, str(study.path)],
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parent,
+            text=True,
+        )
+        assert writer.stdout is not None
+        acknowledged = [int(writer.stdout.readline())]
+        time.sleep(rng.uniform(0, 0.15))
+        writer.send_signal(signal.SIGKILL)
+        acknowledged += [int(line) for line in writer.stdout if line.endswith("\n")]
+        writer.wait()
+        writer.stdout.close()
+        assert acknowledged[0] == count
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Study.open(study.path) as reopened:
+                count = len(reopened.records)
+                assert count in (acknowledged[-1] + 1, acknowledged[-1] + 2)
+                assert reopened.records == tuple(make_record(index) for index in range(count))
+                checkpoint = reopened.load_checkpoint()
+                assert checkpoint is not None
+                assert checkpoint["next"] in (count - 1, count)

@@ -1,0 +1,294 @@
+"""The loop of strategies that are told rewards: duplicates, failures, crashes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import random
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from nasfast.runs.records import Evaluation, Record
+from nasfast.runs.study import Study
+from nasfast.searches.sampling import SamplingSearch
+from nasfast.spaces.fast_nas import Cell, FastNASGenotype, FastNASSpace
+from nasfast.training.loop import Runtime
+from nasfast.workers import Crew
+
+SPACE = FastNASSpace()
+
+
+def success(stage0: float, stage1: float | None = None) -> Evaluation:
+    rewards = {"stage0": stage0} | ({} if stage1 is None else {"stage1": stage1})
+    return Evaluation(rewards, {stage: {} for stage in rewards}, None, 1, 1, {})
+
+
+HALF = Evaluation({"stage0": 0.8}, {"stage0": {}}, None, 1, 1, {}, "stage1: out of memory (fake)")
+FAILURE = Evaluation({}, {}, None, 0, 0, {}, "stage0: out of memory (fake)")
+
+
+def records_of(run: Path) -> list[Any]:
+    return [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+
+
+class Script:
+    """Strategy that asks for given genotypes, and evaluator that returns given evaluations."""
+
+    seed = 5
+    inputs: Mapping[str, str] = {}
+    runtime = Runtime(torch.device("cpu"))
+    remedy = "lower the learning rates"
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {"encode": 1.5}
+
+    def __init__(
+        self, genotypes: Iterator[FastNASGenotype], evaluate: Callable[[int], Evaluation]
+    ) -> None:
+        self.genotypes, self.evaluate = genotypes, evaluate
+        self.asked = 0
+        self.told: list[float | None] = []
+        self.evaluated: list[int] = []
+        self.gates: list[float | None] = []
+
+    def ask(self) -> FastNASGenotype:
+        self.asked += 1
+        return next(self.genotypes)
+
+    def tell(self, genotype: FastNASGenotype, reward: float | None) -> None:
+        self.told.append(reward)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"asked": self.asked}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The given genotypes are those of the whole search."""
+        self.asked = state["asked"]
+        self.genotypes = itertools.islice(self.genotypes, self.asked, None)
+
+    def cost(self, genotype: FastNASGenotype) -> tuple[int, int]:
+        return 7, 11
+
+    def __call__(self, genotype: FastNASGenotype, index: int, gate: float | None) -> Evaluation:
+        self.evaluated.append(index)
+        self.gates.append(gate)
+        return self.evaluate(index)
+
+
+def play(
+    root: Path,
+    genotypes: Iterator[FastNASGenotype],
+    evaluate: Callable[[int], Evaluation],
+    budget: int,
+    batch: int = 1,
+) -> tuple[Script, Sequence[Record]]:
+    """A new search, or the one in `root` continued."""
+    script = Script(genotypes, evaluate)
+    runs = list(root.glob("*"))
+    opened = Study.open(*runs) if runs else Study.create(root, "segmentation", "script", {}, {})
+    with opened as study:
+        SamplingSearch(SPACE, script, script, budget, batch).run(study, Console(quiet=True))
+        return script, study.records
+
+
+def distinct() -> Iterator[FastNASGenotype]:
+    rng = random.Random(0)
+    while True:
+        yield SPACE.sample(rng)
+
+
+def renamed(genotype: FastNASGenotype) -> FastNASGenotype:
+    """The same network with the two branches of the first layer swapped."""
+    (p1, p2, o1, o2), *others = genotype.cell.layers
+    swap = {2: 3, 3: 2}
+    rest = ((swap.get(a, a), swap.get(b, b), c, d) for a, b, c, d in others)
+    cell = Cell(genotype.cell.op0, ((p2, p1, o2, o1), *rest))
+    return dataclasses.replace(genotype, cell=cell)
+
+
+def test_duplicates_are_not_trained_again(tmp_path: Path) -> None:
+    first, second, third = (genotype for genotype, _ in zip(distinct(), range(3)))
+    assert renamed(first) != first
+    asked = [first, second, first, renamed(first), third]
+    script, records = play(tmp_path, iter(asked), lambda i: success(0.1 * (i + 1), 0.9), budget=3)
+    assert script.evaluated == [0, 1, 4]
+    assert [r.duplicate_of for r in records] == [None, None, 0, 0, None]
+    assert [r.genotype for r in records] == [g.to_json() for g in asked]
+    assert records[2].evaluation == records[3].evaluation == records[0].evaluation
+    # stage 0 is what the strategy learns from, also where stage 1 was reached
+    assert script.told == [0.1, 0.2, 0.1, 0.1, 0.5]
+    assert script.gates == [None, 0.1, statistics.fmean([0.1, 0.2])]
+
+
+def test_a_failure_is_recorded_counts_and_is_told_as_none(tmp_path: Path) -> None:
+    a, b, c = (g for g, _ in zip(distinct(), range(3)))
+    script, records = play(
+        tmp_path, iter([a, b, b, c]), lambda i: FAILURE if i == 1 else success(0.4), budget=3
+    )
+    assert script.evaluated == [0, 1, 3]
+    assert script.told == [0.4, None, None, 0.4]
+    assert [r.evaluation.failure for r in records] == [None, *[FAILURE.failure] * 2, None]
+    assert script.gates == [None, 0.4, 0.4]
+
+
+def test_a_failure_in_stage1_is_told_by_its_stage0(tmp_path: Path) -> None:
+    evaluations = [success(0.4), HALF, success(0.3, 0.2)]
+    script, records = play(tmp_path, distinct(), evaluations.__getitem__, budget=3)
+    assert script.told == [0.4, 0.8, 0.3]
+    assert script.gates == [None, 0.4, statistics.fmean([0.4, 0.8])]
+    (run,) = tmp_path.iterdir()
+    ranking = Study.open(run, read_only=True).ranking()
+    assert [record.index for record in ranking] == [2, 0]
+    assert [record.score is None for record in records] == [False, True, False]
+
+
+def test_seconds_add_up_over_resumes(tmp_path: Path) -> None:
+    for budget in (1, 2, 3):
+        play(tmp_path, distinct(), lambda i: success(0.4), budget)
+        (run,) = tmp_path.iterdir()
+        checkpoint = Study.open(run, read_only=True).load_checkpoint()
+        assert checkpoint is not None
+        assert checkpoint["seconds"]["encode"] == 1.5 * budget
+        assert checkpoint["budget"] == budget
+
+
+def test_five_failures_in_a_row_stop(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        play(tmp_path, distinct(), lambda i: FAILURE if i else success(0.4), budget=99)
+    assert str(caught.value) == (
+        "the last 5 candidates failed, the last one: stage0: out of memory (fake); lower "
+        "the learning rates"
+    )
+    (run,) = tmp_path.iterdir()
+    assert len(records_of(run)) == 6
+
+
+def test_a_hundred_duplicates_in_a_row_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    same = next(distinct())
+    with pytest.raises(RuntimeError) as caught:
+        play(tmp_path, iter([same] * 200), lambda i: success(0.4), budget=2)
+    assert str(caught.value) == (
+        "the last 100 architectures repeat earlier ones: the strategy has converged; take the best "
+        "one found, or let it explore more (--ppo.ent-coef)"
+    )
+    (run,) = tmp_path.iterdir()
+    assert len(records_of(run)) == 101
+
+
+def test_edited_records_are_noticed(tmp_path: Path) -> None:
+    play(tmp_path, distinct(), lambda i: success(0.4), budget=2)
+    (run,) = tmp_path.iterdir()
+    (run / "checkpoint" / "state.pt").unlink()
+    with pytest.raises(RuntimeError, match="record 1 is not what the strategy asked for"):
+        play(tmp_path, iter([next(distinct())] * 2), lambda i: success(0.4), budget=2)
+
+
+# ---- batches
+
+
+def test_a_batch_is_asked_gated_and_told_at_once(tmp_path: Path) -> None:
+    first, second, third, fourth = (genotype for genotype, _ in zip(distinct(), range(4)))
+    asked = [first, second, renamed(second), third, first, fourth]
+    script, records = play(
+        tmp_path, iter(asked), lambda i: success(0.1 * (i + 1)), budget=4, batch=3
+    )
+    assert script.evaluated == [0, 1, 3, 5]
+    assert [r.duplicate_of for r in records] == [None, None, 1, None, 0, None]
+    assert records[2].evaluation == records[1].evaluation
+    # the mean of those before the batch
+    assert script.gates == [None, None, *[statistics.fmean([0.1, 0.2])] * 2]
+    assert script.told == [pytest.approx(x) for x in (0.1, 0.2, 0.2, 0.4, 0.1, 0.6)]
+
+
+@given(
+    batch=st.integers(1, 4),
+    budgets=st.lists(st.integers(1, 9), min_size=1, max_size=3, unique=True).map(sorted),
+    failing=st.sets(st.integers(0, 20), max_size=3),
+    names=st.lists(st.integers(0, 9), min_size=60, max_size=60),
+)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_a_budget_may_end_in_a_batch_and_grow(
+    batch: int, budgets: list[int], failing: set[int], names: list[int]
+) -> None:
+    """In steps or at once: the same candidates, gates and rewards."""
+    pool = list(itertools.islice(distinct(), 10))
+
+    def evaluate(index: int) -> Evaluation:
+        return FAILURE if index in failing else success(0.1 + 0.01 * (7 * index % 11))
+
+    def asked() -> Iterator[FastNASGenotype]:
+        yield from (pool[name] for name in names)
+        yield from pool  # all of them, in the end
+
+    with (
+        tempfile.TemporaryDirectory() as whole,
+        tempfile.TemporaryDirectory() as steps,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        last, wanted = play(Path(whole), asked(), evaluate, budgets[-1], batch)
+        told, trained = [], []
+        for budget in budgets:
+            script, records = play(Path(steps), asked(), evaluate, budget, batch)
+            assert sum(record.duplicate_of is None for record in records) == budget
+            assert records[-1].duplicate_of is None
+            told += script.told
+            trained += script.evaluated
+        assert [dataclasses.replace(r, time="") for r in records] == [
+            dataclasses.replace(r, time="") for r in wanted
+        ]
+        assert told == last.told
+        assert trained == last.evaluated
+
+
+@pytest.mark.parametrize("moment", [0, 1, 2, 3])
+def test_a_crash_in_a_batch(tmp_path: Path, moment: int) -> None:
+    def crash(index: int) -> Evaluation:
+        if index == 2 + moment:
+            raise KeyboardInterrupt
+        return success(0.1 * index)
+
+    with pytest.raises(KeyboardInterrupt):
+        play(tmp_path / "run", distinct(), crash, budget=7, batch=4)
+    again, records = play(
+        tmp_path / "run", distinct(), lambda i: success(0.1 * i), budget=7, batch=4
+    )
+    whole, wanted = play(tmp_path / "whole", distinct(), lambda i: success(0.1 * i), 7, batch=4)
+    assert again.evaluated == list(range(2 + moment, 7))
+    assert [dataclasses.replace(r, time="") for r in records] == [
+        dataclasses.replace(r, time="") for r in wanted
+    ]
+    # of the batches that the checkpoint has not seen
+    assert again.told == whole.told[4 if moment >= 2 else 0 :]
+
+
+def test_a_smaller_budget_than_spent_stops_at_once(tmp_path: Path) -> None:
+    play(tmp_path, distinct(), lambda i: success(0.4), budget=5, batch=2)
+    script, records = play(tmp_path, distinct(), lambda i: success(0.4), budget=2, batch=2)
+    assert script.evaluated == script.told == []
+    assert len(records) == 5
+
+
+def test_who_evaluates_is_in_the_environment() -> None:
+    script = Script(distinct(), lambda i: success(0.4))
+    crew = Crew(2, ("cpu",), 3)
+    search = SamplingSearch(SPACE, script, script, budget=1, crew=crew)
+    assert search.environment == {
+        "feedback": "stage0",
+        "crew": {"workers": 2, "devices": ("cpu",), "threads": 3, "engine": "process"},
+    }

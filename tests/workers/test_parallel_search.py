@@ -1,0 +1,186 @@
+"""Searches with many workers: the same records as with one, whoever is killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from search_runs import outcome, start, wait_for_records
+
+from nasfast import search
+from nasfast.methods import method_of_genotype
+from nasfast.methods.restoration import search as restoration
+from nasfast.methods.segmentation import search as segmentation
+from nasfast.runs.study import Study
+
+
+def learned(run: Path) -> str:
+    """The strategy's state in the checkpoint."""
+    state = Study.open(run, read_only=True).load_checkpoint()
+    assert state is not None
+    return f"{state['told']} {state['strategy']}"
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    """They are children of the server that is this process's child."""
+    return [pid for child in children(process.pid) for pid in children(child)]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def assert_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 10
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(map(alive, pids))
+
+
+def test_results_do_not_depend_on_the_number_of_workers(
+    tiny_search: list[str], tmp_path: Path
+) -> None:
+    """Nor does what the controller learns from them, or the best of them."""
+    runs = []
+    flags = ["--batch", "4", "--budget", "5", "--stage0.epochs", "1"]
+    for workers in ("1", "2", "4"):
+        root = tmp_path / workers
+        argv = [*tiny_search, *flags, "--workers", workers, "--runs", str(root)]
+        assert search.main(argv) == 0
+        (run,) = root.iterdir()
+        assert json.loads((run / "env.json").read_text())["crew"]["workers"] == int(workers)
+        runs.append(run)
+    assert len(outcome(runs[0])) >= 5
+    for run in runs[1:]:
+        assert outcome(run) == outcome(runs[0])
+        assert learned(run) == learned(runs[0])
+        first, other = (json.loads((r / "best.json").read_text())["index"] for r in (runs[0], run))
+        assert first == other
+
+
+def test_random_restoration_networks_with_two_workers(
+    tiny_bilevel: list[str], tmp_path: Path
+) -> None:
+    flags = "--strategy random --budget 3 --recipe.steps 3 --recipe.crop 16 --recipe.batch-size 2"
+    argv = [*tiny_bilevel, *flags.split(), "--threads", "1"]
+    for workers in ("1", "2"):
+        runs = ["--workers", workers, "--runs", str(tmp_path / workers)]
+        assert search.main([*argv, *runs]) == 0
+    one, two = (next((tmp_path / workers).iterdir()) for workers in ("1", "2"))
+    assert outcome(one) == outcome(two)
+    assert_describes(restoration.evaluator_on(restoration.parse(argv), "cpu"), one)
+
+
+def test_killed_workers_and_a_signal_lose_nothing(
+    tiny_search: list[str], tiny_run: Path, tmp_path: Path
+) -> None:
+    process = start([*tiny_search, "--workers", "2", "--runs", str(tmp_path)], group=True)
+    run = wait_for_records(process, tmp_path, 1)
+    first = workers_of(process)
+    assert len(first) == 2
+    for pid in first:  # at least one of them is in the middle of a candidate
+        os.kill(pid, signal.SIGKILL)
+    wait_for_records(process, tmp_path, 4)
+    replaced = workers_of(process)
+    assert not set(first) & set(replaced)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
+    stdout, stderr = process.communicate(timeout=60)
+    if process.returncode == 130:  # otherwise it was through
+        assert f"Continue with\n  python -m nasfast.search --resume {run}\n" in stdout
+    assert process.returncode in (0, 130)
+    assert stderr == ""
+    assert_gone(replaced)
+    assert 4 <= len(outcome(run)) <= len(outcome(tiny_run))
+    assert search.main(["--resume", str(run)]) == 0
+    assert outcome(run) == outcome(tiny_run)
+
+
+def test_a_killed_search_leaves_no_workers(
+    tiny_search: list[str], tiny_run: Path, tmp_path: Path
+) -> None:
+    process = start([*tiny_search, "--workers", "2", "--runs", str(tmp_path)], group=True)
+    run = wait_for_records(process, tmp_path, 3)
+    workers, helpers = workers_of(process), children(process.pid)
+    assert len(workers) == 2
+    process.kill()
+    _, stderr = process.communicate(timeout=60)  # ends when no worker holds the pipe
+    assert stderr == ""
+    assert_gone(workers + helpers)
+    assert search.main(["--resume", str(run), "--workers", "1"]) == 0
+    assert outcome(run) == outcome(tiny_run)
+
+
+def test_a_run_continues_with_other_workers(
+    tiny_search: list[str], tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert search.main([*tiny_search, "--budget", "3", "--runs", str(tmp_path)]) == 0
+    (run,) = tmp_path.iterdir()
+    more = ["--resume", str(run), "--budget", "6", "--workers", "2", "--devices", "cpu,cpu"]
+    assert search.main(more) == 0
+    out = capsys.readouterr().out
+    assert "device   cpu, 1 thread, " in out
+    assert "device   cpu, cpu, 2 workers of 1 thread, " in out
+    assert "note:" not in out
+    assert outcome(run) == outcome(tiny_run)
+
+
+def assert_describes(evaluator: Any, run: Path) -> None:
+    """It read what the search read, and knows what candidates cost without training them."""
+    assert json.loads((run / "env.json").read_text())["identity"]["inputs"] == evaluator.inputs
+    for record in Study.open(run, read_only=True).records:
+        genotype = method_of_genotype(record.genotype).genotype(record.genotype)
+        wanted = record.evaluation.params, record.evaluation.macs
+        assert evaluator.cost(genotype) == wanted
+
+
+def test_a_worker_s_evaluator(tiny_search: list[str], tiny_run: Path) -> None:
+    evaluator = segmentation.evaluator_on(segmentation.parse(tiny_search), "cpu")
+    assert_describes(evaluator, tiny_run)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--name", "a/b"], "name: expected letters, digits and ._+- (it becomes part of a"),
+        (["--stage0.lr", "1e30"], "the last 5 candidates failed, the last one: stage0: training"),
+    ],
+)
+def test_errors_leave_no_workers(
+    flags: list[str],
+    message: str,
+    tiny_search: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = [*tiny_search, "--workers", "2", "--runs", str(tmp_path), *flags]
+    assert search.main(argv) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert multiprocessing.active_children() == []
+    for run in tmp_path.glob("*"):
+        assert [bool(r["evaluation"]["failure"]) for r in outcome(run)] == [True] * 5
+
+
+@pytest.mark.parametrize("given", [{"workers": 2}, {"devices": "cpu"}, {"engine": "ray"}])
+def test_a_search_by_gradient_has_no_workers(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError) as caught:
+        dataclasses.replace(restoration.PRESETS["demo"], **given)
+    assert str(caught.value) == (
+        "workers, devices, engine: expected --strategy random, which samples, got darts; a search "
+        "by gradient trains one supernet"
+    )
+    dataclasses.replace(restoration.PRESETS["demo"], strategy="random", **given)

@@ -1,0 +1,155 @@
+"""The same candidates as actors of a local Ray cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import random
+import signal
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nasfast import search
+from nasfast.runs.records import Evaluation
+from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
+from nasfast.training.loop import Runtime
+from nasfast.workers import Crew, Job, WorkerError, actors
+
+ray: Any = pytest.importorskip("ray", reason="needs ray: pip install 'nasfast[distributed]'")
+GENOTYPE = FastNASSpace().sample(random.Random(0))
+handlers: list[Any] = []
+"""Of SIGTERM, while an engine is at work."""
+
+
+@pytest.fixture(autouse=True)
+def _path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Actors import this module."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+
+
+@pytest.fixture
+def cluster() -> Iterator[None]:
+    """A cluster of two CPUs that was there before the search."""
+    ray.init(
+        num_cpus=2, include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False
+    )
+    yield
+    ray.shutdown()
+
+
+class Toy:
+    """An evaluator that does by index what a plan says, and otherwise rewards the index."""
+
+    seed = 0
+    remedy = "none"
+    seconds: Mapping[str, float] = {}
+    inputs: Mapping[str, str] = {}
+    runtime = Runtime(torch.device("cpu"))
+
+    def __init__(self, plan: Mapping[int, str], place: Path) -> None:
+        self.plan, self.place = plan, place
+
+    def cost(self, genotype: FastNASGenotype) -> tuple[int, int]:
+        return 123, 456
+
+    def __call__(self, genotype: FastNASGenotype, index: int, gate: float | None) -> Evaluation:
+        mark = self.place / str(index)
+        match self.plan.get(index):
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "kill once" if not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "defect":
+                raise KeyError("no such thing")
+        metrics = {"threads": float(torch.get_num_threads())}
+        return Evaluation({"stage0": float(index)}, {"stage0": metrics}, gate, 1, 1, {})
+
+
+def toy(plan: Mapping[int, str], place: Path, device: str) -> Toy:
+    """What an actor builds."""
+    return Toy(plan, place)
+
+
+def slow(place: Path, device: str) -> Toy:
+    (place / "begun").touch()
+    time.sleep(60)
+    return Toy({}, place)
+
+
+def evaluate(plan: Mapping[int, str], place: Path) -> list[Evaluation]:
+    jobs = [Job(index, GENOTYPE, 0.5) for index in range(4)]
+    crew = Crew(workers=2, threads=1, engine="ray")
+    with contextlib.closing(crew.engine_for(functools.partial(toy, plan, place))) as engine:
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        return list(engine.evaluate(Toy({}, place), jobs, lambda running: None))
+
+
+def test_deaths(tmp_path: Path) -> None:
+    """The actor is replaced and its candidate retried; the second death is a failure.
+
+    The local cluster is the engine's own: it ends with it and takes no signal handler.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    first, second, third, last = evaluate({1: "kill", 2: "kill once"}, tmp_path)
+    assert handlers == [before]
+    assert not ray.is_initialized()
+    assert [e.rewards for e in (first, third, last)] == [{"stage0": i} for i in (0.0, 2.0, 3.0)]
+    assert first.metrics == {"stage0": {"threads": 1.0}}
+    assert second.failure is not None
+    assert second.failure.startswith(
+        "worker died twice: The actor is dead because its worker process has died. Worker exit "
+        "type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits with a connection error"
+    )
+    assert "common causes" not in second.failure
+    assert (second.params, second.macs, second.gate) == (123, 456, 0.5)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_workers_without_a_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is told once, and not of those that have one and are slow to start."""
+    monkeypatch.setattr(actors, "_PATIENCE", 0.0)
+    build = functools.partial(toy, {}, tmp_path)
+    with contextlib.closing(actors.RayPool(build, "cuda", 3, 2)) as pool:
+        pool.start(0)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                assert pool.wait(0.01) == []
+    assert [str(warning.message) for warning in told] == [
+        "workers: Ray has found no place for any in 0 s; each wants 3 CPU and 1 GPU, the cluster "
+        "has 2 CPU and 0 GPU in all; add machines, wait until others have finished, or ask for "
+        "less with --threads or --device cpu"
+    ]
+    monkeypatch.setattr(actors, "_PATIENCE", 60.0)
+    with contextlib.closing(actors.RayPool(functools.partial(slow, tmp_path), "cpu", 1, 2)) as pool:
+        pool.start(0)
+        pool.start(1)
+        while not (tmp_path / "begun").exists():
+            assert pool.wait(0.01) == []
+        pool._patient_until = 0.0
+        with warnings.catch_warnings(action="error"):
+            assert pool.wait(0.01) == []
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_search_gives_the_same_records(
+    tiny_search: list[str], tiny_run: Path, tmp_path: Path
+) -> None:
+    """The cluster stays; a defect is raised with its traceback."""
+    with pytest.raises(WorkerError, match=r"in a worker:\nTraceback (.|\n)*KeyError"):
+        evaluate({1: "defect"}, tmp_path)
+    flags = ["--engine", "ray", "--workers", "2", "--budget", "2", "--runs", str(tmp_path)]
+    assert search.main([*tiny_search, *flags]) == 0
+    assert ray.is_initialized()
+    (run,) = tmp_path.iterdir()
+    from search_runs import outcome  # actors import this module, but do not find that one
+
+    assert outcome(run) == outcome(tiny_run)[:2]

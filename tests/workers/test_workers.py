@@ -1,0 +1,411 @@
+"""Workers: what they are given and when, what happens when they die, and who they are."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+import random
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nasfast.runs.records import Evaluation
+from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
+from nasfast.training.loop import Runtime
+from nasfast.utils.interrupt import Interrupt, StopRequested
+from nasfast.workers import Crew, Job, WorkerError
+from nasfast.workers.dispatcher import Dispatcher
+from nasfast.workers.protocol import Answer, Death, Evaluator, Ready, Worker
+
+GENOTYPE = FastNASSpace().sample(random.Random(0))
+KILLED = "killed by signal 9 (SIGKILL), out of memory?"
+
+
+def jobs(count: int, gate: float | None = None) -> list[Job[FastNASGenotype]]:
+    return [Job(index, GENOTYPE, gate) for index in range(count)]
+
+
+class Toy:
+    """An evaluator that does by index what a plan says, and otherwise rewards the index.
+
+    "once: ..." is done the first time only, of which a file in `place` is left.
+    """
+
+    seed = 0
+    remedy = "none"
+    seconds: Mapping[str, float] = {}
+
+    def __init__(self, plan: Mapping[int, str], place: Path, heartbeat=lambda: None) -> None:
+        self.plan, self.place = plan, place
+        self.inputs: Mapping[str, str] = {"plan": repr(plan)}
+        self.runtime = Runtime(torch.device("cpu"), heartbeat)
+
+    def cost(self, genotype: FastNASGenotype) -> tuple[int, int]:
+        return 123, 456
+
+    def __call__(self, genotype: FastNASGenotype, index: int, gate: float | None) -> Evaluation:
+        todo, mark = self.plan.get(index, ""), self.place / str(index)
+        once, _, after = todo.partition("once: ")
+        if after:
+            todo = once if mark.exists() else after
+            mark.touch()
+        match todo:
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "exit":
+                os._exit(3)
+            case "defect":
+                raise KeyError("no such thing")
+            case "refuse":
+                raise FileNotFoundError(2, "No such file or directory", "/no/where")
+            case "sleep":
+                (self.place / "asleep").write_text(str(os.getpid()))
+                time.sleep(60)
+        metrics = {"threads": float(torch.get_num_threads())}
+        return Evaluation({"stage0": float(index)}, {"stage0": metrics}, gate, 1, 1, {})
+
+
+def toy(plan: Mapping[int, str], place: Path, device: str) -> Toy:
+    """What a worker builds."""
+    if "unborn" in plan.values():
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "refused" in plan.values():
+        raise FileNotFoundError(2, "No such file or directory", str(place / device))
+    return Toy({} if "other" in plan.values() else plan, place)
+
+
+def evaluate(
+    plan: Mapping[int, str], place: Path, crew: Crew, count: int = 4, **options
+) -> list[Evaluation]:
+    evaluator: Evaluator[FastNASGenotype] = Toy(plan, place, **options)
+    engine = crew.engine_for(functools.partial(toy, plan, place))
+    with contextlib.closing(engine):
+        return list(engine.evaluate(evaluator, jobs(count, gate=0.5), lambda running: None))
+
+
+TWO = Crew(workers=2, threads=3)
+
+
+def rewards(evaluations: list[Evaluation]) -> list[float | None]:
+    return [evaluation.rewards.get("stage0") for evaluation in evaluations]
+
+
+def exists(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+# ---- the queue
+
+
+class Script:
+    """A pool whose workers answer in any order, what is written down for a candidate."""
+
+    def __init__(self, answers: dict[int, list[Answer]], choose: random.Random) -> None:
+        self.answers, self.choose = answers, choose
+        self.pending: list[tuple[int, Answer]] = []
+        self.sent: list[int] = []
+        self.most = 0
+
+    def start(self, worker: int) -> None:
+        self.pending.append((worker, Ready({}, "there")))
+
+    def send(self, worker: int, job: Job[FastNASGenotype]) -> None:
+        assert worker not in [busy for busy, _ in self.pending]
+        self.sent.append(job.index)
+        written = self.answers.get(job.index)
+        good = Evaluation({"stage0": float(job.index)}, {"stage0": {}}, job.gate, 1, 1, {})
+        self.pending.append((worker, written.pop(0) if written else good))
+        self.most = max(self.most, len(self.pending))
+
+    def wait(self, seconds: float) -> list[tuple[int, Answer]]:
+        self.choose.shuffle(self.pending)
+        count = self.choose.randint(0, len(self.pending))
+        out, self.pending = self.pending[:count], self.pending[count:]
+        return out
+
+    def close(self) -> None: ...
+
+
+class Bare(Toy):
+    """An evaluator that has read nothing."""
+
+    def __init__(self) -> None:
+        super().__init__({}, Path())
+        self.inputs = {}
+
+
+@given(
+    workers=st.integers(1, 5),
+    batches=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    deaths=st.dictionaries(st.integers(0, 14), st.integers(0, 2), max_size=5),
+    idle=st.sets(st.integers(0, 14), max_size=1),
+    seed=st.integers(0, 2**32),
+)
+@settings(deadline=None)
+def test_any_order_and_any_death_give_the_same(
+    workers: int, batches: list[int], deaths: dict[int, int], idle: set[int], seed: int
+) -> None:
+    pool = Script(
+        {
+            index: [*[Death("cause", False)] * (index in idle), *[Death("cause", True)] * count]
+            for index, count in deaths.items()
+        },
+        random.Random(seed),
+    )
+    dispatcher: Dispatcher[FastNASGenotype] = Dispatcher(pool, workers)
+    indices = itertools.count()
+    for size in batches:
+        batch = [Job(next(indices), GENOTYPE, 0.5) for _ in range(size)]
+        running: list[int] = []
+        for job, evaluation in zip(batch, dispatcher.evaluate(Bare(), batch, running.append)):
+            if deaths.get(job.index) == 2:
+                failure = "worker died twice: cause"
+                assert evaluation == Evaluation({}, {}, 0.5, 123, 456, {}, failure)
+            else:
+                assert evaluation.rewards == {"stage0": job.index}
+        assert max(running) <= workers
+    # a worker that was dead before it began is not counted against the candidate
+    tries = [
+        min(2, 1 + deaths.get(index, 0)) + (index in deaths and index in idle)
+        for index in range(sum(batches))
+    ]
+    assert sorted(pool.sent) == [i for i, n in enumerate(tries) for _ in range(n)]
+    assert pool.most <= workers
+
+
+def test_workers_that_started_end_if_another_cannot() -> None:
+    class Full(Script):
+        closed = False
+
+        def start(self, worker: int) -> None:
+            if worker == 2:
+                raise BlockingIOError("Resource temporarily unavailable")
+            super().start(worker)
+
+        def close(self) -> None:
+            self.closed = True
+
+    pool = Full({}, random.Random(0))
+    with pytest.raises(BlockingIOError):
+        Dispatcher(pool, 4)
+    assert len(pool.pending) == 2
+    assert pool.closed
+
+
+# ---- processes
+
+
+def test_evaluations_come_in_order_and_know_their_threads(tmp_path: Path) -> None:
+    evaluations = evaluate({}, tmp_path, TWO, count=6)
+    assert rewards(evaluations) == [0, 1, 2, 3, 4, 5]
+    assert {e.metrics["stage0"]["threads"] for e in evaluations} == {3.0}
+    assert {e.gate for e in evaluations} == {0.5}
+
+
+def test_a_worker_that_dies_is_replaced_and_its_candidate_retried(tmp_path: Path) -> None:
+    plan = {0: "once: kill", 2: "once: exit"}
+    assert rewards(evaluate(plan, tmp_path, TWO)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("end", "cause"), [("kill", KILLED), ("exit", "exited with status 3")])
+def test_a_candidate_that_kills_twice_is_a_failure(tmp_path: Path, end: str, cause: str) -> None:
+    evaluations = evaluate({1: end}, tmp_path, TWO)
+    assert rewards(evaluations) == [0, None, 2, 3]
+    assert evaluations[1] == Evaluation({}, {}, 0.5, 123, 456, {}, f"worker died twice: {cause}")
+
+
+def test_a_death_is_noticed_at_once(tmp_path: Path) -> None:
+    """While it is idle, too: the next batch finds another worker in its place."""
+    evaluator = Toy({}, tmp_path)
+    engine = TWO.engine_for(functools.partial(toy, {}, tmp_path))
+    with contextlib.closing(engine):
+        list(engine.evaluate(evaluator, jobs(2), lambda running: None))
+        for seat in engine._pool._seats.values():  # type: ignore[attr-defined]
+            os.kill(seat.process.pid, signal.SIGKILL)
+        start = time.perf_counter()
+        evaluations = engine.evaluate(evaluator, jobs(4), lambda running: None)
+        assert rewards(list(evaluations)) == [0, 1, 2, 3]
+        assert time.perf_counter() - start < 10
+
+
+def test_a_defect_is_raised_with_its_traceback(tmp_path: Path) -> None:
+    with pytest.raises(WorkerError) as caught:
+        evaluate({1: "defect"}, tmp_path, TWO)
+    assert re.fullmatch(
+        r"in a worker:\nTraceback .*\n.*test_workers\.py.*KeyError: 'no such thing'\n",
+        str(caught.value),
+        re.DOTALL,
+    )
+
+
+def test_what_is_meant_for_the_user_has_no_traceback(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        evaluate({1: "refuse"}, tmp_path, TWO)
+    assert str(caught.value) == "[Errno 2] No such file or directory: '/no/where'"
+    with pytest.raises(RuntimeError) as caught:
+        evaluate({1: "refused"}, tmp_path, Crew(2, ("cpu:7",)))
+    assert str(caught.value) == f"[Errno 2] No such file or directory: '{tmp_path}/cpu:7'"
+
+
+def test_a_worker_that_cannot_start(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        evaluate({1: "unborn"}, tmp_path, TWO)
+    assert str(caught.value) == (
+        f"workers: a worker died twice before its first candidate: {KILLED}; use fewer --workers, "
+        "or 1 to evaluate in this process"
+    )
+
+
+def test_a_worker_that_reads_other_content(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        evaluate({1: "other"}, tmp_path, TWO)
+    assert str(caught.value) == (
+        "workers: expected the plan of this process in every worker, got other content on "
+        f"{os.uname().nodename}; give all machines the same files"
+    )
+
+
+def test_a_stop_ends_workers_at_work(tmp_path: Path) -> None:
+    with Interrupt() as interrupt:
+
+        def stop() -> None:
+            while not (tmp_path / "asleep").exists():
+                time.sleep(0.001)
+            signal.raise_signal(signal.SIGINT)
+
+        thread = threading.Thread(target=stop)
+        thread.start()
+        with pytest.raises(StopRequested):
+            evaluate({0: "sleep"}, tmp_path, TWO, heartbeat=interrupt.check)
+        thread.join()
+    assert not exists(int((tmp_path / "asleep").read_text()))
+
+
+@pytest.mark.parametrize(("device", "chosen"), [("cpu", []), ("cuda", []), ("cuda:1", [1])])
+def test_a_worker_computes_on_its_gpu(
+    device: str, chosen: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_devices: list[int] = []
+    # as torch does it: a device without a number is refused
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", set_devices.append, raising=False)
+    worker = Worker(functools.partial(toy, {}, tmp_path), device, torch.get_num_threads())
+    assert isinstance(worker.start(), Ready)
+    assert set_devices == chosen
+
+
+# ---- the crew
+
+
+def has(monkeypatch: pytest.MonkeyPatch, cores: int, gpus: int = 0) -> None:
+    """The machine has so many."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Filled when the process is started that workers are forked from."""
+    calls: list[bool] = []
+    monkeypatch.setattr("nasfast.workers.config.start_server", lambda: calls.append(True))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "batch", "workers"),
+    [(2, 1, 4, 2), (16, 4, 4, 4), (16, 1, 4, 4), (1, 2, 4, 1)],
+)
+def test_default_workers_fill_the_cores(
+    monkeypatch: pytest.MonkeyPatch,
+    started: list[bool],
+    cores: int,
+    threads: int,
+    batch: int,
+    workers: int,
+) -> None:
+    has(monkeypatch, cores)
+    crew = Crew.of(workers=None, devices="cpu", threads=threads, engine="process", batch=batch)
+    assert crew == Crew(workers, ("cpu",), threads, "process")
+    assert started == [True] * (workers > 1)
+
+
+def test_default_workers_on_cuda_are_one_a_device(
+    monkeypatch: pytest.MonkeyPatch, started: list[bool]
+) -> None:
+    has(monkeypatch, cores=16, gpus=3)
+    options = {"threads": 2, "engine": "process", "batch": 8}
+    two = Crew.of(workers=None, devices="cuda:0,cuda:2", **options)
+    assert (two.workers, two.devices) == (2, ("cuda:0", "cuda:2"))
+    assert Crew.of(workers=None, devices="auto", **options).workers == 1
+    assert Crew.of(workers=5, devices="cuda", **options).workers == 5
+
+
+def test_default_workers_of_a_cluster_are_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    has(monkeypatch, cores=2)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    crew = Crew.of(workers=None, devices="cpu", threads=1, engine="ray", batch=8)
+    assert crew == Crew(8, ("cpu",), 1, "ray")
+
+
+@pytest.mark.parametrize(
+    ("workers", "threads", "cpus"), [(8, 1, 4), (2, 1, 2), (2, 3, 4), (2, 6, 6)]
+)
+def test_a_local_cluster_hands_out_the_cores(
+    monkeypatch: pytest.MonkeyPatch, workers: int, threads: int, cpus: int
+) -> None:
+    has(monkeypatch, cores=4)
+    made: list[tuple[object, ...]] = []
+
+    def make(*arguments: object) -> Script:
+        made.append(arguments)
+        return Script({}, random.Random(0))
+
+    monkeypatch.setattr("nasfast.workers.config.RayPool", make)
+    build = functools.partial(toy, {}, Path())
+    Crew(workers, ("cpu",), threads, "ray").engine_for(build)
+    assert made == [(build, "cpu", threads, cpus)]
+
+
+def test_spaces_between_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    has(monkeypatch, cores=2)
+    crew = Crew.of(workers=1, devices="cpu, cpu", threads=1, engine="process", batch=4)
+    assert crew.devices == ("cpu", "cpu")
+
+
+def test_its_text() -> None:
+    assert str(Crew(1, ("cpu", "cpu"), 1)) == "cpu, 1 thread"
+    assert str(Crew(2, ("cuda:0", "cuda:1"), 4)) == "cuda:0, cuda:1, 2 workers of 4 threads"
+
+
+def test_devices_of_two_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    has(monkeypatch, cores=2, gpus=1)
+    with pytest.raises(ValueError) as caught:
+        Crew.of(workers=None, devices="cuda:0,cpu", threads=1, engine="process", batch=4)
+    assert str(caught.value) == (
+        "devices: expected devices of one kind, got cuda:0,cpu; rewards differ between kinds"
+    )
+
+
+def test_ray_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError) as caught:
+        Crew.of(workers=None, devices="cpu", threads=1, engine="ray", batch=4)
+    assert str(caught.value) == (
+        "engine: expected one that is installed, got ray; pip install 'nasfast[distributed]', or "
+        "leave --engine out"
+    )
