@@ -17,7 +17,7 @@ from rich.table import Table
 
 from nasfast.report.charts import Chart, legend_key, sample
 from nasfast.report.graphs import cell_graph, decoder_graph, element
-from nasfast.report.supernet import architecture, formation, pictures
+from nasfast.report.supernet_history import architecture, formation, pictures
 from nasfast.runs.records import Record
 from nasfast.runs.study import Study
 from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace

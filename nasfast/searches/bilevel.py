@@ -24,13 +24,13 @@ from nasfast.models.supernet import Supernet
 from nasfast.runs.records import Evaluation, Record
 from nasfast.runs.study import Study
 from nasfast.strategies.gradient import Darts, Mix, Relaxation
-from nasfast.tasks.fidelity import psnr, ssim
-from nasfast.tasks.restoration import (
+from nasfast.tasks.restoration.base import (
     ImagePatches,
     RestorationLoss,
     RestorationTask,
     image_generator,
 )
+from nasfast.tasks.restoration.fidelity import psnr, ssim
 from nasfast.training.cost import count_macs, count_parameters
 from nasfast.training.loop import NonFiniteLossError, Runtime
 from nasfast.utils.cli import say

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from nasfast.data.restoration import open_images
-from nasfast.tasks.baselines import bicubic, dct_filter, diffuse, non_local_means
-from nasfast.tasks.denoising import Denoising
-from nasfast.tasks.fidelity import psnr
-from nasfast.tasks.restoration import evaluate
+from nasfast.tasks.restoration.base import evaluate
+from nasfast.tasks.restoration.baselines import bicubic, dct_filter, diffuse, non_local_means
+from nasfast.tasks.restoration.denoising import Denoising
+from nasfast.tasks.restoration.fidelity import psnr
 
 
 def dct_by_hand(image, sigma, threshold):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nasfast.tasks.denoising import Denoising
+from nasfast.tasks.restoration.denoising import Denoising
 
 
 def generator(seed=0):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from nasfast.data.restoration import open_pictures
-from nasfast.tasks.deraining import Deraining
-from nasfast.tasks.restoration import evaluate
+from nasfast.tasks.restoration.base import evaluate
+from nasfast.tasks.restoration.deraining import Deraining
 
 
 def rain(seed=0, shape=(3, 90, 120), **settings):

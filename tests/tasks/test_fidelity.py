@@ -9,7 +9,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch.autograd import gradcheck
 
-from nasfast.tasks.fidelity import psnr, ssim
+from nasfast.tasks.restoration.fidelity import psnr, ssim
 
 
 def pair(*shape, noise=0.1, dtype=torch.float64):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nasfast.tasks.inpainting import Inpainting
+from nasfast.tasks.restoration.inpainting import Inpainting
 
 
 def missing(task, shape=(3, 120, 160), seed=0):

@@ -14,19 +14,19 @@ from PIL import Image
 from torch.nn import functional as F
 
 from nasfast.data.restoration import Picture, Pictures, Source, open_images
-from nasfast.tasks import TASKS, task_from_json
-from nasfast.tasks.denoising import Denoising
-from nasfast.tasks.deraining import Deraining
-from nasfast.tasks.fidelity import psnr, ssim
-from nasfast.tasks.inpainting import Inpainting
-from nasfast.tasks.restoration import (
+from nasfast.tasks.restoration import TASKS, task_from_json
+from nasfast.tasks.restoration.base import (
     ImagePatches,
     RestorationLoss,
     evaluate,
     image_generator,
     rescaled_crop,
 )
-from nasfast.tasks.super_resolution import SuperResolution
+from nasfast.tasks.restoration.denoising import Denoising
+from nasfast.tasks.restoration.deraining import Deraining
+from nasfast.tasks.restoration.fidelity import psnr, ssim
+from nasfast.tasks.restoration.inpainting import Inpainting
+from nasfast.tasks.restoration.super_resolution import SuperResolution
 from nasfast.training.loop import Runtime
 
 

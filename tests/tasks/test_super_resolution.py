@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nasfast.tasks.super_resolution import SuperResolution
+from nasfast.tasks.restoration.super_resolution import SuperResolution
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])

@@ -20,7 +20,8 @@ from nasfast import search
 from nasfast.runs.records import Evaluation
 from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
 from nasfast.training.loop import Runtime
-from nasfast.workers import Crew, Job, WorkerError, actors
+from nasfast.workers import Crew, Job, WorkerError, ray_pool
+from nasfast.workers.ray_pool import RayPool
 
 ray: Any = pytest.importorskip("ray", reason="needs ray: pip install 'nasfast[distributed]'")
 GENOTYPE = FastNASSpace().sample(random.Random(0))
@@ -115,9 +116,9 @@ def test_deaths(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("cluster")
 def test_workers_without_a_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It is told once, and not of those that have one and are slow to start."""
-    monkeypatch.setattr(actors, "_PATIENCE", 0.0)
+    monkeypatch.setattr(ray_pool, "_PATIENCE", 0.0)
     build = functools.partial(toy, {}, tmp_path)
-    with contextlib.closing(actors.RayPool(build, "cuda", 3, 2)) as pool:
+    with contextlib.closing(RayPool(build, "cuda", 3, 2)) as pool:
         pool.start(0)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
@@ -128,8 +129,8 @@ def test_workers_without_a_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         "has 2 CPU and 0 GPU in all; add machines, wait until others have finished, or ask for "
         "less with --threads or --device cpu"
     ]
-    monkeypatch.setattr(actors, "_PATIENCE", 60.0)
-    with contextlib.closing(actors.RayPool(functools.partial(slow, tmp_path), "cpu", 1, 2)) as pool:
+    monkeypatch.setattr(ray_pool, "_PATIENCE", 60.0)
+    with contextlib.closing(RayPool(functools.partial(slow, tmp_path), "cpu", 1, 2)) as pool:
         pool.start(0)
         pool.start(1)
         while not (tmp_path / "begun").exists():

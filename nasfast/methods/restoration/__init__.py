@@ -10,9 +10,9 @@ from nasfast.methods.restoration.train import TrainConfig, Trainer, parse_train,
 from nasfast.models.restorer import FORMAT
 from nasfast.models.zoo import ZOO
 from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
-from nasfast.tasks.denoising import Denoising
-from nasfast.tasks.deraining import Deraining
-from nasfast.tasks.restoration import RestorationTask
+from nasfast.tasks.restoration.base import RestorationTask
+from nasfast.tasks.restoration.denoising import Denoising
+from nasfast.tasks.restoration.deraining import Deraining
 
 _TASKS: dict[str, tuple[RestorationTask, int]] = {
     "irnas-denoise": (Denoising(), 1),

@@ -16,7 +16,7 @@ from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.runs.records import Evaluation
 from nasfast.searches.sampling import FEEDBACK
 from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
-from nasfast.tasks.restoration import ImagePatches, RestorationTask, evaluate
+from nasfast.tasks.restoration.base import ImagePatches, RestorationTask, evaluate
 from nasfast.training.cost import count_macs, count_parameters
 from nasfast.training.loop import NonFiniteLossError, Runtime
 from nasfast.utils.seeding import derive_seed

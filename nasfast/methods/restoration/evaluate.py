@@ -21,9 +21,9 @@ from nasfast.device import resolve_device
 from nasfast.methods import base
 from nasfast.methods.restoration.settings import parse
 from nasfast.models.restorer import read_restorer
-from nasfast.tasks import RestorationTask, task_from_json
-from nasfast.tasks import restoration as metrics
-from nasfast.tasks.restoration import Predict, Scores
+from nasfast.tasks.restoration import RestorationTask, task_from_json
+from nasfast.tasks.restoration import base as metrics
+from nasfast.tasks.restoration.base import Predict, Scores
 from nasfast.training.cost import count_macs, count_parameters, measure_latency
 from nasfast.training.loop import Runtime
 from nasfast.utils.files import atomic_file

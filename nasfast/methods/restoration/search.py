@@ -40,8 +40,8 @@ from nasfast.searches.sampling import SamplingSearch, SamplingSettings, default_
 from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
 from nasfast.strategies import RandomSearch
 from nasfast.strategies.gradient import Temperature, make_relaxation
-from nasfast.tasks import task_from_json
-from nasfast.tasks.denoising import Denoising
+from nasfast.tasks.restoration import task_from_json
+from nasfast.tasks.restoration.denoising import Denoising
 from nasfast.training.cost import count_parameters
 from nasfast.training.loop import Runtime
 from nasfast.utils.cli import flag_value, say

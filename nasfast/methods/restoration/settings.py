@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from nasfast.tasks import task_from_json
+from nasfast.tasks.restoration import task_from_json
 from nasfast.utils.cli import flag_value
 
 C = TypeVar("C")

@@ -20,9 +20,9 @@ from nasfast.methods.base import MODEL_FILE, Source, TrainSettings
 from nasfast.methods.restoration.settings import parse
 from nasfast.models.restorer import Restorer, RestorerConfig, save_restorer
 from nasfast.spaces.ir_nas import IRNASGenotype
-from nasfast.tasks import task_from_json
-from nasfast.tasks.denoising import Denoising
-from nasfast.tasks.restoration import ImagePatches, RestorationLoss, evaluate
+from nasfast.tasks.restoration import task_from_json
+from nasfast.tasks.restoration.base import ImagePatches, RestorationLoss, evaluate
+from nasfast.tasks.restoration.denoising import Denoising
 from nasfast.training.cost import count_macs, count_parameters
 from nasfast.training.loop import Group, Runtime, one_cycle, train_epoch
 from nasfast.utils.cli import flag_value

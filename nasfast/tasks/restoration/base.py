@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nasfast.data.restoration import Picture, Pictures
-from nasfast.tasks.fidelity import psnr, ssim
+from nasfast.tasks.restoration.fidelity import psnr, ssim
 from nasfast.training.loop import Runtime
 
 Predict = Callable[[Tensor], Tensor]
@@ -29,7 +29,7 @@ PATCH, STRIDE = 64, 48
 @dataclass(frozen=True)
 class RestorationTask(ABC):
     """How clean images become the inputs of a network. A subclass is a frozen dataclass with the
-    task's settings as fields and a line in ``nasfast.tasks.TASKS``."""
+    task's settings as fields and a line in ``nasfast.tasks.restoration.TASKS``."""
 
     name: ClassVar[str]
     takes_pairs: ClassVar[bool] = False
@@ -58,7 +58,7 @@ class RestorationTask(ABC):
         return (self,)
 
     def describe(self) -> dict[str, Any]:
-        """The task as JSON; ``nasfast.tasks.task_from_json`` reads it."""
+        """The task as JSON; ``nasfast.tasks.restoration.task_from_json`` reads it."""
         settings: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return {"task": self.name} | settings
 

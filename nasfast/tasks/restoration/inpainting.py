@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nasfast.tasks.baselines import diffuse
-from nasfast.tasks.restoration import Predict, RestorationTask
+from nasfast.tasks.restoration.base import Predict, RestorationTask
+from nasfast.tasks.restoration.baselines import diffuse
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nasfast.tasks.baselines import bicubic
-from nasfast.tasks.restoration import Predict, RestorationTask
+from nasfast.tasks.restoration.base import Predict, RestorationTask
+from nasfast.tasks.restoration.baselines import bicubic
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nasfast.tasks.restoration import RestorationTask
+from nasfast.tasks.restoration.base import RestorationTask
 
 
 @dataclass(frozen=True)
