@@ -1,8 +1,14 @@
-"""What a search writes down about each architecture: one line of records.jsonl each."""
+"""What a search writes down about each architecture: one line of records.jsonl each.
+
+A line names the version of its form. Version 1, written before that, had no "version": its last
+stage was the last by name, and "params" and "macs" stood outside "costs".
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
+
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -10,18 +16,19 @@ class Evaluation:
     """What training one architecture gave."""
 
     rewards: dict[str, float]
-    """Per stage, in order: {"stage0": 0.41, "stage1": 0.52}; without "stage1" where the gate
-    stopped the candidate. Where it failed, those of the stages before."""
+    """By stage, in the order of the stages: {"stage0": 0.41, "stage1": 0.52}; without "stage1" where
+    the gate stopped the candidate. Where it failed, those of the stages before."""
     metrics: dict[str, dict[str, float]]
-    """Per stage: "miou", "mean_accuracy", "fw_iou"."""
+    """By stage: {"stage0": {"miou": 0.4, ..}}."""
+    costs: dict[str, float]
+    """Of the network in eval mode, without auxiliary heads: "params", its parameters, and "macs",
+    its multiply-accumulates at the validation size."""
     gate: float | None
-    """Running mean of rewards that stage 0 had to beat; None for the first candidate."""
-    params: int
-    """Of the network in eval mode, without auxiliary heads."""
-    macs: int
-    """Multiply-accumulates of the same network at the validation size."""
+    """Running mean of rewards that the first stage had to beat; None for no gate."""
     seconds: dict[str, float]
     """Wall time of each step: "stage0_train", "stage0_validate", .."""
+    feedback: str
+    """Stage whose reward the strategy learns from."""
     failure: str | None = None
     """Stage and cause where one failed, e.g. "stage1: out of memory"; None for a success."""
 
@@ -31,14 +38,35 @@ class Evaluation:
                 "Evaluation: expected a reward or a failure, got neither; give the failure's cause"
             )
 
+    @property
+    def last_stage(self) -> str | None:
+        """The last stage that was passed; None where the first one failed."""
+        return next(reversed(self.rewards), None)
+
+    @property
+    def params(self) -> int:
+        """Parameters of the network."""
+        return int(self.costs["params"])
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the network."""
+        return int(self.costs["macs"])
+
     def to_json(self) -> dict[str, object]:
-        """Plain JSON of all fields."""
-        return asdict(self)
+        """Plain JSON of all fields; the order of the stages has a field of its own."""
+        return {"stages": list(self.rewards)} | asdict(self)
 
     @classmethod
-    def from_json(cls, obj: object, where: str = "evaluation") -> Self:
+    def from_json(cls, obj: object, where: str = "evaluation", version: int = VERSION) -> Self:
         """Inverse of `to_json`; ValueError names the field, its expected type and the value."""
-        return cls(**_fields(obj, where, _EVALUATION))
+        if version == 1:
+            obj = _upgraded(_object(obj, where), where)
+        fields = _fields(obj, where, _EVALUATION)
+        stages, rewards = fields.pop("stages"), fields.pop("rewards")
+        if sorted(stages) != sorted(rewards):
+            raise _refuse(stages, f"{where}.stages", f"the stages of the rewards, {list(rewards)}")
+        return cls(rewards={stage: rewards[stage] for stage in stages}, **fields)
 
 
 @dataclass(frozen=True)
@@ -59,23 +87,43 @@ class Record:
     its evaluation; one by gradient derived the architecture again."""
     time: str
     """End of the evaluation, ISO 8601, UTC."""
+    phase: int = 0
+    """Which of the search's phases it belongs to; later ones build on the best of the earlier."""
 
     @property
-    def score(self) -> tuple[int, float] | None:
-        """(stages passed, reward of the last one), which orders architectures; None if failed."""
-        if self.evaluation.failure is not None:
+    def score(self) -> tuple[int, int, float] | None:
+        """(phase, stages passed, reward of the last one), which orders architectures; None if
+        failed."""
+        stage = self.evaluation.last_stage
+        if self.evaluation.failure is not None or stage is None:
             return None
         rewards = self.evaluation.rewards
-        return len(rewards), rewards[max(rewards)]
+        return self.phase, len(rewards), rewards[stage]
 
     def to_json(self) -> dict[str, object]:
-        """Plain JSON of all fields."""
-        return asdict(self)
+        """Plain JSON of all fields, and the version of its form."""
+        return {"version": VERSION} | asdict(self) | {"evaluation": self.evaluation.to_json()}
 
     @classmethod
     def from_json(cls, obj: object, where: str = "record") -> Self:
         """Inverse of `to_json`; ValueError names the field, its expected type and the value."""
-        return cls(**_fields(obj, where, _RECORD))
+        fields = dict(_object(obj, where))
+        version = _int(fields.pop("version", 1), f"{where}.version")
+        if version == 1:
+            fields.setdefault("phase", 0)
+        evaluation = fields.get("evaluation")
+        record = _fields(fields, where, _RECORD)
+        record["evaluation"] = Evaluation.from_json(evaluation, f"{where}.evaluation", version)
+        return cls(**record)
+
+
+def _upgraded(obj: dict[str, object], where: str) -> dict[str, object]:
+    """The form of version 1 as that of today."""
+    fields = dict(obj)
+    costs = {name: fields.pop(name) for name in ("params", "macs") if name in fields}
+    stages = sorted(_object(fields.get("rewards"), f"{where}.rewards"))
+    feedback = "supernet" if "supernet" in stages else "stage0"
+    return fields | {"costs": costs, "stages": stages, "feedback": feedback}
 
 
 Reader = Callable[[object, str], Any]
@@ -116,6 +164,11 @@ def _float(obj: object, where: str) -> float:
     return float(obj)  # type: ignore[arg-type]
 
 
+def _number(obj: object, where: str) -> float:
+    """As `_float`, but an integer stays one."""
+    return obj if type(obj) is int else _float(obj, where)
+
+
 def _str(obj: object, where: str) -> str:
     if not isinstance(obj, str):
         raise _refuse(obj, where, "a string")
@@ -124,6 +177,15 @@ def _str(obj: object, where: str) -> str:
 
 def _optional(read: Reader) -> Reader:
     return lambda obj, where: None if obj is None else read(obj, where)
+
+
+def _list(read: Reader) -> Reader:
+    def reader(obj: object, where: str) -> list[Any]:
+        if not isinstance(obj, list):
+            raise _refuse(obj, where, "a list")
+        return [read(value, f"{where}[{i}]") for i, value in enumerate(obj)]
+
+    return reader
 
 
 def _mapping(read: Reader) -> Reader:
@@ -136,9 +198,10 @@ _EVALUATION: dict[str, Reader] = {
     "rewards": _mapping(_float),
     "metrics": _mapping(_mapping(_float)),
     "gate": _optional(_float),
-    "params": _int,
-    "macs": _int,
+    "costs": _mapping(_number),
     "seconds": _mapping(_float),
+    "stages": _list(_str),
+    "feedback": _str,
     "failure": _optional(_str),
 }
 _RECORD: dict[str, Reader] = {
@@ -146,7 +209,8 @@ _RECORD: dict[str, Reader] = {
     "genotype": _object,
     "canonical": _object,
     "seed": _int,
-    "evaluation": Evaluation.from_json,
+    "evaluation": _object,
     "duplicate_of": _optional(_int),
     "time": _str,
+    "phase": _int,
 }

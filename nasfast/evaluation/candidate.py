@@ -1,0 +1,183 @@
+"""Genotype to evaluation: seed, stages, gate, timing and failure policy, once for all methods."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from nasfast.runs.records import Evaluation
+from nasfast.spaces.base import Genotype
+from nasfast.training.loop import NonFiniteLossError, Runtime
+from nasfast.utils.seeding import derive_seed
+
+G = TypeVar("G", bound=Genotype)
+G_in = TypeVar("G_in", bound=Genotype, contravariant=True)
+M = TypeVar("M", bound=nn.Module)
+
+SeedOf = Callable[[str], int]
+"""Seed of one thing that is drawn for a candidate, by its name, such as "stage0"."""
+
+
+class Evaluator(Protocol[G_in]):
+    """Genotype to evaluation: a pure function of genotype, index and its own configuration."""
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        """SHA-256 of everything that was read."""
+
+    @property
+    def runtime(self) -> Runtime: ...
+
+    @property
+    def feedback(self) -> str:
+        """Stage whose reward the strategy learns from."""
+
+    @property
+    def remedy(self) -> str:
+        """What to change where candidates fail."""
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """Wall time of the preparation, by step."""
+
+    def __call__(self, genotype: G_in, index: int, gate: float | None) -> Evaluation: ...
+
+    def costs(self, genotype: G_in) -> dict[str, float]:
+        """"params" and "macs" as an evaluation states them, without training."""
+
+
+class Scores(Protocol):
+    """What a trained network is worth."""
+
+    @property
+    def reward(self) -> float:
+        """The one number that the search maximises."""
+
+    def as_dict(self) -> dict[str, float]:
+        """Metrics by name."""
+
+
+class Stage(Protocol[M]):
+    """One training of a candidate, and its score."""
+
+    @property
+    def name(self) -> str:
+        """In records: "stage0"."""
+
+    def train(self, model: M, seed_of: SeedOf) -> M:
+        """Train the candidate, or a copy of it; returns what was trained."""
+
+    def validate(self, model: M) -> Scores:
+        """Score what was trained."""
+
+
+class CandidateEvaluator(Generic[G, M]):
+    """Builds a candidate and takes it through the stages, as far as it gets.
+
+    A candidate stops where the first stage's reward does not beat its gate. Running out of memory,
+    and a loss or logits that are not finite, are its failure and are recorded beside the rewards of
+    the stages before; any other error is a defect and is raised. All chance comes from the seed and
+    the candidate's index, and the caller's generators are left as they were.
+
+    Args:
+        build: genotype to network, on the CPU. Its initial weights come from torch's generator.
+        costs: "params" and "macs" of a network that is not placed on a device yet.
+        stages: in order; the strategy learns from the first.
+        runtime: device and precision.
+        seed: of the search.
+        inputs: SHA-256 of everything that was read.
+        remedy: what to change where candidates fail.
+        seconds: wall time of the preparation, by step.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[G], M],
+        costs: Callable[[M], dict[str, float]],
+        stages: Sequence[Stage[M]],
+        runtime: Runtime,
+        *,
+        seed: int,
+        inputs: Mapping[str, str],
+        remedy: str,
+        seconds: Mapping[str, float],
+    ) -> None:
+        self._build, self._costs, self._stages = build, costs, tuple(stages)
+        self.runtime, self.seed, self.inputs = runtime, seed, inputs
+        self.remedy, self.seconds = remedy, seconds
+        self.feedback = self._stages[0].name
+
+    def costs(self, genotype: G) -> dict[str, float]:
+        """"params" and "macs" of a candidate, without training it."""
+        with torch.random.fork_rng([]):
+            return self._costs(self._build(genotype))
+
+    def __call__(self, genotype: G, index: int, gate: float | None) -> Evaluation:
+        """Evaluate a candidate.
+
+        Args:
+            genotype: the architecture.
+            index: the candidate's number in the search.
+            gate: reward that the first stage has to beat for the next; None passes all.
+        """
+        seconds: dict[str, float] = {}
+        rewards: dict[str, float] = {}
+        metrics: dict[str, dict[str, float]] = {}
+        costs: dict[str, float] = {"params": 0, "macs": 0}
+        step, failure = "build", None
+        device = self.runtime.device
+
+        def seed_of(name: str) -> int:
+            return derive_seed(self.seed, index, name)
+
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(derive_seed(self.seed, index))
+            try:
+                model = self._build(genotype)
+                costs = self._costs(model)
+                for stage in self._stages:
+                    step = stage.name
+                    with timed(seconds, f"{step}_train"):
+                        model = stage.train(model, seed_of)
+                    with timed(seconds, f"{step}_validate"):
+                        scores = stage.validate(model)
+                    rewards[step], metrics[step] = scores.reward, scores.as_dict()
+                    if gate is not None and rewards[self.feedback] <= gate:
+                        break
+            except (RuntimeError, MemoryError, NonFiniteLossError) as error:
+                cause = failure_cause(error)
+                if cause is None:
+                    raise
+                failure = f"{step}: {cause}"
+        return Evaluation(rewards, metrics, costs, gate, seconds, self.feedback, failure)
+
+
+def failure_cause(error: Exception) -> str | None:
+    """Why a candidate failed, or None for an error that is not the candidate's."""
+    if isinstance(error, NonFiniteLossError):
+        return str(error)
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    # torch's CPU allocator raises a plain RuntimeError
+    signs = ("allocate memory", "out of memory", "alloc_failed")
+    if exhausted or any(sign in text.lower() for sign in signs):
+        return f"out of memory ({text})"
+    return None
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the wall time of the block to an entry."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
