@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from nasfast.methods import method_of_model
+from nasfast.methods.registry import method_of_model
 from nasfast.utils.cli import reports_errors
 from nasfast.utils.files import atomic_write
 

@@ -24,10 +24,10 @@ from nasfast.data import SyntheticStreets, TrainTransform, ValTransform
 from nasfast.data.base import split_for_search
 from nasfast.device import resolve_device
 from nasfast.encoders import PACKAGED_WEIGHTS, MobileNetV2
-from nasfast.evaluation.evaluator import build_segmenter
-from nasfast.models.segmenter import DecoderConfig
+from nasfast.models.segmenter import Decoder, DecoderConfig, Segmenter
 from nasfast.spaces.fast_nas import FastNASSpace
-from nasfast.tasks.segmentation import SegmentationTask, image_batches, resize_labels
+from nasfast.tasks.base import Targets
+from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.loop import Group, Runtime, epoch_indices, one_cycle, train_epoch
 from nasfast.utils.cli import reports_errors
 from nasfast.utils.config import require_positive
@@ -74,7 +74,7 @@ def pretrain(config: PretrainConfig) -> None:
     encoder = MobileNetV2(config.width)
     genotype = FastNASSpace().from_json(_GENOTYPE)
     decoder = DecoderConfig(agg_size=32, aux_cell=False)
-    model = build_segmenter(encoder, genotype, task.num_classes, decoder)
+    model = Segmenter(encoder, Decoder(genotype, encoder.feature_info, task.outputs, decoder))
     runtime.place(model)
     generator = torch.Generator().manual_seed(config.seed)
     transform = TrainTransform(config.crop, config.crop)
@@ -84,18 +84,18 @@ def pretrain(config: PretrainConfig) -> None:
     steps = config.epochs * (count // config.batch_size)
     group = Group(parameters, optimizer, 3.0, one_cycle(optimizer, steps))
 
-    def loss_of(pair: tuple[Tensor, Tensor]) -> Tensor:
-        images, labels = pair
+    def loss_of(pair: tuple[Tensor, Targets]) -> Tensor:
+        images, targets = pair
         with runtime.autocast():
             logits, aux = model(images)
-        labels = resize_labels(labels, (logits.shape[-2], logits.shape[-1]))
-        return task.loss(logits, aux, labels, aux_weight=0.15)
+        targets = task.resize_targets(targets, (logits.shape[-2], logits.shape[-1]))
+        return task.loss(logits, aux, targets, aux_weight=0.15)
 
     start = time.perf_counter()
     for epoch in range(config.epochs):
         model.train()
         indices = epoch_indices(count, config.batch_size, generator)
-        pairs = image_batches(splits.search_train, indices, transform, runtime, generator)
+        pairs = task.batches(splits.search_train, indices, transform, runtime, generator)
         loss = train_epoch(pairs, loss_of, [group], runtime)
         console.print(
             f"epoch {epoch + 1}/{config.epochs}  loss {loss:.3f}  "

@@ -2,7 +2,7 @@
 
 METHOD is "segmentation" (the default) or "restoration"; ``METHOD --help`` shows its settings.
 Without more it searches a small network for generated images, in a minute; ``--data DIR`` takes
-your own. ``--workers N`` trains so many candidates at a time, which changes no result.
+your own. ``--workers N`` trains N candidates in parallel, which changes no result.
 ``--resume RUN`` continues a run where it stopped.
 """
 
@@ -23,12 +23,14 @@ import tyro
 from rich.console import Console
 
 from nasfast.device import machine_info
-from nasfast.methods import METHODS, Method
+from nasfast.methods.base import Method
+from nasfast.methods.registry import DEFAULT, method_named
 from nasfast.report import terminal_table, write_report
 from nasfast.runs.study import Study
 from nasfast.searches.base import Search, SearchSettings
 from nasfast.utils.cli import flag_value, reports_errors, say
 from nasfast.utils.config import from_mapping
+from nasfast.utils.errors import UserError
 from nasfast.utils.interrupt import Interrupt, StopRequested
 
 
@@ -43,30 +45,19 @@ class _Resume:
     device: str | None = None
     """Another device than before."""
     workers: int | None = None
-    """Another number of candidates in training at a time."""
+    """Another number of candidates trained in parallel."""
     devices: str | None = None
     """Other devices that the workers share out, such as cuda:0,cuda:1."""
     engine: Literal["process", "ray"] | None = None
     """Other workers."""
 
 
-def method_of(name: str) -> Method[Any, Any, Any]:
-    """The method of that name.
-
-    Raises:
-        ValueError: there is none; the message lists them.
-    """
-    if name not in METHODS:
-        raise ValueError(f"search: expected one of {', '.join(METHODS)}, got {name!r}")
-    return METHODS[name]
-
-
-def _open_run(argv: Sequence[str]) -> tuple[Study, Method[Any, Any, Any], SearchSettings]:
+def _open_run(argv: Sequence[str]) -> tuple[Study, Method, SearchSettings]:
     """The run that the command line wants to continue, with the settings to continue it by."""
     arguments = tyro.cli(_Resume, args=argv, prog="nasfast.search")
     study = Study.open(arguments.resume)
-    method = method_of(study.config.get("method", "segmentation"))
-    config = from_mapping(method.search_config, study.config, str(study.path / "config.toml"))
+    method = method_named(study.config.get("method"))
+    config = from_mapping(method.search_settings, study.config, str(study.path / "config.toml"))
     config = method.continued(config, study.load_checkpoint() or {}, arguments.budget)
     given: dict[str, Any] = {
         name: getattr(arguments, name)
@@ -100,7 +91,7 @@ def _check_identity(study: Study, search: Search, console: Console) -> None:
     for kind, before in study.env["identity"].items():
         changed = [name for name, value in before.items() if now[kind][name] != value]
         if changed and kind == "inputs":
-            raise ValueError(
+            raise UserError(
                 f"resume {study.path}: expected the {', '.join(changed)} that the run began with, "
                 "got other content in the same place; restore it or start a new run"
             )
@@ -131,14 +122,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     with Interrupt() as interrupt, contextlib.ExitStack() as stack:
 
-        def build(
-            method: Method[Any, Any, Any], config: SearchSettings
-        ) -> tuple[Search, SearchSettings]:
+        def build(method: Method, config: SearchSettings) -> tuple[Search, SearchSettings]:
             if config.threads is not None:
                 torch.set_num_threads(config.threads)
-            built: tuple[Search, SearchSettings] = method.build(config, interrupt, console)
-            stack.callback(built[0].close)
-            return built
+            search, config = method.build(config, interrupt, console)
+            stack.callback(search.close)
+            return search, config
 
         try:
             if flag_value(argv, "--resume") is not None:
@@ -147,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 search, config = build(method, config)
                 _check_identity(study, search, console)
             else:
-                method = method_of(argv[0] if argv and argv[0][:1] != "-" else "segmentation")
+                method = method_named(argv[0] if argv and argv[0][:1] != "-" else DEFAULT)
                 config = method.parse_search(argv)
                 # before a run is made: this may refuse
                 search, config = build(method, config)

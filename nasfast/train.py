@@ -12,10 +12,8 @@ import itertools
 import json
 import shlex
 import sys
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
 import tomli_w
 import torch
@@ -23,17 +21,16 @@ import tyro
 from rich.console import Console
 
 from nasfast.device import machine_info, resolve_device
-from nasfast.methods import METHODS, Method, method_of_genotype, method_of_source, read_genotype
-from nasfast.methods.base import MODEL_FILE, Source, Trainer, TrainSettings
+from nasfast.methods.base import MODEL_FILE, Architecture, Method, Training, TrainSettings
+from nasfast.methods.registry import METHODS, method_of_genotype, method_of_source, read_genotype
 from nasfast.runs.study import Study
 from nasfast.spaces.base import Genotype
 from nasfast.training.loop import Runtime
 from nasfast.utils.cli import flag_value, reports_errors, say
 from nasfast.utils.config import from_mapping
-from nasfast.utils.files import atomic_file, atomic_write
+from nasfast.utils.errors import UserError
+from nasfast.utils.files import atomic_file, atomic_write, read_toml
 from nasfast.utils.interrupt import Interrupt, StopRequested
-
-T = TypeVar("T", bound=TrainSettings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,36 +41,36 @@ class _Resume:
     """Directory that a training wrote."""
 
 
-def find(config: TrainSettings, zoo: Mapping[str, Source]) -> Source:
+def find(config: TrainSettings, zoo: Mapping[str, Architecture]) -> Architecture:
     """The architecture that the settings point at."""
     if config.source.is_dir():
         study = Study.open(config.source, read_only=True)
         ranking = study.ranking()
         if not 1 <= config.rank <= len(ranking):
-            raise ValueError(
+            raise UserError(
                 f"train: expected a rank from 1 to {len(ranking)} (the architectures that "
                 f"{study.path} evaluated), got {config.rank}"
             )
-        return Source(ranking[config.rank - 1].genotype, study.path, study.config)
+        return Architecture(ranking[config.rank - 1].genotype, study.path, study.config)
     if config.source.is_file():
-        return Source(read_genotype(config.source), config.source.parent, {})
+        return Architecture(read_genotype(config.source), config.source.parent, {})
     if str(config.source) in zoo:
         return zoo[str(config.source)]
     names = [name for method in METHODS.values() for name in method.zoo]
-    raise FileNotFoundError(
+    raise UserError(
         f"train: no run directory and no genotype file at {config.source}"
         + (f", nor a name of the zoo ({', '.join(names)})" if names else "")
         + "; python -m nasfast.search makes a run"
     )
 
 
-def resolve(method: Method[Any, T, Any], config: T) -> tuple[T, Genotype]:
+def resolve(method: Method, config: TrainSettings) -> tuple[TrainSettings, Genotype]:
     """Fill in what the source decides: genotype, data and the output's directory."""
-    source = find(config, method.zoo)
-    genotype = method.genotype(source.genotype)
-    config = method.resolve(config, source)
+    architecture = find(config, method.zoo)
+    genotype = method.genotype(architecture.genotype)
+    config = method.resolve(config, architecture)
     assert config.data is not None
-    numbered = (source.home / f"train-{n}" for n in itertools.count(1))
+    numbered = (architecture.home / f"train-{n}" for n in itertools.count(1))
     out = config.out or next(path for path in numbered if not path.exists())
     named = str(config.source) in method.zoo
     return (
@@ -91,12 +88,12 @@ def resolve(method: Method[Any, T, Any], config: T) -> tuple[T, Genotype]:
     )
 
 
-def fit(trainer: Trainer, out: Path, console: Console) -> None:
+def fit(training: Training, out: Path, console: Console) -> None:
     """Train to the last round; a checkpoint follows every round."""
-    while trainer.done < trainer.rounds:
-        line = trainer.round()
+    while training.done < training.rounds:
+        line = training.round()
         with atomic_file(out / "checkpoint.pt") as file:
-            torch.save(trainer.state_dict(), file)
+            torch.save(training.state_dict(), file)
         say(console, line)
 
 
@@ -110,24 +107,24 @@ def _write_config(out: Path, config: TrainSettings, genotype: Genotype) -> None:
     atomic_write(out / "env.json", json.dumps(machine_info(), indent=2) + "\n")
 
 
-def _open(argv: Sequence[str]) -> tuple[Method[Any, Any, Any], TrainSettings, Genotype, Path]:
+def _open(argv: Sequence[str]) -> tuple[Method, TrainSettings, Genotype, Path]:
     if flag_value(argv, "--resume") is not None:
         out = tyro.cli(_Resume, args=argv, prog="nasfast.train").resume.resolve()
         if not (out / "config.toml").is_file() or not (out / "genotype.json").is_file():
-            raise FileNotFoundError(
+            raise UserError(
                 f"train: {out} is not the directory of a training: it has no config.toml and "
                 "genotype.json; give the directory that nasfast.train printed"
             )
         form = read_genotype(out / "genotype.json")
         method = method_of_genotype(form)
-        settings = tomllib.loads((out / "config.toml").read_text())
-        config = from_mapping(method.train_config, settings, str(out / "config.toml"))
+        settings = read_toml(out / "config.toml")
+        config = from_mapping(method.train_settings, settings, str(out / "config.toml"))
         return method, config, method.genotype(form), out
     method, found = method_of_source(argv)
     config, genotype = resolve(method, method.parse_train(argv, found, __doc__))
     assert config.out is not None
     if config.out.exists():
-        raise FileExistsError(
+        raise UserError(
             f"train: {config.out} exists and is never overwritten; give another --out, or "
             f"continue it with --resume {config.out}"
         )
@@ -141,16 +138,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     method, config, genotype, out = _open(sys.argv[1:] if argv is None else list(argv))
     with Interrupt() as interrupt:
         runtime = Runtime(resolve_device(config.device), interrupt.check)
-        trainer = method.trainer(config, genotype, out, runtime)
+        training = method.training(config, genotype, out, runtime)
         if (out / "checkpoint.pt").exists():
             state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-            trainer.load_state_dict(state)
+            training.load_state_dict(state)
         if not out.exists():  # only now: data or weights may have been refused
-            _write_config(out, trainer.settings, genotype)
-        say(console, f"training {genotype.to_json()}\n{trainer.summary}\nout      {out}")
+            _write_config(out, training.settings, genotype)
+        say(console, f"training {genotype.to_json()}\n{training.summary}\nout      {out}")
         try:
-            fit(trainer, out, console)
-            found = trainer.finish()
+            fit(training, out, console)
+            found = training.finish()
         except StopRequested:
             say(
                 console,

@@ -12,6 +12,7 @@ from torch import nn
 
 from nasfast.runs.records import Evaluation
 from nasfast.spaces.base import Genotype
+from nasfast.tasks.base import Scores
 from nasfast.training.loop import NonFiniteLossError, Runtime
 from nasfast.utils.seeding import derive_seed
 
@@ -51,18 +52,7 @@ class Evaluator(Protocol[G_in]):
     def __call__(self, genotype: G_in, index: int, gate: float | None) -> Evaluation: ...
 
     def costs(self, genotype: G_in) -> dict[str, float]:
-        """"params" and "macs" as an evaluation states them, without training."""
-
-
-class Scores(Protocol):
-    """What a trained network is worth."""
-
-    @property
-    def reward(self) -> float:
-        """The one number that the search maximises."""
-
-    def as_dict(self) -> dict[str, float]:
-        """Metrics by name."""
+        """ "params" and "macs" as an evaluation states them, without training."""
 
 
 class Stage(Protocol[M]):
@@ -116,7 +106,7 @@ class CandidateEvaluator(Generic[G, M]):
         self.feedback = self._stages[0].name
 
     def costs(self, genotype: G) -> dict[str, float]:
-        """"params" and "macs" of a candidate, without training it."""
+        """ "params" and "macs" of a candidate, without training it."""
         with torch.random.fork_rng([]):
             return self._costs(self._build(genotype))
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Protocol
 
 import tyro
 from rich.console import Console
@@ -63,7 +64,7 @@ class EvaluateConfig:
         return self.model / MODEL_FILE if self.model.is_dir() else self.model
 
 
-class Trainer(Protocol):
+class Training(Protocol):
     """A full training in rounds, with a checkpoint after each."""
 
     @property
@@ -96,54 +97,79 @@ class Trainer(Protocol):
 
 
 @dataclass(frozen=True)
-class Source:
+class Architecture:
     """An architecture to train, and where it comes from."""
 
     genotype: object
-    """JSON form of the architecture."""
+    """JSON form."""
     home: Path
     """Directory that trainings are put in."""
     search: Mapping[str, Any]
     """Settings of the search that found it, as far as known; empty for a file."""
 
 
-S = TypeVar("S", bound=SearchSettings)
-T = TypeVar("T", bound=TrainSettings)
-E = TypeVar("E", bound=EvaluateConfig)
+class Method(ABC):
+    """One search method: how it searches, trains what it found, and measures it.
 
+    Settings are frozen dataclasses of the method's own. What the entry points know of them is in
+    `SearchSettings`, `TrainSettings` and `EvaluateConfig`.
+    """
 
-@dataclass(frozen=True)
-class Method(Generic[S, T, E]):
-    """One search method: how it searches, trains what it found, and measures it."""
-
-    name: str
+    name: ClassVar[str]
     """On the command line and in run directories."""
-
-    search_config: type[S]
-    parse_search: Callable[[Sequence[str]], S]
-    """Settings from a command line."""
-    continued: Callable[[S, Mapping[str, Any], int | None], S]
-    """Settings to continue a run by: (those it began with, its checkpoint, a new budget)."""
-    build: Callable[[S, Interrupt, Console], tuple[Search, S]]
-    """Open the data and prepare the search; the settings fit the data then."""
-
-    space: str
+    space: ClassVar[str]
     """Value of "space" in a genotype's JSON form."""
-    genotype: Callable[[object], Genotype]
-    """A genotype from its JSON form, or the publication's."""
-    zoo: Mapping[str, Source]
-    """Named architectures."""
-    train_config: type[T]
-    parse_train: Callable[[Sequence[str], Mapping[str, Any], str | None], T]
-    """Settings from a command line, those of the source (as `Source.search`) and a help text."""
-    resolve: Callable[[T, Source], T]
-    """Fill in what the source decides, but for the output's directory."""
-    trainer: Callable[[T, Any, Path, Runtime], Trainer]
-    """From settings, genotype, the output's directory and runtime; continues its checkpoint."""
-
-    format: str
+    search_settings: ClassVar[type[SearchSettings]]
+    train_settings: ClassVar[type[TrainSettings]]
+    model_format: ClassVar[str]
     """Key in the metadata of this method's model files."""
-    parse_evaluate: Callable[[Sequence[str], str | None], E]
-    """Settings from a command line and a help text."""
-    evaluate: Callable[[E], tuple[Mapping[str, Any], Table]]
-    """Plain JSON for evaluation.json, and the same for a person."""
+    zoo: ClassVar[Mapping[str, Architecture]] = {}
+    """Named architectures."""
+
+    @abstractmethod
+    def parse_search(self, argv: Sequence[str]) -> SearchSettings:
+        """Settings from a command line."""
+
+    @abstractmethod
+    def continued(
+        self, settings: Any, checkpoint: Mapping[str, Any], budget: int | None
+    ) -> SearchSettings:
+        """Settings to continue a run by.
+
+        Args:
+            settings: those it began with.
+            checkpoint: its last one, or an empty mapping.
+            budget: a new one; None keeps the last.
+        """
+
+    @abstractmethod
+    def build(
+        self, settings: Any, interrupt: Interrupt, console: Console
+    ) -> tuple[Search, SearchSettings]:
+        """Open the data and prepare the search; the settings fit the data then."""
+
+    @abstractmethod
+    def genotype(self, obj: object) -> Genotype:
+        """A genotype from its JSON form, or the publication's."""
+
+    @abstractmethod
+    def parse_train(
+        self, argv: Sequence[str], found: Mapping[str, Any], description: str | None
+    ) -> TrainSettings:
+        """Settings of a training from a command line, `Architecture.search` and a help text."""
+
+    @abstractmethod
+    def resolve(self, settings: Any, architecture: Architecture) -> TrainSettings:
+        """Fill in what the architecture's search decides, but for the output's directory."""
+
+    @abstractmethod
+    def training(self, settings: Any, genotype: Any, out: Path, runtime: Runtime) -> Training:
+        """A training whose result goes to a directory."""
+
+    @abstractmethod
+    def parse_evaluate(self, argv: Sequence[str], description: str | None) -> EvaluateConfig:
+        """Settings of an evaluation from a command line and a help text."""
+
+    @abstractmethod
+    def evaluate(self, settings: Any) -> tuple[Mapping[str, Any], Table]:
+        """Plain JSON for evaluation.json, and the same for a person."""

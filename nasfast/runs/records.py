@@ -16,8 +16,8 @@ class Evaluation:
     """What training one architecture gave."""
 
     rewards: dict[str, float]
-    """By stage, in the order of the stages: {"stage0": 0.41, "stage1": 0.52}; without "stage1" where
-    the gate stopped the candidate. Where it failed, those of the stages before."""
+    """By stage, in the order of the stages: {"stage0": 0.41, "stage1": 0.52}; without "stage1"
+    where the gate stopped the candidate. Where it failed, those of the stages before."""
     metrics: dict[str, dict[str, float]]
     """By stage: {"stage0": {"miou": 0.4, ..}}."""
     costs: dict[str, float]

@@ -257,8 +257,11 @@ class SupernetSearch:
             rewards={STAGE: similarity + restored / 100},  # as published
             metrics={STAGE: metrics},
             gate=None,
-            params=count_parameters(network),
-            macs=count_macs(network, self._size, channels=self.model.channels),
+            costs={
+                "params": count_parameters(network),
+                "macs": count_macs(network, self._size, channels=self.model.channels),
+            },
+            feedback=STAGE,
             seconds={"train": trained - start, "validate": time.perf_counter() - trained},
         )
         return Record(

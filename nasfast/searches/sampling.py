@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Generic, Literal
+from typing import Any, Generic, Literal
 
+import torch
 from rich.console import Console
 
+from nasfast.evaluation.candidate import Evaluator, G
 from nasfast.runs.records import Evaluation, Record
 from nasfast.runs.study import Study
 from nasfast.searches.base import SearchSettings
@@ -20,12 +22,10 @@ from nasfast.strategies import Strategy
 from nasfast.training.loop import Runtime
 from nasfast.utils.cli import say
 from nasfast.utils.config import require_positive
+from nasfast.utils.errors import UserError
 from nasfast.utils.seeding import derive_seed
-from nasfast.workers import Crew, Engine, Evaluator, G, InProcess, Job, cores
+from nasfast.workers import Engine, InProcess, Job, WorkerConfig, cores
 
-FEEDBACK = "stage0"
-"""The stage whose reward the strategy learns from, for every candidate: all have passed it, so it
-is one scale. A later stage only ranks."""
 _MAX_FAILURES = 5
 _MAX_DUPLICATES = 100
 
@@ -35,12 +35,12 @@ class SamplingSettings(SearchSettings):
     """Settings of a search that evaluates sampled candidates."""
 
     batch: int = 1
-    """Candidates that are asked of the strategy at once and told to it at once, when all are
-    evaluated; their gate is that of the batch's begin. 1 is the published order."""
+    """Candidates that are sampled from one policy and reported to it together; all share the gate
+    of the batch's start. 1 is the published order."""
     workers: int | None = None
-    """Candidates in training at a time, each in a process of its own; changes no result. Default:
-    as many as the batch has and the cores (on CUDA: the devices) keep busy, with ray as many as the
-    batch has: so many at most, the cluster decides."""
+    """Candidates trained in parallel, each in a process of its own; changes no result. Default: as
+    many as the batch has and the cores (on CUDA: the devices) keep busy; with ray the whole batch,
+    at most that many: Ray schedules them."""
     devices: str | None = None
     """Instead of --device: devices that the workers share out, such as cuda:0,cuda:1."""
     engine: Literal["process", "ray"] = "process"
@@ -51,20 +51,29 @@ class SamplingSettings(SearchSettings):
         given = [name for name in ("workers", "threads") if getattr(self, name) is not None]
         require_positive(self, "batch", *given)
         if self.devices is not None and self.engine == "ray":
-            raise ValueError(
+            raise UserError(
                 "devices: expected --engine process, as Ray hands out GPUs itself, got ray; give "
                 "--device cuda and --workers"
             )
         if self.devices is not None and self.device != "auto":
-            raise ValueError(
+            raise UserError(
                 f"devices: expected --device or --devices, got both, {self.device} and "
                 f"{self.devices}; leave one out"
             )
 
-    @property
-    def places(self) -> str:
-        """Names of the devices, separated by commas."""
-        return self.devices or self.device
+    def worker_config(self) -> WorkerConfig:
+        """The workers that these settings ask for, each with the threads of this process.
+
+        Raises:
+            UserError: no such device, devices of two kinds, or Ray is not installed.
+        """
+        return WorkerConfig.of(
+            workers=self.workers,
+            devices=self.devices or self.device,
+            threads=torch.get_num_threads(),
+            engine=self.engine,
+            batch=self.batch,
+        )
 
 
 def default_threads(batch: int) -> int:
@@ -74,92 +83,148 @@ def default_threads(batch: int) -> int:
 
 
 @dataclass(frozen=True)
-class SamplingSearch(Generic[G]):
-    """Candidates asked of a strategy, batch by batch, until the budget is spent."""
+class Phase(Generic[G]):
+    """A part of a search: candidates of one space until the budget is spent."""
 
     space: Space[G]
     strategy: Strategy[G]
     evaluator: Evaluator[G]
     budget: int
+    """Candidates to evaluate; repeated ones do not count."""
     batch: int = 1
-    crew: Crew = field(default_factory=Crew)
+    """Candidates that are sampled and reported together."""
     engine: Engine[G] = field(default_factory=InProcess)
-    """That of the crew."""
+    """Evaluates a batch."""
+
+
+NextPhase = Callable[[Record], Phase[Any]]
+"""Makes a phase from the best record of the one before: a pure function, called again to resume."""
+
+
+class SamplingSearch:
+    """Phases one after the other: ask, evaluate, record, tell.
+
+    Args:
+        first: the first phase.
+        then: makers of the later ones; a phase is made when the one before has ended.
+        workers: of the phases' engines, for env.json.
+    """
+
+    ranking: Literal["score"] = "score"
+
+    def __init__(
+        self,
+        first: Phase[Any],
+        *then: NextPhase,
+        workers: WorkerConfig | None = None,
+    ) -> None:
+        self._phase, self._then, self._number = first, then, 0
+        self._workers = workers or WorkerConfig()
 
     @property
     def inputs(self) -> Mapping[str, str]:
-        return self.evaluator.inputs
+        return self._phase.evaluator.inputs
 
     @property
     def runtime(self) -> Runtime:
-        return self.evaluator.runtime
+        return self._phase.evaluator.runtime
 
     @property
     def environment(self) -> Mapping[str, object]:
-        return {"feedback": FEEDBACK, "crew": dataclasses.asdict(self.crew)}
+        return {"workers": dataclasses.asdict(self._workers)}
 
     @property
     def more(self) -> str:
-        return f"--budget {2 * self.budget}"
+        return f"--budget {2 * self._phase.budget}"
 
     def run(self, study: Study, console: Console) -> None:
-        """Ask, evaluate, record, tell, until ``budget`` candidates are evaluated.
+        """Search until every phase has evaluated ``budget`` candidates.
 
-        After a crash the strategy continues from its checkpoint, the begin of a batch; what is
+        After a crash the strategy continues from its checkpoint, the start of a batch; what is
         recorded of that batch is not evaluated again. So is a batch that the budget ended in.
 
         Raises:
-            RuntimeError: the last candidates all failed, or all repeated earlier ones.
+            UserError: the last candidates all failed, or all repeated earlier ones.
         """
-        checkpoint = study.load_checkpoint()
-        told, encode, controller = 0, self.evaluator.seconds["encode"], 0.0
-        if checkpoint is not None:
-            told, controller = checkpoint["told"], checkpoint["seconds"]["controller"]
-            encode += checkpoint["seconds"]["encode"]
-            self.strategy.load_state_dict(checkpoint["strategy"])
+        checkpoint = study.load_checkpoint() or {}
+        seconds = {"encode": 0.0, "controller": 0.0} | checkpoint.get("seconds", {})
+        if checkpoint.get("phase", 0) > 0:
+            self._enter(checkpoint["phase"], study)
+        told, state = checkpoint.get("told", 0), checkpoint.get("strategy")
         while True:
-            study.save_checkpoint(
-                {
-                    "told": told,
-                    "strategy": self.strategy.state_dict(),
-                    "seconds": {"encode": encode, "controller": controller},
-                    "budget": self.budget,
-                }
-            )
-            if told == len(study.records) and _evaluated(study) >= self.budget:
+            seconds["encode"] += self._phase.evaluator.seconds["encode"]
+            if state is not None:
+                self._phase.strategy.load_state_dict(state)
+            told = self._run_phase(study, console, told, seconds)
+            if self._number == len(self._then):
                 return
-            start = time.perf_counter()
-            asked = [self.strategy.ask() for _ in range(self.batch)]
-            controller += time.perf_counter() - start
-            self._evaluate(study, told, asked, console)
-            if len(study.records) < told + len(asked):
-                return  # the budget ends in the batch
-            start = time.perf_counter()
-            for genotype, record in zip(asked, study.records[told:]):
-                self.strategy.tell(genotype, record.evaluation.rewards.get(FEEDBACK))
-            controller += time.perf_counter() - start
-            told += len(asked)
+            self._enter(self._number + 1, study)
+            state = None
 
     def close(self) -> None:
         """End the workers."""
-        self.engine.close()
+        self._phase.engine.close()
 
-    def _evaluate(self, study: Study, told: int, asked: Sequence[G], console: Console) -> None:
+    def _enter(self, number: int, study: Study) -> None:
+        """Make a phase from the best record of the one before."""
+        scored = [r for r in study.records if r.phase == number - 1 and r.score is not None]
+        if not scored:
+            raise UserError(
+                f"{study.path}: expected an architecture of phase {number - 1} to continue with, "
+                "got failures alone; records.jsonl has their causes"
+            )
+        self.close()
+        best = max(scored, key=lambda record: record.score or (0, 0, 0.0))
+        self._phase, self._number = self._then[number - 1](best), number
+
+    def _run_phase(
+        self, study: Study, console: Console, told: int, seconds: dict[str, float]
+    ) -> int:
+        """Returns how many records the strategies have been told."""
+        phase = self._phase
+        while True:
+            study.save_checkpoint(
+                {
+                    "phase": self._number,
+                    "told": told,
+                    "strategy": phase.strategy.state_dict(),
+                    "seconds": seconds,
+                    "budget": phase.budget,
+                }
+            )
+            if told == len(study.records) and self._evaluated(study) >= phase.budget:
+                return told
+            start = time.perf_counter()
+            asked = [phase.strategy.ask() for _ in range(phase.batch)]
+            seconds["controller"] += time.perf_counter() - start
+            self._evaluate(study, told, asked, console)
+            if len(study.records) < told + len(asked):
+                return len(study.records)  # the budget ends in the batch
+            start = time.perf_counter()
+            for genotype, record in zip(asked, study.records[told:]):
+                reward = record.evaluation.rewards.get(phase.evaluator.feedback)
+                phase.strategy.tell(genotype, reward)
+            seconds["controller"] += time.perf_counter() - start
+            told += len(asked)
+
+    def _evaluate(self, study: Study, told: int, asked: Sequence[Any], console: Console) -> None:
         """Record what is not yet recorded of a batch, in order, as far as the budget reaches."""
-        gate = _gate(study.records[:told])
-        first = {_key(r.canonical): r.index for r in reversed(study.records) if not _repeats(r)}
-        spent = _evaluated(study)
-        new: list[Job[G]] = []
-        entries: list[tuple[Job[G], int]] = []  # with the index of its first record
+        phase = self._phase
+        gate = _gate(self._records(study.records[:told]), phase.evaluator.feedback)
+        originals = [r for r in self._records(study.records) if r.duplicate_of is None]
+        first = {_key(record.canonical): record.index for record in originals}
+        spent = len(originals)
+        new: list[Job[Any]] = []
+        entries: list[tuple[Job[Any], int]] = []  # with the index of its first record
         for index, genotype in enumerate(asked, told):
             if index < len(study.records):
-                if self.space.from_json(study.records[index].genotype) != genotype:
-                    raise RuntimeError(
-                        f"{study.path}: record {index} is not what the strategy asked for; the "
-                        "records or the checkpoint were edited, start a new run"
+                if phase.space.from_json(study.records[index].genotype) != genotype:
+                    raise UserError(
+                        f"{study.path}: expected record {index} to be what the strategy asks for, "
+                        "got another; the records or the checkpoint were edited, start a new run"
                     )
                 continue
-            if spent >= self.budget:
+            if spent >= phase.budget:
                 break
             job = Job(index, genotype, gate)
             entries.append((job, first.setdefault(_key(genotype.canonical().to_json()), index)))
@@ -169,71 +234,72 @@ class SamplingSearch(Generic[G]):
         with console.status("") as status:
 
             def show(running: int) -> None:
-                status.update(f"{running} in training, {_evaluated(study)} of {self.budget} done")
+                done = self._evaluated(study)
+                status.update(f"{running} in training, {done} of {phase.budget} done")
 
-            evaluations = self.engine.evaluate(self.evaluator, new, show)
+            evaluations = phase.engine.evaluate(phase.evaluator, new, show)
             for job, origin in entries:
                 fresh = origin == job.index
                 record = Record(
                     index=job.index,
                     genotype=job.genotype.to_json(),
                     canonical=job.genotype.canonical().to_json(),
-                    seed=derive_seed(self.evaluator.seed, job.index),
+                    seed=derive_seed(phase.evaluator.seed, job.index),
                     evaluation=next(evaluations) if fresh else study.records[origin].evaluation,
                     duplicate_of=None if fresh else origin,
                     time=datetime.now(UTC).isoformat(timespec="seconds"),
+                    phase=self._number,
                 )
                 study.append(record)
-                _print_record(study, record, self.budget, console)
-                _check_progress(study, self.evaluator.remedy)
+                done = f"{self._evaluated(study):>{len(str(phase.budget))}}/{phase.budget}"
+                _print_record(study, record, f"[{done}]", console)
+                _check_progress(self._records(study.records), phase.evaluator.remedy)
+
+    def _records(self, records: Sequence[Record]) -> list[Record]:
+        """Those of the phase."""
+        return [record for record in records if record.phase == self._number]
+
+    def _evaluated(self, study: Study) -> int:
+        return len(_fresh(self._records(study.records)))
 
 
 def _key(canonical: dict[str, object]) -> str:
     return repr(sorted(canonical.items()))
 
 
-def _repeats(record: Record) -> bool:
-    return record.duplicate_of is not None
-
-
 def _fresh(records: Sequence[Record]) -> list[Evaluation]:
-    return [record.evaluation for record in records if not _repeats(record)]
+    return [record.evaluation for record in records if record.duplicate_of is None]
 
 
-def _evaluated(study: Study) -> int:
-    return len(_fresh(study.records))
-
-
-def _gate(records: Sequence[Record]) -> float | None:
-    """Running mean of the stage-0 rewards so far (section 3.3: a candidate must beat it)."""
-    rewards = [e.rewards[FEEDBACK] for e in _fresh(records) if FEEDBACK in e.rewards]
+def _gate(records: Sequence[Record], feedback: str) -> float | None:
+    """Running mean of the first stage's rewards so far (section 3.3: a candidate must beat it)."""
+    rewards = [e.rewards[feedback] for e in _fresh(records) if feedback in e.rewards]
     return statistics.fmean(rewards) if rewards else None
 
 
-def _check_progress(study: Study, remedy: str) -> None:
-    failures = [e.failure for e in _fresh(study.records)[-_MAX_FAILURES:]]
+def _check_progress(records: Sequence[Record], remedy: str) -> None:
+    failures = [e.failure for e in _fresh(records)[-_MAX_FAILURES:]]
     if len(failures) == _MAX_FAILURES and all(failures):
-        raise RuntimeError(
+        raise UserError(
             f"the last {_MAX_FAILURES} candidates failed, the last one: {failures[-1]}; {remedy}"
         )
-    if all(_repeats(record) for record in study.records[-_MAX_DUPLICATES:]):
-        raise RuntimeError(
+    if all(record.duplicate_of is not None for record in records[-_MAX_DUPLICATES:]):
+        raise UserError(
             f"the last {_MAX_DUPLICATES} architectures repeat earlier ones: the strategy has "
             "converged; take the best one found, or let it explore more (--ppo.ent-coef)"
         )
 
 
-def _print_record(study: Study, record: Record, budget: int, console: Console) -> None:
+def _print_record(study: Study, record: Record, progress: str, console: Console) -> None:
     evaluation = record.evaluation
-    place = f"[{_evaluated(study):>{len(str(budget))}}/{budget}]"
     if record.duplicate_of is not None:
-        say(console, f"{place} repeats architecture {record.duplicate_of}")
+        say(console, f"{progress} repeats architecture {record.duplicate_of}")
         return
     rewards = "  ".join(f"{stage} {reward:.4f}" for stage, reward in evaluation.rewards.items())
     outcome = f"failed: {evaluation.failure}" if evaluation.failure else rewards
     mark = "  best so far" if study.best is record else ""
     say(
         console,
-        f"{place} {outcome:<32} {evaluation.params / 1e6:.2f} M params  "
+        f"{progress} {outcome:<32} {evaluation.params / 1e6:.2f} M params  "
         f"{sum(evaluation.seconds.values()):5.1f} s{mark}",
     )

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-Batch = Tensor | tuple[Tensor, ...]
+Batch = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
 WARMUP = 3
 """Eager steps before it is recorded: they make optimizer states, and cuDNN chooses algorithms."""
@@ -72,8 +72,11 @@ class GraphedStep:
             return self._loss
 
     def _record(self, step: Callable[[Any], Tensor], batch: Batch) -> None:
+        own: Batch
         if isinstance(batch, Tensor):
-            own: Batch = batch.clone()
+            own = batch.clone()
+        elif isinstance(batch, dict):
+            own = {name: tensor.clone() for name, tensor in batch.items()}
         else:
             own = tuple(tensor.clone() for tensor in batch)
         try:
@@ -95,12 +98,15 @@ class GraphedStep:
 
 
 def _tensors(batch: Batch) -> tuple[Tensor, ...]:
+    if isinstance(batch, dict):
+        return tuple(batch.values())
     return (batch,) if isinstance(batch, Tensor) else tuple(batch)
 
 
 def _kind(batch: Batch) -> tuple[object, ...]:
     """What has to agree with the recording."""
-    return tuple((tensor.shape, tensor.dtype) for tensor in _tensors(batch))
+    names = tuple(batch) if isinstance(batch, dict) else ()
+    return names, *((tensor.shape, tensor.dtype) for tensor in _tensors(batch))
 
 
 class CudaGraph:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-__all__ = ["atomic_file", "atomic_write", "sync_directory"]
+from nasfast.utils.errors import UserError
+
+__all__ = ["atomic_file", "atomic_write", "read_json", "read_toml", "sync_directory"]
 
 
 @contextmanager
@@ -42,3 +46,20 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_json(path: Path) -> object:
+    """Content of a JSON file."""
+    try:
+        content: object = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: expected JSON, got {error}; restore the file") from error
+    return content
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Content of a TOML file."""
+    try:
+        return tomllib.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: expected TOML, got {error}; restore the file") from error

@@ -10,9 +10,11 @@ from types import MappingProxyType
 from typing import Literal
 
 from nasfast.device import resolve_device
+from nasfast.evaluation.candidate import G
+from nasfast.utils.errors import UserError
 from nasfast.workers.dispatcher import Dispatcher
 from nasfast.workers.process_pool import ProcessPool, start_server
-from nasfast.workers.protocol import Builder, Engine, G, InProcess, Pool
+from nasfast.workers.protocol import Builder, Engine, InProcess, Pool
 from nasfast.workers.ray_pool import RayPool
 
 
@@ -22,7 +24,7 @@ def cores() -> int:
 
 
 @dataclass(frozen=True)
-class Crew:
+class WorkerConfig:
     """The workers of a search. Nothing here changes what candidates score."""
 
     workers: int = 1
@@ -42,8 +44,8 @@ class Crew:
         threads: int,
         engine: Literal["process", "ray"],
         batch: int,
-    ) -> Crew:
-        """The crew of a search's settings.
+    ) -> WorkerConfig:
+        """The workers of a search's settings.
 
         Args:
             workers: how many; None for as many as the cores, or on CUDA the devices, keep busy. A
@@ -56,17 +58,17 @@ class Crew:
             batch: candidates between updates, more than which are never in training.
 
         Raises:
-            ValueError: no such device, devices of two kinds, or Ray is not installed.
+            UserError: no such device, devices of two kinds, or Ray is not installed.
         """
         names = tuple(str(resolve_device(name.strip())) for name in devices.split(","))
         kinds = sorted({name.partition(":")[0] for name in names})
         if len(kinds) > 1:
-            raise ValueError(
+            raise UserError(
                 f"devices: expected devices of one kind, got {devices}; rewards "
-                "differ between kinds"
+                "differ between kinds, so give devices of one"
             )
         if engine == "ray" and importlib.util.find_spec("ray") is None:
-            raise ValueError(
+            raise UserError(
                 "engine: expected one that is installed, got ray; "
                 "pip install 'nasfast[distributed]', or leave --engine out"
             )
@@ -76,10 +78,10 @@ class Crew:
             fitting = len(names)
         else:
             fitting = max(1, cores() // threads)
-        crew = cls(workers or min(batch, fitting), names, threads, engine)
-        if crew.workers > 1 and engine == "process":
+        made = cls(workers or min(batch, fitting), names, threads, engine)
+        if made.workers > 1 and engine == "process":
             start_server()  # it imports while the search opens its data
-        return crew
+        return made
 
     @property
     def shares_devices(self) -> bool:

@@ -6,8 +6,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic
 
+from nasfast.evaluation.candidate import Evaluator, G
 from nasfast.runs.records import Evaluation
-from nasfast.workers.protocol import Answer, Death, Defect, Evaluator, G, Job, Pool, Ready
+from nasfast.workers.protocol import Answer, Defect, Job, Pool, Ready, WorkerDied
 
 _POLL = 0.1
 """Seconds between looks at the heartbeat."""
@@ -87,15 +88,21 @@ class Dispatcher(Generic[G]):
                 raise WorkerError(f"in a worker:\n{answer.traceback}")
             case Defect():
                 raise RuntimeError(answer.message)
-            case Death():
-                job = self._bury(worker, answer)
+            case WorkerDied():
+                job = self._requeue(worker, answer)
                 if job is not None:
-                    params, macs = evaluator.cost(job.genotype)
-                    failure = f"worker died twice: {answer.cause}"
-                    self._done[job.index] = Evaluation({}, {}, job.gate, params, macs, {}, failure)
+                    self._done[job.index] = Evaluation(
+                        rewards={},
+                        metrics={},
+                        costs=evaluator.costs(job.genotype),
+                        gate=job.gate,
+                        seconds={},
+                        feedback=evaluator.feedback,
+                        failure=f"worker died twice: {answer.cause}",
+                    )
                 self._pool.start(worker)
 
-    def _bury(self, worker: int, death: Death) -> Job[G] | None:
+    def _requeue(self, worker: int, death: WorkerDied) -> Job[G] | None:
         """Queue the job of a dead worker again; returns it instead if that was the second time."""
         job = self._running.pop(worker, None)
         if worker in self._idle:

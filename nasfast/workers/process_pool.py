@@ -13,9 +13,10 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from typing import Any, Final, Generic, Literal
 
-from nasfast.workers.protocol import Answer, Builder, Death, G, Job, Worker
+from nasfast.evaluation.candidate import G
+from nasfast.workers.protocol import Answer, Builder, Job, Worker, WorkerDied
 
-_PRELOAD = ["nasfast.methods", "torch._dynamo"]
+_PRELOAD = ["nasfast.methods.registry", "torch._dynamo"]
 """Imported once, by the server that workers are forked from: they start in milliseconds and share
 its memory. The second is what torch imports when the first optimizer is made."""
 
@@ -25,7 +26,7 @@ _BEGUN: Final = "begun"
 
 
 @dataclass
-class _Seat:
+class _Worker:
     process: ForkServerProcess
     pipe: Connection
     working: bool = False
@@ -43,7 +44,7 @@ class ProcessPool(Generic[G]):
 
     def __init__(self, builders: Sequence[tuple[str, Builder[G]]], threads: int) -> None:
         self._builders, self._threads = builders, threads
-        self._seats: dict[int, _Seat] = {}
+        self._workers: dict[int, _Worker] = {}
 
     def start(self, worker: int) -> None:
         """Begin a worker, or begin it again."""
@@ -58,35 +59,35 @@ class ProcessPool(Generic[G]):
         )
         process.start()
         theirs.close()  # so that the worker's end is its own, and closes when it dies
-        self._seats[worker] = _Seat(process, ours)
+        self._workers[worker] = _Worker(process, ours)
 
     def send(self, worker: int, job: Job[G]) -> None:
         """Give an idle worker a candidate."""
         with contextlib.suppress(ConnectionError):  # it is dead, which `wait` tells
-            self._seats[worker].pipe.send(job)
+            self._workers[worker].pipe.send(job)
 
     def wait(self, seconds: float) -> list[tuple[int, Answer]]:
         """Answers that are there, at the latest after so many seconds."""
-        pipes = {seat.pipe: worker for worker, seat in self._seats.items()}
+        pipes = {worker_process.pipe: worker for worker, worker_process in self._workers.items()}
         readable: list[Any] = connection.wait(pipes, seconds)
         answers = ((pipes[pipe], self._receive(pipes[pipe])) for pipe in readable)
         return [(worker, answer) for worker, answer in answers if answer is not None]
 
     def _receive(self, worker: int) -> Answer | None:
-        seat = self._seats[worker]
+        worker_process = self._workers[worker]
         try:
-            message: Answer | Literal["begun"] = seat.pipe.recv()
+            message: Answer | Literal["begun"] = worker_process.pipe.recv()
         except (EOFError, OSError):
-            return Death(self._end(worker), seat.working)
-        seat.working = message == _BEGUN
+            return WorkerDied(self._end(worker), worker_process.working)
+        worker_process.working = message == _BEGUN
         return None if message == _BEGUN else message
 
     def _end(self, worker: int) -> str:
-        seat = self._seats.pop(worker)
-        seat.pipe.close()
-        seat.process.join()
-        status = seat.process.exitcode or 0
-        seat.process.close()
+        worker_process = self._workers.pop(worker)
+        worker_process.pipe.close()
+        worker_process.process.join()
+        status = worker_process.process.exitcode or 0
+        worker_process.process.close()
         if status >= 0:
             return f"exited with status {status}"
         cause = f"killed by signal {-status} ({signal.Signals(-status).name})"
@@ -94,9 +95,9 @@ class ProcessPool(Generic[G]):
 
     def close(self) -> None:
         """Kill all workers, whatever they do: none has anything to save."""
-        for seat in self._seats.values():
-            seat.process.kill()
-        for worker in list(self._seats):
+        for worker_process in self._workers.values():
+            worker_process.process.kill()
+        for worker in list(self._workers):
             self._end(worker)
 
 

@@ -10,41 +10,13 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
+from nasfast.evaluation.candidate import Evaluator, G
 from nasfast.runs.records import Evaluation
 from nasfast.spaces.base import Genotype
-from nasfast.training.loop import Runtime
 from nasfast.utils.cli import meant_for_user
 
-G = TypeVar("G", bound=Genotype)
 G_in = TypeVar("G_in", bound=Genotype, contravariant=True)
 G_out = TypeVar("G_out", bound=Genotype, covariant=True)
-
-
-class Evaluator(Protocol[G_in]):
-    """Genotype to evaluation: a pure function of genotype, index and its own configuration."""
-
-    @property
-    def seed(self) -> int: ...
-
-    @property
-    def inputs(self) -> Mapping[str, str]:
-        """SHA-256 of everything that was read."""
-
-    @property
-    def runtime(self) -> Runtime: ...
-
-    @property
-    def remedy(self) -> str:
-        """What to change where candidates fail."""
-
-    @property
-    def seconds(self) -> Mapping[str, float]:
-        """Wall time of the preparation, by step."""
-
-    def __call__(self, genotype: G_in, index: int, gate: float | None) -> Evaluation: ...
-
-    def cost(self, genotype: G_in) -> tuple[int, int]:
-        """Parameters and multiply-accumulates, as an evaluation states them, without training."""
 
 
 Builder = Callable[[str], Evaluator[G]]
@@ -79,7 +51,7 @@ class Defect:
 
 
 @dataclass(frozen=True)
-class Death:
+class WorkerDied:
     """The end of a worker that nobody asked for."""
 
     cause: str
@@ -87,7 +59,7 @@ class Death:
     """Whether it had begun with its job; one that was dead before is not the candidate's doing."""
 
 
-Answer = Ready | Evaluation | Defect | Death
+Answer = Ready | Evaluation | Defect | WorkerDied
 
 
 class Worker(Generic[G]):

@@ -10,7 +10,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, Generic
 
-from nasfast.workers.protocol import Answer, Builder, Death, G, Job, Worker
+from nasfast.evaluation.candidate import G
+from nasfast.workers.protocol import Answer, Builder, Job, Worker, WorkerDied
 
 _OBJECT_STORE = 100_000_000
 """Bytes of a local cluster's object store: genotypes and evaluations pass through it, no arrays."""
@@ -99,7 +100,7 @@ class RayPool(Generic[G]):
         except (errors.RayActorError, errors.OutOfMemoryError) as error:
             # its last line says why; the advice that follows is Ray's to system operators
             last = str(error).strip().splitlines()[-1]
-            return Death(last.partition(" Some common causes")[0], working=True)
+            return WorkerDied(last.partition(" Some common causes")[0], working=True)
         return answer
 
     def close(self) -> None:

@@ -1,25 +1,35 @@
 """Restoration networks by gradient: cells and widths (IR-NAS, CVPR 2020)."""
 
-import dataclasses
-from pathlib import Path
+from __future__ import annotations
 
-from nasfast.methods.base import Method, Source
-from nasfast.methods.restoration.evaluate import evaluate, parse_evaluate
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from nasfast.methods.base import Architecture, Method
+from nasfast.methods.restoration.evaluate import EvaluateConfig, evaluate, parse_evaluate
 from nasfast.methods.restoration.search import SearchConfig, build, continued, parse
 from nasfast.methods.restoration.train import TrainConfig, Trainer, parse_train, resolve
 from nasfast.models.restorer import FORMAT
 from nasfast.models.zoo import ZOO
+from nasfast.searches.base import Search
 from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
 from nasfast.tasks.restoration.base import RestorationTask
 from nasfast.tasks.restoration.denoising import Denoising
 from nasfast.tasks.restoration.deraining import Deraining
+from nasfast.training.loop import Runtime
+from nasfast.utils.interrupt import Interrupt
 
 _TASKS: dict[str, tuple[RestorationTask, int]] = {
     "irnas-denoise": (Denoising(), 1),
     "irnas-derain": (Deraining(), 3),
 }
 ARCHITECTURES = {
-    name: Source(
+    name: Architecture(
         ZOO[name].genotype.to_json(),
         Path("runs") / name,
         {
@@ -32,20 +42,48 @@ ARCHITECTURES = {
 }
 """The zoo, each with the task that it was searched for and its channels."""
 
-RESTORATION = Method(
-    name="restoration",
-    search_config=SearchConfig,
-    parse_search=parse,
-    continued=continued,
-    build=build,
-    space=IRNASSpace().name,
-    genotype=IRNASGenotype.from_json,
-    zoo=ARCHITECTURES,
-    train_config=TrainConfig,
-    parse_train=parse_train,
-    resolve=resolve,
-    trainer=Trainer,
-    format=FORMAT,
-    parse_evaluate=parse_evaluate,
-    evaluate=evaluate,
-)
+
+class Restoration(Method):
+    """Networks of cells and widths, derived from a supernet or sampled."""
+
+    name = "restoration"
+    space = IRNASSpace().name
+    search_settings = SearchConfig
+    train_settings = TrainConfig
+    model_format = FORMAT
+    zoo = ARCHITECTURES
+
+    def parse_search(self, argv: Sequence[str]) -> SearchConfig:
+        return parse(argv)
+
+    def continued(
+        self, settings: SearchConfig, checkpoint: Mapping[str, Any], budget: int | None
+    ) -> SearchConfig:
+        return continued(settings, checkpoint, budget)
+
+    def build(
+        self, settings: SearchConfig, interrupt: Interrupt, console: Console
+    ) -> tuple[Search, SearchConfig]:
+        return build(settings, interrupt, console)
+
+    def genotype(self, obj: object) -> IRNASGenotype:
+        return IRNASGenotype.from_json(obj)
+
+    def parse_train(
+        self, argv: Sequence[str], found: Mapping[str, Any], description: str | None
+    ) -> TrainConfig:
+        return parse_train(argv, found, description)
+
+    def resolve(self, settings: TrainConfig, architecture: Architecture) -> TrainConfig:
+        return resolve(settings, architecture)
+
+    def training(
+        self, settings: TrainConfig, genotype: IRNASGenotype, out: Path, runtime: Runtime
+    ) -> Trainer:
+        return Trainer(settings, genotype, out, runtime)
+
+    def parse_evaluate(self, argv: Sequence[str], description: str | None) -> EvaluateConfig:
+        return parse_evaluate(argv, description)
+
+    def evaluate(self, settings: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
+        return evaluate(settings)

@@ -14,13 +14,13 @@ from nasfast.data.restoration import RestorationData
 from nasfast.methods.restoration.train import Fitting, Recipe
 from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.runs.records import Evaluation
-from nasfast.searches.sampling import FEEDBACK
 from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
 from nasfast.tasks.restoration.base import ImagePatches, RestorationTask, evaluate
 from nasfast.training.cost import count_macs, count_parameters
 from nasfast.training.loop import NonFiniteLossError, Runtime
 from nasfast.utils.seeding import derive_seed
 
+FEEDBACK = "stage0"
 MAX_DRAWS = 10_000
 
 
@@ -139,4 +139,6 @@ class RestorationEvaluator:
             seconds["validate"] = time.perf_counter() - start - seconds["train"]
         except NonFiniteLossError as error:
             failure = f"{FEEDBACK}: {error}"
-        return Evaluation(rewards, metrics, None, params, macs, seconds, failure)
+        return Evaluation(
+            rewards, metrics, {"params": params, "macs": macs}, None, seconds, FEEDBACK, failure
+        )

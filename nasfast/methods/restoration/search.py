@@ -36,8 +36,8 @@ from nasfast.searches.bilevel import (
     SupernetSearch,
     WeightsConfig,
 )
-from nasfast.searches.sampling import SamplingSearch, SamplingSettings, default_threads
-from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
+from nasfast.searches.sampling import Phase, SamplingSearch, SamplingSettings, default_threads
+from nasfast.spaces.ir_nas import IRNASSpace
 from nasfast.strategies import RandomSearch
 from nasfast.strategies.gradient import Temperature, make_relaxation
 from nasfast.tasks.restoration import task_from_json
@@ -48,7 +48,7 @@ from nasfast.utils.cli import flag_value, say
 from nasfast.utils.config import require_positive
 from nasfast.utils.interrupt import Interrupt
 from nasfast.utils.seeding import derive_seed
-from nasfast.workers import Crew
+from nasfast.workers import WorkerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,16 +184,16 @@ def continued(
 
 def build(
     config: SearchConfig, interrupt: Interrupt, console: Console
-) -> tuple[SupernetSearch | SamplingSearch[IRNASGenotype], SearchConfig]:
+) -> tuple[SupernetSearch | SamplingSearch, SearchConfig]:
     """Open the images and make the supernet."""
-    crew = Crew.of(
+    workers = WorkerConfig.of(
         workers=config.workers if config.strategy == "random" else 1,
-        devices=config.places,
+        devices=config.devices or config.device,
         threads=torch.get_num_threads(),
         engine=config.engine,
         batch=config.batch,
     )
-    runtime = Runtime(torch.device(crew.devices[0]), interrupt.check)
+    runtime = Runtime(torch.device(workers.devices[0]), interrupt.check)
     task = task_from_json(config.task)
     data = open_images(config.data, config.channels)
     space = IRNASSpace(config.supernet.layers, config.supernet.nodes)
@@ -203,7 +203,7 @@ def build(
         f"task     {task.label}\n"
         f"data     {data.train.name}: {len(halves[0])} images for the weights, {len(halves[1])} "
         f"for the architecture, {len(data.val)} to score\n"
-        f"device   {crew}, {runtime.precision}\n"
+        f"device   {workers}, {runtime.precision}\n"
         f"space    {space.size():.2e} networks; strategy {config.strategy}",
     )
     if config.strategy == "random":
@@ -212,15 +212,15 @@ def build(
             space.layers, space.nodes, low, high, config.network, config.channels, task.scale
         )
         sizes.sample(random.Random(config.seed))  # refuses an empty class before a run is made
-        search = SamplingSearch(
+        phase = Phase(
             sizes,
             RandomSearch(sizes, config.seed),
             _evaluator(config, data, runtime),
             config.budget,
             config.batch,
-            crew,
-            crew.engine_for(functools.partial(evaluator_on, config)),
+            workers.engine_for(functools.partial(evaluator_on, config)),
         )
+        search = SamplingSearch(phase, workers=workers)
         return search, config
     torch.manual_seed(derive_seed(config.seed, "supernet"))
     model = Supernet(config.supernet, config.channels, task.scale)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from nasfast.data.restoration import open_images
-from nasfast.methods.base import MODEL_FILE, Source, TrainSettings
+from nasfast.methods.base import MODEL_FILE, Architecture, TrainSettings
 from nasfast.methods.restoration.settings import parse
 from nasfast.models.restorer import Restorer, RestorerConfig, save_restorer
 from nasfast.spaces.ir_nas import IRNASGenotype
@@ -109,9 +109,11 @@ def parse_train(
     return parse(TrainConfig, argv, prog="nasfast.train", description=description, default=default)
 
 
-def resolve(config: TrainConfig, source: Source) -> TrainConfig:
+def resolve(config: TrainConfig, architecture: Architecture) -> TrainConfig:
     """Fill in the data of the search."""
-    return dataclasses.replace(config, data=config.data or source.search.get("data", "synthetic"))
+    return dataclasses.replace(
+        config, data=config.data or architecture.search.get("data", "synthetic")
+    )
 
 
 class Fitting:

@@ -1,32 +1,67 @@
 """Decoders of compact segmentation networks (Fast NAS, CVPR 2019)."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
 import tyro
+from rich.console import Console
+from rich.table import Table
 
-from nasfast.methods.base import EvaluateConfig, Method
+from nasfast.methods.base import Architecture, EvaluateConfig, Method
 from nasfast.methods.segmentation.evaluate import evaluate
-from nasfast.methods.segmentation.search import SearchConfig, build, continued, parse
-from nasfast.methods.segmentation.train import TrainConfig, Trainer, resolve
+from nasfast.methods.segmentation.search import build
+from nasfast.methods.segmentation.settings import SearchConfig, continued, parse
+from nasfast.methods.segmentation.train import SegmentationTraining, TrainConfig, resolve
 from nasfast.models.segmenter import FORMAT
-from nasfast.spaces.fast_nas import FastNASSpace
+from nasfast.searches.sampling import SamplingSearch
+from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
+from nasfast.training.loop import Runtime
+from nasfast.utils.interrupt import Interrupt
 
-SEGMENTATION = Method(
-    name="segmentation",
-    search_config=SearchConfig,
-    parse_search=parse,
-    continued=continued,
-    build=build,
-    space=FastNASSpace().name,
-    genotype=FastNASSpace().from_json,
-    zoo={},
-    train_config=TrainConfig,
-    parse_train=lambda argv, found, description: tyro.cli(
-        TrainConfig, args=argv, description=description, prog="nasfast.train"
-    ),
-    resolve=resolve,
-    trainer=Trainer,
-    format=FORMAT,
-    parse_evaluate=lambda argv, description: tyro.cli(
-        EvaluateConfig, args=argv, description=description, prog="nasfast.evaluate"
-    ),
-    evaluate=evaluate,
-)
+
+class Segmentation(Method):
+    """Decoders for a MobileNet-v2 encoder, sampled by a controller."""
+
+    name = "segmentation"
+    space = FastNASSpace().name
+    search_settings = SearchConfig
+    train_settings = TrainConfig
+    model_format = FORMAT
+
+    def parse_search(self, argv: Sequence[str]) -> SearchConfig:
+        return parse(argv)
+
+    def continued(
+        self, settings: SearchConfig, checkpoint: Mapping[str, Any], budget: int | None
+    ) -> SearchConfig:
+        return continued(settings, checkpoint, budget)
+
+    def build(
+        self, settings: SearchConfig, interrupt: Interrupt, console: Console
+    ) -> tuple[SamplingSearch, SearchConfig]:
+        return build(settings, interrupt, console)
+
+    def genotype(self, obj: object) -> FastNASGenotype:
+        return FastNASSpace().from_json(obj)
+
+    def parse_train(
+        self, argv: Sequence[str], found: Mapping[str, Any], description: str | None
+    ) -> TrainConfig:
+        return tyro.cli(TrainConfig, args=argv, description=description, prog="nasfast.train")
+
+    def resolve(self, settings: TrainConfig, architecture: Architecture) -> TrainConfig:
+        return resolve(settings, architecture)
+
+    def training(
+        self, settings: TrainConfig, genotype: FastNASGenotype, out: Path, runtime: Runtime
+    ) -> SegmentationTraining:
+        return SegmentationTraining(settings, genotype, out, runtime)
+
+    def parse_evaluate(self, argv: Sequence[str], description: str | None) -> EvaluateConfig:
+        return tyro.cli(EvaluateConfig, args=argv, description=description, prog="nasfast.evaluate")
+
+    def evaluate(self, settings: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
+        return evaluate(settings)

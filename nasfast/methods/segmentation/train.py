@@ -14,11 +14,11 @@ from torch import Tensor
 
 from nasfast.data import TrainTransform, ValTransform, load_splits, shorter_side
 from nasfast.encoders import load_encoder
-from nasfast.evaluation.evaluator import build_segmenter
-from nasfast.methods.base import MODEL_FILE, Source, TrainSettings
-from nasfast.models.segmenter import DecoderConfig, save_segmenter
+from nasfast.methods.base import MODEL_FILE, Architecture, TrainSettings
+from nasfast.models.segmenter import Decoder, DecoderConfig, Segmenter, save_segmenter
 from nasfast.spaces.fast_nas import FastNASGenotype
-from nasfast.tasks.segmentation import SegmentationTask, image_batches
+from nasfast.tasks.base import Targets
+from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.cost import count_macs, count_parameters
 from nasfast.training.loop import Group, Runtime, epoch_indices, one_cycle, train_epoch
 from nasfast.utils.config import require_positive
@@ -61,16 +61,16 @@ class TrainConfig(TrainSettings):
             require_positive(self, "crop")
 
 
-def resolve(config: TrainConfig, source: Source) -> TrainConfig:
+def resolve(config: TrainConfig, architecture: Architecture) -> TrainConfig:
     """Fill in data and encoder of the search."""
-    data = config.data or source.search.get("data", "synthetic")
-    encoder = config.encoder_weights or source.search.get("encoder_weights")
+    data = config.data or architecture.search.get("data", "synthetic")
+    encoder = config.encoder_weights or architecture.search.get("encoder_weights")
     return dataclasses.replace(
         config, data=data, encoder_weights=Path(encoder).resolve() if encoder else None
     )
 
 
-class Trainer:
+class SegmentationTraining:
     """One full training, which continues from its checkpoint after a stop."""
 
     def __init__(
@@ -85,15 +85,16 @@ class Trainer:
             config, crop=config.crop or min(288, shorter_side(train))
         )
         torch.manual_seed(derive_seed(config.seed, "train"))
-        self.model = build_segmenter(
-            load_encoder(config.encoder_weights), genotype, self.task.num_classes, config.decoder
+        encoder = load_encoder(config.encoder_weights)
+        self.model = Segmenter(
+            encoder, Decoder(genotype, encoder.feature_info, self.task.outputs, config.decoder)
         )
         self.model.decoder.with_aux = config.aux_weight > 0
         runtime.place(self.model)
         self.history: list[dict[str, float]] = []
         self._generator = torch.Generator().manual_seed(derive_seed(config.seed, "order"))
         self._groups = [self._group("decoder"), self._group("encoder")]
-        self._class_weight = self._balance()
+        self.task = dataclasses.replace(self.task, class_weight=self._balance())
 
     def _group(self, part: str) -> Group:
         config = self.config
@@ -108,7 +109,7 @@ class Trainer:
         counts = torch.zeros(256, dtype=torch.int64)
         for sample in self.task.splits.train:
             counts += torch.bincount(sample.mask.flatten(), minlength=256)
-        frequency = counts[: self.task.num_classes].double()
+        frequency = counts[: self.task.outputs].double()
         frequency /= frequency.sum()
         weight = frequency.clamp(min=1e-4) ** -self.config.class_balance
         return (weight / (weight * frequency).sum()).float().to(self.runtime.device)
@@ -134,17 +135,11 @@ class Trainer:
         self._generator.set_state(state["generator"])
         self.history = state["history"]
 
-    def _loss(self, pair: tuple[Tensor, Tensor]) -> Tensor:
-        images, labels = pair
+    def _loss(self, pair: tuple[Tensor, Targets]) -> Tensor:
+        images, targets = pair
         with self.runtime.autocast():
-            logits, aux = self.model(images)
-        return self.task.loss(
-            logits,
-            aux,
-            labels,
-            aux_weight=self.config.aux_weight,
-            class_weight=self._class_weight,
-        )
+            output, aux = self.model(images)
+        return self.task.loss(output, aux, targets, aux_weight=self.config.aux_weight)
 
     @property
     def done(self) -> int:
@@ -169,7 +164,7 @@ class Trainer:
         transform = TrainTransform(crop, crop)
         self.model.train()
         indices = epoch_indices(len(data), config.batch_size, self._generator)
-        pairs = image_batches(data, indices, transform, self.runtime, self._generator)
+        pairs = self.task.batches(data, indices, transform, self.runtime, self._generator)
         loss = train_epoch(pairs, self._loss, self._groups, self.runtime)
         self.history.append({"loss": loss, "seconds": time.perf_counter() - start})
         return (

@@ -1,0 +1,218 @@
+"""Features of a frozen encoder, computed once for all candidates of a dense task."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nasfast.cache import CacheConfig, FeatureCache, tensors_fingerprint
+from nasfast.data import TrainTransform, ValTransform
+from nasfast.encoders import MobileNetV2
+from nasfast.evaluation.candidate import timed
+from nasfast.tasks.base import DenseTask, Targets, prepare_images
+from nasfast.training.cost import count_macs, count_macs_on, count_parameters
+from nasfast.training.loop import Runtime, in_order
+from nasfast.utils.seeding import derive_seed
+
+Caches = tuple[FeatureCache, FeatureCache]
+"""Features that candidates are trained on, and that they are scored on."""
+
+TEACHER = "teacher"
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenEncoderConfig:
+    """What features are computed of."""
+
+    samples: int = 4000
+    """Crops in the cache, each augmented once for the whole search."""
+    crop: int = 256
+    """Side of a crop, in pixels."""
+    shorter_side: int = 300
+    """Images are enlarged so that their shorter side has at least this many pixels."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureBatch:
+    """Features of some samples, valid until the next batch is asked for."""
+
+    taps: list[Tensor]  # [N, C_i, H_i, W_i] each
+    targets: Targets
+    teacher: Tensor | None  # [N, outputs, h, w]
+    """Output of the network to imitate."""
+
+
+class FrozenEncoder:
+    """An encoder that no candidate of a search changes, and the cache of what it gives.
+
+    Args:
+        task: data and targets.
+        encoder: gives the features; it is frozen and placed on the device.
+        config: crops to train on.
+        val_crop: side of the centre crop that candidates are scored on; None takes whole images,
+            which must then share one size.
+        runtime: device and precision.
+        seed: decides the crops.
+        cache: where and how the features are kept; its bound holds for those of training and of
+            validation together.
+        caches: those features, of another object with the same arguments (`caches_on`).
+        teacher: network whose output candidates imitate.
+
+    Attributes:
+        inputs: SHA-256 of everything that was read: encoder, data, teacher.
+        val_size: (H, W) of the images that candidates are scored on.
+        seconds: wall time, by step.
+    """
+
+    def __init__(
+        self,
+        task: DenseTask[Any],
+        encoder: MobileNetV2,
+        config: FrozenEncoderConfig,
+        val_crop: int | None,
+        runtime: Runtime,
+        *,
+        seed: int,
+        cache: CacheConfig,
+        caches: Caches | None = None,
+        teacher: nn.Module | None = None,
+    ) -> None:
+        self.task, self.runtime = task, runtime
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.val_transform = ValTransform(val_crop)
+        self._crops, self._seed, self._teacher = config, seed, teacher
+        for network in (self.encoder, teacher):
+            if network is not None:
+                runtime.place(network).eval().requires_grad_(False)
+        self._taps = [f"tap{i}" for i in range(len(encoder.feature_info))]
+        self.inputs = {
+            "encoder": tensors_fingerprint(encoder.state_dict()),
+            "training data": task.search_train.fingerprint(),
+            "validation data": task.search_val.fingerprint(),
+            "teacher": tensors_fingerprint(teacher.state_dict()) if teacher else "none",
+        }
+        self.seconds: dict[str, float] = {}
+        with timed(self.seconds, "encode"):
+            self._train_cache, self._val_cache = caches or self._fill(cache)
+        one = self.split(self._val_cache.batch(torch.tensor([0])))
+        largest = max(one.targets.values(), key=lambda target: target.shape[-2:].numel())
+        self.val_size: tuple[int, int] = (largest.shape[-2], largest.shape[-1])
+        self._macs = count_macs(self.encoder, self.val_size)
+        image = torch.empty(1, 3, *self.val_size, device="meta")
+        self._meta_taps = copy.deepcopy(self.encoder).to("meta")(image)
+
+    def _fill(self, cache: CacheConfig) -> Caches:
+        half = torch.bfloat16 if self.runtime.dtype == torch.bfloat16 else torch.float16
+        # the cache stores them as it is told; int8 is made of the most exact
+        dtype = half if cache.storage == "auto" else torch.float32
+        key = {
+            "encoder": self.inputs["encoder"],
+            "dtype": str(dtype).removeprefix("torch."),
+            "precision": self.runtime.precision,
+        }
+        crops, frames = self._crops, self.task.search_train
+        transform = TrainTransform(crops.crop, crops.shorter_side)
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, "crops"))
+        order = torch.randperm(len(frames), generator=generator)
+
+        @torch.inference_mode()
+        def encode_train(indices: Tensor) -> dict[str, Tensor]:
+            loaded = []
+            for index in indices.tolist():
+                # of its own, so that a crop does not depend on who encodes it
+                generator = torch.Generator().manual_seed(derive_seed(self._seed, "crop", index))
+                frame = int(order[index % len(order)])
+                loaded.append(self.task.load(frames, [frame], transform, generator))
+            images = torch.cat([images for images, _ in loaded])
+            targets = {
+                name: torch.cat([targets[name] for _, targets in loaded]) for name in loaded[0][1]
+            }
+            arrays = self._encode(images, dtype)
+            size = (arrays["tap0"].shape[-2], arrays["tap0"].shape[-1])
+            arrays |= self.task.resize_targets(targets, size)
+            if self._teacher is not None:
+                with self.runtime.autocast():
+                    output, _ = self._teacher(prepare_images(images, self.runtime))
+                arrays[TEACHER] = output.to(dtype)
+            return arrays
+
+        @torch.inference_mode()
+        def encode_val(indices: Tensor) -> dict[str, Tensor]:
+            loaded = self.task.load(self.task.search_val, indices.tolist(), self.val_transform)
+            return self._encode(loaded[0], dtype) | loaded[1]
+
+        train_key = key | {
+            "data": self.inputs["training data"],
+            "preprocessing": f"{crops.samples} frames drawn, {transform}, seed {self._seed}",
+            "teacher": self.inputs["teacher"],
+        }
+        val_key = key | {
+            "data": self.inputs["validation data"],
+            "preprocessing": str(self.val_transform),
+        }
+        load, device = FeatureCache.load_or_build, self.runtime.device
+        heartbeat, count = self.runtime.heartbeat, len(self.task.search_val)
+        val = load(val_key, count, encode_val, cache, heartbeat, chunk=8).to(device)
+        if cache.memory_bytes is not None:  # the rest is for the training features
+            rest = max(0, cache.memory_bytes - val.resident_bytes)
+            cache = dataclasses.replace(cache, memory=f"{rest}B")
+        train = load(train_key, crops.samples, encode_train, cache, heartbeat).to(device)
+        return train, val
+
+    def _encode(self, images: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        self.runtime.heartbeat()
+        with self.runtime.autocast():
+            taps = self.encoder(prepare_images(images, self.runtime))
+        return {name: tap.to(dtype) for name, tap in zip(self._taps, taps, strict=True)}
+
+    def train_batches(self, order: Iterable[Tensor]) -> Iterator[dict[str, Tensor]]:
+        """Arrays of the training crops, by name; `split` reads them. Each batch is valid until the
+        next is asked for."""
+        # on a CPU the candidates keep the processors busy
+        ahead = 0 if self.runtime.device.type == "cpu" else 1
+        yield from self._train_cache.batches(order, self.runtime.dtype, ahead)
+
+    def val_batches(self, batch_size: int = 8) -> Iterator[tuple[list[Tensor], Targets]]:
+        """Taps and targets of the validation images, in order."""
+        ahead = 0 if self.runtime.device.type == "cpu" else 1
+        order = in_order(self._val_cache.count, batch_size)
+        for arrays in self._val_cache.batches(order, self.runtime.dtype, ahead):
+            batch = self.split(arrays)
+            yield batch.taps, batch.targets
+
+    def split(self, arrays: dict[str, Tensor]) -> FeatureBatch:
+        """The cache's arrays by their meaning."""
+        rest = {name: array for name, array in arrays.items() if name not in self._taps}
+        teacher = rest.pop(TEACHER, None)
+        return FeatureBatch([arrays[name] for name in self._taps], rest, teacher)
+
+    def costs(self, decoder: nn.Module) -> dict[str, float]:
+        """ "params" and "macs" of this encoder with a decoder, at `val_size`."""
+        return {
+            "params": count_parameters(self.encoder) + count_parameters(decoder),
+            "macs": self._macs + count_macs_on(decoder, self._meta_taps),
+        }
+
+    def caches_on(self, device: torch.device) -> Caches:
+        """The features on a device; sent to a process of the same GPU, they are the same memory."""
+        return self._train_cache.to(device), self._val_cache.to(device)
+
+    def __str__(self) -> str:
+        """How many bytes the features take, where, and what int8 has cost them."""
+        caches = (self._train_cache, self._val_cache)
+        size = sum(cache.count * cache.layout.sample_bytes for cache in caches)
+        resident = sum(cache.resident_bytes for cache in caches)
+        where = sorted({str(path.parent) for cache in caches for path in cache.paths})
+        text = f"{size / 1e6:.0f} MB in {', '.join(where)}"
+        if resident and self.runtime.device.type == "cuda":
+            text += f", {resident / 1e6:.0f} MB of them on {self.runtime.device}"
+        errors = self._train_cache.errors()
+        if errors:
+            shares = ", ".join(f"{name} {100 * error:.2f} %" for name, error in errors.items())
+            text += f"; relative error of int8: {shares}"
+        return text

@@ -1,0 +1,190 @@
+"""The stages of a candidate: a decoder on cached features, then the network end to end.
+
+Section 3.3 of Fast NAS (Nekrasov et al., CVPR 2019), for any dense task.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nasfast.data import TrainTransform, Transform
+from nasfast.evaluation.candidate import SeedOf
+from nasfast.evaluation.frozen_encoder import FrozenEncoder, FrozenEncoderConfig
+from nasfast.models.segmenter import Segmenter
+from nasfast.tasks.base import DenseTask, Scores, Targets
+from nasfast.training.graphs import graphed_step
+from nasfast.training.loop import Group, Runtime, epoch_indices, train_epoch
+from nasfast.training.polyak import PolyakAverage
+
+
+@dataclass(frozen=True)
+class Stage0Config(FrozenEncoderConfig):
+    """Decoder alone, on cached features of the frozen encoder."""
+
+    epochs: int = 5
+    """Passes over the cache."""
+    batch_size: int = 64
+    """Crops a step."""
+    lr: float = 3e-3
+    """Adam's learning rate."""
+    weight_decay: float = 1e-5
+    """Adam's L2 penalty."""
+    max_grad_norm: float = 3.0
+    """Gradients are scaled down to this L2 norm."""
+    polyak_decay: float = 0.9
+    """Decay a step of the weight average, which replaces the weights after every epoch."""
+    aux_weight: float = 0.15
+    """Weight of each auxiliary head's loss."""
+    kd_weight: float = 0.3
+    """Weight of the distillation loss where a teacher is given."""
+
+
+@dataclass(frozen=True)
+class Stage1Config:
+    """Encoder and decoder end to end, for candidates that pass the gate."""
+
+    epochs: int = 1
+    """Passes over the training images; 0 leaves the stage out."""
+    crop: int = 350
+    """Side of a crop, in pixels."""
+    shorter_side: int = 400
+    """Images are enlarged so that their shorter side has at least this many pixels."""
+    batch_size: int = 32
+    """Crops a step."""
+    encoder_lr: float = 1e-3
+    """Learning rate of the encoder's SGD (momentum 0.9)."""
+    decoder_lr: float = 3e-3
+    """Learning rate of the decoder's Adam."""
+    weight_decay: float = 1e-5
+    """L2 penalty of both."""
+    max_grad_norm: float = 3.0
+    """Gradients of encoder and of decoder are scaled down to this L2 norm each."""
+    polyak_decay: float = 0.99
+    """Decay a step of the weight average, which replaces the weights at the end."""
+    aux_weight: float = 0.15
+    """Weight of each auxiliary head's loss."""
+
+
+class DecoderOnFeatures:
+    """Trains the decoder alone, on the features of a frozen encoder."""
+
+    name = "stage0"
+
+    def __init__(self, config: Stage0Config, features: FrozenEncoder) -> None:
+        self._config, self._features = config, features
+
+    def train(self, model: Segmenter, seed_of: SeedOf) -> Segmenter:
+        """As `Stage` says; the encoder stays as it is."""
+        config, features, decoder = self._config, self._features, model.decoder
+        runtime, task = features.runtime, features.task
+        decoder.with_aux = config.aux_weight > 0
+        runtime.place(decoder)
+        parameters = list(decoder.parameters())
+        optimizer = _adam(parameters, config.lr, config.weight_decay, runtime)
+        average = PolyakAverage(parameters, config.polyak_decay)
+        group = Group(parameters, optimizer, config.max_grad_norm)
+        generator = torch.Generator().manual_seed(seed_of(self.name))
+
+        def loss_of(arrays: dict[str, Tensor]) -> Tensor:
+            batch = features.split(arrays)
+            with runtime.autocast():
+                output, aux = decoder(batch.taps)
+            return task.loss(
+                output,
+                aux,
+                batch.targets,
+                aux_weight=config.aux_weight,
+                teacher=batch.teacher,
+                kd_weight=config.kd_weight,
+            )
+
+        with graphed_step(runtime.device) as graph:
+            decoder.train()
+            for _ in range(config.epochs):
+                order = epoch_indices(config.samples, config.batch_size, generator)
+                batches = features.train_batches(order)
+                train_epoch(batches, loss_of, [group], runtime, average, graph)
+                average.copy_to_parameters()
+            optimizer.zero_grad(set_to_none=True)
+        return model
+
+    def validate(self, model: Segmenter) -> Scores:
+        """As `Stage` says."""
+        decoder, features = model.decoder.eval(), self._features
+        scores: Scores = features.task.score(
+            features.val_batches(), lambda taps: decoder(taps)[0], features.runtime
+        )
+        return scores
+
+
+class EndToEnd:
+    """Trains encoder and decoder together."""
+
+    name = "stage1"
+
+    def __init__(
+        self, config: Stage1Config, task: DenseTask[Any], val_transform: Transform, runtime: Runtime
+    ) -> None:
+        self._config, self._task = config, task
+        self._val_transform, self._runtime = val_transform, runtime
+
+    def train(self, model: Segmenter, seed_of: SeedOf) -> Segmenter:
+        """As `Stage` says, on a copy: the encoder is every candidate's."""
+        config, task, runtime = self._config, self._task, self._runtime
+        model = copy.deepcopy(model)
+        model.decoder.with_aux = config.aux_weight > 0
+        model.encoder.requires_grad_(True)
+        generator = torch.Generator().manual_seed(seed_of(self.name))
+        transform = TrainTransform(config.crop, config.shorter_side)
+        decoder, encoder = (list(part.parameters()) for part in (model.decoder, model.encoder))
+        adam = _adam(decoder, config.decoder_lr, config.weight_decay, runtime)
+        sgd = torch.optim.SGD(
+            encoder, config.encoder_lr, momentum=0.9, weight_decay=config.weight_decay, fused=True
+        )
+        groups = [
+            Group(decoder, adam, config.max_grad_norm),
+            Group(encoder, sgd, config.max_grad_norm),
+        ]
+        average = PolyakAverage(model.parameters(), config.polyak_decay)
+
+        def loss_of(arrays: dict[str, Tensor]) -> Tensor:
+            targets: Targets = dict(arrays)
+            images = targets.pop("images")
+            with runtime.autocast():
+                output, aux = model(images)
+            targets = task.resize_targets(targets, (output.shape[-2], output.shape[-1]))
+            return task.loss(output, aux, targets, aux_weight=config.aux_weight)
+
+        with graphed_step(runtime.device) as graph:
+            model.train()
+            frames = task.search_train
+            for _ in range(config.epochs):
+                indices = epoch_indices(len(frames), config.batch_size, generator)
+                pairs = task.batches(frames, indices, transform, runtime, generator)
+                batches = ({"images": images} | targets for images, targets in pairs)
+                train_epoch(batches, loss_of, groups, runtime, average, graph)
+            average.copy_to_parameters()
+            model.zero_grad(set_to_none=True)
+        return model
+
+    def validate(self, model: Segmenter) -> Scores:
+        """As `Stage` says."""
+        task = self._task
+        scores: Scores = task.score_images(
+            model, task.search_val, self._val_transform, self._runtime
+        )
+        return scores
+
+
+def _adam(
+    parameters: list[nn.Parameter], lr: float, weight_decay: float, runtime: Runtime
+) -> torch.optim.Adam:
+    graphs = runtime.device.type == "cuda"
+    return torch.optim.Adam(
+        parameters, lr, weight_decay=weight_decay, fused=True, capturable=graphs
+    )

@@ -1,0 +1,108 @@
+"""Search methods by name, genotype, run, model file. To add one: a package and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nasfast.encoders import read_weights
+from nasfast.methods.base import MODEL_FILE, Method
+from nasfast.methods.restoration import Restoration
+from nasfast.methods.segmentation import Segmentation
+from nasfast.utils.errors import UserError
+from nasfast.utils.files import read_json, read_toml
+
+METHODS: dict[str, Method] = {method.name: method for method in (Segmentation(), Restoration())}
+DEFAULT = "segmentation"
+"""The method of a search that names none."""
+
+
+def method_named(name: object) -> Method:
+    """The method of that name.
+
+    Raises:
+        UserError: there is none; the message lists them.
+    """
+    if not isinstance(name, str) or name not in METHODS:
+        raise UserError(
+            f"method: expected one of {', '.join(METHODS)}, got {name!r}; was it written by "
+            "another version of nasfast?"
+        )
+    return METHODS[name]
+
+
+def method_of_genotype(obj: object) -> Method:
+    """By the genotype's space; the published list form, without a name, is that of Fast NAS.
+
+    Raises:
+        UserError: no method has that space; the message lists them.
+    """
+    if isinstance(obj, list):
+        return METHODS["segmentation"]
+    space = obj.get("space") if isinstance(obj, dict) else obj
+    for method in METHODS.values():
+        if method.space == space:
+            return method
+    spaces = ", ".join(method.space for method in METHODS.values())
+    raise UserError(
+        f'genotype: expected an object whose "space" is one of {spaces}, got {space!r}; give a '
+        "genotype.json or best.json that nasfast wrote"
+    )
+
+
+def method_of_source(argv: Sequence[str]) -> tuple[Method, Mapping[str, Any]]:
+    """By the first word that is a run directory, a genotype file or the name of an architecture;
+    with the settings of its search, as far as known.
+
+    Raises:
+        UserError: no word is one of those, or it is of no known method.
+    """
+    for word in argv:
+        path = Path(word)
+        named = [method for method in METHODS.values() if word in method.zoo]
+        if (path / "records.jsonl").is_file() and (path / "config.toml").is_file():
+            settings = read_toml(path / "config.toml")
+            return method_named(settings.get("method", DEFAULT)), settings
+        if path.is_file():
+            try:
+                genotype = read_genotype(path)
+            except UserError:  # the value of another flag, or refused later
+                continue
+            return method_of_genotype(genotype), {}
+        if named:
+            return named[0], named[0].zoo[word].search
+    return METHODS[DEFAULT], {}
+
+
+def method_of_model(argv: Sequence[str]) -> Method:
+    """By the first word that is a model file, or a directory with one.
+
+    Raises:
+        UserError: the file is of no known method.
+    """
+    for word in argv:
+        path = Path(word) / MODEL_FILE if Path(word).is_dir() else Path(word)
+        if path.is_file() and path.suffix == ".safetensors":
+            _, metadata = read_weights(path)
+            for method in METHODS.values():
+                if method.model_format in metadata:
+                    return method
+            formats = " or ".join(repr(method.model_format) for method in METHODS.values())
+            raise UserError(
+                f"{path}: expected a model.safetensors that nasfast.train wrote, got a file "
+                f"without {formats} in its metadata"
+            )
+    return METHODS[DEFAULT]
+
+
+def read_genotype(path: Path) -> object:
+    """JSON form of the architecture in a file: alone, or as "genotype" of a larger object.
+
+    Raises:
+        UserError: the file cannot be read or is not JSON.
+    """
+    content = read_json(path)
+    if isinstance(content, dict) and "genotype" in content:  # best.json, metrics.json
+        return content["genotype"]
+    return content

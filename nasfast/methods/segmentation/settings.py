@@ -1,0 +1,138 @@
+"""Settings of a segmentation search, and its presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from nasfast.cache import CacheConfig
+from nasfast.evaluation.stages import Stage0Config, Stage1Config
+from nasfast.models.segmenter import DecoderConfig
+from nasfast.searches.sampling import SamplingSettings, default_threads
+from nasfast.strategies import PPOConfig
+from nasfast.utils.cli import flag_value
+from nasfast.utils.config import require_positive
+from nasfast.utils.errors import UserError
+
+DESCRIPTION = """Search a segmentation network: ``python -m nasfast.search segmentation``.
+
+``--data DIR`` takes a CamVid folder or a folder with images/, masks/ and classes.txt; without it,
+generated street scenes. ``--resume RUN [--budget N]`` continues a run. (Fast NAS, CVPR 2019)
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig(SamplingSettings):
+    """Settings of a search; a preset gives the defaults."""
+
+    method: Annotated[Literal["segmentation"], tyro.conf.Positional] = "segmentation"
+    """What to search."""
+    data: str = "synthetic"
+    """"synthetic", a CamVid folder, or a folder with images/, masks/ and classes.txt."""
+    preset: Literal["demo", "quick", "paper"] = "demo"
+    """demo: a minute on a laptop (default for the synthetic set). quick: about 30 s a candidate
+    on two cores (default for other data). paper: the published schedule, for a GPU."""
+    budget: int = 8
+    """Candidates to evaluate; repeated architectures do not count."""
+    strategy: Literal["ppo", "random"] = "ppo"
+    """ppo: the recurrent controller; random: uniform sampling, the baseline to beat."""
+    encoder_weights: Path | None = None
+    """MobileNet-v2 weights with torchvision's key names; default: the packaged small encoder."""
+    teacher: Path | None = None
+    """Network to distil from: a model.safetensors that nasfast.train wrote for the same classes."""
+    cache_dir: Path | None = None
+    """Where encoder features are kept between searches; default: $NASFAST_CACHE or
+    ~/.cache/nasfast."""
+    placement: Literal["auto", "file", "ram", "device"] = "auto"
+    """Where features are read from. file: a memory-mapped file, used again by the next search;
+    ram: shared memory, gone with the search; device: a file that is read once into the memory of
+    each GPU; auto: device on CUDA, else file."""
+    memory: str | None = None
+    """Bound of what features take in RAM or on a device, such as 8GB; the rest stays on disk."""
+    storage: Literal["auto", "float16", "bfloat16", "float32", "int8"] = "auto"
+    """Type of the stored features; auto: that of the activations, or float16."""
+    val_crop: int | None = None
+    """Score candidates on centre crops of this side; default: whole images of one size."""
+    omit: tuple[int, ...] = ()
+    """Classes left out of the reward: 0, the background, in the paper's search on PASCAL VOC."""
+    decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
+    """Size of the candidates' decoders."""
+    stage0: Stage0Config = dataclasses.field(default_factory=Stage0Config)
+    """Training of the decoder alone."""
+    stage1: Stage1Config = dataclasses.field(default_factory=Stage1Config)
+    """Training end to end, after the gate."""
+    ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
+    """The controller."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget < 1:
+            raise UserError(f"search: expected a budget of at least 1 candidate, got {self.budget}")
+        require_positive(self.decoder, "agg_size", "sep_repeats")
+        for stage in (self.stage0, self.stage1):
+            require_positive(stage, "crop", "shorter_side", "batch_size", "max_grad_norm")
+        require_positive(self.stage0, "samples", "epochs")
+        _ = self.cache
+
+    @property
+    def cache(self) -> CacheConfig:
+        """Of the features; ValueError for a size that is none."""
+        return CacheConfig(self.cache_dir, self.placement, self.memory, self.storage)
+
+
+PRESETS = {
+    "demo": SearchConfig(
+        preset="demo",
+        batch=PPOConfig.short_budget().batch_size,
+        budget=8,
+        decoder=DecoderConfig(agg_size=32),
+        stage0=Stage0Config(samples=384, crop=96, shorter_side=96, epochs=3, batch_size=16),
+        stage1=Stage1Config(crop=96, shorter_side=96, batch_size=16, polyak_decay=0.9),
+        ppo=PPOConfig.short_budget(),
+    ),
+    "quick": SearchConfig(
+        preset="quick",
+        batch=PPOConfig.short_budget().batch_size,
+        budget=24,
+        decoder=DecoderConfig(agg_size=32),
+        stage0=Stage0Config(samples=320, crop=160, shorter_side=240, epochs=4, batch_size=16),
+        stage1=Stage1Config(crop=224, shorter_side=260, batch_size=16, polyak_decay=0.9),
+        ppo=PPOConfig.short_budget(),
+    ),
+    "paper": SearchConfig(preset="paper", batch=8, budget=2000, val_crop=400),
+}
+
+
+def parse(argv: Sequence[str]) -> SearchConfig:
+    """Settings from a command line: the preset's, overridden flag by flag."""
+    preset = flag_value(argv, "--preset")
+    if preset not in PRESETS:  # absent, or wrong and then refused by the parser
+        preset = "demo" if flag_value(argv, "--data") in (None, "synthetic") else "quick"
+    config = tyro.cli(
+        SearchConfig,
+        args=argv,
+        default=PRESETS[preset],
+        description=DESCRIPTION,
+        prog="nasfast.search",
+    )
+    paths = {
+        field: getattr(config, field).expanduser().resolve()
+        for field in ("encoder_weights", "teacher", "runs", "cache_dir")
+        if getattr(config, field) is not None
+    }
+    if config.data != "synthetic":
+        paths["data"] = str(Path(config.data).expanduser().resolve())
+    threads = config.threads or default_threads(config.batch)
+    return dataclasses.replace(config, threads=threads, **paths)
+
+
+def continued(
+    config: SearchConfig, checkpoint: Mapping[str, Any], budget: int | None
+) -> SearchConfig:
+    """The settings with another budget, or with that of the last time."""
+    last = checkpoint.get("budget", config.budget)
+    return dataclasses.replace(config, budget=last if budget is None else budget)

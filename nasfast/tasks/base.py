@@ -1,0 +1,178 @@
+"""What segmentation, depth, keypoints and detection share: a dense-prediction task."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nasfast.data import normalize
+from nasfast.models.layers import resize
+from nasfast.training.loop import Runtime, in_order
+
+T = TypeVar("T")
+
+Targets = dict[str, Tensor]
+"""What a batch is to be predicted as, by name: the first axis is the batch."""
+
+
+class Scores(Protocol):
+    """What a trained network is worth."""
+
+    @property
+    def reward(self) -> float:
+        """The one number that the search maximises."""
+
+    def as_dict(self) -> dict[str, float]:
+        """Metrics by name."""
+
+
+S = TypeVar("S", bound=Scores)
+
+
+class Frames(Protocol):
+    """A part of a dataset."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over all that determines the samples; equal in every process."""
+
+
+class DenseTask(ABC, Generic[S]):
+    """What an encoder with a decoder is trained on and judged by.
+
+    A network gives a map ``[N, outputs, h, w]``, and in training one such map for each auxiliary
+    head; what they mean is the task's. Search and training know a task by this interface alone.
+    """
+
+    name: ClassVar[str]
+    """On the command line and in model files."""
+
+    @property
+    @abstractmethod
+    def outputs(self) -> int:
+        """Channels of the network's output."""
+
+    @property
+    @abstractmethod
+    def search_train(self) -> Frames:
+        """Samples that candidates learn from."""
+
+    @property
+    @abstractmethod
+    def search_val(self) -> Frames:
+        """Samples that candidates are scored on."""
+
+    @abstractmethod
+    def load(
+        self,
+        frames: Frames,
+        indices: Sequence[int],
+        transform: Any,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Targets]:
+        """Transformed images, uint8 ``[N, 3, H, W]``, and their targets, on the CPU.
+
+        Args:
+            frames: one of this task's own parts.
+            indices: of the samples.
+            transform: crops, and in training augments, image and target alike.
+            generator: what the transform draws from.
+        """
+
+    @abstractmethod
+    def resize_targets(self, targets: Targets, size: tuple[int, int]) -> Targets:
+        """The targets for a network that is trained at the resolution ``size`` = (h, w)."""
+
+    @abstractmethod
+    def criterion(self, output: Tensor, targets: Targets) -> Tensor:
+        """Loss of an output ``[N, outputs, h, w]`` of any resolution, a float32 scalar."""
+
+    @abstractmethod
+    def score(
+        self, batches: Iterable[tuple[T, Targets]], predict: Callable[[T], Tensor], runtime: Runtime
+    ) -> S:
+        """Scores at the targets' own resolution.
+
+        Args:
+            batches: pairs of an input of ``predict`` and targets.
+            predict: gives ``[N, outputs, h, w]``.
+            runtime: device and precision.
+
+        Raises:
+            NonFiniteLossError: an output is NaN or infinite; it could look like a score.
+        """
+
+    @abstractmethod
+    def draw(self, image: Tensor, output: Tensor) -> Tensor:
+        """A prediction as a picture: image uint8 ``[3, H, W]`` and output ``[outputs, h, w]`` to
+        uint8 ``[3, H, W]``."""
+
+    def loss(
+        self,
+        output: Tensor,
+        aux: Sequence[Tensor],
+        targets: Targets,
+        *,
+        aux_weight: float,
+        teacher: Tensor | None = None,
+        kd_weight: float = 0.0,
+    ) -> Tensor:
+        """The criterion + ``aux_weight`` * the auxiliary heads' + ``kd_weight`` * distillation.
+
+        Distillation is the mean squared error between output and the teacher's output, without
+        softmax or temperature (section 3.3 of Fast NAS).
+        """
+        student = output
+        if teacher is not None:
+            size = (teacher.shape[-2], teacher.shape[-1])
+            student = resize(output.float(), size)
+            if any(target.shape[-2:] == size for target in targets.values()):
+                output = student  # resized once for both
+        loss = self.criterion(output, targets)
+        for head in aux:
+            loss = loss + aux_weight * self.criterion(head, targets)
+        if teacher is not None:
+            loss = loss + kd_weight * F.mse_loss(student, teacher.float())
+        return loss
+
+    def batches(
+        self,
+        frames: Frames,
+        indices: Iterable[Tensor],
+        transform: Any,
+        runtime: Runtime,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[tuple[Tensor, Targets]]:
+        """Prepared images ``[N, 3, h, w]`` and targets on the device, batch by batch."""
+        for chunk in indices:
+            images, targets = self.load(frames, chunk.tolist(), transform, generator)
+            moved = {name: runtime.move(target) for name, target in targets.items()}
+            yield prepare_images(images, runtime), moved
+
+    def score_images(
+        self,
+        model: nn.Module,
+        frames: Frames,
+        transform: Any,
+        runtime: Runtime,
+        batch_size: int = 8,
+    ) -> S:
+        """Scores of a network, put in evaluation mode, on a part of the data."""
+        model.eval()
+        batches = self.batches(frames, in_order(len(frames), batch_size), transform, runtime)
+        return self.score(batches, lambda images: model(images)[0], runtime)
+
+
+def prepare_images(images: Tensor, runtime: Runtime) -> Tensor:
+    """uint8 ``[N, 3, H, W]`` to normalised channels-last float images on the device."""
+    images = normalize(runtime.move(images))
+    return images.contiguous(memory_format=torch.channels_last)
