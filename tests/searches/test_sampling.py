@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import os
 import random
+import signal
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,21 +23,23 @@ from rich.console import Console
 
 from nasfast.runs.records import Evaluation, Record
 from nasfast.runs.study import Study
-from nasfast.searches.sampling import SamplingSearch
+from nasfast.searches.sampling import Phase, SamplingSearch
 from nasfast.spaces.fast_nas import Cell, FastNASGenotype, FastNASSpace
 from nasfast.training.loop import Runtime
-from nasfast.workers import Crew
+from nasfast.utils.errors import UserError
+from nasfast.workers import WorkerConfig
 
 SPACE = FastNASSpace()
+COSTS: dict[str, float] = {"params": 1, "macs": 1}
 
 
 def success(stage0: float, stage1: float | None = None) -> Evaluation:
     rewards = {"stage0": stage0} | ({} if stage1 is None else {"stage1": stage1})
-    return Evaluation(rewards, {stage: {} for stage in rewards}, None, 1, 1, {})
+    return Evaluation(rewards, {stage: {} for stage in rewards}, COSTS, None, {}, "stage0")
 
 
-HALF = Evaluation({"stage0": 0.8}, {"stage0": {}}, None, 1, 1, {}, "stage1: out of memory (fake)")
-FAILURE = Evaluation({}, {}, None, 0, 0, {}, "stage0: out of memory (fake)")
+HALF = dataclasses.replace(success(0.8), failure="stage1: out of memory (fake)")
+FAILURE = Evaluation({}, {}, COSTS, None, {}, "stage0", "stage0: out of memory (fake)")
 
 
 def records_of(run: Path) -> list[Any]:
@@ -46,6 +50,7 @@ class Script:
     """Strategy that asks for given genotypes, and evaluator that returns given evaluations."""
 
     seed = 5
+    feedback = "stage0"
     inputs: Mapping[str, str] = {}
     runtime = Runtime(torch.device("cpu"))
     remedy = "lower the learning rates"
@@ -78,8 +83,8 @@ class Script:
         self.asked = state["asked"]
         self.genotypes = itertools.islice(self.genotypes, self.asked, None)
 
-    def cost(self, genotype: FastNASGenotype) -> tuple[int, int]:
-        return 7, 11
+    def costs(self, genotype: FastNASGenotype) -> dict[str, float]:
+        return COSTS
 
     def __call__(self, genotype: FastNASGenotype, index: int, gate: float | None) -> Evaluation:
         self.evaluated.append(index)
@@ -99,7 +104,7 @@ def play(
     runs = list(root.glob("*"))
     opened = Study.open(*runs) if runs else Study.create(root, "segmentation", "script", {}, {})
     with opened as study:
-        SamplingSearch(SPACE, script, script, budget, batch).run(study, Console(quiet=True))
+        SamplingSearch(Phase(SPACE, script, script, budget, batch)).run(study, Console(quiet=True))
         return script, study.records
 
 
@@ -165,7 +170,7 @@ def test_seconds_add_up_over_resumes(tmp_path: Path) -> None:
 
 
 def test_five_failures_in_a_row_stop(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(UserError) as caught:
         play(tmp_path, distinct(), lambda i: FAILURE if i else success(0.4), budget=99)
     assert str(caught.value) == (
         "the last 5 candidates failed, the last one: stage0: out of memory (fake); lower "
@@ -180,7 +185,7 @@ def test_a_hundred_duplicates_in_a_row_stop(
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     same = next(distinct())
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(UserError) as caught:
         play(tmp_path, iter([same] * 200), lambda i: success(0.4), budget=2)
     assert str(caught.value) == (
         "the last 100 architectures repeat earlier ones: the strategy has converged; take the best "
@@ -194,7 +199,7 @@ def test_edited_records_are_noticed(tmp_path: Path) -> None:
     play(tmp_path, distinct(), lambda i: success(0.4), budget=2)
     (run,) = tmp_path.iterdir()
     (run / "checkpoint" / "state.pt").unlink()
-    with pytest.raises(RuntimeError, match="record 1 is not what the strategy asked for"):
+    with pytest.raises(UserError, match="expected record 1 to be what the strategy asks for, got"):
         play(tmp_path, iter([next(distinct())] * 2), lambda i: success(0.4), budget=2)
 
 
@@ -286,9 +291,69 @@ def test_a_smaller_budget_than_spent_stops_at_once(tmp_path: Path) -> None:
 
 def test_who_evaluates_is_in_the_environment() -> None:
     script = Script(distinct(), lambda i: success(0.4))
-    crew = Crew(2, ("cpu",), 3)
-    search = SamplingSearch(SPACE, script, script, budget=1, crew=crew)
+    workers = WorkerConfig(2, ("cpu",), 3)
+    search = SamplingSearch(Phase(SPACE, script, script, budget=1), workers=workers)
     assert search.environment == {
-        "feedback": "stage0",
-        "crew": {"workers": 2, "devices": ("cpu",), "threads": 3, "engine": "process"},
+        "workers": {"workers": 2, "devices": ("cpu",), "threads": 3, "engine": "process"},
     }
+
+
+# ---- phases
+
+
+class Sampled(Script):
+    """A strategy that samples, and an evaluator whose rewards depend on what came before."""
+
+    def __init__(self, seed: int, bonus: float, stop_at: int | None = None) -> None:
+        self.rng = random.Random(seed)
+        super().__init__(iter(SPACE.sample(self.rng) for _ in itertools.count()), self.reward)
+        self.bonus, self.stop_at = bonus, stop_at
+
+    def reward(self, index: int) -> Evaluation:
+        if index == self.stop_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return success(0.1 * (7 * index % 5) + self.bonus)
+
+
+def search_in_phases(root: Path, stop_at: int | None = None) -> tuple[Record, ...]:
+    """Two phases: the second's space is sampled by, and its rewards rest on, the first's best."""
+
+    def second(best: Record) -> Phase[FastNASGenotype]:
+        assert best.phase == 0
+        script = Sampled(best.index, 1 + best.evaluation.rewards["stage0"], stop_at)
+        return Phase(SPACE, script, script, budget=5, batch=2)
+
+    script = Sampled(0, 0.0, stop_at)
+    runs = list(root.glob("*"))
+    opened = Study.open(*runs) if runs else Study.create(root, "segmentation", "phases", {}, {})
+    with opened as study:
+        phase = Phase(SPACE, script, script, budget=6, batch=4)
+        SamplingSearch(phase, second).run(study, Console(quiet=True))
+        return study.records
+
+
+@pytest.mark.parametrize("kills", [(0,), (3,), (5,), (6,), (7,), (10,), (2, 5, 6, 9)])
+def test_two_phases_killed_and_resumed(tmp_path: Path, kills: tuple[int, ...]) -> None:
+    """At any candidate of both: bit for bit what an uninterrupted search gives."""
+    wanted = search_in_phases(tmp_path / "whole")
+    assert [record.phase for record in wanted] == [0] * 6 + [1] * 5
+    context = multiprocessing.get_context("fork")
+    for index in kills:
+        process = context.Process(target=search_in_phases, args=(tmp_path / "killed", index))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    records = search_in_phases(tmp_path / "killed")
+    assert [dataclasses.replace(r, time="") for r in records] == [
+        dataclasses.replace(r, time="") for r in wanted
+    ]
+
+
+def test_a_phase_of_failures_has_no_successor(tmp_path: Path) -> None:
+    script = Script(distinct(), lambda i: FAILURE)
+    search = SamplingSearch(Phase(SPACE, script, script, 2), lambda best: pytest.fail("made"))
+    with (
+        Study.create(tmp_path, "segmentation", "failures", {}, {}) as study,
+        pytest.raises(UserError, match="expected an architecture of phase 0 to continue with, got"),
+    ):
+        search.run(study, Console(quiet=True))

@@ -20,7 +20,7 @@ from nasfast import search
 from nasfast.runs.records import Evaluation
 from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
 from nasfast.training.loop import Runtime
-from nasfast.workers import Crew, Job, WorkerError, ray_pool
+from nasfast.workers import Job, WorkerConfig, WorkerError, ray_pool
 from nasfast.workers.ray_pool import RayPool
 
 ray: Any = pytest.importorskip("ray", reason="needs ray: pip install 'nasfast[distributed]'")
@@ -49,6 +49,7 @@ class Toy:
     """An evaluator that does by index what a plan says, and otherwise rewards the index."""
 
     seed = 0
+    feedback = "stage0"
     remedy = "none"
     seconds: Mapping[str, float] = {}
     inputs: Mapping[str, str] = {}
@@ -57,8 +58,8 @@ class Toy:
     def __init__(self, plan: Mapping[int, str], place: Path) -> None:
         self.plan, self.place = plan, place
 
-    def cost(self, genotype: FastNASGenotype) -> tuple[int, int]:
-        return 123, 456
+    def costs(self, genotype: FastNASGenotype) -> dict[str, float]:
+        return {"params": 123, "macs": 456}
 
     def __call__(self, genotype: FastNASGenotype, index: int, gate: float | None) -> Evaluation:
         mark = self.place / str(index)
@@ -71,7 +72,9 @@ class Toy:
             case "defect":
                 raise KeyError("no such thing")
         metrics = {"threads": float(torch.get_num_threads())}
-        return Evaluation({"stage0": float(index)}, {"stage0": metrics}, gate, 1, 1, {})
+        return Evaluation(
+            {"stage0": float(index)}, {"stage0": metrics}, {"params": 1}, gate, {}, "stage0"
+        )
 
 
 def toy(plan: Mapping[int, str], place: Path, device: str) -> Toy:
@@ -87,8 +90,8 @@ def slow(place: Path, device: str) -> Toy:
 
 def evaluate(plan: Mapping[int, str], place: Path) -> list[Evaluation]:
     jobs = [Job(index, GENOTYPE, 0.5) for index in range(4)]
-    crew = Crew(workers=2, threads=1, engine="ray")
-    with contextlib.closing(crew.engine_for(functools.partial(toy, plan, place))) as engine:
+    workers = WorkerConfig(workers=2, threads=1, engine="ray")
+    with contextlib.closing(workers.engine_for(functools.partial(toy, plan, place))) as engine:
         handlers.append(signal.getsignal(signal.SIGTERM))
         return list(engine.evaluate(Toy({}, place), jobs, lambda running: None))
 

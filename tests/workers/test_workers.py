@@ -20,15 +20,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nasfast.evaluation.candidate import Evaluator
 from nasfast.runs.records import Evaluation
 from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
 from nasfast.training.loop import Runtime
 from nasfast.utils.interrupt import Interrupt, StopRequested
-from nasfast.workers import Crew, Job, WorkerError
+from nasfast.workers import Job, WorkerConfig, WorkerError
 from nasfast.workers.dispatcher import Dispatcher
-from nasfast.workers.protocol import Answer, Death, Evaluator, Ready, Worker
+from nasfast.workers.protocol import Answer, Ready, Worker, WorkerDied
 
 GENOTYPE = FastNASSpace().sample(random.Random(0))
+COSTS: dict[str, float] = {"params": 123, "macs": 456}
 KILLED = "killed by signal 9 (SIGKILL), out of memory?"
 
 
@@ -43,6 +45,7 @@ class Toy:
     """
 
     seed = 0
+    feedback = "stage0"
     remedy = "none"
     seconds: Mapping[str, float] = {}
 
@@ -51,8 +54,8 @@ class Toy:
         self.inputs: Mapping[str, str] = {"plan": repr(plan)}
         self.runtime = Runtime(torch.device("cpu"), heartbeat)
 
-    def cost(self, genotype: FastNASGenotype) -> tuple[int, int]:
-        return 123, 456
+    def costs(self, genotype: FastNASGenotype) -> dict[str, float]:
+        return COSTS
 
     def __call__(self, genotype: FastNASGenotype, index: int, gate: float | None) -> Evaluation:
         todo, mark = self.plan.get(index, ""), self.place / str(index)
@@ -73,7 +76,7 @@ class Toy:
                 (self.place / "asleep").write_text(str(os.getpid()))
                 time.sleep(60)
         metrics = {"threads": float(torch.get_num_threads())}
-        return Evaluation({"stage0": float(index)}, {"stage0": metrics}, gate, 1, 1, {})
+        return Evaluation({"stage0": float(index)}, {"stage0": metrics}, COSTS, gate, {}, "stage0")
 
 
 def toy(plan: Mapping[int, str], place: Path, device: str) -> Toy:
@@ -86,15 +89,15 @@ def toy(plan: Mapping[int, str], place: Path, device: str) -> Toy:
 
 
 def evaluate(
-    plan: Mapping[int, str], place: Path, crew: Crew, count: int = 4, **options
+    plan: Mapping[int, str], place: Path, workers: WorkerConfig, count: int = 4, **options
 ) -> list[Evaluation]:
     evaluator: Evaluator[FastNASGenotype] = Toy(plan, place, **options)
-    engine = crew.engine_for(functools.partial(toy, plan, place))
+    engine = workers.engine_for(functools.partial(toy, plan, place))
     with contextlib.closing(engine):
         return list(engine.evaluate(evaluator, jobs(count, gate=0.5), lambda running: None))
 
 
-TWO = Crew(workers=2, threads=3)
+TWO = WorkerConfig(workers=2, threads=3)
 
 
 def rewards(evaluations: list[Evaluation]) -> list[float | None]:
@@ -128,7 +131,9 @@ class Script:
         assert worker not in [busy for busy, _ in self.pending]
         self.sent.append(job.index)
         written = self.answers.get(job.index)
-        good = Evaluation({"stage0": float(job.index)}, {"stage0": {}}, job.gate, 1, 1, {})
+        good = Evaluation(
+            {"stage0": float(job.index)}, {"stage0": {}}, COSTS, job.gate, {}, "stage0"
+        )
         self.pending.append((worker, written.pop(0) if written else good))
         self.most = max(self.most, len(self.pending))
 
@@ -162,7 +167,10 @@ def test_any_order_and_any_death_give_the_same(
 ) -> None:
     pool = Script(
         {
-            index: [*[Death("cause", False)] * (index in idle), *[Death("cause", True)] * count]
+            index: [
+                *[WorkerDied("cause", False)] * (index in idle),
+                *[WorkerDied("cause", True)] * count,
+            ]
             for index, count in deaths.items()
         },
         random.Random(seed),
@@ -175,7 +183,7 @@ def test_any_order_and_any_death_give_the_same(
         for job, evaluation in zip(batch, dispatcher.evaluate(Bare(), batch, running.append)):
             if deaths.get(job.index) == 2:
                 failure = "worker died twice: cause"
-                assert evaluation == Evaluation({}, {}, 0.5, 123, 456, {}, failure)
+                assert evaluation == Evaluation({}, {}, COSTS, 0.5, {}, "stage0", failure)
             else:
                 assert evaluation.rewards == {"stage0": job.index}
         assert max(running) <= workers
@@ -226,7 +234,9 @@ def test_a_worker_that_dies_is_replaced_and_its_candidate_retried(tmp_path: Path
 def test_a_candidate_that_kills_twice_is_a_failure(tmp_path: Path, end: str, cause: str) -> None:
     evaluations = evaluate({1: end}, tmp_path, TWO)
     assert rewards(evaluations) == [0, None, 2, 3]
-    assert evaluations[1] == Evaluation({}, {}, 0.5, 123, 456, {}, f"worker died twice: {cause}")
+    assert evaluations[1] == Evaluation(
+        {}, {}, COSTS, 0.5, {}, "stage0", f"worker died twice: {cause}"
+    )
 
 
 def test_a_death_is_noticed_at_once(tmp_path: Path) -> None:
@@ -235,8 +245,8 @@ def test_a_death_is_noticed_at_once(tmp_path: Path) -> None:
     engine = TWO.engine_for(functools.partial(toy, {}, tmp_path))
     with contextlib.closing(engine):
         list(engine.evaluate(evaluator, jobs(2), lambda running: None))
-        for seat in engine._pool._seats.values():  # type: ignore[attr-defined]
-            os.kill(seat.process.pid, signal.SIGKILL)
+        for child in engine._pool._workers.values():  # type: ignore[attr-defined]
+            os.kill(child.process.pid, signal.SIGKILL)
         start = time.perf_counter()
         evaluations = engine.evaluate(evaluator, jobs(4), lambda running: None)
         assert rewards(list(evaluations)) == [0, 1, 2, 3]
@@ -258,7 +268,7 @@ def test_what_is_meant_for_the_user_has_no_traceback(tmp_path: Path) -> None:
         evaluate({1: "refuse"}, tmp_path, TWO)
     assert str(caught.value) == "[Errno 2] No such file or directory: '/no/where'"
     with pytest.raises(RuntimeError) as caught:
-        evaluate({1: "refused"}, tmp_path, Crew(2, ("cpu:7",)))
+        evaluate({1: "refused"}, tmp_path, WorkerConfig(2, ("cpu:7",)))
     assert str(caught.value) == f"[Errno 2] No such file or directory: '{tmp_path}/cpu:7'"
 
 
@@ -308,7 +318,7 @@ def test_a_worker_computes_on_its_gpu(
     assert set_devices == chosen
 
 
-# ---- the crew
+# ---- the workers
 
 
 def has(monkeypatch: pytest.MonkeyPatch, cores: int, gpus: int = 0) -> None:
@@ -339,8 +349,10 @@ def test_default_workers_fill_the_cores(
     workers: int,
 ) -> None:
     has(monkeypatch, cores)
-    crew = Crew.of(workers=None, devices="cpu", threads=threads, engine="process", batch=batch)
-    assert crew == Crew(workers, ("cpu",), threads, "process")
+    made = WorkerConfig.of(
+        workers=None, devices="cpu", threads=threads, engine="process", batch=batch
+    )
+    assert made == WorkerConfig(workers, ("cpu",), threads, "process")
     assert started == [True] * (workers > 1)
 
 
@@ -349,17 +361,17 @@ def test_default_workers_on_cuda_are_one_a_device(
 ) -> None:
     has(monkeypatch, cores=16, gpus=3)
     options = {"threads": 2, "engine": "process", "batch": 8}
-    two = Crew.of(workers=None, devices="cuda:0,cuda:2", **options)
+    two = WorkerConfig.of(workers=None, devices="cuda:0,cuda:2", **options)
     assert (two.workers, two.devices) == (2, ("cuda:0", "cuda:2"))
-    assert Crew.of(workers=None, devices="auto", **options).workers == 1
-    assert Crew.of(workers=5, devices="cuda", **options).workers == 5
+    assert WorkerConfig.of(workers=None, devices="auto", **options).workers == 1
+    assert WorkerConfig.of(workers=5, devices="cuda", **options).workers == 5
 
 
 def test_default_workers_of_a_cluster_are_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     has(monkeypatch, cores=2)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    crew = Crew.of(workers=None, devices="cpu", threads=1, engine="ray", batch=8)
-    assert crew == Crew(8, ("cpu",), 1, "ray")
+    made = WorkerConfig.of(workers=None, devices="cpu", threads=1, engine="ray", batch=8)
+    assert made == WorkerConfig(8, ("cpu",), 1, "ray")
 
 
 @pytest.mark.parametrize(
@@ -377,34 +389,35 @@ def test_a_local_cluster_hands_out_the_cores(
 
     monkeypatch.setattr("nasfast.workers.config.RayPool", make)
     build = functools.partial(toy, {}, Path())
-    Crew(workers, ("cpu",), threads, "ray").engine_for(build)
+    WorkerConfig(workers, ("cpu",), threads, "ray").engine_for(build)
     assert made == [(build, "cpu", threads, cpus)]
 
 
 def test_spaces_between_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     has(monkeypatch, cores=2)
-    crew = Crew.of(workers=1, devices="cpu, cpu", threads=1, engine="process", batch=4)
-    assert crew.devices == ("cpu", "cpu")
+    made = WorkerConfig.of(workers=1, devices="cpu, cpu", threads=1, engine="process", batch=4)
+    assert made.devices == ("cpu", "cpu")
 
 
 def test_its_text() -> None:
-    assert str(Crew(1, ("cpu", "cpu"), 1)) == "cpu, 1 thread"
-    assert str(Crew(2, ("cuda:0", "cuda:1"), 4)) == "cuda:0, cuda:1, 2 workers of 4 threads"
+    assert str(WorkerConfig(1, ("cpu", "cpu"), 1)) == "cpu, 1 thread"
+    assert str(WorkerConfig(2, ("cuda:0", "cuda:1"), 4)) == "cuda:0, cuda:1, 2 workers of 4 threads"
 
 
 def test_devices_of_two_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     has(monkeypatch, cores=2, gpus=1)
     with pytest.raises(ValueError) as caught:
-        Crew.of(workers=None, devices="cuda:0,cpu", threads=1, engine="process", batch=4)
+        WorkerConfig.of(workers=None, devices="cuda:0,cpu", threads=1, engine="process", batch=4)
     assert str(caught.value) == (
-        "devices: expected devices of one kind, got cuda:0,cpu; rewards differ between kinds"
+        "devices: expected devices of one kind, got cuda:0,cpu; rewards differ between kinds, so give "
+        "devices of one"
     )
 
 
 def test_ray_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError) as caught:
-        Crew.of(workers=None, devices="cpu", threads=1, engine="ray", batch=4)
+        WorkerConfig.of(workers=None, devices="cpu", threads=1, engine="ray", batch=4)
     assert str(caught.value) == (
         "engine: expected one that is installed, got ray; pip install 'nasfast[distributed]', or "
         "leave --engine out"
