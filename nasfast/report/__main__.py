@@ -1,4 +1,4 @@
-"""Write the report of a run again: ``python -m nasfast.report RUN [--rival RUN]``."""
+"""Write the report of a run again: ``python -m nasfast.report RUN [--baseline RUN]``."""
 
 from __future__ import annotations
 
@@ -9,20 +9,33 @@ from typing import Annotated
 
 import tyro
 
-from nasfast.report import write_report
+from nasfast.methods import METHODS
+from nasfast.report import MethodReport, write_report
 from nasfast.runs.study import Study
 from nasfast.utils.cli import reports_errors
+from nasfast.utils.errors import UserError
 
 
-def rewrite(run: Annotated[Path, tyro.conf.Positional], rival: Path | None = None) -> None:
+def rewrite(run: Annotated[Path, tyro.conf.Positional], baseline: Path | None = None) -> None:
     """Write the report of a run again.
 
     Args:
         run: run directory of the search.
-        rival: run directory of a search of the same budget to compare with.
+        baseline: run directory of a search of the same budget to compare with.
     """
-    other = Study.open(rival, read_only=True) if rival is not None else None
-    print(write_report(Study.open(run, read_only=True), rival=other))
+    other = Study.open(baseline, read_only=True) if baseline is not None else None
+    study = Study.open(run, read_only=True)
+    print(write_report(study, _hook(study), baseline=other))
+
+
+def _hook(study: Study) -> MethodReport:
+    name = study.config.get("method")
+    if name not in METHODS:
+        raise UserError(
+            f"{study.path / 'config.toml'}: method: expected one of {', '.join(METHODS)}, "
+            f"got {name!r}; write the report with the version of nasfast that made the run"
+        )
+    return METHODS[name].report
 
 
 @reports_errors
