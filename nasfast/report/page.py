@@ -241,7 +241,7 @@ def _series(chart: Chart, records: Sequence[Record], stage: Stage, kind: str) ->
     line = list(zip((record.index for record, _ in fresh), best, strict=True))
     end = max((record.index for record in records if record.phase == stage.phase), default=0)
     marks = [chart.steps([*line, (end, best[-1])], kind)] if line else []
-    for record, reward in stage.of(records):
+    for record, reward in stage.passed(records):
         text = f"architecture {record.index}: {stage.label} reward {number(reward)}"
         if record.duplicate_of is not None:
             text += f", duplicate of {record.duplicate_of}"
@@ -265,7 +265,7 @@ def _crosses(chart: Chart, records: Sequence[Record]) -> list[Element]:
 
 def _fresh(stage: Stage, records: Sequence[Record]) -> list[tuple[Record, float]]:
     """Records and rewards of a stage, without duplicates."""
-    return [found for found in stage.of(records) if found[0].duplicate_of is None]
+    return [found for found in stage.passed(records) if found[0].duplicate_of is None]
 
 
 def _flat(mapping: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:

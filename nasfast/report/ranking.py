@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -25,8 +26,8 @@ class Stage:
     name: str
     label: str
 
-    def of(self, records: Sequence[Record]) -> list[tuple[Record, float]]:
-        """The records that passed it, with their rewards."""
+    def passed(self, records: Sequence[Record]) -> list[tuple[Record, float]]:
+        """Records that passed it, with their rewards."""
         return [
             (record, record.evaluation.rewards[self.name])
             for record in records
@@ -98,6 +99,9 @@ def terminal_table(study: Study, hook: MethodReport, top: int = 5) -> Table:
         title=f"{len(fresh)} evaluated, {failed} failed; the best:",
         caption=escape(caption),
         caption_justify="left",
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
     )
     for name in head[:-1]:
         table.add_column(escape(name), justify="right", no_wrap=True)
