@@ -9,11 +9,10 @@ from typing import Annotated
 
 import tyro
 
-from nasfast.methods import METHODS
-from nasfast.report import MethodReport, write_report
+from nasfast.methods.registry import method_named
+from nasfast.report import write_report
 from nasfast.runs.study import Study
 from nasfast.utils.cli import reports_errors
-from nasfast.utils.errors import UserError
 
 
 def rewrite(run: Annotated[Path, tyro.conf.Positional], baseline: Path | None = None) -> None:
@@ -25,17 +24,8 @@ def rewrite(run: Annotated[Path, tyro.conf.Positional], baseline: Path | None = 
     """
     other = Study.open(baseline, read_only=True) if baseline is not None else None
     study = Study.open(run, read_only=True)
-    print(write_report(study, _hook(study), baseline=other))
-
-
-def _hook(study: Study) -> MethodReport:
-    name = study.config.get("method")
-    if name not in METHODS:
-        raise UserError(
-            f"{study.path / 'config.toml'}: method: expected one of {', '.join(METHODS)}, "
-            f"got {name!r}; write the report with the version of nasfast that made the run"
-        )
-    return METHODS[name].report
+    method = method_named(study.config.get("method"))
+    print(write_report(study, method.report, baseline=other))
 
 
 @reports_errors

@@ -271,8 +271,8 @@ def test_main_of_an_unknown_method(study: Study, capsys: pytest.CaptureFixture[s
     with Study.create(study.path, "x", "x", {"method": "alchemy"}, {}) as other:
         assert main([str(other.path)]) == 2
     assert capsys.readouterr().err == (
-        f"error: {other.path}/config.toml: method: expected one of segmentation, restoration, "
-        "got 'alchemy'; write the report with the version of nasfast that made the run\n"
+        "error: method: expected one of segmentation, restoration, got 'alchemy'; "
+        "was it written by another version of nasfast?\n"
     )
 
 
