@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 search.run(study, console)
             finally:
-                report = write_report(study)
+                report = write_report(study, method.report)
         except StopRequested:
             say(
                 console,
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"  python -m nasfast.search {shlex.join(again)}",
             )
             return 130
-        console.print(terminal_table(study))
+        console.print(terminal_table(study, method.report))
         path = shlex.quote(str(study.path))
         say(
             console,

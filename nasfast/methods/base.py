@@ -12,6 +12,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from nasfast.report import MethodReport
 from nasfast.searches.base import Search, SearchSettings
 from nasfast.spaces.base import Genotype
 from nasfast.training.loop import Runtime
@@ -123,6 +124,8 @@ class Method(ABC):
     train_settings: ClassVar[type[TrainSettings]]
     model_format: ClassVar[str]
     """Key in the metadata of this method's model files."""
+    report: ClassVar[MethodReport]
+    """What the report of a run shows for this method alone."""
     zoo: ClassVar[Mapping[str, Architecture]] = {}
     """Named architectures."""
 

@@ -1,5 +1,7 @@
 """What a search found: a page to open in a browser, and a table for the terminal."""
 
-from nasfast.report.page import terminal_table, write_report
+from nasfast.report.base import MethodReport, Section
+from nasfast.report.page import write_report
+from nasfast.report.ranking import terminal_table
 
-__all__ = ["terminal_table", "write_report"]
+__all__ = ["MethodReport", "Section", "terminal_table", "write_report"]

@@ -1,4 +1,4 @@
-"""Write the report of a run again: ``python -m nasfast.report RUN [--rival RUN]``."""
+"""Write the report of a run again: ``python -m nasfast.report RUN [--baseline RUN]``."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ from typing import Annotated
 
 import tyro
 
+from nasfast.methods.registry import method_named
 from nasfast.report import write_report
 from nasfast.runs.study import Study
 from nasfast.utils.cli import reports_errors
 
 
-def rewrite(run: Annotated[Path, tyro.conf.Positional], rival: Path | None = None) -> None:
+def rewrite(run: Annotated[Path, tyro.conf.Positional], baseline: Path | None = None) -> None:
     """Write the report of a run again.
 
     Args:
         run: run directory of the search.
-        rival: run directory of a search of the same budget to compare with.
+        baseline: run directory of a search of the same budget to compare with.
     """
-    other = Study.open(rival, read_only=True) if rival is not None else None
-    print(write_report(Study.open(run, read_only=True), rival=other))
+    other = Study.open(baseline, read_only=True) if baseline is not None else None
+    study = Study.open(run, read_only=True)
+    method = method_named(study.config.get("method"))
+    print(write_report(study, method.report, baseline=other))
 
 
 @reports_errors

@@ -1,15 +1,19 @@
-"""Charts of a report: axes, lines and legends in SVG."""
+"""Charts in SVG: lines over a count, heat maps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
-from nasfast.report.graphs import element
+from nasfast.report.html import element, legend, legend_key
 
-__all__ = ["Chart", "legend_key", "sample"]
+__all__ = ["COLORS", "Chart", "heat_map", "line_chart", "sample"]
+
+COLORS = 8  # of series and choices in the style sheet: .c0 to .c7
+WIDTH = 1000  # of a chart, in SVG user units
+ROW, LABEL = 20, 110  # height of a row of a heat map, width of its label
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Chart:
     high: float
     step: float
     """Distance of two grid lines of the vertical axis."""
-    width: int = 1000
+    width: int = WIDTH
     height: int = 340
     left: int = 46
     bottom: int = 40
@@ -90,7 +94,7 @@ class Chart:
         path = "L".join(f"{self.x(index):.1f} {self.y(value):.1f}" for index, value in points)
         return element("path", d=f"M{path}", class_=f"line {kind}")
 
-    def upright(self, index: float, kind: str) -> Element:
+    def vertical_line(self, index: float, kind: str) -> Element:
         """A line from bottom to top."""
         path = f"M{self.x(index):.1f} 0V{self.height - self.bottom}"
         return element("path", d=path, class_=f"line {kind}")
@@ -109,10 +113,86 @@ class Chart:
         return element("div", svg, class_="wide")
 
 
-def legend_key(text: str, *marks: Element) -> Element:
-    return element("li", element("svg", *marks, viewBox="0 0 14 10", width=14, height=10), text)
-
-
 def sample(kind: str) -> tuple[Element, Element]:
+    """Marks of a legend key for a line with dots."""
     line = element("path", d="M0 5h14", class_=f"line {kind}")
     return line, element("circle", cx=7, cy=5, r=3, class_=kind)
+
+
+def line_chart(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    count: int,
+    label: str,
+    *,
+    first: int = 0,
+    dotted: Iterable[float] = (),
+) -> list[Element]:
+    """Chart of named series of (index, value), each from where it begins, and its legend.
+
+    Args:
+        count: indices of the horizontal axis.
+        label: what is counted.
+        first: number that the index 0 is shown with.
+        dotted: indices that get a dotted vertical line.
+    """
+    values = [value for points in series.values() for _, value in points]
+    chart = Chart.of(values, count, label, first=first, height=220)
+    marks = [chart.vertical_line(index, "gate") for index in dotted]
+    keys = []
+    for i, (name, points) in enumerate(series.items()):
+        if points:
+            marks.append(chart.line(points, f"c{i % COLORS}"))
+            keys.append(legend_key(name, sample(f"c{i % COLORS}")[0]))
+    return [chart.drawn(marks, ", ".join(series)), legend(*keys)]
+
+
+def heat_map(
+    steps: Sequence[Sequence[Sequence[float]]],
+    labels: Sequence[str],
+    choices: Sequence[str],
+    step_name: str,
+) -> list[Element]:
+    """One row per label, one column per step, coloured by the most probable choice; a legend.
+
+    Args:
+        steps: probabilities, of each step, row and choice.
+        labels: of the rows.
+        choices: what the columns of a row stand for.
+        step_name: what a step is, such as "epoch".
+    """
+    marks = []
+    column = (WIDTH - LABEL) / len(steps)
+    for row, label in enumerate(labels):
+        y = row * ROW
+        marks.append(element("text", label, x=LABEL - 8, y=y + 14, text_anchor="end"))
+        for step, tables in enumerate(steps):
+            shares = tables[row]
+            best = max(range(len(shares)), key=shares.__getitem__)
+            least = 1 / sum(share > 0 for share in shares)
+            # from the uniform distribution, faint, to certainty
+            strength = 0.12 + 0.88 * min(1.0, 2 * (shares[best] - least) / (1 - least + 1e-9))
+            text = f"{label}, {step_name} {step + 1}: {choices[best]} {shares[best]:.3f}"
+            place = {"x": f"{LABEL + step * column:.1f}", "y": y, "width": f"{column + 0.2:.1f}"}
+            marks.append(
+                element(
+                    "rect",
+                    element("title", text),
+                    height=ROW - 2,
+                    class_=f"c{best % COLORS}",
+                    fill_opacity=f"{max(strength, 0.12):.2f}",
+                    **place,
+                )
+            )
+    svg = element(
+        "svg",
+        *marks,
+        viewBox=f"0 0 {WIDTH} {len(labels) * ROW}",
+        class_="chart",
+        role="img",
+        aria_label=f"most probable choice over {step_name}s",
+    )
+    keys = [
+        legend_key(choice, element("rect", width=14, height=10, class_=f"c{i % COLORS}"))
+        for i, choice in enumerate(choices)
+    ]
+    return [element("div", svg, class_="wide"), legend(*keys)]

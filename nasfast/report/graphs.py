@@ -1,4 +1,4 @@
-"""Architectures as SVG graphs, in a layered layout (Sugiyama et al. 1981)."""
+"""Graphs as SVG: in a layered layout (Sugiyama et al. 1981), or on a grid."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
-from nasfast.spaces.fast_nas import PRIMITIVES, FastNASGenotype
-from nasfast.spaces.ir_nas import LEVELS, IRNASGenotype, num_levels, targets
+from nasfast.report.html import element
 
-__all__ = ["cell_graph", "decoder_graph", "element", "ir_cell_graph", "ir_path_graph"]
+__all__ = ["Edge", "Node", "grid_graph", "layered_graph", "sum_node"]
 
 BOX = (92, 28)  # width and height of a labelled node, in SVG user units
 DOT = 26  # diameter of a sum node
@@ -18,109 +17,10 @@ GAP = (42, 16)  # between columns, between nodes of a column
 MARGIN = 8
 
 
-def element(tag: str, *children: Element | str, **attributes: object) -> Element:
-    """An HTML or SVG element; `class_` and `stroke_width` name "class" and "stroke-width".
-
-    Text is escaped when the tree is serialised, so no string can break out of its place.
-    """
-    node = Element(
-        tag, {key.rstrip("_").replace("_", "-"): str(value) for key, value in attributes.items()}
-    )
-    last: Element | None = None
-    for child in children:
-        if isinstance(child, Element):
-            node.append(child)
-            last = child
-        elif last is None:
-            node.text = (node.text or "") + child
-        else:
-            last.tail = (last.tail or "") + child
-    return node
-
-
-def cell_graph(genotype: FastNASGenotype) -> Element:
-    """SVG of the cell: operations, sums of pairs, and the loose ends that make the output.
-
-    One node per feature of the cell and one for the output, columns in order of the layers.
-    """
-    cell = genotype.cell
-    nodes = [Node("input", 0, "end"), Node(PRIMITIVES[cell.op0], 1)]
-    edges = [Edge(0, 1)]
-    for k, (p1, p2, o1, o2) in enumerate(cell.layers, start=1):
-        edges += [Edge(p1, len(nodes)), Edge(p2, len(nodes) + 1)]
-        nodes += [Node(PRIMITIVES[o1], 2 * k), Node(PRIMITIVES[o2], 2 * k)]
-        edges += [Edge(len(nodes) - 2, len(nodes)), Edge(len(nodes) - 1, len(nodes))]
-        nodes.append(Node("+", 2 * k + 1, "sum", (DOT, DOT)))
-    edges += [Edge(end, len(nodes), "loose") for end in cell.loose_ends]
-    nodes.append(Node("output", 2 * len(cell.layers) + 2, "end"))
-    return _draw(nodes, edges, "Cell")
-
-
-def decoder_graph(genotype: FastNASGenotype) -> Element:
-    """SVG of the decoder: encoder taps, blocks, and the collected blocks that reach the classifier.
-
-    A block applies the cell to each of its two inputs and sums the results; taps that no block
-    reads are faint.
-    """
-    taps = genotype.num_taps
-    read = {i for pair in genotype.connections for i in pair}
-    nodes = [Node(f"tap l{i + 1}", 0, "end" if i in read else "unused") for i in range(taps)]
-    edges = []
-    for block, pair in enumerate(genotype.connections):
-        edges += [Edge(source, taps + block) for source in pair]
-        nodes.append(Node(f"block {block}", block + 1))
-    edges += [Edge(taps + block, len(nodes), "loose") for block in genotype.collected_blocks]
-    nodes.append(Node("classifier", len(genotype.connections) + 1, "end"))
-    return _draw(nodes, edges, "Decoder")
-
-
-def ir_cell_graph(genotype: IRNASGenotype) -> Element:
-    """SVG of the cell: two inputs, nodes as sums of two operations, and their concatenation."""
-    nodes = [Node("layer - 2", 0, "end"), Node("layer - 1", 0, "end")]
-    edges, states = [], [0, 1]  # the drawn node of each state
-    for pair in genotype.nodes:
-        column = 1 + max(nodes[states[state]].column for _, state in pair)
-        total = len(nodes) + 2  # the sum, behind both operations
-        for op, state in pair:
-            edges += [Edge(states[state], len(nodes)), Edge(len(nodes), total)]
-            nodes.append(Node(op, column))
-        states.append(total)
-        nodes.append(Node("+", column + 1, "sum", (DOT, DOT)))
-    edges += [Edge(state, len(nodes), "loose") for state in states[2:]]
-    nodes.append(Node("output", 1 + max(node.column for node in nodes), "end"))
-    return _draw(nodes, edges, "Cell")
-
-
-def ir_path_graph(genotype: IRNASGenotype) -> Element:
-    """SVG of the widths: every level that a layer can have, and the path through them."""
-    step, row = (BOX[0] + GAP[0], BOX[1] + 2 * GAP[1])
-    layers = len(genotype.levels)
-    path = (0, *genotype.levels)
-
-    def place(layer: int, level: int) -> tuple[float, float]:
-        return MARGIN + BOX[0] / 2 + layer * step, MARGIN + BOX[1] / 2 + level * row
-
-    drawn = []
-    for chosen in (False, True):  # the path lies above the other moves
-        for layer in range(layers):
-            for source in range(num_levels(layer)):
-                for target in targets(source):
-                    if chosen == ((source, target) == (path[layer], path[layer + 1])):
-                        (x, y), (tip, end) = place(layer, source), place(layer + 1, target)
-                        points = [(x + BOX[0] / 2, y), (tip - BOX[0] / 2, end)]
-                        drawn.append(_edge(points, "loose" if chosen else "faint"))
-    for layer in range(layers + 1):
-        for level in range(num_levels(layer)):
-            label = f"{2**level} W" if layer else "stem"
-            kind = "op" if path[layer] == level else "unused"
-            drawn.append(_node(Node(label, layer, kind), *place(layer, level)))
-    width = 2 * MARGIN + BOX[0] + layers * step
-    height = 2 * MARGIN + BOX[1] + (min(LEVELS, layers + 1) - 1) * row
-    return _svg(drawn, width, height, "Widths of the layers")
-
-
 @dataclass(frozen=True)
 class Node:
+    """A labelled node; the style sheet knows the kinds "op", "end", "sum" and "unused"."""
+
     label: str
     column: int
     kind: str = "op"
@@ -129,12 +29,45 @@ class Node:
 
 @dataclass(frozen=True)
 class Edge:
+    """From node to node, by their positions in the list; an edge spans one column or more.
+
+    The style sheet knows the kinds "plain", "accent" and "faint".
+    """
+
     source: int
     target: int
     kind: str = "plain"
 
 
-def _draw(nodes: Sequence[Node], edges: Sequence[Edge], title: str) -> Element:
+def sum_node(column: int) -> Node:
+    """A small round node that adds up what comes in."""
+    return Node("+", column, "sum", (DOT, DOT))
+
+
+def grid_graph(
+    nodes: Sequence[Node], rows: Sequence[int], edges: Sequence[Edge], title: str
+) -> Element:
+    """SVG with each node in its column and row; later edges lie above earlier ones."""
+    step, row_step = BOX[0] + GAP[0], BOX[1] + 2 * GAP[1]
+    x = [MARGIN + BOX[0] / 2 + node.column * step for node in nodes]
+    y = [MARGIN + BOX[1] / 2 + row * row_step for row in rows]
+    drawn = [
+        _edge(
+            [
+                (x[edge.source] + nodes[edge.source].size[0] / 2, y[edge.source]),
+                (x[edge.target] - nodes[edge.target].size[0] / 2, y[edge.target]),
+            ],
+            edge.kind,
+        )
+        for edge in edges
+    ]
+    drawn += [_node(node, x[i], y[i]) for i, node in enumerate(nodes)]
+    width, height = max(x) + BOX[0] / 2 + MARGIN, max(y) + BOX[1] / 2 + MARGIN
+    return _svg(drawn, width, height, title)
+
+
+def layered_graph(nodes: Sequence[Node], edges: Sequence[Edge], title: str) -> Element:
+    """SVG with few crossings; an edge bends around the nodes of the columns that it passes."""
     widths = [0] * (max(node.column for node in nodes) + 1)
     for node in nodes:
         widths[node.column] = max(widths[node.column], node.size[0])

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from nasfast.methods.base import Architecture, Method
 from nasfast.methods.restoration.evaluate import EvaluateConfig, evaluate, parse_evaluate
+from nasfast.methods.restoration.report import RestorationReport
 from nasfast.methods.restoration.search import SearchConfig, build, continued, parse
 from nasfast.methods.restoration.train import TrainConfig, Trainer, parse_train, resolve
 from nasfast.models.restorer import FORMAT
@@ -51,6 +52,7 @@ class Restoration(Method):
     search_settings = SearchConfig
     train_settings = TrainConfig
     model_format = FORMAT
+    report = RestorationReport()
     zoo = ARCHITECTURES
 
     def parse_search(self, argv: Sequence[str]) -> SearchConfig:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from nasfast.methods.base import Architecture, EvaluateConfig, Method
 from nasfast.methods.segmentation.evaluate import evaluate
+from nasfast.methods.segmentation.report import SegmentationReport
 from nasfast.methods.segmentation.search import build
 from nasfast.methods.segmentation.settings import SearchConfig, continued, parse
 from nasfast.methods.segmentation.train import SegmentationTraining, TrainConfig, resolve
@@ -30,6 +31,7 @@ class Segmentation(Method):
     search_settings = SearchConfig
     train_settings = TrainConfig
     model_format = FORMAT
+    report = SegmentationReport()
 
     def parse_search(self, argv: Sequence[str]) -> SearchConfig:
         return parse(argv)

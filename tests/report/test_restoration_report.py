@@ -7,19 +7,19 @@ import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
-from xml.etree.ElementTree import tostring
 
 import pytest
 import torch
 from PIL import Image
 
+from nasfast.methods.restoration.report import RestorationReport, cell_graph, path_graph
 from nasfast.report import terminal_table, write_report
-from nasfast.report.graphs import ir_cell_graph, ir_path_graph
 from nasfast.runs.records import Evaluation, Record
 from nasfast.runs.study import Study
 from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
 
 SPACE = IRNASSpace(layers=3, nodes=2)
+REPORT = RestorationReport()
 GENOTYPES = [SPACE.sample(random.Random(i)) for i in range(3)]
 
 
@@ -41,10 +41,10 @@ def record(index: int, genotype: IRNASGenotype, earlier: int | None) -> Record:
         evaluation=Evaluation(
             {"supernet": 0.7 + index / 100},
             {"supernet": metrics},
+            {"params": 61_234 + index, "macs": 10**9},
             None,
-            61_234 + index,
-            10**9,
             {"train": 3.0, "validate": 1.0},
+            "supernet",
         ),
         duplicate_of=earlier,
         time="2026-01-01T00:00:00+00:00",
@@ -66,9 +66,9 @@ def study(tmp_path: Path) -> Any:
         yield study
 
 
-def test_how_the_choice_formed(study: Study) -> None:
-    page = write_report(study).read_text()
-    for text in ("Losses and validation", "How the choice formed", "PSNR of the supernet, dB"):
+def test_supernet_history(study: Study) -> None:
+    page = write_report(study, REPORT).read_text()
+    for text in ("Losses and validation", "Supernet history", "PSNR of the supernet, dB"):
         assert text in page
     assert "another architecture was derived (2)" in page
     assert "2 → node 1, epoch 4: def3x3 0.700" in page
@@ -86,11 +86,11 @@ def test_how_the_choice_formed(study: Study) -> None:
 
 
 def test_the_last_architecture_is_the_choice(study: Study) -> None:
-    page = write_report(study).read_text()
+    page = write_report(study, REPORT).read_text()
     assert "The cell, after epoch 4" in page
     assert "<dt>PSNR</dt><dd>23.0000</dd>" in page
-    assert "<dt>parameters</dt><dd>61.24 k</dd>" in page
-    table = terminal_table(study)
+    assert "<dt>params</dt><dd>61.24 k</dd>" in page
+    table = terminal_table(study, REPORT)
     assert [str(column.header) for column in table.columns][:4] == [
         "rank",
         "index",
@@ -101,12 +101,12 @@ def test_the_last_architecture_is_the_choice(study: Study) -> None:
 
 
 def test_pictures_are_inside_the_page(study: Study) -> None:
-    assert "Before and after" not in write_report(study).read_text()
+    assert "Before and after" not in write_report(study, REPORT).read_text()
     for training in ("train-10", "train-9", "train-9-seed"):
         folder = study.path / training / "pictures"
         folder.mkdir(parents=True)
         Image.new("L", (8, 4), 100).save(folder / "boat.png")
-    page = write_report(study).read_text()
+    page = write_report(study, REPORT).read_text()
     assert page.count('src="data:image/png;base64,') == 3
     captions = re.findall(r"<figcaption>([^<]*: boat)</figcaption>", page)
     assert captions == ["train-9-seed: boat", "train-9: boat", "train-10: boat"]
@@ -121,20 +121,13 @@ def drawn(svg: ElementTree.Element, kind: str) -> list[str]:
 @pytest.mark.parametrize("seed", range(10))
 def test_drawings_have_every_node_and_edge(seed: int) -> None:
     genotype = IRNASSpace(layers=4, nodes=3).sample(random.Random(seed))
-    cell, path = (
-        ElementTree.fromstring(
-            tostring(draw(genotype), encoding="unicode").replace(
-                'xmlns="http://www.w3.org/2000/svg" ', ""
-            )
-        )
-        for draw in (ir_cell_graph, ir_path_graph)
-    )
+    cell, path = cell_graph(genotype), path_graph(genotype)
     ops = [op for node in genotype.nodes for op, _ in node]
     ends = ["layer - 2", "layer - 1", "output"]
     assert sorted(drawn(cell, "node")) == sorted([*ends, *ops, "+", "+", "+"])
     assert len(drawn(cell, "edge")) == 2 * len(ops) + 3
-    assert len(drawn(cell, "loose")) == 3
-    assert len(drawn(path, "loose")) == 4
+    assert len(drawn(cell, "accent")) == 3
+    assert len(drawn(path, "accent")) == 4
     assert len(drawn(path, "edge")) == 2 + 5 + 7 + 7
     assert drawn(path, "op") == ["stem", *(f"{2**level} W" for level in genotype.levels)]
 
@@ -142,7 +135,7 @@ def test_drawings_have_every_node_and_edge(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(10))
 def test_drawn_nodes_lie_inside(seed: int) -> None:
     genotype = IRNASSpace(layers=4, nodes=5).sample(random.Random(seed))
-    for draw in (ir_cell_graph, ir_path_graph):
+    for draw in (cell_graph, path_graph):
         svg = draw(genotype)
         _, _, width, height = map(float, svg.attrib["viewBox"].split())
         for rect in svg.iter("rect"):

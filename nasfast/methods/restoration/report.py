@@ -1,0 +1,191 @@
+"""Supernet history, drawings and restored images, for the report of a search."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from xml.etree.ElementTree import Element
+
+from torch import Tensor
+
+from nasfast.report.base import Section
+from nasfast.report.charts import heat_map, line_chart
+from nasfast.report.graphs import Edge, Node, grid_graph, layered_graph, sum_node
+from nasfast.report.html import element, figure
+from nasfast.runs.records import Record
+from nasfast.runs.study import Study
+from nasfast.searches.bilevel import STAGE as SUPERNET
+from nasfast.spaces.ir_nas import PRIMITIVES, IRNASGenotype, moves, num_levels, targets
+
+__all__ = ["RestorationReport", "cell_graph", "path_graph"]
+
+WIDTHS = ("narrower", "same", "wider")
+
+
+class RestorationReport:
+    """The PSNR, the cell and the widths; how a gradient search chose them; images that the trained
+    networks restored."""
+
+    metric = ("psnr", "PSNR")
+
+    def architecture(self, record: Record) -> Iterable[Section]:
+        """Cell and widths."""
+        genotype = IRNASGenotype.from_json(record.genotype)
+        derived = SUPERNET in record.evaluation.rewards
+        yield Section(
+            f"The cell, after epoch {record.index + 1}"
+            if derived
+            else f"The best cell, of architecture {record.index}",
+            [
+                figure(
+                    cell_graph(genotype),
+                    "A node sums two operations on earlier states; states 0 and 1 are the outputs "
+                    "of the layers before. The coloured edges are the nodes, concatenated to the "
+                    "output.",
+                )
+            ],
+        )
+        yield Section(
+            "Its widths",
+            [
+                figure(
+                    path_graph(genotype),
+                    "Layers from left to right; a level is twice as wide as the one above it.",
+                )
+            ],
+        )
+
+    def sections(self, study: Study) -> Iterable[Section]:
+        """Supernet history of a gradient search, and images before and after."""
+        state = study.load_checkpoint() or {}
+        if study.records and "alphas" in state:
+            yield from _supernet_history(study.records, state["alphas"], state["betas"])
+        if images := _images(study.path):
+            yield Section("Before and after", images)
+
+
+def cell_graph(genotype: IRNASGenotype) -> Element:
+    """SVG of the cell: two inputs, nodes as sums of two operations, and their concatenation."""
+    nodes = [Node("layer - 2", 0, "end"), Node("layer - 1", 0, "end")]
+    edges, states = [], [0, 1]  # the drawn node of each state
+    for pair in genotype.nodes:
+        column = 1 + max(nodes[states[state]].column for _, state in pair)
+        total = len(nodes) + 2  # the sum, behind both operations
+        for op, state in pair:
+            edges += [Edge(states[state], len(nodes)), Edge(len(nodes), total)]
+            nodes.append(Node(op, column))
+        states.append(total)
+        nodes.append(sum_node(column + 1))
+    edges += [Edge(state, len(nodes), "accent") for state in states[2:]]
+    nodes.append(Node("output", 1 + max(node.column for node in nodes), "end"))
+    return layered_graph(nodes, edges, "Cell")
+
+
+def path_graph(genotype: IRNASGenotype) -> Element:
+    """SVG of the widths: every level that a layer can have, and the path through them."""
+    path = (0, *genotype.levels)
+    places = [(layer, level) for layer in range(len(path)) for level in range(num_levels(layer))]
+    nodes = [
+        Node(
+            f"{2**level} W" if layer else "stem", layer, "op" if path[layer] == level else "unused"
+        )
+        for layer, level in places
+    ]
+    edges = [
+        Edge(i, places.index((layer + 1, target)), "faint")
+        for i, (layer, source) in enumerate(places)
+        if layer < len(genotype.levels)
+        for target in targets(source)
+        if (source, target) != path[layer : layer + 2]
+    ]
+    chosen = [places.index(place) for place in enumerate(path)]
+    edges += [Edge(source, target, "accent") for source, target in itertools.pairwise(chosen)]
+    return grid_graph(nodes, [level for _, level in places], edges, "Widths of the layers")
+
+
+def _supernet_history(
+    records: tuple[Record, ...], alphas: Tensor, betas: Tensor
+) -> Iterator[Section]:
+    """Of probabilities alphas [epochs, edges, K] and betas [epochs, moves, 3]."""
+    changes = [
+        after.index
+        for before, after in itertools.pairwise(records)
+        if before.canonical != after.canonical
+    ]
+
+    def chart(names: dict[str, str]) -> list[Element]:
+        """Of metrics over epochs, with their labels."""
+        series = {
+            label: [
+                (record.index, metrics[name])
+                for record in records
+                if name in (metrics := record.evaluation.metrics[SUPERNET])
+            ]
+            for name, label in names.items()
+        }
+        return line_chart(series, len(records), "epoch", first=1, dotted=changes)
+
+    yield Section(
+        "Losses and validation",
+        [
+            *chart({"psnr": "PSNR of the supernet, dB"}),
+            *chart(
+                {"loss": "loss of the weights", "architecture_loss": "loss of the architecture"}
+            ),
+            element(
+                "p",
+                f"Dotted: epochs after which another architecture was derived ({len(changes)}). "
+                "The supernet is scored as it is, with its operations mixed.",
+            ),
+        ],
+    )
+    count = alphas.shape[1]
+    edges = [(state, node) for node in range(count) for state in range(2 + node)][:count]
+    edge_labels = [f"{state} → node {node}" for state, node in edges]
+    uniform = math.log(len(PRIMITIVES))
+    layers = len(IRNASGenotype.from_json(records[-1].genotype).levels)
+    move_labels = [f"layer {layer}, level {level}" for layer, level in moves(layers)]
+    yield Section(
+        "Supernet history",
+        [
+            element("h3", "Entropy, nats"),
+            *chart(
+                {
+                    "alpha_entropy": f"operations of an edge (uniform: {uniform:.2f})",
+                    "beta_entropy": "moves of a level",
+                }
+            ),
+            element("h3", "Operations"),
+            *heat_map(alphas.tolist(), edge_labels, PRIMITIVES, "epoch"),
+            element("h3", "Widths"),
+            *heat_map(betas.tolist(), move_labels, WIDTHS, "epoch"),
+            element(
+                "p",
+                "A row is an edge of the cell, from a state to a node, or a source of the layer "
+                "before; its colour is the most probable choice after each epoch, the stronger "
+                "the more probable.",
+            ),
+        ],
+    )
+
+
+def _images(run: Path) -> list[Element]:
+    """The strips that nasfast.evaluate made of the networks trained in this run."""
+    figures = []
+    for path in sorted(run.glob("*/pictures/*.png"), key=_order):
+        data = base64.b64encode(path.read_bytes()).decode()
+        caption = f"{path.parent.parent.name}: {path.stem}"
+        figures.append(
+            figure(element("img", src=f"data:image/png;base64,{data}", alt=caption), caption)
+        )
+    return figures
+
+
+def _order(path: Path) -> tuple[int, str, str]:
+    """train-9 before train-10."""
+    training = path.parent.parent.name
+    number = training.rpartition("-")[2]
+    return (int(number) if number.isdigit() else -1, training, path.name)
