@@ -1,15 +1,13 @@
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from nasfast.data import SyntheticStreets, ValTransform, split_for_search
-from nasfast.tasks.segmentation import (
-    SegmentationTask,
-    image_batches,
-    prepare_images,
-    resize_labels,
-)
+from nasfast.tasks.base import prepare_images
+from nasfast.tasks.segmentation import SegmentationTask, resize_labels
 from nasfast.training.loop import Runtime, in_order
 
 RUNTIME = Runtime(torch.device("cpu"))
@@ -17,6 +15,11 @@ TRAIN = SyntheticStreets(5, size=(32, 48))
 VAL = SyntheticStreets(2, size=(32, 48), stream="val")
 TASK = SegmentationTask(split_for_search(TRAIN, VAL, seed=0))
 CLASSES = 8
+
+
+def cross_entropy(logits, labels, weight=None):
+    task = dataclasses.replace(TASK, class_weight=weight)
+    return task.criterion(logits, {"labels": labels})
 
 
 def labels_of(*size):
@@ -31,12 +34,14 @@ def batch_of_two():
 
 
 def test_task_reads_classes_and_ignore_index_from_the_data():
-    assert (TASK.num_classes, TASK.ignore_index) == (CLASSES, 255)
+    assert (TASK.outputs, TASK.ignore_index) == (CLASSES, 255)
 
 
 @pytest.mark.parametrize("index", [-1, CLASSES])
 def test_omitted_classes_exist(index):
-    with pytest.raises(ValueError, match=f"^omit: expected classes from 0 to 7, got {index}$"):
+    with pytest.raises(
+        ValueError, match=f"^omit: expected classes from 0 to 7, got {index}; leave "
+    ):
         SegmentationTask(TASK.splits, (0, index))
 
 
@@ -46,28 +51,28 @@ def test_cross_entropy_against_torch(batch_of_two, weighted):
     # small weights: their sum over the pixels stays below one
     weight = torch.rand(CLASSES) * 1e-3 if weighted else None
     expected = F.cross_entropy(logits, labels.long(), weight, ignore_index=255)
-    torch.testing.assert_close(TASK.cross_entropy(logits, labels, weight), expected)
+    torch.testing.assert_close(cross_entropy(logits, labels, weight), expected)
 
 
 def test_cross_entropy_is_at_the_labels_resolution(batch_of_two):
     logits, labels = batch_of_two[0], labels_of(2, 24, 20)
     enlarged = F.interpolate(logits, (24, 20), mode="bilinear")
     expected = F.cross_entropy(enlarged, labels.long(), ignore_index=255)
-    torch.testing.assert_close(TASK.cross_entropy(logits, labels), expected)
+    torch.testing.assert_close(cross_entropy(logits, labels), expected)
 
 
 def test_cross_entropy_is_float32(batch_of_two):
     logits, labels = batch_of_two
     half = logits.detach().bfloat16()
-    loss = TASK.cross_entropy(half, labels)
+    loss = cross_entropy(half, labels)
     assert loss.dtype == torch.float32
-    assert loss == TASK.cross_entropy(half.float(), labels)
+    assert loss == cross_entropy(half.float(), labels)
 
 
 @pytest.mark.parametrize("weight", [None, torch.rand(CLASSES)])
 def test_cross_entropy_without_labels_is_zero(batch_of_two, weight):
     logits, labels = batch_of_two
-    loss = TASK.cross_entropy(logits, torch.full_like(labels, 255), weight)
+    loss = cross_entropy(logits, torch.full_like(labels, 255), weight)
     loss.backward()
     assert loss == 0
     assert torch.equal(logits.grad, torch.zeros_like(logits))
@@ -79,28 +84,21 @@ def test_loss_is_the_sum_of_its_terms(batch_of_two):
     teacher = torch.randn(2, CLASSES, 12, 9, dtype=torch.float16)
     weight = torch.rand(CLASSES) + 0.5
 
-    def cross_entropy(scores):
+    def weighted(scores):
         scores = F.interpolate(scores, (6, 5), mode="bilinear")
         return F.cross_entropy(scores, labels.long(), weight, ignore_index=255)
 
     enlarged = F.interpolate(logits, (12, 9), mode="bilinear")
     expected = (
-        cross_entropy(logits)
-        + 0.15 * (cross_entropy(aux[0]) + cross_entropy(aux[1]))
+        weighted(logits)
+        + 0.15 * (weighted(aux[0]) + weighted(aux[1]))
         + 0.3 * ((enlarged - teacher.float()) ** 2).mean()
     )
-    loss = TASK.loss(
-        logits,
-        aux,
-        labels,
-        aux_weight=0.15,
-        teacher=teacher,
-        kd_weight=0.3,
-        class_weight=weight,
-    )
+    task, targets = dataclasses.replace(TASK, class_weight=weight), {"labels": labels}
+    loss = task.loss(logits, aux, targets, aux_weight=0.15, teacher=teacher, kd_weight=0.3)
     torch.testing.assert_close(loss, expected)
-    plain = TASK.loss(logits, [], labels, aux_weight=0.15)
-    assert plain == TASK.cross_entropy(logits, labels)
+    plain = TASK.loss(logits, [], targets, aux_weight=0.15)
+    assert plain == cross_entropy(logits, labels)
 
 
 def test_resize_labels_takes_the_nearest_label():
@@ -119,10 +117,10 @@ def test_prepare_images():
     torch.testing.assert_close(prepared[:, 0], red)
 
 
-def test_image_batches():
-    batches = list(image_batches(TRAIN, in_order(5, 2), ValTransform(None), RUNTIME))
+def test_batches():
+    batches = list(TASK.batches(TRAIN, in_order(5, 2), ValTransform(None), RUNTIME))
     assert [tuple(images.shape) for images, _ in batches] == [(2, 3, 32, 48)] * 2 + [(1, 3, 32, 48)]
-    assert torch.equal(batches[2][1][0], TRAIN[4].mask)
+    assert torch.equal(batches[2][1]["labels"][0], TRAIN[4].mask)
 
 
 class Oracle(nn.Module):
@@ -152,10 +150,19 @@ def test_score_images_at_full_resolution():
 def test_score_counts_every_pixel_and_omits_classes():
     labels = torch.tensor([[[0, 1], [1, 255]]], dtype=torch.uint8)
     logits = F.one_hot(torch.tensor([[[1, 1], [1, 1]]]), CLASSES).permute(0, 3, 1, 2).float()
-    pairs = [(logits, labels)]
+    pairs = [(logits, {"labels": labels})]
     both = TASK.score(pairs, lambda x: x, RUNTIME)
     assert both.class_iou[:3] == (0, pytest.approx(2 / 3), None)
     assert both.mean_accuracy == 0.5
     without = SegmentationTask(TASK.splits, omit=(0,)).score(pairs, lambda x: x, RUNTIME)
     assert without.class_iou[:3] == (None, pytest.approx(2 / 3), None)
     assert without.mean_accuracy == without.fw_iou / without.miou == 1
+
+
+def test_a_prediction_is_drawn():
+    image = torch.full((3, 4, 6), 100, dtype=torch.uint8)
+    logits = torch.zeros(CLASSES, 2, 3)
+    logits[2] = 1
+    drawn = TASK.draw(image, logits)
+    colour = torch.tensor(TRAIN.colors[2])[:, None, None]
+    assert torch.equal(drawn, (0.6 * colour + 40).round().byte().expand(3, 4, 6))

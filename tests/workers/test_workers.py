@@ -409,8 +409,8 @@ def test_devices_of_two_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError) as caught:
         WorkerConfig.of(workers=None, devices="cuda:0,cpu", threads=1, engine="process", batch=4)
     assert str(caught.value) == (
-        "devices: expected devices of one kind, got cuda:0,cpu; rewards differ between kinds, so give "
-        "devices of one"
+        "devices: expected devices of one kind, got cuda:0,cpu; rewards differ between kinds, so "
+        "give devices of one"
     )
 
 

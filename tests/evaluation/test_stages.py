@@ -12,18 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-import nasfast.evaluation.evaluator
-from nasfast.cache import CacheConfig, FeatureCache, tensors_fingerprint
-from nasfast.data import SyntheticStreets, batch, split_for_search
+from nasfast.cache import FeatureCache, tensors_fingerprint
+from nasfast.data import SyntheticStreets, split_for_search
 from nasfast.encoders import MobileNetV2
-from nasfast.evaluation.evaluator import (
-    SegmentationEvaluator,
-    Stage0Config,
-    Stage1Config,
-    build_segmenter,
-    derive_seed,
-)
-from nasfast.models.segmenter import DecoderConfig
+from nasfast.evaluation.frozen_encoder import FrozenEncoder
+from nasfast.evaluation.stages import Stage0Config, Stage1Config
+from nasfast.methods.segmentation.search import Inputs, make_evaluator
+from nasfast.methods.segmentation.settings import SearchConfig
+from nasfast.models.segmenter import Decoder, DecoderConfig, Segmenter
 from nasfast.spaces.fast_nas import FastNASSpace
 from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.cost import count_macs
@@ -43,21 +39,29 @@ STAGE0 = Stage0Config(samples=8, crop=32, shorter_side=32, epochs=2, batch_size=
 STAGE1 = Stage1Config(crop=32, shorter_side=32, batch_size=4)
 
 
+def segmenter(encoder, genotype, outputs, config):
+    return Segmenter(encoder, Decoder(genotype, encoder.feature_info, outputs, config))
+
+
 def make_encoder():
     torch.manual_seed(3)
     return MobileNetV2(0.35)
 
 
 def make(cache_dir, stage0=STAGE0, stage1=STAGE1, beat=lambda: None, seed=7,
-         device="cpu", **options):  # fmt: skip
+         device="cpu", val_crop=None, teacher=None):  # fmt: skip
     train = SyntheticStreets(10, size=(48, 64), cache_in_memory=True)
     val = SyntheticStreets(1, size=(48, 64), stream="val")
-    task = SegmentationTask(split_for_search(train, val, seed=0, fraction=0.3))
-    runtime = Runtime(torch.device(device), beat)
-    return SegmentationEvaluator(
-        task, make_encoder(), DECODER, stage0, stage1, runtime,
-        seed=seed, cache=CacheConfig(cache_dir), **options,
+    splits = split_for_search(train, val, seed=0, fraction=0.3)
+    config = SearchConfig(
+        seed=seed, cache_dir=cache_dir, decoder=DECODER, stage0=stage0, stage1=stage1,
+        val_crop=val_crop,
     )  # fmt: skip
+    runtime = Runtime(torch.device(device), beat)
+    features = Inputs(splits, make_encoder(), teacher).features(config, runtime)
+    evaluator = make_evaluator(config, features)
+    evaluator.features = features
+    return evaluator
 
 
 def outcome(evaluation):
@@ -103,10 +107,10 @@ def test_evaluation(evaluator, evaluation):
 
 def test_cost_is_that_of_the_network_in_use_at_the_validation_size(evaluator, evaluation):
     final = dataclasses.replace(DECODER, aux_cell=False)
-    model = build_segmenter(make_encoder(), GENOTYPE, 8, final)
+    model = segmenter(make_encoder(), GENOTYPE, 8, final)
     aux = sum(p.numel() for p in model.decoder.aux_heads.parameters())
     assert evaluation.params == sum(p.numel() for p in model.parameters()) - aux
-    assert evaluator.val_size == (48, 64)
+    assert evaluator.features.val_size == (48, 64)
     assert evaluation.macs == count_macs(model, (48, 64))
 
 
@@ -158,9 +162,9 @@ def test_weights_are_replaced_by_their_average(cache_dir):
 
 def test_encoder_is_left_alone(evaluator, evaluation):
     state = make_encoder().state_dict()
-    assert all(torch.equal(v, state[k]) for k, v in evaluator._encoder.state_dict().items())
-    assert not any(p.requires_grad for p in evaluator._encoder.parameters())
-    assert not evaluator._encoder.training
+    assert all(torch.equal(v, state[k]) for k, v in evaluator.features.encoder.state_dict().items())
+    assert not any(p.requires_grad for p in evaluator.features.encoder.parameters())
+    assert not evaluator.features.encoder.training
 
 
 def test_a_candidate_of_nothing_is_legal(evaluator):
@@ -180,7 +184,7 @@ def test_caches_are_reused(cache_dir, evaluator, evaluation, monkeypatch):
     files = {path: path.stat().st_mtime_ns for path in cache_dir.iterdir()}
     assert len(files) == 2
     with monkeypatch.context() as patch:
-        patch.setattr(SegmentationEvaluator, "_encode", None)
+        patch.setattr(FrozenEncoder, "_encode", None)
         again = make(cache_dir)
     assert {path: path.stat().st_mtime_ns for path in cache_dir.iterdir()} == files
     assert outcome(again(GENOTYPE, 4, None)) == outcome(evaluation)
@@ -194,7 +198,7 @@ def test_a_crop_does_not_depend_on_who_encodes_it(tmp_path, monkeypatch):
         return load(key, count, encode, *args, **options)
 
     monkeypatch.setattr(FeatureCache, "load_or_build", load_or_build)
-    cache = make(tmp_path)._train_cache
+    cache = make(tmp_path).features._train_cache
     together = cache.batch(torch.arange(cache.count))
     for i in reversed(range(cache.count)):
         alone = encoders[cache.count](torch.tensor([i]))
@@ -205,13 +209,13 @@ def test_a_crop_does_not_depend_on_who_encodes_it(tmp_path, monkeypatch):
 
 def test_distillation(cache_dir, evaluator, evaluation, tmp_path):
     encoder = make_encoder()
-    teacher = build_segmenter(encoder, OTHER, 8, DecoderConfig(8, 1, False))
+    teacher = segmenter(encoder, OTHER, 8, DecoderConfig(8, 1, False))
     own = tmp_path / "own"
     stage0 = dataclasses.replace(STAGE0, kd_weight=30.0)
     distilled = make(own, stage0=stage0, teacher=teacher)
     names = {path.name for path in own.iterdir()}
-    shared = names & {path.name for path in evaluator._val_cache.paths[0].parent.iterdir()}
-    assert shared == {evaluator._val_cache.paths[0].name}
+    shared = names & {path.name for path in evaluator.features._val_cache.paths[0].parent.iterdir()}
+    assert shared == {evaluator.features._val_cache.paths[0].name}
     assert distilled.inputs == evaluator.inputs | {
         "teacher": tensors_fingerprint(teacher.state_dict())
     }
@@ -226,7 +230,7 @@ def test_distillation(cache_dir, evaluator, evaluation, tmp_path):
 
 
 def test_val_crop(tmp_path):
-    assert make(tmp_path, val_crop=32).val_size == (32, 32)
+    assert make(tmp_path, val_crop=32).features.val_size == (32, 32)
 
 
 def assert_failed(failed, stage, evaluation):
@@ -285,9 +289,9 @@ def test_auxiliary_heads_rest_at_weight_0(cache_dir, evaluation, monkeypatch, we
     stages = [dataclasses.replace(s, aux_weight=w) for s, w in zip((STAGE0, STAGE1), weights)]
     loss, heads = SegmentationTask.loss, []
 
-    def spy(task, logits, aux, labels, **options):
+    def spy(task, output, aux, targets, **options):
         heads.append(len(aux))
-        return loss(task, logits, aux, labels, **options)
+        return loss(task, output, aux, targets, **options)
 
     monkeypatch.setattr(SegmentationTask, "loss", spy)
     done = make(cache_dir, *stages)(GENOTYPE, 4, None)
@@ -300,14 +304,16 @@ def test_auxiliary_heads_rest_at_weight_0(cache_dir, evaluation, monkeypatch, we
 def test_crops_are_drawn_from_all_frames(tmp_path, monkeypatch, samples, often):
     frames = []
 
-    def spy(data, indices, transform, generator=None):
+    load = SegmentationTask.load
+
+    def spy(task, data, indices, transform, generator=None):
         if generator is not None:  # validation is not drawn
             frames.extend(indices)
-        return batch(data, indices, transform, generator)
+        return load(task, data, indices, transform, generator)
 
-    monkeypatch.setattr(nasfast.evaluation.evaluator, "batch", spy)
+    monkeypatch.setattr(SegmentationTask, "load", spy)
     made = make(tmp_path, dataclasses.replace(STAGE0, samples=samples))
-    assert len(made.task.splits.search_train) == 7
+    assert len(made.features.task.search_train) == 7
     assert len(frames) == samples
     assert frames[:7] != list(range(7))[:samples]
     assert set(collections.Counter(frames).values()) == often
@@ -315,7 +321,7 @@ def test_crops_are_drawn_from_all_frames(tmp_path, monkeypatch, samples, often):
 
 
 def test_inputs_are_hashes_of_what_was_read(evaluator, tmp_path):
-    splits = evaluator.task.splits
+    splits = evaluator.features.task.splits
     assert evaluator.inputs == {
         "encoder": tensors_fingerprint(make_encoder().state_dict()),
         "training data": splits.search_train.fingerprint(),
@@ -325,27 +331,15 @@ def test_inputs_are_hashes_of_what_was_read(evaluator, tmp_path):
     assert make(tmp_path, seed=8).inputs == evaluator.inputs  # nothing else was read
 
 
-def test_only_the_generators_in_use_are_saved(evaluator, monkeypatch):
-    fork_rng, saved = torch.random.fork_rng, []
-
-    def spy(devices):
-        saved.append(devices)
-        return fork_rng(devices)
-
-    monkeypatch.setattr(torch.random, "fork_rng", spy)
-    evaluator(NOTHING, 0, 1.0)
-    assert saved == [[]]  # on a CPU no device's
-
-
 @pytest.mark.cuda
 def test_everything_lives_on_the_device(tmp_path, monkeypatch):
     places = collections.defaultdict(set)
     loss, compute = SegmentationTask.loss, ConfusionMatrix.compute
 
-    def spy_loss(task, logits, aux, labels, **options):
-        places["decoder"].update(x.device.type for x in (logits, *aux))
-        places["labels"].add(labels.device.type)
-        return loss(task, logits, aux, labels, **options)
+    def spy_loss(task, output, aux, targets, **options):
+        places["decoder"].update(x.device.type for x in (output, *aux))
+        places["labels"].add(targets["labels"].device.type)
+        return loss(task, output, aux, targets, **options)
 
     def spy_compute(matrix, omit):
         places["counts"].add(matrix._counts.device.type)
@@ -354,7 +348,7 @@ def test_everything_lives_on_the_device(tmp_path, monkeypatch):
     monkeypatch.setattr(SegmentationTask, "loss", spy_loss)
     monkeypatch.setattr(ConfusionMatrix, "compute", spy_compute)
     on_cuda = make(tmp_path, device="cuda")
-    for cache in (on_cuda._train_cache, on_cuda._val_cache):
+    for cache in (on_cuda.features._train_cache, on_cuda.features._val_cache):
         assert all(array.is_cuda for array in cache.batch(torch.tensor([0])).values())
         assert cache.device.type == "cuda"
     before = torch.cuda.get_rng_state()
@@ -373,38 +367,6 @@ def test_out_of_memory_is_a_failure(evaluator, monkeypatch):
     assert failed.failure.startswith("stage0: out of memory (")
     assert "allocate memory" in failed.failure
     assert failed.gate == 0.1
-
-
-@pytest.mark.parametrize(
-    ("error", "failure"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB\nmore"), "CUDA out of memory. T"),
-        (MemoryError(), "MemoryError)"),
-        (RuntimeError("CUDNN_STATUS_ALLOC_FAILED: at line 3"), "CUDNN_STATUS_ALLOC_FAILED: at l"),
-        (RuntimeError("cuBLAS error CUBLAS_STATUS_ALLOC_FAILED"), "cuBLAS error CUBLAS_STATUS_A"),
-    ],
-)
-def test_other_forms_of_out_of_memory(evaluator, monkeypatch, error, failure):
-    def exhaust(*args, **options):
-        raise error
-
-    monkeypatch.setattr(SegmentationTask, "score", exhaust)
-    failed = evaluator(GENOTYPE, 4, None)
-    assert failed.failure.startswith(f"stage0: out of memory ({failure}")
-    assert "\n" not in failed.failure
-
-
-@pytest.mark.parametrize(
-    "error", [RuntimeError("shapes differ"), ValueError("wrong"), RuntimeError()]
-)
-def test_other_errors_are_raised(evaluator, monkeypatch, error):
-    def fail(*args, **options):
-        raise error
-
-    monkeypatch.setattr(SegmentationTask, "loss", fail)
-    with pytest.raises(type(error)) as caught:
-        evaluator(GENOTYPE, 4, None)
-    assert caught.value is error
 
 
 def test_heartbeat_stops_at_any_step(cache_dir):
@@ -431,12 +393,3 @@ def test_heartbeat_stops_the_encoding(tmp_path):
     with pytest.raises(StopRequested):
         make(tmp_path, beat=stop)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_derive_seed():
-    assert derive_seed(7, 4) == derive_seed("7", 4)
-    assert derive_seed(7, 4) == 1328981751695773746
-    seeds = {derive_seed(seed, index, *stage) for seed in range(9) for index in range(9)
-             for stage in ((), ("stage0",))}  # fmt: skip
-    assert len(seeds) == 162
-    assert all(0 <= seed < 2**63 for seed in seeds)

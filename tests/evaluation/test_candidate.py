@@ -1,0 +1,172 @@
+"""Seed, gate, timing and failure policy, with stages that do what they are told."""
+
+import dataclasses
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nasfast.evaluation.candidate import CandidateEvaluator
+from nasfast.spaces.fast_nas import FastNASSpace
+from nasfast.training.loop import NonFiniteLossError, Runtime
+from nasfast.utils.seeding import derive_seed
+
+GENOTYPE = FastNASSpace().sample(random.Random(0))
+
+
+@dataclasses.dataclass
+class Scored:
+    reward: float
+
+    def as_dict(self):
+        return {"metric": 2 * self.reward}
+
+
+class Stage:
+    """Rewards what it is given; a callable is called in training, or in validation."""
+
+    def __init__(self, name, reward, train=None, validate=None):
+        self.name, self.reward = name, reward
+        self._train, self._validate = train, validate
+        self.seeds = []
+
+    def train(self, model, seed_of):
+        self.seeds.append(seed_of(self.name))
+        if self._train is not None:
+            self._train()
+        return model
+
+    def validate(self, model):
+        time.sleep(0.001)
+        if self._validate is not None:
+            self._validate()
+        return Scored(self.reward)
+
+
+def evaluator(*stages, build=lambda genotype: nn.Linear(2, 3), seed=7):
+    return CandidateEvaluator(
+        build,
+        lambda model: {"params": sum(p.numel() for p in model.parameters()), "macs": 6},
+        stages,
+        Runtime(torch.device("cpu")),
+        seed=seed,
+        inputs={"data": "hash"},
+        remedy="rest",
+        seconds={"encode": 1.0},
+    )
+
+
+def fail_with(error):
+    def fail():
+        raise error
+
+    return fail
+
+
+def test_all_stages():
+    first, second = Stage("first", 0.5), Stage("second", 0.2)
+    evaluation = evaluator(first, second)(GENOTYPE, 3, 0.4)
+    assert evaluation.rewards == {"first": 0.5, "second": 0.2}
+    assert evaluation.metrics == {"first": {"metric": 1.0}, "second": {"metric": 0.4}}
+    assert evaluation.costs == {"params": 9, "macs": 6}
+    assert list(evaluation.seconds) == [
+        f"{stage}_{step}" for stage in ("first", "second") for step in ("train", "validate")
+    ]
+    assert evaluation.seconds["first_validate"] >= 0.001
+    assert (evaluation.gate, evaluation.feedback, evaluation.failure) == (0.4, "first", None)
+    assert first.seeds == [derive_seed(7, 3, "first")]
+    assert second.seeds == [derive_seed(7, 3, "second")]
+
+
+@pytest.mark.parametrize("gate", [0.5, 0.6])
+def test_what_does_not_beat_the_gate_stops(gate):
+    second = Stage("second", 0.9)
+    evaluation = evaluator(Stage("first", 0.5), second)(GENOTYPE, 0, gate)
+    assert evaluation.rewards == {"first": 0.5}
+    assert second.seeds == []
+
+
+def test_costs_alone():
+    before = torch.get_rng_state()
+    assert evaluator(Stage("only", 0.1)).costs(GENOTYPE) == {"params": 9, "macs": 6}
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_index_and_seed_decide_the_initial_weights():
+    made = []
+
+    def build(genotype):
+        made.append(nn.Linear(2, 3))
+        return made[-1]
+
+    for seed, index in ((7, 1), (7, 1), (7, 2), (8, 1)):
+        torch.manual_seed(index + seed)
+        evaluator(Stage("only", 0.1), build=build, seed=seed)(GENOTYPE, index, None)
+    first, again, other, elsewhere = (model.weight for model in made)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, elsewhere)
+
+
+def test_generators_are_left_as_they_were(monkeypatch):
+    fork_rng, saved = torch.random.fork_rng, []
+
+    def spy(devices):
+        saved.append(devices)
+        return fork_rng(devices)
+
+    monkeypatch.setattr(torch.random, "fork_rng", spy)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    evaluator(Stage("only", 0.1, train=lambda: torch.rand(3)))(GENOTYPE, 0, None)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert np.random.get_state()[1].tolist() == before[2]  # noqa: NPY002
+    assert saved == [[]]  # on a CPU no device's
+
+
+MEMORY = [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB\nmore"), "CUDA out of memory. Tried "),
+    (MemoryError(), "MemoryError"),
+    (RuntimeError("CUDNN_STATUS_ALLOC_FAILED: at line 3"), "CUDNN_STATUS_ALLOC_FAILED: at line 3"),
+    (RuntimeError("cuBLAS error CUBLAS_STATUS_ALLOC_FAILED"), "cuBLAS error CUBLAS_STATUS_ALLOC_F"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), "DefaultCPUAllocator: can't"),
+]
+
+
+@pytest.mark.parametrize("step", ["train", "validate"])
+@pytest.mark.parametrize(("error", "text"), MEMORY)
+def test_out_of_memory_is_a_failure_that_keeps_the_stages_before(error, text, step):
+    last = Stage("second", 0.9, **{step: fail_with(error)})
+    evaluation = evaluator(Stage("first", 0.5), last)(GENOTYPE, 0, 0.1)
+    assert evaluation.failure.startswith(f"second: out of memory ({text}")
+    assert "\n" not in evaluation.failure
+    assert evaluation.rewards == {"first": 0.5}
+    assert evaluation.costs == {"params": 9, "macs": 6}
+    assert list(evaluation.seconds)[-1] == f"second_{step}"
+    assert evaluation.gate == 0.1
+
+
+def test_out_of_memory_while_it_is_built():
+    def build(genotype):
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    evaluation = evaluator(Stage("only", 0.5), build=build)(GENOTYPE, 0, None)
+    assert evaluation.failure.startswith("build: out of memory (")
+    assert evaluation.rewards == {}
+
+
+def test_a_loss_that_is_not_finite_is_a_failure():
+    stage = Stage("only", 0.5, train=fail_with(NonFiniteLossError("training loss is nan")))
+    assert evaluator(stage)(GENOTYPE, 0, None).failure == "only: training loss is nan"
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes differ"), ValueError("wrong"), RuntimeError(), KeyError("x")]
+)
+def test_other_errors_are_raised(error):
+    with pytest.raises(type(error)) as caught:
+        evaluator(Stage("only", 0.5, train=fail_with(error)))(GENOTYPE, 0, None)
+    assert caught.value is error

@@ -1,0 +1,190 @@
+"""A second task, a regression, goes through the evaluation as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nasfast.cache import CacheConfig
+from nasfast.data import SyntheticStreets, batch
+from nasfast.encoders import load_encoder
+from nasfast.evaluation.candidate import CandidateEvaluator
+from nasfast.evaluation.frozen_encoder import FrozenEncoder
+from nasfast.evaluation.stages import DecoderOnFeatures, EndToEnd, Stage0Config, Stage1Config
+from nasfast.models.layers import resize
+from nasfast.models.segmenter import Decoder, DecoderConfig, Segmenter
+from nasfast.spaces.fast_nas import FastNASSpace
+from nasfast.tasks.base import DenseTask, Frames, Targets
+from nasfast.training.loop import NonFiniteLossError, Runtime
+
+GENOTYPE = FastNASSpace().from_json(
+    [[2, [1, 0, 3, 6], [0, 1, 2, 8], [2, 0, 6, 1]], [[2, 3], [3, 1], [4, 4]]]
+)
+RUNTIME = Runtime(torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Error:
+    """How far a prediction is off."""
+
+    rmse: float
+
+    @property
+    def reward(self) -> float:
+        return 1 / (1 + self.rmse)
+
+    def as_dict(self) -> dict[str, float]:
+        return {"rmse": self.rmse}
+
+
+class Brightness(DenseTask[Error]):
+    """The brightness of each pixel after blurring, in [0, 4]; of the sky nothing is asked."""
+
+    name = "brightness"
+
+    def __init__(self) -> None:
+        self._train = SyntheticStreets(12, size=(48, 64), cache_in_memory=True)
+        self._val = SyntheticStreets(3, size=(48, 64), stream="val", cache_in_memory=True)
+
+    @property
+    def outputs(self) -> int:
+        return 1
+
+    @property
+    def search_train(self) -> SyntheticStreets:
+        return self._train
+
+    @property
+    def search_val(self) -> SyntheticStreets:
+        return self._val
+
+    def load(
+        self,
+        frames: Frames,
+        indices: Sequence[int],
+        transform: Any,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Targets]:
+        assert isinstance(frames, SyntheticStreets)
+        images, masks = batch(frames, indices, transform, generator)
+        return images, {"brightness": images.float().mean(1) / 64, "valid": (masks != 0).byte()}
+
+    def resize_targets(self, targets: Targets, size: tuple[int, int]) -> Targets:
+        brightness, valid = (resize(t[:, None].float(), size)[:, 0] for t in targets.values())
+        return {"brightness": brightness, "valid": (valid > 0.5).byte()}
+
+    def criterion(self, output: Tensor, targets: Targets) -> Tensor:
+        expected, valid = targets["brightness"], targets["valid"]
+        error = resize(output.float(), (expected.shape[-2], expected.shape[-1]))[:, 0] - expected
+        return (error.square() * valid).sum() / valid.sum().clamp(min=1)
+
+    @torch.inference_mode()
+    def score(
+        self,
+        batches: Iterable[tuple[Any, Targets]],
+        predict: Callable[[Any], Tensor],
+        runtime: Runtime,
+    ) -> Error:
+        losses = []
+        for inputs, targets in batches:
+            with runtime.autocast():
+                losses.append(self.criterion(predict(inputs), targets))
+        loss = torch.stack(losses).mean()
+        if not loss.isfinite():
+            raise NonFiniteLossError("the network's output is not finite")
+        return Error(loss.sqrt().item())
+
+    def draw(self, image: Tensor, output: Tensor) -> Tensor:
+        grey = resize(output[None].float(), (image.shape[-2], image.shape[-1]))[0]
+        return (64 * grey.clamp(0, 3.98)).round().byte().expand(3, -1, -1)
+
+
+TASK = Brightness()
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> FrozenEncoder:
+    return features_in(tmp_path_factory.mktemp("features"))
+
+
+def features_in(folder: Path, teacher: Segmenter | None = None) -> FrozenEncoder:
+    return FrozenEncoder(
+        TASK,
+        load_encoder(),
+        STAGE0,
+        None,
+        RUNTIME,
+        seed=0,
+        cache=CacheConfig(folder),
+        teacher=teacher,
+    )
+
+
+STAGE0 = Stage0Config(samples=24, crop=48, shorter_side=48, epochs=8, batch_size=4, lr=0.01)
+STAGE1 = Stage1Config(crop=48, shorter_side=48, batch_size=4, epochs=2, polyak_decay=0.5)
+
+
+def build(genotype: Any) -> Segmenter:
+    encoder = load_encoder()
+    return Segmenter(encoder, Decoder(genotype, encoder.feature_info, 1, DecoderConfig(8)))
+
+
+def evaluator(features: FrozenEncoder) -> CandidateEvaluator[Any, Any]:
+    return CandidateEvaluator(
+        build,
+        lambda model: features.costs(model.decoder),
+        [
+            DecoderOnFeatures(STAGE0, features),
+            EndToEnd(STAGE1, TASK, features.val_transform, RUNTIME),
+        ],
+        RUNTIME,
+        seed=0,
+        inputs=features.inputs,
+        remedy="",
+        seconds=features.seconds,
+    )
+
+
+def test_it_learns_in_both_stages(features: FrozenEncoder) -> None:
+    evaluation = evaluator(features)(GENOTYPE, 0, None)
+    assert evaluation.failure is None
+    assert list(evaluation.rewards) == ["stage0", "stage1"]
+    untrained = TASK.score_images(build(GENOTYPE), TASK.search_val, features.val_transform, RUNTIME)
+    assert evaluation.metrics["stage0"]["rmse"] < 0.75 * untrained.rmse
+    assert evaluation.rewards["stage0"] == 1 / (1 + evaluation.metrics["stage0"]["rmse"])
+    assert evaluation.params > 0 < evaluation.macs
+
+
+def test_targets_keep_their_names_and_sizes(features: FrozenEncoder) -> None:
+    assert features.val_size == (48, 64)
+    batch = features.split(next(features.train_batches([torch.tensor([1, 4, 2])])))
+    assert [tuple(tap.shape[-2:]) for tap in batch.taps] == [(12, 12), (6, 6), (3, 3), (2, 2)]
+    assert {name: tuple(t.shape) for name, t in batch.targets.items()} == {
+        "brightness": (3, 12, 12),
+        "valid": (3, 12, 12),
+    }
+    assert batch.teacher is None
+    taps, targets = next(features.val_batches())
+    assert len(taps) == 4
+    assert targets["brightness"].shape == (3, 48, 64)
+    assert targets["brightness"].dtype == torch.float32  # features alone are rounded
+
+
+def test_it_learns_from_a_teacher(tmp_path: Path) -> None:
+    teacher = build(GENOTYPE)
+    features = features_in(tmp_path, teacher)
+    batch = features.split(next(features.train_batches([torch.tensor([0])])))
+    assert batch.teacher is not None
+    assert batch.teacher.shape[1] == 1
+    assert evaluator(features)(GENOTYPE, 0, None).failure is None
+
+
+def test_a_prediction_is_drawn() -> None:
+    image = torch.zeros(3, 8, 10, dtype=torch.uint8)
+    assert torch.equal(TASK.draw(image, torch.full((1, 4, 5), 0.5)), torch.full_like(image, 32))
