@@ -26,8 +26,8 @@ def method_named(name: object) -> Method:
     """
     if not isinstance(name, str) or name not in METHODS:
         raise UserError(
-            f"method: expected one of {', '.join(METHODS)}, got {name!r}; was it written by "
-            "another version of nasfast?"
+            f"method: expected one of {', '.join(METHODS)}, got {name!r}; a later version of "
+            "nasfast may know it"
         )
     return METHODS[name]
 
@@ -102,7 +102,12 @@ def read_genotype(path: Path) -> object:
     Raises:
         UserError: the file cannot be read or is not JSON.
     """
-    content = read_json(path)
+    try:
+        content = read_json(path)
+    except UserError as error:
+        raise UserError(
+            f"train: expected a run directory or a JSON file with a genotype, got {error}"
+        ) from error
     if isinstance(content, dict) and "genotype" in content:  # best.json, metrics.json
         return content["genotype"]
     return content

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from nasfast.data import Sample, SegmentationDataset, Splits
 from nasfast.methods.segmentation import search as segmentation
-from nasfast.methods.segmentation.search import PRESETS, SearchConfig, continued, parse
+from nasfast.methods.segmentation.settings import PRESETS, SearchConfig, continued, parse
 from nasfast.utils.interrupt import Interrupt
 
 
@@ -133,7 +133,7 @@ def test_device_beside_devices() -> None:
     assert str(caught.value) == (
         "devices: expected --device or --devices, got both, cuda:1 and cuda:0,cuda:1; leave one out"
     )
-    assert SearchConfig(devices="cpu,cpu").places == "cpu,cpu"
+    assert SearchConfig(devices="cpu,cpu").worker_config().devices == ("cpu", "cpu")
 
 
 @pytest.mark.parametrize(("budget", "wanted"), [(None, 2), (5, 5)])

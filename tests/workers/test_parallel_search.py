@@ -16,9 +16,10 @@ import pytest
 from search_runs import outcome, start, wait_for_records
 
 from nasfast import search
-from nasfast.methods import method_of_genotype
+from nasfast.methods.registry import method_of_genotype
 from nasfast.methods.restoration import search as restoration
 from nasfast.methods.segmentation import search as segmentation
+from nasfast.methods.segmentation.settings import parse
 from nasfast.runs.study import Study
 
 
@@ -63,7 +64,7 @@ def test_results_do_not_depend_on_the_number_of_workers(
         argv = [*tiny_search, *flags, "--workers", workers, "--runs", str(root)]
         assert search.main(argv) == 0
         (run,) = root.iterdir()
-        assert json.loads((run / "env.json").read_text())["crew"]["workers"] == int(workers)
+        assert json.loads((run / "env.json").read_text())["workers"]["workers"] == int(workers)
         runs.append(run)
     assert len(outcome(runs[0])) >= 5
     for run in runs[1:]:
@@ -144,12 +145,11 @@ def assert_describes(evaluator: Any, run: Path) -> None:
     assert json.loads((run / "env.json").read_text())["identity"]["inputs"] == evaluator.inputs
     for record in Study.open(run, read_only=True).records:
         genotype = method_of_genotype(record.genotype).genotype(record.genotype)
-        wanted = record.evaluation.params, record.evaluation.macs
-        assert evaluator.cost(genotype) == wanted
+        assert evaluator.costs(genotype) == record.evaluation.costs
 
 
 def test_a_worker_s_evaluator(tiny_search: list[str], tiny_run: Path) -> None:
-    evaluator = segmentation.evaluator_on(segmentation.parse(tiny_search), "cpu")
+    evaluator = segmentation.evaluator_on(parse(tiny_search), "cpu")
     assert_describes(evaluator, tiny_run)
 
 
