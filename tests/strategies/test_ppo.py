@@ -329,7 +329,7 @@ def test_reward_is_finite(reward):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "wanted"),
+    ("field", "value", "expected"),
     [
         *(
             (f.name, 0, "a value above 0")
@@ -342,8 +342,8 @@ def test_reward_is_finite(reward):
         ("buffer_size", 1, "at least 2 and at least batch_size=1"),
     ],
 )
-def test_settings_out_of_range(field, value, wanted):
-    with pytest.raises(ValueError, match=f"^PPOConfig.{field}: expected {wanted}, got {value}"):
+def test_settings_out_of_range(field, value, expected):
+    with pytest.raises(ValueError, match=f"^PPOConfig.{field}: expected {expected}, got {value}"):
         PPOConfig(**{field: value})
 
 
