@@ -235,8 +235,13 @@ class Study:
         """Method and ranking of study.json, or what stood for them before there was one."""
         path = self.path / "study.json"
         if not path.exists():
-            method, choice = self.config.get("method"), self.env.get("choice")
-            return str(method or "segmentation"), "last" if choice == "last" else "score"
+            method = self.config.get("method")
+            if not isinstance(method, str):
+                raise UserError(
+                    f"{self.path / 'config.toml'}: expected the name of the run's method as "
+                    f'"method", got {method!r}; restore the file from a copy'
+                )
+            return method, "last" if self.env.get("choice") == "last" else "score"
         found = read_object(path)
         version, method = found.get("version"), found.get("method")
         ranking = next((kind for kind in get_args(Ranking) if kind == found.get("ranking")), None)

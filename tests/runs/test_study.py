@@ -349,6 +349,13 @@ def test_runs_of_version_1(run: str, tmp_path: Path) -> None:
     assert Study.open(path, read_only=True).records == (*records, better)
 
 
+def test_a_run_without_a_method(study: Study) -> None:
+    study.close()
+    (study.path / "study.json").unlink()
+    with pytest.raises(UserError, match=r"config\.toml: expected the name of .* got None; restore"):
+        Study.open(study.path)
+
+
 def test_records_of_a_newer_version(study: Study) -> None:
     append_all(study, [scored(0, 0.1), scored(1, 0.2)])
     study.close()
