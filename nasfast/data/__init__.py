@@ -18,6 +18,7 @@ from nasfast.data.camvid import CAMVID_LAYOUT, open_camvid
 from nasfast.data.folder import FOLDER_LAYOUT, FileDataset, open_folder
 from nasfast.data.synthetic import SyntheticStreets
 from nasfast.data.transforms import TrainTransform, Transform, ValTransform, batch
+from nasfast.utils.errors import UserError
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -54,13 +55,15 @@ def load_splits(source: str | Path, *, seed: int = 0, cache_in_memory: bool = Tr
         )
         return split_for_search(train, val, seed=seed)
     if not root.is_dir():
-        raise FileNotFoundError(f"data: expected 'synthetic' or a folder, got {str(source)!r}")
+        raise UserError(
+            f"data: expected 'synthetic' or a folder, got {str(source)!r}; give an existing folder"
+        )
     if (root / "train.txt").is_file() and (root / "trainannot").is_dir():
         return split_for_search(*open_camvid(root, cache_in_memory=cache_in_memory), seed=seed)
     if all((root / name).exists() for name in ("images", "masks", "classes.txt")):
         return split_for_search(*open_folder(root, cache_in_memory=cache_in_memory), seed=seed)
     found = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
-    raise ValueError(
+    raise UserError(
         f"data: {root} has no known layout: expected CamVid ({CAMVID_LAYOUT}) or a folder pair "
         f"({FOLDER_LAYOUT}), found {found}"
     )

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nasfast.utils.errors import UserError
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -87,9 +89,9 @@ def split_for_search(
     """Keep a seeded `fraction` of `train` (at least one sample) to validate candidates on:
     90/10 in Fast NAS (CVPR 2019)."""
     if len(train) < 2:
-        raise ValueError(
-            f"{train.name}: a search divides the training set in two and needs at least 2 "
-            f"training samples, got {len(train)}"
+        raise UserError(
+            f"{train.name}: expected at least 2 training samples, which a search divides in two, "
+            f"got {len(train)}; add samples"
         )
     held_out = max(1, round(fraction * len(train)))
     order = random.Random(seed).sample(range(len(train)), len(train))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from nasfast.data.base import SegmentationDataset
-from nasfast.data.folder import FileDataset, id_of, pair_files, read_lines
+from nasfast.data.folder import FileDataset, listed_pairs
+from nasfast.utils.errors import UserError
+from nasfast.utils.files import read_json
 
+Color = tuple[int, int, int]
 CAMVID_LAYOUT = "train.txt + train/ + trainannot/ + val.txt + val/ + valannot/"
 CLASSES = {
     "Sky": (128, 128, 128),
@@ -34,23 +36,14 @@ def open_camvid(
     """
     classes, ignore_index = CLASSES, len(CLASSES)
     if (root / "classes.json").is_file():
-        try:
-            described = json.loads((root / "classes.json").read_text())
-            classes = {c["name"]: tuple(c["color"]) for c in described["classes"]}
-            ignore_index = int(described["ignore_index"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{root / 'classes.json'}: expected an object with 'ignore_index' and 'classes', a "
-                f"list of {{'name', 'color'}}; got {type(error).__name__}: {error}"
-            ) from error
+        classes, ignore_index = _read_classes(root / "classes.json")
 
     def part(split: str) -> SegmentationDataset:
         folders = root / split, root / f"{split}annot"
         for path in (root / f"{split}.txt", *folders):
             if not path.exists():
-                raise FileNotFoundError(f"{path} is missing: a CamVid folder is {CAMVID_LAYOUT}")
-        ids = [id_of(line) for line in read_lines(root / f"{split}.txt")]
-        pairs = pair_files(ids, *folders)
+                raise UserError(f"{path} is missing: a CamVid folder is {CAMVID_LAYOUT}")
+        pairs = listed_pairs(root / f"{split}.txt", *folders)
         return FileDataset(
             "camvid",
             tuple(classes),
@@ -61,3 +54,24 @@ def open_camvid(
         )
 
     return part("train"), part("val")
+
+
+def _read_classes(path: Path) -> tuple[dict[str, Color], int]:
+    described = read_json(path)
+    try:
+        named = [(str(c["name"]), _color(*c["color"])) for c in described["classes"]]
+        ignore_index = int(described["ignore_index"])
+        if not 0 < len(dict(named)) == len(named) < 256:
+            raise ValueError(f"{len(named)} classes of {len(dict(named))} names")
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise UserError(
+            f"{path}: expected an object with 'ignore_index' and 'classes', a list of up to 255 "
+            f"{{'name', 'color'}} of different names; got {type(error).__name__}: {error}"
+        ) from error
+    return dict(named), ignore_index
+
+
+def _color(red: int, green: int, blue: int) -> Color:
+    if not {red, green, blue} <= set(range(256)):
+        raise ValueError(f"the color {[red, green, blue]}, which is not of 0..255")
+    return red, green, blue

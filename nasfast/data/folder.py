@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from nasfast.data.base import Sample, SegmentationDataset, default_colors, digest
+from nasfast.data.images import IMAGE_SUFFIXES, image_files, open_image
+from nasfast.utils.errors import UserError, about
+from nasfast.utils.files import read_text
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 FOLDER_LAYOUT = "images/ + masks/ + classes.txt"
 
 
@@ -23,8 +23,8 @@ class FileDataset(SegmentationDataset):
     """Frames and masks in files, `pairs` of (image path, mask path).
 
     Opening it reads every mask and keeps them; frames are decoded now and kept
-    (`cache_in_memory`), or only measured now and decoded at each access. ValueError or
-    FileNotFoundError name the first file that is missing, unreadable or inconsistent.
+    (`cache_in_memory`), or only measured now and decoded at each access. UserError names the first
+    file that is missing, unreadable or inconsistent.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class FileDataset(SegmentationDataset):
                 sizes = list(pool.map(_image_size, images))
         for (image, mask), (height, width), labels in zip(pairs, sizes, self._masks, strict=True):
             if (height, width) != tuple(labels.shape):
-                raise ValueError(
+                raise UserError(
                     f"image and mask differ in size: {image} is {height}x{width}, "
                     f"{mask} is {labels.shape[0]}x{labels.shape[1]} (height x width)"
                 )
@@ -75,17 +75,17 @@ class FileDataset(SegmentationDataset):
         return self._fingerprint
 
     def _read_mask(self, path: Path) -> Tensor:
-        with _opened(path, "mask") as file:
-            if file.mode not in ("1", "L", "P"):
-                raise ValueError(
-                    f"mask {path} has mode {file.mode}: expected an 8-bit index mask (grey or "
-                    "palette PNG whose pixel values are class indices)"
-                )
-            labels = np.array(file, dtype=np.uint8)  # [H, W]
+        image = open_image(path, "mask")
+        if image.mode not in ("1", "L", "P"):
+            raise UserError(
+                f"mask {path} has mode {image.mode}: expected an 8-bit index mask (grey or palette "
+                "PNG whose pixel values are class indices)"
+            )
+        labels = np.array(image, dtype=np.uint8)  # [H, W]
         present = np.flatnonzero(np.bincount(labels.ravel(), minlength=256))
         unknown = [v for v in present if v >= len(self.classes) and v != self.ignore_index]
         if unknown:
-            raise ValueError(
+            raise UserError(
                 f"mask {path} has the value {unknown[0]}: expected 0..{len(self.classes) - 1} "
                 f"or {self.ignore_index} (ignore)"
             )
@@ -104,40 +104,43 @@ def open_folder(
     """
     classes = read_lines(root / "classes.txt")
     if len(classes) > 255:
-        raise ValueError(
-            f"{root / 'classes.txt'}: expected at most 255 classes, got {len(classes)}"
-        )
+        raise UserError(f"{root / 'classes.txt'}: expected at most 255 classes, got {len(classes)}")
     images, masks = root / "images", root / "masks"
     lists = [root / "train.txt", root / "val.txt"]
     if all(path.is_file() for path in lists):
-        parts = [[id_of(line) for line in read_lines(path)] for path in lists]
+        parts = [listed_pairs(path, images, masks) for path in lists]
     elif any(path.is_file() for path in lists):
-        raise FileNotFoundError(f"{root}: expected both train.txt and val.txt or neither, got one")
+        raise UserError(
+            f"{root}: expected both train.txt and val.txt or neither, got one; add the other"
+        )
     else:
         stems = files_by_stem(images)
         if len(stems) < 2:
-            raise ValueError(f"{images}: expected at least 2 images, got {len(stems)}")
+            raise UserError(f"{images}: expected at least 2 images, got {len(stems)}; add some")
         ranked = sorted(stems, key=lambda stem: hashlib.sha256(stem.encode()).hexdigest())
         held_out = max(1, round(0.2 * len(ranked)))
-        parts = [sorted(ranked[held_out:]), sorted(ranked[:held_out])]
+        halves = ranked[held_out:], ranked[:held_out]
+        parts = [pair_files(sorted(stems), images, masks) for stems in halves]
     train, val = (
-        FileDataset(
-            root.resolve().name,
-            classes,
-            pair_files(part, images, masks),
-            cache_in_memory=cache_in_memory,
-        )
-        for part in parts
+        FileDataset(root.resolve().name, classes, pairs, cache_in_memory=cache_in_memory)
+        for pairs in parts
     )
     return train, val
 
 
 def read_lines(path: Path) -> list[str]:
-    """The stripped lines of a list, without empty ones. ValueError for an empty list."""
-    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    """The stripped lines of a list, without empty ones. UserError for an empty list."""
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not lines:
-        raise ValueError(f"{path} is empty: expected one entry per line")
+        raise UserError(f"{path} is empty: expected one entry per line; add them")
     return lines
+
+
+def listed_pairs(path: Path, image_folder: Path, mask_folder: Path) -> list[tuple[Path, Path]]:
+    """(image, mask) per line of a list."""
+    ids = [id_of(line) for line in read_lines(path)]
+    with about(path):
+        return pair_files(ids, image_folder, mask_folder)
 
 
 def id_of(line: str) -> str:
@@ -149,42 +152,32 @@ def id_of(line: str) -> str:
 
 def files_by_stem(folder: Path) -> dict[str, Path]:
     """Stem -> path of the images in a folder."""
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    return {path.stem: path for path in files}
+    return {path.stem: path for path in image_files(folder)}
 
 
 def pair_files(
     ids: Sequence[str], image_folder: Path, mask_folder: Path
 ) -> list[tuple[Path, Path]]:
-    """(image, mask) per id. FileNotFoundError names the file that is missing."""
+    """(image, mask) per id. UserError names the file that is missing."""
     found = []
     for kind, folder in (("image", image_folder), ("mask", mask_folder)):
         files = files_by_stem(folder)
         missing = [i for i in ids if i not in files]
         if missing:
-            raise FileNotFoundError(
-                f"no {kind} for id {missing[0]!r}: expected {folder / missing[0]} with the suffix "
-                f"{' or '.join(IMAGE_SUFFIXES)} ({len(missing)} of {len(ids)} missing)"
+            name = missing[0][:40]
+            raise UserError(
+                f"no {kind} for id {name!r}: expected {str(folder / name)!r} with the suffix "
+                f"{' or '.join(IMAGE_SUFFIXES)} ({len(missing)} of {len(ids)} missing); add it"
             )
         found.append([files[i] for i in ids])
     return list(zip(*found, strict=True))
 
 
-@contextmanager
-def _opened(path: Path, kind: str) -> Iterator[Image.Image]:
-    try:
-        with Image.open(path) as file:
-            yield file
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{kind} {path} cannot be read: {error}") from error
-
-
 def _read_image(path: Path) -> Tensor:
-    with _opened(path, "image") as file:
-        pixels = np.array(file.convert("RGB"))  # [H, W, 3]
+    pixels = np.array(open_image(path).convert("RGB"))  # [H, W, 3]
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def _image_size(path: Path) -> tuple[int, int]:
-    with _opened(path, "image") as file:
-        return file.height, file.width
+    image = open_image(path, decode=False)
+    return image.height, image.width

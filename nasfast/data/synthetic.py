@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from nasfast.data.base import Sample, SegmentationDataset, digest
+from nasfast.utils.errors import UserError
 
 Array = NDArray[np.floating[Any]]
 Mask = NDArray[np.bool_]
@@ -56,9 +57,9 @@ class SyntheticStreets(SegmentationDataset):
         cache_in_memory: bool = False,
     ) -> None:
         if num_samples < 1:
-            raise ValueError(f"SyntheticStreets: expected num_samples >= 1, got {num_samples}")
+            raise UserError(f"SyntheticStreets: expected num_samples >= 1, got {num_samples}")
         if seed < 0:
-            raise ValueError(f"SyntheticStreets: expected seed >= 0, got {seed}")
+            raise UserError(f"SyntheticStreets: expected seed >= 0, got {seed}")
         if min(size) < 32:
             raise ValueError(f"SyntheticStreets: expected size of at least 32x32, got {size}")
         if stream not in STREAMS:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from nasfast.data.base import Sample, SegmentationDataset
+from nasfast.utils.errors import UserError
 
 Size = int | tuple[int, int]
 
@@ -124,4 +125,4 @@ def _pair(size: Size) -> tuple[int, int]:
 
 def _check_size(owner: str, argument: str, size: Size) -> None:
     if min(_pair(size)) < 2:  # torch resizes no uint8 image to 1x1
-        raise ValueError(f"{owner}: expected {argument} of at least 2 pixels, got {size}")
+        raise UserError(f"{owner}: expected {argument} of at least 2 pixels, got {size}")

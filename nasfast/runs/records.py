@@ -1,12 +1,16 @@
 """What a search writes down about each architecture: one line of records.jsonl each.
 
 A line names the version of its form. Version 1, written before that, had no "version": its last
-stage was the last by name, and "params" and "macs" stood outside "costs".
+stage was the last by name, and "params" and "macs" stood outside "costs". Of a newer version, the
+fields that this one does not know are kept as they are.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
+
+from nasfast import __version__
+from nasfast.utils.errors import UserError
 
 VERSION = 2
 
@@ -59,13 +63,18 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, obj: object, where: str = "evaluation", version: int = VERSION) -> Self:
-        """Inverse of `to_json`; ValueError names the field, its expected type and the value."""
+        """Inverse of `to_json`; UserError names the field, its expected type and the value."""
+        form = _object(obj, where)
         if version == 1:
-            obj = _upgraded(_object(obj, where), where)
-        fields = _fields(obj, where, _EVALUATION)
-        stages, rewards = fields.pop("stages"), fields.pop("rewards")
+            form = _upgraded(form, where)
+        fields, _ = _fields(form, where, _EVALUATION, version)
+        stages, rewards, costs = fields.pop("stages"), fields.pop("rewards"), fields["costs"]
         if sorted(stages) != sorted(rewards):
             raise _refuse(stages, f"{where}.stages", f"the stages of the rewards, {list(rewards)}")
+        if not {"params", "macs"} <= costs.keys():
+            raise _refuse(costs, f"{where}.costs", '"params" and "macs"')
+        if not rewards and fields["failure"] is None:
+            raise _refuse(rewards, f"{where}.rewards", "a reward or a failure")
         return cls(rewards={stage: rewards[stage] for stage in stages}, **fields)
 
 
@@ -83,12 +92,18 @@ class Record:
     """Drove its initial weights and the order of its data."""
     evaluation: Evaluation
     duplicate_of: int | None
-    """Index of the earlier record of the same canonical form. A search that is told rewards repeats
-    its evaluation; one by gradient derived the architecture again."""
+    """Index of the earlier record of the same canonical form. A sampling search repeats its
+    evaluation; a gradient search derived the architecture again."""
     time: str
     """End of the evaluation, ISO 8601, UTC."""
     phase: int = 0
     """Which of the search's phases it belongs to; later ones build on the best of the earlier."""
+
+    version: int = VERSION
+    """Of its line's form; older ones were brought to today's."""
+    unknown: Mapping[str, object] = field(default_factory=dict)
+    """Fields of a newer version that this one does not know, those of the evaluation below
+    "evaluation"."""
 
     @property
     def score(self) -> tuple[int, int, float] | None:
@@ -101,20 +116,37 @@ class Record:
         return self.phase, len(rewards), rewards[stage]
 
     def to_json(self) -> dict[str, object]:
-        """Plain JSON of all fields, and the version of its form."""
-        return {"version": VERSION} | asdict(self) | {"evaluation": self.evaluation.to_json()}
+        """Plain JSON of all fields, and of those that a newer version added."""
+        fields = asdict(self)
+        unknown: dict[str, Any] = fields.pop("unknown")
+        evaluation = self.evaluation.to_json() | unknown.pop("evaluation", {})
+        return {"version": fields.pop("version"), **fields, "evaluation": evaluation, **unknown}
 
     @classmethod
     def from_json(cls, obj: object, where: str = "record") -> Self:
-        """Inverse of `to_json`; ValueError names the field, its expected type and the value."""
-        fields = dict(_object(obj, where))
-        version = _int(fields.pop("version", 1), f"{where}.version")
+        """Inverse of `to_json`; UserError names the field, its expected type and the value."""
+        form = dict(_object(obj, where))
+        version = form.pop("version", 1)
+        if type(version) is not int or version < 1:
+            raise _refuse(version, f"{where}.version", "an integer from 1")
         if version == 1:
-            fields.setdefault("phase", 0)
-        evaluation = fields.get("evaluation")
-        record = _fields(fields, where, _RECORD)
-        record["evaluation"] = Evaluation.from_json(evaluation, f"{where}.evaluation", version)
-        return cls(**record)
+            form.setdefault("phase", 0)
+        try:
+            fields, unknown = _fields(form, where, _RECORD, version)
+            inner = fields["evaluation"]
+            fields["evaluation"] = Evaluation.from_json(inner, f"{where}.evaluation", version)
+        except UserError as error:
+            if version <= VERSION:
+                raise
+            raise UserError(
+                f"{where}: expected a form of version {VERSION} or one that adds to it, got "
+                f"version {version} ({error}); open it with the newer nasfast that wrote it, this "
+                f"is {__version__}"
+            ) from error
+        added = {name: value for name, value in inner.items() if name not in _EVALUATION}
+        if version > VERSION and added:
+            unknown["evaluation"] = added
+        return cls(**fields, version=max(version, VERSION), unknown=unknown)
 
 
 def _upgraded(obj: dict[str, object], where: str) -> dict[str, object]:
@@ -129,21 +161,27 @@ def _upgraded(obj: dict[str, object], where: str) -> dict[str, object]:
 Reader = Callable[[object, str], Any]
 
 
-def _fields(obj: object, where: str, readers: Mapping[str, Reader]) -> dict[str, Any]:
-    obj = _object(obj, where)
-    missing, unknown = readers.keys() - obj.keys(), obj.keys() - readers.keys()
-    if missing or unknown:
-        raise ValueError(
+def _fields(
+    form: dict[str, object], where: str, readers: Mapping[str, Reader], version: int
+) -> tuple[dict[str, Any], dict[str, object]]:
+    """The fields, read, and those that only a newer version may have."""
+    missing = sorted(readers.keys() - form.keys())
+    unknown = {name: value for name, value in form.items() if name not in readers}
+    if missing or (unknown and version <= VERSION):
+        raise UserError(
             f"{where}: expected the fields {', '.join(readers)}, "
-            f"got {', '.join(map(str, obj)) or 'none'}; "
-            f"missing: {', '.join(sorted(missing)) or 'none'}, "
+            f"got {', '.join(form) or 'none'}; "
+            f"missing: {', '.join(missing) or 'none'}, "
             f"unknown: {', '.join(sorted(unknown)) or 'none'}"
         )
-    return {name: read(obj[name], f"{where}.{name}") for name, read in readers.items()}
+    fields = {name: read(form[name], f"{where}.{name}") for name, read in readers.items()}
+    return fields, unknown
 
 
-def _refuse(obj: object, where: str, wanted: str) -> ValueError:
-    return ValueError(f"{where}: expected {wanted}, got {obj!r}; the line is damaged or was edited")
+def _refuse(obj: object, where: str, expected: str) -> UserError:
+    return UserError(
+        f"{where}: expected {expected}, got {obj!r}; the line is damaged or was edited"
+    )
 
 
 def _object(obj: object, where: str) -> dict[str, object]:

@@ -1,7 +1,8 @@
 """The run directory: configuration, records, checkpoint and lock of one search.
 
     runs/<YYYYmmdd-HHMMSS>-<method>-<name>/
-        config.toml  env.json  records.jsonl  best.json  checkpoint/state.pt  report.html  lock
+        study.json  config.toml  env.json  records.jsonl  best.json  checkpoint/state.pt
+        report.html  lock
 
 A record is on the disk when `append` returns; a crash loses at most the one being written.
 """
@@ -16,21 +17,29 @@ import itertools
 import json
 import os
 import re
-import tomllib
 import warnings
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import tomli_w
-import torch
 
+from nasfast import __version__
+from nasfast.runs.checkpoint import load_checkpoint, save_checkpoint
+from nasfast.runs.records import VERSION as RECORD_VERSION
 from nasfast.runs.records import Record
-from nasfast.utils.files import atomic_file, atomic_write, sync_directory
+from nasfast.utils.errors import UserError, cause
+from nasfast.utils.files import atomic_write, naming, read_object, read_toml, sync_directory
 
-__all__ = ["Study"]
+__all__ = ["Ranking", "Study"]
+
+VERSION = 2
+"""Of study.json; runs made before it have none."""
+
+Ranking = Literal["score", "last"]
+"""What the best architecture is: the one with the highest score, or where the search ended."""
 
 
 class Study:
@@ -41,6 +50,7 @@ class Study:
     """
 
     path: Path
+    method: str
     config: dict[str, Any]
     env: dict[str, Any]
 
@@ -48,10 +58,10 @@ class Study:
         self.path = path
         self._lock: int | None = None
         self._records: list[Record] = []
-        wanted = ("config.toml", "env.json", "records.jsonl")
-        missing = [name for name in wanted if not (path / name).is_file()]
+        needed = ("config.toml", "env.json", "records.jsonl")
+        missing = [name for name in needed if not (path / name).is_file()]
         if missing:
-            raise FileNotFoundError(
+            raise UserError(
                 f"{path} is not a run directory: it has no {', '.join(missing)}; "
                 "give a directory that a search wrote, such as runs/<date>-<method>-<name>"
             )
@@ -59,8 +69,9 @@ class Study:
             self._lock = _acquire(path / "lock")
             _writers.add(self)
         try:
-            self.config = tomllib.loads((path / "config.toml").read_text())
-            self.env = json.loads((path / "env.json").read_text())
+            self.config = read_toml(path / "config.toml")
+            self.env = read_object(path / "env.json")
+            self.method, self._ranking = self._read_description()
             self._read_records()
             if not read_only:
                 for stale in (path / "checkpoint").glob(".*.tmp"):
@@ -72,7 +83,14 @@ class Study:
 
     @classmethod
     def create(
-        cls, root: Path, method: str, name: str, config: Mapping[str, Any], env: Mapping[str, Any]
+        cls,
+        root: Path,
+        method: str,
+        name: str,
+        config: Mapping[str, Any],
+        env: Mapping[str, Any],
+        *,
+        ranking: Ranking = "score",
     ) -> Self:
         """Make a new run directory below `root`; an existing one is never touched.
 
@@ -82,15 +100,17 @@ class Study:
             config: fully resolved settings; None values are left out, nested mappings and
                 dataclasses become tables.
             env: versions, machine and command line, stored as JSON.
+            ranking: what the best architecture is.
         """
         for argument, value in (("method", method), ("name", name)):
             if not re.fullmatch(r"\w[\w.+-]*", value):
-                raise ValueError(
+                raise UserError(
                     f"{argument}: expected letters, digits and ._+- (it becomes part of a "
                     f"directory name), got {value!r}"
                 )
         toml = tomli_w.dumps({k: _toml(v, k) for k, v in config.items() if v is not None})
         environment = json.dumps(env, indent=2) + "\n"
+        description = {"version": VERSION, "method": method, "ranking": ranking}
         root.mkdir(parents=True, exist_ok=True)
         stem = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{method}-{name}"
         for attempt in itertools.count(1):
@@ -103,7 +123,8 @@ class Study:
         (path / "checkpoint").mkdir()
         atomic_write(path / "config.toml", toml)
         atomic_write(path / "env.json", environment)
-        atomic_write(path / "records.jsonl", "")
+        atomic_write(path / "study.json", json.dumps(description) + "\n")
+        atomic_write(path / "records.jsonl", "")  # last: without it nothing takes this for a run
         sync_directory(root)
         return cls(path)
 
@@ -130,18 +151,19 @@ class Study:
     def ranking(self) -> list[Record]:
         """Successful architectures, each once, best first.
 
-        By score, of equals the earliest first; or, where env.json says that the search's "choice"
-        is its "last" architecture, by the last time that it came up.
+        By score, of equals the earliest first, or by the last time that each came up, as the run
+        was created. What another phase found again is another architecture: it is part of a larger
+        one.
         """
         scored = [(record.score, record) for record in self._records if record.score is not None]
-        if self.env.get("choice") == "last":
+        if self._ranking == "last":
             scored.reverse()
         else:
             scored.sort(key=lambda pair: pair[0], reverse=True)
-        once: dict[int, Record] = {}  # by the first record of the architecture
+        once: dict[tuple[int, int], Record] = {}  # by phase and first record of the architecture
         for _, record in scored:
             first = record.index if record.duplicate_of is None else record.duplicate_of
-            once.setdefault(first, record)
+            once.setdefault((record.phase, first), record)
         return list(once.values())
 
     def append(self, record: Record) -> None:
@@ -153,11 +175,12 @@ class Study:
                 f"{record.index}; append every record once, in order"
             )
         line = (json.dumps(record.to_json(), separators=(",", ":")) + "\n").encode()
-        with open(self.path / "records.jsonl", "ab", buffering=0) as file:
+        path = self.path / "records.jsonl"
+        with naming(path), open(path, "ab", buffering=0) as file:
             size = file.tell()
             try:
                 if file.write(line) != len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(file.fileno())
             except BaseException:
                 file.truncate(size)
@@ -171,23 +194,19 @@ class Study:
         self._require_lock()
         if self.best is None:
             return
-        path, text = self.path / "best.json", json.dumps(self.best.to_json(), indent=2) + "\n"
-        if not path.exists() or path.read_text() != text:
-            atomic_write(path, text)
+        path = self.path / "best.json"
+        data = (json.dumps(self.best.to_json(), indent=2) + "\n").encode()
+        if not path.exists() or path.read_bytes() != data:
+            atomic_write(path, data)
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Replace checkpoint/state.pt atomically. `state`: tensors and plain Python values only."""
         self._require_lock()
-        with atomic_file(self.path / "checkpoint" / "state.pt") as file:
-            torch.save(dict(state), file)
+        save_checkpoint(self.path / "checkpoint" / "state.pt", state)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The state last saved, on the CPU; None when the run has none yet."""
-        path = self.path / "checkpoint" / "state.pt"
-        if not path.exists():
-            return None
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return state
+        return load_checkpoint(self.path / "checkpoint" / "state.pt")
 
     def close(self) -> None:
         """Release the lock; calling it again does nothing."""
@@ -212,6 +231,40 @@ class Study:
                 f"{self.path} is closed or open for reading only; use Study.open(path) to write"
             )
 
+    def _read_description(self) -> tuple[str, Ranking]:
+        """Method and ranking of study.json, or what stood for them before there was one."""
+        path = self.path / "study.json"
+        if not path.exists():
+            method = self.config.get("method")
+            if not isinstance(method, str):
+                raise UserError(
+                    f"{self.path / 'config.toml'}: expected the name of the run's method as "
+                    f'"method", got {method!r}; restore the file from a copy'
+                )
+            return method, "last" if self.env.get("choice") == "last" else "score"
+        found = read_object(path)
+        version, method = found.get("version"), found.get("method")
+        ranking = next((kind for kind in get_args(Ranking) if kind == found.get("ranking")), None)
+        if type(version) is int and version > VERSION:
+            newer = (
+                f"{path}: expected version {VERSION}, got {version} of {self._writer}, newer than "
+                f"this nasfast, {__version__}"
+            )
+            if self._lock is not None:
+                raise UserError(f"{newer}; continue the run with that one")
+            warnings.warn(f"{newer}; what it cannot read is left out", stacklevel=4)
+            return str(method), ranking or "score"
+        if version != VERSION or not isinstance(method, str) or ranking is None:
+            raise UserError(
+                f'{path}: expected "version" {VERSION}, "method" and "ranking" ("score" or '
+                f'"last"), got {json.dumps(found)[:80]}; restore it from a copy'
+            )
+        return method, ranking
+
+    @property
+    def _writer(self) -> str:
+        return f"nasfast {self.env.get('nasfast', '(version unknown)')}"
+
     def _read_records(self) -> None:
         path = self.path / "records.jsonl"
         data = path.read_bytes()
@@ -220,25 +273,33 @@ class Study:
             try:
                 parsed = json.loads(line)
                 torn = not line.endswith(b"\n")
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if number < len(lines):
-                    raise ValueError(
+                    raise UserError(
                         f"{path}, line {number}: expected one JSON record, got {line[:60]!r} "
-                        f"({error}); restore the file from a copy"
+                        f"({cause(error)}); restore the file from a copy"
                     ) from error
                 torn = True
             if torn:
                 self._cut(path, len(data) - len(line), number)
-                return
+                break
             try:
                 record = Record.from_json(parsed)
                 if record.index != number - 1:
-                    raise ValueError(f"index: expected {number - 1}, got {record.index}")
-            except ValueError as error:
-                raise ValueError(
+                    raise UserError(f"index: expected {number - 1}, got {record.index}")
+            except UserError as error:
+                raise UserError(
                     f"{path}, line {number}: not a record of this version of nasfast: {error}"
+                    f" (the run was begun by {self._writer})"
                 ) from error
             self._records.append(record)
+        newest = max((record.version for record in self._records), default=0)
+        if newest > RECORD_VERSION:
+            warnings.warn(
+                f"{path}: has records of version {newest}, this nasfast knows {RECORD_VERSION}: "
+                "fields that it does not know are kept but not used",
+                stacklevel=3,
+            )
 
     def _cut(self, path: Path, size: int, number: int) -> None:
         """Drop a torn last line: a crash while it was appended, so nothing was built on it."""
@@ -258,9 +319,9 @@ def _acquire(path: Path) -> int:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.read(descriptor, 32).decode() or "that has just started"
+        holder = os.read(descriptor, 32).decode(errors="replace") or "that has just started"
         os.close(descriptor)
-        raise RuntimeError(
+        raise UserError(
             f"{path.parent} is being written by process {holder}; wait for it or stop it first"
         ) from None
     os.truncate(descriptor, 0)

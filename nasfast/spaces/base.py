@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self, TypeVar
 
+from nasfast.utils.errors import UserError
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -47,10 +49,10 @@ class Space(Protocol[G]):
         """Exact number of ordered genotypes (not deduplicated by canonical form)."""
 
     def decode(self, choices: Sequence[int]) -> G:
-        """The genotype of one choice per decision; ValueError names a decision out of range."""
+        """The genotype of one choice per decision; UserError names a decision out of range."""
 
     def encode(self, genotype: G) -> tuple[int, ...]:
-        """The choices that decode to `genotype`; ValueError if it is not of this space."""
+        """The choices that decode to `genotype`; UserError if it is not of this space."""
 
     def sample(self, rng: random.Random) -> G:
         """Uniform over ordered genotypes."""
@@ -63,15 +65,15 @@ class Space(Protocol[G]):
 
 
 def check_choices(decisions: Sequence[Decision], choices: Sequence[int]) -> None:
-    """ValueError unless `choices` holds one integer in range for each decision."""
+    """UserError unless `choices` holds one integer in range for each decision."""
     if len(choices) != len(decisions):
-        raise ValueError(
+        raise UserError(
             f"choices: expected {len(decisions)} integers, one per decision, got {len(choices)}; "
             "Space.decisions lists them in order"
         )
     for decision, choice in zip(decisions, choices, strict=True):
         if type(choice) is not int or not 0 <= choice < decision.size:
-            raise ValueError(
+            raise UserError(
                 f"{decision.name}: expected an integer in 0..{decision.size - 1}, got {choice!r}; "
                 "check that the genotype was made for this space"
             )

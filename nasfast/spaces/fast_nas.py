@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from nasfast.spaces.base import Decision, check_choices, mutate_choices, sample_choices
+from nasfast.utils.errors import UserError
 
 PRIMITIVES = (
     "conv1x1",
@@ -138,7 +139,7 @@ class FastNASSpace:
     def __post_init__(self) -> None:
         for field in ("num_layers", "num_blocks", "num_taps"):
             if getattr(self, field) < 1:
-                raise ValueError(
+                raise UserError(
                     f"FastNASSpace.{field}: expected at least 1, got {getattr(self, field)}"
                 )
 
@@ -168,7 +169,7 @@ class FastNASSpace:
         return math.prod(decision.size for decision in self.decisions)
 
     def decode(self, choices: Sequence[int]) -> FastNASGenotype:
-        """The genotype of one choice per decision; ValueError names a decision out of range."""
+        """The genotype of one choice per decision; UserError names a decision out of range."""
         check_choices(self.decisions, choices)
         split = 2 * self.num_blocks
         left, right, cell = choices[0:split:2], choices[1:split:2], choices[split:]
@@ -177,10 +178,10 @@ class FastNASSpace:
         return FastNASGenotype(Cell(cell[0], tuple(layers)), tuple(connections), self.num_taps)
 
     def encode(self, genotype: FastNASGenotype) -> tuple[int, ...]:
-        """The choices that decode to `genotype`; ValueError if it is not of this space."""
+        """The choices that decode to `genotype`; UserError if it is not of this space."""
         lengths = (len(genotype.connections), len(genotype.cell.layers), genotype.num_taps)
         if lengths != (self.num_blocks, self.num_layers, self.num_taps):
-            raise ValueError(
+            raise UserError(
                 f"genotype: expected {self.num_blocks} connections, {self.num_layers} cell layers "
                 f"and {self.num_taps} taps, got {lengths[0]}, {lengths[1]} and {lengths[2]}; "
                 "make a FastNASSpace of that size"
@@ -205,12 +206,12 @@ class FastNASSpace:
         """Read `FastNASGenotype.to_json` or the published list form, [cell, connections]."""
         if isinstance(obj, dict):
             if set(obj) != {"space", "cell", "connections"}:
-                raise ValueError(
+                raise UserError(
                     'genotype: expected the keys "space", "cell" and "connections", '
                     f"got {sorted(map(str, obj))}"
                 )
             if obj["space"] != self.name:
-                raise ValueError(
+                raise UserError(
                     f'space: expected "{self.name}", got {obj["space"]!r}; '
                     "read the genotype with the space that wrote it"
                 )
@@ -228,14 +229,14 @@ class FastNASSpace:
         for decision, choice in zip(self.decisions, choices, strict=True):
             if decision.head == "cell.op" and choice not in range(len(PRIMITIVES)):
                 known = ", ".join(f"{i} {name}" for i, name in enumerate(PRIMITIVES))
-                raise ValueError(
+                raise UserError(
                     f"{decision.name}: expected the index of a primitive, {known}; got {choice!r}"
                 )
         return self.decode(choices)
 
 
 def _list(obj: object, where: str, length: int, form: str) -> list[int]:
-    """`obj` if it is a list of that length, else ValueError; `decode` checks the items."""
+    """`obj` if it is a list of that length, else UserError; `decode` checks the items."""
     if not isinstance(obj, list | tuple) or len(obj) != length:
-        raise ValueError(f"{where}: expected a list of {length}, {form}, got {obj!r}")
+        raise UserError(f"{where}: expected a list of {length}, {form}, got {obj!r}")
     return list(obj)

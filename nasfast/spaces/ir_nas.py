@@ -15,6 +15,7 @@ from functools import cache, cached_property
 from typing import Any
 
 from nasfast.spaces.base import Decision, check_choices, mutate_choices, sample_choices
+from nasfast.utils.errors import UserError
 
 PRIMITIVES = ("conv3x3", "sep3x3", "dil3x3", "def3x3", "skip", "none")
 OPS = tuple(name for name in PRIMITIVES if name != "none")
@@ -80,14 +81,14 @@ class IRNASGenotype:
 
     @classmethod
     def from_json(cls, obj: object) -> "IRNASGenotype":
-        """Read `to_json`, of any number of nodes and layers; ValueError names the field."""
+        """Read `to_json`, of any number of nodes and layers; UserError names the field."""
         if not isinstance(obj, dict) or set(obj) != {"space", "nodes", "levels"}:
             got = sorted(map(str, obj)) if isinstance(obj, dict) else repr(obj)
-            raise ValueError(
+            raise UserError(
                 f'genotype: expected an object of "space", "nodes" and "levels", got {got}'
             )
         if obj["space"] != "ir_nas":
-            raise ValueError(
+            raise UserError(
                 f'space: expected "ir_nas", got {obj["space"]!r}; '
                 "read the genotype with the space that wrote it"
             )
@@ -113,7 +114,7 @@ class IRNASSpace:
     def __post_init__(self) -> None:
         for field in ("layers", "nodes"):
             if getattr(self, field) < 1:
-                raise ValueError(
+                raise UserError(
                     f"IRNASSpace.{field}: expected at least 1, got {getattr(self, field)}"
                 )
 
@@ -139,7 +140,7 @@ class IRNASSpace:
         return math.prod(decision.size for decision in self.decisions)
 
     def decode(self, choices: Sequence[int]) -> IRNASGenotype:
-        """The genotype of one choice per decision; ValueError names a decision out of range."""
+        """The genotype of one choice per decision; UserError names a decision out of range."""
         check_choices(self.decisions, choices)
         nodes = []
         for i in range(self.nodes):
@@ -149,10 +150,10 @@ class IRNASSpace:
         return IRNASGenotype(tuple(nodes), _path(choices[-1], self.layers))
 
     def encode(self, genotype: IRNASGenotype) -> tuple[int, ...]:
-        """The choices that decode to `genotype`; ValueError if it is not of this space."""
+        """The choices that decode to `genotype`; UserError if it is not of this space."""
         lengths = (len(genotype.levels), len(genotype.nodes))
         if lengths != (self.layers, self.nodes):
-            raise ValueError(
+            raise UserError(
                 f"genotype: expected {self.layers} levels and {self.nodes} nodes, got {lengths[0]} "
                 f"and {lengths[1]}; make an IRNASSpace of that size"
             )
@@ -160,11 +161,11 @@ class IRNASSpace:
         for i, ((op0, low), (op1, high)) in enumerate(genotype.nodes):
             for j, op in enumerate((op0, op1)):
                 if op not in OPS:
-                    raise ValueError(
+                    raise UserError(
                         f"node{i}.edge{j}: expected one of {', '.join(OPS)}, got {op!r}"
                     )
             if (low, high) not in _pairs(2 + i):
-                raise ValueError(
+                raise UserError(
                     f"node{i}: expected two different states of 0..{1 + i}, the lower first, got "
                     f"{low!r} and {high!r}"
                 )
@@ -180,7 +181,7 @@ class IRNASSpace:
         return self.decode(mutate_choices(self.decisions, self.encode(genotype), rng))
 
     def from_json(self, obj: object) -> IRNASGenotype:
-        """Read `IRNASGenotype.to_json`; ValueError if it is not of this space."""
+        """Read `IRNASGenotype.to_json`; UserError if it is not of this space."""
         genotype = IRNASGenotype.from_json(obj)
         self.encode(genotype)
         return genotype
@@ -262,12 +263,12 @@ def _path(index: int, layers: int) -> tuple[int, ...]:
 
 
 def _path_index(levels: Sequence[int]) -> int:
-    """Inverse of `_path`; ValueError names a level that the one before does not reach."""
+    """Inverse of `_path`; UserError names a level that the one before does not reach."""
     index, before = 0, 0
     for layer, level in enumerate(levels, 1):
         reached = targets(before)
         if type(level) is not int or level not in reached:
-            raise ValueError(
+            raise UserError(
                 f"levels: expected layer {layer} at one of {sorted(reached)}, which level "
                 f"{before} before it reaches, got {level!r}"
             )
@@ -285,15 +286,15 @@ def _node(edges: Iterable[Edge]) -> Node:
 def _edge(obj: object, where: str) -> Edge:
     op, state = _list(obj, where, 2, "[op, state]")
     if type(state) is not int:
-        raise ValueError(f"{where}: expected the number of a state, got {state!r}")
+        raise UserError(f"{where}: expected the number of a state, got {state!r}")
     return op, state
 
 
 def _list(obj: object, where: str, length: int | None, form: str) -> list[Any]:
-    """`obj` if it is a list of that length, None for any but 0, else ValueError."""
+    """`obj` if it is a list of that length, None for any but 0, else UserError."""
     if not isinstance(obj, list | tuple) or len(obj) != (length or max(len(obj), 1)):
-        wanted = f"a list of {length}" if length else "a list"
-        raise ValueError(f"{where}: expected {wanted}, {form}, got {obj!r}")
+        kind = f"a list of {length}" if length else "a list"
+        raise UserError(f"{where}: expected {kind}, {form}, got {obj!r}")
     return list(obj)
 
 

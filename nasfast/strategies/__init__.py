@@ -17,6 +17,7 @@ from nasfast.strategies.gradient import (
 )
 from nasfast.strategies.ppo import PPO, PPOConfig
 from nasfast.strategies.random import RandomSearch
+from nasfast.utils.errors import UserError
 
 STRATEGIES: dict[str, Callable[[Space[Any], int, PPOConfig], Strategy[Any]]] = {
     "ppo": lambda space, seed, ppo: PPO(space, ppo, seed),
@@ -25,9 +26,9 @@ STRATEGIES: dict[str, Callable[[Space[Any], int, PPOConfig], Strategy[Any]]] = {
 
 
 def make_strategy(name: str, space: Space[G], seed: int, ppo: PPOConfig) -> Strategy[G]:
-    """The strategy of that name; ValueError lists the choices."""
+    """The strategy of that name; UserError lists the choices."""
     if name not in STRATEGIES:
-        raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {name!r}")
+        raise UserError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {name!r}")
     return STRATEGIES[name](space, seed, ppo)
 
 

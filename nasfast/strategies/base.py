@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from nasfast.spaces.base import G
+from nasfast.utils.errors import UserError
 
 
 class Strategy(Protocol[G]):
@@ -23,13 +24,13 @@ class Strategy(Protocol[G]):
         """Tensors and plain Python only: loads with torch.load(weights_only=True)."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`; ValueError if another strategy wrote it."""
+        """Inverse of `state_dict`; UserError if another strategy wrote it."""
 
 
 def check_state(state: Mapping[str, Any], strategy: str) -> None:
-    """ValueError unless `state` names the strategy that is about to load it."""
+    """UserError unless `state` names the strategy that is about to load it."""
     if state.get("strategy") != strategy:
-        raise ValueError(
+        raise UserError(
             f'state["strategy"]: expected "{strategy}", got {state.get("strategy")!r}; '
             "resume with the strategy that wrote the checkpoint"
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nasfast.strategies.base import check_state
+from nasfast.utils.errors import UserError
 
 Active = tuple[tuple[int, ...], ...]
 
@@ -40,7 +41,7 @@ class Temperature:
         for field in ("start", "end", "steps"):
             value = getattr(self, field)
             if not value > 0:
-                raise ValueError(f"Temperature.{field}: expected more than 0, got {value}")
+                raise UserError(f"Temperature.{field}: expected more than 0, got {value}")
 
     def at(self, step: int) -> float:
         """The temperature of architecture step 0, 1, .."""
@@ -69,7 +70,7 @@ class Relaxation(Protocol):
         """Tensors and plain Python only: loads with torch.load(weights_only=True)."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`; ValueError if another relaxation wrote it."""
+        """Inverse of `state_dict`; UserError if another relaxation wrote it."""
 
 
 class Darts:
@@ -93,7 +94,7 @@ class Darts:
         return {"strategy": self.name}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`; ValueError if another relaxation wrote it."""
+        """Inverse of `state_dict`; UserError if another relaxation wrote it."""
         check_state(state, self.name)
 
 
@@ -146,7 +147,7 @@ class Proxyless:
         return {"strategy": self.name, "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`; ValueError if another relaxation wrote it."""
+        """Inverse of `state_dict`; UserError if another relaxation wrote it."""
         check_state(state, self.name)
         self._generator.set_state(state["generator"])
 
@@ -193,7 +194,7 @@ class Gumbel:
         return {"strategy": self.name, "generator": state, "step": self._step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`; ValueError if another relaxation wrote it."""
+        """Inverse of `state_dict`; UserError if another relaxation wrote it."""
         check_state(state, self.name)
         self._generator.set_state(state["generator"])
         self._step = state["step"]
@@ -225,8 +226,8 @@ GRADIENT_STRATEGIES: dict[str, Callable[[int, Temperature], Relaxation]] = {
 
 
 def make_relaxation(name: str, seed: int, temperature: Temperature) -> Relaxation:
-    """The relaxation of that name; ValueError lists the choices."""
+    """The relaxation of that name; UserError lists the choices."""
     if name not in GRADIENT_STRATEGIES:
         choices = ", ".join(GRADIENT_STRATEGIES)
-        raise ValueError(f"strategy: expected one of {choices}, got {name!r}")
+        raise UserError(f"strategy: expected one of {choices}, got {name!r}")
     return GRADIENT_STRATEGIES[name](seed, temperature)

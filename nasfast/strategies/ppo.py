@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nasfast.spaces.base import Decision, G, Space
 from nasfast.strategies.base import check_state
+from nasfast.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -74,15 +75,15 @@ class PPOConfig:
         for field in (*positive, "ent_coef", "warmup_steps"):
             value = getattr(self, field)
             if value < 0 or (field in positive and value == 0):
-                wanted = "above 0" if field in positive else "at least 0"
-                raise ValueError(f"PPOConfig.{field}: expected a value {wanted}, got {value}")
+                least = "above 0" if field in positive else "at least 0"
+                raise UserError(f"PPOConfig.{field}: expected a value {least}, got {value}")
         if self.baseline_decay > 1:
-            raise ValueError(
+            raise UserError(
                 f"PPOConfig.baseline_decay: expected at most 1, got {self.baseline_decay}; "
                 "1 averages the whole buffer"
             )
         if self.buffer_size < max(2, self.batch_size):
-            raise ValueError(
+            raise UserError(
                 f"PPOConfig.buffer_size: expected at least 2 and at least batch_size="
                 f"{self.batch_size}, got {self.buffer_size}; a reward is compared with others"
             )
@@ -204,7 +205,7 @@ class PPO(Generic[G]):
         self._new = 0  # samples in the buffer since the last update
 
     def ask(self) -> G:
-        """A sample of the current policy; may be called again before the reward is told."""
+        """A sample of the current policy; may be called again before the reward is reported."""
         choices = self.controller.sample(self._sampling)
         with torch.no_grad():
             log_prob = self.controller(torch.tensor([choices]))[0].item()
@@ -214,9 +215,9 @@ class PPO(Generic[G]):
     def tell(self, genotype: G, reward: float | None) -> None:
         """The reward of the genotype asked longest ago; None if its evaluation failed."""
         if not self._asked or self._space.decode(self._asked[0][0]) != genotype:
-            wanted = self._space.decode(self._asked[0][0]) if self._asked else "no genotype"
+            expected = self._space.decode(self._asked[0][0]) if self._asked else "no genotype"
             raise ValueError(
-                f"tell: expected the reward of {wanted}, got {genotype}; "
+                f"tell: expected the reward of {expected}, got {genotype}; "
                 "tell every genotype that was asked for once, in order"
             )
         if reward is not None and not math.isfinite(reward):
@@ -257,7 +258,7 @@ class PPO(Generic[G]):
                 self._optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Parameters, optimiser, both generators, the buffer and what is asked but not told."""
+        """Parameters, optimiser, both generators, the buffer and the samples without a reward."""
         return copy.deepcopy(
             {
                 "strategy": "ppo",
@@ -272,7 +273,7 @@ class PPO(Generic[G]):
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`; ValueError if another strategy wrote it."""
+        """Inverse of `state_dict`; UserError if another strategy wrote it."""
         check_state(state, "ppo")
         state = copy.deepcopy(dict(state))
         self.controller.load_state_dict(state["controller"])

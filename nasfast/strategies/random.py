@@ -27,6 +27,6 @@ class RandomSearch(Generic[G]):
         return {"strategy": "random", "rng": self._rng.getstate()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`; ValueError if another strategy wrote it."""
+        """Inverse of `state_dict`; UserError if another strategy wrote it."""
         check_state(state, "random")
         self._rng.setstate(state["rng"])

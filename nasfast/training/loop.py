@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from nasfast.device import autocast_dtype
 from nasfast.training.graphs import Batch, GraphedStep
 from nasfast.training.polyak import PolyakAverage
+from nasfast.utils.errors import UserError
 
 T = TypeVar("T")
 
 
-class NonFiniteLossError(FloatingPointError):
+class NonFiniteLossError(UserError):
     """The training loss, or what the trained network gives, became NaN or infinite."""
 
 

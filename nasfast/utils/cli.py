@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dis
 import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, Protocol
+
+from nasfast.utils.errors import DEFECT, text_for_user
 
 P = ParamSpec("P")
 
@@ -14,7 +15,8 @@ P = ParamSpec("P")
 def reports_errors(main: Callable[P, int]) -> Callable[P, int]:
     """Decorate an entry point: an error meant for the user is one line on stderr and status 2.
 
-    Any other is a defect and keeps its traceback. Ctrl-C gives status 130.
+    Any other is a defect: it is raised, and what to report follows its traceback. Ctrl-C gives
+    status 130.
     """
 
     @functools.wraps(main)
@@ -25,21 +27,14 @@ def reports_errors(main: Callable[P, int]) -> Callable[P, int]:
             print("stopped", file=sys.stderr)
             return 130
         except Exception as error:
-            if not meant_for_user(error):
+            text = text_for_user(error)
+            if text is None:
+                error.add_note(DEFECT)
                 raise
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {text}", file=sys.stderr)
             return 2
 
     return wrapped
-
-
-def meant_for_user(error: Exception) -> bool:
-    """Whether an error is the user's to read: what a ``raise`` statement of nasfast says, and what
-    the operating system says of a file; not one out of a library, or of another type."""
-    if isinstance(error, OSError):
-        return True
-    ours = isinstance(error, (ValueError, RuntimeError, FloatingPointError))
-    return ours and _raised_by_nasfast(error)
 
 
 class TextConsole(Protocol):
@@ -61,19 +56,3 @@ def flag_value(argv: Sequence[str], flag: str) -> str | None:
         if word.startswith(f"{flag}="):
             return word.partition("=")[2]
     return None
-
-
-def _raised_by_nasfast(error: BaseException) -> bool:
-    """Whether the innermost frame is one of nasfast and stands at a ``raise`` statement.
-
-    The instruction tells it from an error that a builtin or an extension raised there, which has no
-    frame of its own.
-    """
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    if last is None:
-        return False
-    code, package = last.tb_frame.f_code, last.tb_frame.f_globals.get("__package__") or ""
-    deliberate = code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    return deliberate and package.partition(".")[0] == "nasfast"

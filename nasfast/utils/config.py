@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from nasfast.utils.errors import UserError, about
 
 T = TypeVar("T")
 
@@ -13,35 +17,85 @@ T = TypeVar("T")
 def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     """Rebuild a (nested) dataclass; fields that the mapping lacks keep their defaults.
 
+    Args:
+        cls: the dataclass.
+        mapping: its fields; tuples may be lists, paths strings, numbers integers.
+        where: the file, or what else the mapping comes from.
+
     Raises:
-        ValueError: the mapping has a field that the dataclass does not know.
+        UserError: a field is unknown, missing or of another type.
     """
     hints = get_type_hints(cls)
-    names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(mapping) - names)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(mapping) - set(fields))
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"{where}: unknown setting {unknown[0]!r}; expected some of "
-            f"{', '.join(sorted(names))}. "
-            "Was the file written by another version of nasfast?"
+            f"{', '.join(sorted(fields))}. Was the file written by another version of nasfast?"
         )
-    values = {}
-    for name, value in mapping.items():
-        kind = next((arg for arg in get_args(hints[name]) if arg is Path), hints[name])
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            value = from_mapping(kind, value, f"{where}, {name}")
-        elif kind is Path and value is not None:
-            value = Path(value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        values[name] = value
-    return cls(**values)
+    needed = dataclasses.MISSING
+    for name, field in fields.items():
+        if field.default is needed and field.default_factory is needed and name not in mapping:
+            raise UserError(f"{where}: expected the setting {name!r}, got none; add it")
+    values = {name: _typed(v, hints[name], f"{where}, {name}") for name, v in mapping.items()}
+    with about(where):
+        return cls(**values)
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """A value as the type of its field."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        if value is None and NoneType in arguments:
+            return None
+        options = [option for option in arguments if option is not NoneType]
+        for option in options[:-1]:
+            with suppress(UserError):
+                return _typed(value, option, where)
+        return _typed(value, options[-1], where)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return from_mapping(hint, _checked(value, Mapping, where, "a table"), where)
+    if origin is Literal:
+        if not any(type(value) is type(choice) and value == choice for choice in arguments):
+            raise _refuse(value, where, f"one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin is tuple:
+        values = _checked(value, (list, tuple), where, "a list")
+        kinds = arguments[:1] * len(values) if arguments[-1] is ... else arguments
+        if len(values) != len(kinds):
+            raise _refuse(value, where, f"a list of {len(kinds)}")
+        parts = enumerate(zip(values, kinds, strict=True))
+        return tuple(_typed(part, kind, f"{where}[{i}]") for i, (part, kind) in parts)
+    if hint is Path:
+        return Path(_checked(value, (str, Path), where, "a path"))
+    if hint is bool:
+        return _checked(value, bool, where, "true or false")
+    if hint is str:
+        return _checked(value, str, where, "a string")
+    if hint is int or hint is float:
+        kind, expected = (int, "an integer") if hint is int else ((int, float), "a number")
+        if isinstance(value, bool):
+            raise _refuse(value, where, expected)
+        return hint(_checked(value, kind, where, expected))
+    if origin is not None and issubclass(origin, Mapping):
+        return _checked(value, Mapping, where, "a table")
+    return value
+
+
+def _checked(value: Any, kind: type | tuple[type, ...], where: str, expected: str) -> Any:
+    if not isinstance(value, kind):
+        raise _refuse(value, where, expected)
+    return value
+
+
+def _refuse(value: Any, where: str, expected: str) -> UserError:
+    return UserError(f"{where}: expected {expected}, got {value!r}; correct the value")
 
 
 def require_positive(config: object, *names: str) -> None:
-    """Raise ValueError unless these fields are above 0."""
+    """Raise UserError unless these fields are above 0."""
     for name in names:
         value = getattr(config, name)
         if not value > 0:
             where = f"{type(config).__name__}.{name}"
-            raise ValueError(f"{where}: expected a value above 0, got {value}")
+            raise UserError(f"{where}: expected a value above 0, got {value}")

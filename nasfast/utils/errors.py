@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+DEFECT = (
+    "this is a defect of nasfast: please report the text above, the command, and what "
+    "`python -m nasfast.info` prints"
+)
+
 
 class UserError(ValueError):
     """Something that the user gave or did: an argument, a file, a setting.
@@ -9,3 +17,46 @@ class UserError(ValueError):
     The text says what was expected, what came, and what to do. A command prints it as one line and
     exits with status 2; any other error is a defect and keeps its traceback.
     """
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the machine or of a GPU."""
+    signs = ("allocate memory", "out of memory", "alloc_failed")
+    # torch raises a RuntimeError, on a CPU a plain one
+    exhausted = isinstance(error, RuntimeError) and any(s in _line(error).lower() for s in signs)
+    return exhausted or isinstance(error, MemoryError)
+
+
+def text_for_user(error: BaseException) -> str | None:
+    """What a person should read of an error; None for a defect.
+
+    A :class:`UserError` and what the operating system says of a file speak for themselves.
+    """
+    if isinstance(error, UserError | OSError):
+        return str(error)
+    if out_of_memory(error):
+        return (
+            f"out of memory ({_line(error)}); use fewer --workers, a smaller batch, crop or "
+            "network, or another --device"
+        )
+    return None
+
+
+@contextmanager
+def about(subject: object) -> Iterator[None]:
+    """Begin the text of a UserError of the block with its subject, such as a file."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{subject}: {error}") from error
+
+
+def cause(error: BaseException) -> str:
+    """The beginning of what a library says, or the error's name where it says nothing."""
+    text = _line(error)
+    return text if len(text) < 160 else f"{text[:160]} .."
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

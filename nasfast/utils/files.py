@@ -1,4 +1,5 @@
-"""Durable files: what was written is whole and on the disk, or was never there."""
+"""Files: what is written is whole and on the disk, or was never there; what cannot be read is
+named."""
 
 from __future__ import annotations
 
@@ -10,9 +11,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nasfast.utils.errors import UserError
+from nasfast.utils.errors import UserError, cause
 
-__all__ = ["atomic_file", "atomic_write", "read_json", "read_toml", "sync_directory"]
+__all__ = [
+    "atomic_file",
+    "atomic_write",
+    "naming",
+    "read_json",
+    "read_object",
+    "read_text",
+    "read_toml",
+    "sync_directory",
+]
 
 
 @contextmanager
@@ -23,7 +33,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -33,7 +43,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     sync_directory(path.parent)
 
 
-def atomic_write(path: Path, data: bytes | str) -> None:
+def atomic_write(path: Path, data: bytes | memoryview | str) -> None:
     """Replace `path` by `data` in one step."""
     with atomic_file(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
@@ -43,23 +53,62 @@ def sync_directory(path: Path) -> None:
     """Make the names in a directory (created, renamed, removed files) survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def read_json(path: Path) -> object:
-    """Content of a JSON file."""
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an error of the system in the block the file's name where it has none: what fails on an
+    open file, such as a full disk, does not know it."""
     try:
-        content: object = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: expected JSON, got {error}; restore the file") from error
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def read_text(path: Path) -> str:
+    """Text of a file; UserError where it is not UTF-8."""
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: expected text in UTF-8, got other bytes at {error.start}; save it as UTF-8, "
+            "or restore it from a copy"
+        ) from error
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file; UserError where it is not JSON."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}: expected JSON, got {text[:40]!r} ({cause(error)}); restore it from a copy"
+        ) from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Content of a JSON file that holds an object."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path}: expected a JSON object, got {str(content)[:40]!r}; restore it from a copy"
+        )
     return content
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Content of a TOML file."""
+    """Content of a TOML file; UserError where it is not TOML."""
+    text = read_text(path)
     try:
-        return tomllib.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: expected TOML, got {error}; restore the file") from error
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}: expected TOML, got {text[:40]!r} ({cause(error)}); restore it from a copy"
+        ) from error

@@ -13,7 +13,7 @@ import torch
 from nasfast.evaluation.candidate import Evaluator, G
 from nasfast.runs.records import Evaluation
 from nasfast.spaces.base import Genotype
-from nasfast.utils.cli import meant_for_user
+from nasfast.utils.errors import text_for_user
 
 G_in = TypeVar("G_in", bound=Genotype, contravariant=True)
 G_out = TypeVar("G_out", bound=Genotype, covariant=True)
@@ -89,7 +89,7 @@ class Worker(Generic[G]):
 
 def _defect(error: Exception) -> Defect:
     text = "".join(traceback.format_exception(error))
-    return Defect(text, str(error) if meant_for_user(error) else None)
+    return Defect(text, text_for_user(error))
 
 
 class Pool(Protocol[G_in]):

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from nasfast.data import TrainTransform, batch, load_splits, open_camvid
+from nasfast.utils.errors import UserError
 
 
 @pytest.fixture
@@ -45,18 +46,30 @@ def test_classes_of_the_folder(camvid):
         (11, 2, 3),
         255,
     )
-    path.write_text('{"classes": [{"name": "sky"}]}')
-    with pytest.raises(
-        ValueError, match=r"classes.json: expected an object .*; got KeyError: 'color'"
-    ):
+
+
+@pytest.mark.parametrize(
+    ("form", "got"),
+    [
+        ([{"name": "sky"}], "KeyError: 'color'"),
+        ([{"name": "sky", "color": [1, 2]}], "TypeError: "),
+        ([{"name": "sky", "color": "abc"}], "ValueError: "),
+        ([{"name": "sky", "color": [1, 2, 256]}], "ValueError: the color"),
+        ([{"name": "sky", "color": [1, 2, 3]}] * 2, "ValueError: 2 classes of 1 names"),
+        ([], "ValueError: 0 classes of 0 names"),
+        ({"name": "sky"}, "TypeError: "),
+    ],
+)
+def test_classes_that_are_none(camvid, form, got):
+    (camvid / "classes.json").write_text(json.dumps({"classes": form, "ignore_index": 255}))
+    message = rf"classes.json: expected an object .*; got {got}"
+    with pytest.raises(UserError, match=message):
         open_camvid(camvid)
 
 
 def test_missing_parts(camvid):
     (camvid / "val.txt").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"val.txt is missing: a CamVid folder is train.txt"
-    ):
+    with pytest.raises(UserError, match=r"val.txt is missing: a CamVid folder is train.txt"):
         load_splits(camvid)
 
 

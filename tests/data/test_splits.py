@@ -20,6 +20,7 @@ from nasfast.data import (
     split_for_search,
 )
 from nasfast.data.base import default_colors
+from nasfast.utils.errors import UserError
 
 
 def indices_of(subset, dataset):
@@ -48,7 +49,9 @@ def test_seed_changes_only_the_search_split():
 
 def test_one_training_sample_cannot_be_divided():
     one = SyntheticStreets(1)
-    with pytest.raises(ValueError, match=r"synthetic: .* needs at least 2 training samples, got 1"):
+    with pytest.raises(
+        ValueError, match=r"synthetic: expected at least 2 training samples, .* got 1"
+    ):
         split_for_search(one, one, seed=0)
 
 
@@ -74,13 +77,13 @@ def test_fingerprint_is_equal_in_another_process():
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
     splits = load_splits("synthetic", seed=3)
-    wanted = [splits.search_val.fingerprint(), str(splits.val[7].image.sum().item())]
-    assert out.stdout.split() == wanted
+    expected = [splits.search_val.fingerprint(), str(splits.val[7].image.sum().item())]
+    assert out.stdout.split() == expected
 
 
 def test_unknown_sources(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=("expected 'synthetic' or a folder, got 'synthetik'")
+        UserError, match="expected 'synthetic' or a folder, got 'synthetik'; give an existing"
     ):
         load_splits("synthetik")
     (tmp_path / "frames").mkdir()
@@ -95,11 +98,11 @@ def test_unknown_sources(tmp_path):
 def test_normalize():
     images = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    wanted = (images / 255 - mean) / std
+    expected = (images / 255 - mean) / std
     for dtype in (torch.uint8, torch.float32, torch.float64):
         got = normalize(images.to(dtype))
         assert got.dtype == torch.float32
-        torch.testing.assert_close(got, wanted)
+        torch.testing.assert_close(got, expected)
     last = images.to(memory_format=torch.channels_last)
     assert normalize(last).is_contiguous(memory_format=torch.channels_last)
     with pytest.raises(ValueError, match=r"expected images \[N, 3, H, W\], got \[3, 5, 7\]"):
@@ -107,8 +110,8 @@ def test_normalize():
 
 
 def test_default_colors_are_those_of_voc():
-    wanted = ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128))
-    assert default_colors(5) == wanted
+    expected = ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128))
+    assert default_colors(5) == expected
     assert default_colors(22)[15:] == (
         (192, 128, 128),
         (0, 64, 0),

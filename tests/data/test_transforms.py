@@ -41,10 +41,10 @@ def test_train_crops_have_the_size_asked_for(height, width, crop, shorter, low, 
 
 @given(side, side, size)
 @settings(max_examples=100, deadline=None)
-def test_validation_crops_have_the_size_asked_for(height, width, wanted):
-    got = ValTransform(wanted)(gradient(height, width))
-    assert got.image.shape == (3, *pair(wanted))
-    assert got.mask.shape == pair(wanted)
+def test_validation_crops_have_the_size_asked_for(height, width, expected):
+    got = ValTransform(expected)(gradient(height, width))
+    assert got.image.shape == (3, *pair(expected))
+    assert got.mask.shape == pair(expected)
 
 
 @given(st.integers(0, 2**40))

@@ -1,15 +1,18 @@
-"""The run directory: durable records, atomic files, one writer."""
+"""The run directory: durable records, atomic files, one writer, runs of other versions."""
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,11 @@ from typing import Any
 import pytest
 import torch
 
-from nasfast.runs.records import Evaluation, Record
+from nasfast.runs.records import VERSION, Evaluation, Record
 from nasfast.runs.study import Study
-from nasfast.utils.files import atomic_file, atomic_write
+from nasfast.utils.errors import UserError
+
+OLD = Path(__file__).parents[1] / "fixtures" / "version1"
 
 
 def make_record(index: int, **changes: Any) -> Record:
@@ -31,35 +36,36 @@ def make_record(index: int, **changes: Any) -> Record:
     evaluation = Evaluation(
         rewards=rewards,
         metrics={stage: {"miou": reward - 0.05} for stage, reward in rewards.items()},
+        costs={"params": 2_000_000 + index, "macs": 10**9 + index},
         gate=0.3 if index else None,
-        params=2_000_000 + index,
-        macs=10**9 + index,
         seconds={"stage0_train": 1.5, "stage0_validate": 0.5},
+        feedback="stage0",
     )
     genotype: dict[str, object] = {"space": "fast_nas", "cell": [index], "connections": [[3, 3]]}
-    record = Record(
-        index=index,
-        genotype=genotype,
-        canonical=genotype,
-        seed=7 + index,
-        evaluation=evaluation,
-        duplicate_of=None,
-        time="2026-01-01T00:00:00+00:00",
-    )
+    when = "2026-01-01T00:00:00+00:00"
+    record = Record(index, genotype, genotype, 7 + index, evaluation, None, when)
     return replace(record, **changes)
 
 
 def failed(index: int) -> Record:
-    evaluation = Evaluation(
-        rewards={}, metrics={}, gate=None, params=0, macs=0, seconds={}, failure="out of memory"
-    )
+    costs = {"params": 0, "macs": 0}
+    evaluation = Evaluation({}, {}, costs, None, {}, "stage0", failure="out of memory")
     return make_record(index, evaluation=evaluation)
 
 
-def scored(index: int, *rewards: float) -> Record:
-    record = make_record(index)
+def scored(index: int, *rewards: float, **changes: Any) -> Record:
+    record = make_record(index, **changes)
     named = {f"stage{i}": reward for i, reward in enumerate(rewards)}
     return replace(record, evaluation=replace(record.evaluation, rewards=named))
+
+
+def append_all(study: Study, records: list[Record]) -> list[int]:
+    """Append them; the best one's index after each."""
+    best = []
+    for record in records:
+        study.append(record)
+        best.append(json.loads((study.path / "best.json").read_text())["index"])
+    return best
 
 
 @pytest.fixture
@@ -75,7 +81,32 @@ def test_create_lays_out_the_directory(tmp_path: Path) -> None:
         assert run.env == {"gpu": None}
         assert (run.records, run.best, run.ranking()) == ((), None, [])
         names = {path.name for path in run.path.iterdir()}
-    assert names == {"config.toml", "env.json", "records.jsonl", "checkpoint", "lock"}
+        description = json.loads((run.path / "study.json").read_text())
+        assert (run.method, description["ranking"]) == ("segmentation", "score")
+    files = {"study.json", "config.toml", "env.json", "records.jsonl", "lock"}
+    assert names == files | {"checkpoint"}
+    assert description == {"version": 2, "method": "segmentation", "ranking": "score"}
+
+
+def test_a_run_that_is_half_made_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever file the crash came before."""
+    real, stop = os.replace, 0
+
+    def replace_some(source: Path, target: Path) -> None:
+        nonlocal stop
+        stop -= 1
+        if stop < 0:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_some)
+    for whole in range(4):
+        stop = whole
+        with pytest.raises(KeyboardInterrupt):
+            Study.create(tmp_path / str(whole), "segmentation", "demo", {}, {})
+        (path,) = (tmp_path / str(whole)).iterdir()
+        with pytest.raises(UserError, match=r"not a run directory: it has no .*records\.jsonl"):
+            Study.open(path)
 
 
 def test_config_round_trip(tmp_path: Path) -> None:
@@ -117,9 +148,7 @@ def test_name_must_fit_a_directory(tmp_path: Path, name: str) -> None:
 
 
 def test_collisions_get_a_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datetime as real
-
-    class Frozen(real.datetime):
+    class Frozen(datetime.datetime):
         @classmethod
         def now(cls, tz: Any = None) -> Frozen:
             return cls(2026, 1, 2, 3, 4, 5)
@@ -151,36 +180,41 @@ def test_ranking_and_best(study: Study) -> None:
         scored(0, 0.5),
         scored(1, 0.3, 0.4),
         failed(2),
-        replace(scored(3, 0.3, 0.4), duplicate_of=1),
+        scored(3, 0.3, 0.4, duplicate_of=1),
         scored(4, 0.35, 0.6),
         scored(5, 0.9),
         scored(6, 0.3, 0.4),
     ]
-    best = []
-    for record in records:
-        study.append(record)
-        best.append(json.loads((study.path / "best.json").read_text())["index"])
-    assert best == [0, 1, 1, 1, 4, 4, 4]
+    assert append_all(study, records) == [0, 1, 1, 1, 4, 4, 4]
     assert [record.index for record in study.ranking()] == [4, 1, 6, 5, 0]
     assert study.best == records[4]
+
+
+def test_a_later_phase_comes_first_and_repeats_nothing_of_an_earlier_one(study: Study) -> None:
+    records = [
+        scored(0, 0.5),
+        scored(1, 0.7, 0.8),
+        scored(2, 0.1, phase=1, duplicate_of=0),
+        scored(3, 0.2, phase=1),
+        scored(4, 0.2, phase=1, duplicate_of=3),
+    ]
+    assert append_all(study, records) == [0, 1, 2, 3, 3]
+    assert [record.index for record in study.ranking()] == [3, 2, 1, 0]
 
 
 def test_the_last_choice_comes_first(tmp_path: Path) -> None:
     records = [
         scored(0, 0.9),
         scored(1, 0.5),
-        replace(scored(2, 0.4), duplicate_of=0),
+        scored(2, 0.4, duplicate_of=0),
         scored(3, 0.7),
-        replace(scored(4, 0.6), duplicate_of=1),
+        scored(4, 0.6, duplicate_of=1),
         failed(5),
     ]
-    with Study.create(tmp_path, "restoration", "demo", {}, {"choice": "last"}) as study:
-        best = []
-        for record in records:
-            study.append(record)
-            best.append(json.loads((study.path / "best.json").read_text())["index"])
-        assert best == [0, 1, 2, 3, 4, 4]
-        assert [record.index for record in study.ranking()] == [4, 3, 2]
+    with Study.create(tmp_path, "restoration", "demo", {}, {}, ranking="last") as study:
+        assert append_all(study, records) == [0, 1, 2, 3, 4, 4]
+    study = Study.open(study.path, read_only=True)
+    assert [record.index for record in study.ranking()] == [4, 3, 2]
 
 
 def test_failures_only_have_no_best(study: Study) -> None:
@@ -212,8 +246,10 @@ def test_full_disk_leaves_no_torn_line(study: Study, monkeypatch: pytest.MonkeyP
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", no_space)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match=r"No space left on device: '.*records\.jsonl'"):
             study.append(make_record(1))
+        with pytest.raises(OSError, match=r"No space left on device: '.*state\.pt'"):
+            study.save_checkpoint({"step": 1})
     study.append(make_record(1))
     study.close()
     assert Study.open(study.path, read_only=True).records == (make_record(0), make_record(1))
@@ -252,20 +288,23 @@ def test_torn_last_line_of_zeros(study: Study) -> None:
         assert reopened.records == (make_record(0),)
 
 
-def test_broken_middle_line(study: Study) -> None:
-    for index in range(3):
-        study.append(make_record(index))
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda a, b, c: a + b[:20] + "\n" + c, "line 2: expected one JSON record, got"),
+        (lambda a, b, c: a + "{}\n" + c, "line 2: not a record of this version"),
+        (lambda a, b, c: a + "\n" + b + c, "line 2: expected one JSON record, got"),
+        (lambda a, b, c: a + "[" * 10**5 + "\n" + c, "line 2: expected one JSON record, got"),
+        (lambda a, b, c: a + c, "line 2: not a record.*index: expected 1, got 2"),
+    ],
+)
+def test_broken_middle_line(study: Study, damage: Callable[..., str], text: str) -> None:
+    append_all(study, [make_record(0), make_record(1), make_record(2)])
     study.close()
     file = study.path / "records.jsonl"
     lines = file.read_text().splitlines(keepends=True)
-    file.write_text(lines[0] + lines[1][:20] + "\n" + lines[2])
-    with pytest.raises(ValueError, match=r"records\.jsonl, line 2: expected one JSON record, got"):
-        Study.open(study.path)
-    file.write_text(lines[0] + "{}\n" + lines[2])
-    with pytest.raises(ValueError, match=r"records\.jsonl, line 2: not a record of this version"):
-        Study.open(study.path)
-    file.write_text(lines[0] + lines[2])
-    with pytest.raises(ValueError, match=r"line 2: not a record.*index: expected 1, got 2"):
+    file.write_text(damage(*lines))
+    with pytest.raises(UserError, match=rf"records\.jsonl, {text}"):
         Study.open(study.path)
     file.write_text("".join(lines))
     Study.open(study.path).close()
@@ -273,10 +312,79 @@ def test_broken_middle_line(study: Study) -> None:
 
 def test_not_a_run_directory(tmp_path: Path) -> None:
     (tmp_path / "config.toml").touch()
-    with pytest.raises(FileNotFoundError, match=r"not a run .* no env\.json, records\.jsonl; give"):
+    with pytest.raises(UserError, match=r"not a run .* no env\.json, records\.jsonl; give"):
         Study.open(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"it has no config\.toml, env\.json, records"):
-        Study.open(tmp_path / "absent")
+    for path in (tmp_path / "absent", tmp_path / "config.toml"):
+        with pytest.raises(UserError, match=r"it has no config\.toml, env\.json, records"):
+            Study.open(path)
+
+
+@pytest.mark.parametrize("run", ["segmentation", "restoration", "restoration_random"])
+def test_runs_of_version_1(run: str, tmp_path: Path) -> None:
+    path = tmp_path / run
+    shutil.copytree(OLD / run, path)
+    before = (path / "records.jsonl").read_text()
+    reader = Study.open(path, read_only=True)
+    assert (path / "records.jsonl").read_text() == before
+    assert reader.method == run.removesuffix("_random")
+    records, ranking = reader.records, reader.ranking()
+    assert [record.index for record in records] == list(range(before.count("\n")))
+    assert reader.load_checkpoint() is not None
+    if run == "restoration":  # a gradient search: where it ended
+        assert (reader.best, reader.best.evaluation.feedback) == (records[-1], "supernet")
+    else:
+        assert [r.score for r in ranking] == sorted((r.score for r in records), reverse=True)
+        assert {record.evaluation.feedback for record in records} == {"stage0"}
+    assert reader.best is not None
+    assert json.loads((OLD / run / "best.json").read_text())["index"] == reader.best.index
+
+    stages = list(reader.best.evaluation.rewards)
+    better = scored(len(records), *[0.99] * len(stages))
+    with Study.open(path) as study:
+        assert study.records == records
+        study.append(better)
+    best = Record.from_json(json.loads((path / "best.json").read_text()))
+    assert (best, study.best) == (better, better)
+    assert (path / "records.jsonl").read_text().startswith(before)
+    assert Study.open(path, read_only=True).records == (*records, better)
+
+
+def test_a_run_without_a_method(study: Study) -> None:
+    study.close()
+    (study.path / "study.json").unlink()
+    with pytest.raises(UserError, match=r"config\.toml: expected the name of .* got None; restore"):
+        Study.open(study.path)
+
+
+def test_records_of_a_newer_version(study: Study) -> None:
+    append_all(study, [scored(0, 0.1), scored(1, 0.2)])
+    study.close()
+    file = study.path / "records.jsonl"
+    forms = [json.loads(line) for line in file.read_text().splitlines()]
+    for form in forms:
+        form |= {"version": VERSION + 1, "energy": {"joule": 3}}
+        form["evaluation"] |= {"spread": 0.25}
+    file.write_text("".join(json.dumps(form) + "\n" for form in forms))
+    with pytest.warns(UserWarning, match="records of version 3, this nasfast knows 2") as caught:
+        reopened = Study.open(study.path)
+    assert len(caught) == 1
+    with reopened:
+        assert json.loads((study.path / "best.json").read_text()) == forms[1]
+        reopened.append(make_record(2))
+    form = json.loads(file.read_text().splitlines()[2])
+    assert (form["version"], set(forms[0]) - set(form)) == (VERSION, {"energy"})
+
+
+def test_a_run_of_a_newer_version(study: Study) -> None:
+    append_all(study, [scored(0, 0.1), scored(1, 0.2)])
+    study.close()
+    description = {"version": 3, "method": "segmentation", "ranking": "pareto", "phases": 2}
+    (study.path / "study.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match=r"study\.json: .* continue the run with that one$"):
+        Study.open(study.path)
+    with pytest.warns(UserWarning, match=r"study\.json: expected version 2, got 3 of nasfast"):
+        reader = Study.open(study.path, read_only=True)
+    assert reader.best == scored(1, 0.2)
 
 
 def test_checkpoint_round_trip(study: Study) -> None:
@@ -314,21 +422,9 @@ def test_leftovers_of_a_killed_checkpoint_are_removed(study: Study) -> None:
     assert list((study.path / "checkpoint").iterdir()) == []
 
 
-def test_atomic_write(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    atomic_write(path, "é")
-    assert path.read_bytes() == "é".encode()
-    atomic_write(path, b"\x00")
-    assert path.read_bytes() == b"\x00"
-    with pytest.raises(TypeError), atomic_file(path) as file:
-        file.writelines([b"half", None])  # type: ignore[list-item]
-    assert path.read_bytes() == b"\x00"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_second_writer_is_refused(study: Study) -> None:
-    wanted = rf"is being written by process {os.getpid()}; wait for it or stop it"
-    with pytest.raises(RuntimeError, match=wanted):
+    holder = rf"is being written by process {os.getpid()}; wait for it or stop it"
+    with pytest.raises(UserError, match=holder):
         Study.open(study.path)
     code = "import sys; from pathlib import Path; from nasfast.runs.study import Study\n"
     code += "Study.open(Path(sys.argv[1]))"
@@ -362,7 +458,7 @@ def test_forked_child_does_not_hold_the_lock(study: Study) -> None:
         os._exit(0)
     try:
         os.close(release)
-        with pytest.raises(RuntimeError, match="is being written"):
+        with pytest.raises(UserError, match="is being written"):
             Study.open(study.path)
         study.close()
         deadline = time.monotonic() + 10
@@ -370,7 +466,7 @@ def test_forked_child_does_not_hold_the_lock(study: Study) -> None:
             try:
                 Study.open(study.path).close()
                 break
-            except RuntimeError:
+            except UserError:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
     finally:

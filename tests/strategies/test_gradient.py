@@ -1,4 +1,3 @@
-import io
 import itertools
 import math
 
@@ -83,25 +82,25 @@ def test_proxyless_runs_two_operations_and_opens_one_gate():
         y = mix.weights[0].detach() @ OUTPUTS
         q = alphas.detach()[0, [i, j]].softmax(0)
         gates = 2 * (y - TARGET) * OUTPUTS[[i, j]]
-        wanted = torch.zeros(4, dtype=torch.float64)
-        wanted[[i, j]] = q * (gates - q @ gates)
-        torch.testing.assert_close(gradient(mix, alphas), wanted)
+        expected = torch.zeros(4, dtype=torch.float64)
+        expected[[i, j]] = q * (gates - q @ gates)
+        torch.testing.assert_close(gradient(mix, alphas), expected)
 
 
 def test_expected_gradient_of_proxyless_by_enumeration():
     alphas = logits(*LOGITS)
     p = alphas.detach()[0].softmax(0)
-    wanted = torch.zeros(4, dtype=torch.float64)
+    expected = torch.zeros(4, dtype=torch.float64)
     for i, j in itertools.permutations(range(4), 2):  # drawn in this order, gate i open
         pair = p[i] * p[j] / (1 - p[i]) + p[j] * p[i] / (1 - p[j])
         q = p[i] / (p[i] + p[j])
         error = 2 * (OUTPUTS[i] - TARGET)
         slope = error * q * (1 - q) * (OUTPUTS[i] - OUTPUTS[j])
-        wanted[i] += pair * q * slope
-        wanted[j] -= pair * q * slope
+        expected[i] += pair * q * slope
+        expected[j] -= pair * q * slope
     mean, error = mean_gradient(make("proxyless"), alphas, 6000)
-    assert ((mean - wanted).abs() < 4 * error).all()
-    assert (error < 0.1 * wanted.abs().max()).all()
+    assert ((mean - expected).abs() < 4 * error).all()
+    assert (error < 0.1 * expected.abs().max()).all()
 
 
 def test_expected_gradient_of_gumbel_by_quadrature():
@@ -113,11 +112,11 @@ def test_expected_gradient_of_gumbel_by_quadrature():
     slope = soft * (1 - soft) / TEMPERATURE.start
     first, second = (2 * (OUTPUTS[k] - TARGET) * OUTPUTS[k] for k in (0, 1))
     chosen = torch.where(noise > -0.9, first, -second)
-    wanted = torch.trapezoid(density * chosen * slope, noise)
+    expected = torch.trapezoid(density * chosen * slope, noise)
     mean, error = mean_gradient(make("gumbel"), alphas, 6000)
-    assert abs(mean[0] - wanted) < 4 * error[0]
+    assert abs(mean[0] - expected) < 4 * error[0]
     assert mean[1] == pytest.approx(-mean[0].item())
-    assert error[0] < 0.1 * abs(wanted)
+    assert error[0] < 0.1 * abs(expected)
 
 
 def test_gumbel_runs_one_operation():
@@ -184,15 +183,12 @@ def test_finds_the_best_operation(name):
 
 @pytest.mark.parametrize("name", GRADIENT_STRATEGIES)
 @pytest.mark.parametrize("cut", [0, 1, 7])
-def test_state_round_trip(name, cut):
+def test_state_round_trip(name, cut, reloaded):
     relaxation, resumed = make(name, seed=1), make(name, seed=2)
     alphas = torch.ones(5, 4, requires_grad=True)
     for _ in search(relaxation, alphas, cut):
         pass
-    file = io.BytesIO()
-    torch.save(relaxation.state_dict(), file)
-    file.seek(0)
-    resumed.load_state_dict(torch.load(file, weights_only=True))
+    resumed.load_state_dict(reloaded(relaxation.state_dict()))
     other = alphas.detach().clone().requires_grad_()
     for one, two in zip(search(relaxation, alphas, 9), search(resumed, other, 9), strict=True):
         assert torch.equal(one, two)

@@ -1,5 +1,4 @@
 import copy
-import io
 import math
 import random
 import re
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from nasfast.spaces import Decision, FastNASSpace
 from nasfast.strategies import PPO, PPOConfig, RandomSearch
 from nasfast.strategies.ppo import Controller, leave_one_out_advantages
+from nasfast.utils.errors import UserError
 
 SPACE = FastNASSpace()
 PUBLISHED = PPOConfig()
@@ -216,23 +216,20 @@ def play(strategy, tells, outstanding=()):
     return history, asked
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     cut=st.integers(0, 11),
     batch_size=st.integers(1, 4),
     embed=st.booleans(),
 )
-def test_state_round_trip_is_bit_exact(cut, batch_size, embed):
+def test_state_round_trip_is_bit_exact(reloaded, cut, batch_size, embed):
     config = PPOConfig(batch_size=batch_size, buffer_size=5, embed_decisions=embed, **SMALL)
     strategy, resumed = PPO(SPACE, config, 0), PPO(SPACE, config, 1)
     _, outstanding = play(strategy, 4 * (cut // 4))
     for genotype in outstanding[: cut % 3]:  # in the middle of a batch, with or without pending
         strategy.tell(genotype, 0.5)
     outstanding = outstanding[cut % 3 :]
-    file = io.BytesIO()
-    torch.save(strategy.state_dict(), file)
-    file.seek(0)
-    state = torch.load(file, weights_only=True)
+    state = reloaded(strategy.state_dict())
     want = play(strategy, 12, outstanding)
     global_state = torch.get_rng_state()
     torch.rand(3)
@@ -242,27 +239,14 @@ def test_state_round_trip_is_bit_exact(cut, batch_size, embed):
     torch.set_rng_state(global_state)
 
 
-def test_state_does_not_change_afterwards():
+def test_state_does_not_change_afterwards(reloaded):
     strategy = PPO(SPACE, PPOConfig(**SMALL), 0)
     play(strategy, 3)
     state = strategy.state_dict()
-    file = io.BytesIO()
-    torch.save(state, file)
+    before = reloaded(state)
     play(strategy, 3, [strategy._space.decode(c) for c, _ in strategy._asked])
-    file.seek(0)
-    before = torch.load(file, weights_only=True)
     assert all(torch.equal(state["controller"][k], v) for k, v in before["controller"].items())
     assert state["buffer"] == before["buffer"]
-
-
-def test_seeds_and_global_generators():
-    torch.manual_seed(0)
-    random.seed(0)
-    want = torch.get_rng_state(), random.getstate()
-    runs = [play(PPO(SPACE, PPOConfig(**SMALL), seed), 6)[0] for seed in (0, 0, 1)]
-    assert runs[0] == runs[1] != runs[2]
-    assert torch.equal(torch.get_rng_state(), want[0])
-    assert random.getstate() == want[1]
 
 
 # Learning
@@ -328,25 +312,21 @@ def test_reward_is_finite(reward):
     strategy.tell(genotype, None)
 
 
+NOT_ABOVE_0 = ("ent_coef", "warmup_steps", "embed_decisions")
+
+
 @pytest.mark.parametrize(
-    ("field", "value", "wanted"),
+    ("field", "value", "expected"),
     [
-        *(
-            (f.name, 0, "a value above 0")
-            for f in fields(PPOConfig)
-            if f.name not in ("ent_coef", "warmup_steps", "embed_decisions")
-        ),
+        *((f.name, 0, "a value above 0") for f in fields(PPOConfig) if f.name not in NOT_ABOVE_0),
         ("ent_coef", -0.1, "a value at least 0"),
         ("warmup_steps", -1, "a value at least 0"),
         ("baseline_decay", 1.1, "at most 1"),
         ("buffer_size", 1, "at least 2 and at least batch_size=1"),
     ],
 )
-def test_settings_out_of_range(field, value, wanted):
-    with pytest.raises(ValueError, match=f"^PPOConfig.{field}: expected {wanted}, got {value}"):
+def test_settings_out_of_range(field, value, expected):
+    with pytest.raises(UserError, match=f"^PPOConfig.{field}: expected {expected}, got {value}"):
         PPOConfig(**{field: value})
-
-
-def test_buffer_holds_a_batch():
-    with pytest.raises(ValueError, match="at least batch_size=200, got 100; a reward is compared"):
+    with pytest.raises(UserError, match="at least batch_size=200, got 100; a reward is compared"):
         PPOConfig(batch_size=200)

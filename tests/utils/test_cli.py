@@ -3,118 +3,94 @@
 from __future__ import annotations
 
 import json
-import textwrap
-from collections.abc import Callable
-from fractions import Fraction
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from nasfast.device import resolve_device
 from nasfast.utils.cli import flag_value, reports_errors
+from nasfast.utils.errors import DEFECT, UserError, about, text_for_user
+from nasfast.utils.files import atomic_write
 
 
-@reports_errors
-def fails_for_the_user() -> int:
-    resolve_device("gpu")
-    return 0
+def ends_with(error: BaseException) -> Any:
+    @reports_errors
+    def main() -> int:
+        raise error
 
-
-@reports_errors
-def misses_a_file() -> int:
-    with open("no/such/file"):
-        return 0
-
-
-def test_an_error_for_the_user_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert fails_for_the_user() == 2
-    assert misses_a_file() == 2
-    first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("error: resolve_device: device must be 'auto', 'cpu', 'cuda'")
-    assert second == "error: [Errno 2] No such file or directory: 'no/such/file'"
+    return main
 
 
 @pytest.mark.parametrize(
-    "defect",
+    ("error", "text"),
     [
-        lambda: {}["absent"],
-        lambda: json.loads("{"),
-        lambda: torch.nn.Linear(2, 2)(torch.zeros(3)),
-        lambda: int("x"),
+        (UserError("lr: expected a number, got 'x'"), "lr: expected a number, got 'x'"),
+        (FileNotFoundError(2, "No such file", "a/b"), "[Errno 2] No such file: 'a/b'"),
+        (MemoryError(), "out of memory (MemoryError); use fewer --workers, a smaller batch"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), "out of memory (CUDA out of "),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory (DefaultCPU"),
     ],
 )
-def test_a_defect_keeps_its_traceback(defect: object) -> None:
-    with pytest.raises((KeyError, ValueError, RuntimeError)):
-        reports_errors(defect)()  # type: ignore[arg-type]
-
-
-def inside(body: str) -> Callable[[], int]:
-    """An entry point whose body is a function of nasfast."""
-    code = f"def f():\n{textwrap.indent(body, '    ')}\n    return 0\n"
-    names: dict[str, Any] = {"__package__": "nasfast.x", "torch": torch, "json": json}
-    exec(code, names)
-    return reports_errors(names["f"])
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        "int('x')",
-        "max([])",
-        "a, b = [1, 2, 3]",
-        "torch.cat([torch.zeros(2, 2), torch.zeros(3, 3)])",
-        "json.loads('{')",
-        "[*zip([1], [], strict=True)]",
-        "try:\n    int('x')\nfinally:\n    pass",
-        "try:\n    int('x')\nexcept TypeError:\n    raise ValueError('for the user')",
-        "try:\n    raise ValueError('for the user')\nexcept ValueError:\n    int('x')",
-        "with torch.no_grad():\n    int('x')",
-        "raise TypeError('a defect')",
-        "assert not 1",
-    ],
-)
-def test_a_defect_of_nasfast_keeps_its_traceback(
-    body: str, capsys: pytest.CaptureFixture[str]
+def test_what_a_person_can_mend_is_one_line(
+    error: Exception, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(Exception):  # noqa: B017
-        inside(body)()
-    assert capsys.readouterr().err == ""
+    assert ends_with(error)() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {text}")
 
 
 @pytest.mark.parametrize(
-    "body",
+    "error",
     [
-        "raise ValueError('for the user')",
-        "raise RuntimeError('for the user')",
-        "raise FloatingPointError('for the user')",
-        "raise ValueError(\n    'for '\n    + str(\n        'the user'\n    )\n)",
-        "try:\n    int('x')\nexcept ValueError as error:\n"
-        "    raise ValueError('for the user') from error",
-        "try:\n    int('x')\nexcept ValueError:\n    raise ValueError('for the user')",
-        "try:\n    raise ValueError('for the user')\nexcept ValueError:\n    raise",
-        "try:\n    raise ValueError('for the user')\nfinally:\n    pass",
-        "with torch.no_grad():\n    raise ValueError('for the user')",
-        "for i in range(300):\n    if i == 299:\n        raise ValueError('for the user')",
+        KeyError("absent"),
+        ValueError("shape"),
+        RuntimeError("sizes differ"),
+        RuntimeError("in a worker:\nout of memory"),
+        FloatingPointError("x"),
+        json.JSONDecodeError("x", "{", 0),
     ],
 )
-def test_what_nasfast_raises_is_one_line(body: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert inside(body)() == 2
-    assert capsys.readouterr().err == "error: for the user\n"
+def test_a_defect_is_raised_with_what_to_report(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised:
+        ends_with(error)()
+    assert raised.value.__notes__ == [DEFECT]
+    assert text_for_user(error) is None
 
 
-def test_what_others_raise_keeps_its_traceback() -> None:
-    with pytest.raises(ValueError, match="Invalid literal for Fraction"):
-        reports_errors(lambda: Fraction("x"))()  # type: ignore[arg-type]
+def test_a_defect_ends_with_what_to_report() -> None:
+    code = "from nasfast.utils.cli import reports_errors\nreports_errors(lambda: {}['absent'])()"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    first, *_, error, last = done.stderr.splitlines()
+    assert (done.returncode, first) == (1, "Traceback (most recent call last):")
+    assert (error, last) == ("KeyError: 'absent'", DEFECT)
 
 
 def test_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
-    @reports_errors
-    def stopped() -> int:
-        raise KeyboardInterrupt
-
-    assert stopped() == 130
+    assert ends_with(KeyboardInterrupt())() == 130
     assert capsys.readouterr().err == "stopped\n"
+
+
+def test_an_error_of_the_system_names_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    path = tmp_path / "file"
+    assert reports_errors(lambda: atomic_write(path, "x") or 0)() == 2
+    assert capsys.readouterr().err == f"error: [Errno 28] No space left on device: '{path}'\n"
+
+
+def test_subject_of_an_error() -> None:
+    with pytest.raises(UserError, match=r"^a\.json: genotype: expected a list$"), about("a.json"):
+        raise UserError("genotype: expected a list")
+    with pytest.raises(ValueError, match=r"^defect$"), about("a.json"):
+        raise ValueError("defect")
 
 
 @pytest.mark.parametrize(

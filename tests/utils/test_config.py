@@ -1,13 +1,18 @@
+"""Dataclasses from mappings: round trips, and each value that does not fit its field."""
+
 import dataclasses
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import tomli_w
 
 from nasfast.utils.config import from_mapping, require_positive
+from nasfast.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -15,23 +20,35 @@ class Inner:
     lr: float = 0.1
     steps: int = 3
 
+    def __post_init__(self):
+        require_positive(self, "steps")
+
 
 @dataclass(frozen=True)
 class Outer:
     data: Path
     weights: Path | None = None
     omit: tuple[int, ...] = ()
+    range: tuple[float, float] = (0.0, 1.0)
     crop: int | None = None
+    sigma: float | tuple[float, ...] = 25.0
     inner: Inner = field(default_factory=Inner)
+    more: Inner | None = None
     name: str = "x"
+    mirror: bool = True
+    channels: Literal[1, 3] = 1
+    task: Mapping[str, Any] = field(default_factory=dict)
 
 
-CONFIG = Outer(Path("d/e"), Path("w"), (0, 2), 4, Inner(0.5), "y")
+CONFIG = Outer(
+    Path("d/e"), Path("w"), (0, 2), (0.5, 2.0), 4, (1.0, 2.5), Inner(0.5), Inner(), "y", False, 3
+)
 
 
 def test_round_trip_through_toml():
-    mapping = dataclasses.asdict(CONFIG) | {"data": "d/e", "weights": "w"}
-    assert from_mapping(Outer, tomllib.loads(tomli_w.dumps(mapping)), "config.toml") == CONFIG
+    mapping = dataclasses.asdict(CONFIG) | {"data": "d/e", "weights": "w", "task": {"a": [1]}}
+    config = dataclasses.replace(CONFIG, task={"a": [1]})
+    assert from_mapping(Outer, tomllib.loads(tomli_w.dumps(mapping)), "config.toml") == config
 
 
 def test_round_trip_with_none():
@@ -39,35 +56,74 @@ def test_round_trip_with_none():
     assert from_mapping(Outer, dataclasses.asdict(config), "config") == config
 
 
-def test_absent_fields_keep_their_defaults():
-    config = from_mapping(Outer, {"data": "d", "inner": {"steps": 5}}, "config.toml")
-    assert config == Outer(Path("d"), inner=Inner(0.1, 5))
+def test_absent_fields_keep_their_defaults_and_integers_are_numbers():
+    config = from_mapping(Outer, {"data": "d", "inner": {"lr": 5}, "sigma": 15}, "config.toml")
+    assert config == Outer(Path("d"), sigma=15.0, inner=Inner(5.0))
+    assert (type(config.inner.lr), type(config.sigma)) == (float, float)
+
+
+FIELDS = ", ".join(sorted(f.name for f in dataclasses.fields(Outer)))
+VERSION = "Was the file written by another version of nasfast?"
 
 
 @pytest.mark.parametrize(
-    ("mapping", "where", "unknown", "wanted"),
+    ("mapping", "message"),
     [
+        ({"zoom": 1}, f"config.toml: unknown setting 'zoom'; expected some of {FIELDS}. {VERSION}"),
         (
-            {"data": "d", "zoom": 1},
-            "config.toml",
-            "zoom",
-            "crop, data, inner, name, omit, weights",
+            {"inner": {"lrr": 1}},
+            f"config.toml, inner: unknown setting 'lrr'; expected some of lr, steps. {VERSION}",
         ),
-        ({"data": "d", "inner": {"lrr": 1}}, "config.toml, inner", "lrr", "lr, steps"),
+        (
+            {"inner": {"steps": 0}},
+            "config.toml, inner: Inner.steps: expected a value above 0, got 0",
+        ),
     ],
 )
-def test_unknown_field(mapping, where, unknown, wanted):
-    message = (
-        f"{where}: unknown setting {unknown!r}; expected some of {wanted}. "
-        "Was the file written by another version of nasfast?"
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        from_mapping(Outer, mapping, "config.toml")
+def test_refused_settings(mapping, message):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        from_mapping(Outer, {"data": "d"} | mapping, "config.toml")
+
+
+def test_missing_setting():
+    with pytest.raises(UserError, match="expected the setting 'data', got none; add it"):
+        from_mapping(Outer, {"name": "y"}, "config.toml")
+
+
+@pytest.mark.parametrize(
+    ("mapping", "where", "expected"),
+    [
+        ({"data": 3}, "data", "a path"),
+        ({"weights": ["w"]}, "weights", "a path"),
+        ({"omit": 1}, "omit", "a list"),
+        ({"omit": [1, "2"]}, "omit[1]", "an integer"),
+        ({"range": [0.1]}, "range", "a list of 2"),
+        ({"crop": "4"}, "crop", "an integer"),
+        ({"crop": 4.0}, "crop", "an integer"),
+        ({"crop": True}, "crop", "an integer"),
+        ({"sigma": "noisy"}, "sigma", "a list"),
+        ({"inner": 3}, "inner", "a table"),
+        ({"more": "x"}, "more", "a table"),
+        ({"inner": {"lr": "0.1"}}, "inner, lr", "a number"),
+        ({"inner": {"lr": None}}, "inner, lr", "a number"),
+        ({"name": 1}, "name", "a string"),
+        ({"mirror": 1}, "mirror", "true or false"),
+        ({"channels": True}, "channels", "one of 1, 3"),
+        ({"task": "denoising"}, "task", "a table"),
+    ],
+)
+def test_a_value_of_another_type(mapping, where, expected):
+    value = mapping
+    for name in re.findall(r"\w+", where):
+        value = value[int(name) if name.isdigit() else name]
+    message = f"config.toml, {where}: expected {expected}, got {value!r}; correct the value"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        from_mapping(Outer, {"data": "d"} | mapping, "config.toml")
 
 
 @pytest.mark.parametrize("value", [0, -0.5, float("nan")])
 def test_require_positive(value):
     require_positive(Inner(lr=value), "steps")
     message = f"Inner.lr: expected a value above 0, got {value}"
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         require_positive(Inner(lr=value), "steps", "lr")

@@ -1,0 +1,181 @@
+"""Whatever is wrong with a file, its reader says so in one line that names it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from nasfast.data import open_camvid, open_folder
+from nasfast.runs.checkpoint import load_checkpoint
+from nasfast.runs.study import Study
+from nasfast.utils.errors import text_for_user
+from nasfast.utils.files import read_json, read_object, read_text, read_toml
+
+OLD = Path(__file__).parents[1] / "fixtures" / "version1" / "segmentation"
+
+
+def run(place: Path) -> Path:
+    """A run of today's form."""
+    shutil.copytree(OLD, place)
+    description = {"version": 2, "method": "segmentation", "ranking": "score"}
+    (place / "study.json").write_text(json.dumps(description))
+    return place
+
+
+def folder(place: Path) -> Path:
+    """Two images, two masks, lists and classes, as a folder and as CamVid."""
+    classes = [{"name": name, "color": [i, i, i]} for i, name in enumerate("ab")]
+    for name in ("images", "masks", "train", "trainannot", "val", "valannot"):
+        (place / name).mkdir(parents=True)
+        channels = () if name.endswith(("masks", "annot")) else (3,)
+        for stem in "xy":
+            pixels = np.arange(40 * 30).reshape(40, 30) % 2
+            pixels = np.broadcast_to(
+                pixels.T[..., None] if channels else pixels.T, (30, 40, *channels)
+            )
+            Image.fromarray(pixels.astype(np.uint8)).save(place / name / f"{stem}.png")
+    (place / "classes.txt").write_text("a\nb\n")
+    (place / "classes.json").write_text(json.dumps({"classes": classes, "ignore_index": 255}))
+    (place / "train.txt").write_text("x\n")
+    (place / "val.txt").write_text("y\n")
+    return place
+
+
+def opened(path: Path) -> None:
+    """All that is read of a run."""
+    study = Study.open(path, read_only=True)
+    study.load_checkpoint()
+    Study.open(path).close()
+
+
+def decoded(path: Path) -> None:
+    """A folder whose frames are read at each access."""
+    _ = open_folder(path, cache_in_memory=False)[0][0]
+
+
+MADE: dict[str, Callable[[Path], Path]] = {"run": run, "folder": folder}
+READERS: dict[str, tuple[str, str, Callable[[Path], object]]] = {
+    "text": ("folder", "classes.txt", lambda p: read_text(p / "classes.txt")),
+    "json": ("run", "env.json", lambda p: read_json(p / "env.json")),
+    "object": ("run", "env.json", lambda p: read_object(p / "env.json")),
+    "toml": ("run", "config.toml", lambda p: read_toml(p / "config.toml")),
+    "checkpoint": (
+        "run",
+        "checkpoint/state.pt",
+        lambda p: load_checkpoint(p / "checkpoint/state.pt"),
+    ),
+    **{
+        f"run, {name}": ("run", name, opened)
+        for name in ("study.json", "config.toml", "env.json", "records.jsonl")
+    },
+    "run, checkpoint": ("run", "checkpoint/state.pt", opened),
+    "run, best": ("run", "best.json", opened),
+    "run, lock": ("run", "lock", opened),
+    **{
+        f"folder, {name}": ("folder", name, open_folder)
+        for name in ("classes.txt", "train.txt", "images/x.png", "masks/x.png")
+    },
+    "folder, frame": ("folder", "images/x.png", decoded),
+    **{
+        f"camvid, {name}": ("folder", name, open_camvid)
+        for name in ("classes.json", "val.txt", "train/x.png", "trainannot/x.png")
+    },
+}
+
+
+def in_its_place(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+def content(data: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "missing": lambda path: path.unlink(missing_ok=True),
+    "a directory": in_its_place,
+    "a link to itself": lambda path: (path.unlink(missing_ok=True), path.symlink_to(path)),
+    "empty": content(b""),
+    "half": lambda path: (
+        path.exists() and path.write_bytes(path.read_bytes()[: os.path.getsize(path) // 2])
+    ),
+    "zeros": content(bytes(300)),
+    "no text": content(b"\xff\xfe\x80\x81" * 9),
+    "other text": content(b"hello, world\n"),
+    "null": content(b"null\n"),
+    "a number": content(b"3\n3\n"),
+    "a list": content(b"[1, 2]\n[1, 2]\n"),
+    "an object": content(b"{}\n{}\n"),
+    "nested": content(b"[" * 100_000 + b"\n\n"),
+    "too many digits": content(b"1" * 10_000 + b"\n\n"),
+    "no image data": content(b"\x89PNG\r\n\x1a\n" + b"IHDR" * 9),
+    "no zip": content(b"PK\x03\x04" + b"x" * 200),
+}
+
+
+def outcome(read: Callable[[Path], object], place: Path) -> str | None:
+    """What the user reads of an error; a defect is raised."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a last line that is torn
+        try:
+            read(place)
+        except Exception as error:
+            text = text_for_user(error)
+            if text is None:
+                raise
+            return text
+    return None
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("reader", READERS)
+def test_a_damaged_file_is_named(reader: str, damage: str, tmp_path: Path) -> None:
+    made, name, read = READERS[reader]
+    place = MADE[made](tmp_path / made)
+    assert outcome(read, place) is None
+    DAMAGES[damage](place / name)
+    text = outcome(read, place)
+    if text is not None:
+        assert str(place) in text
+        assert len(text.splitlines()) == 1
+        assert len(text) < 600
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_random_damage(reader: str, tmp_path: Path) -> None:
+    made, name, read = READERS[reader]
+    place = MADE[made](tmp_path / made)
+    path = place / name
+    whole = path.read_bytes() if path.exists() else b""
+    at = st.integers(0, max(len(whole) - 1, 0))
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.lists(st.tuples(at, st.binary(max_size=4)), max_size=4), at)
+    def damaged(changes: list[tuple[int, bytes]], end: int) -> None:
+        data = bytearray(whole)
+        for start, new in changes:
+            data[start : start + len(new)] = new
+        path.write_bytes(bytes(data[: end or None]))
+        outcome(read, place)
+
+    damaged()
+
+
+def test_a_picture_that_is_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    text = outcome(open_folder, folder(tmp_path / "folder"))
+    assert text is not None
+    assert text.startswith(
+        f"mask {tmp_path}/folder/masks/x.png cannot be read: Image size (1200 pix"
+    )

@@ -1,0 +1,59 @@
+"""What every sampling strategy keeps to."""
+
+import random
+
+import pytest
+import torch
+
+from nasfast.spaces import FastNASSpace
+from nasfast.strategies import PPO, STRATEGIES, PPOConfig, RandomSearch, make_strategy
+from nasfast.utils.errors import UserError
+
+SPACE = FastNASSpace()
+PPO_CONFIG = PPOConfig(hidden_size=8, lr=1e-2, batch_size=2)
+each = pytest.mark.parametrize("name", STRATEGIES)
+
+
+def make(name, seed=0):
+    return make_strategy(name, SPACE, seed, PPO_CONFIG)
+
+
+def play(strategy, count):
+    asked = []
+    for i in range(count):
+        asked.append(strategy.ask())
+        strategy.tell(asked[-1], None if i % 4 == 2 else random.Random(str(asked[-1])).random())
+    return asked
+
+
+@each
+def test_the_seed_decides_and_global_generators_do_not_move(name):
+    before = torch.get_rng_state(), random.getstate()
+    first, same, other = (play(make(name, seed), 8) for seed in (0, 0, 1))
+    assert first == same != other
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+@each
+@pytest.mark.parametrize("cut", [0, 1, 7])
+def test_state_round_trip(name, cut, reloaded):
+    strategy, resumed = make(name), make(name, seed=1)
+    play(strategy, cut)
+    resumed.load_state_dict(reloaded(strategy.state_dict()))
+    assert play(strategy, 8) == play(resumed, 8)
+
+
+@each
+def test_state_of_another_strategy(name):
+    for state, got in (({"strategy": "x"}, "'x'"), ({}, "None")):
+        message = f'expected "{name}", got {got}; resume with the strategy that wrote'
+        with pytest.raises(UserError, match=message):
+            make(name).load_state_dict(state)
+
+
+def test_names():
+    assert isinstance(make("random"), RandomSearch)
+    assert isinstance(make("ppo"), PPO)
+    with pytest.raises(UserError, match="strategy: expected one of ppo, random, got 'evolution'"):
+        make("evolution")
