@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from nasfast.data.restoration import LAYOUTS, RestorationData, open_images, open_pictures
+from nasfast.data.restoration import LAYOUTS, RestorationData, open_images, open_folder
 
 
 def save(path, height=20, width=30, mode="RGB", seed=0):
@@ -67,22 +67,22 @@ def test_flat_folder(flat):
     parts = [name for part in (data.train, data.val, data.test) for name in part.names]
     assert sorted(parts) == sorted(f"{i}.png" for i in range(10))
     assert open_images(flat, 3).test.names == data.test.names
-    assert len(open_pictures(flat, 3)) == 10
-    picture = data.train[0]
-    wanted = np.asarray(Image.open(flat / picture.name)).transpose(2, 0, 1)
-    np.testing.assert_array_equal(picture.clean.numpy(), wanted)
-    assert picture.degraded is None
-    assert data.train[0] is picture  # read once
-    assert data.train[:2][0] is picture
+    assert len(open_folder(flat, 3)) == 10
+    pair = data.train[0]
+    wanted = np.asarray(Image.open(flat / pair.name)).transpose(2, 0, 1)
+    np.testing.assert_array_equal(pair.clean.numpy(), wanted)
+    assert pair.degraded is None
+    assert data.train[0] is pair  # read once
+    assert data.train[:2][0] is pair
     with pytest.raises(IndexError):
         data.train[7]
 
 
 def test_grey_is_the_luma(flat):
-    (picture,) = (p for p in open_pictures(flat, 1) if p.name == "3.png")
+    (pair,) = (p for p in open_folder(flat, 1) if p.name == "3.png")
     wanted = np.asarray(Image.open(flat / "3.png").convert("L"))
-    np.testing.assert_array_equal(picture.clean[0].numpy(), wanted)
-    assert picture.clean.dtype == torch.uint8
+    np.testing.assert_array_equal(pair.clean[0].numpy(), wanted)
+    assert pair.clean.dtype == torch.uint8
 
 
 @pytest.mark.parametrize("degraded", ["rainy", "degraded"])
@@ -93,18 +93,18 @@ def test_pairs_in_two_folders(tmp_path, degraded):
     data = open_images(tmp_path, 3)
     assert (len(data.train), len(data.val), len(data.test)) == (3, 1, 1)
     assert data.train.paired
-    picture = data.test[0]
-    stem = picture.name.removesuffix(".png")
+    pair = data.test[0]
+    stem = pair.name.removesuffix(".png")
     with Image.open(tmp_path / degraded / f"{stem}.jpg") as file:
         wanted = np.asarray(file).transpose(2, 0, 1)
-    np.testing.assert_array_equal(picture.degraded.numpy(), wanted)
+    np.testing.assert_array_equal(pair.degraded.numpy(), wanted)
 
 
 def test_pairs_by_suffix(data_root):
     folder = data_root / "rain-sample" / "synthetic"
     if not folder.is_dir():
         pytest.skip(f"no rainy images at {folder}")
-    pairs = open_pictures(folder, 3)
+    pairs = open_folder(folder, 3)
     assert pairs.sizes == ((350, 550), (480, 576), (494, 640))
     assert pairs[0].degraded.float().mean() > pairs[0].clean.float().mean()
     data = open_images(folder, 3)
@@ -138,19 +138,19 @@ def test_fingerprint_follows_the_contents(flat):
 
 @given(st.integers(2, 400))
 def test_halves_and_validation_cover_the_training_images(count):
-    pictures = open_images("synthetic", 1).train.subset([0] * count)
-    data = RestorationData(pictures, pictures[:1], pictures[:1])
+    images = open_images("synthetic", 1).train.subset([0] * count)
+    data = RestorationData(images, images[:1], images[:1])
     first, second = data.halves()
     assert len(first) + len(second) == count
     assert len(first) - len(second) in (0, 1)
 
 
 def test_a_file_that_breaks_later_is_named(flat):
-    pictures = open_pictures(flat, 3)
+    images = open_folder(flat, 3)
     whole = (flat / "0.png").read_bytes()
     (flat / "0.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"^image .*/0.png cannot be read: "):
-        pictures[0]
+        images[0]
 
 
 def unreadable(root):
@@ -213,12 +213,12 @@ def short_train(root):
         ),
         (
             alone,
-            FileNotFoundError,
+            UserError,
             "data: {root}/1ground_truth.png has no degraded partner; expected " + LAYOUTS,
         ),
         (
             alone_in_two,
-            FileNotFoundError,
+            UserError,
             "data: {root}/clean/a.png has no degraded partner; expected " + LAYOUTS,
         ),
         (
@@ -253,15 +253,15 @@ def test_errors_name_the_file(flat, spoil, error, text):
 
 
 def test_sources(tmp_path):
-    with pytest.raises(FileNotFoundError) as error:
+    with pytest.raises(UserError) as error:
         open_images(tmp_path / "none", 1)
     assert str(error.value) == (
         f"data: expected 'synthetic' or a folder, got '{tmp_path / 'none'}'"
     )
-    with pytest.raises(FileNotFoundError) as error:
-        open_pictures(tmp_path / "none", 1)
+    with pytest.raises(UserError) as error:
+        open_folder(tmp_path / "none", 1)
     assert str(error.value) == f"data: expected a folder of images, got '{tmp_path / 'none'}'"
-    for call in (open_images, open_pictures):
+    for call in (open_images, open_folder):
         with pytest.raises(ValueError) as caught:
             call(tmp_path, 2)
         assert str(caught.value) == "channels: expected 1 (grey) or 3 (RGB), got 2"
