@@ -324,7 +324,10 @@ def test_runtime_gives_device_precision_and_heartbeat():
             "evaluate: expected images of 3 channels, which the method was made for, got 1 channel "
             "(grey); open random with 3 channels",
         ),
-        ({"images": random_images()}, "evaluate: expected at least one image, got none; choose another split"),
+        (
+            {"images": random_images()},
+            "evaluate: expected at least one image, got none; choose another split",
+        ),
         (
             {"task": SuperResolution(2), "protocol": "overlap"},
             "evaluate: the protocol 'overlap' needs a task of scale 1, got super-resolution of "
