@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +49,33 @@ def wait_for_records(process: subprocess.Popen[str], runs: Path, count: int) -> 
         time.sleep(0.001)
     process.kill()
     raise AssertionError(f"{count} records did not appear: {process.communicate()}")
+
+
+def drawn_moments() -> random.Random:
+    """Decides when a test kills; NASFAST_TEST_SEED repeats what a failed test has printed."""
+    seed = int(os.environ.get("NASFAST_TEST_SEED", random.SystemRandom().getrandbits(32)))
+    print(f"moments drawn with seed {seed}; NASFAST_TEST_SEED={seed} repeats them")
+    return random.Random(seed)
+
+
+def killed_and_resumed(
+    command: list[str],
+    runs: Path,
+    waits: Iterable[Callable[[subprocess.Popen[str]], object]],
+    threads: int = 1,
+) -> Path:
+    """The run of a search that is killed after each wait, resumed, and in the end left alone."""
+    for wait in waits:
+        process = start(command, threads)
+        wait(process)
+        process.kill()
+        _, stderr = process.communicate()
+        assert process.returncode in (-signal.SIGKILL, 0), stderr
+        # a run of which not even the empty records.jsonl was written has not begun
+        for path in runs.glob("*/records.jsonl"):
+            command = ["--resume", str(path.parent)]
+    process = start(command, threads)
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    (run,) = (path.parent for path in runs.glob("*/records.jsonl"))
+    return run

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import struct
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from nasfast.data.base import digest
+from nasfast.utils.errors import UserError
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MODES = {1: "L", 3: "RGB"}
@@ -25,6 +29,8 @@ GREY_MODES = ("1", "L", "LA")
 WIDE_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 CLEAN_FOLDER, DEGRADED_FOLDERS = "clean", ("rainy", "degraded")
 CLEAN_SUFFIX, DEGRADED_SUFFIX = "ground_truth", "rain"
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+"""What Pillow raises for a damaged file; ValueError and the last two leak from some formats."""
 DRAWN = {"train": 100, "test": 10}  # images of a stream
 SYNTHETIC_VERSION = 1  # part of the fingerprint: raise it with every change of what is drawn
 LAYOUTS = (
@@ -35,23 +41,28 @@ LAYOUTS = (
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class ImagePair:
     """A clean image, and a degraded image of the same scene where the data set has one."""
 
     name: str
     clean: Tensor  # uint8 [c, H, W]
     degraded: Tensor | None = None  # uint8 [c, H, W]
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> ImagePair:
+        """The same change of both images."""
+        degraded = None if self.degraded is None else change(self.degraded)
+        return ImagePair(self.name, change(self.clean), degraded)
 
-class Source(ABC):
-    """Where a picture comes from; it is read at the first use and kept, a byte a value."""
+
+class ImageSource(ABC):
+    """Where a pair comes from; it is read at the first use and kept, a byte a value."""
 
     name: str
     size: tuple[int, int]  # height, width
     paired: bool
 
     @cached_property
-    def picture(self) -> Picture:
+    def pair(self) -> ImagePair:
         return self.read()
 
     @cached_property
@@ -59,20 +70,22 @@ class Source(ABC):
         return self.identify()
 
     @abstractmethod
-    def read(self) -> Picture: ...
+    def read(self) -> ImagePair: ...
 
     @abstractmethod
     def identify(self) -> str:
-        """SHA-256 (hex) over all that determines the picture."""
+        """SHA-256 (hex) over all that determines the pair."""
 
 
-class Pictures(Sequence[Picture]):
+class ImageSet(Sequence[ImagePair]):
     """Images of one number of channels (1: grey, 3: RGB), read when first asked for.
 
-    Slices and subsets are `Pictures` too and share what has been read.
+    Slices and subsets are `ImageSet` too and share what has been read.
     """
 
-    def __init__(self, name: str, channels: int, sources: Sequence[Source]) -> None:
+    def __init__(self, name: str, channels: int, sources: Sequence[ImageSource]) -> None:
+        if channels not in MODES:
+            raise ValueError(f"channels: expected 1 (grey) or 3 (RGB), got {channels}")
         self.name, self.channels, self._sources = name, channels, tuple(sources)
 
     @property
@@ -86,35 +99,35 @@ class Pictures(Sequence[Picture]):
 
     @property
     def paired(self) -> bool:
-        """Whether the pictures bring a degraded image."""
+        """Whether there is a degraded image beside a clean one."""
         return any(source.paired for source in self._sources)
 
     def __len__(self) -> int:
         return len(self._sources)
 
     @overload
-    def __getitem__(self, index: int) -> Picture: ...
+    def __getitem__(self, index: int) -> ImagePair: ...
 
     @overload
-    def __getitem__(self, index: slice) -> Pictures: ...
+    def __getitem__(self, index: slice) -> ImageSet: ...
 
-    def __getitem__(self, index: int | slice) -> Picture | Pictures:
-        """The picture at an index, or the `Pictures` of a slice. IndexError outside."""
+    def __getitem__(self, index: int | slice) -> ImagePair | ImageSet:
+        """The pair at an index, or the `ImageSet` of a slice. IndexError outside."""
         if isinstance(index, slice):
             return self.subset(range(len(self))[index])
-        return self._sources[index].picture
+        return self._sources[index].pair
 
-    def subset(self, indices: Iterable[int]) -> Pictures:
-        """The pictures at `indices`, in that order. IndexError outside."""
-        return Pictures(self.name, self.channels, [self._sources[i] for i in indices])
+    def subset(self, indices: Iterable[int]) -> ImageSet:
+        """The pairs at `indices`, in that order. IndexError outside."""
+        return ImageSet(self.name, self.channels, [self._sources[i] for i in indices])
 
-    def __add__(self, other: Pictures) -> Pictures:
+    def __add__(self, other: ImageSet) -> ImageSet:
         """Both sets in one, sorted by name."""
         sources = sorted([*self._sources, *other._sources], key=lambda source: source.name)
-        return Pictures(self.name, self.channels, sources)
+        return ImageSet(self.name, self.channels, sources)
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over all that determines the pictures; equal in every process."""
+        """SHA-256 (hex) over all that determines the images; equal in every process."""
         return digest("pictures", self.channels, *(source.identity for source in self._sources))
 
 
@@ -123,21 +136,21 @@ class RestorationData:
     """The parts of a data set. A search and a training read `train` and `val`; `test` is for the
     table at the end."""
 
-    train: Pictures
-    val: Pictures
-    test: Pictures
+    train: ImageSet
+    val: ImageSet
+    test: ImageSet
 
     @property
     def channels(self) -> int:
         return self.train.channels
 
-    def halves(self) -> tuple[Pictures, Pictures]:
+    def halves(self) -> tuple[ImageSet, ImageSet]:
         """`train` divided for a bilevel search: images for the weights, for the architecture."""
         middle = (len(self.train) + 1) // 2
         if middle == len(self.train):
-            raise ValueError(
+            raise UserError(
                 f"{self.train.name}: a search divides the training images in two and needs at "
-                f"least 2, got {len(self.train)}"
+                f"least 2, got {len(self.train)}; add some"
             )
         return self.train[:middle], self.train[middle:]
 
@@ -162,43 +175,42 @@ def open_images(source: str | Path, channels: int) -> RestorationData:
         channels: 1 converts to grey (ITU-R 601 luma, PIL's "L"), 3 to RGB.
 
     Raises:
-        ValueError: unknown layout, unreadable or unfit file, a pair that does not fit, too few
-            images, or `channels` other than 1 and 3.
-        FileNotFoundError: no such folder, or an image without its partner.
+        UserError: no such folder, unknown layout, unreadable or unfit file, an image without its
+            partner, a pair that does not fit, or too few images.
     """
-    _check_channels(channels)
     if source == "synthetic":
         return _divide(*(_draw_all(channels, stream) for stream in DRAWN))
     root = Path(source)
-    if not root.is_dir():
-        raise FileNotFoundError(f"data: expected 'synthetic' or a folder, got {str(source)!r}")
-    for top in (root, root / "images"):
-        if (top / "train").is_dir() and (top / "test").is_dir():
-            name = root.resolve().name
-            train = open_pictures(top / "train", channels, name=name)
-            if (top / "val").is_dir():
-                train += open_pictures(top / "val", channels, name=name)
-            return _divide(train, open_pictures(top / "test", channels, name=name))
-    pictures = open_pictures(root, channels)
-    if len(pictures) < 3:
-        raise ValueError(
-            f"{root}: expected at least 3 images (training, validation, test), got {len(pictures)}"
+    if not os.path.isdir(root):
+        raise UserError(
+            f"data: expected 'synthetic' or a folder, got {str(source)!r}; check the path and its "
+            "permissions"
         )
-    ranked = sorted(range(len(pictures)), key=lambda index: _hash(pictures.names[index]))
-    count = max(1, round(0.2 * len(pictures)))
-    train, test = (pictures.subset(sorted(part)) for part in (ranked[count:], ranked[:count]))
+    for top in (root, root / "images"):
+        if os.path.isdir(top / "train") and os.path.isdir(top / "test"):
+            name = root.resolve().name
+            train = open_folder(top / "train", channels, name=name)
+            if os.path.isdir(top / "val"):
+                train += open_folder(top / "val", channels, name=name)
+            return _divide(train, open_folder(top / "test", channels, name=name))
+    images = open_folder(root, channels)
+    if len(images) < 3:
+        raise UserError(
+            f"{root}: expected at least 3 images (training, validation, test), got {len(images)}; "
+            "add some"
+        )
+    ranked = sorted(range(len(images)), key=lambda index: _hash(images.names[index]))
+    count = max(1, round(0.2 * len(images)))
+    train, test = (images.subset(sorted(part)) for part in (ranked[count:], ranked[:count]))
     return _divide(train, test)
 
 
-def open_pictures(folder: Path, channels: int, *, name: str | None = None) -> Pictures:
+def open_folder(folder: Path, channels: int, *, name: str | None = None) -> ImageSet:
     """All images or pairs of one folder, sorted by name; for errors see `open_images`."""
-    _check_channels(channels)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"data: expected a folder of images, got {str(folder)!r}")
     files, clean = _image_files(folder), folder / CLEAN_FOLDER
-    degraded = next((folder / name for name in DEGRADED_FOLDERS if (folder / name).is_dir()), None)
+    degraded = next((folder / f for f in DEGRADED_FOLDERS if os.path.isdir(folder / f)), None)
     pairs: list[tuple[Path, ...]]
-    if degraded is not None and clean.is_dir():
+    if degraded is not None and os.path.isdir(clean):
         pairs = _paired(*({p.stem: p for p in _image_files(part)} for part in (clean, degraded)))
     elif any(path.stem.endswith(CLEAN_SUFFIX) for path in files):
         pairs = _paired(
@@ -211,12 +223,12 @@ def open_pictures(folder: Path, channels: int, *, name: str | None = None) -> Pi
         pairs = [(path,) for path in files]
     if not pairs:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        raise ValueError(f"data: {folder} holds no images: expected {LAYOUTS}; found {found}")
+        raise UserError(f"data: {folder} holds no images: expected {LAYOUTS}; found {found}")
     sources = [_Files(paths, channels) for paths in pairs]
-    return Pictures(name or folder.resolve().name, channels, sources)
+    return ImageSet(name or folder.resolve().name, channels, sources)
 
 
-class _Files(Source):
+class _Files(ImageSource):
     """A clean image file, and its degraded one where there is one; opening reads headers only."""
 
     def __init__(self, paths: tuple[Path, ...], channels: int) -> None:
@@ -226,19 +238,19 @@ class _Files(Source):
         self.size = sizes[0]
         if sizes[-1] != sizes[0]:
             clean, degraded = (f"{p} of {h}x{w}" for p, (h, w) in zip(paths, sizes, strict=True))
-            raise ValueError(
-                f"data: expected pairs of one size, got {clean} and {degraded} (height x width)"
+            raise UserError(
+                f"data: expected pairs of one size, got {clean} and {degraded} (height x width); "
+                "replace or remove this pair"
             )
 
-    def read(self) -> Picture:
-        return Picture(self.name, *(_decode(path, self._channels) for path in self._paths))
+    def read(self) -> ImagePair:
+        return ImagePair(self.name, *(_decode(path, self._channels) for path in self._paths))
 
     def identify(self) -> str:
-        hashes = (hashlib.sha256(path.read_bytes()).hexdigest() for path in self._paths)
-        return digest("files", self.name, *hashes)
+        return digest("files", self.name, *map(_hash_of_file, self._paths))
 
 
-class _Drawing(Source):
+class _Drawing(ImageSource):
     """A drawn image of 96x128 or 128x96, determined by (stream, index) alone.
 
     Smooth shapes with sharp outlines over a gradient; some carry stripes or grain, so that a
@@ -252,21 +264,21 @@ class _Drawing(Source):
         self._stream, self._index = stream, index
         self.size = (96, 128) if index % 3 else (128, 96)
 
-    def read(self) -> Picture:
+    def read(self) -> ImagePair:
         rng = np.random.default_rng((list(DRAWN).index(self._stream), self._index))
         canvas = _gradient(rng, self.size)
         for _ in range(rng.integers(8, 20)):
             canvas = np.where(_outline(rng, self.size), _gradient(rng, self.size), canvas)
         pixels = (255 * canvas.clip(0, 1)).round().astype(np.uint8).transpose(1, 2, 0)
-        return Picture(self.name, _planes(Image.fromarray(pixels), self._channels))
+        return ImagePair(self.name, _planes(Image.fromarray(pixels), self._channels))
 
     def identify(self) -> str:
         return digest("drawing", SYNTHETIC_VERSION, self._stream, self._index)
 
 
-def _draw_all(channels: int, stream: str) -> Pictures:
+def _draw_all(channels: int, stream: str) -> ImageSet:
     sources = [_Drawing(channels, stream, index) for index in range(DRAWN[stream])]
-    return Pictures("synthetic", channels, sources)
+    return ImageSet("synthetic", channels, sources)
 
 
 def _grid(size: tuple[int, int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -303,10 +315,11 @@ def _outline(rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.bool
     return np.asarray(inside < 1)
 
 
-def _divide(train: Pictures, test: Pictures) -> RestorationData:
+def _divide(train: ImageSet, test: ImageSet) -> RestorationData:
     if len(train) < 2:
-        raise ValueError(
-            f"{train.name}: expected at least 2 training images (one validates), got {len(train)}"
+        raise UserError(
+            f"{train.name}: expected at least 2 training images (one validates), got {len(train)}; "
+            "add some"
         )
     held_out = max(1, len(train) // 50)
     return RestorationData(train=train[:-held_out], val=train[-held_out:], test=test)
@@ -316,42 +329,46 @@ def _hash(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
-def _check_channels(channels: int) -> None:
-    if channels not in MODES:
-        raise ValueError(f"channels: expected 1 (grey) or 3 (RGB), got {channels}")
-
-
 def _image_files(folder: Path) -> list[Path]:
-    return sorted(
-        (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES),
-        key=lambda path: path.name,
-    )
+    try:
+        entries = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    except OSError as error:
+        raise UserError(
+            f"data: expected a folder of images, got {str(folder)!r}, which cannot be read: "
+            f"{error.strerror}; check the path and its permissions"
+        ) from error
+    return sorted(entries, key=lambda path: path.name)
 
 
 def _paired(clean: dict[str, Path], degraded: dict[str, Path]) -> list[tuple[Path, ...]]:
-    """(clean, degraded) by key; FileNotFoundError names the first file without its partner."""
+    """(clean, degraded) by key; UserError names the first file without its partner."""
     for key in sorted(clean.keys() ^ degraded.keys()):
         found, missing = (clean, "degraded") if key in clean else (degraded, "clean")
-        raise FileNotFoundError(f"data: {found[key]} has no {missing} partner; expected {LAYOUTS}")
+        raise UserError(f"data: {found[key]} has no {missing} partner; expected {LAYOUTS}")
     return [(clean[key], degraded[key]) for key in sorted(clean)]
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _reading(path: Path) -> Iterator[None]:
+    """What the system and Pillow raise for one file, as a UserError that names it."""
     try:
-        with Image.open(path) as file:
-            yield file
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"image {path} cannot be read: {error}") from error
+        yield
+    except Image.DecompressionBombError as error:
+        raise UserError(f"image {path} is too large: {error}; make it smaller") from error
+    except _UNREADABLE as error:
+        cause = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"image {path} cannot be read: {cause}; replace the file or take it out of the folder"
+        ) from error
 
 
 def _measure(path: Path, channels: int) -> tuple[int, int]:
-    with _opened(path) as file:
+    with _reading(path), Image.open(path) as file:
         mode, size = file.mode, (file.height, file.width)
     if mode in WIDE_MODES:
-        raise ValueError(f"image {path} has mode {mode}: expected 8 bits a channel; convert it")
+        raise UserError(f"image {path} has mode {mode}: expected 8 bits a channel; convert it")
     if channels == 3 and mode in GREY_MODES:
-        raise ValueError(
+        raise UserError(
             f"image {path} is grey: expected a colour image for 3 channels; use 1 channel, which "
             "takes colour images too and converts them"
         )
@@ -359,8 +376,13 @@ def _measure(path: Path, channels: int) -> tuple[int, int]:
 
 
 def _decode(path: Path, channels: int) -> Tensor:
-    with _opened(path) as file:
+    with _reading(path), Image.open(path) as file:
         return _planes(file, channels)
+
+
+def _hash_of_file(path: Path) -> str:
+    with _reading(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _planes(image: Image.Image, channels: int) -> Tensor:

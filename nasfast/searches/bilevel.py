@@ -7,8 +7,8 @@ the architecture is derived and recorded.
 
 from __future__ import annotations
 
+import functools
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,23 +18,23 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from nasfast.data.restoration import Pictures
+from nasfast.data.restoration import ImageSet
+from nasfast.evaluation.candidate import timed
 from nasfast.models.restorer import Restorer, RestorerConfig
-from nasfast.models.supernet import Supernet
+from nasfast.models.supernet import Supernet, SupernetConfig
 from nasfast.runs.records import Evaluation, Record
 from nasfast.runs.study import Study
-from nasfast.strategies.gradient import Darts, Mix, Relaxation
-from nasfast.tasks.restoration.base import (
-    ImagePatches,
-    RestorationLoss,
-    RestorationTask,
-    image_generator,
-)
+from nasfast.strategies.gradient import Darts, Mix, Temperature, make_relaxation
+from nasfast.tasks.restoration import RestorationTask
 from nasfast.tasks.restoration.fidelity import psnr, ssim
-from nasfast.training.cost import count_macs, count_parameters
-from nasfast.training.loop import NonFiniteLossError, Runtime
+from nasfast.tasks.restoration.loss import RestorationLoss
+from nasfast.tasks.restoration.patches import ImagePatches
+from nasfast.tasks.restoration.scoring import costs, image_generator, reward
+from nasfast.training.cost import count_parameters
+from nasfast.training.loop import Runtime
 from nasfast.utils.cli import say
 from nasfast.utils.config import require_positive
+from nasfast.utils.errors import UserError
 from nasfast.utils.seeding import derive_seed
 
 STAGE = "supernet"
@@ -60,7 +60,7 @@ class WeightsConfig:
         require_positive(self, "lr", "min_lr", "cycles")
 
     def lr_at(self, epoch: int, epochs: int) -> float:
-        """Learning rate of epoch 1, 2, .. of so many: a cosine that a polynomial damps."""
+        """Learning rate of epoch 1 to `epochs`: a cosine that a polynomial damps."""
         cosine = (1 + math.cos(2 * math.pi * self.cycles * epoch / epochs)) / 2
         damped: float = cosine * (1 - epoch / epochs) ** 0.9
         return self.min_lr + (self.lr - self.min_lr) * damped
@@ -74,7 +74,7 @@ class ArchitectureConfig:
     """Learning rate."""
     weight_decay: float = 1e-3
     """L2 penalty. Logits begin at 1, where the published one exceeds the gradient of the loss
-    several times, so that first of all it draws every logit to 0: a short search wants none."""
+    several times, so that first of all it draws every logit to 0: a short search needs none."""
 
     def __post_init__(self) -> None:
         require_positive(self, "lr")
@@ -109,82 +109,65 @@ class BilevelConfig:
     def __post_init__(self) -> None:
         require_positive(self, "epochs", "patience", "batch_size", "crop", "crops")
         if not 0 <= self.warmup < self.epochs:
-            raise ValueError(
-                f"warmup: expected fewer epochs than the {self.epochs} in all, got {self.warmup}"
+            raise UserError(
+                f"warmup: expected fewer epochs than the {self.epochs} in all, got {self.warmup}; "
+                "lower it, or raise epochs"
             )
         if self.val_crop is not None:
             require_positive(self, "val_crop")
         RestorationLoss(self.ssim_weight)
 
 
+@dataclass(frozen=True)
 class SupernetSearch:
     """One search, resumable after any epoch.
 
     Args:
         task: degrades the images.
-        halves: images for the weights, images for the architecture.
+        halves: patches for the weights, patches for the architecture.
         val: images that the supernet is scored on.
-        model: the supernet; the search places it on the device.
-        relaxation: how alphas become factors of operations.
+        supernet: its size.
         network: size of the derived networks, for their parameters and multiply-adds.
-        config: schedule and losses.
+        bilevel: schedule and losses.
+        strategy: how alphas become factors of operations, see `make_relaxation`.
+        temperature: of the strategy "gumbel".
         runtime: device and precision.
-        seed: decides patches and what the task draws.
+        seed: decides initial weights, patches and what the task draws.
     """
 
-    more = ""
+    task: RestorationTask
+    halves: tuple[ImagePatches, ImagePatches]
+    val: ImageSet
+    supernet: SupernetConfig
+    network: RestorerConfig
+    bilevel: BilevelConfig
+    strategy: str
+    temperature: Temperature
+    runtime: Runtime
+    seed: int
 
-    def __init__(
-        self,
-        task: RestorationTask,
-        halves: tuple[Pictures, Pictures],
-        val: Pictures,
-        model: Supernet,
-        relaxation: Relaxation,
-        network: RestorerConfig,
-        config: BilevelConfig,
-        runtime: Runtime,
-        *,
-        seed: int,
-    ) -> None:
-        self.runtime, self.model = runtime, model
-        self.inputs: dict[str, str] = {
-            "images of the weights": halves[0].fingerprint(),
-            "images of the architecture": halves[1].fingerprint(),
-            "validation images": val.fingerprint(),
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        weights, architecture = self.halves
+        return {
+            "images of the weights": weights.images.fingerprint(),
+            "images of the architecture": architecture.images.fingerprint(),
+            "validation images": self.val.fingerprint(),
         }
-        self._task, self._relaxation = task, relaxation
-        self._network, self._config = network, config
-        self._weight_patches, self._architecture_patches = (
-            ImagePatches(images, task, config.crop, crops=config.crops) for images in halves
-        )
-        self._val = _centres(task, val, config.val_crop, seed)
-        self._size = (val.sizes[0][0] // task.scale, val.sizes[0][1] // task.scale)
-        self._loss = RestorationLoss(config.ssim_weight)
-        self._seed = seed
-        runtime.place(model)
-        weights, architecture = config.weights, config.architecture
-        decay = weights.weight_decay
-        self._weight_optimizer: torch.optim.Optimizer = (
-            torch.optim.SGD(model.weights(), weights.lr, momentum=0.9, weight_decay=decay)
-            if weights.optimizer == "sgd"
-            else torch.optim.Adam(model.weights(), weights.lr, weight_decay=decay)
-        )
-        self._architecture_optimizer = torch.optim.Adam(
-            model.architecture(), architecture.lr, weight_decay=architecture.weight_decay
-        )
-        self._generators = {
-            name: torch.Generator().manual_seed(derive_seed(seed, name))
-            for name in ("weights", "architecture")
-        }
-        self._epoch = 0
-        self._path: dict[str, list[Tensor]] = {"alphas": [], "betas": []}
+
+    @property
+    def ranking(self) -> Literal["score", "last"]:
+        """The choice of a gradient search is where it ended, not its best score on the way: that
+        one measures how far the weights were trained."""
+        return "last"
 
     @property
     def environment(self) -> Mapping[str, object]:
-        """The choice of a gradient search is where it ended, not its best score on the way: that
-        one measures how far the weights were trained."""
-        return {"choice": "last"}
+        return {}
+
+    @property
+    def more(self) -> str:
+        return ""
 
     def close(self) -> None:
         """It has started nothing that would go on."""
@@ -196,56 +179,61 @@ class SupernetSearch:
         two loses neither.
 
         Raises:
-            RuntimeError: records and checkpoint do not belong together.
-            NonFiniteLossError: a loss is NaN or infinite.
+            UserError: records and checkpoint do not belong together, or a loss is not finite.
         """
-        self._restore(study)
-        while self._epoch < self._config.epochs and self._stable(study) < self._config.patience:
-            with console.status(f"epoch {self._epoch + 1} of {self._config.epochs}"):
-                record = self._run_epoch(study)
-            study.save_checkpoint(self._state_dict() | {"record": record.to_json()})
+        training, epochs = SupernetTraining(self), self.bilevel.epochs
+        architecture = sum(p.numel() for p in training.model.architecture())
+        say(
+            console,
+            f"supernet {count_parameters(training.model) - architecture:,} weights, {architecture} "
+            "architecture parameters",
+        )
+        self._restore(training, study)
+        while training.epoch < epochs and self._unchanged(study) < self.bilevel.patience:
+            with console.status(f"epoch {training.epoch + 1} of {epochs}"):
+                record = self._run_epoch(training, study)
+            study.save_checkpoint(training.state_dict() | {"record": record.to_json()})
             study.append(record)
-            self._say(study, record, console)
-        if self._epoch < self._config.epochs:
+            say(console, self._line(study, record))
+        if training.epoch < epochs:
             say(
                 console,
-                f"stopped early: the architecture has been the same for {self._stable(study)} "
+                f"stopped early: the architecture has been the same for {self._unchanged(study)} "
                 "epochs",
             )
 
-    def _restore(self, study: Study) -> None:
+    def _restore(self, training: SupernetTraining, study: Study) -> None:
         checkpoint = study.load_checkpoint()
         if checkpoint is not None:
-            self._load_state_dict(checkpoint)
-            if len(study.records) == self._epoch - 1:
+            training.load_state_dict(checkpoint)
+            if len(study.records) == training.epoch - 1:
                 study.append(Record.from_json(checkpoint["record"]))
-        if len(study.records) != self._epoch:
-            raise RuntimeError(
-                f"{study.path}: expected records of {self._epoch} epochs, which the checkpoint has "
-                f"seen, got {len(study.records)}; the records or the checkpoint were edited, start "
-                "a new run"
+        if len(study.records) != training.epoch:
+            raise UserError(
+                f"{study.path}: expected records of {training.epoch} epochs, which the checkpoint "
+                f"has seen, got {len(study.records)}; the records or the checkpoint were edited, "
+                "start a new run"
             )
 
-    def _stable(self, study: Study) -> int:
+    def _unchanged(self, study: Study) -> int:
         """Epochs since the derived architecture changed last; the warm-up does not count."""
-        learned = study.records[self._config.warmup :]
+        learned = study.records[self.bilevel.warmup :]
         last = learned[-1].canonical if learned else None
         changed = [i for i, record in enumerate(learned, 1) if record.canonical != last]
         return max(len(learned) - (changed[-1] if changed else 0) - 1, 0)
 
-    def _run_epoch(self, study: Study) -> Record:
-        start = time.perf_counter()
-        losses = self._train_epoch()
-        self._epoch += 1
-        trained = time.perf_counter()
-        restored, similarity = self._score()
-        alpha_entropy, beta_entropy = self.model.entropies()
-        self._path["alphas"].append(self.model.alphas.detach().float().softmax(1).cpu())
-        self._path["betas"].append(self.model.move_probabilities().detach().float().cpu())
-        genotype = self.model.derive()
+    def _run_epoch(self, training: SupernetTraining, study: Study) -> Record:
+        seconds: dict[str, float] = {}
+        with timed(seconds, f"{STAGE}_train"):
+            losses = training.train_epoch()
+        with timed(seconds, f"{STAGE}_validate"):
+            restored, similarity = training.score()
+        model = training.model
+        alpha_entropy, beta_entropy = model.entropies()
+        genotype = model.derive()
         canonical = genotype.canonical().to_json()
         first = next((r for r in study.records if r.canonical == canonical), None)
-        network = Restorer(genotype, self._network, self.model.channels, self.model.scale)
+        network = Restorer(genotype, self.network, model.channels, model.scale)
         metrics = {
             "psnr": restored,
             "ssim": similarity,
@@ -253,31 +241,81 @@ class SupernetSearch:
             "alpha_entropy": alpha_entropy,
             "beta_entropy": beta_entropy,
         }
-        evaluation = Evaluation(
-            rewards={STAGE: similarity + restored / 100},  # as published
-            metrics={STAGE: metrics},
-            gate=None,
-            costs={
-                "params": count_parameters(network),
-                "macs": count_macs(network, self._size, channels=self.model.channels),
-            },
-            feedback=STAGE,
-            seconds={"train": trained - start, "validate": time.perf_counter() - trained},
-        )
         return Record(
-            index=self._epoch - 1,
+            index=training.epoch - 1,
             genotype=genotype.to_json(),
             canonical=canonical,
-            seed=self._seed,
-            evaluation=evaluation,
+            seed=self.seed,
+            evaluation=Evaluation(
+                rewards={STAGE: reward(restored, similarity)},
+                metrics={STAGE: metrics},
+                costs=costs(network, self.task, self.val),
+                gate=None,
+                seconds=seconds,
+                feedback=STAGE,
+            ),
             duplicate_of=first.index if first else None,
             time=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
-    def _train_epoch(self) -> dict[str, float]:
-        """One pass over the images of the weights; mean losses by name."""
-        config, model = self._config, self.model
-        epoch = self._epoch + 1
+    def _line(self, study: Study, record: Record) -> str:
+        epochs, metrics = self.bilevel.epochs, record.evaluation.metrics[STAGE]
+        arch = metrics.get("architecture_loss")
+        if record.index < self.bilevel.warmup:
+            state = "warm-up"
+        elif unchanged := self._unchanged(study):
+            state = f"same for {unchanged}"
+        else:
+            state = "new architecture"
+        return (
+            f"[{record.index + 1:>{len(str(epochs))}}/{epochs}] loss {metrics['loss']:.4f}"
+            f"{'' if arch is None else f' / {arch:.4f}'}  "
+            f"{metrics['psnr']:.2f} dB {metrics['ssim']:.4f}  "
+            f"entropy {metrics['alpha_entropy']:.3f} {metrics['beta_entropy']:.3f}  "
+            f"{sum(record.evaluation.seconds.values()):.1f} s  {state}"
+        )
+
+
+class SupernetTraining:
+    """The supernet of a search and what trains it."""
+
+    def __init__(self, search: SupernetSearch) -> None:
+        self.runtime, self._config = search.runtime, search.bilevel
+        self._weight_patches, self._architecture_patches = search.halves
+        self._val = _centres(search.task, search.val, search.bilevel.val_crop, search.seed)
+        self._loss = RestorationLoss(search.bilevel.ssim_weight)
+        torch.manual_seed(derive_seed(search.seed, "supernet"))
+        self.model = Supernet(search.supernet, search.val.channels, search.task.scale)
+        self.runtime.place(self.model)
+        weights, architecture = search.bilevel.weights, search.bilevel.architecture
+        decay = weights.weight_decay
+        self._weight_optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(self.model.weights(), weights.lr, momentum=0.9, weight_decay=decay)
+            if weights.optimizer == "sgd"
+            else torch.optim.Adam(self.model.weights(), weights.lr, weight_decay=decay)
+        )
+        self._architecture_optimizer = torch.optim.Adam(
+            self.model.architecture(), architecture.lr, weight_decay=architecture.weight_decay
+        )
+        self._relaxation = make_relaxation(
+            search.strategy, derive_seed(search.seed, "relaxation"), search.temperature
+        )
+        self._generators = {
+            name: torch.Generator().manual_seed(derive_seed(search.seed, name))
+            for name in ("weights", "architecture")
+        }
+        self.epoch = 0
+        """Epochs that are finished."""
+        self._path: dict[str, list[Tensor]] = {"alphas": [], "betas": []}
+
+    def train_epoch(self) -> dict[str, float]:
+        """One pass over the images of the weights; mean losses by name.
+
+        In each step the architecture learns on a fresh batch of its own images, then the weights on
+        theirs.
+        """
+        config, model, relaxation = self._config, self.model, self._relaxation
+        epoch = self.epoch + 1
         for group in self._weight_optimizer.param_groups:
             group["lr"] = config.weights.lr_at(epoch, config.epochs)
         model.train()
@@ -285,29 +323,27 @@ class SupernetSearch:
         for indices in self._weight_patches.epoch(config.batch_size, self._generators["weights"]):
             self.runtime.heartbeat()
             if epoch > config.warmup:
-                losses.setdefault("architecture_loss", []).append(self._architecture_step())
-            mix = self._relaxation.weight_step(model.alphas)
+                patches, generator = self._architecture_patches, self._generators["architecture"]
+                drawn = next(patches.epoch(config.batch_size, generator))
+                batch = patches.batch(drawn, generator)
+                mix = relaxation.architecture_step(model.alphas)
+                loss = self._step(batch, mix, self._architecture_optimizer, model.architecture())
+                relaxation.after_architecture_step(model.alphas)
+                losses.setdefault("architecture_loss", []).append(loss)
+            mix = relaxation.weight_step(model.alphas)
             batch = self._weight_patches.batch(indices, self._generators["weights"])
-            optimizer = self._weight_optimizer
-            losses["loss"].append(self._step(batch, mix, optimizer, model.weights()))
+            losses["loss"].append(self._step(batch, mix, self._weight_optimizer, model.weights()))
+        self.epoch = epoch
+        self._path["alphas"].append(model.alphas.detach().float().softmax(1).cpu())
+        self._path["betas"].append(model.move_probabilities().detach().float().cpu())
         means = {name: torch.stack(values).mean().item() for name, values in losses.items()}
         for name, mean in means.items():
             if not math.isfinite(mean):
-                raise NonFiniteLossError(
+                raise UserError(
                     f"search: the {name.replace('_', ' ')} is {mean} in epoch {epoch}; lower "
                     "--bilevel.weights.lr in a new run. The epochs before it are saved"
                 )
         return means
-
-    def _architecture_step(self) -> Tensor:
-        """A step of alphas and betas on a fresh batch of their own images; the loss."""
-        patches, generator = self._architecture_patches, self._generators["architecture"]
-        batch = patches.batch(next(patches.epoch(self._config.batch_size, generator)), generator)
-        mix = self._relaxation.architecture_step(self.model.alphas)
-        parameters = self.model.architecture()
-        loss = self._step(batch, mix, self._architecture_optimizer, parameters)
-        self._relaxation.after_architecture_step(self.model.alphas)
-        return loss
 
     def _step(
         self,
@@ -327,7 +363,7 @@ class SupernetSearch:
         return loss.detach()
 
     @torch.inference_mode()
-    def _score(self) -> tuple[float, float]:
+    def score(self) -> tuple[float, float]:
         """Mean PSNR (dB) and SSIM on the validation images."""
         self.model.eval()
         alphas = self.model.alphas
@@ -342,27 +378,10 @@ class SupernetSearch:
             similarities.append(ssim(restored.float(), target))
         return torch.cat(ratios).mean().item(), torch.cat(similarities).mean().item()
 
-    def _say(self, study: Study, record: Record, console: Console) -> None:
-        epochs, metrics = self._config.epochs, record.evaluation.metrics[STAGE]
-        arch = metrics.get("architecture_loss")
-        if record.index < self._config.warmup:
-            state = "warm-up"
-        elif stable := self._stable(study):
-            state = f"same for {stable}"
-        else:
-            state = "new architecture"
-        say(
-            console,
-            f"[{self._epoch:>{len(str(epochs))}}/{epochs}] loss {metrics['loss']:.4f}"
-            f"{'' if arch is None else f' / {arch:.4f}'}  "
-            f"{metrics['psnr']:.2f} dB {metrics['ssim']:.4f}  "
-            f"entropy {metrics['alpha_entropy']:.3f} {metrics['beta_entropy']:.3f}  "
-            f"{sum(record.evaluation.seconds.values()):.1f} s  {state}",
-        )
-
-    def _state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next epoch depends on, and the architecture after each so far."""
         return {
-            "epoch": self._epoch,
+            "epoch": self.epoch,
             "model": self.model.state_dict(),
             "weight_optimizer": self._weight_optimizer.state_dict(),
             "architecture_optimizer": self._architecture_optimizer.state_dict(),
@@ -371,8 +390,9 @@ class SupernetSearch:
             **{name: torch.stack(path) for name, path in self._path.items()},
         }
 
-    def _load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._epoch = state["epoch"]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.epoch = state["epoch"]
         self.model.load_state_dict(state["model"])
         self._weight_optimizer.load_state_dict(state["weight_optimizer"])
         self._architecture_optimizer.load_state_dict(state["architecture_optimizer"])
@@ -390,16 +410,14 @@ def most_probable(alphas: Tensor) -> Mix:
 
 
 def _centres(
-    task: RestorationTask, val: Pictures, side: int | None, seed: int
+    task: RestorationTask, val: ImageSet, side: int | None, seed: int
 ) -> list[tuple[Tensor, Tensor]]:
     """Degraded and clean centre of each image, ``[1, c, h, w]``, drawn from (seed, name)."""
     pairs = []
-    for picture in val:
-        planes = [picture.clean] if picture.degraded is None else [picture.clean, picture.degraded]
+    for images in val:
         if side is not None:
-            planes = [_centre(plane, side) for plane in planes]
-        generator = image_generator(seed, picture.name)
-        degraded, clean = task.pair(planes[0], planes[1] if planes[1:] else None, generator)
+            images = images.map(functools.partial(_centre, side=side))
+        degraded, clean = task.pair(images, image_generator(seed, images.name))
         pairs.append((degraded[None], clean[None]))
     return pairs
 

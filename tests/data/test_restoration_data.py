@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from nasfast.data.restoration import LAYOUTS, RestorationData, open_images, open_pictures
+from nasfast.data.restoration import LAYOUTS, RestorationData, open_folder, open_images
+from nasfast.utils.errors import UserError
 
 
 def save(path, height=20, width=30, mode="RGB", seed=0):
@@ -67,22 +68,22 @@ def test_flat_folder(flat):
     parts = [name for part in (data.train, data.val, data.test) for name in part.names]
     assert sorted(parts) == sorted(f"{i}.png" for i in range(10))
     assert open_images(flat, 3).test.names == data.test.names
-    assert len(open_pictures(flat, 3)) == 10
-    picture = data.train[0]
-    wanted = np.asarray(Image.open(flat / picture.name)).transpose(2, 0, 1)
-    np.testing.assert_array_equal(picture.clean.numpy(), wanted)
-    assert picture.degraded is None
-    assert data.train[0] is picture  # read once
-    assert data.train[:2][0] is picture
+    assert len(open_folder(flat, 3)) == 10
+    pair = data.train[0]
+    wanted = np.asarray(Image.open(flat / pair.name)).transpose(2, 0, 1)
+    np.testing.assert_array_equal(pair.clean.numpy(), wanted)
+    assert pair.degraded is None
+    assert data.train[0] is pair  # read once
+    assert data.train[:2][0] is pair
     with pytest.raises(IndexError):
         data.train[7]
 
 
 def test_grey_is_the_luma(flat):
-    (picture,) = (p for p in open_pictures(flat, 1) if p.name == "3.png")
+    (pair,) = (p for p in open_folder(flat, 1) if p.name == "3.png")
     wanted = np.asarray(Image.open(flat / "3.png").convert("L"))
-    np.testing.assert_array_equal(picture.clean[0].numpy(), wanted)
-    assert picture.clean.dtype == torch.uint8
+    np.testing.assert_array_equal(pair.clean[0].numpy(), wanted)
+    assert pair.clean.dtype == torch.uint8
 
 
 @pytest.mark.parametrize("degraded", ["rainy", "degraded"])
@@ -93,26 +94,27 @@ def test_pairs_in_two_folders(tmp_path, degraded):
     data = open_images(tmp_path, 3)
     assert (len(data.train), len(data.val), len(data.test)) == (3, 1, 1)
     assert data.train.paired
-    picture = data.test[0]
-    stem = picture.name.removesuffix(".png")
+    pair = data.test[0]
+    stem = pair.name.removesuffix(".png")
     with Image.open(tmp_path / degraded / f"{stem}.jpg") as file:
         wanted = np.asarray(file).transpose(2, 0, 1)
-    np.testing.assert_array_equal(picture.degraded.numpy(), wanted)
+    np.testing.assert_array_equal(pair.degraded.numpy(), wanted)
 
 
 def test_pairs_by_suffix(data_root):
     folder = data_root / "rain-sample" / "synthetic"
     if not folder.is_dir():
         pytest.skip(f"no rainy images at {folder}")
-    pairs = open_pictures(folder, 3)
+    pairs = open_folder(folder, 3)
     assert pairs.sizes == ((350, 550), (480, 576), (494, 640))
     assert pairs[0].degraded.float().mean() > pairs[0].clean.float().mean()
     data = open_images(folder, 3)
     assert (len(data.train), len(data.val), len(data.test)) == (1, 1, 1)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         data.halves()
     assert str(error.value) == (
-        "synthetic: a search divides the training images in two and needs at least 2, got 1"
+        "synthetic: a search divides the training images in two and needs at least 2, got 1; add "
+        "some"
     )
 
 
@@ -138,23 +140,33 @@ def test_fingerprint_follows_the_contents(flat):
 
 @given(st.integers(2, 400))
 def test_halves_and_validation_cover_the_training_images(count):
-    pictures = open_images("synthetic", 1).train.subset([0] * count)
-    data = RestorationData(pictures, pictures[:1], pictures[:1])
+    images = open_images("synthetic", 1).train.subset([0] * count)
+    data = RestorationData(images, images[:1], images[:1])
     first, second = data.halves()
     assert len(first) + len(second) == count
     assert len(first) - len(second) in (0, 1)
 
 
-def test_a_file_that_breaks_later_is_named(flat):
-    pictures = open_pictures(flat, 3)
-    whole = (flat / "0.png").read_bytes()
-    (flat / "0.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"^image .*/0.png cannot be read: "):
-        pictures[0]
-
-
-def unreadable(root):
+def not_an_image(root):
     (root / "4.png").write_text("not a png")
+
+
+def a_directory(root):
+    (root / "4.png").unlink()
+    (root / "4.png").mkdir()
+
+
+def a_link_to_nothing(root):
+    (root / "4.png").unlink()
+    (root / "4.png").symlink_to("gone.png")
+
+
+def cut_in_the_header(root):
+    (root / "4.png").write_bytes((root / "4.png").read_bytes()[:20])
+
+
+def huge(root):
+    Image.new("1", (14000, 14000)).save(root / "4.png")
 
 
 def deep(root):
@@ -197,71 +209,131 @@ def short_train(root):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "error", "text"),
+    ("spoil", "text"),
     [
-        (unreadable, ValueError, "image {root}/4.png cannot be read: cannot identify image file"),
-        (
-            deep,
-            ValueError,
-            ("image {root}/4.png has mode I;16: expected 8 bits a channel; convert it"),
-        ),
+        (not_an_image, "image {root}/4.png cannot be read: cannot identify image file"),
+        (a_directory, "image {root}/4.png cannot be read: Is a directory; replace the file or "),
+        (a_link_to_nothing, "image {root}/4.png cannot be read: No such file or directory; "),
+        (cut_in_the_header, "image {root}/4.png cannot be read: "),
+        (huge, "image {root}/4.png is too large: Image size (196000000 pixels) exceeds limit of "),
+        (deep, "image {root}/4.png has mode I;16: expected 8 bits a channel; convert it"),
         (
             grey,
-            ValueError,
             "image {root}/4.png is grey: expected a colour image for 3 channels; use 1 channel, "
             "which takes colour images too and converts them",
         ),
         (
             alone,
-            FileNotFoundError,
             "data: {root}/1ground_truth.png has no degraded partner; expected " + LAYOUTS,
         ),
         (
             alone_in_two,
-            FileNotFoundError,
             "data: {root}/clean/a.png has no degraded partner; expected " + LAYOUTS,
         ),
         (
             unequal,
-            ValueError,
             "data: expected pairs of one size, got {root}/1ground_truth.png of 20x30 and "
-            "{root}/1rain.png of 20x31 (height x width)",
+            "{root}/1rain.png of 20x31 (height x width); replace or remove this pair",
         ),
-        (
-            empty,
-            ValueError,
-            f"data: {{root}} holds no images: expected {LAYOUTS}; found notes.txt",
-        ),
+        (empty, f"data: {{root}} holds no images: expected {LAYOUTS}; found notes.txt"),
         (
             two,
-            ValueError,
-            "{root}: expected at least 3 images (training, validation, test), got 2",
+            "{root}: expected at least 3 images (training, validation, test), got 2; add some",
         ),
         (
             short_train,
-            ValueError,
-            "{root.name}: expected at least 2 training images (one validates), got 1",
+            "{root.name}: expected at least 2 training images (one validates), got 1; add some",
         ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_errors_name_the_file(flat, spoil, error, text):
+def test_errors_name_the_file(flat, spoil, text, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 90_000_000)
     spoil(flat)
-    with pytest.raises(error) as caught:
+    with pytest.raises(UserError) as caught:
         open_images(flat, 3)
     assert str(caught.value).startswith(text.format(root=flat))
 
 
+def cut_in_the_pixels(path):
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+def damaged_in_the_pixels(path):
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200] + bytes(100) + whole[300:])
+
+
+def gone(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "suffix"),
+    [
+        *((cut_in_the_pixels, suffix) for suffix in ("png", "jpg", "bmp", "tif", "webp")),
+        (damaged_in_the_pixels, "png"),  # the others have no checksums
+        (gone, "png"),
+    ],
+)
+def test_a_file_that_breaks_later_is_named(tmp_path, spoil, suffix):
+    """Opening reads headers only."""
+    path = tmp_path / f"0.{suffix}"
+    save(path, 40, 40)
+    images = open_folder(tmp_path, 3)
+    spoil(path)
+    with pytest.raises(UserError) as error:
+        images[0]
+    assert str(error.value).startswith(f"image {path} cannot be read: ")
+    assert str(error.value).endswith("; replace the file or take it out of the folder")
+
+
+def test_a_file_that_goes_is_named_by_the_fingerprint(flat):
+    images = open_folder(flat, 3)
+    (flat / "0.png").unlink()
+    with pytest.raises(UserError) as error:
+        images.fingerprint()
+    assert str(error.value) == (
+        f"image {flat}/0.png cannot be read: No such file or directory; replace the file or take "
+        "it out of the folder"
+    )
+
+
+def forbidden(*_):
+    raise PermissionError(13, "Permission denied", "somewhere")
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        ("PIL.Image.open", "image {root}/0.png cannot be read: Permission denied; replace the "),
+        (
+            "pathlib.Path.iterdir",
+            "data: expected a folder of images, got '{root}', which cannot be read: Permission "
+            "denied; check the path and its permissions",
+        ),
+    ],
+)
+def test_what_may_not_be_read_is_named(flat, monkeypatch, function, text):
+    monkeypatch.setattr(function, forbidden)
+    with pytest.raises(UserError) as error:
+        open_images(flat, 3)
+    assert str(error.value).startswith(text.format(root=flat))
+
+
 def test_sources(tmp_path):
-    with pytest.raises(FileNotFoundError) as error:
+    with pytest.raises(UserError) as error:
         open_images(tmp_path / "none", 1)
     assert str(error.value) == (
-        f"data: expected 'synthetic' or a folder, got '{tmp_path / 'none'}'"
+        f"data: expected 'synthetic' or a folder, got '{tmp_path / 'none'}'; check the path and "
+        "its permissions"
     )
-    with pytest.raises(FileNotFoundError) as error:
-        open_pictures(tmp_path / "none", 1)
-    assert str(error.value) == f"data: expected a folder of images, got '{tmp_path / 'none'}'"
-    for call in (open_images, open_pictures):
-        with pytest.raises(ValueError) as caught:
-            call(tmp_path, 2)
-        assert str(caught.value) == "channels: expected 1 (grey) or 3 (RGB), got 2"
+    with pytest.raises(UserError) as error:
+        open_folder(tmp_path / "none", 1)
+    assert str(error.value) == (
+        f"data: expected a folder of images, got '{tmp_path / 'none'}', which cannot be read: No "
+        "such file or directory; check the path and its permissions"
+    )
+    with pytest.raises(ValueError) as caught:
+        open_images("synthetic", 2)
+    assert str(caught.value) == "channels: expected 1 (grey) or 3 (RGB), got 2"

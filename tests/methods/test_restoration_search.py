@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
 import random
 import re
 import shutil
 import signal
+import subprocess
 import time
 import tomllib
 from pathlib import Path
@@ -18,15 +21,19 @@ import pytest
 import tomli_w
 import torch
 from PIL import Image
-from search_runs import outcome, start
+from search_runs import drawn_moments, killed_and_resumed, outcome, wait_for_records
 
 from nasfast import search
-from nasfast.methods.restoration.candidates import SizeClass, parse_range
-from nasfast.methods.restoration.search import PRESETS, SearchConfig, parse
+from nasfast.methods.restoration import sampled
+from nasfast.methods.restoration.sampled import ShortTraining, SizeClass, evaluator_on
+from nasfast.methods.restoration.settings import PRESETS, SearchConfig, parse, parse_range
+from nasfast.methods.restoration.train import TrainingRun
 from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.runs.study import Study
 from nasfast.searches.bilevel import WeightsConfig, most_probable
 from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
+from nasfast.tasks.restoration.denoising import Denoising
+from nasfast.tasks.restoration.super_resolution import SuperResolution
 from nasfast.training.cost import count_parameters
 from nasfast.utils.config import from_mapping
 
@@ -54,7 +61,6 @@ def test_what_a_search_leaves(bilevel_run: Path) -> None:
     names = {path.name for path in bilevel_run.iterdir()}
     assert names >= {"config.toml", "env.json", "records.jsonl", "best.json", "report.html"}
     environment = json.loads((bilevel_run / "env.json").read_text())
-    assert environment["choice"] == "last"
     assert set(environment["identity"]["inputs"]) == {
         "images of the weights",
         "images of the architecture",
@@ -62,7 +68,8 @@ def test_what_a_search_leaves(bilevel_run: Path) -> None:
     }
     settings = tomllib.loads((bilevel_run / "config.toml").read_text())
     config = from_mapping(SearchConfig, settings, "config.toml")
-    assert config.task == {"task": "denoising", "sigma": 30.0}
+    assert settings["task"] == {"task": "denoising", "sigma": 30.0}
+    assert config.task == Denoising(30.0)
     assert config.bilevel.architecture.lr == 0.2
     records = outcome(bilevel_run)
     assert [record["index"] for record in records] == list(range(5))
@@ -74,7 +81,8 @@ def test_what_a_search_leaves(bilevel_run: Path) -> None:
         )
         genotype = IRNASGenotype.from_json(record["genotype"])
         network = Restorer(genotype, config.network, channels=1)
-        assert record["evaluation"]["params"] == count_parameters(network)
+        assert record["evaluation"]["costs"]["params"] == count_parameters(network)
+        assert record["evaluation"]["feedback"] == "supernet"
         earlier = [r["index"] for r in records[: record["index"]]]
         same = [i for i in earlier if records[i]["canonical"] == record["canonical"]]
         assert record["duplicate_of"] == (same[0] if same else None)
@@ -93,27 +101,14 @@ def test_what_a_search_leaves(bilevel_run: Path) -> None:
 def test_killed_twice_a_search_resumes_exactly(
     tiny_bilevel: list[str], bilevel_run: Path, tmp_path: Path
 ) -> None:
-    seed = int(os.environ.get("NASFAST_TEST_SEED", random.SystemRandom().getrandbits(32)))
-    print(f"moments drawn with seed {seed}; NASFAST_TEST_SEED={seed} repeats them")
-    rng = random.Random(seed)
-    command = [*tiny_bilevel, "--runs", str(tmp_path)]
-    for epochs in sorted(rng.sample(range(5), 2)):
-        process = start(command)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            found = list(tmp_path.glob("*/records.jsonl"))
-            if found and found[0].read_bytes().count(b"\n") >= epochs:
-                command = ["--resume", str(found[0].parent)]
-                break
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.5))  # somewhere in the next epoch, or while it is written
-        process.kill()
-        _, stderr = process.communicate()
-        assert process.returncode in (-signal.SIGKILL, 0), stderr
-    process = start(command)
-    _, stderr = process.communicate()
-    assert process.returncode == 0, stderr
-    (run,) = tmp_path.iterdir()
+    rng = drawn_moments()
+
+    def somewhere_after(epochs: int, process: subprocess.Popen[str]) -> None:
+        wait_for_records(process, tmp_path, epochs)
+        time.sleep(rng.uniform(0, 0.5))  # in the next epoch, or while it is written
+
+    waits = [functools.partial(somewhere_after, n) for n in sorted(rng.sample(range(5), 2))]
+    run = killed_and_resumed([*tiny_bilevel, "--runs", str(tmp_path)], tmp_path, waits)
     assert_same(run, bilevel_run)
 
 
@@ -121,22 +116,32 @@ class Crash(BaseException):
     """Stands for the end of the process."""
 
 
-def test_crash_between_checkpoint_and_record(
-    tiny_bilevel: list[str], bilevel_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def crashed(
+    argv: list[str], runs: Path, index: int, monkeypatch: pytest.MonkeyPatch, *, written: bool
+) -> Path:
+    """The run of a search that ended at a record, just before or after it was written."""
     append = Study.append
 
     def crash(study: Study, record: Any) -> None:
-        if record.index == 2:
+        if record.index == index and not written:
             raise Crash
         append(study, record)
+        if record.index == index:
+            raise Crash
 
     with monkeypatch.context() as patch:
         patch.setattr(Study, "append", crash)
         with pytest.raises(Crash):
-            search.main([*tiny_bilevel, "--runs", str(tmp_path)])
-    (run,) = tmp_path.iterdir()
-    assert len(outcome(run)) == 2
+            search.main([*argv, "--runs", str(runs)])
+    (run,) = runs.iterdir()
+    assert len(outcome(run)) == index + written
+    return run
+
+
+def test_crash_between_checkpoint_and_record(
+    tiny_bilevel: list[str], bilevel_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = crashed(tiny_bilevel, tmp_path, 2, monkeypatch, written=False)
     assert search.main(["--resume", str(run)]) == 0
     assert_same(run, bilevel_run)
 
@@ -173,18 +178,9 @@ def test_single_paths_resume_exactly(
 ) -> None:
     flags = ["--strategy", strategy, "--bilevel.epochs", "3"]
     assert search.main([*tiny_bilevel, *flags, "--runs", str(tmp_path / "whole")]) == 0
-    append = Study.append
-
-    def crash(study: Study, record: Any) -> None:
-        append(study, record)
-        if record.index == 1:
-            raise Crash
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Study, "append", crash)
-        with pytest.raises(Crash):
-            search.main([*tiny_bilevel, *flags, "--runs", str(tmp_path / "stopped")])
-    whole, run = (next((tmp_path / name).iterdir()) for name in ("whole", "stopped"))
+    (whole,) = (tmp_path / "whole").iterdir()
+    argv = [*tiny_bilevel, *flags]
+    run = crashed(argv, tmp_path / "stopped", 1, monkeypatch, written=True)
     assert search.main(["--resume", str(run)]) == 0
     assert_same(run, whole)
     assert checkpoint(run)["relaxation"]["strategy"] == strategy
@@ -239,40 +235,94 @@ def test_resume_with_other_data_is_refused(
 # ---- sampled candidates
 
 
-def test_random_search_of_a_size_class(tiny_bilevel: list[str], tmp_path: Path) -> None:
-    flags = "--strategy random --budget 2 --params 2600:6000 --recipe.steps 3 --recipe.crop 16"
-    argv = [*tiny_bilevel, *flags.split(), "--recipe.batch-size", "2", "--runs", str(tmp_path)]
-    assert search.main(argv) == 0
+@pytest.fixture(scope="session")
+def tiny_sampled(tiny_bilevel: list[str]) -> list[str]:
+    """Command line of a search that samples; the caller adds --runs."""
+    flags = "--strategy random --recipe.steps 3 --recipe.crop 16 --recipe.batch-size 2 --workers 1"
+    return [*tiny_bilevel, *flags.split()]
+
+
+def test_random_search_of_a_size_class(tiny_sampled: list[str], tmp_path: Path) -> None:
+    flags = ["--budget", "2", "--params", "2600:6000", "--runs", str(tmp_path)]
+    assert search.main([*tiny_sampled, *flags]) == 0
     (run,) = tmp_path.iterdir()
     records = outcome(run)
     assert len({str(record["canonical"]) for record in records}) == 2
     for record in records:
-        assert 2600 <= record["evaluation"]["params"] <= 6000
-        metrics = record["evaluation"]["metrics"]["stage0"]
-        reward = metrics["ssim"] + metrics["psnr"] / 100
-        assert record["evaluation"]["rewards"] == {"stage0": pytest.approx(reward)}
+        evaluation = record["evaluation"]
+        assert 2600 <= evaluation["costs"]["params"] <= 6000
+        (metrics,) = evaluation["metrics"].values()
+        assert set(metrics) == {"psnr", "ssim"}
+        assert evaluation["rewards"] == {"stage0": metrics["ssim"] + metrics["psnr"] / 100}
+        assert evaluation["feedback"] == "stage0"
     assert search.main(["--resume", str(run), "--budget", "3"]) == 0
     assert outcome(run)[:2] == records
 
 
-def test_a_candidate_that_diverges_is_recorded(tiny_bilevel: list[str], tmp_path: Path) -> None:
-    flags = "--strategy random --budget 1 --recipe.steps 4 --recipe.crop 16 --recipe.lr 1e30"
-    argv = [*tiny_bilevel, *flags.split(), "--runs", str(tmp_path)]
-    assert search.main([*argv, "--recipe.max-grad-norm", "inf"]) == 0
+def test_a_candidate_that_diverges_is_recorded(tiny_sampled: list[str], tmp_path: Path) -> None:
+    flags = "--budget 1 --recipe.lr 1e30 --recipe.max-grad-norm inf --runs"
+    assert search.main([*tiny_sampled, *flags.split(), str(tmp_path)]) == 0
     (run,) = tmp_path.iterdir()
     (record,) = outcome(run)
     assert record["evaluation"]["failure"].startswith("stage0: training loss is ")
 
 
+@pytest.mark.parametrize(
+    ("place", "name", "step"),
+    [
+        (ShortTraining, "build", "build"),
+        (TrainingRun, "run", "stage0"),
+        (sampled, "evaluate", "stage0"),
+    ],
+)
+def test_a_candidate_that_runs_out_of_memory_is_recorded(
+    place: Any,
+    name: str,
+    step: str,
+    tiny_sampled: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    argv = [*tiny_sampled, "--budget", "3", "--runs"]
+    assert search.main([*argv, str(tmp_path / "enough")]) == 0
+    function, calls = getattr(place, name), itertools.count()
+
+    def exhausted(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 1:
+            torch.empty(1 << 50, dtype=torch.uint8)  # more than any address space
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(place, name, exhausted)
+    assert search.main([*argv, str(tmp_path / "short")]) == 0
+    enough, short = (outcome(next((tmp_path / name).iterdir())) for name in ("enough", "short"))
+    failure = short[1]["evaluation"]["failure"]
+    assert failure.startswith(f"{step}: out of memory (")
+    assert "allocate memory" in failure
+    assert short[1]["evaluation"]["rewards"] == {}
+    assert short[0::2] == enough[0::2]
+
+
+def test_an_evaluation_draws_from_its_own_generators(tiny_sampled: list[str]) -> None:
+    evaluator = evaluator_on(parse(tiny_sampled), "cpu")
+    genotype = IRNASSpace(2, 2).sample(random.Random(0))
+    before = torch.get_rng_state()
+    first = evaluator(genotype, 3, None)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert evaluator(genotype, 3, None).rewards == first.rewards
+    assert evaluator(genotype, 4, None).rewards != first.rewards
+    assert evaluator.costs(genotype) == first.costs
+
+
 def test_an_empty_size_class(
-    tiny_bilevel: list[str],
+    tiny_sampled: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("nasfast.methods.restoration.candidates.MAX_DRAWS", 20)
-    flags = ["--strategy", "random", "--params", "1000000:2000000", "--runs", str(tmp_path)]
-    assert search.main([*tiny_bilevel, *flags]) == 2
+    monkeypatch.setattr(sampled, "MAX_DRAWS", 20)
+    flags = ["--params", "1000000:2000000", "--runs", str(tmp_path)]
+    assert search.main([*tiny_sampled, *flags]) == 2
     pattern = (
         r"error: params: none of 20 architectures has 1,000,000 to 2,000,000 parameters; they have "
         r"\d,\d{3} to \d\d,\d{3}\n"
@@ -328,14 +378,12 @@ def test_presets(tmp_path: Path) -> None:
 
 
 def test_tasks_and_their_settings() -> None:
-    assert parse(["restoration"]).task == {"task": "denoising", "sigma": 30.0}
-    config = parse(["restoration", "--task.sigma", "50"])
-    assert config.task == {"task": "denoising", "sigma": 50.0}
+    assert parse(["restoration"]).task == Denoising(30.0)
+    assert parse(["restoration", "--task.sigma", "50"]).task == Denoising(50.0)
     blind = parse(["restoration", "--task", "denoising", "--task.sigma", "30", "50", "70"])
-    assert blind.task == {"task": "denoising", "sigma": [30.0, 50.0, 70.0]}
+    assert blind.task == Denoising((30.0, 50.0, 70.0))
     config = parse(["restoration", "--task=super-resolution", "--task.scale", "3", "--seed", "4"])
-    assert config.task["task"] == "super-resolution"
-    assert config.task["scale"] == 3
+    assert config.task == SuperResolution(3)
     assert config.seed == 4
     assert type(config) is SearchConfig
 
@@ -403,7 +451,7 @@ def test_an_unreadable_image(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     data = shutil.copytree(tiny_images, tmp_path / "edges")
-    (data / "train" / "02.png").write_bytes(b"not a picture")
+    (data / "train" / "02.png").write_bytes(b"not an image")
     argv = [*tiny_bilevel, "--data", str(data), "--runs", str(tmp_path / "runs")]
     assert search.main(argv) == 2
     assert capsys.readouterr().err.startswith(

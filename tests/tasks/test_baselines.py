@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from nasfast.data.restoration import open_images
-from nasfast.tasks.restoration.base import evaluate
 from nasfast.tasks.restoration.baselines import bicubic, dct_filter, diffuse, non_local_means
 from nasfast.tasks.restoration.denoising import Denoising
 from nasfast.tasks.restoration.fidelity import psnr
+from nasfast.tasks.restoration.scoring import evaluate
 
 
 def dct_by_hand(image, sigma, threshold):
@@ -46,10 +46,12 @@ def test_dct_filter_from_the_definition():
     assert dct_filter(images, 100.0).std() < 0.2 * images.std()
 
 
-def test_dct_filter_wants_a_window():
+def test_dct_filter_needs_a_window():
     with pytest.raises(ValueError) as error:
         dct_filter(torch.zeros(1, 1, 7, 20), 0.1)
-    assert str(error.value) == "dct_filter: expected images of at least 8x8 pixels, got 7x20"
+    assert str(error.value) == (
+        "dct_filter: expected images of at least 8x8 pixels, got 7x20; leave smaller images out"
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -67,7 +69,7 @@ def test_non_local_means_says_what_to_install(monkeypatch):
     with pytest.raises(ImportError) as error:
         non_local_means(torch.zeros(1, 1, 16, 16), 0.1)
     assert str(error.value) == (
-        "non-local means wants scikit-image, which is not installed: "
+        "non-local means needs scikit-image, which is not installed: "
         "pip install 'nasfast[restoration]'"
     )
 

@@ -36,7 +36,7 @@ def test_the_filters_of_one_deviation():
     with pytest.raises(ValueError) as error:
         Denoising((30.0, 50.0)).baselines()
     assert str(error.value) == (
-        "denoising: the filters want one sigma, got (30.0, 50.0); compare under each of "
+        "denoising: the filters need one sigma, got (30.0, 50.0); compare under each of "
         "conditions()"
     )
 

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from nasfast.data.restoration import open_pictures
-from nasfast.tasks.restoration.base import evaluate
+from nasfast.data.restoration import open_folder
 from nasfast.tasks.restoration.deraining import Deraining
+from nasfast.tasks.restoration.scoring import evaluate
 
 
 def rain(seed=0, shape=(3, 90, 120), **settings):
@@ -49,7 +49,7 @@ def test_real_pairs_are_not_degraded_again(data_root):
     folder = data_root / "rain-sample" / "synthetic"
     if not folder.is_dir():
         pytest.skip(f"no rainy images at {folder}")
-    scores = evaluate(lambda images: images, Deraining(), open_pictures(folder, 3))
+    scores = evaluate(lambda images: images, Deraining(), open_folder(folder, 3))
     assert [image.psnr for image in scores.images] == pytest.approx([25.3, 19.5, 19.5], abs=0.05)
 
 

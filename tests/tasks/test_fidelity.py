@@ -86,4 +86,6 @@ def test_windows_must_fit():
     assert ssim(x, x, padding=True).item() == pytest.approx(1)
     with pytest.raises(ValueError) as error:
         ssim(x, x)
-    assert str(error.value) == "ssim: expected images of at least 11x11 pixels, got 10x20"
+    assert str(error.value) == (
+        "ssim: expected images of at least 11x11 pixels, got 10x20; leave smaller images out"
+    )

@@ -13,44 +13,40 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
 
-from nasfast.data.restoration import Picture, Pictures, Source, open_images
+from nasfast.data.restoration import ImagePair, ImageSet, ImageSource, open_images
 from nasfast.tasks.restoration import TASKS, task_from_json
-from nasfast.tasks.restoration.base import (
-    ImagePatches,
-    RestorationLoss,
-    evaluate,
-    image_generator,
-    rescaled_crop,
-)
 from nasfast.tasks.restoration.denoising import Denoising
 from nasfast.tasks.restoration.deraining import Deraining
 from nasfast.tasks.restoration.fidelity import psnr, ssim
 from nasfast.tasks.restoration.inpainting import Inpainting
+from nasfast.tasks.restoration.loss import RestorationLoss
+from nasfast.tasks.restoration.patches import ImagePatches, rescaled_crop
+from nasfast.tasks.restoration.scoring import costs, evaluate, image_generator
 from nasfast.tasks.restoration.super_resolution import SuperResolution
 from nasfast.training.loop import Runtime
 
 
-class Given(Source):
-    """A picture made in a test."""
+class Given(ImageSource):
+    """An image made in a test."""
 
     def __init__(self, name, clean, degraded=None):
         self.name, self.size, self.paired = name, tuple(clean.shape[1:]), degraded is not None
-        self._picture = Picture(name, clean, degraded)
+        self._pair = ImagePair(name, clean, degraded)
 
     def read(self):
-        return self._picture
+        return self._pair
 
     def identify(self):
         return self.name
 
 
-def random_pictures(*sizes, channels=1, paired=False):
+def random_images(*sizes, channels=1, paired=False):
     draw = torch.Generator().manual_seed(3)
     cleans = [torch.randint(0, 256, (channels, *s), generator=draw).byte() for s in sizes]
     sources = [
         Given(f"{i}.png", clean, 255 - clean if paired else None) for i, clean in enumerate(cleans)
     ]
-    return Pictures("random", channels, sources)
+    return ImageSet("random", channels, sources)
 
 
 def generator(seed=0):
@@ -93,7 +89,7 @@ def test_descriptions_of_nothing_known():
 )
 def test_rescaled_crop_is_a_crop_of_the_rescaled_image(height, width, scale, down, right):
     crop = 16
-    image = 64 + random_pictures((height, width))[0].clean // 2  # PIL clips between the passes
+    image = 64 + random_images((height, width))[0].clean // 2  # PIL clips between the passes
     size = round(scale * width), round(scale * height)
     whole = np.asarray(Image.fromarray(image[0].numpy()).resize(size, Image.Resampling.BICUBIC))
     top, left = int(down * (size[1] - crop)), int(right * (size[0] - crop))
@@ -104,8 +100,8 @@ def test_rescaled_crop_is_a_crop_of_the_rescaled_image(height, width, scale, dow
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_batches(channels):
-    pictures = random_pictures((20, 33), (40, 17), channels=channels)
-    patches = ImagePatches(pictures, Denoising(30.0), 16, crops=3)
+    images = random_images((20, 33), (40, 17), channels=channels)
+    patches = ImagePatches(images, Denoising(30.0), 16, crops=3)
     assert len(patches) == 6
     chance = generator()
     batches = list(patches.epoch(4, chance))
@@ -121,17 +117,17 @@ def test_batches(channels):
 
 
 def test_batches_follow_the_generator_bit_for_bit():
-    patches = ImagePatches(random_pictures((30, 40), (40, 30)), Denoising((30.0, 50.0)), 16)
+    patches = ImagePatches(random_images((30, 40), (40, 30)), Denoising((30.0, 50.0)), 16)
     first, again, other = (patches.batch([0, 1, 0], generator(s)) for s in (5, 5, 6))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert not torch.equal(first[1], other[1])
 
 
 def test_without_augmentation_patches_are_windows():
-    pictures = random_pictures((12, 13))
-    windows = F.unfold(pictures[0].clean[None].float(), 8)[0].T  # [5 * 6, 64]
+    images = random_images((12, 13))
+    windows = F.unfold(images[0].clean[None].float(), 8)[0].T  # [5 * 6, 64]
     index = {tuple(window.tolist()): i for i, window in enumerate(windows)}
-    patches, chance = ImagePatches(pictures, Denoising(), 8, augment=False), generator()
+    patches, chance = ImagePatches(images, Denoising(), 8, augment=False), generator()
     seen = set()
     for _ in range(40):
         _, targets = patches.batch([0] * 8, chance)
@@ -142,10 +138,10 @@ def test_without_augmentation_patches_are_windows():
 def test_augmentation_turns_and_mirrors_but_does_not_flip_more_than_that():
     """Eight orientations, told apart where the image is not rescaled: in one half of the patches,
     and in half of the others, which cannot become smaller than the crop."""
-    pictures = random_pictures((16, 16))
-    clean = pictures[0].clean
+    images = random_images((16, 16))
+    clean = images[0].clean
     ways = [w for k in range(4) for w in (clean.rot90(k, (1, 2)), clean.rot90(k, (1, 2)).flip(2))]
-    patches, chance = ImagePatches(pictures, Denoising(), 16), generator()
+    patches, chance = ImagePatches(images, Denoising(), 16), generator()
     counts = [0] * 8
     for _ in range(50):
         _, targets = patches.batch([0] * 8, chance)
@@ -157,10 +153,10 @@ def test_augmentation_turns_and_mirrors_but_does_not_flip_more_than_that():
 
 
 def test_pairs_are_cut_alike_and_mirrored_but_not_turned():
-    pictures = random_pictures((16, 16), channels=3, paired=True)
-    inputs, targets = ImagePatches(pictures, Deraining(), 16).batch([0] * 64, generator())
+    images = random_images((16, 16), channels=3, paired=True)
+    inputs, targets = ImagePatches(images, Deraining(), 16).batch([0] * 64, generator())
     assert (inputs + targets - 1).abs().max() < 1.5 / 255  # bicubic rounding of both
-    clean = pictures[0].clean
+    clean = images[0].clean
     whole = [t for t in (255 * targets).round().byte() if torch.equal(t, clean)]
     mirrored = [t for t in (255 * targets).round().byte() if torch.equal(t, clean.flip(2))]
     assert min(len(whole), len(mirrored)) > 10
@@ -168,12 +164,12 @@ def test_pairs_are_cut_alike_and_mirrored_but_not_turned():
 
 
 def test_super_resolution_patches():
-    patches = ImagePatches(random_pictures((40, 40)), SuperResolution(3), 24)
+    patches = ImagePatches(random_images((40, 40)), SuperResolution(3), 24)
     inputs, targets = patches.batch([0, 0], generator())
     assert inputs.shape == (2, 1, 8, 8)
     assert targets.shape == (2, 1, 24, 24)
     with pytest.raises(ValueError) as error:
-        ImagePatches(random_pictures((40, 40)), SuperResolution(3), 32)
+        ImagePatches(random_images((40, 40)), SuperResolution(3), 32)
     assert str(error.value) == (
         "ImagePatches: expected crop to be a positive multiple of the scale 3, got 32"
     )
@@ -181,13 +177,13 @@ def test_super_resolution_patches():
 
 def test_images_must_hold_a_patch():
     with pytest.raises(ValueError) as error:
-        ImagePatches(random_pictures((64, 64), (63, 80)), Denoising(), 64)
+        ImagePatches(random_images((64, 64), (63, 80)), Denoising(), 64)
     assert str(error.value) == (
         "ImagePatches: expected images of at least 64x64 pixels, the size of a patch, got 1.png of "
         "63x80 (height x width); choose a smaller patch or leave the image out"
     )
     with pytest.raises(ValueError) as error:
-        ImagePatches(random_pictures((64, 64)), Denoising(), 64, crops=0)
+        ImagePatches(random_images((64, 64)), Denoising(), 64, crops=0)
     assert str(error.value) == "ImagePatches: expected crops of at least 1, got 0"
 
 
@@ -196,10 +192,10 @@ def test_pairs_are_refused_where_the_task_degrades():
         "denoising: expected clean images, which it degrades itself, got the pairs of random; give "
         "the folder of the clean images alone"
     )
-    pictures = random_pictures((20, 20), paired=True)
+    images = random_images((20, 20), paired=True)
     for use in (
-        lambda: ImagePatches(pictures, Denoising(), 16),
-        lambda: evaluate(lambda images: images, Denoising(), pictures),
+        lambda: ImagePatches(images, Denoising(), 16),
+        lambda: evaluate(lambda x: x, Denoising(), images),
     ):
         with pytest.raises(ValueError) as error:
             use()
@@ -238,7 +234,8 @@ def test_lambda_out_of_range(weight):
     with pytest.raises(ValueError) as error:
         RestorationLoss(weight)
     assert str(error.value) == (
-        f"RestorationLoss: expected ssim_weight (lambda) of at least 0 and finite, got {weight}"
+        f"RestorationLoss: expected ssim_weight (lambda) of at least 0 and finite, got {weight}; "
+        "0.6 is the published one"
     )
 
 
@@ -250,55 +247,57 @@ def half(images):
 
 
 def test_scores_are_of_each_image_then_means():
-    pictures = random_pictures((20, 31), (31, 20))
-    scores = evaluate(half, Denoising(50.0), pictures, keep=[1], seed=4)
-    for score, picture in zip(scores.images, pictures):
-        clean = picture.clean.float() / 255
-        noisy = Denoising(50.0).degrade(clean, image_generator(4, picture.name))
+    images = random_images((20, 31), (31, 20))
+    scores = evaluate(half, Denoising(50.0), images, keep=[1], seed=4)
+    for score, pair in zip(scores.images, images):
+        clean = pair.clean.float() / 255
+        noisy = Denoising(50.0).degrade(clean, image_generator(4, pair.name))
         restored = half(noisy).clamp(0, 1)
         assert score.psnr == pytest.approx(psnr(restored[None], clean[None]).item())
         assert score.ssim == pytest.approx(ssim(restored[None], clean[None]).item())
     assert scores.psnr == pytest.approx((scores.images[0].psnr + scores.images[1].psnr) / 2)
     assert scores.ssim == pytest.approx((scores.images[0].ssim + scores.images[1].ssim) / 2)
-    (kept,) = scores.pictures
+    (kept,) = scores.kept
     assert kept.name == "1.png"
     assert torch.equal(kept.degraded, noisy)
     assert torch.equal(kept.restored, restored)
     assert kept.degraded.min() < 0  # as it came
-    assert json.loads(json.dumps(scores.as_dict()))["images"][1]["name"] == "1.png"
+    assert json.loads(json.dumps(scores.to_json()))["images"][1]["name"] == "1.png"
+    assert scores.as_dict() == {"psnr": scores.psnr, "ssim": scores.ssim}
+    assert scores.reward == scores.ssim + scores.psnr / 100
 
 
 def test_an_image_is_degraded_alike_in_any_company():
-    pictures = random_pictures((20, 31), (31, 20), (20, 31))
-    alone = [evaluate(half, Denoising(), pictures[i : i + 1]).images[0] for i in range(3)]
-    assert tuple(alone) == evaluate(half, Denoising(), pictures).images
-    assert tuple(alone[::-1]) == evaluate(half, Denoising(), pictures[::-1]).images
-    assert evaluate(half, Denoising(), pictures, seed=1).images != tuple(alone)
+    images = random_images((20, 31), (31, 20), (20, 31))
+    alone = [evaluate(half, Denoising(), images[i : i + 1]).images[0] for i in range(3)]
+    assert tuple(alone) == evaluate(half, Denoising(), images).images
+    assert tuple(alone[::-1]) == evaluate(half, Denoising(), images[::-1]).images
+    assert evaluate(half, Denoising(), images, seed=1).images != tuple(alone)
 
 
-def test_overlapping_patches_flatter_as_they_average_noise():
-    pictures = random_pictures((64, 112))
+def test_overlapping_patches_score_higher_as_they_average_noise():
+    images = random_images((64, 112))
     shapes = []
 
     def identity(images):
         shapes.append(tuple(images.shape))
         return images
 
-    whole = evaluate(identity, Denoising(20.0), pictures)
-    overlap = evaluate(identity, Denoising(20.0), pictures, protocol="overlap", keep=[0])
+    whole = evaluate(identity, Denoising(20.0), images)
+    overlap = evaluate(identity, Denoising(20.0), images, protocol="overlap", keep=[0])
     assert shapes == [(1, 1, 64, 112), (2, 1, 64, 64)]
     assert overlap.psnr > whole.psnr
-    error = overlap.pictures[0].degraded - overlap.pictures[0].clean
+    error = overlap.kept[0].degraded - overlap.kept[0].clean
     ratio = error[..., 48:64].var() / error[..., :48].var()  # two patches meet in 16 columns
     assert ratio.item() == pytest.approx(0.5, abs=0.1)
-    (kept,) = overlap.pictures
+    (kept,) = overlap.kept
     wanted = ssim(kept.restored[None], kept.clean[None], padding=True).item()
     assert overlap.ssim == pytest.approx(wanted)
 
 
 def test_overlap_with_pairs_is_the_whole_image():
-    pictures = random_pictures((70, 100), paired=True)
-    (kept,) = evaluate(half, Deraining(), pictures, protocol="overlap", keep=[0]).pictures
+    images = random_images((70, 100), paired=True)
+    (kept,) = evaluate(half, Deraining(), images, protocol="overlap", keep=[0]).kept
     torch.testing.assert_close(kept.degraded, 1 - kept.clean)
     torch.testing.assert_close(kept.restored, (1 - kept.clean) / 2)
 
@@ -311,8 +310,8 @@ def test_runtime_gives_device_precision_and_heartbeat():
         return F.conv2d(images, torch.ones(3, 3, 1, 1) / 3)
 
     runtime = Runtime(torch.device("cpu"), heartbeat=lambda: beats.append(1))
-    pictures = random_pictures((20, 20), channels=3)
-    (kept,) = evaluate(predict, Denoising(), pictures, runtime=runtime, keep=[-1]).pictures
+    images = random_images((20, 20), channels=3)
+    (kept,) = evaluate(predict, Denoising(), images, runtime=runtime, keep=[-1]).kept
     assert kept.restored.dtype == torch.float32
     assert (len(beats), seen) == (1, [(True, (1, 3, 20, 20))])
 
@@ -321,23 +320,22 @@ def test_runtime_gives_device_precision_and_heartbeat():
     ("arguments", "text"),
     [
         (
-            {"protocol": "mean"},
-            "evaluate: expected protocol 'whole' or 'overlap', got 'mean'",
-        ),
-        (
             {"channels": 3},
             "evaluate: expected images of 3 channels, which the method was made for, got 1 channel "
             "(grey); open random with 3 channels",
         ),
-        ({"images": random_pictures()}, "evaluate: expected at least one image, got none"),
+        (
+            {"images": random_images()},
+            "evaluate: expected at least one image, got none; choose another split",
+        ),
         (
             {"task": SuperResolution(2), "protocol": "overlap"},
-            "evaluate: the protocol 'overlap' wants a task of scale 1, got super-resolution of "
+            "evaluate: the protocol 'overlap' needs a task of scale 1, got super-resolution of "
             "scale 2; use 'whole'",
         ),
         (
             {"protocol": "overlap"},
-            "evaluate: the protocol 'overlap' wants images of at least 64x64 pixels, got 0.png of "
+            "evaluate: the protocol 'overlap' needs images of at least 64x64 pixels, got 0.png of "
             "20x24 (height x width); use 'whole'",
         ),
         (
@@ -347,7 +345,7 @@ def test_runtime_gives_device_precision_and_heartbeat():
     ],
 )
 def test_errors_of_evaluate(arguments, text):
-    usual = {"predict": half, "task": Denoising(), "images": random_pictures((20, 24))}
+    usual = {"predict": half, "task": Denoising(), "images": random_images((20, 24))}
     with pytest.raises(ValueError) as error:
         evaluate(**(usual | arguments))
     assert str(error.value) == text
@@ -371,3 +369,12 @@ def test_images_read_during_an_evaluation_can_be_trained_on():
     weight = torch.ones(1, 1, 3, 3, requires_grad=True)
     RestorationLoss()(F.conv2d(inputs, weight, padding=1), targets).backward()
     assert weight.grad.isfinite().all()
+
+
+def test_costs_are_those_of_the_first_image():
+    network = torch.nn.Conv2d(3, 5, 3, padding=1)
+    images = random_images((20, 24), (40, 40), channels=3)
+    assert costs(network, SuperResolution(2), images) == {
+        "params": 5 * 28,
+        "macs": 10 * 12 * 5 * 27,
+    }

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from nasfast.data.restoration import ImagePair
 from nasfast.tasks.restoration.super_resolution import SuperResolution
 
 
@@ -14,7 +15,7 @@ from nasfast.tasks.restoration.super_resolution import SuperResolution
 def test_reduction_is_that_of_pil(scale):
     task, chance = SuperResolution(scale), torch.Generator()
     clean = torch.randint(64, 192, (3, 38, 51), dtype=torch.uint8)  # PIL clips between the passes
-    small, target = task.pair(clean, None, chance)
+    small, target = task.pair(ImagePair("", clean), chance)
     height, width = 38 // scale, 51 // scale
     assert small.shape == (3, height, width)
     assert target.shape == (3, scale * height, scale * width)

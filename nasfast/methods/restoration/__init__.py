@@ -13,8 +13,9 @@ from rich.table import Table
 from nasfast.methods.base import Architecture, Method
 from nasfast.methods.restoration.evaluate import EvaluateConfig, evaluate, parse_evaluate
 from nasfast.methods.restoration.report import RestorationReport
-from nasfast.methods.restoration.search import SearchConfig, build, continued, parse
-from nasfast.methods.restoration.train import TrainConfig, Trainer, parse_train, resolve
+from nasfast.methods.restoration.search import build
+from nasfast.methods.restoration.settings import SearchConfig, continued, parse
+from nasfast.methods.restoration.train import RestorationTraining, TrainConfig, parse_train, resolve
 from nasfast.models.restorer import FORMAT
 from nasfast.models.zoo import ZOO
 from nasfast.searches.base import Search
@@ -81,8 +82,8 @@ class Restoration(Method):
 
     def training(
         self, settings: TrainConfig, genotype: IRNASGenotype, out: Path, runtime: Runtime
-    ) -> Trainer:
-        return Trainer(settings, genotype, out, runtime)
+    ) -> RestorationTraining:
+        return RestorationTraining(settings, genotype, out, runtime)
 
     def parse_evaluate(self, argv: Sequence[str], description: str | None) -> EvaluateConfig:
         return parse_evaluate(argv, description)

@@ -1,4 +1,4 @@
-"""Measuring a trained restoration network: metrics, baselines, cost, and pictures."""
+"""Measuring a trained restoration network: metrics, baselines, cost, and images to look at."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from torch import Tensor
 from nasfast.data.restoration import open_images
 from nasfast.device import resolve_device
 from nasfast.methods import base
-from nasfast.methods.restoration.settings import parse
+from nasfast.methods.restoration.task_flags import parse_with_task
 from nasfast.models.restorer import read_restorer
-from nasfast.tasks.restoration import RestorationTask, task_from_json
-from nasfast.tasks.restoration import base as metrics
-from nasfast.tasks.restoration.base import Predict, Scores
-from nasfast.training.cost import count_macs, count_parameters, measure_latency
+from nasfast.tasks.restoration import RestorationTask, Task, scoring, task_from_json
+from nasfast.tasks.restoration.base import Predict
+from nasfast.tasks.restoration.scoring import EvalProtocol, Scores, costs, input_size
+from nasfast.training.cost import measure_latency
 from nasfast.training.loop import Runtime
+from nasfast.utils.errors import UserError
 from nasfast.utils.files import atomic_file
 
 PICTURES = "pictures"
@@ -37,13 +38,13 @@ GAP, CAPTION, LEAST_WIDTH = 6, 22, 220  # pixels between, above and across image
 class EvaluateConfig(base.EvaluateConfig):
     """What to measure, and how."""
 
-    task: tyro.conf.Suppress[Mapping[str, Any] | None] = None
+    task: Task | None = None
     """Another task than the network was trained for: --task NAME."""
     split: Literal["val", "test"] = "test"
     """Which images: no search and no training sees those of the test."""
-    protocol: Literal["whole", "overlap"] = "whole"
+    protocol: EvalProtocol = "whole"
     """whole: one degraded version of each whole image. overlap: averaged patches, each with noise
-    of its own, which flatters; only to compare with figures measured that way."""
+    of its own, which overestimates PSNR; only to compare with figures measured that way."""
     baselines: bool = False
     """Also run the methods without training."""
     pictures: int = 4
@@ -54,13 +55,13 @@ class EvaluateConfig(base.EvaluateConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pictures < 0:
-            raise ValueError(f"pictures: expected 0 or more, got {self.pictures}")
+            raise UserError(f"pictures: expected 0 or more, got {self.pictures}")
 
 
 def parse_evaluate(argv: Sequence[str], description: str | None) -> EvaluateConfig:
     """Settings from a command line."""
-    return parse(
-        EvaluateConfig, argv, prog="nasfast.evaluate", description=description, default=None
+    return parse_with_task(
+        EvaluateConfig(model=tyro.MISSING), argv, "nasfast.evaluate", description
     )
 
 
@@ -70,11 +71,11 @@ def evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], Table]:
     model, description = read_restorer(config.path)
     runtime = Runtime(resolve_device(config.device))
     source, channels = config.data or description["data"], model.channels
-    task = task_from_json(config.task or description["task"])
+    task = config.task or task_from_json(description["task"])
     if task.scale != model.scale:
-        raise ValueError(
+        raise UserError(
             f"evaluate {config.path}: expected a task of scale {model.scale}, as the network has, "
-            f"got {task.label} of scale {task.scale}"
+            f"got {task.label} of scale {task.scale}; leave --task out"
         )
     images = getattr(open_images(source, channels), config.split)
     runtime.place(model)
@@ -88,7 +89,7 @@ def evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], Table]:
         methods[shown] = model
         for name, predict in methods.items():
             try:
-                scores[name] = metrics.evaluate(
+                scores[name] = scoring.evaluate(
                     predict,
                     condition,
                     images,
@@ -101,16 +102,11 @@ def evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], Table]:
             except ImportError as error:
                 notes.append(f"without {name}: {error}")
         write_strips(config.path.with_name(PICTURES), condition, scores)
-    height, width = (side // task.scale for side in images.sizes[0])
+    height, width = size = input_size(task, images)
+    cost = costs(model, task, images)
     latency = measure_latency(
-        model,
-        (height, width),
-        runtime,
-        batch=config.batch,
-        seconds=config.seconds,
-        channels=channels,
+        model, size, runtime, batch=config.batch, seconds=config.seconds, channels=channels
     )
-    macs = count_macs(model, (height, width), channels=channels)
     result = {
         "data": source,
         "split": config.split,
@@ -119,11 +115,10 @@ def evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], Table]:
         "protocol": config.protocol,
         "seed": config.seed,
         "scores": {
-            label: {name: each.as_dict() for name, each in scores.items()}
+            label: {name: each.to_json() for name, each in scores.items()}
             for label, scores in found.items()
         },
-        "params": count_parameters(model),
-        "macs": macs,
+        **cost,
         "latency_ms": dataclasses.asdict(latency),
     }
     table = Table(
@@ -138,8 +133,8 @@ def evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], Table]:
         for name, each in scores.items():
             table.add_row(escape(f"  {name}"), f"{each.psnr:.3f}", f"{each.ssim:.4f}")
     table.add_section()
-    table.add_row("parameters", f"{result['params']:,}", "")
-    table.add_row(f"multiply-adds, {height}x{width}", f"{macs / 1e9:.3f} G", "")
+    table.add_row("parameters", f"{cost['params']:,}", "")
+    table.add_row(f"multiply-adds, {height}x{width}", f"{cost['macs'] / 1e9:.3f} G", "")
     table.add_row(
         f"latency, batch {latency.batch}, {latency.dtype}, {latency.device}, "
         f"{latency.threads} threads",
@@ -156,10 +151,10 @@ def write_strips(folder: Path, task: RestorationTask, scores: Mapping[str, Score
     """
     names = list(scores)
     chosen = names[-2:] if len(names) > 2 else names[-1:]
-    for index, first in enumerate(scores[chosen[-1]].pictures):
+    for index, first in enumerate(scores[chosen[-1]].kept):
         panels = {"clean": first.clean, "degraded": first.degraded}
         for name in chosen:
-            entry = scores[name].pictures[index]
+            entry = scores[name].kept[index]
             ratio = next(image.psnr for image in scores[name].images if image.name == entry.name)
             panels[f"{name}, {ratio:.2f} dB"] = entry.restored
         stem = re.sub(r"[^\w.+-]+", "-", f"{Path(first.name).stem} {task.label}")
@@ -171,20 +166,20 @@ def write_strips(folder: Path, task: RestorationTask, scores: Mapping[str, Score
 def strip(panels: Mapping[str, Tensor]) -> Image.Image:
     """Images ``[c, H, W]`` in [0, 1] side by side under their captions; small ones are enlarged by
     whole factors, to one size and room for the text."""
-    height, width = (max(image.shape[axis] for image in panels.values()) for axis in (-2, -1))
+    height, width = (max(panel.shape[axis] for panel in panels.values()) for axis in (-2, -1))
     factor = max(1, math.ceil(LEAST_WIDTH / width))
     size = (factor * width, factor * height)
-    pictures = [_picture(image).resize(size, Image.Resampling.NEAREST) for image in panels.values()]
-    width = sum(picture.width for picture in pictures) + GAP * (len(pictures) - 1)
-    canvas = Image.new(pictures[0].mode, (width, size[1] + CAPTION), "white")
+    images = [_image(panel).resize(size, Image.Resampling.NEAREST) for panel in panels.values()]
+    width = sum(image.width for image in images) + GAP * (len(images) - 1)
+    canvas = Image.new(images[0].mode, (width, size[1] + CAPTION), "white")
     draw, left = ImageDraw.Draw(canvas), 0
-    for caption, picture in zip(panels, pictures, strict=True):
-        canvas.paste(picture, (left, CAPTION))
+    for caption, image in zip(panels, images, strict=True):
+        canvas.paste(image, (left, CAPTION))
         draw.text((left + 2, 2), caption, fill="black", font_size=CAPTION - 6)
-        left += picture.width + GAP
+        left += image.width + GAP
     return canvas
 
 
-def _picture(image: Tensor) -> Image.Image:
-    pixels = (255 * image.clamp(0, 1)).round().byte().permute(1, 2, 0).numpy()  # [H, W, c]
+def _image(panel: Tensor) -> Image.Image:
+    pixels = (255 * panel.clamp(0, 1)).round().byte().permute(1, 2, 0).numpy()  # [H, W, c]
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)

@@ -1,71 +1,189 @@
-"""The task on the command line: ``--task NAME``, and its own settings as ``--task.FIELD``."""
+"""Search a restoration network: ``python -m nasfast.search restoration``.
+
+``--data DIR`` takes train/ and test/ such as BSDS500's, a folder of images, or pairs of degraded
+and clean images; without it, generated images. ``--task NAME`` is denoising, deraining,
+super-resolution or inpainting, ``--task.SETTING VALUE`` its settings. ``--resume RUN`` continues a
+run. (IR-NAS, CVPR 2020)
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from nasfast.tasks.restoration import task_from_json
+from nasfast.methods.restoration.task_flags import parse_with_task
+from nasfast.methods.restoration.train import Recipe
+from nasfast.models.restorer import RestorerConfig
+from nasfast.models.supernet import SupernetConfig
+from nasfast.searches.bilevel import ArchitectureConfig, BilevelConfig, WeightsConfig
+from nasfast.searches.sampling import SamplingSettings, default_threads
+from nasfast.strategies.gradient import Temperature
+from nasfast.tasks.restoration import Task, task_from_json
+from nasfast.tasks.restoration.denoising import Denoising
 from nasfast.utils.cli import flag_value
+from nasfast.utils.config import require_positive
+from nasfast.utils.errors import UserError
 
-C = TypeVar("C")
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig(SamplingSettings):
+    """Settings of a search; a preset gives the defaults."""
+
+    method: Annotated[Literal["restoration"], tyro.conf.Positional] = "restoration"
+    """What to search."""
+    data: str = "synthetic"
+    """"synthetic", a folder with train/ and test/ such as BSDS500's, a folder of images, or pairs
+    of degraded and clean images."""
+    preset: Literal["demo", "quick", "paper"] = "demo"
+    """demo: a minute on a laptop (default for the synthetic set). quick: some ten minutes on two
+    cores (default for other data). paper: the published search, for a GPU."""
+    task: Task = field(default_factory=Denoising)
+    """What networks restore: --task NAME, and its settings as --task.SETTING."""
+    channels: Literal[1, 3] = 1
+    """1: grey. 3: colour."""
+    strategy: Literal["darts", "proxyless", "gumbel", "random"] = "darts"
+    """darts: all operations of the supernet mixed, as published. proxyless, gumbel: single paths
+    through it. random: no supernet; sampled architectures, each trained for a short while."""
+    bilevel: BilevelConfig = field(default_factory=BilevelConfig)
+    """The search on the supernet."""
+    supernet: SupernetConfig = field(default_factory=SupernetConfig)
+    """Size of the supernet; --strategy random takes layers and nodes from it."""
+    network: RestorerConfig = field(default_factory=RestorerConfig)
+    """Size of the networks that are derived."""
+    temperature: Temperature = field(default_factory=Temperature)
+    """Of --strategy gumbel."""
+    budget: int = 8
+    """Architectures to evaluate with --strategy random."""
+    params: str | None = None
+    """LOW:HIGH, the parameters of the networks that --strategy random samples."""
+    recipe: Recipe = field(default_factory=Recipe)
+    """Training of each of them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.task, Mapping):  # from a file
+            object.__setattr__(self, "task", task_from_json(self.task))
+        require_positive(self, "budget")
+        parse_range(self.params)
+        if not self.samples:
+            self._refuse_sampling()
+
+    @property
+    def samples(self) -> bool:
+        """Whether networks are sampled and trained one by one; the others share a supernet."""
+        return self.strategy == "random"
+
+    @property
+    def size_range(self) -> tuple[int, int]:
+        """Least and most parameters of a sampled network."""
+        return parse_range(self.params)
+
+    def _refuse_sampling(self) -> None:
+        """Raise UserError where a search by gradient is given a setting of sampled networks."""
+        if self.params is not None:
+            raise UserError(
+                f"params: expected --strategy random, which samples, got {self.strategy}; a search "
+                "by gradient is not held to a size"
+            )
+        if (self.workers, self.devices, self.engine) != (None, None, "process"):
+            raise UserError(
+                "workers, devices, engine: expected --strategy random, which samples, got "
+                f"{self.strategy}; a search by gradient trains one supernet"
+            )
 
 
-def parse(
-    config: type[C], argv: Sequence[str], *, prog: str, description: str | None, default: C | None
-) -> C:
-    """Settings from a command line.
-
-    Args:
-        config: a dataclass whose field ``task`` holds what ``RestorationTask.describe`` gives, or
-            None.
-        argv: the command line.
-        prog: name of the command.
-        description: its help.
-        default: what flags override; None where the dataclass has defaults enough.
+def parse_range(text: str | None) -> tuple[int, int]:
+    """(low, high) of "LOW:HIGH"; the widest range for None.
 
     Raises:
-        ValueError: ``--task`` names no task.
+        UserError: another form, or an empty range.
     """
-    before: Mapping[str, Any] = (getattr(default, "task", None) if default else None) or {}
-    name = flag_value(argv, "--task") or before.get("task")
-    if name is None:
-        return _cli(config, argv, prog, description, default)
-    task = task_from_json(before if name == before.get("task") else {"task": name})
-    # the same settings with the task's fields as flags
-    typed: Any = dataclasses.make_dataclass(
-        config.__name__,
-        [("task", type(task), dataclasses.field(default=task))],
-        bases=(config,),
-        frozen=True,
+    if text is None:
+        return 0, 2**63
+    match = re.fullmatch(r"(\d[\d_]*):(\d[\d_]*)", text)
+    if match is None or int(match[1]) > int(match[2]):
+        raise UserError(f"params: expected LOW:HIGH, such as 60000:80000, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+PRESETS = {
+    "demo": SearchConfig(
+        preset="demo",
+        batch=4,
+        bilevel=BilevelConfig(
+            epochs=12,
+            warmup=3,
+            patience=4,
+            batch_size=8,
+            crop=32,
+            val_crop=96,
+            weights=WeightsConfig("adam", 3e-3, 1e-4, cycles=0.5),
+            architecture=ArchitectureConfig(0.03, weight_decay=0.0),
+        ),
+        supernet=SupernetConfig(layers=2, nodes=2, width=4, memory="save"),
+        network=RestorerConfig(8, 16, 16, 8, residual=True, atrous=False),
+        budget=4,
+        recipe=Recipe(steps=100, batch_size=4),
+        temperature=Temperature(steps=50),
+    ),
+    "quick": SearchConfig(
+        preset="quick",
+        batch=4,
+        bilevel=BilevelConfig(
+            epochs=24,
+            warmup=8,
+            patience=8,
+            batch_size=8,
+            crop=32,
+            val_crop=160,
+            weights=WeightsConfig("adam", 0.01, 1e-4, cycles=0.5, weight_decay=0.0),
+            architecture=ArchitectureConfig(0.02, weight_decay=0.0),
+        ),
+        supernet=SupernetConfig(layers=3, nodes=3, width=8, memory="save"),
+        network=RestorerConfig(16, 16, 32, 16, residual=True, atrous=False),
+        recipe=Recipe(steps=300),
+        temperature=Temperature(steps=250),
+    ),
+    "paper": SearchConfig(preset="paper", batch=4, recipe=Recipe(steps=20_000)),
+}
+
+
+def parse(argv: Sequence[str]) -> SearchConfig:
+    """Settings from a command line: the preset's, overridden flag by flag."""
+    preset = flag_value(argv, "--preset")
+    if preset not in PRESETS:  # absent, or wrong and then refused by the parser
+        preset = "demo" if flag_value(argv, "--data") in (None, "synthetic") else "quick"
+    config = parse_with_task(PRESETS[preset], argv, "nasfast.search", __doc__)
+    data, threads = config.data, config.threads
+    if threads is None and config.samples:
+        threads = default_threads(config.batch)
+    return dataclasses.replace(
+        config,
+        threads=threads,
+        data=data if data == "synthetic" else str(Path(data).expanduser().resolve()),
+        runs=config.runs.expanduser().resolve(),
     )
-    values = {} if default is None else _fields(default) | {"task": task}
-    defaults = typed(**values) if values else None
-    parsed = _cli(typed, _without(argv, "--task"), prog, description, defaults)
-    return config(**_fields(parsed) | {"task": parsed.task.describe()})
 
 
-def _cli(
-    config: type[C], argv: Sequence[str], prog: str, description: str | None, default: C | None
-) -> C:
-    if default is None:
-        return tyro.cli(config, args=argv, prog=prog, description=description)
-    return tyro.cli(config, args=argv, prog=prog, description=description, default=default)
+def continued(
+    config: SearchConfig, checkpoint: Mapping[str, Any], budget: int | None
+) -> SearchConfig:
+    """The settings with another budget, or with that of the last time.
 
-
-def _fields(config: Any) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-
-
-def _without(argv: Sequence[str], flag: str) -> list[str]:
-    """The command line without a flag and its value."""
-    kept, words = [], iter(argv)
-    for word in words:
-        if word == flag:
-            next(words, None)
-        elif not word.startswith(f"{flag}="):
-            kept.append(word)
-    return kept
+    Raises:
+        UserError: a budget for a search by gradient.
+    """
+    if budget is None:
+        return dataclasses.replace(config, budget=checkpoint.get("budget", config.budget))
+    if not config.samples:
+        raise UserError(
+            "resume: expected no --budget, as the learning rate of a search by gradient follows "
+            f"its number of epochs, got {budget}; start a new run with another --bilevel.epochs"
+        )
+    return dataclasses.replace(config, budget=budget)

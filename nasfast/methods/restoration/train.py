@@ -17,16 +17,19 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from nasfast.data.restoration import open_images
 from nasfast.methods.base import MODEL_FILE, Architecture, TrainSettings
-from nasfast.methods.restoration.settings import parse
+from nasfast.methods.restoration.task_flags import parse_with_task
 from nasfast.models.restorer import Restorer, RestorerConfig, save_restorer
 from nasfast.spaces.ir_nas import IRNASGenotype
-from nasfast.tasks.restoration import task_from_json
-from nasfast.tasks.restoration.base import ImagePatches, RestorationLoss, evaluate
+from nasfast.tasks.restoration import Task, task_from_json
 from nasfast.tasks.restoration.denoising import Denoising
-from nasfast.training.cost import count_macs, count_parameters
-from nasfast.training.loop import Group, Runtime, one_cycle, train_epoch
+from nasfast.tasks.restoration.loss import RestorationLoss
+from nasfast.tasks.restoration.patches import ImagePatches
+from nasfast.tasks.restoration.scoring import costs, evaluate, input_size
+from nasfast.training.cost import count_parameters
+from nasfast.training.loop import Group, NonFiniteLossError, Runtime, one_cycle, train_epoch
 from nasfast.utils.cli import flag_value
 from nasfast.utils.config import from_mapping, require_positive
+from nasfast.utils.errors import UserError
 from nasfast.utils.files import atomic_write
 from nasfast.utils.seeding import derive_seed
 
@@ -65,7 +68,7 @@ class TrainConfig(Recipe, TrainSettings):
     preset: Literal["demo", "quick", "paper"] = "quick"
     """demo: seconds. quick: some ten minutes on two cores. paper: the published 600,000 steps, for
     a GPU. Default: that of the search."""
-    task: Mapping[str, Any] = field(default_factory=Denoising().describe)
+    task: Task = field(default_factory=Denoising)
     """What the network restores: --task NAME; default: what it was searched for."""
     channels: Literal[1, 3] = 1
     """1: grey. 3: colour. Default: those of the search."""
@@ -76,6 +79,8 @@ class TrainConfig(Recipe, TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.task, Mapping):  # from a file
+            object.__setattr__(self, "task", task_from_json(self.task))
         require_positive(self, "round_steps")
 
 
@@ -96,17 +101,17 @@ def parse_train(
     argv: Sequence[str], found: Mapping[str, Any], description: str | None
 ) -> TrainConfig:
     """Settings from a command line; the source's own are the defaults."""
-    wanted = flag_value(argv, "--preset") or found.get("preset")
-    preset: Any = wanted if wanted in PRESETS else "quick"
+    chosen = flag_value(argv, "--preset") or found.get("preset")
+    preset: Any = chosen if chosen in PRESETS else "quick"
     default = TrainConfig(
         source=Path("RUN"),
         preset=preset,
-        task=found.get("task", Denoising().describe()),
+        task=task_from_json(found["task"]) if "task" in found else Denoising(),
         channels=found.get("channels", 1),
         network=from_mapping(RestorerConfig, found.get("network", {}), "network"),
         **dataclasses.asdict(PRESETS[preset]),
     )
-    return parse(TrainConfig, argv, prog="nasfast.train", description=description, default=default)
+    return parse_with_task(default, argv, "nasfast.train", description)
 
 
 def resolve(config: TrainConfig, architecture: Architecture) -> TrainConfig:
@@ -116,7 +121,7 @@ def resolve(config: TrainConfig, architecture: Architecture) -> TrainConfig:
     )
 
 
-class Fitting:
+class TrainingRun:
     """Optimisation steps on random patches, resumable after any of them.
 
     Args:
@@ -201,7 +206,7 @@ def _optimizer(model: Restorer, recipe: Recipe) -> tuple[torch.optim.Optimizer, 
     return optimizer, LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps) ** 0.9)
 
 
-class Trainer:
+class RestorationTraining:
     """One full training, a checkpoint every `round_steps` steps."""
 
     def __init__(
@@ -209,14 +214,13 @@ class Trainer:
     ) -> None:
         assert config.data is not None
         self.settings, self.genotype, self.out, self.runtime = config, genotype, out, runtime
-        self.task = task_from_json(config.task)
         self.data = open_images(config.data, config.channels)
-        patches = ImagePatches(self.data.train, self.task, config.crop)
+        patches = ImagePatches(self.data.train, config.task, config.crop)
         torch.manual_seed(derive_seed(config.seed, "train"))
-        self.model = Restorer(genotype, config.network, config.channels, self.task.scale)
+        self.model = Restorer(genotype, config.network, config.channels, config.task.scale)
         runtime.place(self.model)
         seed = derive_seed(config.seed, "patches")
-        self.fitting = Fitting(self.model, patches, config, runtime, seed)
+        self.training = TrainingRun(self.model, patches, config, runtime, seed)
         self.history: list[dict[str, float]] = []
 
     @property
@@ -230,18 +234,25 @@ class Trainer:
     @property
     def summary(self) -> str:
         return (
-            f"task     {self.task.label}\n"
+            f"task     {self.settings.task.label}\n"
             f"data     {self.settings.data}, {len(self.data.train)} images\n"
             f"size     {count_parameters(self.model):,} parameters"
         )
 
     def round(self) -> str:
-        """Train up to the next checkpoint."""
+        """Train up to the next checkpoint.
+
+        Raises:
+            UserError: the loss is NaN or infinite.
+        """
         start = time.perf_counter()
-        loss = self.fitting.run(self.settings.round_steps)
+        try:
+            loss = self.training.run(self.settings.round_steps)
+        except NonFiniteLossError as error:
+            raise UserError(f"{error}; lower --lr in a new training") from error
         self.history.append({"loss": loss, "seconds": time.perf_counter() - start})
         return (
-            f"step {self.fitting.steps}/{self.settings.steps}  loss {loss:.5f}  "
+            f"step {self.training.steps}/{self.settings.steps}  loss {loss:.5f}  "
             f"{self.history[-1]['seconds']:.1f} s"
         )
 
@@ -249,7 +260,7 @@ class Trainer:
         """Everything that the next round depends on."""
         return {
             "data": self.data.train.fingerprint(),
-            "fitting": self.fitting.state_dict(),
+            "fitting": self.training.state_dict(),
             "history": self.history,
         }
 
@@ -257,41 +268,38 @@ class Trainer:
         """Inverse of `state_dict`.
 
         Raises:
-            ValueError: the training images are others.
+            UserError: the training images are others.
         """
         if state["data"] != self.data.train.fingerprint():
-            raise ValueError(
+            raise UserError(
                 f"resume {self.out}: expected the training images that it began with, got other "
                 f"content in {self.settings.data}; restore it or start a new training"
             )
-        self.fitting.load_state_dict(state["fitting"])
+        self.training.load_state_dict(state["fitting"])
         self.history = list(state["history"])
 
     def finish(self) -> str:
         """Score on the validation images; write network and metrics."""
         config, model, val = self.settings, self.model.eval(), self.data.val
+        task = config.task
         scores = evaluate(
-            model, self.task, val, seed=config.seed, channels=config.channels, runtime=self.runtime
+            model, task, val, seed=config.seed, channels=config.channels, runtime=self.runtime
         )
-        height, width = val.sizes[0]
-        size = (height // self.task.scale, width // self.task.scale)
         metrics: dict[str, Any] = {
             "genotype": self.genotype.to_json(),
-            "task": config.task,
+            "task": task.describe(),
             "split": f"val of {val.name}, {len(val)} images",
-            **scores.as_dict(),
-            "params": count_parameters(model),
-            "macs": count_macs(model, size, channels=config.channels),
-            "size": list(size),
+            **scores.to_json(),
+            **costs(model, task, val),
+            "size": list(input_size(task, val)),
             "seconds": sum(entry["seconds"] for entry in self.history),
-            "steps": self.fitting.steps,
+            "steps": self.training.steps,
             "losses": [entry["loss"] for entry in self.history],
         }
         description = {
-            "task": config.task,
+            "task": task.describe(),
             "data": config.data,
-            "psnr": scores.psnr,
-            "ssim": scores.ssim,
+            **scores.as_dict(),
         }
         save_restorer(self.out / MODEL_FILE, model, description)
         atomic_write(self.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nasfast.utils.errors import UserError
+
 DCT_SIDE = 8
 STRIP = 16  # rows of windows at a time: their 64 coefficients a pixel stay in the cache
 
@@ -29,9 +31,9 @@ def dct_filter(images: Tensor, sigma: float, threshold: float = 2.7) -> Tensor:
     """
     height, width = images.shape[-2:]
     if min(height, width) < DCT_SIDE:
-        raise ValueError(
+        raise UserError(
             f"dct_filter: expected images of at least {DCT_SIDE}x{DCT_SIDE} pixels, got "
-            f"{height}x{width}"
+            f"{height}x{width}; leave smaller images out"
         )
     across = _dct(images.shape[1]).to(images)
     basis = torch.kron(_dct(DCT_SIDE), _dct(DCT_SIDE)).to(images)  # [64, 64], the mean first
@@ -68,7 +70,7 @@ def _dct(size: int) -> Tensor:
 
 
 def non_local_means(images: Tensor, sigma: float) -> Tensor:
-    """Denoise by non-local means (Buades et al., 2005) of scikit-image, told the noise.
+    """Denoise by non-local means (Buades et al., 2005) of scikit-image, with known noise.
 
     Patches of 5x5 in a window of 13x13, h = 0.6 sigma, the fast mode: on BSDS500 no other setting
     of its cost that was tried is better at sigma 30 and 50.
@@ -84,7 +86,7 @@ def non_local_means(images: Tensor, sigma: float) -> Tensor:
         from skimage.restoration import denoise_nl_means
     except ImportError as error:
         raise ImportError(
-            "non-local means wants scikit-image, which is not installed: "
+            "non-local means needs scikit-image, which is not installed: "
             "pip install 'nasfast[restoration]'"
         ) from error
     restored = [

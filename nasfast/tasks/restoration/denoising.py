@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from nasfast.tasks.restoration.base import Predict, RestorationTask
+from nasfast.tasks.restoration.base import Name, Predict, RestorationTask
 from nasfast.tasks.restoration.baselines import dct_filter, non_local_means
+from nasfast.utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class Denoising(RestorationTask):
     """Independent Gaussian noise on every value, neither clipped nor rounded."""
 
-    name: ClassVar[str] = "denoising"
+    task: Name = field(default="denoising", init=False)
 
     sigma: float | tuple[float, ...] = 30.0
     """Deviation of the noise on the scale 0..255; several are drawn from uniformly (blind)."""
 
     def __post_init__(self) -> None:
         if not self.sigmas or not all(0 < sigma <= 255 for sigma in self.sigmas):
-            raise ValueError(
+            raise UserError(
                 "denoising: expected sigma above 0 and at most 255 (the scale of 8-bit images), "
                 f"got {self.sigma}"
             )
@@ -48,10 +48,10 @@ class Denoising(RestorationTask):
         return tuple(Denoising(sigma) for sigma in self.sigmas)
 
     def baselines(self) -> dict[str, Predict]:
-        """The noisy image and filters that are told sigma. ValueError when there are several."""
+        """The noisy image, and filters that know sigma; ValueError when there are several."""
         if len(self.sigmas) > 1:
             raise ValueError(
-                f"denoising: the filters want one sigma, got {self.sigma}; compare under each of "
+                f"denoising: the filters need one sigma, got {self.sigma}; compare under each of "
                 "conditions()"
             )
         sigma = self.sigmas[0] / 255

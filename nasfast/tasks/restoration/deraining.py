@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nasfast.tasks.restoration.base import RestorationTask
+from nasfast.tasks.restoration.base import Name, RestorationTask
+from nasfast.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Deraining(RestorationTask):
     range (low, high) to draw from uniformly, for each image.
     """
 
-    name: ClassVar[str] = "deraining"
+    task: Name = field(default="deraining", init=False)
     takes_pairs: ClassVar[bool] = True
 
     density: tuple[float, float] = (0.001, 0.008)
@@ -38,17 +39,17 @@ class Deraining(RestorationTask):
     """Light of the brightest streak, on the scale 0..1; the others have half of it or more."""
 
     def __post_init__(self) -> None:
-        for field, low, high in (
+        for name, low, high in (
             ("density", 0, 1),
             ("length", 1, 255),
             ("angle", -90, 90),
             ("width", 0.1, 10),
             ("brightness", 0, 1),
         ):
-            value = getattr(self, field)
+            value = getattr(self, name)
             if len(value) != 2 or not low <= value[0] <= value[1] <= high:
-                raise ValueError(
-                    f"deraining: expected {field} as a range (low, high) within {low}..{high}, got "
+                raise UserError(
+                    f"deraining: expected {name} as a range (low, high) within {low}..{high}, got "
                     f"{value}"
                 )
 

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from nasfast.utils.errors import UserError
+
 WINDOW, SIGMA = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2  # for a data range of 1
 
@@ -37,8 +39,9 @@ def ssim(prediction: Tensor, target: Tensor, *, padding: bool = False) -> Tensor
     _check_shapes("ssim", prediction, target)
     height, width = target.shape[-2:]
     if not padding and min(height, width) < WINDOW:
-        raise ValueError(
-            f"ssim: expected images of at least {WINDOW}x{WINDOW} pixels, got {height}x{width}"
+        raise UserError(
+            f"ssim: expected images of at least {WINDOW}x{WINDOW} pixels, got {height}x{width}; "
+            "leave smaller images out"
         )
     with torch.autocast(prediction.device.type, enabled=False):
         dtype = torch.promote_types(prediction.dtype, torch.float32)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from nasfast.tasks.restoration.base import Predict, RestorationTask
+from nasfast.tasks.restoration.base import Name, Predict, RestorationTask
 from nasfast.tasks.restoration.baselines import diffuse
+from nasfast.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Inpainting(RestorationTask):
     Metrics cover the whole image, also the pixels that were given.
     """
 
-    name: ClassVar[str] = "inpainting"
+    task: Name = field(default="inpainting", init=False)
 
     missing: float = 0.5
     """Share of the pixels that are missing, each by itself."""
@@ -30,14 +30,14 @@ class Inpainting(RestorationTask):
     """Side of a box, pixels; cut to the image's sides."""
 
     def __post_init__(self) -> None:
-        for field in ("missing", "boxes"):
-            value = getattr(self, field)
+        for name in ("missing", "boxes"):
+            value = getattr(self, name)
             if not 0 <= value < 1:
-                raise ValueError(f"inpainting: expected {field} from 0 to below 1, got {value}")
+                raise UserError(f"inpainting: expected {name} from 0 to below 1, got {value}")
         if self.missing == self.boxes == 0:
-            raise ValueError("inpainting: expected missing or boxes above 0, got 0 for both")
+            raise UserError("inpainting: expected missing or boxes above 0, got 0 for both")
         if self.box < 1:
-            raise ValueError(f"inpainting: expected box of at least 1 pixel, got {self.box}")
+            raise UserError(f"inpainting: expected box of at least 1 pixel, got {self.box}")
 
     @property
     def label(self) -> str:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nasfast.tasks.restoration.base import Predict, RestorationTask
+from nasfast.tasks.restoration.base import Name, Predict, RestorationTask
 from nasfast.tasks.restoration.baselines import bicubic
+from nasfast.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class SuperResolution(RestorationTask):
     a border of `scale` pixels, is another number.
     """
 
-    name: ClassVar[str] = "super-resolution"
+    task: Name = field(default="super-resolution", init=False)
 
     scale: int = 2
     """Factor of the sides: 2, 3 or 4."""
 
     def __post_init__(self) -> None:
         if self.scale not in (2, 3, 4):
-            raise ValueError(f"super-resolution: expected scale 2, 3 or 4, got {self.scale}")
+            raise UserError(f"super-resolution: expected scale 2, 3 or 4, got {self.scale}")
 
     @property
     def label(self) -> str:

@@ -1,0 +1,139 @@
+"""Sampled networks, each trained for a short while and scored: what a search has to beat."""
+
+from __future__ import annotations
+
+import functools
+import random
+from dataclasses import dataclass, field
+
+import torch
+
+from nasfast.data.restoration import RestorationData, open_images
+from nasfast.evaluation.candidate import CandidateEvaluator, SeedOf
+from nasfast.methods.restoration.settings import SearchConfig
+from nasfast.methods.restoration.train import TrainingRun
+from nasfast.models.restorer import Restorer, RestorerConfig
+from nasfast.searches.sampling import Phase, SamplingSearch
+from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
+from nasfast.strategies import RandomSearch
+from nasfast.tasks.restoration.patches import ImagePatches
+from nasfast.tasks.restoration.scoring import Scores, costs, evaluate
+from nasfast.training.cost import count_parameters
+from nasfast.training.loop import Runtime
+from nasfast.utils.errors import UserError
+from nasfast.workers import WorkerConfig
+
+MAX_DRAWS = 10_000
+
+
+@dataclass(frozen=True)
+class SizeClass(IRNASSpace):
+    """Architectures whose network has a number of parameters in a range; only sampling knows it."""
+
+    low: int = 0
+    high: int = 2**63
+    network: RestorerConfig = field(default_factory=RestorerConfig)
+    channels: int = 1
+    scale: int = 1
+
+    def sample(self, rng: random.Random) -> IRNASGenotype:
+        """Uniform over the architectures of the class.
+
+        Raises:
+            UserError: none of 10,000 draws is of the class.
+        """
+        sizes = []
+        for _ in range(MAX_DRAWS):
+            genotype = super().sample(rng)
+            with torch.device("meta"):
+                network = Restorer(genotype, self.network, self.channels, self.scale)
+            sizes.append(count_parameters(network))
+            if self.low <= sizes[-1] <= self.high:
+                return genotype
+        raise UserError(
+            f"params: none of {MAX_DRAWS} architectures has {self.low:,} to {self.high:,} "
+            f"parameters; they have {min(sizes):,} to {max(sizes):,}"
+        )
+
+
+@dataclass(frozen=True)
+class ShortTraining:
+    """What a sampled network goes through: its one stage."""
+
+    config: SearchConfig
+    data: RestorationData
+    patches: ImagePatches
+    runtime: Runtime
+    name: str = "stage0"
+
+    def build(self, genotype: IRNASGenotype) -> Restorer:
+        """The network."""
+        config = self.config
+        return Restorer(genotype, config.network, config.channels, config.task.scale)
+
+    def costs(self, model: Restorer) -> dict[str, float]:
+        """Parameters and multiply-adds at the size of the validation images."""
+        return costs(model, self.config.task, self.data.val)
+
+    def train(self, model: Restorer, seed_of: SeedOf) -> Restorer:
+        """All steps of the recipe."""
+        recipe = self.config.recipe
+        self.runtime.place(model)
+        TrainingRun(model, self.patches, recipe, self.runtime, seed_of("patches")).run(recipe.steps)
+        return model
+
+    def validate(self, model: Restorer) -> Scores:
+        """PSNR and SSIM on the validation images."""
+        task, seed = self.config.task, self.config.seed
+        return evaluate(model.eval(), task, self.data.val, seed=seed, runtime=self.runtime)
+
+
+def sampled_search(
+    config: SearchConfig, data: RestorationData, workers: WorkerConfig, runtime: Runtime
+) -> SamplingSearch:
+    """Random search of the size class."""
+    space = SizeClass(
+        config.supernet.layers,
+        config.supernet.nodes,
+        *config.size_range,
+        config.network,
+        config.channels,
+        config.task.scale,
+    )
+    space.sample(random.Random(config.seed))  # refuses an empty class before a run is made
+    phase = Phase(
+        space,
+        RandomSearch(space, config.seed),
+        make_evaluator(config, data, runtime),
+        config.budget,
+        config.batch,
+        workers.engine_for(functools.partial(evaluator_on, config)),
+    )
+    return SamplingSearch(phase, workers=workers)
+
+
+def evaluator_on(config: SearchConfig, device: str) -> CandidateEvaluator[IRNASGenotype, Restorer]:
+    """A worker's evaluator."""
+    data = open_images(config.data, config.channels)
+    return make_evaluator(config, data, Runtime(torch.device(device)))
+
+
+def make_evaluator(
+    config: SearchConfig, data: RestorationData, runtime: Runtime
+) -> CandidateEvaluator[IRNASGenotype, Restorer]:
+    """An evaluator of one stage."""
+    patches = ImagePatches(data.train, config.task, config.recipe.crop)
+    stage = ShortTraining(config, data, patches, runtime)
+    return CandidateEvaluator(
+        stage.build,
+        stage.costs,
+        [stage],
+        runtime,
+        seed=config.seed,
+        inputs={
+            "training images": data.train.fingerprint(),
+            "validation images": data.val.fingerprint(),
+        },
+        remedy="lower --recipe.lr, or --recipe.batch-size for want of memory",
+        seconds={"encode": 0.0},
+    )
