@@ -127,7 +127,7 @@ class FrozenEncoder:
                 # of its own, so that a crop does not depend on who encodes it
                 generator = torch.Generator().manual_seed(derive_seed(self._seed, "crop", index))
                 frame = int(order[index % len(order)])
-                loaded.append(self.task.load(frames, [frame], transform, generator))
+                loaded.append(self.task.load_batch(frames, [frame], transform, generator))
             images = torch.cat([images for images, _ in loaded])
             targets = {
                 name: torch.cat([targets[name] for _, targets in loaded]) for name in loaded[0][1]
@@ -143,7 +143,7 @@ class FrozenEncoder:
 
         @torch.inference_mode()
         def encode_val(indices: Tensor) -> dict[str, Tensor]:
-            loaded = self.task.load(self.task.search_val, indices.tolist(), self.val_transform)
+            loaded = self.task.load_batch(self.task.search_val, indices.tolist(), self.val_transform)
             return self._encode(loaded[0], dtype) | loaded[1]
 
         train_key = key | {

@@ -72,7 +72,7 @@ class DenseTask(ABC, Generic[S]):
         """Samples that candidates are scored on."""
 
     @abstractmethod
-    def load(
+    def load_batch(
         self,
         frames: Frames,
         indices: Sequence[int],
@@ -154,7 +154,7 @@ class DenseTask(ABC, Generic[S]):
     ) -> Iterator[tuple[Tensor, Targets]]:
         """Prepared images ``[N, 3, h, w]`` and targets on the device, batch by batch."""
         for chunk in indices:
-            images, targets = self.load(frames, chunk.tolist(), transform, generator)
+            images, targets = self.load_batch(frames, chunk.tolist(), transform, generator)
             moved = {name: runtime.move(target) for name, target in targets.items()}
             yield prepare_images(images, runtime), moved
 

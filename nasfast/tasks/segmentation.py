@@ -67,7 +67,7 @@ class SegmentationTask(DenseTask[SegmentationScores]):
         """Label that neither loss nor metrics see."""
         return self.splits.train.ignore_index
 
-    def load(
+    def load_batch(
         self,
         frames: Frames,
         indices: Sequence[int],

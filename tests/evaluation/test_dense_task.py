@@ -64,7 +64,7 @@ class Brightness(DenseTask[Error]):
     def search_val(self) -> SyntheticStreets:
         return self._val
 
-    def load(
+    def load_batch(
         self,
         frames: Frames,
         indices: Sequence[int],

@@ -304,14 +304,14 @@ def test_auxiliary_heads_rest_at_weight_0(cache_dir, evaluation, monkeypatch, we
 def test_crops_are_drawn_from_all_frames(tmp_path, monkeypatch, samples, often):
     frames = []
 
-    load = SegmentationTask.load
+    load = SegmentationTask.load_batch
 
     def spy(task, data, indices, transform, generator=None):
         if generator is not None:  # validation is not drawn
             frames.extend(indices)
         return load(task, data, indices, transform, generator)
 
-    monkeypatch.setattr(SegmentationTask, "load", spy)
+    monkeypatch.setattr(SegmentationTask, "load_batch", spy)
     made = make(tmp_path, dataclasses.replace(STAGE0, samples=samples))
     assert len(made.features.task.search_train) == 7
     assert len(frames) == samples

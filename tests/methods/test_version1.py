@@ -1,0 +1,84 @@
+"""Runs and models of before: they open, report, continue, train and are measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nasfast import evaluate, search, train
+from nasfast.report.__main__ import main as report
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "version1"
+RUNS = ("segmentation", "restoration", "restoration_random")
+
+
+def run_of(name: str, folder: Path) -> Path:
+    return Path(shutil.copytree(FIXTURES / name, folder / name))
+
+
+def records_of(run: Path) -> list[Any]:
+    return [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_report(name: str, tmp_path: Path) -> None:
+    run = run_of(name, tmp_path)
+    assert report([str(run)]) == 0
+    assert "Architectures, best first" in (run / "report.html").read_text()
+    assert (run / "records.jsonl").read_bytes() == (FIXTURES / name / "records.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(("name", "budget"), [("segmentation", 4), ("restoration_random", 3)])
+def test_a_sampled_search_continues(
+    name: str, budget: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NASFAST_CACHE", str(tmp_path / "cache"))
+    run = run_of(name, tmp_path)
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(config.replace("/home/user", str(tmp_path)))
+    before = records_of(run)
+    assert search.main(["--resume", str(run), "--budget", str(budget)]) == 0
+    after = records_of(run)
+    assert after[: len(before)] == before
+    assert [record["index"] for record in after] == list(range(len(after)))
+    assert sum(record["duplicate_of"] is None for record in after) == budget
+    assert after[-1]["version"] == 2
+    assert after[-1]["evaluation"]["costs"]["params"] > 0
+
+
+def test_a_finished_search_by_gradient(tmp_path: Path) -> None:
+    run = run_of("restoration", tmp_path)
+    assert search.main(["--resume", str(run)]) == 0
+    assert records_of(run) == records_of(FIXTURES / "restoration")
+
+
+def test_a_search_by_gradient_continues(tmp_path: Path) -> None:
+    run = run_of("restoration", tmp_path)
+    path = run / "config.toml"
+    path.write_text(path.read_text().replace("epochs = 3", "epochs = 4"))
+    assert search.main(["--resume", str(run)]) == 0
+    assert len(records_of(run)) == 4
+    assert records_of(run)[:3] == records_of(FIXTURES / "restoration")
+
+
+def test_the_last_architecture_of_a_search_by_gradient_is_trained(tmp_path: Path) -> None:
+    run = run_of("restoration", tmp_path)
+    flags = "--device cpu --steps 1 --batch-size 1 --crop 16"
+    assert train.main([str(run), *flags.split(), "--out", str(tmp_path / "out")]) == 0
+    genotype = json.loads((tmp_path / "out" / "genotype.json").read_text())
+    assert genotype == records_of(run)[-1]["genotype"]
+
+
+@pytest.mark.parametrize("name", ["segmentation", "restoration"])
+def test_models_are_measured(name: str, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(FIXTURES / f"{name}_training", tmp_path / "train-1"))
+    split = ["--split", "val", "--pictures", "0"] if name == "restoration" else []
+    assert evaluate.main([str(out), "--device", "cpu", "--seconds", "0.1", *split]) == 0
+    found = json.loads((out / "evaluation.json").read_text())
+    metrics = json.loads((out / "metrics.json").read_text())
+    for cost in ("params", "macs"):
+        assert found[cost] == metrics[cost]
