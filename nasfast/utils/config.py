@@ -17,6 +17,9 @@ T = TypeVar("T")
 def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     """Rebuild a (nested) dataclass; fields that the mapping lacks keep their defaults.
 
+    A field that is not an argument of the dataclass is its tag: of a union of dataclasses, the
+    mapping becomes the one with its tag.
+
     Args:
         cls: the dataclass.
         mapping: its fields; tuples may be lists, paths strings, numbers integers.
@@ -37,7 +40,11 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     for name, field in fields.items():
         if field.default is needed and field.default_factory is needed and name not in mapping:
             raise UserError(f"{where}: expected the setting {name!r}, got none; add it")
-    values = {name: _typed(v, hints[name], f"{where}, {name}") for name, v in mapping.items()}
+    values = {
+        name: _typed(value, hints[name], f"{where}, {name}")
+        for name, value in mapping.items()
+        if fields[name].init
+    }
     with about(where):
         return cls(**values)
 
@@ -49,6 +56,8 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         if value is None and NoneType in arguments:
             return None
         options = [option for option in arguments if option is not NoneType]
+        if isinstance(value, Mapping):
+            options = _tagged(options, value, where)
         for option in options[:-1]:
             with suppress(UserError):
                 return _typed(value, option, where)
@@ -80,6 +89,23 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     if origin is not None and issubclass(origin, Mapping):
         return _checked(value, Mapping, where, "a table")
     return value
+
+
+def _tagged(options: list[Any], mapping: Mapping[str, Any], where: str) -> list[Any]:
+    """The dataclasses of a union that have the mapping's tag; all where they have no tags."""
+    tags = {
+        option: (field.name, field.default)
+        for option in options
+        if dataclasses.is_dataclass(option)
+        for field in dataclasses.fields(option)
+        if not field.init
+    }
+    found = [option for option, (name, tag) in tags.items() if mapping.get(name) == tag]
+    if tags and not found:
+        (name, _), *_ = tags.values()
+        expected = f"one of {', '.join(repr(tag) for _, tag in tags.values())}"
+        raise _refuse(mapping.get(name), f"{where}, {name}", expected)
+    return found or options
 
 
 def _checked(value: Any, kind: type | tuple[type, ...], where: str, expected: str) -> Any:

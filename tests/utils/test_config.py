@@ -40,6 +40,23 @@ class Outer:
     task: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Blur:
+    kind: str = field(default="blur", init=False)
+    width: int = 3
+
+
+@dataclass(frozen=True)
+class Noise:
+    kind: str = field(default="noise", init=False)
+    sigma: float = 25.0
+
+
+@dataclass(frozen=True)
+class Degraded:
+    by: Blur | Noise | None = None
+
+
 CONFIG = Outer(
     Path("d/e"), Path("w"), (0, 2), (0.5, 2.0), 4, (1.0, 2.5), Inner(0.5), Inner(), "y", False, 3
 )
@@ -60,6 +77,27 @@ def test_absent_fields_keep_their_defaults_and_integers_are_numbers():
     config = from_mapping(Outer, {"data": "d", "inner": {"lr": 5}, "sigma": 15}, "config.toml")
     assert config == Outer(Path("d"), sigma=15.0, inner=Inner(5.0))
     assert (type(config.inner.lr), type(config.sigma)) == (float, float)
+
+
+@pytest.mark.parametrize("by", [Blur(5), Noise(3.0), None])
+def test_a_union_is_told_apart_by_its_tag(by):
+    mapping = dataclasses.asdict(Degraded(by))
+    assert from_mapping(Degraded, mapping, "config.toml") == Degraded(by)
+
+
+@pytest.mark.parametrize(
+    ("by", "message"),
+    [
+        ({"kind": "rain"}, "by, kind: expected one of 'blur', 'noise', got 'rain'; correct"),
+        ({"width": 3}, "by, kind: expected one of 'blur', 'noise', got None; correct the value"),
+        ({"kind": "noise", "sigma": "x"}, "by, sigma: expected a number, got 'x'; correct"),
+        ({"kind": "blur", "sigma": 3}, "by: unknown setting 'sigma'; expected some of kind, width"),
+        (3, "by: expected a table, got 3; correct the value"),
+    ],
+)
+def test_what_is_none_of_a_union(by, message):
+    with pytest.raises(UserError, match=f"^config.toml, {re.escape(message)}"):
+        from_mapping(Degraded, {"by": by}, "config.toml")
 
 
 FIELDS = ", ".join(sorted(f.name for f in dataclasses.fields(Outer)))
