@@ -56,7 +56,7 @@ def _open_run(argv: Sequence[str]) -> tuple[Study, Method, SearchSettings]:
     """The run that the command line wants to continue, with the settings to continue it by."""
     arguments = tyro.cli(_Resume, args=argv, prog="nasfast.search")
     study = Study.open(arguments.resume)
-    method = method_named(study.config.get("method"))
+    method = method_named(study.method)
     config = from_mapping(method.search_settings, study.config, str(study.path / "config.toml"))
     config = method.continued(config, study.load_checkpoint() or {}, arguments.budget)
     given: dict[str, Any] = {
@@ -68,7 +68,7 @@ def _open_run(argv: Sequence[str]) -> tuple[Study, Method, SearchSettings]:
         given.setdefault("devices", None)
     elif "devices" in given:
         given["device"] = "auto"
-    given["threads"] = int(study.env["identity"]["computation"]["threads"])
+    given["threads"] = int(_recorded_identity(study)["computation"]["threads"])
     return study, method, dataclasses.replace(config, **given)
 
 
@@ -85,11 +85,22 @@ def _identity(search: Search) -> dict[str, dict[str, str]]:
     }
 
 
+def _recorded_identity(study: Study) -> dict[str, dict[str, str]]:
+    """The same, of the run's beginning."""
+    identity: dict[str, dict[str, str]] = study.env.get("identity", {})
+    if set(identity) != {"inputs", "computation"} or "threads" not in identity["computation"]:
+        raise UserError(
+            f"{study.path / 'env.json'}: expected the identity of inputs and computation that the "
+            "search wrote, got none; restore the file from a copy"
+        )
+    return identity
+
+
 def _check_identity(study: Study, search: Search, console: Console) -> None:
     """Refuse to continue a run on other data or weights; say where it will not be bit-exact."""
     now = _identity(search)
-    for kind, before in study.env["identity"].items():
-        changed = [name for name, value in before.items() if now[kind][name] != value]
+    for kind, before in _recorded_identity(study).items():
+        changed = [name for name, value in before.items() if now[kind].get(name) != value]
         if changed and kind == "inputs":
             raise UserError(
                 f"resume {study.path}: expected the {', '.join(changed)} that the run began with, "
@@ -98,7 +109,7 @@ def _check_identity(study: Study, search: Search, console: Console) -> None:
         for name in changed:
             say(
                 console,
-                f"note: the run began with {name} {before[name]}, this is {now[kind][name]}; "
+                f"note: the run began with {name} {before[name]}, this is {now[kind].get(name)}; "
                 "rewards will not be bit-identical to an uninterrupted run",
             )
 
@@ -110,7 +121,14 @@ def _create_run(argv: Sequence[str], method: str, config: SearchSettings, search
         **search.environment,
     }
     name = config.name or re.sub(r"[^\w.+-]+|^[.+-]+", "_", Path(config.data).name)
-    return Study.create(config.runs, method, name, dataclasses.asdict(config), environment)
+    return Study.create(
+        config.runs,
+        method,
+        name,
+        dataclasses.asdict(config),
+        environment,
+        ranking=search.ranking,
+    )
 
 
 @reports_errors

@@ -16,20 +16,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import tomli_w
-import torch
 import tyro
 from rich.console import Console
 
 from nasfast.device import machine_info, resolve_device
 from nasfast.methods.base import MODEL_FILE, Architecture, Method, Training, TrainSettings
 from nasfast.methods.registry import METHODS, method_of_genotype, method_of_source, read_genotype
+from nasfast.runs.checkpoint import load_checkpoint, save_checkpoint
 from nasfast.runs.study import Study
 from nasfast.spaces.base import Genotype
 from nasfast.training.loop import Runtime
 from nasfast.utils.cli import flag_value, reports_errors, say
 from nasfast.utils.config import from_mapping
-from nasfast.utils.errors import UserError
-from nasfast.utils.files import atomic_file, atomic_write, read_toml
+from nasfast.utils.errors import UserError, about
+from nasfast.utils.files import atomic_write, read_toml
 from nasfast.utils.interrupt import Interrupt, StopRequested
 
 
@@ -67,7 +67,8 @@ def find(config: TrainSettings, zoo: Mapping[str, Architecture]) -> Architecture
 def resolve(method: Method, config: TrainSettings) -> tuple[TrainSettings, Genotype]:
     """Fill in what the source decides: genotype, data and the output's directory."""
     architecture = find(config, method.zoo)
-    genotype = method.genotype(architecture.genotype)
+    with about(config.source):
+        genotype = method.genotype(architecture.genotype)
     config = method.resolve(config, architecture)
     assert config.data is not None
     numbered = (architecture.home / f"train-{n}" for n in itertools.count(1))
@@ -92,8 +93,7 @@ def fit(training: Training, out: Path, console: Console) -> None:
     """Train to the last round; a checkpoint follows every round."""
     while training.done < training.rounds:
         line = training.round()
-        with atomic_file(out / "checkpoint.pt") as file:
-            torch.save(training.state_dict(), file)
+        save_checkpoint(out / "checkpoint.pt", training.state_dict())
         say(console, line)
 
 
@@ -119,7 +119,8 @@ def _open(argv: Sequence[str]) -> tuple[Method, TrainSettings, Genotype, Path]:
         method = method_of_genotype(form)
         settings = read_toml(out / "config.toml")
         config = from_mapping(method.train_settings, settings, str(out / "config.toml"))
-        return method, config, method.genotype(form), out
+        with about(out / "genotype.json"):
+            return method, config, method.genotype(form), out
     method, found = method_of_source(argv)
     config, genotype = resolve(method, method.parse_train(argv, found, __doc__))
     assert config.out is not None
@@ -139,8 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Interrupt() as interrupt:
         runtime = Runtime(resolve_device(config.device), interrupt.check)
         training = method.training(config, genotype, out, runtime)
-        if (out / "checkpoint.pt").exists():
-            state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+        state = load_checkpoint(out / "checkpoint.pt")
+        if state is not None:
             training.load_state_dict(state)
         if not out.exists():  # only now: data or weights may have been refused
             _write_config(out, training.settings, genotype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -10,9 +9,9 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 import torch
@@ -24,10 +23,10 @@ from nasfast.methods.segmentation import Segmentation
 from nasfast.methods.segmentation import train as segmentation
 from nasfast.methods.segmentation.train import SegmentationTraining, TrainConfig
 from nasfast.models.segmenter import DecoderConfig
+from nasfast.runs.checkpoint import save_checkpoint
 from nasfast.runs.study import Study
 from nasfast.spaces.fast_nas import FastNASSpace
 from nasfast.training.loop import Runtime
-from nasfast.utils.files import atomic_file
 
 PUBLISHED = [[8, [0, 0, 5, 2], [0, 2, 8, 8], [0, 5, 1, 4]], [[3, 3], [3, 2], [3, 0]]]
 
@@ -101,15 +100,13 @@ def test_ctrl_c_tells_how_to_continue(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    @contextlib.contextmanager
-    def interrupt_after(path: Path) -> Iterator[BinaryIO]:
-        with atomic_file(path) as file:
-            yield file
+    def interrupt_after(path: Path, state: Mapping[str, Any]) -> None:
+        save_checkpoint(path, state)
         os.kill(os.getpid(), signal.SIGINT)
 
     out = tmp_path / "a folder"
     with monkeypatch.context() as patch:
-        patch.setattr(train, "atomic_file", interrupt_after)
+        patch.setattr(train, "save_checkpoint", interrupt_after)
         assert train.main([*tiny_training, "--out", str(out)]) == 130
     printed = capsys.readouterr().out
     assert f"Continue with\n  python -m nasfast.train --resume '{out}'\n" in printed

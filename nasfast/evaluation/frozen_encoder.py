@@ -143,7 +143,9 @@ class FrozenEncoder:
 
         @torch.inference_mode()
         def encode_val(indices: Tensor) -> dict[str, Tensor]:
-            loaded = self.task.load_batch(self.task.search_val, indices.tolist(), self.val_transform)
+            loaded = self.task.load_batch(
+                self.task.search_val, indices.tolist(), self.val_transform
+            )
             return self._encode(loaded[0], dtype) | loaded[1]
 
         train_key = key | {

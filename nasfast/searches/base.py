@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from rich.console import Console
 
@@ -41,6 +41,10 @@ class Search(Protocol):
 
     @property
     def runtime(self) -> Runtime: ...
+
+    @property
+    def ranking(self) -> Literal["score", "last"]:
+        """What is best: the highest score, or what the search ended with."""
 
     @property
     def environment(self) -> Mapping[str, object]:

@@ -8,6 +8,7 @@ from typing import Generic
 
 from nasfast.evaluation.candidate import Evaluator, G
 from nasfast.runs.records import Evaluation
+from nasfast.utils.errors import UserError
 from nasfast.workers.protocol import Answer, Defect, Job, Pool, Ready, WorkerDied
 
 _POLL = 0.1
@@ -51,7 +52,7 @@ class Dispatcher(Generic[G]):
 
         Raises:
             WorkerError: a defect in a worker.
-            RuntimeError: an error in a worker that is meant for the user; a worker that dies before
+            UserError: an error in a worker that is meant for the user; a worker that dies before
                 it does anything, twice, or that reads other content than this process.
         """
         self._waiting.extend(jobs)
@@ -87,7 +88,7 @@ class Dispatcher(Generic[G]):
             case Defect(message=None):
                 raise WorkerError(f"in a worker:\n{answer.traceback}")
             case Defect():
-                raise RuntimeError(answer.message)
+                raise UserError(answer.message)
             case WorkerDied():
                 job = self._requeue(worker, answer)
                 if job is not None:
@@ -110,7 +111,7 @@ class Dispatcher(Generic[G]):
         elif job is None or not death.working:
             self._lost[worker] = self._lost.get(worker, 0) + 1
             if self._lost[worker] == 2:
-                raise RuntimeError(
+                raise UserError(
                     f"workers: a worker died twice before its first candidate: {death.cause}; "
                     "use fewer --workers, or 1 to evaluate in this process"
                 )
@@ -125,7 +126,7 @@ class Dispatcher(Generic[G]):
 def _require_same_inputs(ready: Ready, evaluator: Evaluator[G]) -> None:
     changed = [name for name, value in evaluator.inputs.items() if ready.inputs.get(name) != value]
     if changed:
-        raise RuntimeError(
+        raise UserError(
             f"workers: expected the {', '.join(changed)} of this process in every worker, got "
             f"other content on {ready.host}; give all machines the same files"
         )

@@ -92,5 +92,5 @@ def test_the_value_of_another_flag_is_passed_over(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, weights)
     argv = ["--encoder-weights", str(weights), str(FIXTURES / "restoration")]
     assert method_of_source(argv)[0].name == "restoration"
-    with pytest.raises(UserError, match="expected a model.safetensors that nasfast.train wrote"):
+    with pytest.raises(UserError, match="expected a model"):
         method_of_model([str(weights)])

@@ -16,6 +16,7 @@ from nasfast.models.segmenter import read_segmenter
 from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.cost import count_macs, count_parameters, measure_latency
 from nasfast.training.loop import Runtime
+from nasfast.utils.errors import UserError
 
 
 def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
@@ -27,7 +28,7 @@ def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
     task = SegmentationTask(load_splits(data, cache_in_memory=False))
     val = task.splits.val
     if tuple(description["classes"]) != tuple(val.classes):
-        raise ValueError(
+        raise UserError(
             f"evaluate {path}: expected data of the classes {', '.join(description['classes'])}, "
             f"got {', '.join(val.classes)} in {data}"
         )
