@@ -11,13 +11,14 @@ import torch
 
 import nasfast
 from nasfast.ops import _native
+from nasfast.utils.errors import UserError
 
 
 def resolve_device(name: str) -> torch.device:
     """Device for "auto" (CUDA if present, else CPU), "cpu", "cuda" or "cuda:N".
 
     Raises:
-        ValueError: unknown name, or a CUDA device that this machine does not have.
+        UserError: unknown name, or a CUDA device that this machine does not have.
     """
     kind, _, index = name.partition(":")
     if name == "auto":
@@ -25,20 +26,20 @@ def resolve_device(name: str) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     if kind != "cuda" or (name != kind and not index.isdecimal()):
-        raise ValueError(
-            f"resolve_device: device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}; "
+        raise UserError(
+            f"resolve_device: expected device 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}; "
             "'auto' takes a GPU where there is one"
         )
     if not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without it"
-        raise ValueError(
-            f"resolve_device: device must be usable here, got {name!r}, but torch finds no CUDA "
-            f"device (torch {torch.__version__} is {built}); use 'cpu' or 'auto', or run "
+        raise UserError(
+            f"resolve_device: expected a device of this machine, got {name!r}, but torch finds no "
+            f"CUDA device (torch {torch.__version__} is {built}); use 'cpu' or 'auto', or run "
             "`python -m nasfast.info` to see what is missing"
         )
     if index and int(index) >= torch.cuda.device_count():
-        raise ValueError(
-            f"resolve_device: device index must be below {torch.cuda.device_count()} (the CUDA "
+        raise UserError(
+            f"resolve_device: expected a device index below {torch.cuda.device_count()} (the CUDA "
             f"devices of this machine), got {name!r}; use 'cuda' for the first one"
         )
     return torch.device(name)

@@ -28,7 +28,7 @@ def test_unknown_name(name: str) -> None:
     with pytest.raises(ValueError) as error:
         resolve_device(name)
     assert str(error.value) == (
-        f"resolve_device: device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}; "
+        f"resolve_device: expected device 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}; "
         "'auto' takes a GPU where there is one"
     )
 
@@ -42,8 +42,8 @@ def test_no_cuda(monkeypatch: pytest.MonkeyPatch, version: str | None, built: st
     with pytest.raises(ValueError) as error:
         resolve_device("cuda")
     assert str(error.value) == (
-        "resolve_device: device must be usable here, got 'cuda', but torch finds no CUDA device "
-        f"(torch {torch.__version__} is {built}); use 'cpu' or 'auto', or run "
+        "resolve_device: expected a device of this machine, got 'cuda', but torch finds no CUDA "
+        f"device (torch {torch.__version__} is {built}); use 'cpu' or 'auto', or run "
         "`python -m nasfast.info` to see what is missing"
     )
 
@@ -55,7 +55,7 @@ def test_index_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError) as error:
         resolve_device("cuda:1")
     assert str(error.value) == (
-        "resolve_device: device index must be below 1 (the CUDA devices of this machine), got "
+        "resolve_device: expected a device index below 1 (the CUDA devices of this machine), got "
         "'cuda:1'; use 'cuda' for the first one"
     )
 

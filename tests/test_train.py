@@ -215,7 +215,7 @@ def test_source_run_decides_and_flags_override(tiny_run: Path, tiny_data: Path) 
         ),
         (["RUN", "--data", "/no/data"], "data: expected 'synthetic' or a folder, got '/no/data'"),
         (["RUN", "--encoder-weights", "/no/w.pt"], "weights: no file /no/w.pt"),
-        (["RUN", "--device", "cuda:99"], "resolve_device: device "),
+        (["RUN", "--device", "cuda:99"], "resolve_device: expected "),
         (["--resume", "RUN/checkpoint"], "train: RUN/checkpoint is not the directory of a train"),
         (["--resume", "RUN"], "train: RUN is not the directory of a training: it has no config."),
     ],
