@@ -29,6 +29,10 @@ from nasfast.training.loop import Runtime
 from nasfast.utils.errors import UserError
 from nasfast.utils.files import atomic_file
 
+TASK_HELP = (
+    "``--task NAME`` measures under another task than the network was trained for, "
+    "``--task.SETTING VALUE`` with its settings."
+)
 PICTURES = "pictures"
 """Folder beside the model that the strips are put in."""
 GAP, CAPTION, LEAST_WIDTH = 6, 22, 220  # pixels between, above and across images of a strip
@@ -61,7 +65,10 @@ class EvaluateConfig(base.EvaluateConfig):
 def parse_evaluate(argv: Sequence[str], description: str | None) -> EvaluateConfig:
     """Settings from a command line."""
     return parse_with_task(
-        EvaluateConfig(model=tyro.MISSING), argv, "nasfast.evaluate", description
+        EvaluateConfig(model=tyro.MISSING),
+        argv,
+        "nasfast.evaluate",
+        f"{description or ''}\n{TASK_HELP}",
     )
 
 
