@@ -14,7 +14,7 @@ from PIL import Image
 
 from nasfast import evaluate, train
 from nasfast.methods.registry import METHODS, method_of_model
-from nasfast.methods.restoration.evaluate import strip
+from nasfast.methods.restoration.strips import strip
 
 FLAGS = ["--device", "cpu", "--seconds", "0.05"]
 

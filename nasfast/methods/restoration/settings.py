@@ -67,7 +67,7 @@ class SearchConfig(SamplingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.task, Mapping):  # from a file
+        if not isinstance(self.task, RestorationTask):  # its description, from a file
             object.__setattr__(self, "task", task_from_json(self.task))
         require_positive(self, "budget")
         parse_range(self.params)

@@ -79,7 +79,7 @@ class TrainConfig(Recipe, TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.task, Mapping):  # from a file
+        if not isinstance(self.task, RestorationTask):  # its description, from a file
             object.__setattr__(self, "task", task_from_json(self.task))
         require_positive(self, "round_steps")
 
