@@ -1,4 +1,4 @@
-"""What tests of whole searches share: a search in a process of its own, and what it left."""
+"""What tests of whole searches and trainings share: one in a process of its own, what it left."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from nasfast import search
+from nasfast import search, train
 
 
 def outcome(run: Path) -> list[dict[str, Any]]:
@@ -24,12 +24,14 @@ def outcome(run: Path) -> list[dict[str, Any]]:
     return records
 
 
-def start(command: list[str], threads: int = 1, *, group: bool = False) -> subprocess.Popen[str]:
+def start(
+    command: list[str], threads: int = 1, *, group: bool = False, module: str = "nasfast.search"
+) -> subprocess.Popen[str]:
     """`python -m nasfast.search` in a process of its own, or in a process group of its own."""
     root = str(Path(search.__file__).parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
-        [sys.executable, "-m", "nasfast.search", *command],
+        [sys.executable, "-m", module, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -79,3 +81,21 @@ def killed_and_resumed(
     assert process.returncode == 0, stderr
     (run,) = (path.parent for path in runs.glob("*/records.jsonl"))
     return run
+
+
+def assert_killed_training_resumes(argv: list[str], out: Path, whole: Path) -> None:
+    """Killed after its first checkpoint and resumed, a training gives the network of `whole`."""
+    process = start([*argv, "--out", str(out)], module="nasfast.train")
+    deadline = time.monotonic() + 60
+    while not (out / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.kill()
+    _, stderr = process.communicate()
+    assert process.returncode == -signal.SIGKILL, stderr
+    assert train.main(["--resume", str(out)]) == 0
+    for name in ("model.safetensors", "genotype.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    ours, theirs = (
+        json.loads((path / "metrics.json").read_text()) | {"seconds": 0} for path in (out, whole)
+    )
+    assert ours == theirs

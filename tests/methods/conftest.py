@@ -54,16 +54,16 @@ def bilevel_run(tiny_bilevel: list[str], tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
-def tiny_fitting(bilevel_run: Path) -> list[str]:
+def tiny_restorer(bilevel_run: Path) -> list[str]:
     """Command line of a training that takes seconds; the caller adds --out."""
     flags = "--steps 6 --round-steps 2 --crop 16 --batch-size 2"
     return [str(bilevel_run), "--device", "cpu", *flags.split()]
 
 
 @pytest.fixture(scope="session")
-def fitted(tiny_fitting: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained_restorer(tiny_restorer: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of that training, never interrupted; not to be written to."""
     torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("fitted") / "train"
-    assert train.main([*tiny_fitting, "--out", str(out)]) == 0
+    out = tmp_path_factory.mktemp("trained_restorer") / "train"
+    assert train.main([*tiny_restorer, "--out", str(out)]) == 0
     return out

@@ -13,9 +13,8 @@ import torch
 from PIL import Image
 
 from nasfast import evaluate, train
-from nasfast.methods import method_of_model
-from nasfast.methods.restoration import RESTORATION
-from nasfast.methods.restoration.evaluate import strip
+from nasfast.methods.registry import METHODS, method_of_model
+from nasfast.methods.restoration.strips import strip
 
 FLAGS = ["--device", "cpu", "--seconds", "0.05"]
 
@@ -25,9 +24,9 @@ def measured(model: Path) -> Any:
 
 
 def test_metrics_cost_and_pictures(
-    fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained_restorer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = shutil.copytree(fitted, tmp_path / "net")
+    model = shutil.copytree(trained_restorer, tmp_path / "net")
     assert evaluate.main([str(model), *FLAGS, "--baselines", "--pictures", "2"]) == 0
     result, metrics = measured(model), json.loads((model / "metrics.json").read_text())
     assert (result["images"], result["split"], result["protocol"]) == (3, "test", "whole")
@@ -51,8 +50,10 @@ def test_metrics_cost_and_pictures(
         assert image.height == 5 * 40 + 22
 
 
-def test_the_split_of_the_training_gives_its_metrics(fitted: Path, tmp_path: Path) -> None:
-    model = shutil.copytree(fitted, tmp_path / "net")
+def test_the_split_of_the_training_gives_its_metrics(
+    trained_restorer: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(trained_restorer, tmp_path / "net")
     flags = ["--split", "val", "--pictures", "0"]
     assert evaluate.main([str(model / "model.safetensors"), *FLAGS, *flags]) == 0
     (scores,) = measured(model)["scores"].values()
@@ -63,15 +64,15 @@ def test_the_split_of_the_training_gives_its_metrics(fitted: Path, tmp_path: Pat
 
 
 def test_another_noise_and_the_blind_network(
-    tiny_fitting: list[str], fitted: Path, tmp_path: Path
+    tiny_restorer: list[str], trained_restorer: Path, tmp_path: Path
 ) -> None:
-    model = shutil.copytree(fitted, tmp_path / "net")
+    model = shutil.copytree(trained_restorer, tmp_path / "net")
     flags = ["--task", "denoising", "--task.sigma", "10", "--pictures", "1"]
     assert evaluate.main([str(model), *FLAGS, *flags]) == 0
     assert list(measured(model)["scores"]) == ["denoising, sigma 10"]
     blind = tmp_path / "blind"
     noise = ["--task.sigma", "10", "50", "--steps", "1", "--out", str(blind)]
-    assert train.main([*tiny_fitting, *noise]) == 0
+    assert train.main([*tiny_restorer, *noise]) == 0
     assert evaluate.main([str(blind), *FLAGS, "--baselines", "--pictures", "1"]) == 0
     scores = measured(blind)["scores"]
     assert list(scores) == ["denoising, sigma 10", "denoising, sigma 50"]
@@ -81,22 +82,22 @@ def test_another_noise_and_the_blind_network(
 
 
 def test_a_baseline_that_cannot_run_is_left_out(
-    fitted: Path,
+    trained_restorer: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    model = shutil.copytree(fitted, tmp_path / "net")
+    model = shutil.copytree(trained_restorer, tmp_path / "net")
     monkeypatch.setitem(sys.modules, "skimage.restoration", None)
     assert evaluate.main([str(model), *FLAGS, "--baselines", "--pictures", "1"]) == 0
     (scores,) = measured(model)["scores"].values()
     assert list(scores) == ["identity", "sliding DCT", "net"]
-    assert "without non-local means: non-local means wants" in capsys.readouterr().out
+    assert "without non-local means: non-local means needs" in capsys.readouterr().out
 
 
-def test_models_are_recognised(fitted: Path) -> None:
-    for word in (str(fitted), str(fitted / "model.safetensors")):
-        assert method_of_model(["--seconds", "1", word]) is RESTORATION
+def test_models_are_recognised(trained_restorer: Path) -> None:
+    for word in (str(trained_restorer), str(trained_restorer / "model.safetensors")):
+        assert method_of_model(["--seconds", "1", word]) is METHODS["restoration"]
 
 
 @pytest.mark.parametrize(
@@ -108,17 +109,17 @@ def test_models_are_recognised(fitted: Path) -> None:
             ("evaluate MODEL/model.safetensors: expected a task of scal"),
         ),
         (["--task", "dehazing"], "task: expected one of denoising, "),
-        (["--protocol", "overlap"], "evaluate: the protocol 'overlap' wants images of at least "),
+        (["--protocol", "overlap"], "evaluate: the protocol 'overlap' needs images of at least "),
         (["--device", "tpu"], "resolve_device: device must be 'auto', 'cpu', 'cuda'"),
     ],
 )
 def test_errors_are_one_line(
-    flags: list[str], message: str, fitted: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str], message: str, trained_restorer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evaluate.main([str(fitted), *flags]) == 2
+    assert evaluate.main([str(trained_restorer), *flags]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: " + message.replace("MODEL", str(fitted)))
-    assert not (fitted / "evaluation.json").exists()
+    assert line.startswith("error: " + message.replace("MODEL", str(trained_restorer)))
+    assert not (trained_restorer / "evaluation.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -130,10 +131,10 @@ def test_errors_are_one_line(
     ],
 )
 def test_usage_errors(
-    flags: list[str], shown: str, fitted: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str], shown: str, trained_restorer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        evaluate.main([str(fitted), *flags])
+        evaluate.main([str(trained_restorer), *flags])
     assert caught.value.code == 2
     assert shown in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -36,6 +37,7 @@ from nasfast.tasks.restoration.denoising import Denoising
 from nasfast.tasks.restoration.super_resolution import SuperResolution
 from nasfast.training.cost import count_parameters
 from nasfast.utils.config import from_mapping
+from nasfast.utils.errors import UserError
 
 
 def checkpoint(run: Path) -> dict[str, Any]:
@@ -300,6 +302,28 @@ def test_a_candidate_that_runs_out_of_memory_is_recorded(
     assert "allocate memory" in failure
     assert short[1]["evaluation"]["rewards"] == {}
     assert short[0::2] == enough[0::2]
+
+
+def test_sampled_networks_do_not_depend_on_the_number_of_workers(
+    tiny_sampled: list[str], tmp_path: Path
+) -> None:
+    argv = [*tiny_sampled, "--budget", "3", "--threads", "1"]
+    for workers in ("1", "2"):
+        flags = ["--workers", workers, "--runs", str(tmp_path / workers)]
+        assert search.main([*argv, *flags]) == 0
+    one, two = (outcome(next((tmp_path / workers).iterdir())) for workers in ("1", "2"))
+    assert one == two
+
+
+@pytest.mark.parametrize("given", [{"workers": 2}, {"devices": "cpu"}, {"engine": "ray"}])
+def test_a_search_by_gradient_has_no_workers(given: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as caught:
+        dataclasses.replace(PRESETS["demo"], **given)
+    assert str(caught.value) == (
+        "workers, devices, engine: expected --strategy random, which samples, got darts; a search "
+        "by gradient trains one supernet"
+    )
+    dataclasses.replace(PRESETS["demo"], strategy="random", **given)
 
 
 def test_an_evaluation_draws_from_its_own_generators(tiny_sampled: list[str]) -> None:

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,17 +11,19 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from search_runs import assert_killed_training_resumes
 from torch import nn
 
 from nasfast import train
-from nasfast.methods import method_of_source
-from nasfast.methods.restoration import RESTORATION
-from nasfast.methods.restoration.train import Fitting, Recipe, TrainConfig, parse_train
-from nasfast.methods.segmentation import SEGMENTATION
+from nasfast.methods.registry import METHODS, method_of_source
+from nasfast.methods.restoration.train import Recipe, TrainConfig, TrainingRun, parse_train
 from nasfast.models.restorer import Restorer, RestorerConfig, read_restorer
 from nasfast.spaces.ir_nas import IRNASGenotype
+from nasfast.tasks.restoration.denoising import Denoising
+from nasfast.tasks.restoration.deraining import Deraining
 from nasfast.training.loop import Runtime
 
+RESTORATION = METHODS["restoration"]
 GENOTYPE = {
     "space": "ir_nas",
     "nodes": [[["conv3x3", 0], ["skip", 1]], [["sep3x3", 1], ["def3x3", 2]]],
@@ -35,58 +32,35 @@ GENOTYPE = {
 SMALL = "--device cpu --steps 2 --crop 16 --batch-size 2 --network.width 4 --network.stem 4"
 
 
-def test_what_a_training_leaves(bilevel_run: Path, fitted: Path) -> None:
+def test_what_a_training_leaves(bilevel_run: Path, trained_restorer: Path) -> None:
     wanted = {"checkpoint.pt", "config.toml", "env.json", "genotype.json"}
-    assert {p.name for p in fitted.iterdir()} >= wanted | {"metrics.json", "model.safetensors"}
+    assert {p.name for p in trained_restorer.iterdir()} >= wanted | {
+        "metrics.json",
+        "model.safetensors",
+    }
     best = json.loads((bilevel_run / "best.json").read_text())
-    metrics = json.loads((fitted / "metrics.json").read_text())
+    metrics = json.loads((trained_restorer / "metrics.json").read_text())
     assert metrics["genotype"] == best["genotype"]
-    assert json.loads((fitted / "genotype.json").read_text()) == best["genotype"]
+    assert json.loads((trained_restorer / "genotype.json").read_text()) == best["genotype"]
     assert metrics["split"] == "val of edges, 1 images"
-    assert metrics["params"] == best["evaluation"]["params"]
-    assert metrics["macs"] == best["evaluation"]["macs"]
+    assert {name: metrics[name] for name in ("params", "macs")} == best["evaluation"]["costs"]
     assert (metrics["steps"], metrics["size"], len(metrics["losses"])) == (6, [40, 48], 3)
-    model, description = read_restorer(fitted / "model.safetensors")
+    model, description = read_restorer(trained_restorer / "model.safetensors")
     assert model.genotype.to_json() == best["genotype"]
     assert description["task"] == metrics["task"] == {"task": "denoising", "sigma": 30.0}
     assert description["psnr"] == metrics["psnr"] > 0
 
 
 def test_killed_and_resumed_gives_the_same_network(
-    tiny_fitting: list[str], fitted: Path, tmp_path: Path
+    tiny_restorer: list[str], trained_restorer: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "train"
-    root = str(Path(train.__file__).parents[1])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "nasfast.train", *tiny_fitting, "--out", str(out)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ
-        | {
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
-        },
-    )
-    deadline = time.monotonic() + 60
-    while not (out / "checkpoint.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    process.kill()
-    _, stderr = process.communicate()
-    assert process.returncode == -signal.SIGKILL, stderr
-    assert train.main(["--resume", str(out)]) == 0
-    for name in ("model.safetensors", "genotype.json"):
-        assert (out / name).read_bytes() == (fitted / name).read_bytes()
-    ours, theirs = (
-        json.loads((path / "metrics.json").read_text()) | {"seconds": 0} for path in (out, fitted)
-    )
-    assert ours == theirs
+    assert_killed_training_resumes(tiny_restorer, tmp_path / "train", trained_restorer)
 
 
 def test_resume_with_other_data_is_refused(
-    fitted: Path, tiny_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained_restorer: Path, tiny_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = shutil.copytree(fitted, tmp_path / "train")
+    out = shutil.copytree(trained_restorer, tmp_path / "train")
     data = shutil.copytree(tiny_images, tmp_path / "edges")
     config = (out / "config.toml").read_text().replace(str(tiny_images), str(data))
     (out / "config.toml").write_text(config)
@@ -114,11 +88,11 @@ def test_a_run_decides_and_flags_override(bilevel_run: Path, tiny_images: Path) 
     assert genotype.to_json() == best["genotype"]
     assert (config.data, config.out) == (str(tiny_images), bilevel_run / "train-1")
     assert config.network == RestorerConfig(4, 4, 4, 4, residual=True, atrous=False)
-    assert config.task == {"task": "denoising", "sigma": 30.0}
+    assert config.task == Denoising(30.0)
     assert (config.preset, config.steps) == ("demo", 300)
     flags = ["--task.sigma", "50", "--network.width", "6", "--preset", "paper"]
     config = config_of([*flags, str(bilevel_run)])
-    assert config.task == {"task": "denoising", "sigma": 50.0}
+    assert config.task == Denoising(50.0)
     assert config.network == RestorerConfig(6, 4, 4, 4, residual=True, atrous=False)
     assert (config.steps, config.optimizer, config.lr) == (600_000, "sgd", 0.05)
 
@@ -130,7 +104,7 @@ def test_names_of_the_zoo() -> None:
     assert config.channels == 1
     assert config.out == Path("runs/irnas-denoise/train-1").resolve()
     rain = config_of(["irnas-derain", "--seed", "3"])
-    assert (rain.task["task"], rain.channels, rain.seed) == ("deraining", 3, 3)
+    assert (rain.task, rain.channels, rain.seed) == (Deraining(), 3, 3)
 
 
 @pytest.mark.parametrize("wrap", [lambda form: form, lambda form: {"genotype": form, "index": 0}])
@@ -157,17 +131,10 @@ def test_colour_and_another_scale(tmp_path: Path) -> None:
     assert metrics["size"] == [48, 64]  # of the input
 
 
-def test_other_sources_stay_with_segmentation(tmp_path: Path) -> None:
-    path = tmp_path / "genotype.json"
-    path.write_text("[[8, [0, 0, 5, 2], [0, 2, 8, 8], [0, 5, 1, 4]], [[3, 3], [3, 2], [3, 0]]]")
-    assert method_of_source([str(path)]) == (SEGMENTATION, {})
-    assert method_of_source(["/no/run"]) == (SEGMENTATION, {})
-
-
 # ---- recipes
 
 
-def fitting(recipe: Recipe) -> Fitting:
+def training_of(recipe: Recipe) -> TrainingRun:
     torch.manual_seed(0)
     genotype = IRNASGenotype.from_json(GENOTYPE)
     model = Restorer(genotype, RestorerConfig(4, 4, 4, 4, residual=True), 1)
@@ -180,13 +147,13 @@ def fitting(recipe: Recipe) -> Fitting:
             clean = torch.full((len(indices), 1, 16, 16), 0.5)
             return clean + 0.1 * torch.randn(clean.shape, generator=generator), clean
 
-    return Fitting(model, Patches(), recipe, Runtime(torch.device("cpu")), 1)  # type: ignore[arg-type]
+    return TrainingRun(model, Patches(), recipe, Runtime(torch.device("cpu")), 1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_recipes_learn_and_resume(optimizer: Any) -> None:
     recipe = Recipe(steps=40, batch_size=2, optimizer=optimizer, lr=0.02, ssim_weight=0.1)
-    whole, first, second = (fitting(recipe) for _ in range(3))
+    whole, first, second = (training_of(recipe) for _ in range(3))
     before, after = whole.run(10), (whole.run(20), whole.run(99))[-1]
     assert whole.steps == 40
     assert after < 0.7 * before
@@ -200,7 +167,7 @@ def test_recipes_learn_and_resume(optimizer: Any) -> None:
 
 def test_the_published_recipe() -> None:
     """Biases learn at twice the rate without decay; the rate falls polynomially."""
-    run = fitting(Recipe(steps=10, optimizer="sgd", lr=0.05, weight_decay=4e-5, batch_size=2))
+    run = training_of(Recipe(steps=10, optimizer="sgd", lr=0.05, weight_decay=4e-5, batch_size=2))
     weights, biases = run._optimizer.param_groups
     assert (weights["lr"], biases["lr"]) == (0.05, 0.1)
     assert (weights["weight_decay"], biases["weight_decay"]) == (4e-5, 0.0)
@@ -233,12 +200,12 @@ def test_the_published_recipe() -> None:
 def test_errors_are_one_line_and_leave_nothing(
     flags: list[str],
     message: str,
-    tiny_fitting: list[str],
+    tiny_restorer: list[str],
     tiny_images: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert train.main([*tiny_fitting, *flags, "--out", str(tmp_path / "out")]) == 2
+    assert train.main([*tiny_restorer, *flags, "--out", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: " + message.replace("DATA", str(tiny_images)))
     assert not (tmp_path / "out").exists()
@@ -255,21 +222,22 @@ def test_errors_are_one_line_and_leave_nothing(
     ],
 )
 def test_usage_errors(
-    flags: list[str], shown: str, tiny_fitting: list[str], capsys: pytest.CaptureFixture[str]
+    flags: list[str], shown: str, tiny_restorer: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        train.main([*tiny_fitting, *flags])
+        train.main([*tiny_restorer, *flags])
     assert caught.value.code == 2
     assert shown in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite(
-    tiny_fitting: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_restorer: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--lr", "1e30", "--max-grad-norm", "inf", "--out", str(tmp_path / "out")]
-    assert train.main([*tiny_fitting, *flags]) == 2
+    assert train.main([*tiny_restorer, *flags]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: training loss is ")
+    assert line.endswith("; lower --lr in a new training")
 
 
 def test_a_source_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:

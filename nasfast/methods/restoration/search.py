@@ -49,14 +49,14 @@ def build(
     )
     search = SupernetSearch(
         config.task,
-        (weights, architecture),
-        data.val,
-        config.supernet,
-        config.network,
-        config.bilevel,
-        config.strategy,
-        config.temperature,
-        runtime,
-        config.seed,
+        halves=(weights, architecture),
+        val=data.val,
+        supernet=config.supernet,
+        network=config.network,
+        bilevel=config.bilevel,
+        strategy=config.strategy,
+        temperature=config.temperature,
+        runtime=runtime,
+        seed=config.seed,
     )
     return search, config

@@ -24,7 +24,7 @@ from nasfast.models.supernet import SupernetConfig
 from nasfast.searches.bilevel import ArchitectureConfig, BilevelConfig, WeightsConfig
 from nasfast.searches.sampling import SamplingSettings, default_threads
 from nasfast.strategies.gradient import Temperature
-from nasfast.tasks.restoration import Task, task_from_json
+from nasfast.tasks.restoration import RestorationTask, task_from_json
 from nasfast.tasks.restoration.denoising import Denoising
 from nasfast.utils.cli import flag_value
 from nasfast.utils.config import require_positive
@@ -43,7 +43,7 @@ class SearchConfig(SamplingSettings):
     preset: Literal["demo", "quick", "paper"] = "demo"
     """demo: a minute on a laptop (default for the synthetic set). quick: some ten minutes on two
     cores (default for other data). paper: the published search, for a GPU."""
-    task: Task = field(default_factory=Denoising)
+    task: RestorationTask = field(default_factory=Denoising)
     """What networks restore: --task NAME, and its settings as --task.SETTING."""
     channels: Literal[1, 3] = 1
     """1: grey. 3: colour."""
@@ -67,7 +67,7 @@ class SearchConfig(SamplingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.task, Mapping):  # from a file
+        if not isinstance(self.task, RestorationTask):  # its description, from a file
             object.__setattr__(self, "task", task_from_json(self.task))
         require_positive(self, "budget")
         parse_range(self.params)

@@ -18,7 +18,7 @@ def parse_with_task(default: C, argv: Sequence[str], prog: str, description: str
     """Settings from a command line; tyro shows the settings of the task that is the default.
 
     Args:
-        default: a dataclass with a field ``task``, a `Task` or None; flags override it.
+        default: a dataclass with a field ``task``, which may be None; flags override it.
         argv: the command line.
         prog: name of the command.
         description: its help.
@@ -38,6 +38,6 @@ def parse_with_task(default: C, argv: Sequence[str], prog: str, description: str
         default=settings,
         prog=prog,
         description=description,
-        config=(tyro.conf.AvoidSubcommands,),  # of the union of tasks: the default's is meant
+        config=(tyro.conf.AvoidSubcommands,),  # None is no subcommand
     )
     return parsed

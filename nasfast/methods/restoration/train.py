@@ -20,7 +20,7 @@ from nasfast.methods.base import MODEL_FILE, Architecture, TrainSettings
 from nasfast.methods.restoration.task_flags import parse_with_task
 from nasfast.models.restorer import Restorer, RestorerConfig, save_restorer
 from nasfast.spaces.ir_nas import IRNASGenotype
-from nasfast.tasks.restoration import Task, task_from_json
+from nasfast.tasks.restoration import RestorationTask, task_from_json
 from nasfast.tasks.restoration.denoising import Denoising
 from nasfast.tasks.restoration.loss import RestorationLoss
 from nasfast.tasks.restoration.patches import ImagePatches
@@ -68,7 +68,7 @@ class TrainConfig(Recipe, TrainSettings):
     preset: Literal["demo", "quick", "paper"] = "quick"
     """demo: seconds. quick: some ten minutes on two cores. paper: the published 600,000 steps, for
     a GPU. Default: that of the search."""
-    task: Task = field(default_factory=Denoising)
+    task: RestorationTask = field(default_factory=Denoising)
     """What the network restores: --task NAME; default: what it was searched for."""
     channels: Literal[1, 3] = 1
     """1: grey. 3: colour. Default: those of the search."""
@@ -79,7 +79,7 @@ class TrainConfig(Recipe, TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.task, Mapping):  # from a file
+        if not isinstance(self.task, RestorationTask):  # its description, from a file
             object.__setattr__(self, "task", task_from_json(self.task))
         require_positive(self, "round_steps")
 

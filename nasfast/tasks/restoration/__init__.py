@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import get_args
 
 from nasfast.tasks.restoration.base import RestorationTask
 from nasfast.tasks.restoration.denoising import Denoising
@@ -19,16 +19,16 @@ TASKS: dict[str, type[Task]] = {cls.task: cls for cls in get_args(Task)}
 """The tasks by name."""
 
 
-def task_from_json(description: Mapping[str, Any]) -> Task:
+def task_from_json(description: object) -> Task:
     """The restoration task that ``RestorationTask.describe`` described.
 
     Raises:
         UserError: no such task, or a setting that it does not have or take.
     """
-    name = description.get("task")
-    if name not in TASKS:
+    settings = dict(description) if isinstance(description, Mapping) else {"task": description}
+    name = settings.pop("task", None)
+    if not isinstance(name, str) or name not in TASKS:
         raise UserError(f"task: expected one of {', '.join(TASKS)}, got {name!r}")
-    settings = {key: value for key, value in description.items() if key != "task"}
     return from_mapping(TASKS[name], settings, name)
 
 

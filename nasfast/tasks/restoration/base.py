@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -21,12 +21,11 @@ Name = Annotated[str, tyro.conf.Suppress]
 """A field of settings that is no flag."""
 
 
-@dataclass(frozen=True)
 class RestorationTask(ABC):
     """How clean images become the inputs of a network. A subclass is a frozen dataclass with the
     task's settings as fields and a place in ``nasfast.tasks.restoration.Task``."""
 
-    task: Name = field(init=False)
+    task: Name
     """The name of the task, on the command line and in files."""
     takes_pairs: ClassVar[bool] = False
     """Whether the task also learns from real degraded images."""
@@ -55,7 +54,7 @@ class RestorationTask(ABC):
 
     def describe(self) -> dict[str, Any]:
         """The task as JSON; ``nasfast.tasks.restoration.task_from_json`` reads it."""
-        description: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        description: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # type: ignore[call-overload]
         return description
 
     def check(self, images: ImageSet) -> None:
