@@ -73,8 +73,9 @@ def test_weights_that_are_no_network(
 ) -> None:
     assert evaluate.main([str(tiny_weights)]) == 2
     assert capsys.readouterr().err == (
-        f"error: {tiny_weights}: expected a model.safetensors that nasfast.train wrote, got a file "
-        "without 'nasfast.segmenter' or 'nasfast.restorer' in its metadata\n"
+        f"error: {tiny_weights}: expected a model.safetensors that nasfast.train wrote, with "
+        "'nasfast.segmenter' or 'nasfast.restorer' in its metadata, got 'nasfast.encoder'; give "
+        "another file\n"
     )
 
 

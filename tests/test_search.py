@@ -449,7 +449,7 @@ def test_usage_errors(
             "resolve_device: device must be 'auto', 'cpu', 'cuda' or",
         ),
         (["--placement", "device"], "placement: expected auto, file or ram on a CPU, got device"),
-        (["--teacher", "ENCODER"], "segmenter "),
+        (["--teacher", "ENCODER"], "/"),
         (["--omit", "3"], "omit: expected classes from 0 to 2, got 3"),
         (["--name", "a/b"], "name: expected letters, digits and ._+- (it becomes part of a"),
     ],

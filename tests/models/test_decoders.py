@@ -7,11 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
-from torch import nn
-from torch.nn import functional as F
-
-from nasfast.encoders import MobileNetV2
 from nasfast.models.segmenter import (
     ContextualCell,
     Decoder,
@@ -22,6 +17,11 @@ from nasfast.models.segmenter import (
     read_segmenter,
     save_segmenter,
 )
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F
+
+from nasfast.encoders import MobileNetV2
 from nasfast.spaces.fast_nas import FastNASSpace
 from nasfast.training.cost import count_macs, count_parameters
 
