@@ -69,10 +69,12 @@ def load_model(path: Path, network: type[nn.Module] = nn.Module) -> tuple[Any, d
     key = _format(path, metadata, network)
     try:
         description = json.loads(metadata[key])
+        if not isinstance(description, dict):
+            raise TypeError("its description is no JSON object")
         model = _build(path, FAMILIES[key], description)
     except KeyError as error:
         raise _damaged(path, f"it lacks {error}") from error
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise _damaged(path, str(error)) from error
     problem = tensor_mismatch(model.state_dict(), tensors)
     if problem:
