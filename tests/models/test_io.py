@@ -132,7 +132,7 @@ def test_a_newer_version_is_read_with_a_warning(key, saved):
 
     rewrite(path, grow)
     message = (
-        f"model {path}: a newer nasfast wrote it (version 3 of the description; this one reads 2); "
+        f"{path}: a newer nasfast wrote it (version 3 of the description; this one reads 2); "
         f"ignored: {config}.dropout"
     )
     with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
@@ -170,7 +170,10 @@ DAMAGES = {
         (change("outputs", -1), "Trying to create tensor with negative dimension"),
     ],
     RESTORER: [
-        (change("restorer", {"width": 0}), "RestorerConfig.width: expected a value above 0, got 0"),
+        (
+            change("restorer", {"width": 0}),
+            "restorer: RestorerConfig.width: expected a value above 0, got 0",
+        ),
     ],
 }
 for damages in DAMAGES.values():
@@ -192,8 +195,7 @@ def test_damaged_networks(key, saved):
         path.write_bytes(whole)
         rewrite(path, damage)
         message = (
-            f"model {path}: expected a network as nasfast.train wrote it, got a damaged file: "
-            f"{problem}"
+            f"{path}: expected a network as nasfast.train wrote it, got a damaged file: {problem}"
         )
         with pytest.raises(UserError, match=f"^{re.escape(message)}.*; restore it or train again$"):
             load_model(path)
@@ -232,7 +234,7 @@ def test_foreign_files(tmp_path, metadata, got, read):
     path = tmp_path / "foreign.safetensors"
     save_file({"weight": torch.zeros(1)}, path, metadata)
     message = (
-        f"model {path}: expected a model.safetensors that nasfast.train wrote, with "
+        f"{path}: expected a model.safetensors that nasfast.train wrote, with "
         f"'nasfast.segmenter' or 'nasfast.restorer' in its metadata, got {got}; give another file"
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
