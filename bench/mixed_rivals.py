@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nasfast.models.mixed_op import MixedOp, PlainMixedOp
-from nasfast.models.supernet import Cell, Supernet, SupernetConfig
+from nasfast.models.supernet import MixedCell, Supernet, SupernetConfig
 from nasfast.spaces.ir_nas import PRIMITIVES, num_edges
 
 FLOOR, EAGER = "convolutions", "eager"
@@ -174,7 +174,7 @@ def kept_by_cell(way: str, channels: int) -> int:
     """Bytes, of a cell at the published batch and size."""
     config = SupernetConfig(*CONFIG, **WAYS[way])
     with torch.device("meta"):
-        cell = Cell(config, channels)
+        cell = MixedCell(config, channels)
         weights = torch.empty(num_edges(config.nodes), len(PRIMITIVES)).requires_grad_().unbind()
     states = [empty("meta", BATCH, channels, SIZE, SIZE) for _ in range(2)]
     return kept(cell, *states, weights, [None] * len(weights))

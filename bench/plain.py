@@ -5,7 +5,7 @@ behind a ``DataLoader``, Adam and the weight average as they come, the loss read
 full-size logits that NumPy turns into a confusion matrix on the host. It is kinder to the rival
 than the published code, which encodes the validation images anew for every candidate: here their
 features lie in files, too. Names and order of the parameters are those of
-:class:`nasfast.models.segmenter.Decoder`, so that both start from and train the same weights.
+:class:`nasfast.models.decoders.Decoder`, so that both start from and train the same weights.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from nasfast.evaluation.evaluator import Stage0Config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from nasfast.evaluation.evaluator import Stage0Config
-from nasfast.models.segmenter import DecoderConfig
+from nasfast.models.decoders import DecoderConfig
 from nasfast.spaces.fast_nas import PRIMITIVES, Cell, FastNASGenotype
 from nasfast.training.loop import epoch_indices
 

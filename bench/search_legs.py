@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import nasfast.evaluation.evaluator
 import plain
 import torch
 import torch.nn.functional as F
+from nasfast.evaluation.evaluator import SegmentationEvaluator, Stage0Config, Stage1Config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import nasfast.evaluation.evaluator
 import nasfast.models.layers
 from nasfast.cache import CacheConfig, FeatureCache
 from nasfast.data import Splits, SyntheticStreets
 from nasfast.encoders import MobileNetV2
-from nasfast.evaluation.evaluator import SegmentationEvaluator, Stage0Config, Stage1Config
-from nasfast.models.segmenter import Decoder, DecoderConfig, Segmenter
+from nasfast.models.decoders import Decoder, DecoderConfig, EncoderDecoder
 from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
 from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.loop import Runtime
@@ -128,7 +128,7 @@ class Problem:
             scale.classes,
             DecoderConfig(aux_cell=False),
         )
-        self.teacher = Segmenter(self.encoder, teacher)
+        self.teacher = EncoderDecoder(self.encoder, teacher)
         self.files: tuple[plain.Files, plain.Files] | None = None
         """For training and for scoring; a plain candidate needs them."""
 

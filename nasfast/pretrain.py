@@ -24,7 +24,8 @@ from nasfast.data import SyntheticStreets, TrainTransform, ValTransform
 from nasfast.data.base import split_for_search
 from nasfast.device import resolve_device
 from nasfast.encoders import PACKAGED_WEIGHTS, MobileNetV2
-from nasfast.models.segmenter import Decoder, DecoderConfig, Segmenter
+from nasfast.models.build import build_segmenter
+from nasfast.models.decoders import DecoderConfig
 from nasfast.spaces.fast_nas import FastNASSpace
 from nasfast.tasks.base import Targets
 from nasfast.tasks.segmentation import SegmentationTask
@@ -74,7 +75,7 @@ def pretrain(config: PretrainConfig) -> None:
     encoder = MobileNetV2(config.width)
     genotype = FastNASSpace().from_json(_GENOTYPE)
     decoder = DecoderConfig(agg_size=32, aux_cell=False)
-    model = Segmenter(encoder, Decoder(genotype, encoder.feature_info, task.outputs, decoder))
+    model = build_segmenter(encoder, genotype, task.outputs, decoder)
     runtime.place(model)
     generator = torch.Generator().manual_seed(config.seed)
     transform = TrainTransform(config.crop, config.crop)

@@ -32,7 +32,7 @@ import search_cost  # noqa: E402
 import search_legs  # noqa: E402
 from search_legs import Scale, Timed  # noqa: E402
 
-from nasfast.models.segmenter import Decoder  # noqa: E402
+from nasfast.models.decoders import Decoder  # noqa: E402
 from nasfast.models.supernet import SupernetConfig  # noqa: E402
 
 PROBLEM = rivals.Problem(2, 6, 7, 9, 4, spread=3.0)

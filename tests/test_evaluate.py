@@ -56,7 +56,7 @@ def test_other_data_of_the_same_classes(tiny_model: Path, tiny_data: Path, tmp_p
         (["/no/model"], "weights: no file /no/model; give a .safetensors, .pth or .pt file"),
         (["MODEL/metrics.json"], "weights: expected a .safetensors, .pth or .pt file, got metrics"),
         (["MODEL", "--data", "/no"], "data: expected 'synthetic' or a folder, got '/no'"),
-        (["MODEL", "--device", "tpu"], "resolve_device: device must be 'auto', 'cpu', 'cuda'"),
+        (["MODEL", "--device", "tpu"], "resolve_device: expected device 'auto', 'cpu', 'cuda'"),
     ],
 )
 def test_errors_are_one_line(
@@ -73,8 +73,9 @@ def test_weights_that_are_no_network(
 ) -> None:
     assert evaluate.main([str(tiny_weights)]) == 2
     assert capsys.readouterr().err == (
-        f"error: {tiny_weights}: expected a model.safetensors that nasfast.train wrote, got a file "
-        "without 'nasfast.segmenter' or 'nasfast.restorer' in its metadata\n"
+        f"error: {tiny_weights}: expected a model.safetensors that nasfast.train wrote, with "
+        "'nasfast.segmenter' or 'nasfast.restorer' in its metadata, got 'nasfast.encoder'; give "
+        "another file\n"
     )
 
 

@@ -22,7 +22,7 @@ from nasfast.data import SyntheticStreets, split_for_search
 from nasfast.methods.segmentation import Segmentation
 from nasfast.methods.segmentation import train as segmentation
 from nasfast.methods.segmentation.train import SegmentationTraining, TrainConfig
-from nasfast.models.segmenter import DecoderConfig
+from nasfast.models.decoders import DecoderConfig
 from nasfast.runs.checkpoint import save_checkpoint
 from nasfast.runs.study import Study
 from nasfast.spaces.fast_nas import FastNASSpace

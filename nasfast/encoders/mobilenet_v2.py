@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from nasfast.utils.errors import UserError
+
 # expansion t, channels c, repeats n, stride s: table 2 of the paper
 _ROWS = (
     (1, 16, 1, 1),
@@ -19,6 +21,7 @@ _ROWS = (
 )
 _TAPPED_ROWS = (1, 2, 4, 6)
 _HEAD_KEYS = ("features.18.", "classifier.")
+_COUNTER = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
@@ -114,30 +117,35 @@ class MobileNetV2(nn.Module):
         """Load a torchvision-style state dict; the unused classification head may be present.
 
         Raises:
-            ValueError: a key is missing, unknown or of another shape; the message names it.
+            UserError: a key is missing, unknown or of another shape; the message names it.
         """
         own = self.state_dict()
         given = {k: v for k, v in state.items() if not k.startswith(_HEAD_KEYS)}
-        # a checkpoint with BatchNorm folded away or renamed must not leave random weights behind
-        missing = [k for k in own if k not in given and not k.endswith("num_batches_tracked")]
-        unknown = [k for k in given if k not in own]
-        shapes = [
-            f"{k}: expected {list(own[k].shape)}, got {list(v.shape)}"
-            for k, v in given.items()
-            if k in own and v.shape != own[k].shape
-        ]
-        for problem, keys in (
-            ("missing", missing),
-            ("unknown", unknown),
-            ("of another shape", shapes),
-        ):
-            if keys:
-                shown = ", ".join(keys[:5]) + (
-                    f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-                )
-                raise ValueError(
-                    f"mobilenet_v2 weights {source}: {len(keys)} key(s) {problem}: {shown}. "
-                    f"Expected torchvision's mobilenet_v2 state dict at width {self.width:g}; "
-                    "convert the key names or give another file."
-                )
+        needed = {k: v for k, v in own.items() if k in given or not k.endswith(_COUNTER)}
+        problem = tensor_mismatch(needed, given)
+        if problem:
+            raise UserError(
+                f"mobilenet_v2 weights {source}: {problem}. "
+                f"Expected torchvision's mobilenet_v2 state dict at width {self.width:g}; "
+                "convert the key names or give another file."
+            )
         self.load_state_dict({k: v.to(own[k].dtype) for k, v in given.items()}, strict=False)
+
+
+def tensor_mismatch(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
+    """Which tensors of a state dict are missing, unknown or of another shape; None if none is."""
+    # a checkpoint with BatchNorm folded away or renamed must not leave random weights behind
+    problems = {
+        "missing": [key for key in own if key not in given],
+        "unknown": [key for key in given if key not in own],
+        "of another shape": [
+            f"{key}: expected {list(own[key].shape)}, got {list(value.shape)}"
+            for key, value in given.items()
+            if key in own and value.shape != own[key].shape
+        ],
+    }
+    for problem, keys in problems.items():
+        if keys:
+            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+            return f"{len(keys)} key(s) {problem}: {', '.join(keys[:5])}{more}"
+    return None

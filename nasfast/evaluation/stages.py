@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nasfast.data import TrainTransform, Transform
 from nasfast.evaluation.candidate import SeedOf
 from nasfast.evaluation.frozen_encoder import FrozenEncoder, FrozenEncoderConfig
-from nasfast.models.segmenter import Segmenter
+from nasfast.models.decoders import EncoderDecoder
 from nasfast.tasks.base import DenseTask, Scores, Targets
 from nasfast.training.graphs import graphed_step
 from nasfast.training.loop import Group, Runtime, epoch_indices, train_epoch
@@ -78,7 +78,7 @@ class DecoderOnFeatures:
     def __init__(self, config: Stage0Config, features: FrozenEncoder) -> None:
         self._config, self._features = config, features
 
-    def train(self, model: Segmenter, seed_of: SeedOf) -> Segmenter:
+    def train(self, model: EncoderDecoder, seed_of: SeedOf) -> EncoderDecoder:
         """As `Stage` says; the encoder stays as it is."""
         config, features, decoder = self._config, self._features, model.decoder
         runtime, task = features.runtime, features.task
@@ -113,7 +113,7 @@ class DecoderOnFeatures:
             optimizer.zero_grad(set_to_none=True)
         return model
 
-    def validate(self, model: Segmenter) -> Scores:
+    def validate(self, model: EncoderDecoder) -> Scores:
         """As `Stage` says."""
         decoder, features = model.decoder.eval(), self._features
         scores: Scores = features.task.score(
@@ -133,7 +133,7 @@ class EndToEnd:
         self._config, self._task = config, task
         self._val_transform, self._runtime = val_transform, runtime
 
-    def train(self, model: Segmenter, seed_of: SeedOf) -> Segmenter:
+    def train(self, model: EncoderDecoder, seed_of: SeedOf) -> EncoderDecoder:
         """As `Stage` says, on a copy: the encoder is every candidate's."""
         config, task, runtime = self._config, self._task, self._runtime
         model = copy.deepcopy(model)
@@ -172,7 +172,7 @@ class EndToEnd:
             model.zero_grad(set_to_none=True)
         return model
 
-    def validate(self, model: Segmenter) -> Scores:
+    def validate(self, model: EncoderDecoder) -> Scores:
         """As `Stage` says."""
         task = self._task
         scores: Scores = task.score_images(

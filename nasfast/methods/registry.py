@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nasfast.encoders import read_weights
 from nasfast.methods.base import MODEL_FILE, Method
 from nasfast.methods.restoration import Restoration
 from nasfast.methods.segmentation import Segmentation
+from nasfast.models.io import model_format
 from nasfast.utils.errors import UserError
 from nasfast.utils.files import read_json, read_toml
 
@@ -84,15 +84,8 @@ def method_of_model(argv: Sequence[str]) -> Method:
     for word in argv:
         path = Path(word) / MODEL_FILE if Path(word).is_dir() else Path(word)
         if path.is_file() and path.suffix == ".safetensors":
-            _, metadata = read_weights(path)
-            for method in METHODS.values():
-                if method.model_format in metadata:
-                    return method
-            formats = " or ".join(repr(method.model_format) for method in METHODS.values())
-            raise UserError(
-                f"{path}: expected a model.safetensors that nasfast.train wrote, got a file "
-                f"without {formats} in its metadata"
-            )
+            found = model_format(path)
+            return next(m for m in METHODS.values() if m.model_format == found)
     return METHODS[DEFAULT]
 
 

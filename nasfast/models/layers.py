@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from nasfast.ops import batch_norm_relu, depthwise_conv2d
 from nasfast.spaces.fast_nas import PRIMITIVES
+from nasfast.utils.errors import UserError
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -26,9 +27,18 @@ def largest(maps: list[Tensor]) -> tuple[int, int]:
     return winner.shape[-2], winner.shape[-1]
 
 
+def check_images(model: str, images: Tensor, channels: int) -> None:
+    """UserError unless ``images`` is ``[N, channels, H, W]``."""
+    if images.dim() != 4 or images.shape[1] != channels:
+        raise UserError(
+            f"{model}: expected images [N, {channels}, H, W], got shape {list(images.shape)}; "
+            "read the data with the channels of the model"
+        )
+
+
 def _runs_own_ops(x: Tensor) -> bool:
-    """Whether ops that have a kernel for the CPU alone pay. A compiler, or an export, knows more of
-    PyTorch's own."""
+    """Whether to use our ops that have a kernel for the CPU only. A compiler, or an export, does
+    more with PyTorch's own."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -180,9 +190,8 @@ class GlobalAveragePool(nn.Module):
         else:
             y = self.bn(y)
         everywhere = F.relu(y).expand(-1, -1, x.shape[-2], x.shape[-1])
-        return everywhere.contiguous(
-            memory_format=torch.channels_last
-        )  # sums of dense maps are fast
+        # sums of dense maps are fast
+        return everywhere.contiguous(memory_format=torch.channels_last)
 
 
 class Zero(nn.Module):
@@ -228,8 +237,8 @@ class _Concatenate(torch.autograd.Function):
 def concatenate(*maps: Tensor) -> Tensor:
     """Channels of several maps ``[N, C_i, H, W]``, side by side.
 
-    ``torch.cat`` hands its parts' gradients on as slices of channels, on which BatchNorm and ReLU
-    of channels-last maps take several times as long; here they are maps of their own.
+    The gradients that ``torch.cat`` gives its parts are slices of channels, on which BatchNorm and
+    ReLU of channels-last maps take several times as long; here they are contiguous maps.
     """
     result: Tensor = _Concatenate.apply(*maps)  # type: ignore[no-untyped-call]
     return result

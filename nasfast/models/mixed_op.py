@@ -14,6 +14,7 @@ from nasfast.models.layers import Conv2d
 from nasfast.ops import Branches, DeformConv2d, mixed_op
 from nasfast.ops.mixed_op import FACTORS, MAPS
 from nasfast.spaces.ir_nas import PRIMITIVES
+from nasfast.utils.errors import UserError
 
 Norm = Literal["batch", "none"]
 Memory = Literal["save", "recompute"]
@@ -61,7 +62,7 @@ class DeformBranch(nn.Module):
     def __init__(self, channels: int, norm: Norm, affine: bool, offset_groups: int) -> None:
         super().__init__()
         if channels % offset_groups:
-            raise ValueError(
+            raise UserError(
                 f"def3x3: expected channels in {offset_groups} groups that share offsets, got "
                 f"{channels}; choose a width that divides"
             )
@@ -77,7 +78,7 @@ class DeformBranch(nn.Module):
         return out
 
 
-def make_branch(
+def build_branch(
     primitive: str, channels: int, norm: Norm = "batch", affine: bool = True, offset_groups: int = 2
 ) -> nn.Module:
     """A primitive with weights, on the ReLU of a state: ``[N, C, H, W]`` to the same shape."""
@@ -121,7 +122,7 @@ class PlainMixedOp(nn.Module):
         self.primitives = tuple(primitives)
         self.ops = nn.ModuleDict(
             {
-                name: make_branch(name, channels, norm, affine, offset_groups)
+                name: build_branch(name, channels, norm, affine, offset_groups)
                 for name in self.primitives
                 if name not in ("skip", "none")
             }
@@ -178,7 +179,7 @@ class MixedOp(PlainMixedOp):
     ) -> None:
         if memory not in get_args(Memory):
             raise ValueError(
-                f'MixedOp: memory must be "save" or "recompute", got {memory!r}; '
+                f'MixedOp: expected memory "save" or "recompute", got {memory!r}; '
                 '"recompute" keeps less'
             )
         super().__init__(channels, primitives, norm, affine, offset_groups)

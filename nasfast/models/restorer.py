@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch.nn.functional as F
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from nasfast.encoders import read_weights
-from nasfast.models.layers import ConvBN, ConvBNReLU, DepthwiseSeparable, concatenate
-from nasfast.models.mixed_op import make_branch
-from nasfast.models.supernet import check_images
+from nasfast.models.layers import (
+    ConvBN,
+    ConvBNReLU,
+    DepthwiseSeparable,
+    check_images,
+    concatenate,
+)
+from nasfast.models.mixed_op import build_branch
 from nasfast.spaces.ir_nas import IRNASGenotype, Node
-from nasfast.utils.files import atomic_write
+from nasfast.utils.config import require_positive
 
-FORMAT = "nasfast.restorer"
 ATROUS_RATES = (2, 4, 6)
 """Dilations in the head, in pixels."""
 
@@ -47,13 +45,10 @@ class RestorerConfig:
     published parameter counts include it; nothing reads it."""
 
     def __post_init__(self) -> None:
-        for field in ("width", "stem", "head", "low_level"):
-            value = getattr(self, field)
-            if value < 1:
-                raise ValueError(f"RestorerConfig.{field}: expected at least 1, got {value}")
+        require_positive(self, "width", "stem", "head", "low_level")
 
 
-class Cell(nn.Module):
+class DerivedCell(nn.Module):
     """A layer: two inputs brought to its width, and nodes that sum two operations each."""
 
     def __init__(self, nodes: tuple[Node, ...], inputs: tuple[int, int], channels: int) -> None:
@@ -62,7 +57,7 @@ class Cell(nn.Module):
         self.before_last, self.last = (ConvBN(size, channels) for size in inputs)
         self.ops = nn.ModuleDict(
             {
-                f"node{i}_edge{j}": make_branch(op, channels)
+                f"node{i}_edge{j}": build_branch(op, channels)
                 for i, node in enumerate(nodes)
                 for j, (op, _) in enumerate(node)
                 if op != "skip"
@@ -127,7 +122,7 @@ class Restorer(nn.Module):
         self.stem2 = ConvBN(stem, stem, 3)
         widths = [stem, stem, *(out << level for level in genotype.levels)]
         self.cells = nn.ModuleList(
-            Cell(genotype.nodes, (widths[i], widths[i + 1]), config.width << level)
+            DerivedCell(genotype.nodes, (widths[i], widths[i + 1]), config.width << level)
             for i, level in enumerate(genotype.levels)
         )
         has_low = 0 in genotype.levels
@@ -165,48 +160,3 @@ class Restorer(nn.Module):
         if self.scale > 1:
             images = F.interpolate(images, scale_factor=self.scale, mode="bicubic")
         return images - restored
-
-
-def save_restorer(path: Path, model: Restorer, description: Mapping[str, Any]) -> None:
-    """Write weights and what is needed to build the network again, atomically.
-
-    Args:
-        path: a ``.safetensors`` file.
-        model: the network.
-        description: anything worth keeping, as plain JSON.
-    """
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    network = {
-        "genotype": model.genotype.to_json(),
-        "restorer": asdict(model.config),
-        "channels": model.channels,
-        "scale": model.scale,
-    }
-    atomic_write(path, save(tensors, {FORMAT: json.dumps({**description, **network})}))
-
-
-def read_restorer(path: Path) -> tuple[Restorer, dict[str, Any]]:
-    """Read a network and its description from a file of :func:`save_restorer`.
-
-    Returns:
-        The network in evaluation mode, and its description with ``genotype``, ``restorer``,
-        ``channels`` and ``scale`` beside what was saved.
-
-    Raises:
-        ValueError: the file is not one of those; the message says what it lacks.
-    """
-    tensors, metadata = read_weights(path)
-    if FORMAT not in metadata:
-        raise ValueError(
-            f"restorer {path}: expected a model.safetensors that nasfast.train wrote for a "
-            f"restoration network, got a file without {FORMAT!r} in its metadata"
-        )
-    description: dict[str, Any] = json.loads(metadata[FORMAT])
-    model = Restorer(
-        IRNASGenotype.from_json(description["genotype"]),
-        RestorerConfig(**description["restorer"]),
-        description["channels"],
-        description["scale"],
-    )
-    model.load_state_dict(tensors)
-    return model.eval(), description

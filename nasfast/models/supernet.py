@@ -12,15 +12,15 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nasfast.models.layers import ConvBN, DepthwiseSeparable, concatenate
-from nasfast.models.mixed_op import MixedOp, PlainMixedOp
+from nasfast.models.layers import ConvBN, DepthwiseSeparable, check_images, concatenate
+from nasfast.models.mixed_op import Memory, MixedOp, PlainMixedOp
 from nasfast.spaces.ir_nas import (
     PRIMITIVES,
     IRNASGenotype,
@@ -31,6 +31,8 @@ from nasfast.spaces.ir_nas import (
     targets,
     viterbi,
 )
+from nasfast.utils.config import require_positive
+from nasfast.utils.errors import UserError
 
 STEM = 64
 """Channels between the two convolutions of the stem."""
@@ -48,7 +50,7 @@ class SupernetConfig:
     """Nodes of a cell, N."""
     width: int = 10
     """Channels W of a state at level 0; levels 1 and 2 have 2 W and 4 W."""
-    memory: Literal["save", "recompute"] = "recompute"
+    memory: Memory = "recompute"
     """Whether backward reads what forward saved, or computes it again from the states of the
     cells: about 60 times less memory for 1.5 times the work."""
     fused: bool = True
@@ -56,17 +58,14 @@ class SupernetConfig:
     against, which keeps all it computes."""
 
     def __post_init__(self) -> None:
-        for field, least in (("layers", 1), ("nodes", 1), ("width", 2)):
-            value = getattr(self, field)
-            if value < least:
-                raise ValueError(f"SupernetConfig.{field}: expected at least {least}, got {value}")
+        require_positive(self, "layers", "nodes", "width")
         if self.width % 2:
-            raise ValueError(
+            raise UserError(
                 f"SupernetConfig.width: expected an even number, got {self.width}; half the "
                 "channels share the offsets of a deformable convolution"
             )
-        if self.memory not in ("save", "recompute"):
-            raise ValueError(
+        if self.memory not in get_args(Memory):
+            raise UserError(
                 f'SupernetConfig.memory: expected "save" or "recompute", got {self.memory!r}'
             )
 
@@ -83,7 +82,7 @@ class Mix(Protocol):
         """Primitives to run on each edge; None runs all."""
 
 
-class Cell(nn.Module):
+class MixedCell(nn.Module):
     """Nodes that sum mixed operations over all states before them."""
 
     def __init__(self, config: SupernetConfig, channels: int) -> None:
@@ -226,7 +225,9 @@ class Supernet(nn.Module):
             ConvBN(width << level, width << level + 1, affine=False) for level in levels[:-1]
         )
         self.cells = nn.ModuleList(
-            Cell(config, width << level) for layer in layers for level in range(num_levels(layer))
+            MixedCell(config, width << level)
+            for layer in layers
+            for level in range(num_levels(layer))
         )
         self.heads = nn.ModuleList(Head(out << level, out) for level in levels)
         self.tail = Tail(len(levels) * out, channels, scale)
@@ -316,12 +317,3 @@ def _statistics_kept(module: nn.Module) -> Iterator[None]:
     finally:
         for norm, (momentum, batches) in zip(norms, kept, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, batches
-
-
-def check_images(model: str, images: Tensor, channels: int) -> None:
-    """ValueError unless ``images`` is ``[N, channels, H, W]``."""
-    if images.dim() != 4 or images.shape[1] != channels:
-        raise ValueError(
-            f"{model}: expected images [N, {channels}, H, W], got shape {list(images.shape)}; "
-            "read the data with the channels of the model"
-        )

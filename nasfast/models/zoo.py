@@ -1,4 +1,4 @@
-"""Named architectures.
+"""The zoo: named architectures of all methods.
 
 No genotype, log or checkpoint of the published IR-NAS searches is public. These are
 **reconstructions**, not the published networks.
@@ -15,22 +15,33 @@ narrowest that can run.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from nasfast.models.restorer import RestorerConfig
 from nasfast.spaces.ir_nas import IRNASGenotype
 
 
-class Architecture(NamedTuple):
-    """A genotype and the size of the network around it."""
+@dataclass(frozen=True)
+class ZooEntry:
+    """A published architecture, and what it was searched for."""
 
+    method: str
+    """Search method that trains and evaluates it."""
     genotype: IRNASGenotype
-    config: RestorerConfig
+    network: RestorerConfig
+    """Size of the network around the genotype."""
+    task: Mapping[str, Any]
+    """Name as "task", and settings other than the defaults."""
+    channels: int
+    """Of the images."""
 
 
 ZOO = {
-    "irnas-denoise": Architecture(
-        IRNASGenotype(
+    "irnas-denoise": ZooEntry(
+        method="restoration",
+        genotype=IRNASGenotype(
             nodes=(
                 (("conv3x3", 0), ("conv3x3", 1)),
                 (("dil3x3", 1), ("dil3x3", 2)),
@@ -40,10 +51,13 @@ ZOO = {
             ),
             levels=(0, 0, 0, 1),
         ),
-        RestorerConfig(width=20, dead_reduce=True),
+        network=RestorerConfig(width=20, dead_reduce=True),
+        task={"task": "denoising"},
+        channels=1,
     ),
-    "irnas-derain": Architecture(
-        IRNASGenotype(
+    "irnas-derain": ZooEntry(
+        method="restoration",
+        genotype=IRNASGenotype(
             nodes=(
                 (("skip", 0), ("def3x3", 1)),
                 (("def3x3", 0), ("conv3x3", 1)),
@@ -52,13 +66,9 @@ ZOO = {
             ),
             levels=(1, 1, 1),
         ),
-        RestorerConfig(width=15),
+        network=RestorerConfig(width=15),
+        task={"task": "deraining"},
+        channels=3,
     ),
 }
-
-
-def get(name: str) -> Architecture:
-    """The architecture of that name; ValueError lists the names."""
-    if name not in ZOO:
-        raise ValueError(f"architecture: expected one of {', '.join(ZOO)}, got {name!r}")
-    return ZOO[name]
+"""By name."""

@@ -7,7 +7,14 @@ import torch
 from safetensors.torch import save_file
 
 from nasfast.data import SyntheticStreets, normalize
-from nasfast.encoders import PACKAGED_WEIGHTS, MobileNetV2, load_encoder, read_weights
+from nasfast.encoders import (
+    PACKAGED_WEIGHTS,
+    MobileNetV2,
+    load_encoder,
+    read_metadata,
+    read_weights,
+)
+from nasfast.utils.errors import UserError
 
 
 def assert_same(encoder, state):
@@ -31,21 +38,7 @@ def test_safetensors_width_from_metadata(tmp_path):
     assert encoder.width == 0.5
     assert_same(encoder, source.state_dict())
     assert read_weights(tmp_path / "w.safetensors")[1] == metadata
-
-
-def test_absent_file(tmp_path):
-    path = tmp_path / "w.pth"
-    message = f"weights: no file {path}; give a .safetensors, .pth or .pt file"
-    with pytest.raises(FileNotFoundError, match=f"^{re.escape(message)}$"):
-        read_weights(path)
-
-
-def test_wrong_suffix(tmp_path):
-    path = tmp_path / "w.onnx"
-    path.touch()
-    message = "weights: expected a .safetensors, .pth or .pt file, got w.onnx; convert it first"
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        read_weights(path)
+    assert read_metadata(tmp_path / "w.safetensors") == metadata
 
 
 class Evil:
@@ -70,26 +63,44 @@ def test_code_in_a_pickle_is_refused(tmp_path, legacy):
     assert not Evil.ran
 
 
+NO_WIDTH = "to be a JSON object with the width of the encoder, got "
+NOT_FLAT = "expected a flat dict of tensors in PATH, got"
+
+
 @pytest.mark.parametrize(
-    ("content", "kind"),
-    [({"state_dict": {"a": torch.zeros(1)}}, "dict"), ([torch.zeros(1)], "list")],
+    ("name", "content", "message"),
+    [
+        ("w.pth", None, "weights: no file PATH; give a .safetensors, .pth or .pt file"),
+        (
+            "w.onnx",
+            b"",
+            "weights: expected a .safetensors, .pth or .pt file, got w.onnx; convert it first",
+        ),
+        (
+            "w.pth",
+            {"state_dict": {"a": torch.zeros(1)}},
+            rf"weights: {NOT_FLAT} dict; save model.state_dict\(\) alone",
+        ),
+        ("w.pth", [torch.zeros(1)], rf"weights: {NOT_FLAT} list; save model.state_dict\(\) alone"),
+        ("w.safetensors", b"none at all", "weights: PATH is not a whole safetensors file: .*"),
+        ("w.safetensors", "{", f"weights PATH: expected .* {NO_WIDTH}'{{'; give another file"),
+        ("w.safetensors", "[1]", f"weights PATH: expected .* {NO_WIDTH}.*; give another file"),
+        ("w.safetensors", '{"width": null}', f"weights PATH: expected .* {NO_WIDTH}.*; give .*"),
+        ("w.safetensors", "{}", r"mobilenet_v2 weights PATH: \d+ key\(s\) missing: features.0.0.*"),
+    ],
 )
-def test_not_a_flat_dict(tmp_path, content, kind):
-    path = tmp_path / "w.pth"
-    torch.save(content, path)
-    message = (
-        f"weights: expected a flat dict of tensors in {path}, got {kind}; save model.state_dict() "
-        "alone"
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        read_weights(path)
-
-
-def test_broken_safetensors(tmp_path):
-    path = tmp_path / "w.safetensors"
-    path.write_bytes(b"no safetensors at all")
-    with pytest.raises(ValueError, match=f"^weights: {re.escape(str(path))} is not a safetensors"):
-        read_weights(path)
+def test_files_of_another_kind(tmp_path, name, content, message):
+    """Absent, or bytes, a pickled object, or a tensor with that description."""
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, str):
+        save_file({"a": torch.zeros(1)}, path, {"nasfast.encoder": content})
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(UserError) as error:
+        load_encoder(path)
+    assert re.fullmatch(message.replace("PATH", re.escape(str(path))), str(error.value))
 
 
 def test_imagenet_file(data_root):

@@ -17,8 +17,9 @@ from nasfast.encoders import load_encoder
 from nasfast.evaluation.candidate import CandidateEvaluator
 from nasfast.evaluation.frozen_encoder import FrozenEncoder
 from nasfast.evaluation.stages import DecoderOnFeatures, EndToEnd, Stage0Config, Stage1Config
+from nasfast.models.build import build_segmenter
+from nasfast.models.decoders import DecoderConfig, EncoderDecoder
 from nasfast.models.layers import resize
-from nasfast.models.segmenter import Decoder, DecoderConfig, Segmenter
 from nasfast.spaces.fast_nas import FastNASSpace
 from nasfast.tasks.base import DenseTask, Frames, Targets
 from nasfast.training.loop import NonFiniteLossError, Runtime
@@ -113,7 +114,7 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> FrozenEncoder:
     return features_in(tmp_path_factory.mktemp("features"))
 
 
-def features_in(folder: Path, teacher: Segmenter | None = None) -> FrozenEncoder:
+def features_in(folder: Path, teacher: EncoderDecoder | None = None) -> FrozenEncoder:
     return FrozenEncoder(
         TASK,
         load_encoder(),
@@ -130,9 +131,9 @@ STAGE0 = Stage0Config(samples=24, crop=48, shorter_side=48, epochs=8, batch_size
 STAGE1 = Stage1Config(crop=48, shorter_side=48, batch_size=4, epochs=2, polyak_decay=0.5)
 
 
-def build(genotype: Any) -> Segmenter:
+def build(genotype: Any) -> EncoderDecoder:
     encoder = load_encoder()
-    return Segmenter(encoder, Decoder(genotype, encoder.feature_info, 1, DecoderConfig(8)))
+    return build_segmenter(encoder, genotype, 1, DecoderConfig(8))
 
 
 def evaluator(features: FrozenEncoder) -> CandidateEvaluator[Any, Any]:

@@ -19,7 +19,8 @@ from nasfast.evaluation.frozen_encoder import FrozenEncoder
 from nasfast.evaluation.stages import Stage0Config, Stage1Config
 from nasfast.methods.segmentation.search import Inputs, make_evaluator
 from nasfast.methods.segmentation.settings import SearchConfig
-from nasfast.models.segmenter import Decoder, DecoderConfig, Segmenter
+from nasfast.models.build import build_segmenter
+from nasfast.models.decoders import DecoderConfig
 from nasfast.spaces.fast_nas import FastNASSpace
 from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.cost import count_macs
@@ -37,10 +38,6 @@ NOTHING = SPACE.from_json([[10, *[[0, 0, 10, 10]] * 3], [[0, 0], [1, 1], [2, 2]]
 DECODER = DecoderConfig(agg_size=8)
 STAGE0 = Stage0Config(samples=8, crop=32, shorter_side=32, epochs=2, batch_size=4)
 STAGE1 = Stage1Config(crop=32, shorter_side=32, batch_size=4)
-
-
-def segmenter(encoder, genotype, outputs, config):
-    return Segmenter(encoder, Decoder(genotype, encoder.feature_info, outputs, config))
 
 
 def make_encoder():
@@ -107,7 +104,7 @@ def test_evaluation(evaluator, evaluation):
 
 def test_cost_is_that_of_the_network_in_use_at_the_validation_size(evaluator, evaluation):
     final = dataclasses.replace(DECODER, aux_cell=False)
-    model = segmenter(make_encoder(), GENOTYPE, 8, final)
+    model = build_segmenter(make_encoder(), GENOTYPE, 8, final)
     aux = sum(p.numel() for p in model.decoder.aux_heads.parameters())
     assert evaluation.params == sum(p.numel() for p in model.parameters()) - aux
     assert evaluator.features.val_size == (48, 64)
@@ -209,7 +206,7 @@ def test_a_crop_does_not_depend_on_who_encodes_it(tmp_path, monkeypatch):
 
 def test_distillation(cache_dir, evaluator, evaluation, tmp_path):
     encoder = make_encoder()
-    teacher = segmenter(encoder, OTHER, 8, DecoderConfig(8, 1, False))
+    teacher = build_segmenter(encoder, OTHER, 8, DecoderConfig(8, 1, False))
     own = tmp_path / "own"
     stage0 = dataclasses.replace(STAGE0, kd_weight=30.0)
     distilled = make(own, stage0=stage0, teacher=teacher)

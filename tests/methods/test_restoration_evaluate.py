@@ -110,7 +110,7 @@ def test_models_are_recognised(trained_restorer: Path) -> None:
         ),
         (["--task", "dehazing"], "task: expected one of denoising, "),
         (["--protocol", "overlap"], "evaluate: the protocol 'overlap' needs images of at least "),
-        (["--device", "tpu"], "resolve_device: device must be 'auto', 'cpu', 'cuda'"),
+        (["--device", "tpu"], "resolve_device: expected device 'auto', 'cpu', 'cuda'"),
     ],
 )
 def test_errors_are_one_line(

@@ -449,7 +449,7 @@ def _image(folder: Path, size: tuple[int, int]) -> None:
             ["--bilevel.crop", "41"],
             ("ImagePatches: expected images of at least 41x41 pixels, the si"),
         ),
-        (["--device", "cuda:99"], "resolve_device: device "),
+        (["--device", "cuda:99"], "resolve_device: expected "),
         (["--task", "inpainting", "--name", "a/b"], "name: expected letters, digits and ._+- (it"),
     ],
 )

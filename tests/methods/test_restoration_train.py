@@ -17,7 +17,8 @@ from torch import nn
 from nasfast import train
 from nasfast.methods.registry import METHODS, method_of_source
 from nasfast.methods.restoration.train import Recipe, TrainConfig, TrainingRun, parse_train
-from nasfast.models.restorer import Restorer, RestorerConfig, read_restorer
+from nasfast.models.io import load_model
+from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.spaces.ir_nas import IRNASGenotype
 from nasfast.tasks.restoration.denoising import Denoising
 from nasfast.tasks.restoration.deraining import Deraining
@@ -45,7 +46,7 @@ def test_what_a_training_leaves(bilevel_run: Path, trained_restorer: Path) -> No
     assert metrics["split"] == "val of edges, 1 images"
     assert {name: metrics[name] for name in ("params", "macs")} == best["evaluation"]["costs"]
     assert (metrics["steps"], metrics["size"], len(metrics["losses"])) == (6, [40, 48], 3)
-    model, description = read_restorer(trained_restorer / "model.safetensors")
+    model, description = load_model(trained_restorer / "model.safetensors")
     assert model.genotype.to_json() == best["genotype"]
     assert description["task"] == metrics["task"] == {"task": "denoising", "sigma": 30.0}
     assert description["psnr"] == metrics["psnr"] > 0
@@ -124,7 +125,7 @@ def test_colour_and_another_scale(tmp_path: Path) -> None:
     path.write_text(json.dumps(GENOTYPE))
     flags = "--task super-resolution --task.scale 2 --channels 3 --network.head 4 --data synthetic"
     assert train.main([str(path), *SMALL.split(), *flags.split()]) == 0
-    model, description = read_restorer(tmp_path / "train-1" / "model.safetensors")
+    model, description = load_model(tmp_path / "train-1" / "model.safetensors")
     assert (model.channels, model.scale) == (3, 2)
     assert description["task"] == {"task": "super-resolution", "scale": 2}
     metrics = json.loads((tmp_path / "train-1" / "metrics.json").read_text())

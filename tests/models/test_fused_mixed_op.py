@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from kept import kept_for_backward
 from torch import nn
 
 from nasfast.models.mixed_op import MixedOp, PlainMixedOp
@@ -172,22 +173,11 @@ def test_the_running_sum_may_be_written_to(x, weights, active):
     assert got.data_ptr() == into.data_ptr()
 
 
-def kept_for_backward(op, states, weights):
-    """Bytes of the storages that autograd keeps beside parameters, by size, of a running sum."""
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        total = None
-        for state in states:
-            total = op(state, weights, into=total)
-    for parameter in op.parameters():
-        storages.pop(parameter.untyped_storage().data_ptr(), None)
-    return sorted(storages.values(), reverse=True), total
+def running_sum(op, states, weights):
+    total = None
+    for state in states:
+        total = op(state, weights, into=total)
+    return total
 
 
 @pytest.mark.parametrize("summed", [1, 3])
@@ -196,7 +186,7 @@ def test_recompute_keeps_nothing_but_the_states(summed):
     states = [state.detach().contiguous(memory_format=torch.channels_last) for state in states]
     weights = torch.rand(6, requires_grad=True)
     op = MixedOp(channels, memory="recompute")
-    sizes, total = kept_for_backward(op, states, weights)
+    sizes, total = kept_for_backward(op, lambda: running_sum(op, states, weights))
     assert sizes[:summed] == [state.nbytes for state in states]
     small = 5 * 2 * channels * 4  # the statistics
     assert all(size <= small for size in sizes[summed:])
@@ -206,11 +196,13 @@ def test_recompute_keeps_nothing_but_the_states(summed):
 def test_save_keeps_maps_before_normalisation():
     channels = 10
     state = torch.randn(2, channels, 16, 12).contiguous(memory_format=torch.channels_last)
-    sizes, _ = kept_for_backward(MixedOp(channels), [state], torch.rand(6, requires_grad=True))
+    weights = torch.rand(6, requires_grad=True)
+    fused, plain = MixedOp(channels), PlainMixedOp(channels)
+    sizes, _ = kept_for_backward(fused, lambda: fused(state, weights))
     offsets = state.nbytes // channels * 54
     assert sizes[:3] == sorted([5 * state.nbytes, offsets, state.nbytes], reverse=True)
-    plain, _ = kept_for_backward(PlainMixedOp(channels), [state], torch.rand(6, requires_grad=True))
-    assert sum(plain) > 1.9 * sum(sizes)
+    of_plain, _ = kept_for_backward(plain, lambda: plain(state, weights))
+    assert sum(of_plain) > 1.9 * sum(sizes)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -247,5 +239,5 @@ def test_unknown_memory():
     with pytest.raises(ValueError) as error:
         MixedOp(4, memory="none")
     assert str(error.value) == (
-        'MixedOp: memory must be "save" or "recompute", got \'none\'; "recompute" keeps less'
+        'MixedOp: expected memory "save" or "recompute", got \'none\'; "recompute" keeps less'
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nasfast.models.mixed_op import PlainMixedOp, make_branch
+from nasfast.models.mixed_op import PlainMixedOp, build_branch
 from nasfast.ops import deform_conv2d_reference
 from nasfast.spaces.ir_nas import PRIMITIVES
 
@@ -99,7 +99,7 @@ def test_parameters():
 
 
 def test_offsets_are_not_initialised_to_zero():
-    branch = make_branch("def3x3", 4)
+    branch = build_branch("def3x3", 4)
     assert (branch.offset.weight != 0).all()
 
 

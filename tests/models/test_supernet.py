@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from kept import kept_for_backward
 
-from nasfast.models.supernet import Cell, Supernet, SupernetConfig
+from nasfast.models.supernet import MixedCell, Supernet, SupernetConfig
 from nasfast.spaces.ir_nas import PRIMITIVES, IRNASSpace, moves
 
 TINY = SupernetConfig(layers=3, nodes=2, width=4, memory="save", fused=False)
@@ -61,7 +62,7 @@ def test_one_cell_call_per_layer_and_level(layers, cells, images):
     net = make(with_options(layers=layers))
     calls = []
     for module in net.modules():
-        if isinstance(module, Cell):
+        if isinstance(module, MixedCell):
             module.register_forward_hook(lambda cell, *_: calls.append(cell))
     assert net(images).shape == images.shape
     assert len(calls) == len(set(calls)) == cells
@@ -242,28 +243,12 @@ def test_derivation():
     IRNASSpace(3, 2).encode(genotype)
 
 
-def kept_for_backward(net, images):
-    """Bytes of the storages that autograd keeps after forward, parameters and buffers excluded."""
-    own = {t.untyped_storage()._cdata for t in (*net.parameters(), *net.buffers())}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage  # alive, so that no other one takes its place
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        net(images)
-    return sum(storage.nbytes() for storage in kept.values())
-
-
 def test_memory_of_the_plain_formulation():
     """Against the account by hand: 17 + 72 / C maps an edge, with the stem, routers and decoder."""
     with torch.device("meta"):
         net = Supernet(DENOISING, 1)
         images = torch.empty(12, 1, 64, 64).to(memory_format=torch.channels_last)
-    kept = kept_for_backward(net, images) / 2**20
+    kept = sum(kept_for_backward(net, lambda: net(images))[0]) / 2**20
     one = 12 * 64 * 64 * 4 / 2**20  # MiB of one map
     assert 20 * (17 * 240 + 72 * 11) * one < kept < 20 * (17 * 240 + 72 * 11) * one + 1200
 
@@ -272,7 +257,7 @@ def test_memory_of_recomputing():
     """The states of the cells stay, and little else: the published step, on one image."""
     net = Supernet(SupernetConfig(), 1)
     images = torch.rand(1, 1, 64, 64).to(memory_format=torch.channels_last)
-    kept = kept_for_backward(net, images) / 2**20
+    kept = sum(kept_for_backward(net, lambda: net(images))[0]) / 2**20
     one = 64 * 64 * 4 / 2**20
     states = (2 + 5) * 240 * one
     assert states * 0.8 < kept < states * 1.2
@@ -282,9 +267,9 @@ def test_memory_of_recomputing():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": 0}, "SupernetConfig.layers: expected at least 1, got 0"),
-        ({"nodes": 0}, "SupernetConfig.nodes: expected at least 1, got 0"),
-        ({"width": 0}, "SupernetConfig.width: expected at least 2, got 0"),
+        ({"layers": 0}, "SupernetConfig.layers: expected a value above 0, got 0"),
+        ({"nodes": 0}, "SupernetConfig.nodes: expected a value above 0, got 0"),
+        ({"width": 0}, "SupernetConfig.width: expected a value above 0, got 0"),
         ({"width": 5}, "SupernetConfig.width: expected an even number, got 5; half the channels"),
         ({"memory": "none"}, 'SupernetConfig.memory: expected "save" or "recompute", got \'none\''),
     ],

@@ -16,33 +16,27 @@ from nasfast.methods.restoration.report import RestorationReport
 from nasfast.methods.restoration.search import build
 from nasfast.methods.restoration.settings import SearchConfig, continued, parse
 from nasfast.methods.restoration.train import RestorationTraining, TrainConfig, parse_train, resolve
-from nasfast.models.restorer import FORMAT
+from nasfast.models.build import RESTORER
 from nasfast.models.zoo import ZOO
 from nasfast.searches.base import Search
 from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
-from nasfast.tasks.restoration.base import RestorationTask
-from nasfast.tasks.restoration.denoising import Denoising
-from nasfast.tasks.restoration.deraining import Deraining
+from nasfast.tasks.restoration import task_from_json
 from nasfast.training.loop import Runtime
 from nasfast.utils.interrupt import Interrupt
 
-_TASKS: dict[str, tuple[RestorationTask, int]] = {
-    "irnas-denoise": (Denoising(), 1),
-    "irnas-derain": (Deraining(), 3),
-}
 ARCHITECTURES = {
     name: Architecture(
-        ZOO[name].genotype.to_json(),
+        entry.genotype.to_json(),
         Path("runs") / name,
         {
-            "network": dataclasses.asdict(ZOO[name].config),
-            "task": task.describe(),
-            "channels": channels,
+            "network": dataclasses.asdict(entry.network),
+            "task": task_from_json(entry.task).describe(),
+            "channels": entry.channels,
         },
     )
-    for name, (task, channels) in _TASKS.items()
+    for name, entry in ZOO.items()
+    if entry.method == "restoration"
 }
-"""The zoo, each with the task that it was searched for and its channels."""
 
 
 class Restoration(Method):
@@ -52,7 +46,7 @@ class Restoration(Method):
     space = IRNASSpace().name
     search_settings = SearchConfig
     train_settings = TrainConfig
-    model_format = FORMAT
+    model_format = RESTORER
     report = RestorationReport()
     zoo = ARCHITECTURES
 

@@ -16,7 +16,8 @@ from nasfast.device import resolve_device
 from nasfast.methods import base
 from nasfast.methods.restoration.strips import write_strips
 from nasfast.methods.restoration.task_flags import parse_with_task
-from nasfast.models.restorer import Restorer, read_restorer
+from nasfast.models.io import load_model
+from nasfast.models.restorer import Restorer
 from nasfast.tasks.restoration import RestorationTask, Task, scoring, task_from_json
 from nasfast.tasks.restoration.base import Predict
 from nasfast.tasks.restoration.scoring import EvalProtocol, Scores, costs, input_size
@@ -69,7 +70,7 @@ def parse_evaluate(argv: Sequence[str], description: str | None) -> EvaluateConf
 def evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], Table]:
     """PSNR and SSIM of the network, and of methods without training, under each condition of the
     task; parameters, multiply-adds and latency. Writes the strips."""
-    model, description = read_restorer(config.path)
+    model, description = load_model(config.path, Restorer)
     runtime = Runtime(resolve_device(config.device))
     source, channels = config.data or description["data"], model.channels
     task = config.task or task_from_json(description["task"])

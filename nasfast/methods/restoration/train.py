@@ -18,7 +18,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from nasfast.data.restoration import open_images
 from nasfast.methods.base import MODEL_FILE, Architecture, TrainSettings
 from nasfast.methods.restoration.task_flags import parse_with_task
-from nasfast.models.restorer import Restorer, RestorerConfig, save_restorer
+from nasfast.models.io import save_model
+from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.spaces.ir_nas import IRNASGenotype
 from nasfast.tasks.restoration import RestorationTask, task_from_json
 from nasfast.tasks.restoration.denoising import Denoising
@@ -301,6 +302,6 @@ class RestorationTraining:
             "data": config.data,
             **scores.as_dict(),
         }
-        save_restorer(self.out / MODEL_FILE, model, description)
+        save_model(self.out / MODEL_FILE, model, description)
         atomic_write(self.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
         return f"PSNR {scores.psnr:.3f} dB, SSIM {scores.ssim:.4f} on {metrics['split']}"

@@ -16,7 +16,7 @@ from nasfast.methods.segmentation.report import SegmentationReport
 from nasfast.methods.segmentation.search import build
 from nasfast.methods.segmentation.settings import SearchConfig, continued, parse
 from nasfast.methods.segmentation.train import SegmentationTraining, TrainConfig, resolve
-from nasfast.models.segmenter import FORMAT
+from nasfast.models.build import SEGMENTER
 from nasfast.searches.sampling import SamplingSearch
 from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
 from nasfast.training.loop import Runtime
@@ -30,7 +30,7 @@ class Segmentation(Method):
     space = FastNASSpace().name
     search_settings = SearchConfig
     train_settings = TrainConfig
-    model_format = FORMAT
+    model_format = SEGMENTER
     report = SegmentationReport()
 
     def parse_search(self, argv: Sequence[str]) -> SearchConfig:

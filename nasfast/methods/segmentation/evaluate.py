@@ -12,7 +12,8 @@ from rich.table import Table
 from nasfast.data import ValTransform, load_splits
 from nasfast.device import resolve_device
 from nasfast.methods.base import EvaluateConfig
-from nasfast.models.segmenter import read_segmenter
+from nasfast.models.decoders import EncoderDecoder
+from nasfast.models.io import load_model
 from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.cost import count_macs, count_parameters, measure_latency
 from nasfast.training.loop import Runtime
@@ -22,7 +23,7 @@ from nasfast.utils.errors import UserError
 def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
     """mIoU on the validation split, parameters, multiply-adds and latency."""
     path = config.path
-    model, description = read_segmenter(path)
+    model, description = load_model(path, EncoderDecoder)
     runtime = Runtime(resolve_device(config.device))
     data = config.data or description["data"]
     task = SegmentationTask(load_splits(data, cache_in_memory=False))

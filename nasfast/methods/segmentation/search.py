@@ -16,7 +16,9 @@ from nasfast.evaluation.candidate import CandidateEvaluator
 from nasfast.evaluation.frozen_encoder import Caches, FrozenEncoder
 from nasfast.evaluation.stages import DecoderOnFeatures, EndToEnd, Stage0Config, Stage1Config
 from nasfast.methods.segmentation.settings import SearchConfig
-from nasfast.models.segmenter import Decoder, Segmenter, load_teacher
+from nasfast.models.build import build_segmenter
+from nasfast.models.decoders import EncoderDecoder
+from nasfast.models.io import load_teacher
 from nasfast.searches.sampling import Phase, SamplingSearch
 from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
 from nasfast.strategies import make_strategy
@@ -28,7 +30,7 @@ from nasfast.utils.interrupt import Interrupt
 from nasfast.workers import Engine, WorkerConfig
 
 StageConfig = TypeVar("StageConfig", Stage0Config, Stage1Config)
-Evaluator = CandidateEvaluator[FastNASGenotype, Segmenter]
+Evaluator = CandidateEvaluator[FastNASGenotype, EncoderDecoder]
 
 REMEDY = (
     "make --stage0.batch-size, --stage1.batch-size or the crops smaller, or lower the "
@@ -42,7 +44,7 @@ class Inputs:
 
     splits: Splits
     encoder: MobileNetV2
-    teacher: Segmenter | None
+    teacher: EncoderDecoder | None
 
     @classmethod
     def open(cls, config: SearchConfig) -> Self:
@@ -120,9 +122,7 @@ def make_evaluator(config: SearchConfig, features: FrozenEncoder) -> Evaluator:
     if config.stage1.epochs > 0:
         stages.append(EndToEnd(config.stage1, task, features.val_transform, features.runtime))
     return CandidateEvaluator(
-        lambda genotype: Segmenter(
-            encoder, Decoder(genotype, encoder.feature_info, task.outputs, config.decoder)
-        ),
+        lambda genotype: build_segmenter(encoder, genotype, task.outputs, config.decoder),
         lambda model: features.costs(model.decoder),
         stages,
         features.runtime,

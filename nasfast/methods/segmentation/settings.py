@@ -11,7 +11,7 @@ import tyro
 
 from nasfast.cache import CacheConfig
 from nasfast.evaluation.stages import Stage0Config, Stage1Config
-from nasfast.models.segmenter import DecoderConfig
+from nasfast.models.decoders import DecoderConfig
 from nasfast.searches.sampling import SamplingSettings, default_threads
 from nasfast.strategies import PPOConfig
 from nasfast.utils.cli import flag_value

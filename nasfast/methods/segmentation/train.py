@@ -15,7 +15,9 @@ from torch import Tensor
 from nasfast.data import TrainTransform, ValTransform, load_splits, shorter_side
 from nasfast.encoders import load_encoder
 from nasfast.methods.base import MODEL_FILE, Architecture, TrainSettings
-from nasfast.models.segmenter import Decoder, DecoderConfig, Segmenter, save_segmenter
+from nasfast.models.build import build_segmenter
+from nasfast.models.decoders import DecoderConfig
+from nasfast.models.io import save_model
 from nasfast.spaces.fast_nas import FastNASGenotype
 from nasfast.tasks.base import Targets
 from nasfast.tasks.segmentation import SegmentationTask
@@ -85,9 +87,8 @@ class SegmentationTraining:
             config, crop=config.crop or min(288, shorter_side(train))
         )
         torch.manual_seed(derive_seed(config.seed, "train"))
-        encoder = load_encoder(config.encoder_weights)
-        self.model = Segmenter(
-            encoder, Decoder(genotype, encoder.feature_info, self.task.outputs, config.decoder)
+        self.model = build_segmenter(
+            load_encoder(config.encoder_weights), genotype, self.task.outputs, config.decoder
         )
         self.model.decoder.with_aux = config.aux_weight > 0
         runtime.place(self.model)
@@ -189,17 +190,12 @@ class SegmentationTraining:
             "seconds": sum(epoch["seconds"] for epoch in self.history),
             "epochs": len(self.history),
         }
-        save_segmenter(
-            self.out / MODEL_FILE,
-            model,
-            {
-                "genotype": self.genotype.to_json(),
-                "decoder": dataclasses.asdict(self.config.decoder),
-                "classes": list(splits.val.classes),
-                "data": self.config.data,
-                "miou": scores.miou,
-            },
-        )
+        description = {
+            "classes": list(splits.val.classes),
+            "data": self.config.data,
+            "miou": scores.miou,
+        }
+        save_model(self.out / MODEL_FILE, model, description)
         atomic_write(self.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
         lines = [
             f"  {name:<16} {'absent' if iou is None else f'{iou:.3f}'}"

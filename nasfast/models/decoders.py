@@ -1,22 +1,16 @@
-"""Segmentation networks of the Fast-NAS space (Nekrasov et al., CVPR 2019)."""
+"""Decoders of the Fast-NAS space (Nekrasov et al., CVPR 2019), and networks that end in one."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from nasfast.encoders import FeatureInfo, MobileNetV2, read_weights
+from nasfast.encoders import FeatureInfo, MobileNetV2
 from nasfast.models.layers import ConvBNReLU, build_op, concatenate, largest, resize
-from nasfast.spaces.fast_nas import Cell, FastNASGenotype, FastNASSpace
-from nasfast.utils.files import atomic_write
-
-FORMAT = "nasfast.segmenter"
+from nasfast.spaces.fast_nas import Cell, FastNASGenotype
+from nasfast.utils.config import require_positive
 
 
 @dataclass(frozen=True)
@@ -29,6 +23,9 @@ class DecoderConfig:
     """Repeats inside separable convolutions; the published search uses 1, final networks 2."""
     aux_cell: bool = True
     """Auxiliary heads hold a whole cell (the over-parameterised search form) or one convolution."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "agg_size", "sep_repeats")
 
 
 class ContextualCell(nn.Module):
@@ -77,25 +74,26 @@ class Decoder(nn.Module):
     Args:
         genotype: cell and connections.
         feature_info: the encoder's taps.
-        num_classes: output channels.
+        outputs: channels of the output map.
         config: widths and the form of the auxiliary heads.
 
     Attributes:
         with_aux: whether training mode runs the auxiliary heads.
 
-    Shapes: taps ``[N, C_i, H_i, W_i]`` to logits ``[N, num_classes, H, W]`` at the resolution of
-    the largest collected block, and in training mode one auxiliary map per block.
+    Shapes: taps ``[N, C_i, H_i, W_i]`` to ``[N, outputs, H, W]`` at the resolution of the
+    largest collected block, and in training mode one auxiliary map per block.
     """
 
     def __init__(
         self,
         genotype: FastNASGenotype,
         feature_info: Sequence[FeatureInfo],
-        num_classes: int,
+        outputs: int,
         config: DecoderConfig,
     ) -> None:
         super().__init__()
         c, cell = config.agg_size, genotype.cell
+        self.genotype, self.config = genotype, config
         self.with_aux = True
         self.connections = genotype.connections
         self.collected = genotype.collected_blocks
@@ -104,34 +102,34 @@ class Decoder(nn.Module):
             FusionBlock(cell, c, config.sep_repeats) for _ in self.connections
         )
         self.pre_clf = ConvBNReLU(c * len(self.collected), c)
-        self.conv_clf = nn.Conv2d(c, num_classes, 3, padding=1)
+        self.conv_clf = nn.Conv2d(c, outputs, 3, padding=1)
         self.aux_heads = nn.ModuleList(
             nn.Sequential(
                 *([ContextualCell(cell, c, config.sep_repeats)] if config.aux_cell else []),
-                nn.Conv2d(c, num_classes, 3, padding=1),
+                nn.Conv2d(c, outputs, 3, padding=1),
             )
             for _ in self.connections
         )
 
     def forward(self, taps: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Logits and, in training mode, the auxiliary logits (an empty list otherwise)."""
+        """The output and, in training mode, the auxiliary outputs (an empty list otherwise)."""
         pool = [adapt(tap) for adapt, tap in zip(self.adapt, taps, strict=True)]
         num_taps = len(pool)
         for block, (i, j) in zip(self.blocks, self.connections, strict=True):
             pool.append(block(pool[i], pool[j]))
-        outputs = pool[num_taps:]
-        collected = [outputs[i] for i in self.collected]
+        blocks = pool[num_taps:]
+        collected = [blocks[i] for i in self.collected]
         size = largest(collected)
         # blocks are sums of (resized) ReLUs: the published ReLU behind the concatenation is implied
         fused = concatenate(*(resize(x, size) for x in collected))
-        logits = self.conv_clf(self.pre_clf(fused))
+        output = self.conv_clf(self.pre_clf(fused))
         if not (self.training and self.with_aux):
-            return logits, []
-        return logits, [head(x) for head, x in zip(self.aux_heads, outputs, strict=True)]
+            return output, []
+        return output, [head(x) for head, x in zip(self.aux_heads, blocks, strict=True)]
 
 
-class Segmenter(nn.Module):
-    """Encoder and decoder; ``forward`` gives logits at the decoder's resolution."""
+class EncoderDecoder(nn.Module):
+    """A network for a dense task; ``forward`` gives what its decoder gives."""
 
     def __init__(self, encoder: MobileNetV2, decoder: Decoder) -> None:
         super().__init__()
@@ -139,61 +137,5 @@ class Segmenter(nn.Module):
         self.decoder = decoder
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        logits, aux = self.decoder(self.encoder(images))
-        return logits, aux
-
-
-def save_segmenter(path: Path, model: Segmenter, description: Mapping[str, Any]) -> None:
-    """Write weights and what is needed to build the network again, atomically.
-
-    Args:
-        path: a ``.safetensors`` file.
-        model: the network.
-        description: ``genotype``, ``decoder`` (:class:`DecoderConfig` as a mapping), ``classes``
-            and anything else worth keeping, as plain JSON.
-    """
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    encoder = {"name": model.encoder.name, "width": model.encoder.width}
-    metadata = {FORMAT: json.dumps({**description, "encoder": encoder})}
-    atomic_write(path, save(tensors, metadata))
-
-
-def read_segmenter(path: Path) -> tuple[Segmenter, dict[str, Any]]:
-    """Read a network and its description from a file of :func:`save_segmenter`.
-
-    Raises:
-        ValueError: the file is not one of those; the message says what it lacks.
-    """
-    tensors, metadata = read_weights(path)
-    if FORMAT not in metadata:
-        raise ValueError(
-            f"segmenter {path}: expected a model.safetensors that nasfast.train wrote, got a file "
-            f"without {FORMAT!r} in its metadata"
-        )
-    description: dict[str, Any] = json.loads(metadata[FORMAT])
-    encoder = MobileNetV2(description["encoder"]["width"])
-    space = FastNASSpace()
-    decoder = Decoder(
-        space.from_json(description["genotype"]),
-        encoder.feature_info,
-        len(description["classes"]),
-        DecoderConfig(**description["decoder"]),
-    )
-    model = Segmenter(encoder, decoder)
-    model.load_state_dict(tensors)
-    return model.eval(), description
-
-
-def load_teacher(path: Path, classes: Sequence[str]) -> Segmenter:
-    """A trained network to distil from.
-
-    Raises:
-        ValueError: it was trained for other classes; both lists are shown.
-    """
-    model, description = read_segmenter(path)
-    if tuple(description["classes"]) != tuple(classes):
-        raise ValueError(
-            f"teacher {path}: expected a network for {', '.join(classes)}, got one for "
-            f"{', '.join(description['classes'])}; train one on this data first"
-        )
-    return model
+        output, aux = self.decoder(self.encoder(images))
+        return output, aux

@@ -1,26 +1,21 @@
 import copy
 import dataclasses
 import random
-import re
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
 from nasfast.encoders import MobileNetV2
-from nasfast.models.segmenter import (
+from nasfast.models.decoders import (
     ContextualCell,
     Decoder,
     DecoderConfig,
+    EncoderDecoder,
     FusionBlock,
-    Segmenter,
-    load_teacher,
-    read_segmenter,
-    save_segmenter,
 )
 from nasfast.spaces.fast_nas import FastNASSpace
 from nasfast.training.cost import count_macs, count_parameters
@@ -69,7 +64,7 @@ def test_published_parameters(config, classes, aux, totals):
     [(ARCH0, 4.2082, 2.681, 128), (ARCH1, 2.8545, 1.328, 64), (ARCH2, 3.3727, 1.846, 64)],
 )
 def test_published_macs_and_output_size(genotype, total, of_decoder, size):
-    model = Segmenter(ENCODER, decoder(genotype))
+    model = EncoderDecoder(ENCODER, decoder(genotype))
     macs = count_macs(model, (512, 512))
     expansion_of_first_block = 32 * 32 * 256 * 256
     assert round((macs + expansion_of_first_block) / 1e9, 4) == total
@@ -179,63 +174,7 @@ def test_random_genotypes(seed, aux_cell, tall):
     assert aux == []
 
 
-def description(config=SEARCH, classes=("road", "sky")):
-    return {
-        "genotype": ARCH1.to_json(),
-        "decoder": dataclasses.asdict(config),
-        "classes": list(classes),
-        "note": {"miou": 0.5},
-    }
-
-
-@pytest.fixture
-def saved(tmp_path):
-    """A network with channels-last weights and its file."""
-    encoder = MobileNetV2(0.35).eval()
-    model = Segmenter(encoder, decoder(ARCH1, 2, SEARCH, encoder))
-    model.decoder(encoder(torch.rand(2, 3, 64, 64)))  # running statistics other than 0 and 1
-    model = model.to(memory_format=torch.channels_last).eval()
-    path = tmp_path / "model.safetensors"
-    save_segmenter(path, model, description())
-    return path, model
-
-
-def test_round_trip_is_bit_exact(saved):
-    path, model = saved
-    again, read = read_segmenter(path)
-    assert not again.training
-    assert read == description() | {"encoder": {"name": "mobilenet_v2", "width": 0.35}}
-    state = model.state_dict()
-    assert again.state_dict().keys() == state.keys()
-    assert all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
-    images = torch.rand(1, 3, 64, 96).contiguous(memory_format=torch.channels_last)
-    again = again.to(memory_format=torch.channels_last)
-    with torch.no_grad():
-        assert torch.equal(model(images)[0], again(images)[0])
-    assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"]
-
-
-def test_foreign_file(tmp_path):
-    path = tmp_path / "foreign.safetensors"
-    save_file(MobileNetV2(0.35).state_dict(), path, {"format": "pt"})
-    message = (
-        f"segmenter {path}: expected a model.safetensors that nasfast.train wrote, got a file "
-        "without 'nasfast.segmenter' in its metadata"
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        read_segmenter(path)
-
-
-def test_teacher_of_the_same_classes(saved):
-    path, _ = saved
-    assert not load_teacher(path, ("road", "sky")).training
-
-
-def test_teacher_of_other_classes(saved):
-    path, _ = saved
-    message = (
-        f"teacher {path}: expected a network for sky, road, got one for road, sky; "
-        "train one on this data first"
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        load_teacher(path, ("sky", "road"))
+@pytest.mark.parametrize("field", ["agg_size", "sep_repeats"])
+def test_empty_layers(field):
+    with pytest.raises(ValueError, match=f"DecoderConfig.{field}: expected a value above 0, got 0"):
+        DecoderConfig(**{field: 0})

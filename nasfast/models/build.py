@@ -1,0 +1,100 @@
+"""Networks from genotypes, and from the descriptions in model files.
+
+A space adds the function that builds its networks, and a new kind of network a line in FAMILIES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from nasfast.encoders import FeatureInfo, MobileNetV2
+from nasfast.models.decoders import Decoder, DecoderConfig, EncoderDecoder
+from nasfast.models.restorer import Restorer, RestorerConfig
+from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
+from nasfast.spaces.ir_nas import IRNASGenotype
+
+
+def build_decoder(
+    genotype: FastNASGenotype,
+    feature_info: Sequence[FeatureInfo],
+    outputs: int,
+    config: DecoderConfig,
+) -> Decoder:
+    """A decoder on the taps of an encoder, for maps of ``outputs`` channels."""
+    return Decoder(genotype, feature_info, outputs, config)
+
+
+def build_segmenter(
+    encoder: MobileNetV2, genotype: FastNASGenotype, outputs: int, config: DecoderConfig
+) -> EncoderDecoder:
+    """A network on (not a copy of) an encoder."""
+    return EncoderDecoder(encoder, build_decoder(genotype, encoder.feature_info, outputs, config))
+
+
+def build_restorer(
+    genotype: IRNASGenotype, config: RestorerConfig, channels: int, scale: int = 1
+) -> Restorer:
+    """A network for images of ``channels`` channels, which it enlarges ``scale`` times."""
+    return Restorer(genotype, config, channels, scale)
+
+
+class Family(NamedTuple):
+    """One kind of network in model files."""
+
+    network: type[nn.Module]
+    configs: Mapping[str, type[Any]]
+    """Configurations in its descriptions, by key."""
+    describe: Callable[[Any], dict[str, Any]]
+    """What `build` needs to build a network again, as plain JSON."""
+    build: Callable[[Mapping[str, Any]], nn.Module]
+    """The network of a description whose configurations have been read."""
+
+
+def _describe_segmenter(model: EncoderDecoder) -> dict[str, Any]:
+    encoder, decoder = model.encoder, model.decoder
+    return {
+        "genotype": decoder.genotype.to_json(),
+        "decoder": asdict(decoder.config),
+        "outputs": decoder.conv_clf.out_channels,
+        "encoder": {"name": encoder.name, "width": encoder.width},
+    }
+
+
+def _read_segmenter(description: Mapping[str, Any]) -> EncoderDecoder:
+    encoder = description["encoder"]
+    if encoder["name"] != MobileNetV2.name:
+        raise ValueError(f"encoder: expected {MobileNetV2.name}, got {encoder['name']!r}")
+    # version 1 has the classes alone
+    outputs = description.get("outputs") or len(description["classes"])
+    genotype = FastNASSpace().from_json(description["genotype"])
+    return build_segmenter(MobileNetV2(encoder["width"]), genotype, outputs, description["decoder"])
+
+
+def _describe_restorer(model: Restorer) -> dict[str, Any]:
+    return {
+        "genotype": model.genotype.to_json(),
+        "restorer": asdict(model.config),
+        "channels": model.channels,
+        "scale": model.scale,
+    }
+
+
+def _read_restorer(description: Mapping[str, Any]) -> Restorer:
+    genotype = IRNASGenotype.from_json(description["genotype"])
+    channels, scale = description["channels"], description["scale"]
+    return build_restorer(genotype, description["restorer"], channels, scale)
+
+
+SEGMENTER = "nasfast.segmenter"
+RESTORER = "nasfast.restorer"
+FAMILIES = {
+    SEGMENTER: Family(
+        EncoderDecoder, {"decoder": DecoderConfig}, _describe_segmenter, _read_segmenter
+    ),
+    RESTORER: Family(Restorer, {"restorer": RestorerConfig}, _describe_restorer, _read_restorer),
+}
+"""By the key of the description in a file's metadata."""

@@ -1,0 +1,136 @@
+"""Trained networks as files: weights, and a description from which the network is built again."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+from safetensors.torch import save
+from torch import nn
+
+from nasfast.encoders import read_metadata, read_weights, tensor_mismatch
+from nasfast.models.build import FAMILIES, Family
+from nasfast.models.decoders import EncoderDecoder
+from nasfast.utils.config import from_mapping
+from nasfast.utils.errors import UserError
+from nasfast.utils.files import atomic_write
+
+VERSION = 2
+"""Of descriptions. Those of version 1 do not say so; their segmenters have no "outputs"."""
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def save_model(path: Path, model: nn.Module, description: Mapping[str, Any]) -> None:
+    """Write weights and what is needed to build the network again, atomically.
+
+    Args:
+        path: a ``.safetensors`` file.
+        model: a network of a class in FAMILIES.
+        description: what else is worth keeping, as plain JSON.
+    """
+    key, family = next(item for item in FAMILIES.items() if isinstance(model, item[1].network))
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    text = json.dumps({"version": VERSION, **description, **family.describe(model)})
+    atomic_write(path, save(tensors, {key: text}))
+
+
+def model_format(path: Path) -> str:
+    """Key in FAMILIES of a file's network.
+
+    Raises:
+        UserError: the file is not one of :func:`save_model`.
+    """
+    return _format(path, read_metadata(path), nn.Module)
+
+
+@overload
+def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]: ...
+@overload
+def load_model(path: Path, network: type[M]) -> tuple[M, dict[str, Any]]: ...
+def load_model(path: Path, network: type[nn.Module] = nn.Module) -> tuple[Any, dict[str, Any]]:
+    """Read a network and its description from a file of :func:`save_model`.
+
+    Args:
+        path: the file.
+        network: the class that it must be of.
+
+    Returns:
+        The network in evaluation mode, and all that was saved with it.
+
+    Raises:
+        UserError: the file is not one of those, is damaged, or holds another class of network.
+    """
+    tensors, metadata = read_weights(path)
+    key = _format(path, metadata, network)
+    try:
+        description = json.loads(metadata[key])
+        if not isinstance(description, dict):
+            raise TypeError("its description is no JSON object")
+        model = _build(path, FAMILIES[key], description)
+    except KeyError as error:
+        raise _damaged(path, f"it lacks {error}") from error
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise _damaged(path, str(error)) from error
+    problem = tensor_mismatch(model.state_dict(), tensors)
+    if problem:
+        raise _damaged(path, f"of its weights {problem}")
+    model.load_state_dict(tensors)
+    return model.eval(), description
+
+
+def load_teacher(path: Path, classes: Sequence[str]) -> EncoderDecoder:
+    """A trained network to distil from.
+
+    Raises:
+        UserError: it was trained for other classes; both lists are shown.
+    """
+    model, description = load_model(path, EncoderDecoder)
+    trained = description.get("classes", ())
+    if tuple(trained) != tuple(classes):
+        raise UserError(
+            f"teacher {path}: expected a network for {', '.join(classes)}, got one for "
+            f"{', '.join(trained) or 'no classes'}; train one on this data first"
+        )
+    return model
+
+
+def _format(path: Path, metadata: Mapping[str, str], network: type[nn.Module]) -> str:
+    keys = [key for key, family in FAMILIES.items() if issubclass(family.network, network)]
+    for key in keys:
+        if key in metadata:
+            return key
+    raise UserError(
+        f"{path}: expected a model.safetensors that nasfast.train wrote, with "
+        f"{' or '.join(map(repr, keys))} in its metadata, got "
+        f"{', '.join(map(repr, metadata)) or 'none'}; give another file"
+    )
+
+
+def _build(path: Path, family: Family, description: Mapping[str, Any]) -> nn.Module:
+    version = description.get("version", 1)
+    ignored, configs = [], {}
+    for key, config in family.configs.items():
+        values, known = description[key], {field.name for field in fields(config)}
+        if version > VERSION:
+            ignored += [f"{key}.{name}" for name in values if name not in known]
+            values = {name: value for name, value in values.items() if name in known}
+        configs[key] = from_mapping(config, values, key)
+    if version > VERSION:
+        warnings.warn(
+            f"{path}: a newer nasfast wrote it (version {version} of the description; this "
+            f"one reads {VERSION}); ignored: {', '.join(ignored) or 'nothing of the network'}",
+            stacklevel=3,
+        )
+    return family.build({**description, **configs})
+
+
+def _damaged(path: Path, problem: str) -> UserError:
+    return UserError(
+        f"{path}: expected a network as nasfast.train wrote it, got a damaged file: "
+        f"{' '.join(problem.split())}; restore it or train again"
+    )
