@@ -52,7 +52,7 @@ class Evaluator(Protocol[G_in]):
     def __call__(self, genotype: G_in, index: int, gate: float | None) -> Evaluation: ...
 
     def costs(self, genotype: G_in) -> dict[str, float]:
-        """ "params" and "macs" as an evaluation states them, without training."""
+        """Costs, "params" and "macs", as an evaluation states them, without training."""
 
 
 class Stage(Protocol[M]):
@@ -106,7 +106,7 @@ class CandidateEvaluator(Generic[G, M]):
         self.feedback = self._stages[0].name
 
     def costs(self, genotype: G) -> dict[str, float]:
-        """ "params" and "macs" of a candidate, without training it."""
+        """Costs of a candidate, "params" and "macs", without training it."""
         with torch.random.fork_rng([]):
             return self._costs(self._build(genotype))
 

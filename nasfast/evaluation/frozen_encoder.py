@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from nasfast.cache import CacheConfig, FeatureCache, tensors_fingerprint
 from nasfast.data import TrainTransform, ValTransform
 from nasfast.encoders import MobileNetV2
 from nasfast.evaluation.candidate import timed
+from nasfast.models.decoders import EncoderDecoder
 from nasfast.tasks.base import DenseTask, Targets, prepare_images
 from nasfast.training.cost import count_macs, count_macs_on, count_parameters
 from nasfast.training.loop import Runtime, in_order
@@ -102,55 +104,21 @@ class FrozenEncoder:
         one = self.split(self._val_cache.batch(torch.tensor([0])))
         largest = max(one.targets.values(), key=lambda target: target.shape[-2:].numel())
         self.val_size: tuple[int, int] = (largest.shape[-2], largest.shape[-1])
-        self._macs = count_macs(self.encoder, self.val_size)
-        image = torch.empty(1, 3, *self.val_size, device="meta")
-        self._meta_taps = copy.deepcopy(self.encoder).to("meta")(image)
 
     def _fill(self, cache: CacheConfig) -> Caches:
         half = torch.bfloat16 if self.runtime.dtype == torch.bfloat16 else torch.float16
         # the cache stores them as it is told; int8 is made of the most exact
-        dtype = half if cache.storage == "auto" else torch.float32
+        self._dtype = half if cache.storage == "auto" else torch.float32
         key = {
             "encoder": self.inputs["encoder"],
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": str(self._dtype).removeprefix("torch."),
             "precision": self.runtime.precision,
         }
-        crops, frames = self._crops, self.task.search_train
-        transform = TrainTransform(crops.crop, crops.shorter_side)
-        generator = torch.Generator().manual_seed(derive_seed(self._seed, "crops"))
-        order = torch.randperm(len(frames), generator=generator)
-
-        @torch.inference_mode()
-        def encode_train(indices: Tensor) -> dict[str, Tensor]:
-            loaded = []
-            for index in indices.tolist():
-                # of its own, so that a crop does not depend on who encodes it
-                generator = torch.Generator().manual_seed(derive_seed(self._seed, "crop", index))
-                frame = int(order[index % len(order)])
-                loaded.append(self.task.load_batch(frames, [frame], transform, generator))
-            images = torch.cat([images for images, _ in loaded])
-            targets = {
-                name: torch.cat([targets[name] for _, targets in loaded]) for name in loaded[0][1]
-            }
-            arrays = self._encode(images, dtype)
-            size = (arrays["tap0"].shape[-2], arrays["tap0"].shape[-1])
-            arrays |= self.task.resize_targets(targets, size)
-            if self._teacher is not None:
-                with self.runtime.autocast():
-                    output, _ = self._teacher(prepare_images(images, self.runtime))
-                arrays[TEACHER] = output.to(dtype)
-            return arrays
-
-        @torch.inference_mode()
-        def encode_val(indices: Tensor) -> dict[str, Tensor]:
-            loaded = self.task.load_batch(
-                self.task.search_val, indices.tolist(), self.val_transform
-            )
-            return self._encode(loaded[0], dtype) | loaded[1]
-
         train_key = key | {
             "data": self.inputs["training data"],
-            "preprocessing": f"{crops.samples} frames drawn, {transform}, seed {self._seed}",
+            "preprocessing": (
+                f"{self._crops.samples} frames drawn, {self._transform}, seed {self._seed}"
+            ),
             "teacher": self.inputs["teacher"],
         }
         val_key = key | {
@@ -158,19 +126,57 @@ class FrozenEncoder:
             "preprocessing": str(self.val_transform),
         }
         load, device = FeatureCache.load_or_build, self.runtime.device
-        heartbeat, count = self.runtime.heartbeat, len(self.task.search_val)
-        val = load(val_key, count, encode_val, cache, heartbeat, chunk=8).to(device)
+        beat, count = self.runtime.heartbeat, len(self.task.search_val)
+        val = load(val_key, count, self._encode_val, cache, beat, chunk=8).to(device)
         if cache.memory_bytes is not None:  # the rest is for the training features
             rest = max(0, cache.memory_bytes - val.resident_bytes)
             cache = dataclasses.replace(cache, memory=f"{rest}B")
-        train = load(train_key, crops.samples, encode_train, cache, heartbeat).to(device)
+        train = load(train_key, self._crops.samples, self._encode_train, cache, beat).to(device)
         return train, val
 
-    def _encode(self, images: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    @functools.cached_property
+    def _transform(self) -> TrainTransform:
+        return TrainTransform(self._crops.crop, self._crops.shorter_side)
+
+    @functools.cached_property
+    def _order(self) -> Tensor:
+        """Frames in the order in which crops are taken from them."""
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, "crops"))
+        return torch.randperm(len(self.task.search_train), generator=generator)
+
+    @torch.inference_mode()
+    def _encode_train(self, indices: Tensor) -> dict[str, Tensor]:
+        loaded = []
+        for index in indices.tolist():
+            # of its own, so that a crop does not depend on who encodes it
+            generator = torch.Generator().manual_seed(derive_seed(self._seed, "crop", index))
+            frame = int(self._order[index % len(self._order)])
+            frames = self.task.search_train
+            loaded.append(self.task.load_batch(frames, [frame], self._transform, generator))
+        images = torch.cat([images for images, _ in loaded])
+        targets = {
+            name: torch.cat([targets[name] for _, targets in loaded]) for name in loaded[0][1]
+        }
+        arrays = self._encode(images)
+        size = (arrays["tap0"].shape[-2], arrays["tap0"].shape[-1])
+        arrays |= self.task.resize_targets(targets, size)
+        if self._teacher is not None:
+            with self.runtime.autocast():
+                output, _ = self._teacher(prepare_images(images, self.runtime))
+            arrays[TEACHER] = output.to(self._dtype)
+        return arrays
+
+    @torch.inference_mode()
+    def _encode_val(self, indices: Tensor) -> dict[str, Tensor]:
+        frames, chosen = self.task.search_val, indices.tolist()
+        images, targets = self.task.load_batch(frames, chosen, self.val_transform)
+        return self._encode(images) | targets
+
+    def _encode(self, images: Tensor) -> dict[str, Tensor]:
         self.runtime.heartbeat()
         with self.runtime.autocast():
             taps = self.encoder(prepare_images(images, self.runtime))
-        return {name: tap.to(dtype) for name, tap in zip(self._taps, taps, strict=True)}
+        return {name: tap.to(self._dtype) for name, tap in zip(self._taps, taps, strict=True)}
 
     def train_batches(self, order: Iterable[Tensor]) -> Iterator[dict[str, Tensor]]:
         """Arrays of the training crops, by name; `split` reads them. Each batch is valid until the
@@ -193,11 +199,22 @@ class FrozenEncoder:
         teacher = rest.pop(TEACHER, None)
         return FeatureBatch([arrays[name] for name in self._taps], rest, teacher)
 
-    def costs(self, decoder: nn.Module) -> dict[str, float]:
-        """ "params" and "macs" of this encoder with a decoder, at `val_size`."""
+    @functools.cached_property
+    def _encoder_macs(self) -> int:
+        return count_macs(self.encoder, self.val_size)
+
+    @functools.cached_property
+    def _meta_taps(self) -> list[Tensor]:
+        """Taps of one image of `val_size`, without their content."""
+        image = torch.empty(1, 3, *self.val_size, device="meta")
+        taps: list[Tensor] = copy.deepcopy(self.encoder).to("meta")(image)
+        return taps
+
+    def costs(self, model: EncoderDecoder) -> dict[str, float]:
+        """Costs of a network on this encoder, "params" and "macs", at `val_size`."""
         return {
-            "params": count_parameters(self.encoder) + count_parameters(decoder),
-            "macs": self._macs + count_macs_on(decoder, self._meta_taps),
+            "params": count_parameters(self.encoder) + count_parameters(model.decoder),
+            "macs": self._encoder_macs + count_macs_on(model.decoder, self._meta_taps),
         }
 
     def caches_on(self, device: torch.device) -> Caches:

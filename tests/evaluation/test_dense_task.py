@@ -139,7 +139,7 @@ def build(genotype: Any) -> EncoderDecoder:
 def evaluator(features: FrozenEncoder) -> CandidateEvaluator[Any, Any]:
     return CandidateEvaluator(
         build,
-        lambda model: features.costs(model.decoder),
+        features.costs,
         [
             DecoderOnFeatures(STAGE0, features),
             EndToEnd(STAGE1, TASK, features.val_transform, RUNTIME),

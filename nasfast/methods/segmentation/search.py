@@ -117,13 +117,15 @@ def evaluator_on(config: SearchConfig, device: str, caches: Caches | None = None
 
 def make_evaluator(config: SearchConfig, features: FrozenEncoder) -> Evaluator:
     """Trains decoders on the features, and with the encoder where they pass the gate."""
-    encoder, task = features.encoder, features.task
+    task = features.task
     stages: list[DecoderOnFeatures | EndToEnd] = [DecoderOnFeatures(config.stage0, features)]
     if config.stage1.epochs > 0:
         stages.append(EndToEnd(config.stage1, task, features.val_transform, features.runtime))
     return CandidateEvaluator(
-        lambda genotype: build_segmenter(encoder, genotype, task.outputs, config.decoder),
-        lambda model: features.costs(model.decoder),
+        functools.partial(
+            build_segmenter, features.encoder, outputs=task.outputs, config=config.decoder
+        ),
+        features.costs,
         stages,
         features.runtime,
         seed=config.seed,
