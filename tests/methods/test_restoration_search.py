@@ -62,6 +62,7 @@ def assert_same(run: Path, whole: Path) -> None:
 def test_what_a_search_leaves(bilevel_run: Path) -> None:
     names = {path.name for path in bilevel_run.iterdir()}
     assert names >= {"config.toml", "env.json", "records.jsonl", "best.json", "report.html"}
+    assert json.loads((bilevel_run / "study.json").read_text())["ranking"] == "last"
     environment = json.loads((bilevel_run / "env.json").read_text())
     assert set(environment["identity"]["inputs"]) == {
         "images of the weights",

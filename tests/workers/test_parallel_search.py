@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import multiprocessing
 import os
@@ -17,7 +16,6 @@ from search_runs import outcome, start, wait_for_records
 
 from nasfast import search
 from nasfast.methods.registry import method_of_genotype
-from nasfast.methods.restoration import search as restoration
 from nasfast.methods.segmentation import search as segmentation
 from nasfast.methods.segmentation.settings import parse
 from nasfast.runs.study import Study
@@ -72,19 +70,6 @@ def test_results_do_not_depend_on_the_number_of_workers(
         assert learned(run) == learned(runs[0])
         first, other = (json.loads((r / "best.json").read_text())["index"] for r in (runs[0], run))
         assert first == other
-
-
-def test_random_restoration_networks_with_two_workers(
-    tiny_bilevel: list[str], tmp_path: Path
-) -> None:
-    flags = "--strategy random --budget 3 --recipe.steps 3 --recipe.crop 16 --recipe.batch-size 2"
-    argv = [*tiny_bilevel, *flags.split(), "--threads", "1"]
-    for workers in ("1", "2"):
-        runs = ["--workers", workers, "--runs", str(tmp_path / workers)]
-        assert search.main([*argv, *runs]) == 0
-    one, two = (next((tmp_path / workers).iterdir()) for workers in ("1", "2"))
-    assert outcome(one) == outcome(two)
-    assert_describes(restoration.evaluator_on(restoration.parse(argv), "cpu"), one)
 
 
 def test_killed_workers_and_a_signal_lose_nothing(
@@ -173,14 +158,3 @@ def test_errors_leave_no_workers(
     assert multiprocessing.active_children() == []
     for run in tmp_path.glob("*"):
         assert [bool(r["evaluation"]["failure"]) for r in outcome(run)] == [True] * 5
-
-
-@pytest.mark.parametrize("given", [{"workers": 2}, {"devices": "cpu"}, {"engine": "ray"}])
-def test_a_search_by_gradient_has_no_workers(given: dict[str, Any]) -> None:
-    with pytest.raises(ValueError) as caught:
-        dataclasses.replace(restoration.PRESETS["demo"], **given)
-    assert str(caught.value) == (
-        "workers, devices, engine: expected --strategy random, which samples, got darts; a search "
-        "by gradient trains one supernet"
-    )
-    dataclasses.replace(restoration.PRESETS["demo"], strategy="random", **given)
