@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nasfast.encoders.mobilenet_v2 import FeatureInfo, MobileNetV2, tensor_mismatch
-from nasfast.utils.errors import UserError
+from nasfast.utils.errors import UserError, cause
 
 __all__ = [
     "PACKAGED_WEIGHTS",
@@ -52,7 +52,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
-            f"weights: {path} could not be read as a plain state dict ({error}); "
+            f"weights: {path} could not be read as a plain state dict ({cause(error)}); "
             "save it again with torch.save(model.state_dict(), path)"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
@@ -80,7 +80,8 @@ def _open(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"weights: {path} is not a whole safetensors file: {error}; restore it or give another"
+            f"weights: expected a complete safetensors file, got {path} ({cause(error)}); "
+            "restore it from a copy or give another"
         ) from error
 
 

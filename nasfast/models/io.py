@@ -132,5 +132,5 @@ def _build(path: Path, family: Family, description: Mapping[str, Any]) -> nn.Mod
 def _damaged(path: Path, problem: str) -> UserError:
     return UserError(
         f"{path}: expected a network as nasfast.train wrote it, got a damaged file: "
-        f"{' '.join(problem.split())}; restore it or train again"
+        f"{' '.join(problem.split())}; restore it from a copy"
     )

@@ -35,8 +35,8 @@ class RestorerConfig:
     low_level: int = 48
     """Channels of the feature of level 0 that the head is joined with."""
     residual: bool = False
-    """Predict what is wrong with the image (its bicubic enlargement in super-resolution), which is
-    taken away from it, instead of the restored image. The first publication does not."""
+    """Predict the degradation, which is subtracted from the image (in super-resolution from its
+    bicubic enlargement), instead of the restored image. The first publication does not."""
     atrous: bool = True
     """Whether the head has atrous branches (ASPP), as published first, or is one pointwise
     convolution, as the authors' later denoisers have it: half the time of a small network."""

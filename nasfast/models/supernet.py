@@ -1,9 +1,9 @@
 """The supernet of restoration networks: Zhang et al., IR-NAS, CVPR 2020 (arXiv 1909.08228).
 
-All layers run at the resolution of the images. A layer has up to three levels, C = 1, 2, 4 times
-the basic width channels wide; all its cells mix operations by the same alphas, and betas mix what
-the levels of the layer before hand on. Routes are summed first and the cell is called once per
-level ("cell sharing", section 3.2).
+All layers run at the resolution of the images. A layer has up to three levels, of 1, 2 and 4 times
+the basic width in channels; all cells mix operations by the same alphas, and betas mix the outputs
+of the previous layer's levels. Routes are summed first and the cell is called once per level ("cell
+sharing", section 3.2).
 """
 
 from __future__ import annotations

@@ -82,7 +82,11 @@ NOT_FLAT = "expected a flat dict of tensors in PATH, got"
             rf"weights: {NOT_FLAT} dict; save model.state_dict\(\) alone",
         ),
         ("w.pth", [torch.zeros(1)], rf"weights: {NOT_FLAT} list; save model.state_dict\(\) alone"),
-        ("w.safetensors", b"none at all", "weights: PATH is not a whole safetensors file: .*"),
+        (
+            "w.safetensors",
+            b"none at all",
+            r"weights: expected a complete .*, got PATH \(.*\); .*",
+        ),
         ("w.safetensors", "{", f"weights PATH: expected .* {NO_WIDTH}'{{'; give another file"),
         ("w.safetensors", "[1]", f"weights PATH: expected .* {NO_WIDTH}.*; give another file"),
         ("w.safetensors", '{"width": null}', f"weights PATH: expected .* {NO_WIDTH}.*; give .*"),

@@ -115,25 +115,14 @@ def test_channels_and_offset_groups(weights):
 
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("momentum", [None, 0.0, 0.3])
-def test_momentum(x, weights, memory, momentum):
-    """None is the average over all steps."""
+@pytest.mark.parametrize("steps", [(None,) * 3, ((0,), (0, 1), None, (3, 4))], ids=("all", "some"))
+def test_momentum(x, weights, memory, momentum, steps):
+    """None is the average over the steps in which the branch ran."""
     fused, plain = make_pair(memory)
     for module in (*fused.modules(), *plain.modules()):
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = momentum
-    for _ in range(3):
-        x = torch.randn_like(x)
-        assert_same(step(fused, x, weights), step(plain, x, weights))
-    assert_same_state(fused, plain)
-
-
-def test_running_statistics_after_branches_of_different_age(x, weights):
-    """An average over steps counts the steps in which its branch ran."""
-    fused, plain = make_pair()
-    for module in (*fused.modules(), *plain.modules()):
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None
-    for active in ((0,), (0, 1), None, (3, 4)):
+    for active in steps:
         x = torch.randn_like(x)
         assert_same(step(fused, x, weights, active), step(plain, x, weights, active))
     assert_same_state(fused, plain)
@@ -167,9 +156,9 @@ def test_the_running_sum_may_be_written_to(x, weights, active):
     """And is, where its layout allows it."""
     fused, plain = make_pair()
     into = torch.randn_like(x).contiguous(memory_format=torch.channels_last)
-    wanted = plain(x, weights, active, into=into.clone())
+    expected = plain(x, weights, active, into=into.clone())
     got = fused(x, weights, active, into=into)
-    torch.testing.assert_close(got, wanted, **CLOSE)
+    torch.testing.assert_close(got, expected, **CLOSE)
     assert got.data_ptr() == into.data_ptr()
 
 
@@ -212,10 +201,10 @@ def test_compile_fullgraph(x, weights, training):
     fused.train(training)
     plain.train(training)
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
-    out, wanted = compiled(x, weights), plain(x, weights)
-    torch.testing.assert_close(out, wanted, **CLOSE)
+    out, expected = compiled(x, weights), plain(x, weights)
+    torch.testing.assert_close(out, expected, **CLOSE)
     out.sum().backward()
-    wanted.sum().backward()
+    expected.sum().backward()
     assert_same([p.grad for p in fused.parameters()], [p.grad for p in plain.parameters()])
     assert_same_state(fused, plain)
 
@@ -227,8 +216,8 @@ def test_autocast(x, weights):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = fused(x, weights)
     assert out.dtype == torch.bfloat16
-    wanted = plain(x, weights)
-    torch.testing.assert_close(out.float(), wanted, rtol=0.05, atol=0.05)
+    expected = plain(x, weights)
+    torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
     out.float().sum().backward()
     assert {p.grad.dtype for p in fused.parameters()} == {torch.float32}
     for ours, reference in zip(fused.buffers(), plain.buffers(), strict=True):

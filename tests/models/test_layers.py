@@ -158,9 +158,9 @@ def test_gradients_under_bfloat16(name, channels, size):
         weight = torch.linspace(-1, 1, y.numel()).view(y.shape)
         return torch.autograd.grad((weight * y.float()).sum(), inputs)
 
-    wanted = gradients(False)
+    expected = gradients(False)
     first, *others = (gradients(True) for _ in range(4))
-    for got, reference in zip(first, wanted):
+    for got, reference in zip(first, expected):
         assert got.isfinite().all()
         assert (got - reference).norm() < 0.1 * reference.norm()
     for other in others:

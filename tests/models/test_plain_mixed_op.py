@@ -62,8 +62,8 @@ def test_one_primitive(x, k):
 def test_weighted_sum_and_running_sum(x):
     op, into = make(), torch.randn_like(x)
     w = weights(0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
-    wanted = into + sum(f * by_hand(name, op, x) for f, name in zip(w, PRIMITIVES, strict=True))
-    torch.testing.assert_close(op(x, w, into=into.clone()), wanted)
+    expected = into + sum(f * by_hand(name, op, x) for f, name in zip(w, PRIMITIVES, strict=True))
+    torch.testing.assert_close(op(x, w, into=into.clone()), expected)
 
 
 def test_only_active_primitives_run(x):
@@ -78,8 +78,8 @@ def test_only_active_primitives_run(x):
 def test_subset_of_primitives_and_no_norm(x):
     op = make(primitives=("skip", "conv3x3"), norm="none")
     assert list(op.state_dict()) == ["ops.conv3x3.conv.weight"]
-    wanted = 2 * x + 3 * F.conv2d(F.relu(x), op.ops["conv3x3"].conv.weight, padding=1)
-    torch.testing.assert_close(op(x, weights(2.0, 3.0)), wanted)
+    expected = 2 * x + 3 * F.conv2d(F.relu(x), op.ops["conv3x3"].conv.weight, padding=1)
+    torch.testing.assert_close(op(x, weights(2.0, 3.0)), expected)
 
 
 def test_parameters():

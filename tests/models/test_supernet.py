@@ -194,7 +194,7 @@ def test_mix_decides_what_runs(images):
 
 @pytest.mark.parametrize("options", [{"fused": True}, {"fused": True, "memory": "recompute"}])
 def test_gates_that_are_closed_still_learn(images, options):
-    """Two operations run, one of them with weight 0, as binary gates want it."""
+    """Two operations run, one of them with weight 0, as with binary gates."""
     pairs = ((0, 4), (1, 3), (4, 5), (2, 4), (0, 5))
     plain = make()
     results = []
@@ -208,8 +208,8 @@ def test_gates_that_are_closed_still_learn(images, options):
     assert {(e, k) for e, k in results[0][1].nonzero().tolist()} == {
         (edge, k) for edge, pair in enumerate(pairs) for k in pair if k != 5
     }
-    for got, wanted in zip(results[1], results[0], strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+    for got, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_super_resolution(images):
