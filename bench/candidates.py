@@ -34,6 +34,7 @@ from nasfast.training.metrics import SegmentationScores
 from nasfast.training.polyak import PolyakAverage
 from nasfast.utils.seeding import derive_seed
 
+TRAINING = nasfast.evaluation.evaluator  # the module that uses what variants replace
 SPACE = FastNASSpace()
 PUBLISHED = {
     "arch0": [[8, [0, 0, 5, 2], [0, 2, 8, 8], [0, 5, 1, 4]], [[3, 3], [3, 2], [3, 0]]],
@@ -101,8 +102,12 @@ class Scale:
         )
 
 
+# to try the benchmarks
+TINY = Scale(8, 3, crop=32, val_crop=48, batch_size=4, epochs=2, agg_size=8, width=0.35, classes=8)
+
+
 class Streets(SyntheticStreets):
-    """Generated street scenes of as many classes as wanted; those without a thing never occur."""
+    """Generated street scenes of as many classes as needed; those without a thing never occur."""
 
     def __init__(self, count: int, size: tuple[int, int], stream: str, classes: int) -> None:
         super().__init__(count, SEED, size, stream=stream, cache_in_memory=True)
@@ -202,14 +207,14 @@ def looped_optimizer() -> AbstractContextManager[Any]:
 
 
 def looped_average() -> AbstractContextManager[Any]:
-    return mock.patch.object(nasfast.evaluation.evaluator, "PolyakAverage", LoopedAverage)
+    return mock.patch.object(TRAINING, "PolyakAverage", LoopedAverage)
 
 
 def without_graphs() -> AbstractContextManager[Any]:
     def eager(device: torch.device) -> AbstractContextManager[None]:
         return nullcontext()
 
-    return mock.patch.object(nasfast.evaluation.evaluator, "graphed_step", eager)
+    return mock.patch.object(TRAINING, "graphed_step", eager)
 
 
 def plain_depthwise(x: Tensor, weight: Tensor, padding: int, dilation: int) -> Tensor:
@@ -312,36 +317,49 @@ class Timed:
         return sum(self.seconds.values())
 
 
+def make_evaluator(problem: Problem, variant: Variant) -> SegmentationEvaluator:
+    """Of stage 0 alone."""
+    scale = problem.scale
+    return SegmentationEvaluator(
+        variant.task(problem.splits),
+        problem.encoder,
+        scale.decoder,
+        scale.stage0,
+        Stage1Config(epochs=0),
+        variant.runtime(problem.device),
+        seed=SEED,
+        cache=CacheConfig(problem.folder / "cache"),
+        val_crop=scale.val_crop,
+        teacher=problem.teacher,
+    )
+
+
+def caches_of(evaluator: SegmentationEvaluator) -> tuple[FeatureCache, FeatureCache]:
+    """For training and for scoring."""
+    return evaluator._train_cache, evaluator._val_cache
+
+
+def replace_caches(evaluator: SegmentationEvaluator, train: Any, val: Any) -> None:
+    evaluator._train_cache, evaluator._val_cache = train, val
+
+
 class Ours:
     """Candidates by :class:`SegmentationEvaluator`, without stage 1."""
 
     def __init__(
         self, problem: Problem, variant: Variant = OURS, *, with_files: bool = True
     ) -> None:
-        scale = problem.scale
         self.variant = variant
-        self.runtime = variant.runtime(problem.device)
-        self.evaluator = SegmentationEvaluator(
-            variant.task(problem.splits),
-            problem.encoder,
-            scale.decoder,
-            scale.stage0,
-            Stage1Config(epochs=0),
-            self.runtime,
-            seed=SEED,
-            cache=CacheConfig(problem.folder / "cache"),
-            val_crop=scale.val_crop,
-            teacher=problem.teacher,
-        )
-        caches = self.evaluator._train_cache, self.evaluator._val_cache
+        self.evaluator = make_evaluator(problem, variant)
         if not with_files:
             return
+        caches = caches_of(self.evaluator)
         if problem.files is None:
             problem.write_files(*caches)
         assert problem.files is not None
-        self.evaluator._train_cache, self.evaluator._val_cache = (
-            variant.cache(cache, files, problem.device)
-            for cache, files in zip(caches, problem.files)
+        replace_caches(
+            self.evaluator,
+            *(variant.cache(c, files, problem.device) for c, files in zip(caches, problem.files)),
         )
 
     def __call__(self, genotype: FastNASGenotype, index: int) -> Timed:
