@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
-from nasfast.evaluation.evaluator import Stage0Config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from nasfast.evaluation.stages import Stage0Config
 from nasfast.models.decoders import DecoderConfig
 from nasfast.spaces.fast_nas import PRIMITIVES, Cell, FastNASGenotype
 from nasfast.training.loop import epoch_indices
 
 if TYPE_CHECKING:
-    from nasfast.evaluation.evaluator import Stage0Config
+    from nasfast.evaluation.stages import Stage0Config
 
 Sample = dict[str, Tensor]
 IGNORE = 255

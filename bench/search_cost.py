@@ -47,7 +47,7 @@ from nasfast.device import resolve_device  # noqa: E402
 from nasfast.models.supernet import Supernet, SupernetConfig  # noqa: E402
 from nasfast.spaces.fast_nas import FastNASGenotype  # noqa: E402
 from nasfast.training.loop import Runtime  # noqa: E402
-from nasfast.workers import Crew, Job  # noqa: E402
+from nasfast.workers import Job, WorkerConfig  # noqa: E402
 
 TAPS = ((24, 4), (32, 8), (96, 16), (320, 32))  # channels, stride, at width 1.0
 # steps of the published search for denoising: 100 epochs of 13 batches, the architecture in 80
@@ -324,7 +324,7 @@ def measure_workers(options: argparse.Namespace, device: torch.device) -> dict[s
         evaluator = build(str(device))
         engines = {
             workers: stack.enter_context(
-                contextlib.closing(Crew(workers, (str(device),)).engine_for(build))
+                contextlib.closing(WorkerConfig(workers, (str(device),)).engine_for(build))
             )
             for workers in minutes
         }
