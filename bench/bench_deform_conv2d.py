@@ -1,9 +1,9 @@
-"""deform_conv2d beside its rivals, as multiples of a plain convolution of the same shape.
+"""deform_conv2d beside its baselines, as multiples of a plain convolution of the same shape.
 
     pytest bench/bench_deform_conv2d.py --benchmark-json=deform_conv2d.json
 
 One table per direction: multiple of the convolution, ms, GFLOP/s, and the memory at the peak beyond
-output and gradients. The row that pytest-benchmark prints is the leg "nasfast".
+output and gradients. The row that pytest-benchmark prints is that of "nasfast".
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import deform_conv2d_baselines as deform
 import harness
 import pytest
-import rivals
-from rivals import Problem
+from deform_conv2d_baselines import Problem
 
-LEGS = (
-    rivals.FLOOR,
+IMPLEMENTATIONS = (
+    deform.FLOOR,
     "nasfast",
     "nasfast bfloat16",
     "torchvision",
@@ -27,7 +27,7 @@ LEGS = (
 )
 
 
-@pytest.mark.parametrize("shape", rivals.SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("shape", deform.SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-backward"])
 def test_deform_conv2d(
     benchmark: Any,
@@ -37,8 +37,8 @@ def test_deform_conv2d(
     backward: bool,
 ) -> None:
     problem = Problem(*shape, spread=pytestconfig.getoption("spread"))
-    names = (*LEGS, *(("compiled gather",) if pytestconfig.getoption("compile") else ()))
-    calls, skipped = rivals.calls(names, problem, backward)
+    names = (*IMPLEMENTATIONS, *(("compiled gather",) if pytestconfig.getoption("compile") else ()))
+    calls, skipped = deform.calls(names, problem, backward)
     rounds = harness.Rounds(calls)
     count = rounds.warm_up(pytestconfig.getoption("seconds"))
     others = [name for name in calls if name != "nasfast"]
@@ -49,9 +49,9 @@ def test_deform_conv2d(
 
     benchmark.pedantic(rounds.time_warm, args=("nasfast",), setup=setup, rounds=count)
     memory = {
-        name: harness.extra_memory(rivals.memory_calls, name, problem, backward) for name in calls
+        name: harness.extra_memory(deform.memory_calls, name, problem, backward) for name in calls
     }
-    rows = harness.rows(rounds, rivals.FLOOR, problem.flops(backward), memory)
+    rows = harness.rows(rounds, deform.FLOOR, problem.flops(backward), memory)
     half = {}
     if "nasfast bfloat16" in rows:
         half["bfloat16 / float32"] = rounds.multiple("nasfast bfloat16", "nasfast")

@@ -4,7 +4,7 @@
 
 Batches of 8 samples of 1.34 MiB in float16, shuffled, one thread a process: samples a second, and
 speed as a multiple of the plain memory copy of the same bytes, the faster of PyTorch's and NumPy's.
-The rows that pytest-benchmark prints are the leg "batches". Then processes that read at the same
+The rows that pytest-benchmark prints are those of "batches". Then processes that read at the same
 time, and the memory that another reader costs. "views" hand out tensors over the memory map that
 nothing reads; "views, read" also sums their words.
 """
@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-import feature_rivals
+import feature_cache_baselines as features
 import harness
 import pytest
 import torch
-from feature_rivals import FLOORS, LEGS, Rate, Store
+from feature_cache_baselines import FLOORS, IMPLEMENTATIONS, Rate, Store
 
 Tables = dict[str, dict[str, dict[str, object]]]
 TOGETHER = (
@@ -37,7 +37,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("features")
-    yield Store(folder, feature_rivals.SAMPLES, feature_rivals.SHAPES)
+    yield Store(folder, features.SAMPLES, features.SHAPES)
     torch.set_num_threads(threads)
 
 
@@ -47,10 +47,8 @@ def bytes_of(store: Store) -> str:
 
 
 def test_batches(benchmark: Any, pytestconfig: pytest.Config, tables: Tables, store: Store) -> None:
-    passes = {name: leg(store) for name, leg in LEGS.items()}
-    calls = {
-        name: lambda given=given: feature_rivals.drain(given) for name, given in passes.items()
-    }
+    passes = {name: make(store) for name, make in IMPLEMENTATIONS.items()}
+    calls = {name: lambda given=given: features.drain(given) for name, given in passes.items()}
     for call in calls.values():  # makes what it reads, and starts its workers
         call()
     rounds = harness.Rounds(calls)
@@ -72,7 +70,7 @@ def test_batches(benchmark: Any, pytestconfig: pytest.Config, tables: Tables, st
         rows={name: asdict(rate) for name, rate in rates.items()},
         times=rounds.times,
     )
-    lines = tables.setdefault(f"batches of {feature_rivals.BATCH}, {bytes_of(store)}", {})
+    lines = tables.setdefault(f"batches of {features.BATCH}, {bytes_of(store)}", {})
     for name, rate in rates.items():
         lines[name] = {
             "samples": f"{rate.samples_per_second:,.0f}/s",
@@ -87,23 +85,23 @@ def test_processes_together(pytestconfig: pytest.Config, tables: Tables, store: 
         lines[name] = {
             f"{n} process{'es' if n > 1 else ''}": f"{rate:,.0f}"
             for n in (1, 2)
-            for rate in [feature_rivals.together(store, name, n, seconds)]
+            for rate in [features.together(store, name, n, seconds)]
         }
 
 
 def test_private_memory_of_another_reader(tables: Tables, store: Store) -> None:
-    legs = {
+    readers = {
         "attached, every sample read in place": "views, read",
         "attached, every sample read in batches": "batches",
         "attached, the same, none ahead": "batches, none ahead",
     }
-    feature_rivals.drain(LEGS["views, read"](store))
+    features.drain(IMPLEMENTATIONS["views, read"](store))
     lines = tables.setdefault("private memory of another reader, beyond importing torch", {})
 
-    def median(leg: str | None) -> float:
-        repeats = range(feature_rivals.REPEATS)
-        return statistics.median(feature_rivals.private_memory(store, leg) for _ in repeats)
+    def median(reader: str | None) -> float:
+        repeats = range(features.REPEATS)
+        return statistics.median(features.private_memory(store, reader) for _ in repeats)
 
     alone = median(None)
-    for name, leg in legs.items():
-        lines[name] = {"memory": f"{(median(leg) - alone) / harness.MIB:.1f} MiB"}
+    for name, reader in readers.items():
+        lines[name] = {"memory": f"{(median(reader) - alone) / harness.MIB:.1f} MiB"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from harness import machine_line, table
 
-Tables = dict[str, dict[str, dict[str, object]]]  # title, case, leg
+Tables = dict[str, dict[str, dict[str, object]]]  # title, case, implementation
 TABLES = pytest.StashKey[Tables]()
 
 
@@ -14,7 +14,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--seconds", type=float, default=5.0, help="of each case, about")
     group.addoption("--spread", type=float, default=1.0, help="deviation of the offsets, pixels")
     group.addoption(
-        "--compile", action="store_true", help="also legs that torch.compile takes long to build"
+        "--compile",
+        action="store_true",
+        help="also what torch.compile takes long to build",
     )
 
 

@@ -1,324 +1,212 @@
-"""Builds, tests and times everything on a machine with a CUDA GPU.
+"""Builds, tests and times everything on a machine with a CUDA GPU, part by part.
 
-    python bench/gpu_report.py
+    python bench/gpu_report.py                      # all parts, in order
+    python bench/gpu_report.py --only build smoke   # some of them; the report keeps the others
+    python bench/gpu_report.py --rehearse           # small sizes on the CPU, to try the report
 
-Every step is a process of its own with a time limit, so that one failure does not lose the rest.
-Writes bench/results/<device>.json, with all times and the output of what failed, and a short table
-beside it, <device>.md. Exits 1 where a step failed, 2 without a GPU.
+Each part is a process of its own with a time limit below eight minutes; when it ends, or this
+program does, all that it started ends as well. Writes bench/results/<device>.json, a short
+<device>.md, and a log of each part. Exits 1 where a part failed, 2 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import contextlib
+import importlib.util
 import json
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the checkout is what is built and measured
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]  # the checkout is what is built and measured
 
-import feature_rivals  # noqa: E402
-import harness  # noqa: E402
-import mixed_rivals  # noqa: E402
-import rivals  # noqa: E402
-import search_cost  # noqa: E402
+from gpu_parts import PARTS, Run, Skip  # noqa: E402
 
-DEVICE = "cuda"
-SHAPES = [*rivals.SHAPES, (8, 256, 100, 136, 256)]
-PRECISIONS = {
-    "float32": torch.float32,
-    "tf32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-DIRECTIONS = {"forward": False, "forward and backward": True}
-LEGS = (rivals.FLOOR, "nasfast", "torchvision", "torchvision float32")
-MIXED_LEGS = (mixed_rivals.FLOOR, mixed_rivals.EAGER, "save", "recompute", "grid_sample")
-MIXED_SHAPES = [(c, 12, 64, 64) for c in mixed_rivals.CHANNELS]
-# layers, nodes, width, batch, and height and width: the published search for denoising
-SEARCHES = [(*mixed_rivals.CONFIG, mixed_rivals.BATCH, mixed_rivals.SIZE)]
-# of that search: 100 epochs of 13 batches, the architecture in the last 80
-STEPS = {"weights": 1300, "architecture": 1040}
-GATHERS = [(2048, 64), (2048, 8)]  # samples on the device, samples of a batch
-SEARCH_COST: tuple[str, ...] = ()  # its arguments: the published sizes
-LIMITS = {"build": 1500, "tests": 900, "case": 180, "search_cost": 1800}  # seconds
+SKIPPED = 77  # exit code of a part
+PACKAGES = {"PIL": "pillow", "tomli_w": "tomli-w"}  # the others are named as their modules
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--no-build", action="store_true", help="measure the build that is there")
-    parser.add_argument("--no-tests", action="store_true", help="leave out pytest -m cuda")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each case, about")
-    parser.add_argument(
-        "--no-search-cost", action="store_true", help="leave out candidates of Fast NAS in full"
+    parts = "\n".join(f"  {name:14}{part.run.__doc__}" for name, part in PARTS.items())
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0],
+        epilog=f"parts:\n{parts}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", default=[*PARTS])
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each case, about")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder")
-    parser.add_argument("--compile", action="store_true", help="also what inductor makes of eager")
-    # kind device sizes precision file
-    parser.add_argument("--case", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--rehearse", action="store_true", help="small sizes on the CPU")
+    parser.add_argument("--part", nargs=3, help=argparse.SUPPRESS)  # name, result, log
     options = parser.parse_args(arguments)
-    if options.case:
-        kind, device, shape, precision, file = options.case
-        torch.backends.cudnn.benchmark = True  # the rivals are cuDNN's best
-        tf32 = precision == "tf32"
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-        sizes = [int(size) for size in shape.split(",")]
-        MEASURES[kind](device, sizes, precision, options, Path(file))
-        return 0
-    if not torch.cuda.is_available():
+    if options.part:
+        name, file, log = options.part
+        device = "cpu" if options.rehearse else "cuda"
+        run = Run(device, options.seconds, options.rehearse, Path(file), Path(log))
+        return run_part(name, run)
+    if not (options.rehearse or torch.cuda.is_available()):
         print(
-            f"gpu_report: torch {torch.__version__} must find a CUDA device, got none; run it on a "
-            "machine with a GPU and a torch built for CUDA",
+            f"gpu_report: expected a CUDA device, but torch {torch.__version__} finds none; run it "
+            "on a machine with a GPU and a torch built for CUDA, or with --rehearse",
             file=sys.stderr,
         )
         return 2
-    report = run(options)
-    return int(any(result["status"] != "ok" for result in report["steps"].values()))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    device_name = "rehearsal" if options.rehearse else torch.cuda.get_device_name()
+    file = options.out / f"{re.sub(r'[^a-z0-9]+', '-', device_name.lower()).strip('-')}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    flags = ["--seconds", str(options.seconds), *(["--rehearse"] if options.rehearse else [])]
+    statuses = []
+    for name in (name for name in PARTS if name in options.only):
+        found = start_part(name, flags, file, PARTS[name].limit)
+        statuses.append(found["status"])
+        report = json.loads(file.read_text()) if file.exists() else {}
+        report[name] = found
+        ordered = {name: report[name] for name in PARTS if name in report}
+        write(file, json.dumps(ordered, indent=1) + "\n")
+        write(file.with_suffix(".md"), markdown(ordered))
+    print(f"\nwrote {file}\n\n{file.with_suffix('.md').read_text()}")
+    return int(any(not status.startswith(("ok", "skipped")) for status in statuses))
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """All steps, one after the other; the files are written anew after each."""
-    options.out.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    file, part = options.out / f"{name}.json", options.out / f"{name}.part"
-    steps: dict[str, dict[str, Any]] = {}
-    report: dict[str, Any] = {"machine": harness.machine_line(), "steps": steps}
-    report |= {kind: {} for kind in (*MEASURES, "search_cost")}
-
-    def run_step(name: str, command: list[str], limit: float, kind: str = "") -> None:
-        part.unlink(missing_ok=True)
-        steps[name] = step(name, [sys.executable, *command], limit)
-        if part.exists():  # also of a step that ended early: what it finished
-            report[kind][name.removeprefix(f"{kind} ")] = json.loads(part.read_text())
-            part.unlink()
-        file.write_text(json.dumps(report, indent=1) + "\n")
-        file.with_suffix(".md").write_text(markdown(report))
-
-    if not options.no_build:
-        install = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "."]
-        run_step("build", install, LIMITS["build"])
-    if not options.no_tests:
-        run_step("tests", ["-m", "pytest", "-q", "-m", "cuda"], LIMITS["tests"])
-    shapes = {
-        "deform_conv2d": SHAPES,
-        "mixed_op": MIXED_SHAPES,
-        "search": SEARCHES,
-        "feature_gather": GATHERS,
-    }
-    flags = ["--seconds", str(options.seconds), *(["--compile"] if options.compile else [])]
-    for kind, cases in shapes.items():
-        for shape in (",".join(map(str, sizes)) for sizes in cases):
-            for precision in PRECISIONS:
-                if (kind, precision) == ("feature_gather", "tf32"):
-                    continue  # no arithmetic
-                case = ["--case", kind, DEVICE, shape, precision, str(part)]
-                name = f"{kind} {shape} {precision}"
-                run_step(name, [__file__, *flags, *case], LIMITS["case"], kind)
-    if not options.no_search_cost:
-        script = str(Path(search_cost.__file__))
-        command = [script, "--device", DEVICE, "--json", str(part), *SEARCH_COST]
-        run_step("search_cost", command, LIMITS["search_cost"], "search_cost")
-    print(f"\nwrote {file}\n\n{markdown(report)}")
-    return report
+def write(file: Path, text: str) -> None:
+    part = file.with_suffix(f"{file.suffix}.part")
+    part.write_text(text)
+    part.replace(file)  # a kill leaves the old file or the new one
 
 
-def step(name: str, command: list[str], limit: float) -> dict[str, Any]:
-    """Runs a command in the checkout, whatever becomes of it."""
+def start_part(name: str, flags: Sequence[str], file: Path, limit: float) -> dict[str, Any]:
+    """Runs a part in a session of its own, whatever becomes of it: how it ended and what it found.
+
+    Its standard input ends when this process does, in any way: see :func:`end_with_parent`.
+    """
+    result, log = (file.with_suffix(f".{name}.{suffix}") for suffix in ("result", "log"))
     print(f"{name} ... ", end="", flush=True)
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     start = time.monotonic()
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, __file__, *flags, "--part", name, str(result), str(log)],
+            cwd=ROOT,
+            env=os.environ | {"PATH": programs},  # ninja and cmake of this environment
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
-        output, _ = process.communicate(timeout=limit)
-        status = f"exit code {process.returncode}" if process.returncode else "ok"
+        code = process.wait(limit)
+        status = {0: "ok", SKIPPED: "skipped"}.get(code, f"exit code {code}")
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the compilers that it started, too
-        output, _ = process.communicate()
         status = f"stopped after {limit:.0f} s"
-    result = {"status": status, "seconds": round(time.monotonic() - start, 1)}
-    result["output"] = output[-4000:]
-    print(status, f"({result['seconds']} s)", flush=True)
-    return result
+    finally:
+        kill_group(process.pid)  # compilers, readers, workers: what it left
+        process.wait()
+    seconds = round(time.monotonic() - start, 1)
+    text = log.read_text(errors="replace").strip()
+    last = text.rpartition("\n")[2]
+    if status == "skipped":
+        status, last = f"skipped: {last}", ""
+    print(f"{status} ({seconds} s)", flush=True)
+    found: dict[str, Any] = {"status": status, "seconds": seconds, "last line": last}
+    if not status.startswith(("ok", "skipped")):
+        found["log"] = text[-4000:]
+    if result.exists():  # also of a part that ended early: what it finished
+        found |= json.loads(result.read_text())
+        result.unlink()
+    return found
 
 
-def time_calls(
-    calls: dict[str, harness.Call], device: str, seconds: float, graphs: bool = True
-) -> tuple[harness.Rounds, dict[str, int], dict[str, str]]:
-    """Times, bytes beyond the results, and the reasons why a call is not in a CUDA graph."""
-    memory, reasons, clock = {}, {}, harness.cpu_clock
-    if device == "cuda":
-        memory = {name: harness.cuda_extra_memory(call) for name, call in calls.items()}
-        clock = harness.CudaClock()
-        if graphs:
-            calls, reasons = harness.cuda_graphs(calls)
-    rounds = harness.Rounds(calls, clock)
-    for _ in range(rounds.warm_up(seconds)):
-        rounds.time(*calls)
-    return rounds, memory, reasons
+def kill_group(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
 
 
-def measure_deform_conv2d(
-    device: str, sizes: Sequence[int], precision: str, options: argparse.Namespace, file: Path
-) -> None:
-    """Times a shape in both directions; rewrites ``file`` after each."""
-    problem = rivals.Problem(*sizes, dtype=PRECISIONS[precision], device=device)
-    legs = LEGS if problem.dtype != torch.float32 else LEGS[:-1]
-    measure(problem, legs, "nasfast", rivals.FLOOR, rivals.LEGS, LEGS[:2], options, file)
+def end_with_parent() -> None:
+    """Kills this process and all that it started as soon as its standard input ends."""
+
+    def wait() -> None:
+        os.read(0, 1)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
-def measure_mixed_op(
-    device: str, sizes: Sequence[int], precision: str, options: argparse.Namespace, file: Path
-) -> None:
-    """The same of a mixed operation: evaluation forward, training forward and backward."""
-    problem = mixed_rivals.Problem(*sizes, dtype=PRECISIONS[precision], device=device)
-    legs = (*MIXED_LEGS, *(("compiled eager",) if options.compile else ()))
-    own = mixed_rivals.OWN
-    measure(problem, legs, "save", mixed_rivals.EAGER, mixed_rivals.LEGS, own, options, file)
+def run_part(name: str, run: Run) -> int:
+    """In the part's own process."""
+    end_with_parent()
+    part = PARTS[name]
+    try:
+        missing = [module for module in part.needs if not importable(module)]
+        if missing:
+            raise Skip(needs(missing))
+        if name != "build":  # which replaces the extension
+            import harness
+
+            run.machine = harness.machine_line()
+        part.run(run)
+        run.save()
+    except Skip as reason:
+        print(reason)
+        return SKIPPED
+    except ModuleNotFoundError as error:
+        module = str(error.name).partition(".")[0]
+        if module == "nasfast" or (ROOT / "bench" / f"{module}.py").exists():
+            raise
+        print(needs([module]))
+        return SKIPPED
+    return 0
 
 
-def measure(
-    problem: Any,
-    names: Sequence[str],
-    ours: str,
-    base: str,
-    legs: Mapping[str, Callable[[Any], Any]],
-    own: Sequence[str],
-    options: argparse.Namespace,
-    file: Path,
-) -> None:
-    result: dict[str, Any] = {}
-    for direction, backward in DIRECTIONS.items():
-        calls, skipped = rivals.calls(names, problem, backward, legs, own)
-        rounds, memory, reasons = time_calls(calls, problem.device, options.seconds)
-        rows = harness.rows(rounds, base, problem.flops(backward), memory)
-        others = [name for name in calls if name not in (ours, rivals.FLOOR)]
-        result[direction] = {
-            "rows": {name: asdict(row) for name, row in rows.items()},
-            "text": {name: str(row) for name, row in rows.items()},
-            "speed over": {name: rounds.multiple(name, ours) for name in others},
-            "skipped": skipped,
-            "without CUDA graph": reasons,
-        }
-        file.write_text(json.dumps(result))
+def importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
 
 
-def measure_search(
-    device: str, sizes: Sequence[int], precision: str, options: argparse.Namespace, file: Path
-) -> None:
-    """Times the two halves of a search step; rewrites ``file`` after each way to compute it."""
-    *config, batch, size = sizes
-    result: dict[str, Any] = {}
-    for way in mixed_rivals.SEARCH_WAYS:
-        try:
-            halves = mixed_rivals.search_calls(
-                way, config, batch, size, device, PRECISIONS[precision]
-            )
-            rounds, memory, _ = time_calls(halves, device, options.seconds, graphs=False)
-        except torch.OutOfMemoryError as error:
-            result[way] = {"skipped": str(error).partition(chr(10))[0]}
-        else:
-            seconds = {name: statistics.median(times) for name, times in rounds.times.items()}
-            result[way] = {
-                "seconds": seconds,
-                "whole search, minutes": sum(seconds[n] * STEPS[n] for n in STEPS) / 60,
-                "extra MiB": {name: size / harness.MIB for name, size in memory.items()},
-            }
-        file.write_text(json.dumps(result))
+def needs(modules: Sequence[str]) -> str:
+    packages = " ".join(PACKAGES.get(module, module) for module in modules)
+    return (
+        f"needs {', '.join(modules)}; pip install {packages} (without a network: --no-index "
+        "--find-links FOLDER, where its wheels are)"
+    )
 
 
-def measure_feature_gather(
-    device: str, sizes: Sequence[int], precision: str, options: argparse.Namespace, file: Path
-) -> None:
-    """Times batches from samples on the device, with their maps in the precision."""
-    samples, batch = sizes
-    calls, size = feature_rivals.gather_calls(device, samples, batch, PRECISIONS[precision])
-    rounds, memory, reasons = time_calls(calls, device, options.seconds)
-    result: dict[str, Any] = {"bytes": size, "extra bytes": memory, "without CUDA graph": reasons}
-    result["times"] = rounds.times
-    result["text"] = {
-        name: f"{rounds.multiple(name, 'copy'):.2f}x, {1e3 * median:.3f} ms, "
-        f"{2 * size / median / 1e9:.0f} GB/s"
-        for name, times in rounds.times.items()
-        for median in [statistics.median(times)]
+def markdown(report: Mapping[str, Any]) -> str:
+    """How each part ended, then the tables, texts and notes of its cases."""
+    from harness import table  # a part has built the extension by now
+
+    lines = {
+        name: {"status": found["status"], "seconds": found["seconds"], "last": found["last line"]}
+        for name, found in report.items()
     }
-    file.write_text(json.dumps(result))
-
-
-MEASURES: dict[str, Callable[..., None]] = {
-    "deform_conv2d": measure_deform_conv2d,
-    "mixed_op": measure_mixed_op,
-    "search": measure_search,
-    "feature_gather": measure_feature_gather,
-}
-
-
-def search_line(found: dict[str, Any]) -> str:
-    if "skipped" in found:
-        return str(found["skipped"])
-    halves = ", ".join(f"{name} {1e3 * s:.0f} ms" for name, s in found["seconds"].items())
-    memory = max(found["extra MiB"].values(), default=None)
-    peak = "" if memory is None else f", +{memory:.0f} MiB"
-    return f"{halves}{peak}, whole search {found['whole search, minutes']:.1f} min"
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The short form: a table per direction, then how the steps went that are worth a line."""
-    parts = [report["machine"]]
-    for kind, direction in itertools.product(("deform_conv2d", "mixed_op"), DIRECTIONS):
-        lines = {}
-        for case, result in report[kind].items():
-            if direction in result:
-                speeds = result[direction]["speed over"].items()
-                over = {f"speed over {name}": f"{speed:.2f}x" for name, speed in speeds}
-                lines[case] = result[direction]["text"] | over
-        if lines:
-            parts.append(f"{kind}, {direction}\n\n{harness.table('case', lines)}")
-    if report["search"]:
-        lines = {
-            case: {way: search_line(found) for way, found in result.items()}
-            for case, result in report["search"].items()
-        }
-        parts.append(f"search, layers,nodes,width,batch,size\n\n{harness.table('case', lines)}")
-    if report["feature_gather"]:
-        lines = {case: result["text"] for case, result in report["feature_gather"].items()}
-        head = "feature_gather, samples,batch, GB/s read and written as if by the copy"
-        parts.append(f"{head}\n\n{harness.table('case', lines)}")
-    parts += [search_cost.markdown(found) for found in report["search_cost"].values()]
-    notes = [
-        f"- {name}: {result['status']}; {result['output'].strip().rpartition(chr(10))[2]}"
-        for name, result in report["steps"].items()
-        if result["status"] != "ok" or name == "tests"
-    ]
-    reasons = {
-        f"- {leg} {what}: {reason}"
-        for kind in ("deform_conv2d", "mixed_op")
-        for result in report[kind].values()
-        for found in result.values()
-        for what in ("skipped", "without CUDA graph")
-        for leg, reason in found[what].items()
-    }
-    return "\n\n".join([*parts, "\n".join([*notes, *sorted(reasons)])]).strip() + "\n"
+    texts = [table("part", lines)]
+    for name, found in report.items():
+        tables: dict[str, dict[str, Any]] = {}
+        notes = set()
+        for case, result in found.get("result", {}).items():
+            for title, cells in result.get("tables", {}).items():
+                tables.setdefault(title, {})[case] = cells
+            notes |= {f"- {name}, {note}" for note in result.get("notes", ())}
+            if "failed" in result:
+                notes.add(f"- {name}, {case}: {result['failed']}")
+            texts += [result["text"]] if "text" in result else []
+        for title, rows in tables.items():
+            texts.append(f"{name}, {title}; {found['machine']}\n\n{table('case', rows)}")
+        texts += ["\n".join(sorted(notes))] if notes else []
+    return "\n\n".join(texts) + "\n"
 
 
 if __name__ == "__main__":

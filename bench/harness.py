@@ -1,7 +1,7 @@
-"""How every benchmark measures: legs in turn, medians, extra memory, one line on the machine.
+"""How every benchmark measures: calls in turn, medians, extra memory, one line on the machine.
 
-A leg is a call to time. The legs run interleaved (A B C A B C ...), so that a change of the
-machine's speed meets all of them, and multiples are medians of ratios within one round.
+The calls of a benchmark run interleaved (A B C A B C ...), so that a change of the
+machine's speed affects all of them alike, and multiples are medians of ratios within one round.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from nasfast.device import machine_info
+from nasfast.ops import _native
+from nasfast.training.graphs import capture
 
 Call = Callable[[], Any]
 Clock = Callable[[Call], float]  # seconds of a call
@@ -57,56 +60,128 @@ def cuda_graphs(calls: Mapping[str, Call]) -> tuple[dict[str, Call], dict[str, s
     """
     replays, reasons = dict(calls), {}
     for name, call in calls.items():
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
-                call()
+            graph, _ = capture(call, torch.cuda.Stream())
         except RuntimeError as error:  # it synchronises, say
-            reasons[name] = str(error).strip().partition("\n")[0]
-            torch.cuda.synchronize()
+            cause = error.__context__ or error  # ending a failed capture fails as well
+            reasons[name] = str(cause).strip().partition("\n")[0]
         else:
             replays[name] = graph.replay
     return replays, reasons
 
 
-class Rounds:
-    """Times of interleaved legs, one of each leg per round."""
+def backends() -> dict[str, dict[str, str]]:
+    """What runs each op on each type of device."""
+    found: dict[str, dict[str, str]] = getattr(_native, "BACKENDS", None) or _native.LEGS
+    return found
 
-    def __init__(self, legs: Mapping[str, Call], clock: Clock = cpu_clock) -> None:
-        self.legs, self.clock = legs, clock
-        self.times: dict[str, list[float]] = {name: [] for name in legs}
+
+def require_kernels(call: Call, device: str) -> set[str]:
+    """Runs a call: the entries of the extension that it used.
+
+    Raises:
+        RuntimeError: it used none, or some op has only its reference on the device.
+    """
+    entries: set[str] = set()
+    run = _native.call
+
+    def recording(entry: str, *arguments: Any) -> None:
+        entries.add(entry)
+        run(entry, *arguments)
+
+    found = {op: by_device.get(device, "nothing") for op, by_device in backends().items()}
+    references = [f"{op}: {text}" for op, text in found.items() if text.startswith("reference")]
+    with mock.patch.object(_native, "call", recording):
+        call()
+    if references or not entries:
+        raise RuntimeError(
+            f"expected kernels of nasfast on {device}, got "
+            f"{'; '.join(references) or 'a call that runs none'}; build with NASFAST_CUDA=on"
+        )
+    return entries
+
+
+def kernel_times(call: Call) -> dict[str, tuple[int, float]]:
+    """Launches and milliseconds of each CUDA kernel in a call, the longest first."""
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profiler:
+        call()
+        torch.cuda.synchronize()
+    found = [
+        (event.key, (event.count, event.self_device_time_total / 1e3))
+        for event in profiler.key_averages()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    return dict(sorted(found, key=lambda item: -item[1][1]))
+
+
+def clock_of(device: torch.device) -> Clock:
+    return CudaClock() if device.type == "cuda" else cpu_clock
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What this machine reaches."""
+
+    flops: float
+    """FLOP/s of a matrix product."""
+    bandwidth: float
+    """Bytes read and written a second by a copy."""
+
+
+def measure_peaks(
+    device: torch.device, dtype: torch.dtype, size: int | None = None, clock: Clock | None = None
+) -> Peaks:
+    """The best of some runs: products of square matrices, and copies of 64 size^2 bytes."""
+    size = size or (8192 if device.type == "cuda" else 2048)
+    clock = clock or clock_of(device)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    source = torch.zeros(64 * size * size, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+    product, copy = (
+        min(clock(call) for _ in range(7)) for call in (lambda: a @ b, lambda: target.copy_(source))
+    )
+    return Peaks(2 * size**3 / product, 2 * source.numel() / copy)
+
+
+class Rounds:
+    """Times of interleaved calls, one of each per round."""
+
+    def __init__(self, calls: Mapping[str, Call], clock: Clock = cpu_clock) -> None:
+        self.calls, self.clock = calls, clock
+        self.times: dict[str, list[float]] = {name: [] for name in calls}
 
     def warm_up(self, seconds: float, least: int = 7, most: int = 200) -> int:
-        """Runs each leg; how many rounds then take about ``seconds``."""
+        """Runs each call; how many rounds then take about ``seconds``."""
         start = time.perf_counter()
-        for call in self.legs.values():
+        for call in self.calls.values():
             call()
             self.clock(call)
         return min(most, max(least, round(seconds / (time.perf_counter() - start))))
 
     def time(self, *names: str) -> None:
-        """One run of each of these legs, after one that makes caches and thread pools its own."""
+        """One run of each of these calls, after one that makes caches and thread pools its own."""
         for name in names:
-            self.legs[name]()
+            self.calls[name]()
             self.time_warm(name)
 
     def time_warm(self, name: str) -> None:
-        """One run of a leg that has just run."""
-        self.times[name].append(self.clock(self.legs[name]))
+        """One run of a call that has just run."""
+        self.times[name].append(self.clock(self.calls[name]))
 
     def multiple(self, name: str, of: str) -> float:
-        """Median over the rounds of the leg's time divided by that of another."""
+        """Median over the rounds of the call's time divided by that of another."""
         return statistics.median(a / b for a, b in zip(self.times[name], self.times[of]))
 
 
 @dataclass(frozen=True)
 class Row:
-    """Result of one leg."""
+    """Result of one call."""
 
     ms: float
     """Median."""
     gflops: float
-    """GFLOP/s; for all legs of a benchmark the same floating-point operations."""
+    """GFLOP/s; for all calls of a benchmark the same floating-point operations."""
     multiple: float
     """Of the time of the floor."""
     extra_mib: float | None
@@ -122,7 +197,7 @@ class Row:
 def rows(
     rounds: Rounds, floor: str, flops: float, extra_bytes: Mapping[str, int | None]
 ) -> dict[str, Row]:
-    """Result of each leg."""
+    """Result of each call."""
     result = {}
     for name, times in rounds.times.items():
         median, extra = statistics.median(times), extra_bytes.get(name)
@@ -199,7 +274,7 @@ def machine_line() -> str:
 
 
 def table(head: str, lines: Mapping[str, Mapping[str, object]]) -> str:
-    """Markdown: a line of each case, a column of each leg."""
+    """Markdown: a line of each case, a column of each implementation."""
     names = list(dict.fromkeys(name for line in lines.values() for name in line))
     text = [f"| {' | '.join([head, *names])} |", "|---" * (1 + len(names)) + "|"]
     for case, line in lines.items():

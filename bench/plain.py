@@ -2,7 +2,7 @@
 
 A candidate of Fast NAS (stage 0): ``torch.nn`` modules alone, features from ``torch.save`` files
 behind a ``DataLoader``, Adam and the weight average as they come, the loss read at every step, and
-full-size logits that NumPy turns into a confusion matrix on the host. It is kinder to the rival
+full-size logits that NumPy turns into a confusion matrix on the host. It is kinder to the baseline
 than the published code, which encodes the validation images anew for every candidate: here their
 features lie in files, too. Names and order of the parameters are those of
 :class:`nasfast.models.decoders.Decoder`, so that both start from and train the same weights.
@@ -13,17 +13,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from nasfast.evaluation.evaluator import Stage0Config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from nasfast.evaluation.stages import Stage0Config
 from nasfast.models.decoders import DecoderConfig
 from nasfast.spaces.fast_nas import PRIMITIVES, Cell, FastNASGenotype
 from nasfast.training.loop import epoch_indices
+
+if TYPE_CHECKING:
+    from nasfast.evaluation.stages import Stage0Config
 
 Sample = dict[str, Tensor]
 IGNORE = 255

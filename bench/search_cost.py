@@ -32,12 +32,12 @@ import nasfast  # noqa: E402, F401  before torch: OpenMP's waiting threads then 
 
 DAY = 86400  # seconds
 
+import candidates  # noqa: E402
 import harness  # noqa: E402
-import mixed_rivals  # noqa: E402
+import mixed_op_baselines as mixed  # noqa: E402
 import plain  # noqa: E402
-import search_legs  # noqa: E402
 import torch  # noqa: E402
-from search_legs import Ours, Plain, Problem, Scale, Timed  # noqa: E402
+from candidates import Ours, Plain, Problem, Scale, Timed  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
@@ -47,7 +47,7 @@ from nasfast.device import resolve_device  # noqa: E402
 from nasfast.models.supernet import Supernet, SupernetConfig  # noqa: E402
 from nasfast.spaces.fast_nas import FastNASGenotype  # noqa: E402
 from nasfast.training.loop import Runtime  # noqa: E402
-from nasfast.workers import Crew, Job  # noqa: E402
+from nasfast.workers import Job, WorkerConfig  # noqa: E402
 
 TAPS = ((24, 4), (32, 8), (96, 16), (320, 32))  # channels, stride, at width 1.0
 # steps of the published search for denoising: 100 epochs of 13 batches, the architecture in 80
@@ -91,30 +91,6 @@ METHODS = {
 BUILT = ("segmentation", "restoration")
 
 
-@dataclass(frozen=True)
-class Peaks:
-    """What this machine reaches."""
-
-    flops: float
-    """FLOP/s of a matrix product in the dtype of activations."""
-    bandwidth: float
-    """Bytes read and written a second by a copy."""
-
-
-def measure_peaks(device: torch.device, dtype: torch.dtype, size: int, clock: Any) -> Peaks:
-    """The best of some runs: products of square matrices of that size, copies of 64 size^2 bytes.
-
-    ``clock(call)`` gives seconds.
-    """
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    source = torch.zeros(64 * size * size, dtype=torch.uint8, device=device)
-    target = torch.ones_like(source)
-    product, copy = (
-        min(clock(call) for _ in range(7)) for call in (lambda: a @ b, lambda: target.copy_(source))
-    )
-    return Peaks(2 * size**3 / product, 2 * source.numel() / copy)
-
-
 class Traffic(TorchDispatchMode):
     """Bytes of the inputs and outputs of every operation, each counted once an operation."""
 
@@ -155,7 +131,7 @@ class Work:
     def __mul__(self, factor: float) -> Work:
         return Work(factor * self.flops, factor * self.bytes)
 
-    def floor(self, peaks: Peaks) -> float:
+    def floor(self, peaks: harness.Peaks) -> float:
         """Seconds."""
         return max(self.flops / peaks.flops, self.bytes / peaks.bandwidth)
 
@@ -212,45 +188,45 @@ def candidate_work(training: Work, scoring: Work, scale: Scale) -> Work:
 def in_turn(
     cases: Mapping[str, Mapping[str, Callable[[], Timed]]], seconds: float
 ) -> dict[str, dict[str, list[Timed]]]:
-    """Rounds of all legs of all cases, as many as fit into the time, at least one."""
+    """Rounds of all kinds on all cases, as many as fit into the time, at least one."""
     found: dict[str, dict[str, list[Timed]]] = {
-        case: {leg: [] for leg in legs} for case, legs in cases.items()
+        case: {kind: [] for kind in kinds} for case, kinds in cases.items()
     }
     start = time.perf_counter()
     for rounds in itertools.count(1):
-        for case, legs in cases.items():
-            for leg, call in legs.items():
-                found[case][leg].append(call())
+        for case, kinds in cases.items():
+            for kind, call in kinds.items():
+                found[case][kind].append(call())
         spent = time.perf_counter() - start
         if spent + spent / rounds > seconds:
             return found
     raise AssertionError
 
 
-def ratio(times: Mapping[str, Sequence[Timed]], leg: str, of: str) -> float:
-    """Median over the rounds of the leg's time by that of another."""
-    return statistics.median(a.total / b.total for a, b in zip(times[leg], times[of]))
+def ratio(times: Mapping[str, Sequence[Timed]], kind: str, of: str) -> float:
+    """Median over the rounds of a kind's time by that of another."""
+    return statistics.median(a.total / b.total for a, b in zip(times[kind], times[of]))
 
 
 def measure_segmentation(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Ours and plain on each architecture, or ours with one thing taken away each."""
     scale, published = options.scale, Scale()
-    genotypes = search_legs.architectures(options.candidates)
+    genotypes = candidates.architectures(options.candidates)
     dtype = Runtime(device).dtype
-    peaks = measure_peaks(device, dtype, 8192 if device.type == "cuda" else 2048, clock_of(device))
+    peaks = harness.measure_peaks(device, dtype)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         problem = Problem(scale, device, Path(folder))
-        legs: dict[str, Callable[[FastNASGenotype, int], Timed]] = {"ours": Ours(problem)}
+        kinds: dict[str, Callable[[FastNASGenotype, int], Timed]] = {"ours": Ours(problem)}
         if options.ablate:
-            for name, variant in search_legs.ABLATIONS.items():
-                legs[f"without: {name}"] = Ours(problem, variant)
-        legs["plain"] = Plain(problem)
+            for name, variant in candidates.ABLATIONS.items():
+                kinds[f"without: {name}"] = Ours(problem, variant)
+        kinds["plain"] = Plain(problem)
         cases = {
-            name: {leg: bind(call, genotype, i) for leg, call in legs.items()}
+            name: {kind: bind(call, genotype, i) for kind, call in kinds.items()}
             for i, (name, genotype) in enumerate(genotypes.items())
         }
-        for call in legs.values():  # imports, pools, pages
-            call(search_legs.CHEAP, 0)
+        for call in kinds.values():  # imports, pools, pages
+            call(candidates.CHEAP, 0)
         times = in_turn(cases, options.seconds)
     result: dict[str, Any] = {"scale": asdict(scale), "dtype": str(dtype), "peaks": asdict(peaks)}
     result["architectures"] = {}
@@ -258,8 +234,8 @@ def measure_segmentation(options: argparse.Namespace, device: torch.device) -> d
         training, scoring = segmentation_work(genotype, published, dtype)
         work = candidate_work(training, scoring, published)
         seconds = {
-            leg: statistics.median(scale.extrapolate(t.seconds) for t in timed)
-            for leg, timed in times[name].items()
+            kind: statistics.median(scale.extrapolate(t.seconds) for t in timed)
+            for kind, timed in times[name].items()
         }
         result["architectures"][name] = {
             "genotype": genotype.to_json(),
@@ -267,8 +243,8 @@ def measure_segmentation(options: argparse.Namespace, device: torch.device) -> d
             "GB of a step": training.bytes / 1e9,
             "floor": work.floor(peaks),
             "seconds": seconds,
-            "ratios": {leg: ratio(times[name], leg, "ours") for leg in legs if leg != "ours"},
-            "measured": {leg: [asdict(t) for t in timed] for leg, timed in times[name].items()},
+            "ratios": {kind: ratio(times[name], kind, "ours") for kind in kinds if kind != "ours"},
+            "measured": {kind: [asdict(t) for t in timed] for kind, timed in times[name].items()},
         }
     return result
 
@@ -282,23 +258,21 @@ def bind(
 def measure_restoration(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Both halves of a step of the published supernet, ours and plain."""
     runtime = Runtime(device)
-    peaks = measure_peaks(
-        device, runtime.dtype, 8192 if device.type == "cuda" else 2048, clock_of(device)
-    )
-    batch, config, size = options.patches, mixed_rivals.CONFIG, mixed_rivals.SIZE
+    peaks = harness.measure_peaks(device, runtime.dtype)
+    batch, config, size = options.patches, mixed.CONFIG, mixed.SIZE
     ways = {
         "save": ("save", runtime.dtype),
         "recompute": ("recompute", runtime.dtype),
         "plain": ("eager", torch.float32),
     }
     calls = {
-        f"{leg}, {half}": call
-        for leg, (way, dtype) in ways.items()
-        for half, call in mixed_rivals.search_calls(
-            way, config, batch, size, device.type, dtype, nchw=leg == "plain"
+        f"{kind}, {half}": call
+        for kind, (way, dtype) in ways.items()
+        for half, call in mixed.search_calls(
+            way, config, batch, size, device.type, dtype, nchw=kind == "plain"
         ).items()
     }
-    rounds = harness.Rounds(calls, clock_of(device))
+    rounds = harness.Rounds(calls, harness.clock_of(device))
     for call in calls.values():
         call()
     start, count = time.perf_counter(), 0
@@ -306,29 +280,29 @@ def measure_restoration(options: argparse.Namespace, device: torch.device) -> di
         for name in calls:
             rounds.time_warm(name)
         count += 1
-    factor = mixed_rivals.BATCH / batch
+    factor = mixed.BATCH / batch
     searches = {
-        leg: [
+        kind: [
             factor * sum(STEPS[half] * seconds for half, seconds in zip(STEPS, halves))
-            for halves in zip(*(rounds.times[f"{leg}, {half}"] for half in STEPS))
+            for halves in zip(*(rounds.times[f"{kind}, {half}"] for half in STEPS))
         ]
-        for leg in ways
+        for kind in ways
     }
     with torch.device("meta"):
-        net = Supernet(SupernetConfig(*config, **mixed_rivals.WAYS["eager"]), 1).to(runtime.dtype)
-        images = torch.empty(mixed_rivals.BATCH, 1, size, size, dtype=runtime.dtype)
+        net = Supernet(SupernetConfig(*config, **mixed.WAYS["eager"]), 1).to(runtime.dtype)
+        images = torch.empty(mixed.BATCH, 1, size, size, dtype=runtime.dtype)
     work = work_of(lambda: net(images).float().square().mean(), True) * sum(STEPS.values())
-    best = min(("save", "recompute"), key=lambda leg: statistics.median(searches[leg]))
+    best = min(("save", "recompute"), key=lambda kind: statistics.median(searches[kind]))
     return {
         "batch": batch,
         "dtype": str(runtime.dtype),
         "peaks": asdict(peaks),
         "floor": work.floor(peaks),
         "ours": best,
-        "seconds": {leg: statistics.median(found) for leg, found in searches.items()},
+        "seconds": {kind: statistics.median(found) for kind, found in searches.items()},
         "ratios": {
-            leg: statistics.median(a / b for a, b in zip(searches[leg], searches[best]))
-            for leg in ways
+            kind: statistics.median(a / b for a, b in zip(searches[kind], searches[best]))
+            for kind in ways
         },
         "measured": rounds.times,
     }
@@ -340,17 +314,17 @@ def measure_workers(options: argparse.Namespace, device: torch.device) -> dict[s
     The candidates are the same architecture in small batches, so that no worker waits at the end.
     """
     scale = options.workers_scale
-    genotype = search_legs.architectures(2)["arch1"]
+    genotype = candidates.architectures(2)["arch1"]
     minutes: dict[int, list[float]] = {1: [], options.workers: []}
     count = 2 * options.workers
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder, contextlib.ExitStack() as stack:
-        build = functools.partial(search_legs.evaluator_of, scale, Path(folder))
+        build = functools.partial(candidates.evaluator_of, scale, Path(folder))
         evaluator = build(str(device))
         engines = {
             workers: stack.enter_context(
-                contextlib.closing(Crew(workers, (str(device),)).engine_for(build))
+                contextlib.closing(WorkerConfig(workers, (str(device),)).engine_for(build))
             )
             for workers in minutes
         }
@@ -385,10 +359,6 @@ def measure_workers(options: argparse.Namespace, device: torch.device) -> dict[s
 MEASURES = {"segmentation": measure_segmentation, "restoration": measure_restoration}
 
 
-def clock_of(device: torch.device) -> harness.Clock:
-    return harness.CudaClock() if device.type == "cuda" else harness.cpu_clock
-
-
 def number(value: float) -> str:
     """Three digits, and no exponent where it is large."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
@@ -414,15 +384,15 @@ def summary(method: str, found: dict[str, Any] | None) -> dict[str, str]:
     if method == "segmentation":
         cases = found["architectures"].values()
         floors = [case["floor"] for case in cases]
-        ours, plain_ = ([case["seconds"][leg] for case in cases] for leg in ("ours", "plain"))
+        ours, plain_ = ([case["seconds"][kind] for case in cases] for kind in ("ours", "plain"))
         ratios = [case["ratios"]["plain"] for case in cases]
     else:
         floors, ours = [found["floor"]], [found["seconds"][found["ours"]]]
         plain_, ratios = [found["seconds"]["plain"]], [found["ratios"]["plain"]]
     assert published.candidates is not None
     days = {
-        leg: published.candidates * statistics.median(values) / DAY
-        for leg, values in (("ours", ours), ("plain", plain_))
+        kind: published.candidates * statistics.median(values) / DAY
+        for kind, values in (("ours", ours), ("plain", plain_))
     }
     return line | {
         "ours, s a candidate": spread(ours),
@@ -444,7 +414,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     if "segmentation" in found:
         parts += segmentation_tables(found["segmentation"])
     if "restoration" in found:
-        result, whole = found["restoration"], mixed_rivals.BATCH
+        result, whole = found["restoration"], mixed.BATCH
         halves = {
             name: {"ms": f"{1e3 * statistics.median(times):.0f}"}
             for name, times in result["measured"].items()
@@ -470,8 +440,8 @@ def segmentation_tables(result: Mapping[str, Any]) -> list[str]:
     for name, case in result["architectures"].items():
         seconds, measured = case["seconds"], case["measured"]
         totals = {
-            leg: statistics.median(sum(t["seconds"].values()) for t in measured[leg])
-            for leg in ("ours", "plain")
+            kind: statistics.median(sum(t["seconds"].values()) for t in measured[kind])
+            for kind in ("ours", "plain")
         }
         lines[name] = {
             "forward GFLOP, GB a step": f"{case['forward GFLOP of a step']:.1f}, "
@@ -484,7 +454,7 @@ def segmentation_tables(result: Mapping[str, Any]) -> list[str]:
             "plain, s": f"{seconds['plain']:.1f}",
         }
         if len(case["ratios"]) > 1:
-            without[name] = {leg: f"{x:.2f}" for leg, x in case["ratios"].items()}
+            without[name] = {kind: f"{x:.2f}" for kind, x in case["ratios"].items()}
     rounds = len(next(iter(result["architectures"].values()))["measured"]["ours"])
     parts = [
         f"Candidates of Fast NAS, stage 0, {rounds} round{'s' if rounds > 1 else ''}: "
@@ -524,7 +494,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = resolve_device(options.device)
     cuda = device.type == "cuda"
     options.scale = Scale.of(options.samples or (4000 if cuda else 256))
-    options.patches = options.patches or (mixed_rivals.BATCH if cuda else 2)
+    options.patches = options.patches or (mixed.BATCH if cuda else 2)
     options.workers_scale = Scale.of(64, batch_size=16)
     report = {
         "machine": harness.machine_line(),

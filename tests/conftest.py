@@ -1,4 +1,8 @@
-"""Fixtures for all tests."""
+"""Fixtures for all tests.
+
+What the commands need (tyro, safetensors, Pillow) is imported by the fixtures that use it: tests of
+kernels run where it is missing, as on a machine that is lent for its GPU.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import save_file
-
-from nasfast import search, train
-from nasfast.encoders import MobileNetV2
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +57,10 @@ def poison_empty() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weight file of a small encoder, not trained."""
+    from safetensors.torch import save_file
+
+    from nasfast.encoders import MobileNetV2
+
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("encoder") / "tiny.safetensors"
     save_file(MobileNetV2(0.35).state_dict(), path, {"nasfast.encoder": '{"width": 0.35}'})
@@ -67,6 +70,8 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of twelve images of 32x48 with three classes, the last one named [post]."""
+    from PIL import Image
+
     root = tmp_path_factory.mktemp("data") / "three bands"
     rng = np.random.default_rng(0)
     for folder in ("images", "masks"):
@@ -106,6 +111,8 @@ def tiny_search(
 @pytest.fixture(scope="session")
 def tiny_run(tiny_search: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run directory of that search, never interrupted; not to be written to."""
+    from nasfast import search
+
     runs = tmp_path_factory.mktemp("runs")
     assert search.main([*tiny_search, "--runs", str(runs)]) == 0
     (path,) = runs.iterdir()
@@ -122,6 +129,8 @@ def tiny_training(tiny_run: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def tiny_model(tiny_training: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of that training, never interrupted; not to be written to."""
+    from nasfast import train
+
     out = tmp_path_factory.mktemp("model") / "train"
     assert train.main([*tiny_training, "--out", str(out)]) == 0
     return out

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,21 @@ if not BENCH.is_dir():
     pytest.skip("needs the folder bench of the checkout", allow_module_level=True)
 sys.path.insert(0, str(BENCH))
 
-import feature_rivals  # noqa: E402
+import candidates  # noqa: E402
+import deform_conv2d_baselines as deform  # noqa: E402
+import feature_cache_baselines as features  # noqa: E402
+import gpu_parts  # noqa: E402
 import gpu_report  # noqa: E402
 import harness  # noqa: E402
-import mixed_rivals  # noqa: E402
+import mixed_op_baselines as mixed  # noqa: E402
 import plain  # noqa: E402
-import rivals  # noqa: E402
 import search_cost  # noqa: E402
-import search_legs  # noqa: E402
-from search_legs import Scale, Timed  # noqa: E402
+from candidates import Scale, Timed  # noqa: E402
 
 from nasfast.models.decoders import Decoder  # noqa: E402
 from nasfast.models.supernet import SupernetConfig  # noqa: E402
 
-PROBLEM = rivals.Problem(2, 6, 7, 9, 4, spread=3.0)
+PROBLEM = deform.Problem(2, 6, 7, 9, 4, spread=3.0)
 
 
 def allocate(temporary: int, returned: int) -> tuple[harness.Call, harness.Call]:
@@ -53,14 +54,14 @@ def allocate(temporary: int, returned: int) -> tuple[harness.Call, harness.Call]
 def test_extra_memory_of_a_known_allocation(temporary: int) -> None:
     extra = harness.extra_memory(allocate, temporary, 8)
     if extra is None:
-        pytest.skip("the system does not tell")
+        pytest.skip("the system does not report it")
     assert abs(extra / harness.MIB - temporary) < 0.5
 
 
 def test_rounds() -> None:
     order = ""
 
-    def leg(name: str) -> Callable[[], None]:
+    def make(name: str) -> Callable[[], None]:
         def call() -> None:
             nonlocal order
             order += name
@@ -71,7 +72,7 @@ def test_rounds() -> None:
         call()
         return len(order) * {"a": 2.0, "b": 3.0}[order[-1]]
 
-    rounds = harness.Rounds({"a": leg("a"), "b": leg("b")}, clock)
+    rounds = harness.Rounds({"a": make("a"), "b": make("b")}, clock)
     for _ in range(3):
         rounds.time("a", "b")
     assert order == 3 * "aabb"  # the first of each pair is not timed
@@ -85,10 +86,10 @@ def test_rounds() -> None:
     "name", ["torchvision", "mmcv", "grid_sample", "compiled gather", "onnxruntime"]
 )
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_rivals_compute_the_same(name: str, backward: bool) -> None:
+def test_baselines_compute_the_same(name: str, backward: bool) -> None:
     if name == "compiled gather":
         pytest.skip("takes long to compile; its source is the reference")
-    calls, skipped = rivals.calls(["nasfast", name], PROBLEM, backward)
+    calls, skipped = deform.calls(["nasfast", name], PROBLEM, backward)
     if name in skipped:
         pytest.skip(skipped[name])
     expected, got = calls["nasfast"](), calls[name]()
@@ -103,12 +104,12 @@ def test_offset_and_mask_are_those_of_a_channels_last_convolution() -> None:
     assert tensors.mask.stride() == mask.sigmoid().stride()
 
 
-def test_a_rival_that_fails_is_skipped_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(problem: rivals.Problem) -> rivals.Leg:
+def test_a_baseline_that_fails_is_skipped_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(problem: deform.Problem) -> deform.Implementation:
         raise RuntimeError("no kernel\nsecond line")
 
-    monkeypatch.setitem(rivals.LEGS, "torchvision", broken)
-    calls, skipped = rivals.calls(["conv2d", "torchvision", "nasfast"], PROBLEM, False)
+    monkeypatch.setitem(deform.IMPLEMENTATIONS, "torchvision", broken)
+    calls, skipped = deform.calls(["conv2d", "torchvision", "nasfast"], PROBLEM, False)
     assert list(calls) == ["conv2d", "nasfast"]
     assert skipped == {"torchvision": "RuntimeError: no kernel"}
 
@@ -117,23 +118,23 @@ def test_flops_are_those_that_pytorch_counts() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     for backward in (False, True):
-        call = rivals.nasfast(PROBLEM).call(backward)
+        call = deform.nasfast(PROBLEM).call(backward)
         with FlopCounterMode(display=False) as counter:
             call()
         assert counter.get_total_flops() == PROBLEM.flops(backward)
 
 
-MIXED = mixed_rivals.Problem(6, 2, 7, 9)
+MIXED = mixed.Problem(6, 2, 7, 9)
 
 
 @pytest.mark.parametrize("name", ["save", "recompute", "grid_sample", "save bfloat16"])
 @pytest.mark.parametrize("backward", [False, True], ids=["evaluation", "training"])
-def test_mixed_rivals_compute_the_same(name: str, backward: bool) -> None:
-    calls, skipped = rivals.calls(
-        [mixed_rivals.EAGER, name], MIXED, backward, mixed_rivals.LEGS, mixed_rivals.OWN
+def test_mixed_baselines_compute_the_same(name: str, backward: bool) -> None:
+    calls, skipped = deform.calls(
+        [mixed.EAGER, name], MIXED, backward, mixed.IMPLEMENTATIONS, mixed.OWN
     )
     assert not skipped
-    expected, got = calls[mixed_rivals.EAGER](), calls[name]()
+    expected, got = calls[mixed.EAGER](), calls[name]()
     assert len(expected) == len(got)
     tolerance = 0.1 if "bfloat16" in name else 1e-3
     for ours, reference in zip(got[:3], expected[:3]):  # output, gradients of state and factors
@@ -146,8 +147,8 @@ def test_flops_of_a_mixed_operation() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     state, factors = torch.randn(2, 6, 7, 9), torch.rand(6)
-    for name in ("save", mixed_rivals.FLOOR):
-        module = mixed_rivals.LEGS[name](MIXED).module
+    for name in ("save", mixed.FLOOR):
+        module = mixed.IMPLEMENTATIONS[name](MIXED).module
         with FlopCounterMode(display=False) as counter:
             module(state, factors)
         assert counter.get_total_flops() == MIXED.flops(False) == MIXED.flops(True) / 3
@@ -156,13 +157,13 @@ def test_flops_of_a_mixed_operation() -> None:
 def test_memory_that_a_mixed_operation_keeps() -> None:
     """On meta tensors as on real ones."""
     config, real, meta = SupernetConfig(layers=2, nodes=2, width=4), [], []
-    for way in mixed_rivals.WAYS:
-        options = vars(config) | mixed_rivals.WAYS[way]
+    for way in mixed.WAYS:
+        options = vars(config) | mixed.WAYS[way]
         for device, sizes in (("cpu", real), ("meta", meta)):
             with torch.device(device):
-                net = mixed_rivals.Supernet(SupernetConfig(**options), 1)
+                net = mixed.Supernet(SupernetConfig(**options), 1)
                 net.to(memory_format=torch.channels_last)
-            sizes.append(mixed_rivals.kept(net, mixed_rivals.empty(device, 2, 1, 16, 12)))
+            sizes.append(mixed.kept(net, mixed.empty(device, 2, 1, 16, 12)))
     assert meta == pytest.approx(real, rel=0.01)
     assert real[0] > 1.5 * real[1] > 5 * real[2]
 
@@ -170,11 +171,11 @@ def test_memory_that_a_mixed_operation_keeps() -> None:
 def test_bench_mixed_op() -> None:
     """All of it on small sizes, as pytest runs it."""
     code = (
-        "import sys; sys.path.insert(0, 'bench'); import mixed_rivals, pytest\n"
-        "mixed_rivals.CONFIG = (1, 1, 4)\n"
-        "mixed_rivals.CHANNELS, mixed_rivals.BATCH, mixed_rivals.SIZE = (4,), 1, 8\n"
-        "mixed_rivals.Problem.__init__.__defaults__ = (\n"
-        "    1, 8, 6, *mixed_rivals.Problem.__init__.__defaults__[3:])\n"
+        "import sys; sys.path.insert(0, 'bench'); import mixed_op_baselines as mixed, pytest\n"
+        "mixed.CONFIG = (1, 1, 4)\n"
+        "mixed.CHANNELS, mixed.BATCH, mixed.SIZE = (4,), 1, 8\n"
+        "mixed.Problem.__init__.__defaults__ = (\n"
+        "    1, 8, 6, *mixed.Problem.__init__.__defaults__[3:])\n"
         "sys.exit(pytest.main(['-q', '--seconds', '0.01', 'bench/bench_mixed_op.py']))\n"
     )
     done = subprocess.run(
@@ -185,23 +186,23 @@ def test_bench_mixed_op() -> None:
     assert "| recompute | " in done.stdout
 
 
-SMALL = Scale(8, 3, crop=32, val_crop=48, batch_size=4, epochs=2, agg_size=8, width=0.35, classes=8)
-GENOTYPES = search_legs.architectures(5)
+SMALL = candidates.TINY
+GENOTYPES = candidates.architectures(5)
 
 
 @pytest.fixture(scope="module")
-def problem(tmp_path_factory: pytest.TempPathFactory) -> search_legs.Problem:
-    return search_legs.Problem(SMALL, torch.device("cpu"), tmp_path_factory.mktemp("problem"))
+def problem(tmp_path_factory: pytest.TempPathFactory) -> candidates.Problem:
+    return candidates.Problem(SMALL, torch.device("cpu"), tmp_path_factory.mktemp("problem"))
 
 
 @pytest.mark.parametrize("name", GENOTYPES)
 def test_the_plain_formulation_trains_the_same_network(
-    problem: search_legs.Problem, name: str
+    problem: candidates.Problem, name: str
 ) -> None:
     """In float32: the same reward, from weights, order, losses, optimizer and averages alike."""
-    ours = search_legs.Ours(problem, search_legs.Variant(search_legs.Float32))
-    rival = search_legs.Plain(problem)
-    expected, got = (leg(GENOTYPES[name], 3) for leg in (ours, rival))
+    ours = candidates.Ours(problem, candidates.Variant(candidates.Float32))
+    baseline = candidates.Plain(problem)
+    expected, got = (kind(GENOTYPES[name], 3) for kind in (ours, baseline))
     assert got.reward == pytest.approx(expected.reward, rel=1e-3)
     assert got.reward > 0
     for timed in (expected, got):
@@ -209,33 +210,35 @@ def test_the_plain_formulation_trains_the_same_network(
         assert all(seconds > 0 for seconds in timed.seconds.values())
 
 
-def test_weights_of_the_plain_formulation(problem: search_legs.Problem) -> None:
+def test_weights_of_the_plain_formulation(problem: candidates.Problem) -> None:
     info = problem.encoder.feature_info
     for genotype in GENOTYPES.values():
         torch.manual_seed(5)
         ours = Decoder(genotype, info, 8, SMALL.decoder).state_dict()
         torch.manual_seed(5)
         channels = [tap.channels for tap in info]
-        rival = plain.PlainDecoder(genotype, channels, 8, SMALL.decoder)
-        assert {type(m) for m in rival.modules() if "Conv" in type(m).__name__} == {torch.nn.Conv2d}
-        torch.testing.assert_close(dict(rival.state_dict()), dict(ours), rtol=0, atol=0)
+        baseline = plain.PlainDecoder(genotype, channels, 8, SMALL.decoder)
+        assert {type(m) for m in baseline.modules() if "Conv" in type(m).__name__} == {
+            torch.nn.Conv2d
+        }
+        torch.testing.assert_close(dict(baseline.state_dict()), dict(ours), rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module")
-def reward(problem: search_legs.Problem) -> float:
-    float32 = search_legs.Variant(search_legs.Float32)
-    return search_legs.Ours(problem, float32)(GENOTYPES["arch2"], 3).reward
+def reward(problem: candidates.Problem) -> float:
+    float32 = candidates.Variant(candidates.Float32)
+    return candidates.Ours(problem, float32)(GENOTYPES["arch2"], 3).reward
 
 
-@pytest.mark.parametrize("name", search_legs.ABLATIONS)
+@pytest.mark.parametrize("name", candidates.ABLATIONS)
 def test_what_is_taken_away_costs_time_alone(
-    problem: search_legs.Problem, reward: float, name: str
+    problem: candidates.Problem, reward: float, name: str
 ) -> None:
     """The reward is the same, but for rounding: here all is in float32."""
-    variant = search_legs.ABLATIONS[name]
+    variant = candidates.ABLATIONS[name]
     nchw = "NCHW" in name
-    runtime = search_legs.ContiguousFloat32 if nchw else search_legs.Float32
-    ours = search_legs.Ours(problem, dataclasses.replace(variant, runtime=runtime))
+    runtime = candidates.ContiguousFloat32 if nchw else candidates.Float32
+    ours = candidates.Ours(problem, dataclasses.replace(variant, runtime=runtime))
     assert (
         variant.runtime(problem.device)
         .place(torch.nn.Conv2d(2, 2, 3))
@@ -289,22 +292,22 @@ def test_bytes_of_operations() -> None:
 
 
 def test_floor() -> None:
-    peaks = search_cost.Peaks(flops=100, bandwidth=10)
+    peaks = harness.Peaks(flops=100, bandwidth=10)
     work = search_cost.Work(200, 10) + search_cost.Work(100, 5) * 2
     assert work == search_cost.Work(400, 20)
     assert work.floor(peaks) == 4
     assert search_cost.Work(1, 100).floor(peaks) == 10
-    measured = search_cost.measure_peaks(
+    measured = harness.measure_peaks(
         torch.device("cpu"), torch.float32, 32, lambda call: call() is None or 2.0
     )
-    assert measured == search_cost.Peaks(32**3, 64 * 32 * 32)
+    assert measured == harness.Peaks(32**3, 64 * 32 * 32)
 
 
 def test_candidates_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 0.0
     order = ""
 
-    def leg(name: str, seconds: float) -> Callable[[], Timed]:
+    def make(name: str, seconds: float) -> Callable[[], Timed]:
         def call() -> Timed:
             nonlocal clock, order
             clock, order = clock + seconds, order + name
@@ -313,7 +316,10 @@ def test_candidates_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         return call
 
     monkeypatch.setattr(search_cost.time, "perf_counter", lambda: clock)
-    cases = {"x": {"ours": leg("a", 1), "plain": leg("b", 2)}, "y": {"ours": leg("c", 1)}}
+    cases = {
+        "x": {"ours": make("a", 1), "plain": make("b", 2)},
+        "y": {"ours": make("c", 1)},
+    }
     found = search_cost.in_turn(cases, 11)  # a round takes 4
     assert order == "abcabc"
     assert [timed.total for timed in found["x"]["plain"]] == [4, 7]
@@ -325,11 +331,11 @@ def test_candidates_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_search_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """The whole of it on small sizes."""
     monkeypatch.setattr(Scale, "of", lambda samples, **_: SMALL)
-    monkeypatch.setattr(search_cost, "measure_peaks", lambda *_: search_cost.Peaks(1e12, 1e10))
-    monkeypatch.setattr(mixed_rivals, "CONFIG", (1, 1, 4))
-    monkeypatch.setattr(mixed_rivals, "SIZE", 8)
-    for name in list(search_legs.ABLATIONS)[1:-1]:
-        monkeypatch.delitem(search_legs.ABLATIONS, name)
+    monkeypatch.setattr(harness, "measure_peaks", lambda *_: harness.Peaks(1e12, 1e10))
+    monkeypatch.setattr(mixed, "CONFIG", (1, 1, 4))
+    monkeypatch.setattr(mixed, "SIZE", 8)
+    for name in list(candidates.ABLATIONS)[1:-1]:
+        monkeypatch.delitem(candidates.ABLATIONS, name)
     file = tmp_path / "cost.json"
     options = ["--seconds", "0", "--candidates", "1", "--device", "cpu", "--folder", str(tmp_path)]
     assert search_cost.main([*options, "--ablate", "--json", str(file)]) == 0
@@ -341,7 +347,7 @@ def test_search_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
     case = found["architectures"]["arch0"]
     assert case["genotype"] == GENOTYPES["arch0"].to_json()
     assert case["forward GFLOP of a step"] == pytest.approx(79.2, abs=0.05)
-    assert case["ratios"].keys() == {"plain", *(f"without: {n}" for n in search_legs.ABLATIONS)}
+    assert case["ratios"].keys() == {"plain", *(f"without: {n}" for n in candidates.ABLATIONS)}
     measured = case["measured"]["ours"]
     assert len(measured) == 1
     assert case["seconds"]["ours"] == pytest.approx(SMALL.extrapolate(measured[0]["seconds"]))
@@ -394,17 +400,15 @@ def test_search_cost_of_one_method(monkeypatch: pytest.MonkeyPatch, capsys: Any)
     assert "| save, weights | 250 |" in text
 
 
-TINY: dict[str, tuple[int, ...]] = {"tap0": (8, 4, 6), "teacher": (16, 2, 2), "labels": (4, 6)}
-
-
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> feature_rivals.Store:
-    return feature_rivals.Store(tmp_path_factory.mktemp("store"), 20, TINY)  # batches of 8, 8, 4
+def store(tmp_path_factory: pytest.TempPathFactory) -> features.Store:
+    """Batches of 8, 8 and 4 samples."""
+    return features.Store(tmp_path_factory.mktemp("store"), 20, features.SMALL)
 
 
-@pytest.mark.parametrize("name", [*feature_rivals.LEGS])
-def test_forms_of_features_give_the_same(store: feature_rivals.Store, name: str) -> None:
-    given = feature_rivals.LEGS[name](store)
+@pytest.mark.parametrize("name", [*features.IMPLEMENTATIONS])
+def test_forms_of_features_give_the_same(store: features.Store, name: str) -> None:
+    given = features.IMPLEMENTATIONS[name](store)
     expected = [store.encode(indices) for indices in store.order]
     for _ in range(2):  # a pass can be repeated
         got = [copy.deepcopy(item) for item in given()]
@@ -416,7 +420,7 @@ def test_forms_of_features_give_the_same(store: feature_rivals.Store, name: str)
         elif name == "memory copy, NumPy":
             assert got == [None] * 3
         elif name == "views, read":
-            words = [feature_rivals.total(store.cache.sample(i)) for i in store.order[0].tolist()]
+            words = [features.total(store.cache.sample(i)) for i in store.order[0].tolist()]
             assert got[0] == words
         else:
             for batch, samples in zip(got, expected):
@@ -432,29 +436,30 @@ def test_forms_of_features_give_the_same(store: feature_rivals.Store, name: str)
                     )
 
 
-def test_readers_together(store: feature_rivals.Store) -> None:
-    rates = [feature_rivals.together(store, "batches", n, 0.2) for n in (1, 2)]
+def test_readers_together(store: features.Store) -> None:
+    rates = [features.together(store, "batches", n, 0.2) for n in (1, 2)]
     assert min(rates) > 100
 
 
 def test_a_reader_that_fails(tmp_path: Path) -> None:
-    store = feature_rivals.Store(tmp_path / "absent", 4, TINY)
+    store = features.Store(tmp_path / "absent", 4, features.SMALL)
     with pytest.raises(RuntimeError) as info:
-        feature_rivals.together(store, "torch.save files", 1, 0.1)
+        features.together(store, "torch.save files", 1, 0.1)
     assert str(info.value) == "torch.save files: expected 1 readers, got exit codes [1]"
 
 
-def test_private_memory_of_a_reader(store: feature_rivals.Store) -> None:
-    alone, reader = (feature_rivals.private_memory(store, leg) for leg in (None, "batches"))
+def test_private_memory_of_a_reader(store: features.Store) -> None:
+    alone, reader = (features.private_memory(store, name) for name in (None, "batches"))
     assert 0 < alone < reader < alone + 100 * harness.MIB
 
 
 def test_bench_feature_cache() -> None:
     """All of it on small sizes, as pytest runs it."""
     code = (
-        "import sys; sys.path.insert(0, 'bench'); import feature_rivals, pytest\n"
-        f"feature_rivals.SAMPLES, feature_rivals.SHAPES = 16, {TINY}\n"
-        "feature_rivals.REPEATS = 1\n"
+        "import sys; sys.path.insert(0, 'bench')\n"
+        "import feature_cache_baselines as features, pytest\n"
+        "features.SAMPLES, features.SHAPES = 16, features.SMALL\n"
+        "features.REPEATS = 1\n"
         "sys.exit(pytest.main(['-q', '--seconds', '0.1', 'bench/bench_feature_cache.py']))\n"
     )
     done = subprocess.run(
@@ -466,79 +471,8 @@ def test_bench_feature_cache() -> None:
     assert " MiB |" in done.stdout
 
 
-def test_gpu_report_without_a_gpu(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(BENCH / "gpu_report.py"), "--out", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr == (
-        f"gpu_report: torch {torch.__version__} must find a CUDA device, got none; run it on a "
-        "machine with a GPU and a torch built for CUDA\n"
-    )
-    assert not (tmp_path / "out").exists()
-
-
-def test_gpu_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """The whole of it, with the CPU in the role of the GPU and steps that fail."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA B300 (SXM)")
-    monkeypatch.setattr(gpu_report, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu_report, "SHAPES", [(1, 4, 6, 5, 4), (1, 4, -6, 5, 4)])
-    monkeypatch.setattr(gpu_report, "MIXED_SHAPES", [(4, 1, 6, 5)])
-    monkeypatch.setattr(gpu_report, "SEARCHES", [(1, 1, 4, 2, 8)])
-    monkeypatch.setattr(gpu_report, "GATHERS", [(3, 2)])
-    monkeypatch.setattr(gpu_report, "SEARCH_COST", ("--methods", "restoration", "--patches", "x"))
-    monkeypatch.setattr(gpu_report, "PRECISIONS", {"bfloat16": torch.bfloat16})
-    options = ["--no-build", "--no-tests", "--seconds", "0.01", "--out", str(tmp_path)]
-    assert gpu_report.main(options) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "nvidia-b300-sxm.json",
-        "nvidia-b300-sxm.md",
-    ]
-    report = json.loads((tmp_path / "nvidia-b300-sxm.json").read_text())
-    assert report["steps"]["deform_conv2d 1,4,6,5,4 bfloat16"]["status"] == "ok"
-    failed = report["steps"]["deform_conv2d 1,4,-6,5,4 bfloat16"]
-    assert failed["status"] == "exit code 1"
-    assert "Traceback" in failed["output"]
-    found = report["deform_conv2d"]["1,4,6,5,4 bfloat16"]["forward and backward"]
-    assert len(found["rows"]["nasfast"]["times"]) >= 7
-    found = report["mixed_op"]["4,1,6,5 bfloat16"]["forward and backward"]
-    assert found["rows"].keys() == {*gpu_report.MIXED_LEGS}
-    found = report["search"]["1,1,4,2,8 bfloat16"]
-    assert found.keys() == {"eager", "save", "recompute", "eager, checkpoints"}
-    for way in found.values():
-        minutes = (1300 * way["seconds"]["weights"] + 1040 * way["seconds"]["architecture"]) / 60
-        assert way["whole search, minutes"] == pytest.approx(minutes)
-    found = report["feature_gather"]["3,2 bfloat16"]
-    assert found["bytes"] == 2 * 1_404_928  # 1.34 MiB a sample
-    assert found["times"].keys() == {"copy", "indexing", "nasfast", "nasfast, from int8"}
-    assert report["steps"]["search_cost"]["status"] == "exit code 2"
-    text = (tmp_path / "nvidia-b300-sxm.md").read_text()
-    assert text in capsys.readouterr().out
-    assert "| 1,4,6,5,4 bfloat16 | 1.00x, " in text
-    assert "| 1,1,4,2,8 bfloat16 | weights " in text
-    assert "| 3,2 bfloat16 | 1.00x, " in text
-    assert "- search_cost: exit code 2; " in text
-    assert (
-        "- deform_conv2d 1,4,-6,5,4 bfloat16: exit code 1; RuntimeError: Trying to create" in text
-    )
-
-
-def test_gpu_report_shows_the_cost_of_a_search() -> None:
-    found = {"machine": "a machine", "methods": {}}
-    report: dict[str, Any] = {kind: {} for kind in gpu_report.MEASURES}
-    report |= {"machine": "another", "steps": {}, "search_cost": {"search_cost": found}}
-    assert search_cost.markdown(found).strip() in gpu_report.markdown(report)
-
-
 def test_gathers_on_a_device_give_the_same() -> None:
-    calls, size = feature_rivals.gather_calls("cpu", 3, 2, torch.float32, TINY)
+    calls, size = features.gather_calls("cpu", 3, 2, torch.float32, features.SMALL)
     given = {name: call() for name, call in calls.items()}
     assert given.pop("copy").nbytes == size == sum(x.nbytes for x in given["nasfast"])
     for name, tensors in given.items():
@@ -546,8 +480,181 @@ def test_gathers_on_a_device_give_the_same() -> None:
         torch.testing.assert_close(tensors, given["nasfast"], rtol=0, atol=tolerance)
 
 
-def test_gpu_report_stops_a_step() -> None:
-    result = gpu_report.step("sleep", ["bash", "-c", "echo begun; sleep 60; echo done"], 1)
-    assert result["status"] == "stopped after 1 s"
-    assert result["output"] == "begun\n"
-    assert result["seconds"] < 30
+COMMANDS = ("tyro", "tomli_w", "rich", "docstring_parser", "typeguard", "safetensors", "PIL")
+
+
+@pytest.fixture
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes find neither a GPU nor what a machine that is lent for its GPU lacks."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Blocker:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] in {(*COMMANDS, 'pytest')}:\n"
+        "            raise ModuleNotFoundError(f'blocked: {name}', name=name)\n"
+        "sys.meta_path.insert(0, Blocker())\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.mark.usefixtures("bare")
+def test_each_part_says_that_there_is_no_gpu(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'bench'); import gpu_report\n"
+        "print(*(gpu_report.main(['--out', sys.argv[1], '--only', p]) for p in gpu_report.PARTS))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    count = len(gpu_report.PARTS)
+    assert done.stdout.split() == ["2"] * count
+    assert done.stderr.splitlines() == count * [
+        f"gpu_report: expected a CUDA device, but torch {torch.__version__} finds none; run it on "
+        "a machine with a GPU and a torch built for CUDA, or with --rehearse"
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("bare")
+def test_gpu_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Parts on the CPU where packages are missing; a rerun of one keeps the others."""
+    options = ["--rehearse", "--seconds", "0.01", "--out", str(tmp_path / "out"), "--only"]
+    measured = ("smoke", "deform_conv2d", "mixed_op", "gather")
+    assert gpu_report.main([*options, *measured, "tests", "candidate", "search"]) == 0
+    report = json.loads((tmp_path / "out" / "rehearsal.json").read_text())
+    for name in measured:
+        assert report[name]["status"] == "ok"
+        assert report[name]["machine"].startswith(harness.machine_line().partition(",")[0])
+    install = "(without a network: --no-index --find-links FOLDER, where its wheels are)"
+    for name, modules, packages in (
+        ("tests", "pytest", "pytest"),
+        ("candidate", "safetensors, PIL", "safetensors pillow"),
+        ("search", "tyro, rich, tomli_w, safetensors, PIL", "tyro rich tomli-w safetensors pillow"),
+    ):
+        expected = f"skipped: needs {modules}; pip install {packages} {install}"
+        assert report[name]["status"] == expected
+    found = report["deform_conv2d"]["result"]["1,4,6,5,4 bfloat16, offsets of 1.0 px"]
+    assert len(found["forward and backward"]["rows"]["nasfast"]["times"]) >= 7
+    text = (tmp_path / "out" / "rehearsal.md").read_text()
+    assert text in capsys.readouterr().out
+    assert "| 1,4,6,5,4 bfloat16, offsets of 1.0 px | 1.00x, " in text
+    assert "| 3,2 bfloat16 | 1.00x, " in text
+
+    late = dataclasses.replace(gpu_report.PARTS["gather"], limit=0.1)
+    monkeypatch.setitem(gpu_report.PARTS, "gather", late)
+    assert gpu_report.main([*options, "gather"]) == 1
+    changed = json.loads((tmp_path / "out" / "rehearsal.json").read_text())
+    assert changed.pop("gather")["status"] == "stopped after 0 s"
+    assert changed == {name: found for name, found in report.items() if name != "gather"}
+
+
+def test_a_case_that_fails_does_not_lose_the_others(tmp_path: Path) -> None:
+    run = gpu_parts.Run("cpu", 1, True, tmp_path / "result", tmp_path / "log")
+
+    def broken() -> dict[str, Any]:
+        raise ValueError("no such shape\nsecond line")
+
+    with pytest.raises(RuntimeError, match=r"^1 of 2 cases failed: a$"):
+        run.cases({"a": broken, "b": lambda: {"ms": 3, "tables": {"times": {"ours": "3 ms"}}}})
+    found = json.loads(run.file.read_text())
+    assert found["result"]["a"] == {"failed": "ValueError: no such shape"}
+    assert found["result"]["b"]["ms"] == 3
+    part = found | {"status": "exit code 1", "seconds": 1.0, "last line": "RuntimeError"}
+    text = gpu_report.markdown({"gather": part})
+    assert "- gather, a: ValueError: no such shape" in text
+    assert "| b | 3 ms |" in text
+
+
+def test_a_command_of_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = gpu_parts.Run("cpu", 1, True, tmp_path / "result", tmp_path / "log")
+    run.log.write_text("begun\nthe end\n")
+    assert run.command(["true"], 9) == "the end"
+    assert run.command(["sleep", "60"], 0.1, ends=False) == "the end"
+    for words, message in (
+        (["false"], "false: exit code 1; the end"),
+        (["sleep", "60"], "sleep did not end within 0 s"),
+    ):
+        with pytest.raises(RuntimeError) as info:
+            run.command(words, 0.1 if words[0] == "sleep" else 9)
+        assert str(info.value) == message
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(gpu_parts.Skip, match=r"^needs no-tool; it comes with the CUDA toolkit$"):
+        gpu_parts.program("no-tool", "the CUDA toolkit")
+
+
+PART = """
+import subprocess
+child = subprocess.Popen(["sleep", "60"])
+print(child.pid, flush=True)
+child.wait()
+"""
+WATCHING = """
+import sys
+sys.path.insert(0, "bench")
+import gpu_report
+gpu_report.end_with_parent()
+"""
+REPORT = """
+import pathlib, sys
+sys.path.insert(0, "bench")
+import gpu_report
+gpu_report.__file__ = sys.argv[1]
+gpu_report.start_part("gather", [], pathlib.Path(sys.argv[2]), 90)
+"""
+
+
+def gone(pid: int) -> bool:
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}/stat").exists():
+        if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
+            break
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_nothing_of_a_part_survives_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, file = tmp_path / "part.py", tmp_path / "report.json"
+    script.write_text(PART)
+    monkeypatch.setattr(gpu_report, "__file__", str(script))
+    assert gpu_report.start_part("gather", [], file, 2)["status"] == "stopped after 2 s"
+    assert gone(int(file.with_suffix(".gather.log").read_text()))
+
+
+def test_nothing_of_a_part_survives_a_kill_of_the_report(tmp_path: Path) -> None:
+    script, file = tmp_path / "part.py", tmp_path / "report.json"
+    script.write_text(WATCHING + PART)
+    log = file.with_suffix(".gather.log")
+    report = subprocess.Popen(
+        [sys.executable, "-c", REPORT, script, file], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    while not (log.exists() and log.read_text().endswith("\n")):
+        assert report.poll() is None
+        time.sleep(0.05)
+    report.kill()
+    report.wait()
+    assert gone(int(log.read_text()))
+
+
+def test_a_benchmark_requires_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = harness.require_kernels(deform.nasfast(PROBLEM).call(True), "cpu")
+    assert entries == {"deform_conv2d_forward", "deform_conv2d_backward"}
+    start = "expected kernels of nasfast on cpu, got "
+    with pytest.raises(RuntimeError) as info:
+        harness.require_kernels(deform.convolution(PROBLEM).call(True), "cpu")
+    remedy = "; build with NASFAST_CUDA=on"
+    assert str(info.value) == f"{start}a call that runs none{remedy}"
+    monkeypatch.setattr(harness, "backends", lambda: {"mixed_op": {"cpu": "reference: no nvcc"}})
+    with pytest.raises(RuntimeError) as info:
+        harness.require_kernels(deform.nasfast(PROBLEM).call(False), "cpu")
+    assert str(info.value) == f"{start}mixed_op: reference: no nvcc{remedy}"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 Batch = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+T = TypeVar("T")
 
 WARMUP = 3
 """Eager steps before it is recorded: they make optimizer states, and cuDNN chooses algorithms."""
@@ -128,11 +130,7 @@ class CudaGraph:
             outer.wait_stream(self._stream)
 
     def record(self, work: Callable[[], Tensor]) -> Tensor:
-        graph = torch.cuda.CUDAGraph()
-        mode = "thread_local"  # other threads, which gather features ahead, may allocate meanwhile
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode=mode):
-            result = work()
-        self._graph = graph
+        self._graph, result = capture(work, self._stream)
         return result
 
     def repeat(self) -> None:
@@ -144,6 +142,56 @@ class CudaGraph:
             self._stream.synchronize()
             self._graph.reset()
             self._graph = None
+
+
+def capture(work: Callable[[], T], stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, T]:
+    """Record ``work`` without running it: the graph, and the result that a replay writes anew.
+
+    If ``work`` cannot be recorded, its error is raised, and PyTorch is left as it was before.
+    """
+    device = stream.device
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()  # the graph has a pool of its own
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        try:
+            # other threads, which gather features ahead, may allocate meanwhile
+            graph.capture_begin(pool, capture_error_mode="thread_local")
+            try:
+                result = work()
+            finally:
+                graph.capture_end()
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they hold tensors of the pool
+            if error.__context__ is not None:
+                traceback.clear_frames(error.__context__.__traceback__)
+            graph.reset()
+            _release(pool, device)
+            raise
+    return graph, result
+
+
+def _release(pool: tuple[int, int], device: torch.device) -> None:
+    """Undo what a failed capture leaves behind, on the stream of the capture.
+
+    PyTorch 2.11 goes on allocating from the capture's pool and refuses later captures (its pull
+    request 180395); up to 2.13 at least, the pool keeps its memory (190308).
+    """
+    index = device.index
+    with suppress(RuntimeError):  # PyTorch 2.12 has done it
+        torch._C._cuda_endAllocateToPool(index, pool)
+    torch.cuda.empty_cache()
+    segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    mine = [s for s in segments if s["device"] == index and tuple(s["segment_pool_id"]) == pool]
+    if any(s["allocated_size"] == 0 for s in mine):  # empty, and yet not freed: still in use
+        torch._C._cuda_releasePool(index, pool)
+    # a capture that succeeds ends the recording state of 2.11's random generator
+    after = torch.cuda.CUDAGraph()
+    after.capture_begin(capture_error_mode="thread_local")
+    torch.zeros(1, device=device)
+    after.capture_end()
+    after.reset()
+    torch.cuda.empty_cache()
 
 
 @functools.cache

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from nasfast.training.graphs import WARMUP, GraphedStep, graphed_step
+from nasfast.training.graphs import WARMUP, GraphedStep, capture, graphed_step
 from nasfast.training.loop import Group, Runtime, in_order, train_epoch
 from nasfast.training.polyak import PolyakAverage
 
@@ -157,6 +161,93 @@ def test_there_are_no_graphs_on_a_cpu() -> None:
         assert graph is None
 
 
+class FakeCuda:
+    """Stands for PyTorch's capture, whose end fails once if it is told so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, fails: bool, ended: bool) -> None:
+        self.log: list[str] = []
+        self.fails, self.ended = fails, ended
+        self.pool_size = 0
+        self.stream = SimpleNamespace(device=torch.device("cuda", 0))
+        for name, value in {
+            "CUDAGraph": self.Graph,
+            "graph_pool_handle": lambda: (0, 7),
+            "synchronize": lambda _: None,
+            "empty_cache": lambda: None,
+            "device": lambda _: self.entered("device"),
+            "stream": lambda _: self.entered("stream"),
+            "memory_snapshot": self.segments,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", self.release, raising=False)
+        monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
+
+    def Graph(self) -> Any:
+        def begin(pool: object = None, *, capture_error_mode: str) -> None:
+            self.log.append(f"begin {pool}")
+
+        def end() -> None:
+            self.log.append("end")
+            if self.fails:
+                self.fails, self.pool_size = False, 8
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+        reset = self.log.append
+        return SimpleNamespace(capture_begin=begin, capture_end=end, reset=lambda: reset("reset"))
+
+    @contextmanager
+    def entered(self, name: str) -> Iterator[None]:
+        self.log.append(name)
+        try:
+            yield
+        finally:
+            self.log.append(f"{name} restored")
+
+    def segments(self) -> list[dict[str, Any]]:
+        other = {"device": 0, "segment_pool_id": (0, 0), "allocated_size": 0}
+        mine = {"device": 0, "segment_pool_id": (0, 7), "allocated_size": 0}
+        return [other, *([mine] if self.pool_size else [])]
+
+    def end(self, device: int, pool: tuple[int, int]) -> None:
+        self.log.append(f"end allocating {device} {pool}")
+        if self.ended:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    def release(self, device: int, pool: tuple[int, int]) -> None:
+        self.log.append(f"release {device} {pool}")
+
+
+RESTORED = ["stream restored", "device restored"]
+
+
+def test_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch, fails=False, ended=False)
+    _, result = capture(lambda: 3, cuda.stream)  # type: ignore[arg-type]
+    assert result == 3
+    assert cuda.log == ["device", "stream", "begin (0, 7)", "end", *RESTORED]
+
+
+@pytest.mark.parametrize("fails", [True, False], ids=["invalidated", "error of Python"])
+@pytest.mark.parametrize("ended", [True, False], ids=["torch 2.12", "torch 2.11"])
+def test_a_capture_that_fails_is_undone(
+    monkeypatch: pytest.MonkeyPatch, fails: bool, ended: bool
+) -> None:
+    """Allocation to the pool ended, its memory released, stream and device restored."""
+    cuda = FakeCuda(monkeypatch, fails=fails, ended=ended)
+    first = RuntimeError("operation not permitted when stream is capturing")
+
+    def work() -> None:
+        raise first
+
+    with pytest.raises(RuntimeError) as info:
+        capture(work, cuda.stream)  # type: ignore[arg-type]
+    assert (info.value.__context__ if fails else info.value) is first
+    released = ["release 0 (0, 7)"] if fails else []
+    undone = ["reset", "end allocating 0 (0, 7)", *released, "begin None", "end", "reset"]
+    assert cuda.log == ["device", "stream", "begin (0, 7)", "end", *undone, *RESTORED]
+
+
 @pytest.mark.cuda
 def test_a_cuda_graph_trains_as_the_eager_step_does() -> None:
     device = torch.device("cuda")
@@ -205,3 +296,45 @@ def test_a_cuda_step_that_waits_for_the_device_stays_eager() -> None:
         training.run(graph)
     training.loss_of = mean  # type: ignore[method-assign]
     assert training.run(None) != eager.run(None)  # it went on training, and the device works
+
+
+FAILED_CAPTURE = """
+import torch
+from nasfast.training.graphs import capture
+
+device, stream = torch.device("cuda", 0), torch.cuda.Stream()
+x = torch.ones(2**22, device=device)
+
+def waits():
+    kept = [x + i for i in range(16)]
+    return kept[-1].sum().item()
+
+reserved = []
+for _ in range(3):
+    outer = torch.cuda.current_stream()
+    try:
+        capture(waits, stream)
+    except RuntimeError:
+        assert torch.cuda.current_stream() == outer
+    else:
+        raise AssertionError("it must fail")
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    reserved.append(torch.cuda.memory_reserved())
+    graph, y = capture(lambda: x * 2 + torch.rand_like(x), stream)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert 2 <= y.min() <= y.max() <= 3
+    del graph, y
+    torch.rand(1, device=device), torch.nn.functional.dropout(x)
+assert reserved[1] == reserved[2], reserved  # the first makes what stays, such as random states
+"""
+
+
+@pytest.mark.cuda
+def test_a_failed_cuda_capture_leaves_nothing_behind() -> None:
+    """In a process of its own, which it could make useless; memory, stream and randomness."""
+    done = subprocess.run(
+        [sys.executable, "-c", FAILED_CAPTURE], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

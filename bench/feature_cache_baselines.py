@@ -1,7 +1,7 @@
 """Samples of a feature cache in batches: ours, the forms people use, and a plain memory copy.
 
-All give the same samples in the same order. A leg is a function of a :class:`Store` that gives a
-call; every call gives the batches of one pass over all samples.
+All give the same samples in the same order. An implementation is a function of a
+:class:`Store` that gives a call; every call gives the batches of one pass over all samples.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "teacher": (128, 64, 64),
     "labels": (64, 64),
 }
+SMALL: dict[str, tuple[int, ...]] = {"tap0": (8, 4, 6), "teacher": (16, 2, 2), "labels": (4, 6)}
 SAMPLES = 384  # 515 MiB
 REPEATS = 3  # of a measurement of memory
 
@@ -270,7 +271,7 @@ def loader_memmap(store: Store) -> Pass:
     return loader(MemmapDataset(store.memmaps), store)
 
 
-LEGS: dict[str, Callable[[Store], Pass]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Store], Pass]] = {
     COPY: copy,
     "memory copy, NumPy": numpy_copy,
     "batch": batch,
@@ -299,8 +300,7 @@ def gather_calls(
 ) -> tuple[dict[str, Call], int]:
     """Batches of samples that are resident on a device, with maps in ``dtype``, and their bytes.
 
-    Every call of a leg gives the same samples; the copy writes the bytes of a batch to memory and
-    reads as many.
+    Every call gives the same samples; the copy writes the bytes of a batch and reads as many.
     """
     encoded = Store(Path(), 1, shapes).encode(torch.zeros(1, dtype=torch.int64))
     generator = torch.Generator().manual_seed(0)
@@ -338,7 +338,7 @@ def drain(given: Pass) -> None:
 
 @dataclass(frozen=True)
 class Rate:
-    """What a leg reaches."""
+    """What an implementation reaches."""
 
     samples_per_second: float
     of_copy: float
@@ -364,7 +364,7 @@ def together(store: Store, name: str, processes: int, seconds: float) -> float:
 
 def _read_for(store: Store, name: str, seconds: float, barrier: Any, results: Any) -> None:
     torch.set_num_threads(1)
-    given = LEGS[name](store)
+    given = IMPLEMENTATIONS[name](store)
     drain(given)  # checksums, buffers, pages
     barrier.wait()
     count, start = 0, time.perf_counter()
@@ -381,18 +381,18 @@ PRIVATE = """
 import sys, torch
 torch.set_num_threads(1)
 sys.path[:0] = {path!r}
-leg = {leg!r}
-if leg:
-    import pathlib, feature_rivals
-    store = feature_rivals.Store(pathlib.Path({folder!r}), {samples!r}, {shapes!r})
-    given = feature_rivals.LEGS[leg](store)
-    feature_rivals.drain(given)
+name = {name!r}
+if name:
+    import pathlib, feature_cache_baselines
+    store = feature_cache_baselines.Store(pathlib.Path({folder!r}), {samples!r}, {shapes!r})
+    given = feature_cache_baselines.IMPLEMENTATIONS[name](store)
+    feature_cache_baselines.drain(given)
 lines = open("/proc/self/smaps_rollup").read().splitlines()
 print(sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) * 1024)
 """
 
 
-def private_memory(store: Store, leg: str | None) -> int:
+def private_memory(store: Store, name: str | None) -> int:
     """Bytes that a fresh process shares with no other, with torch alone, or after it has read all.
 
     The kernel calls pages of a file private as long as one process alone maps them: this process
@@ -400,7 +400,7 @@ def private_memory(store: Store, leg: str | None) -> int:
     """
     code = PRIVATE.format(
         path=sys.path,
-        leg=leg,
+        name=name,
         folder=str(store.folder),
         samples=store.samples,
         shapes=store.shapes,

@@ -10,22 +10,26 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import nasfast.evaluation.evaluator
 import plain
 import torch
 import torch.nn.functional as F
-from nasfast.evaluation.evaluator import SegmentationEvaluator, Stage0Config, Stage1Config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import nasfast.evaluation.stages
 import nasfast.models.layers
 from nasfast.cache import CacheConfig, FeatureCache
 from nasfast.data import Splits, SyntheticStreets
 from nasfast.encoders import MobileNetV2
+from nasfast.evaluation.candidate import CandidateEvaluator
+from nasfast.evaluation.frozen_encoder import FrozenEncoder
+from nasfast.evaluation.stages import DecoderOnFeatures, Stage0Config
+from nasfast.models.build import build_segmenter
 from nasfast.models.decoders import Decoder, DecoderConfig, EncoderDecoder
 from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
 from nasfast.tasks.segmentation import SegmentationTask
@@ -34,6 +38,7 @@ from nasfast.training.metrics import SegmentationScores
 from nasfast.training.polyak import PolyakAverage
 from nasfast.utils.seeding import derive_seed
 
+TRAINING = nasfast.evaluation.stages  # the module that uses what variants replace
 SPACE = FastNASSpace()
 PUBLISHED = {
     "arch0": [[8, [0, 0, 5, 2], [0, 2, 8, 8], [0, 5, 1, 4]], [[3, 3], [3, 2], [3, 0]]],
@@ -101,8 +106,12 @@ class Scale:
         )
 
 
+# to try the benchmarks
+TINY = Scale(8, 3, crop=32, val_crop=48, batch_size=4, epochs=2, agg_size=8, width=0.35, classes=8)
+
+
 class Streets(SyntheticStreets):
-    """Generated street scenes of as many classes as wanted; those without a thing never occur."""
+    """Generated street scenes of as many classes as needed; those without a thing never occur."""
 
     def __init__(self, count: int, size: tuple[int, int], stream: str, classes: int) -> None:
         super().__init__(count, SEED, size, stream=stream, cache_in_memory=True)
@@ -177,7 +186,8 @@ class ScoreOnHost(SegmentationTask):
             with runtime.autocast():
                 return predict(taps).float(), []
 
-        reward = plain.confusion_reward(batches, logits_of, self.num_classes)
+        pairs = ((taps, targets["labels"]) for taps, targets in batches)
+        reward = plain.confusion_reward(pairs, logits_of, self.outputs)
         return SegmentationScores(reward, reward, reward, ())
 
 
@@ -202,14 +212,14 @@ def looped_optimizer() -> AbstractContextManager[Any]:
 
 
 def looped_average() -> AbstractContextManager[Any]:
-    return mock.patch.object(nasfast.evaluation.evaluator, "PolyakAverage", LoopedAverage)
+    return mock.patch.object(TRAINING, "PolyakAverage", LoopedAverage)
 
 
 def without_graphs() -> AbstractContextManager[Any]:
     def eager(device: torch.device) -> AbstractContextManager[None]:
         return nullcontext()
 
-    return mock.patch.object(nasfast.evaluation.evaluator, "graphed_step", eager)
+    return mock.patch.object(TRAINING, "graphed_step", eager)
 
 
 def plain_depthwise(x: Tensor, weight: Tensor, padding: int, dilation: int) -> Tensor:
@@ -312,36 +322,69 @@ class Timed:
         return sum(self.seconds.values())
 
 
+Evaluator = CandidateEvaluator[FastNASGenotype, EncoderDecoder]
+
+
+def make_features(problem: Problem, variant: Variant) -> FrozenEncoder:
+    scale = problem.scale
+    return FrozenEncoder(
+        variant.task(problem.splits),
+        problem.encoder,
+        scale.stage0,
+        scale.val_crop,
+        variant.runtime(problem.device),
+        seed=SEED,
+        cache=CacheConfig(problem.folder / "cache"),
+        teacher=problem.teacher,
+    )
+
+
+def make_evaluator(scale: Scale, features: FrozenEncoder) -> Evaluator:
+    """Of stage 0 alone."""
+    return CandidateEvaluator(
+        partial(
+            build_segmenter,
+            features.encoder,
+            outputs=features.task.outputs,
+            config=scale.decoder,
+        ),
+        features.costs,
+        [DecoderOnFeatures(scale.stage0, features)],
+        features.runtime,
+        seed=SEED,
+        inputs=features.inputs,
+        remedy="",
+        seconds=features.seconds,
+    )
+
+
+def caches_of(features: FrozenEncoder) -> tuple[FeatureCache, FeatureCache]:
+    """For training and for scoring."""
+    return features._train_cache, features._val_cache
+
+
+def replace_caches(features: FrozenEncoder, train: Any, val: Any) -> None:
+    features._train_cache, features._val_cache = train, val
+
+
 class Ours:
-    """Candidates by :class:`SegmentationEvaluator`, without stage 1."""
+    """Candidates as the search evaluates them, without stage 1."""
 
     def __init__(
         self, problem: Problem, variant: Variant = OURS, *, with_files: bool = True
     ) -> None:
-        scale = problem.scale
         self.variant = variant
-        self.runtime = variant.runtime(problem.device)
-        self.evaluator = SegmentationEvaluator(
-            variant.task(problem.splits),
-            problem.encoder,
-            scale.decoder,
-            scale.stage0,
-            Stage1Config(epochs=0),
-            self.runtime,
-            seed=SEED,
-            cache=CacheConfig(problem.folder / "cache"),
-            val_crop=scale.val_crop,
-            teacher=problem.teacher,
-        )
-        caches = self.evaluator._train_cache, self.evaluator._val_cache
+        features = make_features(problem, variant)
+        self.evaluator = make_evaluator(problem.scale, features)
         if not with_files:
             return
+        caches = caches_of(features)
         if problem.files is None:
             problem.write_files(*caches)
         assert problem.files is not None
-        self.evaluator._train_cache, self.evaluator._val_cache = (
-            variant.cache(cache, files, problem.device)
-            for cache, files in zip(caches, problem.files)
+        replace_caches(
+            features,
+            *(variant.cache(c, files, problem.device) for c, files in zip(caches, problem.files)),
         )
 
     def __call__(self, genotype: FastNASGenotype, index: int) -> Timed:
@@ -381,6 +424,6 @@ class Plain:
         return Timed(reward, {"build": total - sum(seconds.values()), **seconds})
 
 
-def evaluator_of(scale: Scale, folder: Path, device: str) -> SegmentationEvaluator:
+def evaluator_of(scale: Scale, folder: Path, device: str) -> Evaluator:
     """What a worker evaluates candidates with, on features that lie in the folder."""
     return Ours(Problem(scale, torch.device(device), folder), with_files=False).evaluator

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from deform_conv2d_baselines import sampled_by_grid_sample
 from harness import Call
-from rivals import sampled_by_grid_sample
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -54,7 +54,7 @@ class Problem:
 
 
 @dataclass
-class Leg:
+class Implementation:
     problem: Problem
     module: nn.Module
 
@@ -111,8 +111,11 @@ class GridSample(nn.Module):
         return sampled_by_grid_sample(r, offset, self.weight, mask) + self.bias[:, None, None]
 
 
-def eager(problem: Problem) -> Leg:
-    return Leg(problem, plain(problem.channels))
+Make = Callable[[Problem], Implementation]
+
+
+def eager(problem: Problem) -> Implementation:
+    return Implementation(problem, plain(problem.channels))
 
 
 def plain(channels: int, kind: type[PlainMixedOp] = PlainMixedOp, **options: Any) -> nn.Module:
@@ -120,30 +123,30 @@ def plain(channels: int, kind: type[PlainMixedOp] = PlainMixedOp, **options: Any
     return kind(channels, **options)
 
 
-def grid_sample(problem: Problem) -> Leg:
+def grid_sample(problem: Problem) -> Implementation:
     module: Any = plain(problem.channels)
     branch = module.ops["def3x3"]
     branch.deform = GridSample(branch.deform.weight, branch.deform.bias)
-    return Leg(problem, module)
+    return Implementation(problem, module)
 
 
-def in_bfloat16(leg: Callable[[Problem], Leg]) -> Callable[[Problem], Leg]:
-    return lambda problem: leg(replace(problem, dtype=torch.bfloat16))
+def in_bfloat16(make: Make) -> Make:
+    return lambda problem: make(replace(problem, dtype=torch.bfloat16))
 
 
-def save(problem: Problem) -> Leg:
-    return Leg(problem, plain(problem.channels, MixedOp))
+def save(problem: Problem) -> Implementation:
+    return Implementation(problem, plain(problem.channels, MixedOp))
 
 
-LEGS: dict[str, Callable[[Problem], Leg]] = {
+IMPLEMENTATIONS: dict[str, Make] = {
     EAGER: eager,
     "save": save,
-    "recompute": lambda p: Leg(p, plain(p.channels, MixedOp, memory="recompute")),
+    "recompute": lambda p: Implementation(p, plain(p.channels, MixedOp, memory="recompute")),
     "save bfloat16": in_bfloat16(save),
     "eager bfloat16": in_bfloat16(eager),
     "grid_sample": grid_sample,
-    "compiled eager": lambda p: Leg(p, torch.compile(plain(p.channels))),  # type: ignore[arg-type]
-    FLOOR: lambda p: Leg(p, plain(p.channels, Convolutions)),
+    "compiled eager": lambda p: Implementation(p, torch.compile(plain(p.channels))),  # type: ignore[arg-type]
+    FLOOR: lambda p: Implementation(p, plain(p.channels, Convolutions)),
 }
 
 

@@ -1,6 +1,6 @@
-"""deform_conv2d as everybody has it: ours, the plain convolution as floor, and each rival.
+"""deform_conv2d as everybody has it: ours, the plain convolution as floor, and each theirs.
 
-A rival is imported when it is asked for, and skipped with the reason where that fails.
+A baseline is imported when it is asked for, and skipped with the reason where that fails.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Tensors(NamedTuple):
         return Tensors(*(tensor.contiguous() for tensor in self))
 
 
-class Leg(NamedTuple):
+class Implementation(NamedTuple):
     tensors: Tensors
     function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of input, offset, weight, mask
     differentiated: Sequence[str] = ("input", "offset", "weight", "mask")  # none: forward only
@@ -104,45 +104,45 @@ class Leg(NamedTuple):
         return forward_backward
 
 
-def convolution(problem: Problem) -> Leg:
+def convolution(problem: Problem) -> Implementation:
     def function(input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
         return F.conv2d(input, weight, padding=1)
 
-    return Leg(problem.tensors(), function, ("input", "weight"))
+    return Implementation(problem.tensors(), function, ("input", "weight"))
 
 
-def nasfast(problem: Problem) -> Leg:
+def nasfast(problem: Problem) -> Implementation:
     def function(input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
         return deform_conv2d(input, offset, weight, padding=1, mask=mask)
 
-    return Leg(problem.tensors(), function)
+    return Implementation(problem.tensors(), function)
 
 
-def nasfast_bfloat16(problem: Problem) -> Leg:
+def nasfast_bfloat16(problem: Problem) -> Implementation:
     return nasfast(replace(problem, dtype=torch.bfloat16))
 
 
-def torchvision(problem: Problem) -> Leg:
-    from torchvision.ops import deform_conv2d as rival
+def torchvision(problem: Problem) -> Implementation:
+    from torchvision.ops import deform_conv2d as theirs
 
     def function(input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
-        return rival(input, offset, weight, padding=1, mask=mask)
+        return theirs(input, offset, weight, padding=1, mask=mask)
 
-    return Leg(problem.tensors().contiguous(), function)
+    return Implementation(problem.tensors().contiguous(), function)
 
 
-def torchvision_float32(problem: Problem) -> Leg:
+def torchvision_float32(problem: Problem) -> Implementation:
     """What remains to its users where it does not know a half type."""
     return torchvision(replace(problem, dtype=torch.float32))
 
 
-def mmcv(problem: Problem) -> Leg:
-    from mmcv.ops import modulated_deform_conv2d as rival
+def mmcv(problem: Problem) -> Implementation:
+    from mmcv.ops import modulated_deform_conv2d as theirs
 
     def function(input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
-        return rival(input, offset, mask, weight, None, 1, 1, 1, 1, 1)
+        return theirs(input, offset, mask, weight, None, 1, 1, 1, 1, 1)
 
-    return Leg(problem.tensors().contiguous(), function)
+    return Implementation(problem.tensors().contiguous(), function)
 
 
 def sampled_by_grid_sample(
@@ -165,23 +165,23 @@ def sampled_by_grid_sample(
     return (weight.flatten(1) @ columns.view(n, c * TAPS, h * w)).view(n, -1, h, w)
 
 
-def grid_sample(problem: Problem) -> Leg:
-    return Leg(problem.tensors().contiguous(), sampled_by_grid_sample)
+def grid_sample(problem: Problem) -> Implementation:
+    return Implementation(problem.tensors().contiguous(), sampled_by_grid_sample)
 
 
-def compiled_gather(problem: Problem) -> Leg:
+def compiled_gather(problem: Problem) -> Implementation:
     """The reference, which gathers the four corners, compiled by inductor."""
     compiled = torch.compile(deform_conv2d_reference, fullgraph=True)
 
     def function(input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
         return compiled(input, offset, weight, padding=1, mask=mask)
 
-    return Leg(problem.tensors().contiguous(), function)
+    return Implementation(problem.tensors().contiguous(), function)
 
 
-def onnxruntime(problem: Problem) -> Leg:
+def onnxruntime(problem: Problem) -> Implementation:
     import onnx
-    import onnxruntime as rival
+    import onnxruntime as theirs
     from onnx import helper
 
     if problem.device != "cpu":
@@ -201,21 +201,21 @@ def onnxruntime(problem: Problem) -> Leg:
         opset_imports=[helper.make_opsetid("", 19)],
         ir_version=9,
     )
-    options = rival.SessionOptions()
+    options = theirs.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # by default its threads spin after a run and take the cores from the next leg
+    # by default its threads spin after a run and take the cores from the next call
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = rival.InferenceSession(
+    session = theirs.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
 
     def function(input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, feed)[0])
 
-    return Leg(tensors, function, ())
+    return Implementation(tensors, function, ())
 
 
-LEGS: dict[str, Callable[[Problem], Leg]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Problem], Implementation]] = {
     FLOOR: convolution,
     "nasfast": nasfast,
     "nasfast bfloat16": nasfast_bfloat16,
@@ -232,19 +232,19 @@ def calls(
     names: Iterable[str],
     problem: Any,
     backward: bool,
-    legs: Mapping[str, Callable[[Any], Any]] = LEGS,
+    implementations: Mapping[str, Callable[[Any], Any]] = IMPLEMENTATIONS,
     own: Sequence[str] = (FLOOR, "nasfast"),
 ) -> tuple[dict[str, Call], dict[str, str]]:
-    """The call of each leg that works here, and the reason of each rival that does not.
+    """The call of each implementation that works here, and why the others do not.
 
-    ``own`` are no rivals: where one of them fails, all do.
+    The error of one of ``own`` is raised.
     """
     working, skipped = {}, {}
     for name in names:
         try:
-            call = legs[name](problem).call(backward)
+            call = implementations[name](problem).call(backward)
             call()
-        except Exception as error:  # whatever is wrong with a rival, the others go on
+        except Exception as error:  # whatever is wrong with a baseline, the others go on
             if name in own:
                 raise
             skipped[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -257,5 +257,5 @@ def memory_calls(name: str, problem: Problem, backward: bool) -> tuple[Call, Cal
     """What ``harness.extra_memory`` asks for."""
     # a compiled call is compiled anew for another size, and the compiler's memory is not the call's
     first = problem if name == "compiled gather" else problem.small()
-    small, full = (LEGS[name](size).call(backward) for size in (first, problem))
+    small, full = (IMPLEMENTATIONS[name](size).call(backward) for size in (first, problem))
     return small, full
