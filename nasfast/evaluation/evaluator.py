@@ -173,7 +173,6 @@ class SegmentationEvaluator:
     def _fill(self, cache: CacheConfig, caches: Caches | None, teacher: Segmenter | None) -> Caches:
         splits, config = self.task.splits, self.stage0
         half = torch.bfloat16 if self.runtime.dtype == torch.bfloat16 else torch.float16
-        # the cache stores them as it is told; int8 is made of the most exact
         dtype = half if cache.storage == "auto" else torch.float32
         transform = TrainTransform(config.crop, config.shorter_side)
         key = {
@@ -243,7 +242,7 @@ class SegmentationEvaluator:
 
     @property
     def features(self) -> str:
-        """How many bytes they take, where, and what int8 has cost them."""
+        """How many bytes they take, and where."""
         caches = (self._train_cache, self._val_cache)
         size = sum(cache.count * cache.layout.sample_bytes for cache in caches)
         resident = sum(cache.resident_bytes for cache in caches)
@@ -251,10 +250,6 @@ class SegmentationEvaluator:
         text = f"{size / 1e6:.0f} MB in {', '.join(where)}"
         if resident and self.runtime.device.type == "cuda":
             text += f", {resident / 1e6:.0f} MB of them on {self.runtime.device}"
-        errors = self._train_cache.errors()
-        if errors:
-            told = ", ".join(f"{name} {100 * error:.2f} %" for name, error in errors.items())
-            text += f"; relative error of int8: {told}"
         return text
 
     def _encode(self, images: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
