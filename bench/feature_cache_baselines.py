@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from nasfast.cache import CacheConfig, FeatureCache
-from nasfast.cache.batches import Plan
-from nasfast.cache.layout import Layout, stored
+from nasfast.cache.batches import BatchMemory
+from nasfast.cache.layout import BlockLayout, stored
 from nasfast.ops import gather_fields
 
 Batch = dict[str, Tensor]
@@ -87,22 +87,15 @@ class Store:
             out[name] = values.half() if values.is_floating_point() else values
         return out
 
-    def _cache(self, storage: Any) -> FeatureCache:
-        config = CacheConfig(self.folder / "cache", "file", storage=storage)
-        return FeatureCache.load_or_build({"bench": "samples"}, self.samples, self.encode, config)
-
     @cached_property
     def cache(self) -> FeatureCache:
-        return self._cache("auto")
-
-    @cached_property
-    def quantised(self) -> FeatureCache:
-        return self._cache("int8")
+        config = CacheConfig(self.folder / "cache", "file")
+        return FeatureCache.load_or_build({"bench": "samples"}, self.samples, self.encode, config)
 
     @cached_property
     def blocks(self) -> Tensor:
         """The memory map of the cache. uint8 [samples, sample_bytes]"""
-        return self.cache.segments[0].data
+        return self.cache.segment.data
 
     def every(self) -> Iterator[tuple[int, Batch]]:
         for i in range(self.samples):
@@ -213,10 +206,6 @@ def batches_float32(store: Store) -> Pass:
     return lambda: store.cache.batches(store.order, torch.float32)
 
 
-def batches_int8(store: Store) -> Pass:
-    return lambda: store.quantised.batches(store.order, torch.float32)
-
-
 def views(store: Store) -> Pass:
     """Tensors over the memory map; nothing reads them."""
     return lambda: ([store.cache.sample(i) for i in b.tolist()] for b in store.order)
@@ -281,7 +270,6 @@ IMPLEMENTATIONS: dict[str, Callable[[Store], Pass]] = {
     "views, read": views_read,
     "memory copy, float32": widening_copy,
     "batches, float32": batches_float32,
-    "batches, int8 to float32": batches_int8,
     "shared memory": shared_memory,
     "memmap": memmap,
     "torch.save files": files,
@@ -305,29 +293,29 @@ def gather_calls(
     encoded = Store(Path(), 1, shapes).encode(torch.zeros(1, dtype=torch.int64))
     generator = torch.Generator().manual_seed(0)
     indices = torch.randint(samples, (batch,), generator=generator).to(device)
-    calls: dict[str, Call] = {}
-    for name, storage in (("nasfast", "float16"), ("nasfast, from int8", "int8")):
-        rows = stored(encoded, 1, storage)
-        layout = Layout.of(rows)
-        data = layout.pack(rows).to(device).repeat(samples, 1)
-        plan = Plan(layout, dtype)
-        outs = plan.allocate(batch, torch.device(device))
-        calls[name] = partial(gathered, data, indices, plan, outs)
-        if storage == "float16":
-            calls["indexing"] = partial(indexed, data, indices, layout, dtype)
+    rows = stored(encoded, 1, "float16")
+    layout = BlockLayout.of(rows)
+    data = layout.pack(rows).to(device).repeat(samples, 1)
+    outs = BatchMemory(layout, dtype, torch.device(device)).first(batch)
     size = sum(out.nbytes for out in outs)
     source, target = torch.zeros(2, size, dtype=torch.uint8, device=device)
-    return {"copy": lambda: target.copy_(source), **calls}, size
+    return {
+        "copy": lambda: target.copy_(source),
+        "nasfast": partial(gathered, data, indices, layout, outs),
+        "indexing": partial(indexed, data, indices, layout, dtype),
+    }, size
 
 
-def gathered(data: Tensor, indices: Tensor, plan: Plan, outs: list[Tensor]) -> list[Tensor]:
-    gather_fields(data, indices, plan.fields, outs)
+def gathered(
+    data: Tensor, indices: Tensor, layout: BlockLayout, outs: list[Tensor]
+) -> list[Tensor]:
+    gather_fields(data, indices, layout.fields, outs)
     return outs
 
 
-def indexed(data: Tensor, indices: Tensor, layout: Layout, dtype: torch.dtype) -> list[Tensor]:
+def indexed(data: Tensor, indices: Tensor, layout: BlockLayout, dtype: torch.dtype) -> list[Tensor]:
     """PyTorch's indexing, array by array."""
-    arrays = [layout.view(data, spec.name)[indices] for spec in layout.visible]
+    arrays = [layout.view(data, spec)[indices] for spec in layout.arrays]
     return [array.to(dtype) if array.is_floating_point() else array for array in arrays]
 
 

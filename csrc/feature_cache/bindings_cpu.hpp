@@ -40,10 +40,10 @@ inline void bind(pybind11::module_& m) {
     });
     m.def(
         "feature_cache_find_broken",
-        [](uintptr_t states, uintptr_t data, int64_t sample_bytes, int64_t first, int64_t count,
-           uintptr_t rows, int64_t n, uintptr_t seen) {
+        [](uintptr_t states, uintptr_t data, int64_t sample_bytes, int64_t count, uintptr_t rows, int64_t n,
+           uintptr_t seen) {
             const auto bytes = reinterpret_cast<const std::byte*>(data);
-            return find_broken({states_at(states), bytes, sample_bytes, first, count},
+            return find_broken({states_at(states), bytes, sample_bytes, count},
                                reinterpret_cast<const int64_t*>(rows), n, reinterpret_cast<uint8_t*>(seen));
         },
         Released());

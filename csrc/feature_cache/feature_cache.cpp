@@ -97,8 +97,8 @@ int64_t find_broken(const Samples& samples, const int64_t* rows, int64_t n, uint
         if (seen[row]) continue;
         const State& state = samples.states[row];
         if (load(state) != published_word) return i;
-        const uint64_t sum = checksum(samples.data + row * samples.sample_bytes, samples.sample_bytes,
-                                      uint64_t(samples.first + row));
+        const uint64_t sum =
+            checksum(samples.data + row * samples.sample_bytes, samples.sample_bytes, uint64_t(row));
         if (sum != __atomic_load_n(&state.checksum, __ATOMIC_RELAXED)) return i;
         seen[row] = 1;
     }

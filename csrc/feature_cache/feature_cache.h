@@ -34,12 +34,12 @@ int64_t release(State* states, int64_t begin, int64_t end, uint64_t word);
 uint64_t load(const State& state);
 
 // Position in `rows` of the first that is no row of the table, is not published or has bytes of another
-// checksum; -1 if there is none. Rows marked in `seen` are trusted, and those that are right get marked. Row
-// i has the seed first + i.
+// checksum; -1 if there is none. Rows marked in `seen` are trusted, and those that are right get marked. A
+// row is the seed of its checksum.
 struct Samples {
     const State* states;
     const std::byte* data;
-    int64_t sample_bytes, first, count;
+    int64_t sample_bytes, count;
 };
 int64_t find_broken(const Samples& samples, const int64_t* rows, int64_t n, uint8_t* seen);
 

@@ -31,7 +31,6 @@ struct Plan {
 __device__ __forceinline__ float number(float value) { return value; }
 __device__ __forceinline__ float number(bfloat16 value) { return widen(value); }
 __device__ __forceinline__ float number(float16 value) { return widen(value); }
-__device__ __forceinline__ float number(int8_t value) { return value; }
 
 // The elements that the 16 bytes of a unit become, written at once.
 template <class To, int size>
@@ -44,27 +43,19 @@ template <class From, class To>
 struct Piece {
     const unsigned char* from;
     To* to;
-    const float* scales;  // of int8
-    int64_t channels;
 
-    __device__ __forceinline__ To convert(From value, int64_t channel) const {
+    static __device__ __forceinline__ To convert(From value) {
         if constexpr (std::is_same_v<From, uint8_t>)
             return value;
-        else if constexpr (std::is_same_v<From, int8_t>)
-            return narrow(number(value) * scales[channel], To());
         else
             return narrow(number(value), To());
-    }
-
-    __device__ __forceinline__ int64_t channel(int64_t element) const {
-        return std::is_same_v<From, int8_t> ? element % channels : 0;
     }
 
     __device__ __forceinline__ void gather(const Division& division, int64_t first) const {
         if (division.single) {
             for (int k = 0; k < kLoads; ++k) {
                 const int64_t i = first + k * kThreads;
-                if (i < division.units) to[i] = convert(reinterpret_cast<const From*>(from)[i], channel(i));
+                if (i < division.units) to[i] = convert(reinterpret_cast<const From*>(from)[i]);
             }
             return;
         }
@@ -80,13 +71,9 @@ struct Piece {
             constexpr int size = Chunk<From>::size;
             if (i >= division.units) break;
             const Chunk<From> chunk = as_chunk<From>(words[k]);
-            int64_t at = channel(i * size);
             Run<To, size> run;
 #pragma unroll
-            for (int j = 0; j < size; ++j) {
-                run.values[j] = convert(chunk.values[j], at);
-                if (++at == channels) at = 0;
-            }
+            for (int j = 0; j < size; ++j) run.values[j] = convert(chunk.values[j]);
             reinterpret_cast<Run<To, size>*>(to)[i] = run;
         }
     }
@@ -96,8 +83,7 @@ template <class From, class To>
 __device__ __forceinline__ void gather(const Plan& plan, int number, const unsigned char* block, int64_t row,
                                        int64_t first) {
     const Field& field = plan.params.fields[number];
-    Piece<From, To>{block + field.offset, static_cast<To*>(plan.tensors.out[number]) + row * field.elements,
-                    reinterpret_cast<const float*>(block + field.scale_offset), field.channels}
+    Piece<From, To>{block + field.offset, static_cast<To*>(plan.tensors.out[number]) + row * field.elements}
         .gather(plan.divisions[number], first);
 }
 
@@ -109,10 +95,8 @@ __device__ __forceinline__ void gather_as(const Plan& plan, int number, const un
             return gather<float, To>(plan, number, block, row, first);
         case Kind::bfloat16:
             return gather<bfloat16, To>(plan, number, block, row, first);
-        case Kind::float16:
-            return gather<float16, To>(plan, number, block, row, first);
         default:
-            return gather<int8_t, To>(plan, number, block, row, first);
+            return gather<float16, To>(plan, number, block, row, first);
     }
 }
 

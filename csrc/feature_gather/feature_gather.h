@@ -11,15 +11,13 @@ namespace nasfast::feature_gather {
 constexpr int kFields = 16;  // of a call, at most
 
 // What a field consists of; codes of nasfast.ops.feature_gather. Bytes are copied as they are.
-enum class Kind : int64_t { float32, bfloat16, float16, int8, bytes };
+enum class Kind : int64_t { float32, bfloat16, float16, bytes };
 
-// int8 becomes a float by its channel's scale, which is float32 in the same block. Offsets are multiples
-// of 16.
+// Offsets are multiples of 16.
 struct Field {
     Kind from, to;  // both bytes, or a float kind for `to`
-    int64_t offset, scale_offset;
+    int64_t offset;
     int64_t elements;  // of a sample
-    int64_t channels;  // the last dimension
 };
 
 // Fields in the order of nasfast.ops.feature_gather. Blocks begin at multiples of 16.

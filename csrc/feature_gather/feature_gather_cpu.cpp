@@ -64,8 +64,6 @@ template <class T>
 NASFAST_INLINE Vector<float, kLanes> read(const T* from) {
     if constexpr (std::is_same_v<T, float16>)
         return from_half(load<kLanes>(reinterpret_cast<const uint16_t*>(from)));
-    else if constexpr (std::is_same_v<T, int8_t>)
-        return __builtin_convertvector(load<kLanes>(from), Vector<float, kLanes>);
     else
         return load_as<float, kLanes>(from);
 }
@@ -140,28 +138,20 @@ void copy(const uint8_t* from, int64_t count, uint8_t* to, bool streamed) {
     std::memcpy(to + done, from + done, static_cast<size_t>(count - done));
 }
 
-// to[0:kUnit] = from[0:kUnit], times scale[0:kUnit].
+// to[0:kUnit] = from[0:kUnit]
 template <class From, class To>
-NASFAST_INLINE void convert_unit(const From* from, const float* scale, To* to) {
+NASFAST_INLINE void convert_unit(const From* from, To* to) {
 #pragma GCC unroll 8
-    for (int64_t i = 0; i < kUnit; i += kLanes) {
-        auto value = read(from + i);
-        if constexpr (std::is_same_v<From, int8_t>) value *= load<kLanes>(scale + i);
-        write(to + i, value);
-    }
+    for (int64_t i = 0; i < kUnit; i += kLanes) write(to + i, read(from + i));
 }
 
-// scales: those of the channels, then again of the first, for a unit from any channel.
 template <class From, class To>
-void convert(const From* from, int64_t count, const float* scales, int64_t channels, To* to, bool streamed) {
-    const auto scale_of = [&](int64_t i) NASFAST_INLINE_LAMBDA {
-        return std::is_same_v<From, int8_t> ? scales + i % channels : nullptr;
-    };
+void convert(const From* from, int64_t count, To* to, bool streamed) {
     const auto part = [&](int64_t begin, int64_t size) NASFAST_INLINE_LAMBDA {
         From source[kUnit] = {};
         To target[kUnit];
         std::copy_n(from + begin, size, source);
-        convert_unit(source, scale_of(begin), target);
+        convert_unit(source, target);
         std::copy_n(target, size, to + begin);
     };
     int64_t i = 0;
@@ -170,12 +160,12 @@ void convert(const From* from, int64_t count, const float* scales, int64_t chann
         const int64_t whole = (count - i) / kUnit * kUnit;
         side_by_side(from + i, whole, kUnit, [&](int64_t j) NASFAST_INLINE_LAMBDA {
             alignas(kLine) To unit[kUnit];
-            convert_unit(from + i + j, scale_of(i + j), unit);
+            convert_unit(from + i + j, unit);
             for (int64_t k = 0; k < kUnit; k += kLine / sizeof(To)) stream_line(to + i + j + k, unit + k);
         });
         i += whole;
     }
-    for (; i + kUnit <= count; i += kUnit) convert_unit(from + i, scale_of(i), to + i);
+    for (; i + kUnit <= count; i += kUnit) convert_unit(from + i, to + i);
     if (i < count) part(i, count - i);
 }
 
@@ -192,24 +182,14 @@ void with_float(Kind kind, const Function& function) {
         function(float16());
 }
 
-// `scales` has room for those of the field.
-void gather(const Field& field, const uint8_t* block, int64_t row, void* out, float* scales, bool streamed) {
+void gather(const Field& field, const uint8_t* block, int64_t row, void* out, bool streamed) {
     const uint8_t* const from = block + field.offset;
     if (field.to == Kind::bytes)
         return copy(from, field.elements, static_cast<uint8_t*>(out) + row * field.elements, streamed);
     with_float(field.to, [&](auto to) {
         auto* const target = static_cast<decltype(to)*>(out) + row * field.elements;
-        if (field.from == Kind::int8) {
-            std::memcpy(scales, block + field.scale_offset,
-                        static_cast<size_t>(field.channels) * sizeof(float));
-            for (int64_t i = 0; i < kUnit; ++i) scales[field.channels + i] = scales[i];
-            convert(reinterpret_cast<const int8_t*>(from), field.elements, scales, field.channels, target,
-                    streamed);
-            return;
-        }
         with_float(field.from, [&](auto type) {
-            convert(reinterpret_cast<const decltype(type)*>(from), field.elements, nullptr, 1, target,
-                    streamed);
+            convert(reinterpret_cast<const decltype(type)*>(from), field.elements, target, streamed);
         });
     });
 }
@@ -219,22 +199,16 @@ int64_t size_of(Kind kind) { return kind == Kind::float32 ? 4 : kind == Kind::by
 }  // namespace
 
 void forward(const Params& p, const Pointers& t) {
-    int64_t bytes = 0, channels = 0;
-    for (int64_t i = 0; i < p.count; ++i) {
-        bytes += p.rows * p.fields[i].elements * size_of(p.fields[i].to);
-        if (p.fields[i].from == Kind::int8) channels = std::max(channels, p.fields[i].channels);
-    }
+    int64_t bytes = 0;
+    for (int64_t i = 0; i < p.count; ++i) bytes += p.rows * p.fields[i].elements * size_of(p.fields[i].to);
     const bool streamed = bytes >= kStreamed;
-    const int64_t threads = std::max<int64_t>(std::min(p.threads, p.rows), 1),
-                  room = round_up(channels + kUnit, kLine);
-    const Array<float> scales(room * threads);  // here, where it may throw
+    const int64_t threads = std::max<int64_t>(std::min(p.threads, p.rows), 1);
 #pragma omp parallel for num_threads(static_cast<int>(threads)) if (threads > 1)
     for (int64_t row = 0; row < p.rows; ++row) {
         const int64_t index = t.indices[row];
         if (index < 0 || index >= p.samples) continue;
         const uint8_t* const block = t.data + index * p.stride;
-        float* const mine = scales.get() + room * omp_get_thread_num();
-        for (int64_t i = 0; i < p.count; ++i) gather(p.fields[i], block, row, t.out[i], mine, streamed);
+        for (int64_t i = 0; i < p.count; ++i) gather(p.fields[i], block, row, t.out[i], streamed);
         if (streamed) finish_stream();
     }
 }

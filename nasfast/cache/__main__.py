@@ -87,7 +87,7 @@ class Ls(_Directories):
 
 @dataclass(frozen=True)
 class Verify(_Directories):
-    """Read caches whole and compare every sample with its checksum."""
+    """Read every sample of caches and compare it with its checksum."""
 
     names: Names = ()
     """Names, beginnings of names or paths; by default all."""
@@ -105,9 +105,9 @@ class Verify(_Directories):
                 continue
             rows, census = segment.verify(), segment.census()
             if not rows:
-                print(f"{path}: {census.published} samples are whole")
+                print(f"{path}: {census.published} samples OK")
                 continue
-            text = ", ".join(str(segment.first + row) for row in rows)
+            text = ", ".join(map(str, rows))
             if self.repair:
                 segment.repair(rows)
                 print(f"{path}: freed the damaged samples {text}")

@@ -1,4 +1,4 @@
-"""The samples of a cache, over its segments."""
+"""The samples of a cache: encoded once, and read by any process on any device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor
 
 from nasfast.cache import places
-from nasfast.cache.batches import HostSamples
+from nasfast.cache.batches import Batch, HostSamples
 from nasfast.cache.header import STATE, Header
-from nasfast.cache.layout import STORAGES, Layout, stored
+from nasfast.cache.layout import STORAGES, BlockLayout, stored
 from nasfast.cache.resident import DeviceSamples
 from nasfast.cache.segment import Filler, Segment, create
 
@@ -39,8 +40,9 @@ class CacheConfig:
     """file: on disk, used again by the next search; ram: shared memory, gone with its last user;
     device: on disk, and read once into the memory of each GPU; auto: device on CUDA, else file."""
     memory: str | None = None
-    """Bound of what is kept in RAM or on a device, such as 8GB; the rest stays on disk."""
-    storage: Literal["auto", "float16", "bfloat16", "float32", "int8"] = "auto"
+    """Bound of what is kept in RAM or on a device, such as 8GB. RAM has to hold all samples; those
+    that do not fit on a device are read from the file."""
+    storage: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     """Type of the stored maps; auto: as they are encoded."""
 
     def __post_init__(self) -> None:
@@ -71,37 +73,31 @@ class CacheConfig:
 
 
 class FeatureCache:
-    """Samples of named arrays, encoded once and shared by all processes that want them.
+    """Samples of named arrays, encoded once and shared by all processes that use them.
 
     Attributes:
         count: number of samples.
         key: what they depend on.
         layout: their arrays.
-        segments: the attached files, in the order of their samples.
+        segment: the attached file.
         device: where batches are.
     """
 
-    def __init__(self, attached: tuple[Segment, ...], config: CacheConfig) -> None:
-        header = attached[0].header
+    def __init__(self, segment: Segment, config: CacheConfig) -> None:
+        header = segment.header
         # what another process needs to attach too
         self.config = dataclasses.replace(config, directory=_directory(config))
-        self.segments = attached
-        self.count, self.key, self.layout = header.total, dict(header.key), header.layout
-        self._host = HostSamples(self.layout, attached)
+        self.segment = segment
+        self.count, self.key, self.layout = header.count, dict(header.key), header.layout
+        self._host = HostSamples(segment)
         self._samples: HostSamples | DeviceSamples = self._host
         self.device = self._host.device
-        for segment in attached:
-            if segment.header.layout != self.layout:
-                raise ValueError(
-                    f"feature cache {segment.path}: expected the arrays of {self.paths[0]}, got "
-                    "others; delete it"
-                )
-            segment.touch()
+        segment.touch()
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The files."""
-        return tuple(segment.path for segment in self.segments)
+        """The files: one."""
+        return (self.segment.path,)
 
     @classmethod
     def load_or_build(
@@ -130,24 +126,21 @@ class FeatureCache:
             The cache with every sample published.
 
         Raises:
-            ValueError: a file of another key, foreign or damaged; encoded arrays that differ.
+            ValueError: a file of another key, foreign or damaged; encoded arrays that differ; more
+                samples than the bound lets RAM hold.
             OSError: a directory that cannot be written, or is too small for the whole.
             RuntimeError: processes of another machine or container use it.
         """
         if count < 1:
             raise ValueError(f"feature cache: expected at least 1 sample, got {count}")
         request = _Request(key, count, encode, config, heartbeat, chunk)
-        attached: list[Segment] = []
+        segment = request.obtain()
         try:
-            while sum(segment.count for segment in attached) < count:
-                attached.append(request.obtain(attached))
-            for segment in attached:
-                request.fill(segment)
+            request.fill(segment)
         except BaseException:
-            for segment in attached:
-                segment.close()
+            segment.close()
             raise
-        return cls(tuple(attached), config)
+        return cls(segment, config)
 
     @classmethod
     def open(
@@ -158,42 +151,42 @@ class FeatureCache:
         """Attach an existing cache, which others may be filling still.
 
         Raises:
-            FileNotFoundError: nobody has made it, or not all its files.
+            FileNotFoundError: nobody has made it.
             ValueError: a file of another key, foreign or damaged.
         """
-        name = _name(key, config)
-        first = _attach_existing(_first_path(name, config), key, config)
-        if first.count == first.header.total:
-            return cls((first,), config)
-        rest = _attach_existing(_rest_path(name, config, first.count), key, config)
-        return cls((first, rest), config)
+        path = _path(key, config)
+        try:
+            return cls(_attach(path, key, config), config)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                errno.ENOENT,
+                f"feature cache: expected {path}, got no such file; FeatureCache.load_or_build "
+                "makes it",
+            ) from error
 
-    def sample(self, index: int) -> dict[str, Tensor]:
+    def sample(self, index: int) -> Batch:
         """Zero-copy views of one published sample, not to be written to.
 
         Returns:
-            Arrays as stored: maps ``[C, H, W]`` with channels-last strides; int8 maps with their
-            ``.scale`` and ``.error``.
+            Arrays as stored: maps ``[C, H, W]`` with channels-last strides.
 
         Raises:
             ValueError: no sample of the cache.
             RuntimeError: a sample that is not published or is damaged.
         """
-        segment = next((s for s in self.segments if index < s.first + s.count), self.segments[-1])
-        row = index - segment.first
-        segment.check(torch.tensor([row]))
+        self.segment.check(torch.tensor([index]))
         out = {}
         for spec in self.layout.arrays:
-            array = self.layout.view(segment.data[row : row + 1], spec.name)[0]
+            array = self.layout.view(self.segment.data[index : index + 1], spec)[0]
             out[spec.name] = array.permute(2, 0, 1) if spec.is_map else array
         return out
 
-    def batch(self, indices: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def batch(self, indices: Tensor, dtype: torch.dtype | None = None) -> Batch:
         """Gather samples (int64 ``[n]``) into new memory on the cache's device.
 
         Args:
             indices: any samples, in any order.
-            dtype: type of the maps; None: as stored, and float32 for int8 maps.
+            dtype: type of the maps; None: as stored.
 
         Returns:
             Maps as channels-last ``[n, C, H, W]``, labels ``[n, H, W]`` as stored.
@@ -202,11 +195,11 @@ class FeatureCache:
 
     def batches(
         self, order: Iterable[Tensor], dtype: torch.dtype | None = None, ahead: int = 1
-    ) -> Iterator[dict[str, Tensor]]:
+    ) -> Iterator[Batch]:
         """Gather batches (int64 ``[n]`` each) into reused memory, ahead of who reads them.
 
         Args:
-            order: the samples of each batch; consumed in order and ahead, maybe by another thread.
+            order: the samples of each batch; drawn in order and ahead, maybe by another thread.
             dtype: as for :meth:`batch`.
             ahead: batches that a thread gathers while one is read; 0 gathers each when it is asked
                 for, which costs least where no processor is idle.
@@ -240,42 +233,28 @@ class FeatureCache:
 
     @property
     def resident_bytes(self) -> int:
-        """What its samples take in RAM segments or on the device."""
+        """What its samples take in shared memory or on the device."""
         if isinstance(self._samples, DeviceSamples):
             return self._samples.data.nbytes
-        return sum(s.data.nbytes for s in self.segments if s.header.placement == "ram")
+        return self.segment.data.nbytes if self.segment.header.placement == "ram" else 0
 
     def _over(self, samples: HostSamples | DeviceSamples) -> FeatureCache:
         if samples is self._samples:
             return self
-        moved = FeatureCache(self.segments, self.config)
+        moved = FeatureCache(self.segment, self.config)
         moved._host, moved._samples, moved.device = self._host, samples, samples.device
         return moved
 
-    def errors(self) -> dict[str, float]:
-        """Relative root mean square error of each int8 map over the published samples."""
-        out = {}
-        for spec in self.layout.visible:
-            if self.layout.scale_of(spec) is not None:
-                sums = torch.zeros(2, dtype=torch.float64)
-                for segment in self.segments:
-                    array = self.layout.view(segment.data, f"{spec.name}.error")
-                    sums += array[segment.published()].double().sum(0)
-                error, square = sums.tolist()
-                out[spec.name] = (error / square) ** 0.5 if square else 0.0
-        return out
-
     def verify(self) -> list[int]:
         """Read everything: the published samples whose checksum does not match."""
-        return [segment.first + row for segment in self.segments for row in segment.verify()]
+        return self.segment.verify()
 
     def close(self) -> None:
-        """No longer use the files; a RAM segment goes with its last user."""
-        for segment in self.segments:
-            segment.close()
+        """No longer use the file; one in RAM goes with its last user."""
+        self.segment.close()
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Another process attaches the files, and shares what is resident on a device."""
+        """Another process attaches the file, and shares what is resident on a device."""
         resident = self._samples.data if isinstance(self._samples, DeviceSamples) else None
         return _reopen, (self.key, self.config, resident)
 
@@ -287,7 +266,7 @@ def _reopen(key: Mapping[str, str], config: CacheConfig, resident: Tensor | None
 
 @dataclass(frozen=True)
 class _Request:
-    """What :meth:`FeatureCache.load_or_build` was asked for."""
+    """The arguments of :meth:`FeatureCache.load_or_build`."""
 
     key: Mapping[str, str]
     count: int
@@ -296,35 +275,20 @@ class _Request:
     heartbeat: Callable[[], None]
     chunk: int
 
-    def obtain(self, before: list[Segment]) -> Segment:
-        """Attach or make the segment behind those before."""
-        first = sum(segment.count for segment in before)
-        name = _name(self.key, self.config)
-        path = _rest_path(name, self.config, first) if before else _first_path(name, self.config)
+    def obtain(self) -> Segment:
+        """Attach or make the file."""
+        path = _path(self.key, self.config)
 
         def begin() -> tuple[Header, Tensor]:
-            memory = self.config.memory_bytes if places.is_ram(path) else None
-            if before:
-                layout = before[0].header.layout
-                blocks = torch.empty(0, layout.sample_bytes, dtype=torch.uint8)
-            else:
-                size = min(self.chunk, self.count)
-                # with a bound the whole chunk may not fit
-                samples = torch.arange(size if memory is None else 1)
-                rows = self._rows(samples, samples, size)
-                layout = Layout.of(rows)
-                blocks = layout.pack(rows)
-            count = self.count - first
-            if memory is not None:
-                count = min(count, memory // (layout.sample_bytes + STATE.size))
-                if count == 0:
-                    raise ValueError(
-                        f"memory: expected room for one sample of {layout.sample_bytes} bytes, got "
-                        f"{self.config.memory}; give more, or placement file"
-                    )
+            samples = torch.arange(min(self.chunk, self.count))
+            rows = self._rows(samples, samples, len(samples))
+            layout = BlockLayout.of(rows)
             placement = "ram" if places.is_ram(path) else "file"
-            key, storage = dict(self.key), self.config.storage
-            return Header(key, storage, placement, first, count, self.count, layout), blocks
+            if placement == "ram":
+                self._check_memory(layout)
+            key = dict(self.key)
+            header = Header(key, self.config.storage, placement, self.count, layout)
+            return header, layout.pack(rows)
 
         while True:
             try:
@@ -335,13 +299,23 @@ class _Request:
                 if made is None:
                     continue
                 segment = made
-            if segment.header.total != self.count:
+            if segment.count != self.count:
                 segment.close()
                 raise ValueError(
-                    f"feature cache {path}: expected {self.count} samples, got "
-                    f"{segment.header.total}; delete it"
+                    f"feature cache {path}: expected {self.count} samples, got {segment.count}; "
+                    "delete it"
                 )
             return segment
+
+    def _check_memory(self, layout: BlockLayout) -> None:
+        bound = self.config.memory_bytes
+        size = self.count * (layout.sample_bytes + STATE.size)
+        if bound is not None and size > bound:
+            raise ValueError(
+                f"memory: expected {size / 1e6:.1f} MB for {self.count} samples in RAM, got "
+                f"{bound / 1e6:.1f} MB; raise --memory by {math.ceil((size - bound) / 1e6)} MB, or "
+                "give --placement file"
+            )
 
     def fill(self, segment: Segment) -> None:
         """Encode what nobody else does, and wait for the rest."""
@@ -355,7 +329,7 @@ class _Request:
                 if len(rows):
                     begin = start = int(rows[0]) // self.chunk * self.chunk
                     size = min(self.chunk, segment.count - begin)
-                    encoded = self._rows(rows + segment.first, rows - begin, size)
+                    encoded = self._rows(rows, rows - begin, size)
                     filler.write(rows, segment.header.layout.pack(encoded))
                     start += self.chunk
                 elif not filler.reap():
@@ -368,7 +342,7 @@ class _Request:
         """What is stored of samples, encoded at their places in a batch of the usual size.
 
         An encoder may round otherwise in a batch of another size: the places of what a killed
-        process has published, or of what does not fit, hold copies of the first sample.
+        process has published hold copies of the first sample.
         """
         padded = indices[:1].repeat(size)
         padded[places] = indices
@@ -380,49 +354,25 @@ def _attach(path: Path, key: Mapping[str, str], config: CacheConfig) -> Segment:
     places.sweep(places.ram_directory(), keep=path)
     segment = Segment.open(path)
     made = dict(segment.header.key) | {"storage": segment.header.storage}
-    wanted = dict(key) | {"storage": config.storage}
-    differ = [name for name in made | wanted if made.get(name) != wanted.get(name)]
+    expected = dict(key) | {"storage": config.storage}
+    differ = [name for name in made | expected if made.get(name) != expected.get(name)]
     if differ:
         segment.close()
         raise ValueError(
             f"feature cache {path}: made for {_values(made, differ)}, expected "
-            f"{_values(wanted, differ)}; delete it"
+            f"{_values(expected, differ)}; delete it"
         )
     return segment
-
-
-def _attach_existing(path: Path, key: Mapping[str, str], config: CacheConfig) -> Segment:
-    try:
-        return _attach(path, key, config)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            errno.ENOENT,
-            (
-                f"feature cache: expected {path}, got no such file; "
-                "FeatureCache.load_or_build makes it"
-            ),
-        ) from error
 
 
 def _values(key: Mapping[str, str], names: list[str]) -> str:
     return ", ".join(f"{n}={key[n]!r}" if n in key else f"{n}=nothing" for n in names)
 
 
-def _name(key: Mapping[str, str], config: CacheConfig) -> str:
+def _path(key: Mapping[str, str], config: CacheConfig) -> Path:
     text = json.dumps([dict(key), config.storage], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
-
-
-def _first_path(name: str, config: CacheConfig) -> Path:
-    """Of the segment that starts at sample 0; RAM segments of other bounds are others."""
-    if config.placement != "ram" or config.memory_bytes == 0:
-        return _directory(config) / f"{name}{places.SUFFIX}"
-    bound = "" if config.memory is None else f"-{config.memory_bytes}"
-    return places.ram_directory() / f"{name}{bound}{places.SUFFIX}"
-
-
-def _rest_path(name: str, config: CacheConfig, first: int) -> Path:
-    return _directory(config) / f"{name}-from-{first}{places.SUFFIX}"
+    name = hashlib.sha256(text.encode()).hexdigest()[:20] + places.SUFFIX
+    return (places.ram_directory() if config.placement == "ram" else _directory(config)) / name
 
 
 def _directory(config: CacheConfig) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from nasfast.cache.layout import Layout, aligned
+from nasfast.cache.layout import STORAGES, BlockLayout, aligned
 from nasfast.ops import _native
 
 MAGIC = b"NASFEATS"
@@ -32,16 +32,12 @@ class Header:
     key: Mapping[str, str]
     """What the samples depend on."""
     storage: str
-    """How maps are stored: auto (as encoded), float16, bfloat16, float32 or int8."""
+    """How maps are stored: auto (as encoded), float16, bfloat16 or float32."""
     placement: str
     """file or ram."""
-    first: int
-    """Index of the first sample."""
     count: int
-    """Samples in this segment."""
-    total: int
-    """Samples in the whole cache."""
-    layout: Layout
+    """Number of samples."""
+    layout: BlockLayout
 
     def encode(self) -> tuple[bytes, int, int]:
         """The bytes before the state table; offsets of the table and of the blocks."""
@@ -50,9 +46,7 @@ class Header:
                 "key": dict(self.key),
                 "storage": self.storage,
                 "placement": self.placement,
-                "first": self.first,
                 "count": self.count,
-                "total": self.total,
                 "sample_bytes": self.layout.sample_bytes,
                 "arrays": self.layout.to_json(),
             }
@@ -84,15 +78,27 @@ class Header:
                 "it, or use the nasfast that made it"
             )
         text = os.pread(file, min(length, size), _JSON)
-        wanted = int.from_bytes(prefix[_PREFIX.size : HOST], "little")
+        expected = int.from_bytes(prefix[_PREFIX.size : HOST], "little")
         got = _checksum_of(prefix[: _PREFIX.size] + text)
-        if got != wanted:
+        if got != expected:
             raise ValueError(
-                f"feature cache {path}: damaged header, expected the checksum {wanted:016x}, got "
+                f"feature cache {path}: damaged header, expected the checksum {expected:016x}, got "
                 f"{got:016x}; delete it"
             )
         fields = json.loads(text)
-        layout = Layout.from_json(fields.pop("arrays"), fields.pop("sample_bytes"))
+        fields.pop("first", None)
+        total = fields.pop("total", fields["count"])  # both of earlier versions
+        if total != fields["count"]:
+            raise ValueError(
+                f"feature cache {path}: expected all {total} samples in one file, got "
+                f"{fields['count']}, as an earlier version split them; delete it"
+            )
+        if fields["storage"] not in STORAGES:
+            raise ValueError(
+                f"feature cache {path}: expected maps stored as {', '.join(STORAGES)}, got "
+                f"{fields['storage']} of an earlier version; delete it"
+            )
+        layout = BlockLayout.from_json(fields.pop("arrays"), fields.pop("sample_bytes"))
         header = cls(layout=layout, **fields)
         end = blocks + header.count * layout.sample_bytes
         if size < end:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from nasfast.ops import Field
+
 ALIGN = 64  # bytes: blocks and arrays start at multiples, for whole vector and cache-line loads
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32)
+    for dtype in (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 }
-STORAGES = ("auto", "float16", "bfloat16", "float32", "int8")
+STORAGES = ("auto", "float16", "bfloat16", "float32")
 
 
 def aligned(offset: int, to: int = ALIGN) -> int:
@@ -34,7 +37,6 @@ class ArraySpec:
     """One array of a sample."""
 
     name: str
-    """As encoded; of an int8 map also "<name>.scale" and "<name>.error"."""
     dtype: torch.dtype
     """As stored."""
     shape: tuple[int, ...]
@@ -50,40 +52,27 @@ class ArraySpec:
     def is_map(self) -> bool:
         return len(self.shape) == 3
 
-    @property
-    def hidden(self) -> bool:
-        """Whether it belongs to an int8 map, and is none of the encoded arrays."""
-        return "." in self.name
-
 
 @dataclass(frozen=True)
-class Layout:
+class BlockLayout:
     """The arrays of a sample's block, in order."""
 
     arrays: tuple[ArraySpec, ...]
     sample_bytes: int
     """Bytes of a block, a multiple of 64; what no array fills is zero."""
 
-    def __getitem__(self, name: str) -> ArraySpec:
-        return next(spec for spec in self.arrays if spec.name == name)
+    @cached_property
+    def fields(self) -> list[Field]:
+        """The arrays as :func:`nasfast.ops.gather_fields` takes them."""
+        return [Field(spec.offset, spec.shape, spec.dtype) for spec in self.arrays]
 
-    def scale_of(self, spec: ArraySpec) -> ArraySpec | None:
-        """The scales of an int8 map; None for other arrays."""
-        return next((other for other in self.arrays if other.name == f"{spec.name}.scale"), None)
-
-    @property
-    def visible(self) -> tuple[ArraySpec, ...]:
-        """What was encoded."""
-        return tuple(spec for spec in self.arrays if not spec.hidden)
-
-    def view(self, data: Tensor, name: str) -> Tensor:
+    def view(self, data: Tensor, spec: ArraySpec) -> Tensor:
         """An array of all samples of ``data`` (uint8 ``[n, sample_bytes]``), zero-copy."""
-        spec = self[name]
         raw = data[:, spec.offset : spec.offset + spec.nbytes]
         return raw.view(spec.dtype).view(len(data), *spec.shape)
 
     @classmethod
-    def of(cls, rows: Mapping[str, Tensor]) -> Layout:
+    def of(cls, rows: Mapping[str, Tensor]) -> Self:
         """The layout of what :func:`stored` returns."""
         specs, end = [], 0
         for name, array in rows.items():
@@ -98,12 +87,11 @@ class Layout:
         Raises:
             ValueError: other arrays, types or shapes than the layout's.
         """
-        if list(rows) != [spec.name for spec in self.arrays]:
-            wanted = ", ".join(spec.name for spec in self.visible)
-            got = ", ".join(name for name in rows if "." not in name)
+        names = [spec.name for spec in self.arrays]
+        if list(rows) != names:
             raise ValueError(
-                f"feature cache: expected the arrays {wanted} of each sample, got {got}; "
-                "encode the same for all"
+                f"feature cache: expected the arrays {', '.join(names)} of each sample, got "
+                f"{', '.join(rows)}; encode the same for all"
             )
         n = len(next(iter(rows.values())))
         blocks = torch.zeros(n, self.sample_bytes, dtype=torch.uint8)
@@ -115,7 +103,7 @@ class Layout:
                     f"{list(spec.shape)}, got {dtype_name(array.dtype)} {list(array.shape[1:])}; "
                     "crop all images to one size"
                 )
-            self.view(blocks, spec.name).copy_(array)
+            self.view(blocks, spec).copy_(array)
         return blocks
 
     def to_json(self) -> list[dict[str, Any]]:
@@ -140,22 +128,14 @@ class Layout:
 def stored(arrays: Mapping[str, Tensor], n: int, storage: str) -> dict[str, Tensor]:
     """What is kept of n encoded samples: maps channels-last, in the type of ``storage``.
 
-    With "int8", a map x of a sample has a scale ``max |x| / 127`` for each channel; beside it are
-    kept the scales, float32 ``[C]``, and the sums of the squared errors and of the squares of the
-    sample, float32 ``[2]``.
-
     Raises:
-        ValueError: no arrays, another number of samples, a name with a dot, a type or a number of
-            dimensions that cannot be stored, or values that int8 cannot hold.
+        ValueError: no arrays, another number of samples, or a type or a number of dimensions that
+            cannot be stored.
     """
     if not arrays:
         raise ValueError("feature cache: expected named arrays of the samples, got none")
     rows: dict[str, Tensor] = {}
     for name, array in arrays.items():
-        if "." in name:
-            raise ValueError(
-                f"feature cache: expected a name without a dot, got {name!r}; rename it"
-            )
         if not 1 <= array.dim() <= 4:
             raise ValueError(
                 f"feature cache: expected {name} as maps [n, C, H, W] or labels [n, H, W], got "
@@ -166,9 +146,6 @@ def stored(arrays: Mapping[str, Tensor], n: int, storage: str) -> dict[str, Tens
         array = array.detach()
         if array.dim() == 4:
             array = array.permute(0, 2, 3, 1)
-            if storage == "int8" and array.is_floating_point():
-                rows |= _quantised(name, array.float())
-                continue
             if storage != "auto" and array.is_floating_point():
                 array = array.to(DTYPES[storage])
         if array.dtype not in DTYPES.values():
@@ -178,20 +155,3 @@ def stored(arrays: Mapping[str, Tensor], n: int, storage: str) -> dict[str, Tens
             )
         rows[name] = array
     return rows
-
-
-def _quantised(name: str, x: Tensor) -> dict[str, Tensor]:  # [n, H, W, C]
-    scale = x.abs().amax((1, 2)) / 127  # [n, C]
-    if not scale.isfinite().all():
-        raise ValueError(
-            f"feature cache: expected finite values of {name} to store them as int8, got inf or "
-            "NaN; store float32"
-        )
-    step = scale[:, None, None]
-    q = (x / step.where(step > 0, 1)).round()
-    squares = [value.double().square().sum((1, 2, 3)) for value in (x - q * step, x)]
-    return {
-        name: q.to(torch.int8),
-        f"{name}.scale": scale,
-        f"{name}.error": torch.stack(squares, 1).float(),
-    }

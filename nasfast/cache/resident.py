@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nasfast.cache.batches import Batches, Buffers, HostSamples, Plan, checked
+from nasfast.cache.batches import Batch, BatchMemory, HostSamples, checked, fetch_ahead
+from nasfast.cache.layout import aligned
 from nasfast.ops import Field, gather_fields
 
 _CHUNK = 32 << 20  # bytes that are uploaded at once
@@ -60,7 +60,7 @@ class DeviceSamples:
                 f"{rows * size // 2_000_000_000 + 1}GB"
             ) from error
         step = max(1, _CHUNK // size)
-        staging = _host((min(step, rows), size), torch.uint8, device)
+        staging = _staging(min(step, rows) * size, device).view(-1, size)
         for indices, there in zip(
             torch.split(torch.arange(rows), step), torch.split(data, step), strict=True
         ):
@@ -69,8 +69,8 @@ class DeviceSamples:
             there.copy_(blocks)
         return cls(host, data)
 
-    def batch(self, indices: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """A batch in new memory; see :class:`Plan`. Indices on the device need no copy.
+    def batch(self, indices: Tensor, dtype: torch.dtype | None = None) -> Batch:
+        """A batch in new memory. Indices on the device need no copy.
 
         Indices on the host are checked; of those on the device, only where some samples are on the
         host, for which the device has to be waited for.
@@ -79,38 +79,29 @@ class DeviceSamples:
             ValueError: indices or a dtype that there are not.
             RuntimeError: a sample on the host that is not published, or damaged.
         """
-        plan = self.host.plan(dtype)
-        outs = plan.allocate(len(indices), self.device)
+        memory = BatchMemory(self.layout, dtype, self.device)
         if len(self.data) < self.count:
-            transfer = _Transfer(self)
-            transfer.fill(indices)
-            transfer.gather(plan.fields, outs)
-        else:
-            if indices.device.type == "cpu":
-                indices = checked(indices, self.count)
-            indices = indices.to(self.device, non_blocking=True)
-            gather_fields(self.data, indices, plan.fields, outs)
-        return plan.named(outs)
+            return _Transfer(self).fetch(indices).batch(memory)
+        if indices.device.type == "cpu":
+            indices = checked(indices, self.count)
+        return self._gather(indices.to(self.device, non_blocking=True), memory)
 
     def batches(
         self, order: Iterable[Tensor], dtype: torch.dtype | None = None, ahead: int = 1
-    ) -> Iterator[dict[str, Tensor]]:
+    ) -> Iterator[Batch]:
         """Batches in reused memory of the device, valid until the next one is asked for.
 
         They are queued on the stream that is current when a batch is asked for; use them there.
         Where all samples are on the device, ``order`` is consumed at once and goes up in one copy.
-        Else a thread fetches ``ahead`` batches, one at least, of what is on the host, see
-        :class:`Batches`.
+        Else a thread fetches ``ahead`` batches, one at least, of what is on the host.
         """
-        plan = self.host.plan(dtype)
-        buffers = Buffers(plan, self.device)
+        memory = BatchMemory(self.layout, dtype, self.device)
         if len(self.data) == self.count:
-            return self._resident(order, plan, buffers)
-        return Batches(order, [_DeviceStage(self, plan, buffers) for _ in range(max(ahead, 1) + 1)])
+            return self._resident(order, memory)
+        transfers = [_Transfer(self) for _ in range(max(ahead, 1) + 1)]
+        return (t.batch(memory) for t in fetch_ahead(order, transfers, _Transfer.fetch))
 
-    def _resident(
-        self, order: Iterable[Tensor], plan: Plan, buffers: Buffers
-    ) -> Iterator[dict[str, Tensor]]:
+    def _resident(self, order: Iterable[Tensor], memory: BatchMemory) -> Iterator[Batch]:
         parts = [checked(indices, self.count) for indices in order]
         if not parts:
             return
@@ -118,9 +109,12 @@ class DeviceSamples:
         if self.device.type == "cuda":
             flat = flat.pin_memory().to(self.device, non_blocking=True)
         for indices in torch.split(flat, [len(part) for part in parts]):
-            outs = buffers.first(len(indices))
-            gather_fields(self.data, indices, plan.fields, outs)
-            yield plan.named(outs)
+            yield self._gather(indices, memory)
+
+    def _gather(self, indices: Tensor, memory: BatchMemory) -> Batch:
+        outs = memory.first(len(indices))
+        gather_fields(self.data, indices, self.layout.fields, outs)
+        return memory.named(outs)
 
 
 def _block(size: int) -> Field:
@@ -128,121 +122,75 @@ def _block(size: int) -> Field:
     return Field(0, (size,), torch.uint8)
 
 
-def _host(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory of the host that is copied to the device."""
-    return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
-
-
-class _Memory:
-    """Rows on the host that are copied to the device; on both sides it grows to the largest."""
-
-    def __init__(self, row: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self._row, self._dtype, self._device = row, dtype, device
-        self._host = _host((0, *row), dtype, device)
-        self._there = torch.empty(0, *row, dtype=dtype, device=device)
-
-    def host(self, rows: int) -> Tensor:
-        if len(self._host) < rows:
-            self._host = _host((rows, *self._row), self._dtype, self._device)
-        return self._host[:rows]
-
-    def send(self, rows: int) -> Tensor:
-        """The first rows of the host, on the device as soon as the current stream is there."""
-        if self._device.type == "cpu":
-            return self._host[:rows]
-        if len(self._there) < rows:
-            self._there = torch.empty_like(self._host, device=self._device)
-        return self._there[:rows].copy_(self._host[:rows], non_blocking=True)
-
-
-class _Order:
-    """What keeps copies, on a stream of their own, and the stream that wants them in order.
-
-    Nothing on a CPU, where a copy is done when it returns.
-    """
-
-    def __init__(self, side: Any) -> None:
-        self._side = side
-        if side is not None:
-            self._copied, self._used = _cuda.Event(), _cuda.Event()
-
-    def await_host(self) -> None:
-        """Returns when the host's memory has been read by the copies before."""
-        if self._side is not None:
-            self._copied.synchronize()
-
-    @contextmanager
-    def copies(self) -> Iterator[None]:
-        """Copies go to the side stream, behind what still reads their targets."""
-        if self._side is None:
-            yield
-            return
-        with _cuda.stream(self._side):
-            self._side.wait_event(self._used)
-            yield
-            self._copied.record()
-
-    @contextmanager
-    def use(self, *copied: Tensor) -> Iterator[None]:
-        """The current stream reads what was copied."""
-        if self._side is None:
-            yield
-            return
-        stream = _cuda.current_stream(self._side.device)
-        stream.wait_event(self._copied)
-        for tensor in copied:
-            tensor.record_stream(stream)  # it was allocated on the other one
-        yield
-        self._used.record(stream)
+def _staging(size: int, device: torch.device) -> Tensor:
+    """Memory of the host that is copied to the device: uint8 ``[size]``."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
 class _Transfer:
-    """The samples of one batch that are on the host, as blocks on their way to the device."""
+    """One batch on its way to a device: where its rows are, and the blocks that are on the host.
+
+    Both go up in one copy on a stream of its own, which waits for the kernels that read the copy
+    before; the kernels wait for the copy. On a CPU nothing is copied.
+    """
 
     def __init__(self, samples: DeviceSamples) -> None:
-        self._samples = samples
-        self._order = _Order(samples.side)
-        self._blocks = _Memory((samples.layout.sample_bytes,), torch.uint8, samples.device)
-        self._places = _Memory((), torch.int64, samples.device)
-        self._copied: tuple[Tensor, Tensor]
+        self._samples, self._side = samples, samples.side
+        self._staging = _staging(0, samples.device)
+        self._sent = self._staging if self._side is None else self._staging.to(samples.device)
+        self._rows = self._away = 0
+        if self._side is not None:
+            self._copied, self._used = _cuda.Event(), _cuda.Event()
 
-    def fill(self, indices: Tensor) -> None:
-        """Read the samples, in any thread."""
+    def fetch(self, indices: Tensor) -> _Transfer:
+        """Read the samples and start their copy, in any thread."""
         samples = self._samples
         indices = checked(indices, samples.count)
         away = indices >= len(samples.data)
         missing = indices[away]
-        self._order.await_host()
+        self._rows, self._away = len(indices), len(missing)
+        if self._side is not None:
+            self._copied.synchronize()  # the copy before has read the host's memory
+        if len(self._staging) < self._nbytes:
+            self._staging = _staging(self._nbytes, samples.device)
+        (here, there), blocks = self._parts(self._staging)
         # a row's place among the samples of the device, and among the blocks; -1 is in neither
-        places = self._places.host(2 * len(indices)).view(2, len(indices))
-        places[0] = indices.where(~away, -1)
-        places[1] = -1
-        places[1, away] = torch.arange(len(missing))
-        blocks = self._blocks.host(len(missing))
+        here.copy_(indices.where(~away, -1))
+        there.fill_(-1)
+        there[away] = torch.arange(len(missing))
         samples.host.gather(missing, [_block(samples.layout.sample_bytes)], [blocks])
-        with self._order.copies():
-            self._copied = self._places.send(places.numel()), self._blocks.send(len(missing))
+        if self._side is None:
+            self._sent = self._staging
+            return self
+        with _cuda.stream(self._side):
+            self._side.wait_event(self._used)
+            if len(self._sent) < self._nbytes:
+                self._sent = torch.empty_like(self._staging, device=samples.device)
+            sent = self._sent[: self._nbytes]
+            sent.copy_(self._staging[: self._nbytes], non_blocking=True)
+            self._copied.record()
+        return self
 
-    def gather(self, fields: Sequence[Field], outs: Sequence[Tensor]) -> None:
-        """Write the batch, on the current stream."""
-        places, blocks = self._copied
-        here, there = places.view(2, len(places) // 2)
-        with self._order.use(places, blocks):
-            gather_fields(self._samples.data, here, fields, outs)
-            gather_fields(blocks, there, fields, outs)
+    def batch(self, memory: BatchMemory) -> Batch:
+        """The batch, written on the current stream."""
+        outs = memory.first(self._rows)
+        (here, there), blocks = self._parts(self._sent)
+        stream = None if self._side is None else _cuda.current_stream(self._side.device)
+        if stream is not None:
+            stream.wait_event(self._copied)
+            self._sent.record_stream(stream)  # it was allocated on the other one
+        gather_fields(self._samples.data, here, self._samples.layout.fields, outs)
+        gather_fields(blocks, there, self._samples.layout.fields, outs)
+        if stream is not None:
+            self._used.record(stream)
+        return memory.named(outs)
 
+    @property
+    def _nbytes(self) -> int:
+        return aligned(2 * 8 * self._rows) + self._away * self._samples.layout.sample_bytes
 
-class _DeviceStage:
-    def __init__(self, samples: DeviceSamples, plan: Plan, buffers: Buffers) -> None:
-        self._plan, self.buffers = plan, buffers
-        self._transfer = _Transfer(samples)
-        self._rows = 0
-
-    def fill(self, indices: Tensor) -> None:
-        self._rows = len(indices)
-        self._transfer.fill(indices)
-
-    def batch(self) -> dict[str, Tensor]:
-        outs = self.buffers.first(self._rows)
-        self._transfer.gather(self._plan.fields, outs)
-        return self._plan.named(outs)
+    def _parts(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Places int64 ``[2, rows]`` and blocks uint8 ``[away, sample_bytes]`` in the memory."""
+        places = memory[: 2 * 8 * self._rows].view(torch.int64).view(2, self._rows)
+        blocks = memory[aligned(places.nbytes) : self._nbytes]
+        return places, blocks.view(self._away, self._samples.layout.sample_bytes)

@@ -1,4 +1,4 @@
-"""One file of a cache, attached: reading it through a map, filling it with others, creating it."""
+"""The file of a cache, attached: reading it through a map, filling it with others, creating it."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ class _Table:
 
 
 class Segment:
-    """An attached file: samples ``first .. first + count - 1`` of a cache, memory-mapped.
+    """An attached file with the samples of a cache, memory-mapped.
 
     Attributes:
         path: the file.
         header: what it holds.
-        data: uint8 ``[count, sample_bytes]``, zero-copy; row i is sample ``first + i``. Pages that
-            nobody writes to in this process show what is on the disk. It is valid as long as it
-            lives, whatever happens to the segment and to the file's name.
+        data: uint8 ``[count, sample_bytes]``, zero-copy. Pages that nobody writes to in this
+            process show what is on the disk. It is valid as long as it lives, whatever happens to
+            the segment and to the file's name.
     """
 
     def __init__(self, path: Path, file: int, *, writable: bool) -> None:
@@ -89,10 +89,6 @@ class Segment:
         self._seen = np.zeros(self.count, np.uint8)
         ram = self.header.placement == "ram"
         self._detach = weakref.finalize(self, _detach, path, file, os.getpid(), ram)
-
-    @property
-    def first(self) -> int:
-        return self.header.first
 
     @property
     def count(self) -> int:
@@ -148,7 +144,6 @@ class Segment:
             self._table.address,
             self.data.data_ptr(),
             self.header.layout.sample_bytes,
-            self.first,
             self.count,
             rows.data_ptr(),
             len(rows),
@@ -172,7 +167,7 @@ class Segment:
         return not alone
 
     def repair(self, rows: list[int]) -> None:
-        """Free damaged rows, so that the next who wants the cache fills them again.
+        """Free damaged rows, so that the next search fills them again.
 
         Raises:
             OSError: the file cannot be written.
@@ -202,25 +197,24 @@ class Segment:
 
     def _sums(self, row: int) -> tuple[int, int]:
         """The checksum of a row's bytes, and the one that was published."""
-        return checksum(self.data[row], self.first + row), self._table[row][1]
+        return checksum(self.data[row], row), self._table[row][1]
 
     def _fault(self, row: int) -> Exception | None:
         """What is wrong with a row; None if it was published just now."""
         if not 0 <= row < self.count:
             return ValueError(
-                f"feature cache {self.path}: expected a sample of {self.first} to "
-                f"{self.first + self.count - 1}, got {self.first + row}"
+                f"feature cache {self.path}: expected a sample of 0 to {self.count - 1}, got {row}"
             )
-        about = f"feature cache {self.path}: sample {self.first + row}"
+        about = f"feature cache {self.path}: sample {row}"
         if self._table[row][0] != owners.PUBLISHED:
             return RuntimeError(
                 f"{about} is not there yet; FeatureCache.load_or_build returns when all are"
             )
-        got, wanted = self._sums(row)
-        if got == wanted:
+        got, expected = self._sums(row)
+        if got == expected:
             return None
         return RuntimeError(
-            f"{about} is damaged: expected the checksum {wanted:016x}, got {got:016x}; free it "
+            f"{about} is damaged: expected the checksum {expected:016x}, got {got:016x}; free it "
             f"with `python -m nasfast.cache verify --repair {self.path}`, and the next search "
             "encodes it again"
         )
@@ -255,15 +249,15 @@ class Filler:
         The blocks go through the file, where a full disk is an error and not a signal; nothing is
         synchronised, as the checksums tell what a power failure has torn.
         """
-        first, sums = self._segment.first, []
+        sums = []
         for row, block in zip(rows.tolist(), blocks):
-            sums.append((row, checksum(block, first + row)))
+            sums.append((row, checksum(block, row)))
             places.write_at(self._file, block.numpy().data, self._blocks + row * blocks.shape[1])
         publish = extension().feature_cache_publish
         for row, value in sums:
             if not publish(self._table.address, row, self._owner, value):
                 raise RuntimeError(
-                    f"feature cache {self._segment.path}: sample {first + row} was taken from this "
+                    f"feature cache {self._segment.path}: sample {row} was taken from this "
                     "process while it encoded; start it again"
                 )
 
@@ -310,7 +304,7 @@ def create(
     """Make the file of a segment and attach it; None if another process has made it meanwhile.
 
     One process at a time calls ``begin``, which returns the header and the blocks of the first
-    samples (uint8 ``[n, sample_bytes]``, perhaps none). The others wait, with a ``heartbeat`` a
+    samples (uint8 ``[n, sample_bytes]``). The others wait, with a ``heartbeat`` a
     turn.
 
     Raises:
@@ -334,7 +328,7 @@ def create(
         states = b""
         for i, block in enumerate(blocks):
             places.write_at(file, block.numpy().data, offset + i * size)
-            states += STATE.pack(owners.PUBLISHED, checksum(block, header.first + i))
+            states += STATE.pack(owners.PUBLISHED, checksum(block, i))
         # whole: it is written through maps later, where a full disk is a signal, and not all file
         # systems can reserve room
         places.write_at(file, states.ljust(header.count * STATE.size, b"\0"), table)

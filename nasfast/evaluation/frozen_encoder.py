@@ -107,7 +107,6 @@ class FrozenEncoder:
 
     def _fill(self, cache: CacheConfig) -> Caches:
         half = torch.bfloat16 if self.runtime.dtype == torch.bfloat16 else torch.float16
-        # the cache stores them as it is told; int8 is made of the most exact
         self._dtype = half if cache.storage == "auto" else torch.float32
         key = {
             "encoder": self.inputs["encoder"],
@@ -222,7 +221,7 @@ class FrozenEncoder:
         return self._train_cache.to(device), self._val_cache.to(device)
 
     def __str__(self) -> str:
-        """How many bytes the features take, where, and what int8 has cost them."""
+        """How many bytes the features take, and where."""
         caches = (self._train_cache, self._val_cache)
         size = sum(cache.count * cache.layout.sample_bytes for cache in caches)
         resident = sum(cache.resident_bytes for cache in caches)
@@ -230,8 +229,4 @@ class FrozenEncoder:
         text = f"{size / 1e6:.0f} MB in {', '.join(where)}"
         if resident and self.runtime.device.type == "cuda":
             text += f", {resident / 1e6:.0f} MB of them on {self.runtime.device}"
-        errors = self._train_cache.errors()
-        if errors:
-            shares = ", ".join(f"{name} {100 * error:.2f} %" for name, error in errors.items())
-            text += f"; relative error of int8: {shares}"
         return text

@@ -1,7 +1,6 @@
 """Gathers the samples of a batch from a feature cache, in the dtypes that training computes in.
 
-A sample is one block of bytes, and its arrays stand at fixed offsets in every block. An int8 array
-holds the multiples of a scale per channel, which stands in the same block in float32.
+A sample is one block of bytes, and its arrays stand at fixed offsets in every block.
 """
 
 from __future__ import annotations
@@ -17,10 +16,9 @@ from torch import Tensor
 from nasfast.ops import _checks, _native, _register
 
 # Codes of nasfast::feature_gather::Kind in csrc/feature_gather/feature_gather.h.
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
-_BYTES = 4
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_STORED = (*_FLOATS, torch.int8, torch.uint8)
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_BYTES = 3
+_STORED = (*_KINDS, torch.uint8)
 _MOST = 16  # fields of a call of the kernel
 _ALIGN = 16  # bytes
 
@@ -33,9 +31,7 @@ class Field(NamedTuple):
     shape: tuple[int, ...]
     """Of one sample, channels last."""
     dtype: torch.dtype
-    """As stored: float32, bfloat16, float16, int8 or uint8."""
-    scale_offset: int | None = None
-    """First byte of an int8 array's scales, float32 ``[shape[-1]]``, a multiple of 16."""
+    """As stored: float32, bfloat16, float16 or uint8."""
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +46,6 @@ def feature_gather(
     shape: Sequence[int],
     dtype: torch.dtype,
     out: Tensor,  # [N, *shape]
-    scale_offset: int | None = None,
     *,
     threads: int = 1,
 ) -> Tensor:
@@ -59,9 +54,9 @@ def feature_gather(
     Args:
         data: the blocks; they begin at multiples of 16 bytes and may lie apart.
         indices: samples, in any order and any number of times.
-        offset, shape, dtype, scale_offset: the array, see :class:`Field`.
+        offset, shape, dtype: the array, see :class:`Field`.
         out: contiguous; of ``dtype``, or of any of float32, bfloat16 and float16 where ``dtype`` is
-            one of these or int8 with scales. Rounded to the nearest, ties to even.
+            one of these. Rounded to the nearest, ties to even.
         threads: of a CPU, at most.
 
     On CUDA the indices are read by the device alone: nothing waits, the call can be captured in a
@@ -73,11 +68,9 @@ def feature_gather(
     """
     shape = tuple(shape)
     if _native.is_eager("feature_gather", data, indices, out):
-        _gather(data, indices, offset, shape, dtype, out, scale_offset, threads)
+        _gather(data, indices, offset, shape, dtype, out, threads)
     else:
-        torch.ops.nasfast.feature_gather.default(
-            data, indices, offset, shape, dtype, out, scale_offset, threads
-        )
+        torch.ops.nasfast.feature_gather.default(data, indices, offset, shape, dtype, out, threads)
     return out
 
 
@@ -88,25 +81,15 @@ def feature_gather_reference(
     shape: Sequence[int],
     dtype: torch.dtype,
     out: Tensor,
-    scale_offset: int | None = None,
 ) -> Tensor:
     """:func:`feature_gather` in plain PyTorch, on any device."""
-    field = Field(offset, tuple(shape), dtype, scale_offset)
+    field = Field(offset, tuple(shape), dtype)
     _check(data, indices, [field], [out])
     _check_range(indices, len(data))
     if not out.numel():
         return out
-
-    def read(first: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        size = math.prod(shape) * dtype.itemsize
-        return data[:, first : first + size][indices].view(dtype).view(len(indices), *shape)
-
-    values = read(offset, field.shape, dtype)
-    if scale_offset is not None:
-        channels = field.shape[-1]
-        scale = read(scale_offset, (channels,), torch.float32)
-        values = values * scale.view(-1, *[1] * (len(field.shape) - 1), channels)
-    return out.copy_(values)
+    raw = data[:, offset : offset + field.nbytes][indices]
+    return out.copy_(raw.view(dtype).view(out.shape))
 
 
 def gather_fields(
@@ -180,47 +163,31 @@ def _check(data: Tensor, indices: Tensor, fields: Sequence[Field], outs: Sequenc
 
 @functools.lru_cache(256)
 def _plan(fields: tuple[Field, ...], dtypes: tuple[torch.dtype, ...], size: int) -> tuple[int, ...]:
-    """The fields of a call as the kernel wants them, checked against blocks of ``size`` bytes."""
+    """The fields of a call as the kernel takes them, checked against blocks of ``size`` bytes."""
     plan = [len(fields)]
     for field, dtype in zip(fields, dtypes, strict=True):
         _check_field(field, size)
-        if dtype != field.dtype and not (dtype in _FLOATS and _converts(field)):
-            kinds = f"{field.dtype}" + " or a float of at most 32 bits" * _converts(field)
+        if dtype != field.dtype and not (dtype in _KINDS and field.dtype in _KINDS):
+            kinds = f"{field.dtype}" + " or a float of at most 32 bits" * (field.dtype in _KINDS)
             raise _wrong("out", f"of {kinds}", dtype, "allocate it so")
         same = field.dtype == dtype
         plan += (_BYTES, _BYTES) if same else (_KINDS[field.dtype], _KINDS[dtype])
-        plan += field.offset, field.scale_offset or 0
-        plan += field.nbytes if same else math.prod(field.shape), (field.shape or (1,))[-1]
-    return (*plan, *[0] * (6 * (_MOST - len(fields))))
-
-
-def _converts(field: Field) -> bool:
-    return field.dtype in _FLOATS or field.scale_offset is not None
+        plan += field.offset, field.nbytes if same else math.prod(field.shape)
+    return (*plan, *[0] * (4 * (_MOST - len(fields))))
 
 
 def _check_field(field: Field, size: int) -> None:
     if field.dtype not in _STORED:
         kinds = ", ".join(map(str, _STORED))
         raise _wrong("dtype", f"one of {kinds}", field.dtype, "store it as one of these")
-    parts = [("offset", field.offset, field.nbytes)]
-    if field.scale_offset is not None:
-        if field.dtype != torch.int8 or not field.shape:
-            raise _wrong(
-                "scale_offset",
-                "None but for an int8 array with channels",
-                f"{field.scale_offset} for {field.dtype} {list(field.shape)}",
-                "leave it out",
-            )
-        parts.append(("scale_offset", field.scale_offset, field.shape[-1] * 4))
-    for name, first, nbytes in parts:
-        if first % _ALIGN or first < 0 or first + nbytes > size:
-            raise _wrong(
-                name,
-                f"a multiple of {_ALIGN} from 0 to {size - nbytes}, to leave {nbytes} bytes in "
-                f"a block of {size}",
-                first,
-                "read it from the layout of the blocks",
-            )
+    if field.offset % _ALIGN or not 0 <= field.offset <= size - field.nbytes:
+        raise _wrong(
+            "offset",
+            f"a multiple of {_ALIGN} from 0 to {size - field.nbytes}, to leave {field.nbytes} "
+            f"bytes in a block of {size}",
+            field.offset,
+            "read it from the layout of the blocks",
+        )
 
 
 def _check_range(indices: Tensor, samples: int) -> None:
@@ -245,7 +212,7 @@ def _run(
         rows = indices[inside]
         for field, out in zip(fields, outs, strict=True):
             new = out.new_empty(len(rows), *field.shape)
-            out[inside] = feature_gather_reference(data, rows, *field[:3], new, field[3])
+            out[inside] = feature_gather_reference(data, rows, *field, new)
         return
     if data.data_ptr() % _ALIGN:
         address = f"an address {data.data_ptr() % _ALIGN} beyond one"
@@ -266,10 +233,9 @@ def _gather(
     shape: Sequence[int],
     dtype: torch.dtype,
     out: Tensor,
-    scale_offset: int | None,
     threads: int,
 ) -> None:
-    field = Field(offset, tuple(shape), dtype, scale_offset)
+    field = Field(offset, tuple(shape), dtype)
     _check(data, indices, [field], [out])
     _check_range(indices, len(data))
     _run(data, indices, [field], [out], threads)
@@ -282,15 +248,14 @@ def _fake(
     shape: Sequence[int],
     dtype: torch.dtype,
     out: Tensor,
-    scale_offset: int | None,
     threads: int,
 ) -> None:
-    _check(data, indices, [Field(offset, tuple(shape), dtype, scale_offset)], [out])
+    _check(data, indices, [Field(offset, tuple(shape), dtype)], [out])
 
 
 _register.define(
     "feature_gather(Tensor data, Tensor indices, int offset, int[] shape, ScalarType dtype, "
-    "Tensor(a!) out, int? scale_offset, int threads) -> ()",
+    "Tensor(a!) out, int threads) -> ()",
     _fake,
 )
 _DEVICES = set()

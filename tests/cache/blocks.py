@@ -1,31 +1,33 @@
-"""Samples in memory that stand for the segments of a cache."""
+"""Samples in memory that stand for the file of a cache."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nasfast.cache.batches import HostSamples
-from nasfast.cache.layout import Layout, stored
+from nasfast.cache.layout import BlockLayout, stored
 
 COUNT = 11
 
 
-class Part:
-    """Some samples; notes which were checked."""
+class Blocks:
+    """As a segment of samples; notes which were checked."""
 
-    def __init__(self, first: int, data: Tensor, broken: Sequence[int] = ()) -> None:
-        self.first, self.count, self.data = first, len(data), data
+    def __init__(self, layout: BlockLayout, data: Tensor, broken: Sequence[int]) -> None:
+        self.header, self.data = SimpleNamespace(layout=layout, count=len(data)), data
         self.checked: list[int] = []
         self._broken = broken
 
     def check(self, rows: Tensor) -> None:
-        self.checked += (rows + self.first).tolist()
+        self.checked += rows.tolist()
         for row in rows.tolist():
-            if row + self.first in self._broken:
-                raise RuntimeError(f"sample {row + self.first} is damaged")
+            if row in self._broken:
+                raise RuntimeError(f"sample {row} is damaged")
 
 
 def content(dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
@@ -37,19 +39,11 @@ def content(dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
     }
 
 
-def host(
-    encoded: dict[str, Tensor],
-    parts: Sequence[int] = (COUNT,),
-    storage: str = "auto",
-    broken: Sequence[int] = (),
-) -> HostSamples:
-    rows = stored(encoded, COUNT, storage)
-    layout = Layout.of(rows)
-    sources, first = [], 0
-    for data in layout.pack(rows).split(list(parts)):
-        sources.append(Part(first, data.clone(), broken))
-        first += len(data)
-    return HostSamples(layout, sources)
+def host(encoded: dict[str, Tensor], broken: Sequence[int] = ()) -> HostSamples:
+    rows = stored(encoded, COUNT, "auto")
+    layout = BlockLayout.of(rows)
+    blocks: Any = Blocks(layout, layout.pack(rows), broken)
+    return HostSamples(blocks)
 
 
 def orders(epochs: int = 1) -> list[Tensor]:
@@ -57,10 +51,10 @@ def orders(epochs: int = 1) -> list[Tensor]:
     return [part for _ in range(epochs) for part in torch.randperm(COUNT).split(4)]
 
 
-def assert_equal(batch: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert list(batch) == list(wanted)
+def assert_equal(batch: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(batch) == list(expected)
     for name, array in batch.items():
-        assert array.dtype == wanted[name].dtype
-        assert torch.equal(array.cpu(), wanted[name])
+        assert array.dtype == expected[name].dtype
+        assert torch.equal(array.cpu(), expected[name])
         last = torch.channels_last if array.dim() == 4 else torch.contiguous_format
         assert array.is_contiguous(memory_format=last)

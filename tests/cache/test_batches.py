@@ -19,10 +19,12 @@ from samples import raises
 from torch import Tensor
 
 import nasfast
-from nasfast.cache.batches import Batches, HostSamples
+from nasfast.cache.batches import HostSamples
 
-PARTS = [(COUNT,), (4, 7), (1, 5, 5)]
-every_parts = pytest.mark.parametrize("parts", PARTS, ids=str)
+
+def checks(samples: HostSamples) -> list[int]:
+    """The samples that were checked."""
+    return samples._segment.checked  # type: ignore[attr-defined]
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -33,67 +35,61 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "nasfast-batches"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("nasfast-batches")]
 
 
 @pytest.fixture(autouse=True)
 def _no_thread_stays() -> Iterator[None]:
     yield
-    if threads():
-        gc.collect()
-    assert threads() == []
+    gc.collect()
+    wait_until(lambda: threads() == [])
 
 
-@every_parts
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("indices", [[3, 10, 3, 0], [5], []], ids=str)
-def test_batch(parts: tuple[int, ...], dtype: torch.dtype | None, indices: list[int]) -> None:
+def test_batch(dtype: torch.dtype | None, indices: list[int]) -> None:
     """Maps in the dtype that is asked for; labels as they are."""
     encoded = content()
     chosen = torch.tensor(indices, dtype=torch.int64)
-    batch = host(encoded, parts).batch(chosen, dtype)
-    wanted = {name: array[chosen] for name, array in encoded.items()}
+    samples = host(encoded)
+    expected = {name: array[chosen] for name, array in encoded.items()}
     for name in ("tap0", "tap1"):
-        wanted[name] = wanted[name].to(dtype or torch.float16)
-    assert_equal(batch, wanted)
+        expected[name] = expected[name].to(dtype or torch.float16)
+    assert_equal(samples.batch(chosen, dtype), expected)
+    assert checks(samples) == indices
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
-def test_int8(dtype: torch.dtype | None) -> None:
-    """Times its scale, rounded once; what belongs to it is not part of a batch."""
-    encoded = content(torch.float32)
-    samples = host(encoded, storage="int8")
-    indices = torch.tensor([7, 2])
-    batch = samples.batch(indices, dtype)
-    wanted = {"labels": encoded["labels"][indices]}
-    for name in ("tap0", "tap1"):
-        scale = encoded[name].abs().amax((2, 3), keepdim=True) / 127
-        exact = (encoded[name] / scale).round() * scale
-        wanted[name] = exact[indices].to(dtype or torch.float32)
-    assert_equal(batch, {name: wanted[name] for name in encoded})
-
-
-def test_only_samples_that_are_read_are_checked() -> None:
-    samples = host(content(), (4, 7))
-    samples.batch(torch.tensor([9, 1, 9, 4]))
-    assert [part.checked for part in samples._sources] == [[1], [9, 9, 4]]  # type: ignore[attr-defined]
-
-
-@every_parts
 @pytest.mark.parametrize("ahead", [0, 1, 2, 5])
-def test_batches_are_those_of_batch(parts: tuple[int, ...], ahead: int) -> None:
-    samples, order = host(content(), parts), orders(3)
-    count = 0
-    for batch, indices in zip(
-        samples.batches(iter(order), torch.float32, ahead), order, strict=True
-    ):
+def test_batches_are_those_of_batch(ahead: int) -> None:
+    samples, order = host(content()), orders(3)
+    batches = samples.batches(iter(order), torch.float32, ahead)
+    for batch, indices in zip(batches, order, strict=True):
         assert_equal(batch, samples.batch(indices, torch.float32))
-        count += 1
-    assert count == len(order)
+    assert list(samples.batches([], ahead=ahead)) == []
 
 
-def test_no_batches() -> None:
-    assert list(host(content()).batches([])) == []
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_a_batch_is_valid_until_the_next_is_asked_for(ahead: int) -> None:
+    """However far the thread comes meanwhile: to what ``ahead`` says, in as much memory."""
+    samples, order, drawn = host(content()), orders(4), []
+
+    def draws() -> Iterator[Tensor]:
+        for indices in order:
+            drawn.append(len(indices))
+            yield indices
+
+    batches, memory = samples.batches(draws(), ahead=ahead), set()
+    for number, indices in enumerate(order):
+        batch = next(batches)
+        fetched = sum(len(indices) for indices in order[: number + 1 + ahead])
+        wait_until(lambda fetched=fetched: len(checks(samples)) == fetched)  # type: ignore[misc]
+        assert sum(drawn) == fetched
+        assert torch.equal(batch["labels"], samples.batch(indices)["labels"])
+        del checks(samples)[-len(indices) :]
+        if len(indices) == 4:  # memory that had fewer grows for these
+            memory.add(batch["tap0"].data_ptr())
+    assert len(memory) <= ahead + 1
+    assert list(batches) == []
 
 
 def test_batches_grow_and_may_be_empty() -> None:
@@ -102,24 +98,6 @@ def test_batches_grow_and_may_be_empty() -> None:
     order = [torch.arange(size) for size in sizes]
     for batch, indices in zip(samples.batches(order), order, strict=True):
         assert_equal(batch, samples.batch(indices))
-
-
-@pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_a_batch_is_valid_until_the_next_is_asked_for(ahead: int) -> None:
-    """However far the thread comes meanwhile; and no memory is made beyond that of the ring."""
-    samples, order = host(content()), orders(4)
-    batches = samples.batches(order, ahead=ahead)
-    memory = set()
-    for number, indices in enumerate(order):
-        batch = next(batches)
-        left = min(ahead, len(order) - number - 1)
-        if ahead:
-            wait_until(lambda left=left: batches._ready.qsize() >= left)  # type: ignore[misc]
-        assert_equal(batch, samples.batch(indices))
-        if len(indices) == 4:
-            memory.add(batch["tap0"].data_ptr())
-    assert len(memory) <= ahead + 1
-    assert list(batches) == []
 
 
 def test_memory_serves_the_next_epoch_too() -> None:
@@ -147,23 +125,6 @@ def test_the_last_batch_of_a_closed_iteration_keeps_its_memory() -> None:
     assert_equal(batch, samples.batch(order[0]))
 
 
-def test_the_thread_works_ahead_and_no_further() -> None:
-    drawn = []
-
-    def order() -> Iterator[Tensor]:
-        for number in range(9):
-            drawn.append(number)
-            yield torch.tensor([number])
-
-    batches = host(content()).batches(order(), ahead=2)
-    wait_until(lambda: len(drawn) == 4)  # one for each place, and one that waits
-    for number in range(1, 4):
-        next(batches)
-        wait_until(lambda number=number: len(drawn) == 3 + number)  # type: ignore[misc]
-    batches.close()
-    assert len(drawn) <= 7
-
-
 def test_memory_made_in_inference_mode_serves_training() -> None:
     samples, order = host(content(torch.float32)), orders()
     with torch.inference_mode():
@@ -183,75 +144,57 @@ def test_memory_that_a_gradient_needs_is_missed() -> None:
         losses[0].backward()
 
 
-@pytest.mark.parametrize("bad", [-1, COUNT])
-def test_error_of_an_index(bad: int) -> None:
-    batches = host(content(), (4, 7)).batches([torch.tensor([3]), torch.tensor([2, bad])])
+INDEX = "feature cache: expected indices from 0 to 10, got {}; the cache has 11 samples"
+TYPE = "feature cache: expected indices as int64 [n], got {}"
+
+
+def order_that_fails() -> Iterator[Tensor]:
+    yield torch.tensor([1])
+    raise KeyError("no more")
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("order", "error", "message"),
+    [
+        ([torch.tensor([3]), torch.tensor([2, -1])], ValueError, INDEX.format(-1)),
+        ([torch.tensor([3]), torch.tensor([COUNT])], ValueError, INDEX.format(COUNT)),
+        ([torch.tensor([3]), torch.tensor([1.0])], ValueError, TYPE.format("float32 [1]")),
+        ([torch.tensor([3]), torch.tensor([[1]])], ValueError, TYPE.format("int64 [1, 1]")),
+        ([torch.tensor([5]), torch.tensor([6])], RuntimeError, "sample 6 is damaged"),
+        (order_that_fails, KeyError, "'no more'"),
+    ],
+    ids=["negative", "too-large", "float", "two-dimensional", "damaged", "order"],
+)
+def test_errors_come_where_the_batch_would(
+    order: Any, error: type[Exception], message: str, ahead: int
+) -> None:
+    given = order() if callable(order) else order
+    batches = host(content(), broken=[6]).batches(given, None, ahead)
     assert len(next(batches)["labels"]) == 1
-    with raises(
-        ValueError,
-        f"feature cache: expected indices from 0 to 10, got {bad}; the cache has 11 samples",
-    ):
+    with raises(error, message):
         next(batches)
     assert list(batches) == []
 
 
-@pytest.mark.parametrize(
-    ("indices", "got"),
-    [(torch.tensor([1.0]), "float32 [1]"), (torch.tensor([[1]]), "int64 [1, 1]")],
-    ids=["float", "two-dimensional"],
-)
-def test_error_of_indices(indices: Tensor, got: str) -> None:
-    with raises(ValueError, f"feature cache: expected indices as int64 [n], got {got}"):
-        host(content()).batch(indices)
-
-
-def test_error_of_a_damaged_sample() -> None:
-    batches = host(content(), broken=[6]).batches([torch.tensor([5]), torch.tensor([6])])
-    next(batches)
-    with raises(RuntimeError, "sample 6 is damaged"):
-        next(batches)
-
-
-def test_error_of_the_order() -> None:
-    def order() -> Iterator[Tensor]:
-        yield torch.tensor([1])
-        raise KeyError("no more")
-
-    batches = host(content()).batches(order())
-    next(batches)
-    with raises(KeyError, "'no more'"):
-        next(batches)
-
-
-@pytest.mark.parametrize("call", [HostSamples.batch, HostSamples.batches])
-def test_error_of_the_dtype(call: Callable[..., Any]) -> None:
-    with raises(
-        ValueError,
-        "feature cache: expected maps as one of float32, bfloat16, float16, got torch.float64",
-    ):
-        call(host(content()), torch.tensor([1]), torch.float64)
-
-
-def test_error_of_ahead() -> None:
-    with raises(
-        ValueError,
-        "feature cache: expected 0 batches ahead or more, got -1",
-    ):
-        host(content()).batches([], ahead=-1)
+def test_errors_of_arguments() -> None:
+    samples = host(content())
+    message = "feature cache: expected maps as one of float32, bfloat16, float16, got torch.float64"
+    with raises(ValueError, message):
+        samples.batch(torch.tensor([1]), torch.float64)
+    with raises(ValueError, message):
+        samples.batches([torch.tensor([1])], torch.float64)
+    with raises(ValueError, "feature cache: expected 0 batches ahead or more, got -1"):
+        samples.batches([], ahead=-1)
 
 
 def test_a_consumer_that_fails_stops_the_thread() -> None:
-    def consume(batches: Batches) -> None:
-        for _ in batches:
+    def consume() -> None:
+        for _ in host(content()).batches(orders(9)):
             raise ZeroDivisionError
 
-    batches = host(content()).batches(orders(9))
-    (thread,) = threads()
     with pytest.raises(ZeroDivisionError):
-        consume(batches)
-    del batches
-    gc.collect()
-    assert not thread.is_alive()
+        consume()
 
 
 def test_batches_keep_their_samples_alive() -> None:

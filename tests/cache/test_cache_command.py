@@ -97,7 +97,7 @@ def test_one_that_cannot_be_opened_leaves_the_others(directory, path, run):
     status, out = run("ls")
     assert status == 0
     assert out.startswith(f"{gone}\n  {error}\n{path}\n  file, 5 of 5 samples published")
-    assert run("verify") == (1, f"{error}\n{path}: 5 samples are whole\n")
+    assert run("verify") == (1, f"{error}\n{path}: 5 samples OK\n")
 
 
 def test_ls_of_nothing(run, directory):
@@ -110,14 +110,14 @@ def test_age(path, run):
 
 
 def test_verify(directory, path, run):
-    assert run("verify") == (0, f"{path}: 5 samples are whole\n")
+    assert run("verify") == (0, f"{path}: 5 samples OK\n")
     damage(path)
     other = build(directory, key={"other": "key"})
     status, out = run("verify")
     assert status == 1
     assert set(out.splitlines()) == {
         f"{path}: damaged samples 4; --repair frees them",
-        f"{other.paths[0]}: 5 samples are whole",
+        f"{other.paths[0]}: 5 samples OK",
     }
     assert run("verify", other.paths[0])[0] == 0
 
@@ -132,7 +132,7 @@ def test_verify_of_a_damaged_header(path, run):
 def test_repair(directory, path, run):
     damage(path)
     assert run("verify", "--repair", path) == (0, f"{path}: freed the damaged samples 4\n")
-    assert run("verify") == (0, f"{path}: 4 samples are whole\n")
+    assert run("verify") == (0, f"{path}: 4 samples OK\n")
     calls = []
     load = FeatureCache.load_or_build
     cache = load(KEY, COUNT, encoder(arrays(), calls), CacheConfig(directory))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -129,6 +130,41 @@ def test_a_flipped_byte_in_the_header(path, at):
     refuses(path, "damaged header, expected the checksum ..., got ...; delete it")
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"first": 0, "total": 9},
+            "expected all 9 samples in one file, got 5, as an earlier version split them; delete "
+            "it",
+        ),
+        (
+            {"storage": "int8"},
+            "expected maps stored as auto, float16, bfloat16, float32, got int8 of an earlier "
+            "version; delete it",
+        ),
+    ],
+)
+def test_kinds_of_earlier_versions(path, fields, message):
+    rewrite(path, fields)
+    refuses(path, message)
+
+
+def test_a_file_of_an_earlier_version(path):
+    rewrite(path, {"first": 0, "total": COUNT})
+    assert FeatureCache.open(KEY, CacheConfig(path.parent)).verify() == []
+
+
+def rewrite(path, fields):
+    """The same file with other fields in the header."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[16:24], "little")
+    text = json.dumps(json.loads(data[128 : 128 + length]) | fields).encode()
+    prefix = data[:16] + len(text).to_bytes(8, "little") + data[24:40]
+    change(path, 0, prefix + xxh64(prefix + text, 0).to_bytes(8, "little"))
+    change(path, 128, text)
+
+
 def test_truncated(path):
     size = path.stat().st_size
     for short in (size - 1, 8192):
@@ -143,7 +179,7 @@ def test_truncated_in_the_header(path):
 
 def test_another_key(path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nasfast.cache.feature_cache._name", lambda key, config: path.stem)
+        patch.setattr("nasfast.cache.feature_cache._path", lambda key, config: path)
         with raises(
             ValueError,
             f"feature cache {path}: made for encoder='abc', data=nothing, expected encoder='def', "

@@ -224,8 +224,7 @@ def test_a_control_group_without_room(tmp_path, ram, groups):
     with raises(
         OSError,
         f"[Errno {errno.ENOSPC}] feature cache: expected ... bytes in {ram}, got 4000 free; make "
-        "room with `python -m nasfast.cache rm`, bound a RAM segment with --memory, or give "
-        "another --cache-dir",
+        "room with `python -m nasfast.cache rm`, or give --placement file",
     ):
         build(tmp_path, placement="ram")
     assert list(ram.iterdir()) == []

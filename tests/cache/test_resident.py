@@ -15,7 +15,7 @@ from samples import build, raises
 from torch import Tensor
 
 from nasfast.cache import FeatureCache, resident
-from nasfast.cache.batches import HostSamples
+from nasfast.cache.batches import BatchMemory, HostSamples
 from nasfast.cache.resident import DeviceSamples
 
 CPU = torch.device("cpu")
@@ -35,12 +35,11 @@ def upload(samples: HostSamples, device: torch.device, bound: int | None) -> Dev
 
 @every_device
 @every_bound
-@pytest.mark.parametrize("storage", ["auto", "int8"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_batch_is_that_of_the_host(
-    device: torch.device, bound: int | None, storage: str, dtype: torch.dtype | None
+    device: torch.device, bound: int | None, dtype: torch.dtype | None
 ) -> None:
-    samples = host(content(torch.float32), (4, 7), storage)
+    samples = host(content(torch.float32))
     there = upload(samples, device, bound)
     assert (there.count, there.device) == (COUNT, device)
     assert len(there.data) == (COUNT if bound is None else bound)
@@ -56,31 +55,23 @@ def test_batch_is_that_of_the_host(
 @every_bound
 @pytest.mark.parametrize("ahead", [0, 1, 3])
 def test_batches_are_those_of_the_host(device: torch.device, bound: int | None, ahead: int) -> None:
-    samples, order = host(content(), (4, 7)), orders(3)
+    samples, order = host(content()), orders(3)
     order.insert(1, torch.tensor([], dtype=torch.int64))
-    batches = upload(samples, device, bound).batches(iter(order), torch.float32, ahead)
+    there = upload(samples, device, bound)
+    batches = there.batches(iter(order), torch.float32, ahead)
     for batch, indices in zip(batches, order, strict=True):
         assert_equal(batch, samples.batch(indices, torch.float32))
-
-
-@every_device
-@every_bound
-def test_no_batches(device: torch.device, bound: int | None) -> None:
-    assert list(upload(host(content()), device, bound).batches([])) == []
+    assert list(there.batches([], ahead=ahead)) == []
 
 
 @every_device
 def test_upload_in_parts(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every sample is checked before it goes."""
-    samples = host(content(), (4, 7))
+    samples = host(content())
     monkeypatch.setattr(resident, "_CHUNK", 3 * samples.layout.sample_bytes + 1)
     there = upload(samples, device, 9)
-    first, second = samples._sources
-    assert torch.equal(there.data.cpu(), torch.cat([first.data, second.data])[:9])
-    assert [part.checked for part in samples._sources] == [  # type: ignore[attr-defined]
-        [0, 1, 2, 3],
-        [4, 5, 6, 7, 8],
-    ]
+    assert torch.equal(there.data.cpu(), samples._segment.data[:9])
+    assert samples._segment.checked == list(range(9))  # type: ignore[attr-defined]
 
 
 def test_memory_for_less_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,21 +131,21 @@ def on_cpu(cache: FeatureCache, bound: int | None) -> FeatureCache:
     return cache._over(upload(cache._host, CPU, bound))
 
 
-def wanted(cache: FeatureCache, indices: Tensor) -> dict[str, Tensor]:
+def expected(cache: FeatureCache, indices: Tensor) -> dict[str, Tensor]:
     samples = [cache.sample(index) for index in indices.tolist()]
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
 def assert_samples(batch: dict[str, Tensor], cache: FeatureCache, indices: Tensor) -> None:
-    for name, array in wanted(cache, indices).items():
+    for name, array in expected(cache, indices).items():
         assert torch.equal(batch[name].cpu(), array)
 
 
 @pytest.mark.parametrize("bound", [None, 2])
 def test_cache(tmp_path: Path, bound: int | None) -> None:
-    cache = build(tmp_path, memory="1KB", placement="ram")
-    assert len(cache.segments) == 2
+    cache = build(tmp_path)
     moved, order = on_cpu(cache, bound), [torch.tensor([4, 0, 2]), torch.tensor([1])]
+    assert moved.resident_bytes == (bound or cache.count) * cache.layout.sample_bytes
     assert_samples(moved.batch(order[0]), cache, order[0])
     for either in (cache, moved):
         for batch, indices in zip(either.batches(order), order, strict=True):
@@ -267,13 +258,11 @@ def test_copies_and_kernels_are_ordered(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: log.append("kept"))
     there = upload(samples, CPU, 6)
     there.side = streams
-    transfer = resident._Transfer(there)
-    plan = samples.plan(None)
-    for _ in range(2):
-        transfer.fill(torch.tensor([9, 1]))
-        transfer.gather(plan.fields, plan.allocate(2, CPU))
-    fill = ["host waits until copied", "stream waits until used", "copied"]
-    assert log == [*fill, "stream waits until copied", "kept", "kept", "used"] * 2
+    transfer, memory = resident._Transfer(there), BatchMemory(samples.layout, None, CPU)
+    for indices in (torch.tensor([9, 1]), torch.tensor([10, 2, 7])):
+        assert_equal(transfer.fetch(indices).batch(memory), samples.batch(indices))
+    fetch = ["host waits until copied", "stream waits until used", "copied"]
+    assert log == [*fetch, "stream waits until copied", "kept", "used"] * 2
 
 
 # ---- what only a GPU shows

@@ -137,10 +137,10 @@ def test_a_flipped_byte_in_the_data(path, at):
     segment = Segment.open(path)
     size = segment.header.layout.sample_bytes
     flip(path, path.stat().st_size - 3 * size + at % size)
-    got, wanted = segment._sums(2)
+    got, expected = segment._sums(2)
     with raises(
         RuntimeError,
-        f"feature cache {path}: sample 2 is damaged: expected the checksum {wanted:016x}, got "
+        f"feature cache {path}: sample 2 is damaged: expected the checksum {expected:016x}, got "
         f"{got:016x}; free it with `python -m nasfast.cache verify --repair {path}`, and the next "
         "search encodes it again",
     ):

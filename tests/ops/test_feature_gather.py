@@ -22,9 +22,8 @@ from nasfast.ops import Field, _native, feature_gather, feature_gather_reference
 OP: Any = torch.ops.nasfast.feature_gather.default
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PAIRS = [
-    *((dtype, dtype) for dtype in (*FLOATS, torch.int8, torch.uint8)),
+    *((dtype, dtype) for dtype in (*FLOATS, torch.uint8)),
     *itertools.permutations(FLOATS, 2),
-    *((torch.int8, dtype) for dtype in FLOATS),
 ]
 PAIR_IDS = [f"{stored}-{to}".replace("torch.", "") for stored, to in PAIRS]
 every_pair = pytest.mark.parametrize(("stored", "to"), PAIRS, ids=PAIR_IDS)
@@ -39,27 +38,22 @@ class Sample:
     samples: int = 5
     apart: int = 0  # bytes between the blocks
 
-    def field(self, dtype: torch.dtype, scaled: bool) -> Field:
-        return Field(128, self.shape, dtype, 16 if scaled else None)
+    def field(self, dtype: torch.dtype) -> Field:
+        return Field(128, self.shape, dtype)
 
     def data(self, field: Field) -> Tensor:
         """Blocks that hold numbers where the field is, and noise elsewhere."""
-        end = -(-(field.offset + field.nbytes) // 16) * 16 + 32
-        end = max(end, 16 + 4 * (self.shape or (1,))[-1])
-        size = -(-end // 16) * 16
+        size = -(-(field.offset + field.nbytes) // 16) * 16 + 32
         memory = torch.randint(0, 256, (self.samples, size + self.apart), dtype=torch.uint8)
         data = memory[:, :size]
         write(data, field.offset, numbers(self.samples, field))
-        if field.scale_offset is not None:
-            write(data, field.scale_offset, torch.rand(self.samples, field.shape[-1]) + 0.1)
         return data
 
 
 def numbers(samples: int, field: Field) -> Tensor:
     if field.dtype.is_floating_point:
         return (torch.randn(samples, *field.shape) * 10).to(field.dtype)
-    low = -127 if field.dtype == torch.int8 else 0
-    return torch.randint(low, 128, (samples, *field.shape), dtype=field.dtype)
+    return torch.randint(0, 256, (samples, *field.shape), dtype=field.dtype)
 
 
 def write(data: Tensor, offset: int, values: Tensor) -> None:
@@ -90,12 +84,7 @@ def expected(data: Tensor, field: Field, indices: Tensor, to: torch.dtype) -> Te
     for index in indices.tolist():
         block = data[index].contiguous()
         values = block[field.offset : field.offset + field.nbytes].clone().view(field.dtype)
-        values = values.view(field.shape)
-        if field.scale_offset is not None and to != field.dtype:
-            first = field.scale_offset
-            scale = block[first : first + 4 * field.shape[-1]].clone().view(torch.float32)
-            values = values.float() * scale
-        rows.append(values.to(to))
+        rows.append(values.view(field.shape).to(to))
     return torch.stack(rows) if rows else torch.empty(0, *field.shape, dtype=to)
 
 
@@ -105,13 +94,13 @@ def poisoned(rows: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def check(sample: Sample, stored: torch.dtype, to: torch.dtype, threads: int = 1) -> None:
-    field = sample.field(stored, stored == torch.int8 and to != stored)
+    field = sample.field(stored)
     data, indices = sample.data(field), torch.tensor(sample.indices, dtype=torch.int64)
     wanted = expected(data, field, indices, to)
     for function, extra in ((feature_gather, {"threads": threads}), (feature_gather_reference, {})):
         memory = poisoned(len(indices) + 2, sample.shape, to)
         before, out, after = memory[:1].clone(), memory[1:-1], memory[-1:].clone()
-        got = function(data, indices, *field[:3], out, field.scale_offset, **extra)
+        got = function(data, indices, *field, out, **extra)
         assert got is out
         assert torch.equal(out, wanted)
         for edge, was in ((memory[:1], before), (memory[-1:], after)):
@@ -240,17 +229,17 @@ def test_rows_of_other_data_are_left_alone() -> None:
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference does the same."""
     monkeypatch.setattr(sys.modules["nasfast.ops.feature_gather"], "_DEVICES", set())
-    check(SAMPLES[0], torch.int8, torch.float16)
+    check(SAMPLES[0], torch.float32, torch.float16)
     test_rows_of_other_data_are_left_alone()
 
 
 def test_overwritten_memory_is_seen_by_autograd() -> None:
     sample, weight = SAMPLES[0], torch.ones((), requires_grad=True)
-    field = sample.field(torch.float32, scaled=False)
+    field = sample.field(torch.float32)
     data, indices = sample.data(field), torch.tensor(sample.indices)
     out = torch.empty(4, *sample.shape)
-    loss = (feature_gather(data, indices, *field[:3], out) * weight).sum()
-    feature_gather(data, indices, *field[:3], out)
+    loss = (feature_gather(data, indices, *field, out) * weight).sum()
+    feature_gather(data, indices, *field, out)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -261,26 +250,26 @@ def test_inference_tensors() -> None:
 
 
 @pytest.mark.parametrize("sample", [SAMPLES[0], SAMPLES[7]], ids=lambda sample: sample.id)
-@pytest.mark.parametrize("stored", [torch.float16, torch.int8, torch.uint8], ids=str)
+@pytest.mark.parametrize("stored", [torch.float16, torch.uint8], ids=str)
 def test_opcheck(sample: Sample, stored: torch.dtype) -> None:
-    field = sample.field(stored, stored == torch.int8)
+    field = sample.field(stored)
     data, indices = sample.data(field), torch.tensor(sample.indices, dtype=torch.int64)
     out = torch.zeros(
         len(indices), *sample.shape, dtype=stored if stored == torch.uint8 else torch.float32
     )
-    torch.library.opcheck(OP, (data, indices, *field[:3], out, field.scale_offset, 1))
+    torch.library.opcheck(OP, (data, indices, *field, out, 1))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_fullgraph(dynamic: bool) -> None:
     torch.compiler.reset()
     sample = SAMPLES[0]
-    field = sample.field(torch.float16, scaled=False)
+    field = sample.field(torch.float16)
     data = sample.data(field)
 
     def step(indices: Tensor) -> Tensor:
         out = torch.empty(indices.shape[0], *sample.shape)
-        return feature_gather(data, indices, *field[:3], out) * 2
+        return feature_gather(data, indices, *field, out) * 2
 
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for chosen in ([0, 3], [1, 2, 4]):
@@ -295,9 +284,8 @@ def arguments(**changes: Any) -> dict[str, Any]:
         "indices": torch.tensor([2, 0]),
         "offset": 16,
         "shape": (2, 4),
-        "dtype": torch.int8,
+        "dtype": torch.float16,
         "out": torch.zeros(2, 2, 4),
-        "scale_offset": 32,
     } | changes
 
 
@@ -339,37 +327,27 @@ ERRORS = [
     ),
     (
         {"dtype": torch.int64},
-        "dtype must be one of torch.float32, torch.bfloat16, torch.float16, torch.int8, "
-        "torch.uint8, got torch.int64; store it as one of these",
+        "dtype must be one of torch.float32, torch.bfloat16, torch.float16, torch.uint8, "
+        "got torch.int64; store it as one of these",
     ),
     (
         {"offset": 8},
-        "offset must be a multiple of 16 from 0 to 56, to leave 8 bytes in a block of 64, got 8; "
+        "offset must be a multiple of 16 from 0 to 48, to leave 16 bytes in a block of 64, got 8; "
         "read it from the layout of the blocks",
     ),
     (
         {"offset": 64},
-        "offset must be a multiple of 16 from 0 to 56, to leave 8 bytes in a block of 64, got 64; "
+        "offset must be a multiple of 16 from 0 to 48, to leave 16 bytes in a block of 64, got 64; "
         "read it from the layout of the blocks",
     ),
     (
-        {"scale_offset": 64},
-        "scale_offset must be a multiple of 16 from 0 to 48, to leave 16 bytes in a block of 64, "
-        "got 64; read it from the layout of the blocks",
-    ),
-    (
-        {"dtype": torch.float16},
-        "scale_offset must be None but for an int8 array with channels, got 32 for torch.float16 "
-        "[2, 4]; leave it out",
-    ),
-    (
-        {"scale_offset": None},
-        "out must be of torch.int8, got torch.float32; allocate it so",
+        {"dtype": torch.uint8},
+        "out must be of torch.uint8, got torch.float32; allocate it so",
     ),
     (
         {"out": torch.zeros(2, 2, 4, dtype=torch.float64)},
-        "out must be of torch.int8 or a float of at most 32 bits, got torch.float64; allocate it "
-        "so",
+        "out must be of torch.float16 or a float of at most 32 bits, got torch.float64; allocate "
+        "it so",
     ),
     (
         {"out": torch.zeros(3, 2, 4)},
@@ -419,25 +397,25 @@ def test_fake_checks_too() -> None:
 @every_sample
 @every_pair
 def test_cuda(sample: Sample, stored: torch.dtype, to: torch.dtype) -> None:
-    field = sample.field(stored, stored == torch.int8 and to != stored)
+    field = sample.field(stored)
     data, indices = sample.data(field), torch.tensor(sample.indices, dtype=torch.int64)
     out = poisoned(len(indices), sample.shape, to).cuda()
     there = torch.empty_strided(data.shape, data.stride(), dtype=torch.uint8, device="cuda")
-    feature_gather(there.copy_(data), indices.cuda(), *field[:3], out, field.scale_offset)
+    feature_gather(there.copy_(data), indices.cuda(), *field, out)
     assert torch.equal(out.cpu(), expected(data, field, indices, to))
 
 
 @pytest.mark.cuda
 def test_cuda_graph() -> None:
     """A replay reads the indices that are there then."""
-    field = LARGE.field(torch.float16, scaled=False)
+    field = LARGE.field(torch.float16)
     host = LARGE.data(field)
     data, indices = host.cuda(), torch.tensor([0, 1], device="cuda")
     out = torch.empty(2, *LARGE.shape, device="cuda")
-    feature_gather(data, indices, *field[:3], out)
+    feature_gather(data, indices, *field, out)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        feature_gather(data, indices, *field[:3], out)
+        feature_gather(data, indices, *field, out)
     for chosen in ([1, 0], [1, 1]):
         indices.copy_(torch.tensor(chosen))
         graph.replay()
@@ -447,10 +425,10 @@ def test_cuda_graph() -> None:
 
 @pytest.mark.cuda
 def test_cuda_leaves_rows_of_other_samples_alone() -> None:
-    field = SAMPLES[0].field(torch.float32, scaled=False)
+    field = SAMPLES[0].field(torch.float32)
     data = SAMPLES[0].data(field)
     indices = torch.tensor([-1, 2, 5])
     out = poisoned(3, SAMPLES[0].shape, torch.float32).cuda()
-    feature_gather(data.cuda(), indices.cuda(), *field[:3], out)
+    feature_gather(data.cuda(), indices.cuda(), *field, out)
     assert out[[0, 2]].isnan().all()
     assert torch.equal(out[1:2].cpu(), expected(data, field, indices[1:2], torch.float32))

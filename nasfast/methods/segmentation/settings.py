@@ -52,8 +52,9 @@ class SearchConfig(SamplingSettings):
     ram: shared memory, gone with the search; device: a file that is read once into the memory of
     each GPU; auto: device on CUDA, else file."""
     memory: str | None = None
-    """Bound of what features take in RAM or on a device, such as 8GB; the rest stays on disk."""
-    storage: Literal["auto", "float16", "bfloat16", "float32", "int8"] = "auto"
+    """Bound of what features take in RAM, which has to hold all, or on a device, such as 8GB; what
+    does not fit on a device is read from the file."""
+    storage: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     """Type of the stored features; auto: that of the activations, or float16."""
     val_crop: int | None = None
     """Score candidates on centre crops of this side; default: whole images of one size."""
