@@ -73,7 +73,6 @@ class SearchConfig(SamplingSettings):
         super().__post_init__()
         if self.budget < 1:
             raise UserError(f"search: expected a budget of at least 1 candidate, got {self.budget}")
-        require_positive(self.decoder, "agg_size", "sep_repeats")
         for stage in (self.stage0, self.stage1):
             require_positive(stage, "crop", "shorter_side", "batch_size", "max_grad_norm")
         require_positive(self.stage0, "samples", "epochs")
