@@ -248,7 +248,6 @@ def every_op(device: str) -> None:
             *(mixed.IMPLEMENTATIONS[way](operation).call(True) for way in ("save", "recompute")),
             mixed.save(operation).call(False),
             gathers["nasfast"],
-            gathers["nasfast, from int8"],
         ):
             print(*sorted(harness.require_kernels(call, device)), flush=True)
 
