@@ -248,7 +248,6 @@ def every_op(device: str) -> None:
             *(mixed.IMPLEMENTATIONS[way](operation).call(True) for way in ("save", "recompute")),
             mixed.save(operation).call(False),
             gathers["nasfast"],
-            gathers["nasfast, from int8"],
         ):
             print(*sorted(harness.require_kernels(call, device)), flush=True)
 
@@ -296,9 +295,9 @@ def kernels(run: Run, call: Callable[[], Any], most: int = 12) -> dict[str, Any]
     """Launches and milliseconds of the kernels in a call: all, and the longest."""
     import harness
 
-    if run.device != "cuda":
+    times = harness.kernel_times(call) if run.device == "cuda" else {}
+    if not times:
         return {}
-    times = harness.kernel_times(call)
     launches, ms = (sum(values) for values in zip(*times.values()))
     return {"launches": launches, "ms": ms, "longest": dict(list(times.items())[:most])}
 

@@ -39,6 +39,12 @@ from nasfast.models.supernet import SupernetConfig  # noqa: E402
 PROBLEM = deform.Problem(2, 6, 7, 9, 4, spread=3.0)
 
 
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in the checkout."""
+    words = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
 def allocate(temporary: int, returned: int) -> tuple[harness.Call, harness.Call]:
     """Calls that fill so many KiB and MiB and, while they hold them, return so many and a view."""
 
@@ -178,9 +184,7 @@ def test_bench_mixed_op() -> None:
         "    1, 8, 6, *mixed.Problem.__init__.__defaults__[3:])\n"
         "sys.exit(pytest.main(['-q', '--seconds', '0.01', 'bench/bench_mixed_op.py']))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+    done = python(code)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| C=4, 1x8x6 | 1.00x, " in done.stdout
     assert "| recompute | " in done.stdout
@@ -459,9 +463,7 @@ def test_bench_feature_cache() -> None:
         "features.REPEATS = 1\n"
         "sys.exit(pytest.main(['-q', '--seconds', '0.1', 'bench/bench_feature_cache.py']))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+    done = python(code)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| memory copy | " in done.stdout
     assert "| DataLoader(2), files | " in done.stdout
@@ -501,13 +503,7 @@ def test_each_part_says_that_there_is_no_gpu(tmp_path: Path) -> None:
         "import sys; sys.path.insert(0, 'bench'); import gpu_report\n"
         "print(*(gpu_report.main(['--out', sys.argv[1], '--only', p]) for p in gpu_report.PARTS))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
+    done = python(code, str(tmp_path / "out"))
     count = len(gpu_report.PARTS)
     assert done.stdout.split() == ["2"] * count
     assert done.stderr.splitlines() == count * [
