@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Column, Table
 
-import nasfast.ops  # noqa: F401  (every op enters its legs)
+import nasfast.ops  # noqa: F401  (every op registers its backends)
 from nasfast.device import autocast_dtype, machine_info, resolve_device
 from nasfast.ops import _native
 
@@ -35,11 +35,11 @@ def tables() -> list[Table]:
     machine.add_row("autocast", str(autocast_dtype(device)))
     for name, value in extension().items():
         machine.add_row(name, value)
-    legs = Table("op", "device", "runs")
-    for op, by_device in _native.LEGS.items():
-        for device_type, leg in by_device.items():
-            legs.add_row(op, device_type, leg)
-    return [machine, legs]
+    backends = Table("op", "device", "runs")
+    for op, by_device in _native.BACKENDS.items():
+        for device_type, backend in by_device.items():
+            backends.add_row(op, device_type, backend)
+    return [machine, backends]
 
 
 def _version(code: int) -> str:

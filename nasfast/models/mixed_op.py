@@ -198,7 +198,6 @@ class MixedOp(PlainMixedOp):
         active: Iterable[int] | None = None,
         into: Tensor | None = None,
     ) -> Tensor:
-        """As :meth:`PlainMixedOp.forward`; ``into`` may be written to, so do not use it again."""
         runs = {
             self.primitives[k] for k in (range(len(self.primitives)) if active is None else active)
         }
@@ -215,11 +214,10 @@ class MixedOp(PlainMixedOp):
             batch_norm=self.training and bool(self._norms),
             eps=norms[0][1].eps if norms else 0.0,
             recompute=self.memory == "recompute",
-            into=into,
         )
         if self.training and norms:
             _update_running_statistics(norms, statistics, x.numel() // x.shape[1])
-        return output
+        return output if into is None else into + output
 
     def _norm_of(self, name: str, bn: str) -> nn.BatchNorm2d:
         found: nn.BatchNorm2d = self.ops[name].get_submodule(bn)  # type: ignore[assignment]

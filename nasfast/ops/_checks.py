@@ -1,12 +1,13 @@
-"""What the checks of several ops have in common, and the words of every op's errors.
+"""Checks of arguments that ops share, and the form of every op's errors.
 
-Each function raises ``ValueError`` with op, argument, what was expected, what came, and a remedy.
+Each function raises ``ValueError``: "<op>: expected <argument> <condition>, got <value>; <remedy>".
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import index
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -19,9 +20,9 @@ Pair = tuple[int, int]
 _LEAST = {"stride": 1, "padding": 0, "dilation": 1}
 
 
-def wrong(op: str, argument: str, wanted: str, got: object, remedy: str) -> ValueError:
+def wrong(op: str, argument: str, condition: str, got: object, remedy: str) -> ValueError:
     """The error to raise."""
-    return ValueError(f"{op}: {argument} must be {wanted}, got {got}; {remedy}")
+    return ValueError(f"{op}: expected {argument} {condition}, got {got}; {remedy}")
 
 
 def pair(op: str, argument: str, value: Ints) -> Pair:
@@ -29,8 +30,8 @@ def pair(op: str, argument: str, value: Ints) -> Pair:
     if type(value) is int:
         return value, value
     both = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if len(both) != 2 or not all(hasattr(size, "__index__") for size in both):
-        raise wrong(op, argument, "one integer or two (vertical, horizontal)", value, "pass two")
+    if len(both) != 2 or not all(isinstance(size, int | SupportsIndex) for size in both):
+        raise wrong(op, argument, "as one integer or two (vertical, horizontal)", value, "pass two")
     first, second = (size if isinstance(size, torch.SymInt) else index(size) for size in both)
     return first, second
 
@@ -46,27 +47,31 @@ def check_dimensions(op: str, name: str, tensor: Tensor, dims: int) -> None:
         raise wrong(op, name, f"of {dims} dimensions", f"shape {shape}", remedy)
 
 
-def check_dtype(
-    op: str, name: str, tensor: Tensor, input: Tensor, or_float32: bool = False
-) -> None:
-    """One dtype for all; ``or_float32`` beside a half-precision input."""
+def check_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int], remedy: str) -> None:
+    if tensor.shape != shape:
+        raise wrong(op, name, f"of shape {tuple(shape)}", tuple(tensor.shape), remedy)
+
+
+def check_like(op: str, name: str, tensor: Tensor, input: Tensor, or_float32: bool = False) -> None:
+    """Dtype and device of the input; ``or_float32`` also that beside a half-precision input."""
     or_float32 = or_float32 and input.dtype in HALF
     if tensor.dtype != input.dtype and not (or_float32 and tensor.dtype == torch.float32):
-        wanted = f"of the dtype of input, {input.dtype}" + or_float32 * " (or torch.float32)"
-        raise wrong(op, name, wanted, tensor.dtype, f"convert it with {name}.to(input.dtype)")
+        dtype = f"of the dtype of input, {input.dtype}" + or_float32 * " (or torch.float32)"
+        raise wrong(op, name, dtype, tensor.dtype, f"convert it with {name}.to(input.dtype)")
+    check_device(op, name, tensor, input)
 
 
 def check_device(op: str, name: str, tensor: Tensor, input: Tensor) -> None:
     if tensor.device != input.device:
-        wanted = f"on the device of input, {input.device}"
-        raise wrong(op, name, wanted, tensor.device, f"move it with {name}.to(input.device)")
+        device = f"on the device of input, {input.device}"
+        raise wrong(op, name, device, tensor.device, f"move it with {name}.to(input.device)")
 
 
 def check_settings(op: str, **settings: Pair) -> None:
     """Stride, padding and dilation, by name."""
     for name, values in settings.items():
         if min(values) < _LEAST[name]:
-            raise wrong(op, name, f"at least {_LEAST[name]}", tuple(values), "change it")
+            raise wrong(op, name, f"of at least {_LEAST[name]}", tuple(values), "change it")
 
 
 def output_size(

@@ -6,7 +6,8 @@ its reference. ``python -m nasfast.info`` shows both.
 
 from __future__ import annotations
 
-import functools
+import importlib
+import struct
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -17,17 +18,22 @@ from torch import Tensor
 C: Any
 ERROR: str | None
 try:
-    import nasfast._C as _C
-
-    C, ERROR = _C, None
+    C, ERROR = importlib.import_module("nasfast._C"), None
 except ImportError as error:
     remedy = "`pip install .` in the checkout builds it anew"
     C, ERROR = None, f"nasfast._C cannot be imported: {error} ({remedy})"
     if not isinstance(error, ModuleNotFoundError):  # it is there, but fails
         warnings.warn(ERROR, RuntimeWarning, stacklevel=2)
 
-# op -> device type -> what runs there; each op enters itself.
-LEGS: dict[str, dict[str, str]] = {}
+BACKENDS: dict[str, dict[str, str]] = {}
+"""Op, device type: what runs there. Every op registers its own."""
+KERNELS: dict[str, set[str]] = {}
+"""Op: device types on which it runs a kernel."""
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+"""Codes of nasfast::DType in csrc/common/dtype.hpp."""
+CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+"""What the CPU kernels store; they compute float16 in float32 memory."""
 
 
 def isa_level() -> str:
@@ -38,83 +44,16 @@ def isa_level() -> str:
     return str(C.isa_level()) if C is not None else "none"
 
 
-_c: Any = torch._C  # what PyTorch's own Python modules use of it
-_forward_ad: Any = torch.autograd.forward_ad
-
-# op -> device types on which it runs a kernel.
-_KERNELS: dict[str, set[str]] = {}
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-# Codes of nasfast::DType in csrc/common/dtype.hpp.
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-# What the CPU kernels store; float16 they compute in float32 memory.
-CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-
-
 def has_kernel(op: str, device: str) -> bool:
-    """Whether the extension has a kernel of the op for a device type; enters the answer in LEGS."""
+    """Whether the extension has a kernel of the op for a device type; registers the answer."""
     reason = ERROR
     if reason is None and device == "cuda" and not hasattr(C, f"{op}_forward_cuda"):
         reason = "built without CUDA (NASFAST_CUDA=off, no nvcc or CMake < 3.25)"
     if reason is None:
-        _KERNELS.setdefault(op, set()).add(device)
+        KERNELS.setdefault(op, set()).add(device)
     kernel = "C++ kernel" if device == "cpu" else "CUDA kernel"
-    LEGS.setdefault(op, {})[device] = f"reference: {reason}" if reason else kernel
+    BACKENDS.setdefault(op, {})[device] = f"reference: {reason}" if reason else kernel
     return reason is None
-
-
-def is_eager(op: str, first: Tensor, *others: Tensor | None) -> bool:
-    """Whether calling the kernel is all that PyTorch's dispatcher would do, which costs as much.
-
-    It is not where a mode, a transform, a compiler or autocast wants to see the call, nor where a
-    tensor is of a subclass or has no kernel on its device.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    device = first.device.type
-    if (
-        _c._len_torch_dispatch_stack()
-        or _c._len_torch_function_stack()
-        or _c._functorch.peek_interpreter_stack() is not None
-        or _c._get_tracing_state() is not None
-        or _forward_ad._current_level >= 0
-        or device not in _KERNELS.get(op, ())
-        or torch.is_autocast_enabled(device)
-    ):
-        return False
-    plain = _plain_keys(device)
-    for tensor in (first, *others):
-        if tensor is not None and (
-            type(tensor) not in _PLAIN or _c._dispatch_keys(tensor).raw_repr() not in plain
-        ):
-            return False
-    return True
-
-
-def is_differentiated_forward() -> bool:
-    """Whether derivatives are taken in a way that registered ops do not know.
-
-    These are forward mode and the derivatives of ``torch.func``, where PyTorch would take an op's
-    for zero, or refuse it.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    if _forward_ad._current_level >= 0:
-        return True
-    stack = _c._functorch.get_interpreter_stack() or ()
-    kinds = _c._functorch.TransformType
-    return any(interpreter.key() in (kinds.Grad, kinds.Jvp) for interpreter in stack)
-
-
-@functools.cache
-def _plain_keys(device: str) -> set[int]:
-    """What the dispatcher knows of a tensor that is nothing but memory of a device."""
-    keys = set()
-    for inference in (False, True):
-        with torch.inference_mode(inference):
-            tensor = torch.empty(0, device=device)
-            keys.add(_c._dispatch_keys(tensor).raw_repr())
-    return keys
 
 
 def storage(tensor: Tensor) -> torch.dtype:
@@ -149,11 +88,13 @@ def pixel_step(tensor: Tensor) -> int | None:
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
-    """Channels last for maps [N, C, H, W] that are so and not contiguous as well."""
-    last = torch.channels_last
-    if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=last):
+    """Channels last for maps [N, C, H, W] that are so, or slices of the channels of such a map.
+
+    Contiguous for all others, and for what is both.
+    """
+    if tensor.is_contiguous() or tensor.dim() != 4 or pixel_step(tensor) is None:
         return torch.contiguous_format
-    return last
+    return torch.channels_last
 
 
 def as_map(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -161,13 +102,37 @@ def as_map(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
+def empty_map(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for a map [N, C, H, W] in channels last, on the device of ``like``."""
+    last = torch.channels_last
+    dtype = dtype or like.dtype
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=last)
+
+
 def as_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A kernel's map in dtype and layout of ``other``."""
-    return tensor.to(other.dtype).contiguous(memory_format=memory_format(other))
+    """A kernel's result in dtype and layout of ``other``."""
+    layout = memory_format(other) if tensor.dim() == 4 else torch.contiguous_format
+    if tensor.dtype == other.dtype and tensor.is_contiguous(memory_format=layout):
+        return tensor
+    result = torch.empty(tensor.shape, dtype=other.dtype, device=other.device, memory_format=layout)
+    return result.copy_(tensor)
+
+
+def convolution_settings(tensor: Tensor) -> tuple[bool, bool]:
+    """deterministic, tf32: CUDA kernels follow PyTorch's global settings of its convolutions."""
+    if not tensor.is_cuda:
+        return False, False
+    cudnn: Any = torch.backends.cudnn
+    return torch.are_deterministic_algorithms_enabled(), cudnn.conv.fp32_precision == "tf32"
+
+
+def double_bits(value: float) -> int:
+    """The bits of a double, as the integer that ``Params`` carries it in."""
+    return int(struct.unpack("q", struct.pack("d", value))[0])
 
 
 def check(entry: str, like: Tensor, dtype: torch.dtype, layout: str, tensor: Tensor | None) -> None:
-    """The last door before a kernel, which believes what it is given.
+    """Final validation: kernels do not check again.
 
     ``layout`` is "map" (channels last), "slice" (of the channels of such a map) or "dense"
     (contiguous, or channels last).
@@ -179,7 +144,7 @@ def check(entry: str, like: Tensor, dtype: torch.dtype, layout: str, tensor: Ten
         return
     if tensor.device != like.device or tensor.dtype != dtype:
         raise ValueError(
-            f"{entry}: tensor must be {dtype} on {like.device}, got {tensor.dtype} on "
+            f"{entry}: expected a tensor of {dtype} on {like.device}, got {tensor.dtype} on "
             f"{tensor.device}; convert it before the call"
         )
     last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
@@ -188,9 +153,9 @@ def check(entry: str, like: Tensor, dtype: torch.dtype, layout: str, tensor: Ten
         or (layout == "slice" and pixel_step(tensor) is not None)
         or (layout == "dense" and tensor.is_contiguous())
     ):
-        wanted = "contiguous" if layout == "dense" else "channels last"
+        layout = "contiguous" if layout == "dense" else "channels-last"
         raise ValueError(
-            f"{entry}: tensor must be {wanted}, got shape {tuple(tensor.shape)} with strides "
+            f"{entry}: expected a {layout} tensor, got shape {tuple(tensor.shape)} with strides "
             f"{tensor.stride()}; make it contiguous before the call"
         )
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from nasfast.ops import _native
+from nasfast.ops._checks import HALF
 
 Function = Callable[..., Any]
 
@@ -49,11 +51,11 @@ def implement(
     """The kernels of ``op`` and ``<op>_backward`` on each device that the extension has them for.
 
     Elsewhere PyTorch differentiates the reference. ``on_cuda`` names what that is on CUDA, for an
-    op that wants no kernel there.
+    op that needs no kernel there.
     """
     for device in ("CPU", "CUDA"):
         if device == "CUDA" and on_cuda is not None:
-            _native.LEGS.setdefault(op, {})["cuda"] = on_cuda
+            _native.BACKENDS.setdefault(op, {})["cuda"] = on_cuda
         elif _native.has_kernel(op, device.lower()):
             LIBRARY.impl(op, kernel, device)
             LIBRARY.impl(f"{op}_backward", kernel_backward, device)
@@ -62,7 +64,47 @@ def implement(
         LIBRARY.impl(op, reference, f"Autograd{device}")
 
 
-def autocast(op: str, leg: Callable[[str], Function]) -> None:
-    """What autocast does with the op: ``leg`` makes it for a type of device."""
+def autocast(op: str, make: Callable[[str], Function]) -> None:
+    """What autocast does with the op: ``make`` makes it for a type of device."""
     for device in ("CPU", "CUDA"):
-        LIBRARY.impl(op, leg(device.lower()), f"Autocast{device}")
+        LIBRARY.impl(op, make(device.lower()), f"Autocast{device}")
+
+
+def cast(tensor: Any, dtype: torch.dtype) -> Any:
+    """As autocast does: float64, integers and None stay."""
+    floating = tensor is not None and tensor.dtype in (torch.float32, *HALF)
+    return tensor.to(dtype) if floating else tensor
+
+
+def second_derivatives(
+    reference: Function, saved: Sequence[Any], cotangents: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of a backward pass, rarely needed, by differentiating the reference twice.
+
+    ``saved`` are the gradient of the output and the arguments of ``reference``; ``cotangents`` and
+    ``wanted`` are of the gradients of these arguments.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # views, so that differentiation stops here and not in the graph that made the tensors
+        tensors = [
+            t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+            for t in saved
+        ]
+        grad, *arguments = tensors
+        chosen = [
+            (argument, cotangent)
+            for argument, cotangent, want in zip(arguments, cotangents, wanted, strict=True)
+            if want and argument is not None
+        ]
+        sources, cotangents = zip(*chosen, strict=True)
+        gradients = torch.autograd.grad(reference(*arguments), sources, grad, create_graph=True)
+        found = torch.autograd.grad(
+            gradients,
+            [tensor for tensor in tensors if tensor is not None],
+            cotangents,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    rest = iter(found)
+    return tuple(None if tensor is None else next(rest) for tensor in tensors)

@@ -9,14 +9,13 @@ on CUDA the reference runs, whose normalisation is cuDNN's.
 from __future__ import annotations
 
 import functools
-import struct
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nasfast.ops import _checks, _native, _register
+from nasfast.ops import _checks, _eager, _native, _register
 
 _OP = "batch_norm_relu"
 _wrong = functools.partial(_checks.wrong, _OP)
@@ -38,15 +37,14 @@ def batch_norm_relu(
     Raises:
         ValueError: tensors that do not fit together, or a batch of one pixel.
     """
-    arguments = input, weight, bias, float(eps)
-    if _native.is_eager("batch_norm_relu", input, weight, bias):
-        if torch.is_grad_enabled():
-            output, statistics = BatchNormReLUFunction.apply(*arguments)  # type: ignore[no-untyped-call]
-            return output, statistics
-        return _kernel(*arguments)
-    if _native.is_differentiated_forward():
-        return batch_norm_relu_reference(*arguments)
-    output, statistics = torch.ops.nasfast.batch_norm_relu.default(*arguments)
+    output, statistics = _eager.call(
+        _OP,
+        (input, weight, bias),
+        (input, weight, bias, float(eps)),
+        _kernel,
+        _differentiable,
+        batch_norm_relu_reference,
+    )
     return output, statistics
 
 
@@ -88,19 +86,18 @@ def _check(
         )
     sums = _native.accumulate(input.dtype)
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor.shape != (channels,):
-            remedy = "it has one value per channel of input"
-            raise _wrong(name, f"of shape {(channels,)}", tuple(tensor.shape), remedy)
+        remedy = "it has one value per channel of input"
+        _checks.check_shape(_OP, name, tensor, (channels,), remedy)
         if tensor.dtype != sums:
-            wanted = f"{sums} beside an input of {input.dtype}"
-            raise _wrong(name, wanted, tensor.dtype, f"convert it with {name}.to({sums})")
+            dtype = f"of {sums} beside an input of {input.dtype}"
+            raise _wrong(name, dtype, tensor.dtype, f"convert it with {name}.to({sums})")
         _checks.check_device(_OP, name, tensor, input)
     if grad is not None and (grad.shape, grad.dtype) != (input.shape, input.dtype):
-        wanted = f"like input, {input.dtype} of shape {tuple(input.shape)}"
-        raise _wrong("grad", wanted, f"{grad.dtype} of shape {tuple(grad.shape)}", "convert it")
+        like = f"like input, {input.dtype} of shape {tuple(input.shape)}"
+        raise _wrong("grad", like, f"{grad.dtype} of shape {tuple(grad.shape)}", "convert it")
     if eps < 0:
-        raise _wrong("eps", "at least 0", eps, "change it")
-    return Sizes(pixels, channels, int(struct.unpack("q", struct.pack("d", eps))[0]))
+        raise _wrong("eps", "of at least 0", eps, "change it")
+    return Sizes(pixels, channels, _native.double_bits(eps))
 
 
 def _kernel(input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -157,45 +154,24 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
-    plain = _native.is_eager("batch_norm_relu", grad, *tensors)
-    eager = plain and not torch.is_grad_enabled()
-    op: Any = _kernel_backward if eager else torch.ops.nasfast.batch_norm_relu_backward.default
-    return *op(grad, *tensors, ctx.eps), None
+    tensors = grad, *ctx.saved_tensors
+    op = _eager.choose_backward(_OP, tensors, _kernel_backward)
+    return *op(*tensors, ctx.eps), None
 
 
-class BatchNormReLUFunction(torch.autograd.Function):
-    """What autograd does with the registered op, without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = _kernel(*inputs)
-        _setup(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_backward)
+_differentiable = _eager.make_differentiable(_kernel, _setup, _backward)
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _, ctx.eps = inputs
+    *tensors, _, ctx.eps = inputs  # all but the statistics
     ctx.save_for_backward(*tensors)
 
 
 def _double_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-    """Second derivatives, rarely needed, by differentiating the reference twice."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # views, so that differentiation stops here and not in the graph that made the tensors
-        grad, input, weight, bias = (
-            t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-            for t in ctx.saved_tensors
-        )
-        sources = input, weight, bias
-        output, _ = batch_norm_relu_reference(*sources, ctx.eps)
-        gradients = torch.autograd.grad(output, sources, grad, create_graph=True)
-        second = torch.autograd.grad(
-            gradients, (grad, *sources), cotangents, create_graph=create_graph, allow_unused=True
-        )
+    def output(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return batch_norm_relu_reference(input, weight, bias, ctx.eps)[0]
+
+    second = _register.second_derivatives(output, ctx.saved_tensors, cotangents, [True] * 3)
     return *second, None, None
 
 

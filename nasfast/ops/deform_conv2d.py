@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nasfast.ops import _checks, _native, _register
+from nasfast.ops import _checks, _eager, _native, _register
 from nasfast.ops._checks import HALF, Ints, Pair
 
 _OP = "deform_conv2d"
@@ -52,17 +52,14 @@ def deform_conv2d(
         ValueError: tensors that do not fit together, with what was expected and what came.
     """
     stride, padding, dilation = _pairs(stride, padding, dilation)
-    arguments = input, offset, weight, bias, stride, padding, dilation, mask
-    output: Tensor
-    if _native.is_eager("deform_conv2d", input, offset, weight, bias, mask):
-        if torch.is_grad_enabled():
-            output = DeformConv2dFunction.apply(*arguments)  # type: ignore[no-untyped-call]
-        else:
-            output = _kernel(*arguments)
-    elif _native.is_differentiated_forward():
-        output = deform_conv2d_reference(*arguments)
-    else:
-        output = torch.ops.nasfast.deform_conv2d.default(*arguments)
+    output: Tensor = _eager.call(
+        _OP,
+        (input, offset, weight, bias, mask),
+        (input, offset, weight, bias, stride, padding, dilation, mask),
+        _kernel,
+        _differentiable,
+        deform_conv2d_reference,
+    )
     return output
 
 
@@ -84,9 +81,9 @@ class DeformConv2d(nn.Module):
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise _wrong(
                 "groups",
-                f"a divisor of in_channels {in_channels} and out_channels {out_channels}",
+                f"to divide in_channels {in_channels} and out_channels {out_channels}",
                 groups,
-                "choose one that divides both",
+                "choose another",
             )
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size = _pair("kernel_size", kernel_size)
@@ -108,14 +105,7 @@ class DeformConv2d(nn.Module):
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
         return deform_conv2d(
-            input,
-            offset,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            mask,
+            input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask
         )
 
     def extra_repr(self) -> str:
@@ -139,7 +129,7 @@ def deform_conv2d_reference(
     """:func:`deform_conv2d` in plain PyTorch: any device and float dtype, differentiable twice."""
     stride, padding, dilation = _pairs(stride, padding, dilation)
     g = _check(input, offset, weight, bias, stride, padding, dilation, mask)
-    dtype, layout = input.dtype, _layout(input)
+    dtype, layout = input.dtype, _native.memory_format(input)
     input, offset, weight, bias, mask = _at_least_float32(input, offset, weight, bias, mask)
     n, c, d, k = g.batch, g.channels, g.offset_groups, g.kernel_h * g.kernel_w
 
@@ -240,74 +230,64 @@ def _check(
         if tensor is not None:
             position = name in ("offset", "mask")
             _checks.check_dimensions(_OP, name, tensor, dims)
-            _checks.check_dtype(_OP, name, tensor, input, or_float32=position)
-            _checks.check_device(_OP, name, tensor, input)
+            _checks.check_like(_OP, name, tensor, input, or_float32=position)
     _checks.check_settings(_OP, stride=stride, padding=padding, dilation=dilation)
 
     batch, channels, height, width = input.shape
     if height == 0 or width == 0:
         raise _wrong("input", "of a height and width above 0", f"{height}x{width}", "pass an image")
-    out_channels, group_channels, kernel_h, kernel_w = weight.shape
+    groups = _groups(channels, weight)
+    out_channels, _, *kernel = weight.shape
+    out_height, out_width = _checks.output_size(
+        _OP, (height, width), kernel, stride, padding, dilation
+    )
+    offset_groups = _offset_groups(channels, kernel, offset)
+    samples, size = offset_groups * math.prod(kernel), (out_height, out_width)
+    for name, tensor, shape in (
+        ("offset", offset, (batch, 2 * samples, *size)),
+        ("mask", mask, (batch, samples, *size)),
+        ("grad", grad, (batch, out_channels, *size)),
+    ):
+        if tensor is not None:
+            remedy = "stride, padding and dilation decide the height and width"
+            _checks.check_shape(_OP, name, tensor, shape, remedy)
+    if bias is not None:
+        remedy = "it has one value per output channel"
+        _checks.check_shape(_OP, "bias", bias, (out_channels,), remedy)
+    return Geometry(
+        *(batch, channels, height, width, out_channels, out_height, out_width),
+        *(*kernel, *stride, *padding, *dilation, groups, offset_groups),
+    )
+
+
+def _groups(channels: int, weight: Tensor) -> int:
     if 0 in weight.shape:
-        raise _wrong(
-            "weight", "of sizes above 0", f"shape {tuple(weight.shape)}", "change the layer"
-        )
+        shape = f"shape {tuple(weight.shape)}"
+        raise _wrong("weight", "of sizes above 0", shape, "change the layer")
+    out_channels, group_channels = weight.shape[:2]
     groups = channels // group_channels
     if groups == 0 or channels % group_channels or out_channels % groups:
         raise _wrong(
             "weight",
-            f"[out_channels, in_channels / groups, kh, kw] with in_channels {channels} and groups "
-            "a divisor of both",
-            f"shape {tuple(weight.shape)}",
+            f"of shape [out_channels, in_channels / groups, kh, kw] with in_channels {channels} "
+            "and groups a divisor of both",
+            tuple(weight.shape),
             "build the layer for the channels of its input",
         )
-    kernel = kernel_h, kernel_w
-    out_height, out_width = _checks.output_size(
-        _OP, (height, width), kernel, stride, padding, dilation
-    )
-    taps = kernel_h * kernel_w
+    return groups
+
+
+def _offset_groups(channels: int, kernel: Sequence[int], offset: Tensor) -> int:
+    taps = math.prod(kernel)
     offset_groups = offset.shape[1] // (2 * taps)
     if offset_groups == 0 or offset.shape[1] % (2 * taps) or channels % offset_groups:
         raise _wrong(
             "offset",
             f"of 2 * offset_groups * kh * kw channels, offset_groups a divisor of {channels}",
-            f"{offset.shape[1]} with kernel {kernel_h}x{kernel_w}",
+            f"{offset.shape[1]} with kernel {kernel[0]}x{kernel[1]}",
             "change the layer that predicts it",
         )
-    for name, tensor, shape in (
-        ("offset", offset, (batch, 2 * offset_groups * taps, out_height, out_width)),
-        ("mask", mask, (batch, offset_groups * taps, out_height, out_width)),
-        ("grad", grad, (batch, out_channels, out_height, out_width)),
-    ):
-        if tensor is not None and tensor.shape != shape:
-            remedy = "stride, padding and dilation decide the height and width"
-            raise _wrong(name, f"of shape {shape}", tuple(tensor.shape), remedy)
-    if bias is not None and bias.shape != (out_channels,):
-        remedy = "it has one value per output channel"
-        raise _wrong("bias", f"of shape {(out_channels,)}", tuple(bias.shape), remedy)
-    return Geometry(
-        batch,
-        channels,
-        height,
-        width,
-        out_channels,
-        out_height,
-        out_width,
-        kernel_h,
-        kernel_w,
-        *stride,
-        *padding,
-        *dilation,
-        groups,
-        offset_groups,
-    )
-
-
-def _layout(tensor: Tensor) -> torch.memory_format:
-    last = torch.channels_last
-    if tensor.is_contiguous() or tensor.dim() != 4 or _native.pixel_step(tensor) is None:
-        return torch.contiguous_format
-    return last
+    return offset_groups
 
 
 def _at_least_float32(*tensors: Tensor | None) -> list[Any]:
@@ -338,7 +318,7 @@ def _plan(
     """
     input = tensors[0]
     assert input is not None
-    choices = _choices(input)
+    choices = _native.convolution_settings(input)
     key = (*map(_native.describe, tensors), *stride, *padding, *dilation, choices)
     plan = _plans.get(key)
     if plan is None:
@@ -348,8 +328,8 @@ def _plan(
         g = _check(input, offset, weight, bias, stride, padding, dilation, mask, grad)  # type: ignore[arg-type]
         if g.channels * g.height * g.width >= 2**31:  # the kernels count them in 32 bits
             size = f"{g.channels}x{g.height}x{g.width}"
-            wanted = "of fewer than 2**31 elements an image"
-            raise _wrong("input", wanted, size, "divide the image into tiles")
+            most = "of fewer than 2**31 elements an image"
+            raise _wrong("input", most, size, "divide the image into tiles")
         ready = _ready(tensors)
         same = all(a is b for a, b in zip(ready, tensors))
         plan = _plans[key] = Plan(g, _sizes(g, ready, choices) if same else None)
@@ -366,7 +346,11 @@ def _ready(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     last = torch.channels_last
     if not weight.is_contiguous(memory_format=last):
         keep = weight.is_contiguous() and not weight.is_cuda
-        to = last if weight.is_cuda or _layout(weight) == last else torch.contiguous_format
+        to = (
+            last
+            if weight.is_cuda or _native.memory_format(weight) == last
+            else torch.contiguous_format
+        )
         weight = weight if keep else weight.contiguous(memory_format=to)
 
     def pixels(tensor: Tensor | None) -> Tensor | None:
@@ -403,32 +387,12 @@ def _sizes(
     offset_step, mask_step = (
         0 if map is None else _native.pixel_step(map) or 0 for map in (offset, mask)
     )
-    return (*g, *Layout(offset_step, mask_step, _layout(weight) == torch.channels_last, *choices))
-
-
-def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    last = torch.channels_last
-    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=last)
-
-
-def _finish(tensor: Tensor, like: Tensor) -> Tensor:
-    """A result in the dtype and layout of ``like``."""
-    last = torch.channels_last
-    if tensor.dtype == like.dtype and like.dim() == 4 and like.is_contiguous(memory_format=last):
-        return tensor  # which is so, too
-    layout = _layout(like) if tensor.dim() == 4 else torch.contiguous_format
-    if tensor.dtype == like.dtype and tensor.is_contiguous(memory_format=layout):
-        return tensor
-    result = torch.empty(tensor.shape, dtype=like.dtype, device=like.device, memory_format=layout)
-    return result.copy_(tensor)
-
-
-def _choices(tensor: Tensor) -> tuple[bool, bool]:
-    """deterministic, tf32: as PyTorch's own convolutions follow the global settings."""
-    if not tensor.is_cuda:
-        return False, False
-    cudnn: Any = torch.backends.cudnn
-    return torch.are_deterministic_algorithms_enabled(), cudnn.conv.fp32_precision == "tf32"
+    return (
+        *g,
+        *Layout(
+            offset_step, mask_step, _native.memory_format(weight) == torch.channels_last, *choices
+        ),
+    )
 
 
 def _kernel(
@@ -446,10 +410,10 @@ def _kernel(
     ready = tensors if sizes else _ready(tensors)
     x, d, w, b, m, _ = ready
     assert x is not None
-    y = _empty(x, (g.batch, g.out_channels, g.out_height, g.out_width), x.dtype)
-    sizes = sizes or _sizes(g, ready, _choices(x))
+    y = _native.empty_map(x, (g.batch, g.out_channels, g.out_height, g.out_width), x.dtype)
+    sizes = sizes or _sizes(g, ready, _native.convolution_settings(x))
     _native.call("deform_conv2d_forward", x.dtype, sizes, (x, d, m, w, b, y))
-    return _finish(y, input)
+    return _native.as_like(y, input)
 
 
 def _kernel_backward(
@@ -470,16 +434,16 @@ def _kernel_backward(
     assert x is not None
     assert d is not None
     assert w is not None
-    dx = _empty(x, x.shape, x.dtype) if wanted[0] else None
-    dd = _empty(x, d.shape, d.dtype) if wanted[1] else None
+    dx = _native.empty_map(x, x.shape, x.dtype) if wanted[0] else None
+    dd = _native.empty_map(x, d.shape, d.dtype) if wanted[1] else None
     dw = torch.empty_like(w, dtype=d.dtype) if wanted[2] else None
     db = w.new_empty(g.out_channels, dtype=d.dtype) if wanted[3] else None
-    dm = _empty(x, m.shape, d.dtype) if m is not None and wanted[4] else None
-    sizes = sizes or _sizes(g, ready, _choices(x))
+    dm = _native.empty_map(x, m.shape, d.dtype) if m is not None and wanted[4] else None
+    sizes = sizes or _sizes(g, ready, _native.convolution_settings(x))
     results = (dx, dd, dw, db, dm)
     _native.call("deform_conv2d_backward", x.dtype, sizes, (dy, x, d, m, w, *results))
     return tuple(
-        input.new_empty(0) if result is None or like is None else _finish(result, like)
+        input.new_empty(0) if result is None or like is None else _native.as_like(result, like)
         for result, like in zip(results, (input, offset, weight, input, mask))
     )
 
@@ -496,7 +460,7 @@ def _fake(
 ) -> Tensor:
     g = _check(input, offset, weight, bias, stride, padding, dilation, mask)
     shape = (g.batch, g.out_channels, g.out_height, g.out_width)
-    layout = _layout(input)
+    layout = _native.memory_format(input)
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
 
 
@@ -516,7 +480,7 @@ def _fake_backward(
     def like(tensor: Tensor | None, want: bool) -> Tensor:
         if tensor is None or not want:
             return input.new_empty(0)
-        return torch.empty_like(tensor, memory_format=_layout(tensor))
+        return torch.empty_like(tensor, memory_format=_native.memory_format(tensor))
 
     return (
         like(input, wanted[0]),
@@ -535,24 +499,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, offset, weight, mask = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[argument] for argument in (0, 1, 2, 3, 7)]
-    plain = _native.is_eager("deform_conv2d", grad, input, offset, weight, mask)
-    eager = plain and not torch.is_grad_enabled()
-    op: Any = _kernel_backward if eager else torch.ops.nasfast.deform_conv2d_backward.default
-    gradients = op(grad, input, offset, weight, mask, *ctx.sizes, wanted)
+    tensors = grad, input, offset, weight, mask
+    op = _eager.choose_backward(_OP, tensors, _kernel_backward)
+    gradients = op(*tensors, *ctx.sizes, wanted)
     dx, dd, dw, db, dm = (g if want else None for g, want in zip(gradients, wanted))
     return dx, dd, dw, db, None, None, None, dm
 
 
-class DeformConv2dFunction(torch.autograd.Function):
-    """What autograd does with the registered op, without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = _kernel(*inputs)
-        _setup(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_backward)
+_differentiable = _eager.make_differentiable(_kernel, _setup, _backward)
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -562,44 +516,23 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _double_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-    """Second derivatives, rarely needed, by differentiating the reference twice."""
-    create_graph = torch.is_grad_enabled()
+    grad, input, offset, weight, mask = ctx.saved_tensors
     stride, padding, dilation = ctx.sizes
-    with torch.enable_grad():
-        # views, so that differentiation stops here and not in the graph that made the tensors
-        tensors: list[Any] = [
-            t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-            for t in ctx.saved_tensors
-        ]
-        grad, input, offset, weight, mask = tensors
-        bias = weight.new_zeros(weight.shape[0]).requires_grad_()
-        output = deform_conv2d_reference(
-            input, offset, weight, bias, stride, padding, dilation, mask
-        )
-        chosen = [
-            (tensor, cotangent)
-            for tensor, cotangent, want in zip(
-                (input, offset, weight, bias, mask), cotangents, ctx.wanted
-            )
-            if want and tensor is not None
-        ]
-        sources, cotangents = zip(*chosen)
-        gradients = torch.autograd.grad(output, sources, grad, create_graph=True)
-        second = torch.autograd.grad(
-            gradients,
-            [tensor for tensor in tensors if tensor is not None],
-            cotangents,
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-    rest = iter(second)
-    return (*(None if tensor is None else next(rest) for tensor in tensors), None, None, None, None)
+    bias = weight.new_zeros(weight.shape[0])
+
+    def output(input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> Tensor:
+        sizes = stride, padding, dilation
+        return deform_conv2d_reference(input, offset, weight, bias, *sizes, mask)
+
+    saved = grad, input, offset, weight, bias, mask
+    second = _register.second_derivatives(output, saved, cotangents, ctx.wanted)
+    return *second[:4], second[5], None, None, None, None
 
 
 def _autocast(device: str) -> Callable[..., Tensor]:
     """Casts as autocast does for a convolution, but leaves positions in float32; and float64."""
 
-    def leg(
+    def op(
         input: Tensor,
         offset: Tensor,
         weight: Tensor,
@@ -609,12 +542,7 @@ def _autocast(device: str) -> Callable[..., Tensor]:
         dilation: Pair,
         mask: Tensor | None,
     ) -> Tensor:
-        dtype = torch.get_autocast_dtype(device)
-
-        def cast(tensor: Any, to: torch.dtype) -> Any:
-            floating = tensor is not None and tensor.dtype in (torch.float32, *HALF)
-            return tensor.to(to) if floating else tensor
-
+        dtype, cast = torch.get_autocast_dtype(device), _register.cast
         with torch.autocast(device, enabled=False):
             if input.dtype != torch.float64:
                 input, weight, bias = cast(input, dtype), cast(weight, dtype), cast(bias, dtype)
@@ -622,7 +550,7 @@ def _autocast(device: str) -> Callable[..., Tensor]:
                 mask = mask if mask is None or mask.dtype == dtype else cast(mask, torch.float32)
             return deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
 
-    return leg
+    return op
 
 
 def _vmap(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nasfast.ops import _checks, _native, _register
+from nasfast.ops import _checks, _eager, _native, _register
 from nasfast.ops._checks import HALF, Ints, Pair
 
 _OP = "depthwise_conv2d"
@@ -38,17 +38,14 @@ def depthwise_conv2d(
         ValueError: tensors that do not fit together, with what was expected and what came.
     """
     padding, dilation = _pair("padding", padding), _pair("dilation", dilation)
-    arguments = input, weight, padding, dilation
-    output: Tensor
-    if _native.is_eager("depthwise_conv2d", input, weight):
-        if torch.is_grad_enabled():
-            output = DepthwiseConv2dFunction.apply(*arguments)  # type: ignore[no-untyped-call]
-        else:
-            output = _kernel(*arguments)
-    elif _native.is_differentiated_forward():
-        output = depthwise_conv2d_reference(*arguments)
-    else:
-        output = torch.ops.nasfast.depthwise_conv2d.default(*arguments)
+    output: Tensor = _eager.call(
+        _OP,
+        (input, weight),
+        (input, weight, padding, dilation),
+        _kernel,
+        _differentiable,
+        depthwise_conv2d_reference,
+    )
     return output
 
 
@@ -91,26 +88,25 @@ def _check(
     for name, tensor in (("input", input), ("weight", weight), ("grad", grad)):
         if tensor is not None:
             _checks.check_dimensions(_OP, name, tensor, 4)
-            _checks.check_dtype(_OP, name, tensor, input)
-            _checks.check_device(_OP, name, tensor, input)
+            _checks.check_like(_OP, name, tensor, input)
     _checks.check_settings(_OP, padding=padding, dilation=dilation)
     batch, channels, height, width = input.shape
     if height == 0 or width == 0 or channels == 0:
-        shape = tuple(input.shape)
-        raise _wrong("input", "of sizes above 0", f"shape {shape}", "pass an image")
+        got = f"shape {tuple(input.shape)}"
+        raise _wrong("input", "of sizes above 0", got, "pass an image")
     kernel_h, kernel_w = weight.shape[2:]
     if weight.shape[:2] != (channels, 1) or kernel_h == 0 or kernel_w == 0:
-        wanted = f"of shape [{channels}, 1, kh, kw], one kernel for each channel of input"
+        shape = f"of shape [{channels}, 1, kh, kw], one kernel for each channel of input"
         remedy = "build the layer for the channels of its input"
-        raise _wrong("weight", wanted, f"shape {tuple(weight.shape)}", remedy)
+        raise _wrong("weight", shape, tuple(weight.shape), remedy)
     kernel = kernel_h, kernel_w
     out_height, out_width = _checks.output_size(
         _OP, (height, width), kernel, (1, 1), padding, dilation
     )
-    shape = (batch, channels, out_height, out_width)
-    if grad is not None and grad.shape != shape:
+    if grad is not None:
         remedy = "padding and dilation decide the height and width"
-        raise _wrong("grad", f"of shape {shape}", tuple(grad.shape), remedy)
+        size = (batch, channels, out_height, out_width)
+        _checks.check_shape(_OP, "grad", grad, size, remedy)
     return Geometry(
         batch,
         channels,
@@ -125,16 +121,11 @@ def _check(
     )
 
 
-def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
-    last = torch.channels_last
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=last)
-
-
 def _kernel(input: Tensor, weight: Tensor, padding: Pair, dilation: Pair) -> Tensor:
     g = _check(input, weight, padding, dilation)
     entry, dtype = "depthwise_conv2d_forward", _native.storage(input)
     x, w = _native.as_map(input, dtype), weight.to(dtype).contiguous()
-    y = _empty(x, (g.batch, g.channels, g.out_height, g.out_width))
+    y = _native.empty_map(x, (g.batch, g.channels, g.out_height, g.out_width))
     for layout, tensor in (("map", x), ("dense", w), ("map", y)):
         _native.check(entry, x, dtype, layout, tensor)
     _native.call(entry, dtype, g, (x, w, y))
@@ -156,7 +147,7 @@ def _kernel_backward(
         _native.as_map(input, dtype),
         weight.to(dtype).contiguous(),
     )
-    dx = _empty(x, x.shape) if wanted[0] else None
+    dx = _native.empty_map(x, x.shape) if wanted[0] else None
     dw = torch.empty_like(w, dtype=_native.accumulate(dtype)) if wanted[1] else None
     for layout, tensor in (("map", dy), ("map", x), ("dense", w), ("map", dx)):
         _native.check(entry, x, dtype, layout, tensor)
@@ -175,12 +166,7 @@ def _fake(input: Tensor, weight: Tensor, padding: Pair, dilation: Pair) -> Tenso
 
 
 def _fake_backward(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    padding: Pair,
-    dilation: Pair,
-    wanted: list[bool],
+    grad: Tensor, input: Tensor, weight: Tensor, padding: Pair, dilation: Pair, wanted: list[bool]
 ) -> tuple[Tensor, Tensor]:
     _check(input, weight, padding, dilation, grad)
     dx = torch.empty_like(input, memory_format=_native.memory_format(input))
@@ -196,23 +182,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, weight = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:2])
-    plain = _native.is_eager("depthwise_conv2d", grad, input, weight)
-    eager = plain and not torch.is_grad_enabled()
-    op: Any = _kernel_backward if eager else torch.ops.nasfast.depthwise_conv2d_backward.default
+    op = _eager.choose_backward(_OP, (grad, input, weight), _kernel_backward)
     gradients = op(grad, input, weight, ctx.padding, ctx.dilation, wanted)
     return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), None, None
 
 
-class DepthwiseConv2dFunction(torch.autograd.Function):
-    """What autograd does with the registered op, without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = _kernel(*inputs)
-        _setup(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_backward)
+_differentiable = _eager.make_differentiable(_kernel, _setup, _backward)
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -239,14 +214,14 @@ def _double_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]
 def _autocast(device: str) -> Callable[..., Tensor]:
     """Casts as autocast does for a convolution; leaves float64 alone."""
 
-    def leg(input: Tensor, weight: Tensor, padding: Pair, dilation: Pair) -> Tensor:
+    def op(input: Tensor, weight: Tensor, padding: Pair, dilation: Pair) -> Tensor:
         if input.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
-            input, weight = input.to(dtype), weight.to(dtype)
+            input, weight = _register.cast(input, dtype), _register.cast(weight, dtype)
         with torch.autocast(device, enabled=False):
             return depthwise_conv2d(input, weight, padding, dilation)
 
-    return leg
+    return op
 
 
 def _flops(*arguments: Any, out_shape: Sequence[int], **rest: Any) -> int:

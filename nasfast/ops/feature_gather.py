@@ -66,11 +66,9 @@ def feature_gather(
         ValueError: tensors that do not fit together, with what was expected and what came; on a CPU
             also an index that is none of the samples.
     """
-    shape = tuple(shape)
-    if _native.is_eager("feature_gather", data, indices, out):
-        _gather(data, indices, offset, shape, dtype, out, threads)
-    else:
-        torch.ops.nasfast.feature_gather.default(data, indices, offset, shape, dtype, out, threads)
+    torch.ops.nasfast.feature_gather.default(
+        data, indices, offset, tuple(shape), dtype, out, threads
+    )
     return out
 
 
@@ -122,21 +120,21 @@ def _check(data: Tensor, indices: Tensor, fields: Sequence[Field], outs: Sequenc
     if data.dtype != torch.uint8 or data.dim() != 2 or data.stride(1) != 1:
         raise _wrong(
             "data",
-            "uint8 [samples, bytes] with contiguous rows",
+            "as uint8 [samples, bytes] with contiguous rows",
             f"{data.dtype} {list(data.shape)} with strides {data.stride()}",
             "view the blocks as bytes",
         )
     if len(data) > 1 and data.stride(0) % _ALIGN:
         raise _wrong(
             "data",
-            f"rows a multiple of {_ALIGN} bytes apart",
+            f"with rows a multiple of {_ALIGN} bytes apart",
             f"a stride of {data.stride(0)}",
             "pad the blocks",
         )
     if indices.dtype != torch.int64 or indices.dim() != 1 or not indices.is_contiguous():
         raise _wrong(
             "indices",
-            "contiguous int64 [N]",
+            "as contiguous int64 [N]",
             f"{indices.dtype} {list(indices.shape)} with strides {indices.stride()}",
             "convert them",
         )
@@ -153,12 +151,12 @@ def _check(data: Tensor, indices: Tensor, fields: Sequence[Field], outs: Sequenc
         if out.shape != shape or not out.is_contiguous():
             raise _wrong(
                 "out",
-                f"contiguous {list(shape)}",
+                f"as contiguous {list(shape)}",
                 f"{list(out.shape)} with strides {out.stride()}",
                 "allocate it so, channels last",
             )
         if out.requires_grad:
-            raise _wrong("out", "memory without gradient", "requires_grad", "pass out.detach()")
+            raise _wrong("out", "without gradient", "requires_grad", "pass out.detach()")
 
 
 @functools.lru_cache(256)
@@ -179,12 +177,12 @@ def _plan(fields: tuple[Field, ...], dtypes: tuple[torch.dtype, ...], size: int)
 def _check_field(field: Field, size: int) -> None:
     if field.dtype not in _STORED:
         kinds = ", ".join(map(str, _STORED))
-        raise _wrong("dtype", f"one of {kinds}", field.dtype, "store it as one of these")
+        raise _wrong("dtype", f"to be one of {kinds}", field.dtype, "store it as one of these")
     if field.offset % _ALIGN or not 0 <= field.offset <= size - field.nbytes:
         raise _wrong(
             "offset",
-            f"a multiple of {_ALIGN} from 0 to {size - field.nbytes}, to leave {field.nbytes} "
-            f"bytes in a block of {size}",
+            f"to be a multiple of {_ALIGN} from 0 to {size - field.nbytes}, to leave "
+            f"{field.nbytes} bytes in a block of {size}",
             field.offset,
             "read it from the layout of the blocks",
         )
@@ -197,7 +195,7 @@ def _check_range(indices: Tensor, samples: int) -> None:
     if low < 0 or high >= samples:
         raise _wrong(
             "indices",
-            f"samples from 0 to {samples - 1}",
+            f"of samples from 0 to {samples - 1}",
             low if low < 0 else high,
             "draw them from what data holds",
         )
@@ -207,7 +205,7 @@ def _run(
     data: Tensor, indices: Tensor, fields: Sequence[Field], outs: Sequence[Tensor], threads: int
 ) -> None:
     """What :func:`_check` has seen, into at most 16 outs."""
-    if data.device.type not in _DEVICES:
+    if data.device.type not in _native.KERNELS.get("feature_gather", ()):
         inside = (indices >= 0) & (indices < len(data))
         rows = indices[inside]
         for field, out in zip(fields, outs, strict=True):
@@ -258,8 +256,6 @@ _register.define(
     "Tensor(a!) out, int threads) -> ()",
     _fake,
 )
-_DEVICES = set()
 for _device in ("CPU", "CUDA"):
     _register.LIBRARY.impl("feature_gather", _gather, _device)
-    if _native.has_kernel("feature_gather", _device.lower()):
-        _DEVICES.add(_device.lower())
+    _native.has_kernel("feature_gather", _device.lower())

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 import math
-import struct
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nasfast.ops import _checks, _native, _register
+from nasfast.ops import _checks, _eager, _native, _register
 from nasfast.ops.deform_conv2d import deform_conv2d_reference
 
 FACTORS = ("conv3x3", "sep3x3", "dil3x3", "def3x3", "skip")
@@ -38,6 +37,9 @@ MAPS = (*FACTORS[:4], "inner")
 
 # Codes of nasfast::mixed_op::Norm in csrc/mixed_op/mixed_op.h.
 _FIXED, _BATCH, _GIVEN = 0, 1, 2
+
+_OP = "mixed_op"
+_wrong = functools.partial(_checks.wrong, _OP)
 
 
 class Branches(NamedTuple):
@@ -65,7 +67,6 @@ def mixed_op(
     batch_norm: bool = True,
     eps: float = 1e-5,
     recompute: bool = False,
-    into: Tensor | None = None,  # [N, C, H, W]
 ) -> tuple[Tensor, Tensor]:  # [N, C, H, W] in channels last, [5, 2, C]
     """The mixed operation, and mean and biased variance of every normalised map.
 
@@ -76,8 +77,6 @@ def mixed_op(
         eps: added to the variance.
         recompute: keep nothing but the input for the backward pass, which then computes the
             branches again; else their results before normalisation are kept.
-        into: a sum to add to. Its memory becomes the result's where autograd allows that, so do
-            not use it afterwards.
 
     The statistics take no gradient; they are 0 for what is not normalised by the batch. Sums are
     in float32, or float64 for float64; factors, biases, scale and shift may be float32 beside a
@@ -86,23 +85,14 @@ def mixed_op(
     Raises:
         ValueError: tensors that do not fit together, with what was expected and what came.
     """
-    if into is input:
-        raise _wrong("into", "another tensor than input", "input itself", "pass input.clone()")
-    tensors = (input, factors, *branches, scale, shift)
-    settings = (batch_norm, float(eps), recompute)
-    if _native.is_eager("mixed_op", *tensors, into):
-        if not torch.is_grad_enabled():
-            output, statistics, *_ = _kernel(*tensors, *settings, into=into)
-        else:
-            output, statistics = MixedOpFunction.apply(into, *tensors, *settings)  # type: ignore[no-untyped-call]
-        return output, statistics
-    if _native.is_differentiated_forward():
-        output, statistics = mixed_op_reference(
+    if _eager.is_differentiated_forward():
+        return mixed_op_reference(
             input, factors, branches, scale, shift, batch_norm=batch_norm, eps=eps
         )
-    else:
-        output, statistics, _, _ = torch.ops.nasfast.mixed_op.default(*tensors, *settings)
-    return (output if into is None else into + output), statistics
+    output, statistics, *_ = torch.ops.nasfast.mixed_op.default(
+        input, factors, *branches, scale, shift, batch_norm, eps, recompute
+    )
+    return output, statistics
 
 
 def mixed_op_reference(
@@ -179,9 +169,6 @@ class Sizes(NamedTuple):
     tf32: int = 0
 
 
-_wrong = functools.partial(_checks.wrong, "mixed_op")
-
-
 _TOGETHER = (
     ("deform", "deform_bias", "offset_weight", "offset_bias"),
     ("depthwise1", "pointwise1", "depthwise2", "pointwise2"),
@@ -195,75 +182,30 @@ def _check(
     scale: Tensor | None,
     shift: Tensor | None,
     batch_norm: bool,
-    **maps: Tensor | None,
+    grad: Tensor | None = None,
 ) -> Sizes:
-    """Sizes of a call whose tensors fit together; ``maps`` are of the input's shape."""
-    _checks.check_float("mixed_op", input)
+    """Sizes of a call whose tensors fit together."""
+    _checks.check_float(_OP, input)
     if input.dim() != 4 or 0 in input.shape[1:]:
         raise _wrong(
             "input",
-            "[N, C, H, W] with C, H and W above 0",
-            f"shape {tuple(input.shape)}",
+            "of shape [N, C, H, W] with C, H and W above 0",
+            tuple(input.shape),
             "reshape it (a single image is a batch of 1)",
         )
     n, c, height, width = input.shape
-    named = branches._asdict()
-    for group in _TOGETHER:
-        missing = [name for name in group if named[name] is None]
-        if missing and len(missing) < len(group):
-            raise _wrong(
-                f"branches.{missing[0]}",
-                f"given together with {', '.join(group)}",
-                "None",
-                "give all of them or none",
-            )
-    offset_groups = 1
-    if branches.offset_weight is not None:
-        offset_groups = branches.offset_weight.shape[0] // 27
-        if offset_groups == 0 or branches.offset_weight.shape[0] % 27 or c % offset_groups:
-            raise _wrong(
-                "branches.offset_weight",
-                f"of 27 * offset_groups output channels, offset_groups a divisor of {c}",
-                branches.offset_weight.shape[0],
-                "change the layer that predicts the offsets",
-            )
-    outputs = offset_groups * 27
-    square, depthwise, pointwise = (c, c, 3, 3), (c, 1, 3, 3), (c, c, 1, 1)
-    weights = dict(
-        zip(
-            Branches._fields,
-            (
-                *(square,) * 3,
-                (c,),
-                (outputs, c, 3, 3),
-                (outputs,),
-                *(depthwise, pointwise) * 2,
-            ),
-            strict=True,
-        )
-    )
+    offset_groups = _check_branches(c, branches)
     constants = {"factors": (len(FACTORS),), "scale": (len(MAPS), c), "shift": (len(MAPS), c)}
-    shapes = constants | {f"branches.{name}": shape for name, shape in weights.items()}
-    tensors = {"factors": factors, "scale": scale, "shift": shift}
-    tensors |= {f"branches.{name}": weight for name, weight in named.items()} | maps
-    free = (*constants, "branches.deform_bias", "branches.offset_bias")
+    shapes: dict[str, tuple[int, ...]] = constants | {"grad": (n, c, height, width)}
+    tensors = {"factors": factors, "scale": scale, "shift": shift, "grad": grad}
+    for name, shape in _weight_shapes(c, offset_groups).items():
+        shapes[f"branches.{name}"] = shape
+        tensors[f"branches.{name}"] = getattr(branches, name)
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        shape = shapes.get(name, (n, c, height, width))
-        if tensor.shape != shape:
-            remedy = f"input has {c} channels"
-            raise _wrong(name, f"of shape {shape}", tuple(tensor.shape), remedy)
-        half = input.dtype in _checks.HALF
-        sums = name in free and half and tensor.dtype == torch.float32
-        if tensor.dtype != input.dtype and not sums:
-            wanted = f"of the dtype of input, {input.dtype}" + (name in free and half) * (
-                " (or torch.float32)"
-            )
-            raise _wrong(name, wanted, tensor.dtype, f"convert it to {input.dtype}")
-        if tensor.device != input.device:
-            wanted = f"on the device of input, {input.device}"
-            raise _wrong(name, wanted, tensor.device, f"move it to {input.device}")
+        if tensor is not None:
+            free = name in constants or name.endswith("_bias")
+            _checks.check_shape(_OP, name, tensor, shapes[name], f"input has {c} channels")
+            _checks.check_like(_OP, name, tensor, input, or_float32=free)
     if batch_norm and n * height * width == 1:
         raise _wrong(
             "input",
@@ -274,19 +216,37 @@ def _check(
     return Sizes(n, c, height, width, offset_groups)
 
 
-def _choices(tensor: Tensor) -> dict[str, int]:
-    """As PyTorch's own convolutions follow the global settings."""
-    if not tensor.is_cuda:
-        return {}
-    cudnn: Any = torch.backends.cudnn
-    return {
-        "deterministic": int(torch.are_deterministic_algorithms_enabled()),
-        "tf32": int(cudnn.conv.fp32_precision == "tf32"),
-    }
+def _check_branches(channels: int, branches: Branches) -> int:
+    """Offset groups of branches whose weights are all given or all None."""
+    for group in _TOGETHER:
+        missing = [name for name in group if getattr(branches, name) is None]
+        if missing and len(missing) < len(group):
+            raise _wrong(
+                f"branches.{missing[0]}",
+                f"together with {', '.join(group)}",
+                "None",
+                "give all of them or none",
+            )
+    if branches.offset_weight is None:
+        return 1
+    outputs = branches.offset_weight.shape[0]
+    offset_groups = outputs // 27
+    if offset_groups == 0 or outputs % 27 or channels % offset_groups:
+        raise _wrong(
+            "branches.offset_weight",
+            f"of 27 * offset_groups output channels, offset_groups a divisor of {channels}",
+            outputs,
+            "change the layer that predicts the offsets",
+        )
+    return offset_groups
 
 
-def _bits(value: float) -> int:
-    return int(struct.unpack("q", struct.pack("d", value))[0])
+def _weight_shapes(c: int, offset_groups: int) -> dict[str, tuple[int, ...]]:
+    square, depthwise, pointwise = (c, c, 3, 3), (c, 1, 3, 3), (c, c, 1, 1)
+    outputs = offset_groups * 27
+    deformable = square, (c,), (outputs, c, 3, 3), (outputs,)
+    shapes = square, square, *deformable, *(depthwise, pointwise) * 2
+    return dict(zip(Branches._fields, shapes, strict=True))
 
 
 class _Ready(NamedTuple):
@@ -322,9 +282,9 @@ def _ready(
     separable = [weight(tensor) for tensor in b[6:]]
     constants = [constant(t) for t in (b.deform_bias, b.offset_bias, factors, scale, shift)]
     for tensor in (*weights, *separable):
-        _native.check("mixed_op", x, dtype, "map", tensor)
+        _native.check(_OP, x, dtype, "map", tensor)
     for tensor in constants:
-        _native.check("mixed_op", x, sums, "dense", tensor)
+        _native.check(_OP, x, sums, "dense", tensor)
     conv, dil, deform, offset = weights
     deform_bias, offset_bias, *rest = constants
     return _Ready(x, (conv, dil, deform, deform_bias, offset, offset_bias, *separable, *rest))
@@ -333,9 +293,7 @@ def _ready(
 def _map(like: Tensor, channels: int, dtype: torch.dtype, count: int = 1) -> Tensor:
     """Memory for maps in channels last: [count * N, channels, H, W]."""
     n, _, height, width = like.shape
-    shape = (count * n, channels, height, width)
-    last = torch.channels_last
-    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=last)
+    return _native.empty_map(like, (count * n, channels, height, width), dtype)
 
 
 class _Scratch(threading.local):
@@ -380,6 +338,12 @@ def _scratch(
     )
 
 
+def _with_settings(g: Sizes, input: Tensor, norm: int, eps: float) -> Sizes:
+    deterministic, tf32 = _native.convolution_settings(input)
+    bits = _native.double_bits(eps)
+    return g._replace(norm=norm, eps=bits, deterministic=deterministic, tf32=tf32)
+
+
 def _forward(
     g: Sizes,
     ready: _Ready,
@@ -392,37 +356,28 @@ def _forward(
     _native.call("mixed_op_forward", ready.dtype, g, tensors)
 
 
-def _kernel(*arguments: Any, into: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """output, statistics, and raw maps and offsets where a backward pass wants them kept."""
+def _kernel(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """output, statistics, and raw maps and offsets where a backward pass needs them kept."""
     input, factors, *weights, scale, shift, batch_norm, eps, recompute = arguments
     b = Branches(*weights)
-    g = _check(input, factors, b, scale, shift, batch_norm, into=into)
+    g = _check(input, factors, b, scale, shift, batch_norm)
     ready = _ready(input, factors, b, scale, shift)
-    last = torch.channels_last
-    if into is not None and into.dtype == ready.dtype and into.is_contiguous(memory_format=last):
-        output, in_place = into, True
-    else:
-        output, in_place = _map(ready.input, g.channels, ready.dtype), False
+    output = _map(ready.input, g.channels, ready.dtype)
     statistics = ready.input.new_zeros((len(MAPS), 2, g.channels), dtype=ready.sums)
     keep = batch_norm and not recompute
     raw, offset = _scratch(g, ready, batch_norm, b.deform is not None, keep)
-    norm = _BATCH if batch_norm else _FIXED
-    g = g._replace(norm=norm, eps=_bits(eps), add=int(in_place), **_choices(input))
     if input.numel():
+        g = _with_settings(g, input, _BATCH if batch_norm else _FIXED, eps)
         _forward(g, ready, raw, offset, statistics, output)
-    if output.dtype != input.dtype:
-        output = output.to(input.dtype)
-    if into is not None and not in_place:
-        output = into.add_(output)
 
     def kept(tensor: Tensor | None) -> Tensor:
         return tensor if keep and tensor is not None else input.new_empty(0)
 
-    return output, statistics, kept(raw), kept(offset)
+    return output.to(input.dtype), statistics, kept(raw), kept(offset)
 
 
 def _kernel_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """Gradients of input, factors, the branches' weights, scale and shift; empty if not wanted."""
+    """Gradients of input, factors, weights of branches, scale and shift; empty if not wanted."""
     grad, input, factors, *weights, scale, shift, statistics, raw, offset, norm, eps, wanted = (
         arguments
     )
@@ -436,7 +391,7 @@ def _kernel_backward(*arguments: Any) -> tuple[Tensor, ...]:
             for t, want in zip(sources, wanted, strict=True)
         )
     dy = grad.to(ready.dtype).contiguous(memory_format=torch.channels_last)
-    g = g._replace(norm=_BATCH if norm else _FIXED, eps=_bits(eps), **_choices(input))
+    g = _with_settings(g, input, _BATCH if norm else _FIXED, eps)
     kept = raw if norm and raw.numel() else None
     map = offset if offset.numel() else None
     if not norm or kept is None:
@@ -468,19 +423,19 @@ def _kernel_backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.batch_norm, ctx.eps, _ = inputs
-    _, statistics, raw, offset = output
-    ctx.save_for_backward(*tensors, statistics, raw, offset)
+    _, *kept = output  # statistics, raw maps and offsets
+    ctx.mark_non_differentiable(*kept)
+    ctx.save_for_backward(*tensors, *kept)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     sources = saved[:14]
-    wanted = list(ctx.needs_input_grad[-17:-3])
+    wanted = list(ctx.needs_input_grad[:14])
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         gradients = _differentiate(ctx, sources, wanted, grad)
     else:
-        plain = _native.is_eager("mixed_op", grad, *saved)
-        op: Any = _kernel_backward if plain else torch.ops.nasfast.mixed_op_backward.default
+        op = torch.ops.nasfast.mixed_op_backward.default
         gradients = op(grad, *saved, ctx.batch_norm, ctx.eps, wanted)
     found = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
     return (*found, None, None, None)
@@ -497,38 +452,13 @@ def _differentiate(
         ]
         input, factors, *weights, scale, shift = views
         output, _ = mixed_op_reference(
-            input,
-            factors,
-            Branches(*weights),
-            scale,
-            shift,
-            batch_norm=ctx.batch_norm,
-            eps=ctx.eps,
+            input, factors, Branches(*weights), scale, shift, batch_norm=ctx.batch_norm, eps=ctx.eps
         )
         chosen = [view for view, want in zip(views, wanted, strict=True) if want]
         found = iter(
             torch.autograd.grad(output, chosen, grad, create_graph=True, allow_unused=True)
         )
     return [next(found) if want else None for want in wanted]
-
-
-class MixedOpFunction(torch.autograd.Function):
-    """What autograd does with the registered op, without the dispatcher; ``into`` in place."""
-
-    @staticmethod
-    def forward(ctx: Any, into: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor]:
-        fixed = into is not None and (into._is_view() or (into.is_leaf and into.requires_grad))
-        outputs = _kernel(*inputs, into=into.clone() if fixed else into)  # type: ignore[union-attr]
-        _setup(ctx, inputs, outputs)
-        if into is not None and not fixed:
-            ctx.mark_dirty(into)
-        ctx.mark_non_differentiable(outputs[1])
-        return outputs[:2]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
-        into = grad if ctx.needs_input_grad[0] else None
-        return into, *_backward(ctx, grad)
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -564,34 +494,20 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
 def _autocast(device: str) -> Callable[..., tuple[Tensor, ...]]:
     """Casts input and weights as autocast does for a convolution; float64 stays."""
 
-    def leg(*arguments: Any) -> tuple[Tensor, ...]:
+    def op(*arguments: Any) -> tuple[Tensor, ...]:
         input, factors, *weights, scale, shift, batch_norm, eps, recompute = arguments
-        dtype = torch.get_autocast_dtype(device)
-
-        def cast(tensor: Tensor | None, to: torch.dtype) -> Tensor | None:
-            if tensor is not None and tensor.dtype != torch.float64:
-                tensor = tensor.to(to)
-            return tensor
-
+        cast = functools.partial(_register.cast, dtype=torch.get_autocast_dtype(device))
+        single = functools.partial(_register.cast, dtype=torch.float32)
+        b = Branches(*map(cast, weights))
+        b = b._replace(deform_bias=single(weights[3]), offset_bias=single(weights[5]))
+        tensors = (cast(input), single(factors), *b, single(scale), single(shift))
         with torch.autocast(device, enabled=False):
-            b = Branches(*(cast(weight, dtype) for weight in weights))
-            b = b._replace(
-                deform_bias=cast(weights[3], torch.float32),
-                offset_bias=cast(weights[5], torch.float32),
-            )
-            constants = (cast(tensor, torch.float32) for tensor in (scale, shift))
             result: tuple[Tensor, ...] = torch.ops.nasfast.mixed_op.default(
-                cast(input, dtype),
-                cast(factors, torch.float32),
-                *b,
-                *constants,
-                batch_norm,
-                eps,
-                recompute,
+                *tensors, batch_norm, eps, recompute
             )
         return result
 
-    return leg
+    return op
 
 
 def _reference(*arguments: Any) -> tuple[Tensor, ...]:
@@ -631,5 +547,5 @@ _register.define(
     _fake_backward,
     _backward_flops,
 )
-_register.autocast("mixed_op", _autocast)
-_register.implement("mixed_op", _kernel, _kernel_backward, _reference)
+_register.autocast(_OP, _autocast)
+_register.implement(_OP, _kernel, _kernel_backward, _reference)

@@ -26,7 +26,7 @@ def onnx_translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         from onnxscript import ir, opset19
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"onnx_translation_table: onnxscript must be installed, got '{error}'; "
+            f"onnx_translation_table: expected onnxscript to be installed, got '{error}'; "
             "pip install 'nasfast[export]'"
         ) from error
 
@@ -66,7 +66,7 @@ def _channels(name: str, tensor: Any) -> int:
     channels = tensor.shape[1]
     if not isinstance(channels, int):
         raise ValueError(
-            f"deform_conv2d: {name} must be of a fixed number of channels for ONNX, got "
+            f"deform_conv2d: expected {name} of a fixed number of channels for ONNX, got "
             f"'{channels}'; leave dimension 1 out of dynamic_shapes"
         )
     return channels

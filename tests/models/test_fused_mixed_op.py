@@ -151,17 +151,6 @@ def test_state_dicts_are_interchangeable(x, weights):
     assert_same(step(fused, x, weights), step(plain, x, weights))
 
 
-@pytest.mark.parametrize("active", [None, (0, 4), ()], ids=str)
-def test_the_running_sum_may_be_written_to(x, weights, active):
-    """And is, where its layout allows it."""
-    fused, plain = make_pair()
-    into = torch.randn_like(x).contiguous(memory_format=torch.channels_last)
-    expected = plain(x, weights, active, into=into.clone())
-    got = fused(x, weights, active, into=into)
-    torch.testing.assert_close(got, expected, **CLOSE)
-    assert got.data_ptr() == into.data_ptr()
-
-
 def running_sum(op, states, weights):
     total = None
     for state in states:

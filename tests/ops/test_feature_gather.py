@@ -1,19 +1,16 @@
-"""feature_gather: one list of samples feeds every check against the reference."""
+"""feature_gather: its samples for the suite, and what is its own."""
 
 from __future__ import annotations
 
 import itertools
-import os
-import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_harness import Op, native
+from op_harness import Sample as Base
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -21,22 +18,24 @@ from nasfast.ops import Field, _native, feature_gather, feature_gather_reference
 
 OP: Any = torch.ops.nasfast.feature_gather.default
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-PAIRS = [
-    *((dtype, dtype) for dtype in (*FLOATS, torch.uint8)),
-    *itertools.permutations(FLOATS, 2),
-]
-PAIR_IDS = [f"{stored}-{to}".replace("torch.", "") for stored, to in PAIRS]
-every_pair = pytest.mark.parametrize(("stored", "to"), PAIRS, ids=PAIR_IDS)
-native = pytest.mark.skipif(_native.C is None, reason=str(_native.ERROR))
+PAIRS = [*((dtype, dtype) for dtype in (*FLOATS, torch.uint8)), *itertools.permutations(FLOATS, 2)]
 
 
 @dataclass(frozen=True)
-class Sample:
-    id: str
+class Sample(Base):
+    """An array of blocks, and which of them a call gathers."""
+
+    op = "feature_gather"
+
     shape: tuple[int, ...]
     indices: tuple[int, ...] = (3, 0, 3, 4)
     samples: int = 5
     apart: int = 0  # bytes between the blocks
+
+    @property
+    def dtypes(self) -> tuple[Any, ...]:
+        """As stored, and of the output."""
+        return (*PAIRS,)
 
     def field(self, dtype: torch.dtype) -> Field:
         return Field(128, self.shape, dtype)
@@ -48,6 +47,28 @@ class Sample:
         data = memory[:, :size]
         write(data, field.offset, numbers(self.samples, field))
         return data
+
+    def check(self, dtype: tuple[torch.dtype, torch.dtype]) -> None:
+        stored, to = dtype
+        field = self.field(stored)
+        data, indices = self.data(field), torch.tensor(self.indices, dtype=torch.int64)
+        wanted = expected(data, field, indices, to)
+        for function, extra in (
+            (feature_gather, {"threads": 1}),
+            (feature_gather, {"threads": 2}),
+            (feature_gather_reference, {}),
+        ):
+            memory = poisoned(len(indices) + 2, self.shape, to)
+            before, out, after = memory[:1].clone(), memory[1:-1], memory[-1:].clone()
+            got = function(data, indices, *field, out, **extra)
+            assert got is out
+            assert torch.equal(out, wanted)
+            for edge, was in ((memory[:1], before), (memory[-1:], after)):
+                assert torch.equal(edge.view(torch.uint8), was.view(torch.uint8))
+
+    def call_changed(self, changes: dict[str, Any], reference: bool) -> None:
+        function = feature_gather_reference if reference else feature_gather
+        function(**arguments(**changes))
 
 
 def numbers(samples: int, field: Field) -> Tensor:
@@ -74,7 +95,6 @@ SAMPLES = [
     Sample("one-sample", (3, 2, 8), indices=(0,), samples=1),
     Sample("empty-map", (3, 0, 8)),
 ]
-every_sample = pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.id)
 LARGE = Sample("large", (157, 61, 37), indices=(1, 0, 1, 1), samples=2)  # written past the caches
 
 
@@ -93,51 +113,6 @@ def poisoned(rows: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.full((rows, *shape), torch.nan if dtype.is_floating_point else 99, dtype=dtype)
 
 
-def check(sample: Sample, stored: torch.dtype, to: torch.dtype, threads: int = 1) -> None:
-    field = sample.field(stored)
-    data, indices = sample.data(field), torch.tensor(sample.indices, dtype=torch.int64)
-    wanted = expected(data, field, indices, to)
-    for function, extra in ((feature_gather, {"threads": threads}), (feature_gather_reference, {})):
-        memory = poisoned(len(indices) + 2, sample.shape, to)
-        before, out, after = memory[:1].clone(), memory[1:-1], memory[-1:].clone()
-        got = function(data, indices, *field, out, **extra)
-        assert got is out
-        assert torch.equal(out, wanted)
-        for edge, was in ((memory[:1], before), (memory[-1:], after)):
-            assert torch.equal(edge.view(torch.uint8), was.view(torch.uint8))
-
-
-@every_sample
-@every_pair
-def test_values(sample: Sample, stored: torch.dtype, to: torch.dtype) -> None:
-    check(sample, stored, to)
-
-
-@every_pair
-@pytest.mark.parametrize("threads", [1, 2])
-def test_large(stored: torch.dtype, to: torch.dtype, threads: int) -> None:
-    check(LARGE, stored, to, threads)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    shape=st.lists(st.integers(1, 70), min_size=1, max_size=3),
-    pair=st.sampled_from(PAIRS),
-    samples=st.integers(1, 4),
-    apart=st.sampled_from([0, 16, 64]),
-    indices=st.data(),
-)
-def test_any_shape(
-    shape: list[int],
-    pair: tuple[torch.dtype, torch.dtype],
-    samples: int,
-    apart: int,
-    indices: st.DataObject,
-) -> None:
-    chosen = indices.draw(st.lists(st.integers(0, samples - 1), max_size=5))
-    check(Sample("", tuple(shape), tuple(chosen), samples, apart), *pair)
-
-
 def every_half(dtype: torch.dtype) -> Tensor:
     return torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(1, -1)
 
@@ -154,40 +129,29 @@ def floats_between_halves(dtype: torch.dtype) -> Tensor:
     return torch.cat([torch.cat(near, 1).view(torch.float32), rest[None]], 1)
 
 
-@pytest.mark.parametrize("large", [False, True])
-@pytest.mark.parametrize(
-    ("stored", "to"), list(itertools.permutations(FLOATS, 2)), ids=lambda dtype: str(dtype)[6:]
-)
-def test_every_value(stored: torch.dtype, to: torch.dtype, large: bool) -> None:
+@dataclass(frozen=True)
+class EveryValue(Sample):
     """All half values, and floats where rounding is decided; infinities and NaN too."""
-    source = floats_between_halves(to) if stored == torch.float32 else every_half(stored)
-    if large:
-        source = source.repeat(1, -(-(4 << 20) // source.numel()))
-    size = source.numel() // 16 * 16
-    source = source[:, :size].contiguous()
-    out = torch.empty(1, size, dtype=to)
-    feature_gather(source.view(torch.uint8), torch.tensor([0]), 0, (size,), stored, out)
-    wanted = source.to(to)
-    assert torch.equal(out.isnan(), wanted.isnan())
-    real = ~wanted.isnan()
-    raw = {2: torch.int16, 4: torch.int32}[to.itemsize]
-    assert torch.equal(out[real].view(raw), wanted[real].view(raw))
 
+    least: int = 0  # values
 
-@native
-@pytest.mark.parametrize("isa", ["x86-64-v2", "x86-64-v3"])
-def test_lower_instruction_set(isa: str) -> None:
-    if isa >= _native.isa_level()[: len(isa)] or _native.isa_level() == "portable":
-        pytest.skip(f"the tests run on {_native.isa_level()}")
-    chosen = "test_large or test_every_value or (test_values and (odd or unit))"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, __file__],
-        env=os.environ | {"NASFAST_ISA": isa},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    @property
+    def dtypes(self) -> tuple[Any, ...]:
+        return (*itertools.permutations(FLOATS, 2),)
+
+    def check(self, dtype: tuple[torch.dtype, torch.dtype]) -> None:
+        stored, to = dtype
+        source = floats_between_halves(to) if stored == torch.float32 else every_half(stored)
+        source = source.repeat(1, max(1, -(-self.least // source.numel())))
+        size = source.numel() // 16 * 16
+        source = source[:, :size].contiguous()
+        out = torch.empty(1, size, dtype=to)
+        feature_gather(source.view(torch.uint8), torch.tensor([0]), 0, (size,), stored, out)
+        wanted = source.to(to)
+        assert torch.equal(out.isnan(), wanted.isnan())
+        real = ~wanted.isnan()
+        raw = {2: torch.int16, 4: torch.int32}[to.itemsize]
+        assert torch.equal(out[real].view(raw), wanted[real].view(raw))
 
 
 def fields_of(sample: Sample) -> tuple[list[Field], Tensor]:
@@ -228,8 +192,7 @@ def test_rows_of_other_data_are_left_alone() -> None:
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference does the same."""
-    monkeypatch.setattr(sys.modules["nasfast.ops.feature_gather"], "_DEVICES", set())
-    check(SAMPLES[0], torch.float32, torch.float16)
+    monkeypatch.setitem(_native.KERNELS, "feature_gather", set())
     test_rows_of_other_data_are_left_alone()
 
 
@@ -246,7 +209,7 @@ def test_overwritten_memory_is_seen_by_autograd() -> None:
 
 def test_inference_tensors() -> None:
     with torch.inference_mode():
-        check(SAMPLES[0], torch.float16, torch.float32)
+        SAMPLES[0].check((torch.float16, torch.float32))
 
 
 @pytest.mark.parametrize("sample", [SAMPLES[0], SAMPLES[7]], ids=lambda sample: sample.id)
@@ -292,90 +255,104 @@ def arguments(**changes: Any) -> dict[str, Any]:
 ERRORS = [
     (
         {"data": torch.zeros(3, 64)},
-        "data must be uint8 [samples, bytes] with contiguous rows, got torch.float32 [3, 64] with "
+        "data as uint8 [samples, bytes] with contiguous rows, got torch.float32 [3, 64] with "
         "strides (64, 1); view the blocks as bytes",
     ),
     (
         {"data": torch.zeros(3, 128, dtype=torch.uint8)[:, ::2]},
-        "data must be uint8 [samples, bytes] with contiguous rows, got torch.uint8 [3, 64] with "
+        "data as uint8 [samples, bytes] with contiguous rows, got torch.uint8 [3, 64] with "
         "strides (128, 2); view the blocks as bytes",
     ),
     (
         {"data": torch.zeros(3, 72, dtype=torch.uint8)},
-        "data must be rows a multiple of 16 bytes apart, got a stride of 72; pad the blocks",
-    ),
-    (
-        {"data": torch.zeros(3, 80, dtype=torch.uint8)[:, 8:]},
-        "data must be at a multiple of 16 bytes, got an address 8 beyond one; copy it",
+        "data with rows a multiple of 16 bytes apart, got a stride of 72; pad the blocks",
     ),
     (
         {"indices": torch.tensor([2, 0], dtype=torch.int32)},
-        "indices must be contiguous int64 [N], got torch.int32 [2] with strides (1,); convert them",
+        "indices as contiguous int64 [N], got torch.int32 [2] with strides (1,); convert them",
     ),
     (
         {"indices": torch.tensor([[2, 0]])},
-        "indices must be contiguous int64 [N], got torch.int64 [1, 2] with strides (2, 1); convert "
-        "them",
+        "indices as contiguous int64 [N], got torch.int64 [1, 2] with strides (2, 1); convert them",
     ),
     (
         {"indices": torch.tensor([2, 3])},
-        "indices must be samples from 0 to 2, got 3; draw them from what data holds",
+        "indices of samples from 0 to 2, got 3; draw them from what data holds",
     ),
     (
         {"indices": torch.tensor([-1, 3])},
-        "indices must be samples from 0 to 2, got -1; draw them from what data holds",
+        "indices of samples from 0 to 2, got -1; draw them from what data holds",
     ),
     (
         {"dtype": torch.int64},
-        "dtype must be one of torch.float32, torch.bfloat16, torch.float16, torch.uint8, "
+        "dtype to be one of torch.float32, torch.bfloat16, torch.float16, torch.uint8, "
         "got torch.int64; store it as one of these",
     ),
     (
         {"offset": 8},
-        "offset must be a multiple of 16 from 0 to 48, to leave 16 bytes in a block of 64, got 8; "
+        "offset to be a multiple of 16 from 0 to 48, to leave 16 bytes in a block of 64, got 8; "
         "read it from the layout of the blocks",
     ),
     (
         {"offset": 64},
-        "offset must be a multiple of 16 from 0 to 48, to leave 16 bytes in a block of 64, got 64; "
+        "offset to be a multiple of 16 from 0 to 48, to leave 16 bytes in a block of 64, got 64; "
         "read it from the layout of the blocks",
     ),
-    (
-        {"dtype": torch.uint8},
-        "out must be of torch.uint8, got torch.float32; allocate it so",
-    ),
+    ({"dtype": torch.uint8}, "out of torch.uint8, got torch.float32; allocate it so"),
     (
         {"out": torch.zeros(2, 2, 4, dtype=torch.float64)},
-        "out must be of torch.float16 or a float of at most 32 bits, got torch.float64; allocate "
-        "it so",
+        "out of torch.float16 or a float of at most 32 bits, got torch.float64; allocate it so",
     ),
     (
         {"out": torch.zeros(3, 2, 4)},
-        "out must be contiguous [2, 2, 4], got [3, 2, 4] with strides (8, 4, 1); allocate it so, "
+        "out as contiguous [2, 2, 4], got [3, 2, 4] with strides (8, 4, 1); allocate it so, "
         "channels last",
     ),
     (
         {"out": torch.zeros(2, 4, 2).transpose(1, 2)},
-        "out must be contiguous [2, 2, 4], got [2, 2, 4] with strides (8, 1, 2); allocate it so, "
+        "out as contiguous [2, 2, 4], got [2, 2, 4] with strides (8, 1, 2); allocate it so, "
         "channels last",
     ),
     (
         {"out": torch.zeros(2, 2, 4, requires_grad=True)},
-        "out must be memory without gradient, got requires_grad; pass out.detach()",
+        "out without gradient, got requires_grad; pass out.detach()",
     ),
-    (
-        {"out": torch.zeros(2, 2, 4, device="meta")},
-        "out must be on cpu, as data, got meta; move it",
-    ),
+    ({"out": torch.zeros(2, 2, 4, device="meta")}, "out on cpu, as data, got meta; move it"),
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), ERRORS, ids=range(len(ERRORS)))
-def test_errors(changes: dict[str, Any], message: str) -> None:
-    if "an address" in message and _native.C is None:
-        pytest.skip("the reference reads any address")
-    with pytest.raises(ValueError, match=f"^{re.escape(f'feature_gather: {message}')}$"):
-        feature_gather(**arguments(**changes))
+@st.composite
+def drawn(draw: st.DrawFn) -> tuple[Sample, tuple[torch.dtype, torch.dtype]]:
+    shape = draw(st.lists(st.integers(1, 70), min_size=1, max_size=3))
+    samples = draw(st.integers(1, 4))
+    chosen = draw(st.lists(st.integers(0, samples - 1), max_size=5))
+    apart = draw(st.sampled_from([0, 16, 64]))
+    sample = Sample("", tuple(shape), tuple(chosen), samples, apart)
+    return sample, draw(st.sampled_from(PAIRS))
+
+
+FEATURE_GATHER = Op(
+    [
+        *(*SAMPLES, LARGE, EveryValue("every-value", ())),
+        EveryValue("every-value-large", (), least=4 << 20),
+    ],
+    few=[],
+    errors={str(number): error for number, error in enumerate(ERRORS)},
+    drawn=drawn(),
+    examples=60,
+)
+
+
+@native
+def test_address() -> None:
+    """The reference reads any."""
+    data = torch.zeros(3, 80, dtype=torch.uint8)[:, 8:]
+    with pytest.raises(ValueError) as error:
+        feature_gather(**arguments(data=data))
+    assert str(error.value) == (
+        "feature_gather: expected data at a multiple of 16 bytes, got an address 8 beyond one; "
+        "copy it"
+    )
 
 
 def test_no_error_without_changes() -> None:
@@ -383,7 +360,7 @@ def test_no_error_without_changes() -> None:
 
 
 def test_fake_checks_too() -> None:
-    with FakeTensorMode(), pytest.raises(ValueError, match="out must be contiguous"):
+    with FakeTensorMode(), pytest.raises(ValueError, match="expected out as contiguous"):
         feature_gather(
             **arguments(
                 out=torch.zeros(3, 2, 4),
@@ -394,19 +371,22 @@ def test_fake_checks_too() -> None:
 
 
 @pytest.mark.cuda
-@every_sample
-@every_pair
-def test_cuda(sample: Sample, stored: torch.dtype, to: torch.dtype) -> None:
+@pytest.mark.parametrize("sample", [*SAMPLES, LARGE], ids=lambda sample: sample.id)
+@pytest.mark.parametrize(("stored", "to"), PAIRS, ids=str)
+def test_cuda(
+    sample: Sample, stored: torch.dtype, to: torch.dtype, cuda_kernels: list[str]
+) -> None:
     field = sample.field(stored)
     data, indices = sample.data(field), torch.tensor(sample.indices, dtype=torch.int64)
     out = poisoned(len(indices), sample.shape, to).cuda()
     there = torch.empty_strided(data.shape, data.stride(), dtype=torch.uint8, device="cuda")
     feature_gather(there.copy_(data), indices.cuda(), *field, out)
     assert torch.equal(out.cpu(), expected(data, field, indices, to))
+    assert cuda_kernels == ["feature_gather_forward"]
 
 
 @pytest.mark.cuda
-def test_cuda_graph() -> None:
+def test_cuda_graph(cuda_kernels: list[str]) -> None:
     """A replay reads the indices that are there then."""
     field = LARGE.field(torch.float16)
     host = LARGE.data(field)
@@ -421,10 +401,11 @@ def test_cuda_graph() -> None:
         graph.replay()
         wanted = expected(host, field, torch.tensor(chosen), torch.float32)
         assert torch.equal(out.cpu(), wanted)
+    assert cuda_kernels == ["feature_gather_forward"] * 2
 
 
 @pytest.mark.cuda
-def test_cuda_leaves_rows_of_other_samples_alone() -> None:
+def test_cuda_leaves_rows_of_other_samples_alone(cuda_kernels: list[str]) -> None:
     field = SAMPLES[0].field(torch.float32)
     data = SAMPLES[0].data(field)
     indices = torch.tensor([-1, 2, 5])
@@ -432,3 +413,4 @@ def test_cuda_leaves_rows_of_other_samples_alone() -> None:
     feature_gather(data.cuda(), indices.cuda(), *field, out)
     assert out[[0, 2]].isnan().all()
     assert torch.equal(out[1:2].cpu(), expected(data, field, indices[1:2], torch.float32))
+    assert cuda_kernels == ["feature_gather_forward"]

@@ -146,7 +146,8 @@ def test_dynamic_channels() -> None:
     with pytest.raises(Exception) as error:  # the exporter's own, with the cause in its text
         export(Call(sample), tensors, dynamic_shapes=dynamic)
     assert (
-        "ValueError'>: deform_conv2d: offset must be of a fixed number of channels for ONNX, got 's"
+        "ValueError'>: deform_conv2d: expected offset of a fixed number of channels for ONNX, got "
+        "'s"
     ) in str(error.value)
     assert "'; leave dimension 1 out of dynamic_shapes" in str(error.value)
 
@@ -155,5 +156,5 @@ def test_without_onnxscript(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ModuleNotFoundError) as error:
         onnx_translation_table()
-    assert str(error.value).startswith("onnx_translation_table: onnxscript must be installed, got ")
+    assert str(error.value).startswith("onnx_translation_table: expected onnxscript to be ")
     assert str(error.value).endswith("; pip install 'nasfast[export]'")
