@@ -72,8 +72,7 @@ def cuda_graphs(calls: Mapping[str, Call]) -> tuple[dict[str, Call], dict[str, s
 
 def backends() -> dict[str, dict[str, str]]:
     """What runs each op on each type of device."""
-    found: dict[str, dict[str, str]] = getattr(_native, "BACKENDS", None) or _native.LEGS
-    return found
+    return _native.BACKENDS
 
 
 def require_kernels(call: Call, device: str) -> set[str]:
