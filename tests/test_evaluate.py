@@ -1,19 +1,14 @@
 """Measuring a trained network end to end."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
 from nasfast import evaluate
 
 
-def test_it_reproduces_the_training_s_metrics(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_reproduces_the_training_s_metrics(tiny_model, tmp_path, capsys):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     flags = ["--device", "cpu", "--seconds", "0.1", "--batch", "2"]
     assert evaluate.main([str(model), *flags]) == 0
@@ -33,7 +28,7 @@ def test_it_reproduces_the_training_s_metrics(
     assert "IoU [post]" in printed
 
 
-def test_other_data_of_the_same_classes(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_other_data_of_the_same_classes(tiny_model, tiny_data, tmp_path):
     shutil.copy(tiny_model / "model.safetensors", tmp_path / "net.safetensors")
     other = shutil.copytree(tiny_data, tmp_path / "other")
     stems = sorted(path.stem for path in (other / "images").iterdir())
@@ -59,18 +54,14 @@ def test_other_data_of_the_same_classes(tiny_model: Path, tiny_data: Path, tmp_p
         (["MODEL", "--device", "tpu"], "resolve_device: expected device 'auto', 'cpu', 'cuda'"),
     ],
 )
-def test_errors_are_one_line(
-    flags: list[str], message: str, tiny_model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_errors_are_one_line(flags, message, tiny_model, capsys):
     assert evaluate.main([flag.replace("MODEL", str(tiny_model)) for flag in flags]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: " + message.replace("MODEL", str(tiny_model)))
     assert not (tiny_model / "evaluation.json").exists()
 
 
-def test_weights_that_are_no_network(
-    tiny_weights: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_weights_that_are_no_network(tiny_weights, capsys):
     assert evaluate.main([str(tiny_weights)]) == 2
     assert capsys.readouterr().err == (
         f"error: {tiny_weights}: expected a model.safetensors that nasfast.train wrote, with "
@@ -86,9 +77,7 @@ def test_weights_that_are_no_network(
         (["--epochs", "1"], "--epochs"),
     ],
 )
-def test_usage_errors(
-    flags: list[str], shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_usage_errors(flags, shown, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         evaluate.main([str(tmp_path), *flags])
     assert caught.value.code == 2

@@ -1,9 +1,5 @@
 """Training of the packaged encoder end to end, in miniature."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -14,7 +10,7 @@ TINY = ["--device", "cpu", "--width", "0.1", "--frames", "24"]
 TINY += ["--epochs", "1", "--batch-size", "8", "--crop", "48"]
 
 
-def test_it_writes_weights_that_load(tmp_path: Path) -> None:
+def test_it_writes_weights_that_load(tmp_path):
     torch.set_num_threads(1)
     paths = [tmp_path / "new" / "encoder.safetensors", tmp_path / "again.safetensors"]
     for path in paths:
@@ -35,7 +31,7 @@ def test_it_writes_weights_that_load(tmp_path: Path) -> None:
     assert all(tap.isfinite().all() for tap in encoder(torch.rand(1, 3, 64, 64)))
 
 
-def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_one_line(tmp_path, capsys):
     out = tmp_path / "encoder.safetensors"
     assert pretrain.main([*TINY, "--frames", "0", "--out", str(out)]) == 2
     assert capsys.readouterr().err == "error: SyntheticStreets: expected num_samples >= 1, got 0\n"
@@ -49,9 +45,7 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--epoch", "1"], "--epoch"),
     ],
 )
-def test_usage_errors(
-    flags: list[str], shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_usage_errors(flags, shown, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         pretrain.main([*TINY, "--out", str(tmp_path / "no"), *flags])
     assert caught.value.code == 2

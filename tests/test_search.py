@@ -13,8 +13,6 @@ import signal
 import statistics
 import time
 import tomllib
-from pathlib import Path
-from typing import Any
 
 import pytest
 import tomli_w
@@ -22,7 +20,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from search_runs import outcome, start, wait_for_records
-from torch import Tensor
 
 from nasfast import search
 from nasfast.data import load_splits
@@ -30,7 +27,6 @@ from nasfast.encoders import MobileNetV2
 from nasfast.methods.registry import METHODS
 from nasfast.methods.segmentation import search as segmentation
 from nasfast.methods.segmentation.settings import SearchConfig, parse
-from nasfast.runs.records import Record
 from nasfast.runs.study import Study
 from nasfast.searches.sampling import SamplingSearch
 from nasfast.spaces.fast_nas import FastNASSpace
@@ -44,9 +40,7 @@ WIDTH = '{"width": 0.35}'
 # ---- the run contract
 
 
-def test_killed_anywhere_a_search_repeats_nothing_and_changes_nothing(
-    tiny_search: list[str], tmp_path: Path
-) -> None:
+def test_killed_anywhere_a_search_repeats_nothing_and_changes_nothing(tiny_search, tmp_path):
     seed = int(os.environ.get("NASFAST_TEST_SEED", random.SystemRandom().getrandbits(32)))
     print(f"moments drawn with seed {seed}; NASFAST_TEST_SEED={seed} repeats them")
     rng = random.Random(seed)
@@ -77,14 +71,12 @@ def test_killed_anywhere_a_search_repeats_nothing_and_changes_nothing(
     assert (run / "report.html").is_file()
 
 
-def _torn(run: Path) -> bool:
+def _torn(run):
     return not ((run / "records.jsonl").read_bytes() or b"\n").endswith(b"\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_and_tells_how_to_continue(
-    tiny_search: list[str], tiny_run: Path, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_signal_stops_and_tells_how_to_continue(tiny_search, tiny_run, tmp_path, number):
     process = start([*tiny_search, "--runs", str(tmp_path)])
     run = wait_for_records(process, tmp_path, 1)
     process.send_signal(number)
@@ -101,12 +93,7 @@ def test_a_signal_stops_and_tells_how_to_continue(
     assert outcome(run) == outcome(tiny_run)
 
 
-def test_a_signal_before_the_first_candidate(
-    tiny_search: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_signal_before_the_first_candidate(tiny_search, tmp_path, monkeypatch, capsys):
     load = segmentation.load_encoder
     monkeypatch.setattr(
         segmentation,
@@ -127,21 +114,15 @@ class Crash(BaseException):
 
 
 @pytest.mark.parametrize("when", ["before the checkpoint", "in the middle of a record"])
-def test_crash_around_a_record(
-    tiny_search: list[str],
-    tiny_run: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    when: str,
-) -> None:
+def test_crash_around_a_record(tiny_search, tiny_run, tmp_path, monkeypatch, when):
     save, append = Study.save_checkpoint, Study.append
 
-    def save_checkpoint(study: Study, state: dict[str, Any]) -> None:
+    def save_checkpoint(study, state):
         if state["told"] == 4:
             raise Crash
         save(study, state)
 
-    def torn_append(study: Study, record: Record) -> None:
+    def torn_append(study, record):
         if record.index == 3:
             with (study.path / "records.jsonl").open("a") as file:
                 file.write(json.dumps(record.to_json())[:100])
@@ -166,13 +147,7 @@ def test_crash_around_a_record(
 
 
 @pytest.mark.parametrize("budget", [2, 3])  # the end of a batch, and its middle
-def test_a_larger_budget_continues(
-    budget: int,
-    tiny_search: list[str],
-    tiny_run: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_larger_budget_continues(budget, tiny_search, tiny_run, tmp_path, capsys):
     argv = [*tiny_search, "--runs", str(tmp_path), "--budget", str(budget)]
     assert search.main(argv) == 0
     (run,) = tmp_path.iterdir()
@@ -185,7 +160,7 @@ def test_a_larger_budget_continues(
 
 
 @pytest.fixture
-def own_run(tiny_run: Path, tiny_data: Path, tiny_weights: Path, tmp_path: Path) -> Path:
+def own_run(tiny_run, tiny_data, tiny_weights, tmp_path):
     """A copy of the run with data and encoder of its own, in data/ and encoder.safetensors."""
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
@@ -198,24 +173,20 @@ def own_run(tiny_run: Path, tiny_data: Path, tiny_weights: Path, tmp_path: Path)
     return run
 
 
-def alter_identity(run: Path, kind: str, **values: str) -> None:
+def alter_identity(run, kind, **values):
     environment = json.loads((run / "env.json").read_text())
     environment["identity"][kind] |= values
     (run / "env.json").write_text(json.dumps(environment))
 
 
-def test_resume_with_the_same_content_elsewhere(
-    own_run: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resume_with_the_same_content_elsewhere(own_run, tiny_run, capsys):
     assert search.main(["--resume", str(own_run)]) == 0
     assert outcome(own_run) == outcome(tiny_run)
     assert "note:" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("changed", ["training data, validation data", "encoder"])
-def test_resume_with_other_content_is_refused(
-    own_run: Path, tiny_run: Path, changed: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resume_with_other_content_is_refused(own_run, tiny_run, changed, capsys):
     if changed == "encoder":
         torch.manual_seed(1)
         weights = MobileNetV2(0.35).state_dict()
@@ -231,15 +202,13 @@ def test_resume_with_other_content_is_refused(
     assert outcome(own_run) == outcome(tiny_run)
 
 
-def test_resume_with_another_teacher_is_refused(
-    own_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resume_with_another_teacher_is_refused(own_run, capsys):
     alter_identity(own_run, "inputs", teacher="another")
     assert search.main(["--resume", str(own_run)]) == 2
     assert "expected the teacher that the run began with" in capsys.readouterr().err
 
 
-def test_resume_elsewhere_is_noted(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_elsewhere_is_noted(own_run, capsys):
     alter_identity(own_run, "computation", torch="1.0", device="cuda:7")
     assert search.main(["--resume", str(own_run)]) == 0
     out = capsys.readouterr().out
@@ -251,9 +220,7 @@ def test_resume_elsewhere_is_noted(own_run: Path, capsys: pytest.CaptureFixture[
     assert "note: the run began with device cuda:7, this is cpu; " in out
 
 
-def test_resume_takes_the_run_s_threads(
-    own_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resume_takes_the_run_s_threads(own_run, monkeypatch, capsys):
     seen: list[int] = []
     monkeypatch.setattr(SamplingSearch, "run", lambda *a: seen.append(torch.get_num_threads()))
     for threads in (2, 1):
@@ -263,9 +230,7 @@ def test_resume_takes_the_run_s_threads(
     assert "note:" not in capsys.readouterr().out
 
 
-def test_fitted_crops_are_the_run_s_settings(
-    tiny_search: list[str], tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fitted_crops_are_the_run_s_settings(tiny_search, tiny_run, tmp_path, capsys):
     large = ["--stage0.crop", "40", "--stage0.shorter-side", "50", "--stage1.shorter-side", "99"]
     assert search.main([*tiny_search, *large, "--runs", str(tmp_path), "--budget", "1"]) == 0
     assert (
@@ -279,9 +244,7 @@ def test_fitted_crops_are_the_run_s_settings(
     assert outcome(run) == outcome(tiny_run)[:1]
 
 
-def test_images_of_mixed_sizes_need_a_crop(
-    tiny_search: list[str], tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_images_of_mixed_sizes_need_a_crop(tiny_search, tiny_data, tmp_path, capsys):
     data = tmp_path / "mixed"
     shutil.copytree(tiny_data, data)
     for i, path in enumerate(sorted(data.glob("*/*.png"))):
@@ -305,9 +268,7 @@ def test_images_of_mixed_sizes_need_a_crop(
         assert search.main([*argv, "--val-crop", "32"]) == 0
 
 
-def test_omitted_classes_do_not_count(
-    tiny_search: list[str], tiny_run: Path, tmp_path: Path
-) -> None:
+def test_omitted_classes_do_not_count(tiny_search, tiny_run, tmp_path):
     flags = ["--omit", "0", "2", "--budget", "1", "--runs", str(tmp_path)]
     assert search.main([*tiny_search, *flags]) == 0
     (run,) = tmp_path.iterdir()
@@ -320,7 +281,7 @@ def test_omitted_classes_do_not_count(
     assert search.main(["--resume", str(run), "--budget", "2"]) == 0
 
 
-def test_what_a_run_leaves(tiny_search: list[str], tiny_run: Path) -> None:
+def test_what_a_run_leaves(tiny_search, tiny_run):
     assert re.fullmatch(r"\d{8}-\d{6}-segmentation-three_bands", tiny_run.name)
     written = tomllib.loads((tiny_run / "config.toml").read_text())
     config = from_mapping(SearchConfig, written, "config.toml")
@@ -352,9 +313,7 @@ def test_what_a_run_leaves(tiny_search: list[str], tiny_run: Path) -> None:
     assert len(set(rewards.values())) > 1
 
 
-def test_random_search_is_one_flag_away(
-    tiny_search: list[str], tiny_run: Path, tmp_path: Path
-) -> None:
+def test_random_search_is_one_flag_away(tiny_search, tiny_run, tmp_path):
     flags = ["--strategy", "random", "--budget", "2", "--name", "base"]
     assert search.main([*tiny_search, "--runs", str(tmp_path), *flags]) == 0
     (run,) = tmp_path.iterdir()
@@ -365,18 +324,12 @@ def test_random_search_is_one_flag_away(
     assert [record["genotype"] for record in outcome(run)] == wanted
 
 
-def test_a_teacher(
-    tiny_search: list[str],
-    tiny_run: Path,
-    tiny_model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_teacher(tiny_search, tiny_run, tiny_model, tmp_path, monkeypatch):
     """Its logits enter the loss of stage 0, and of stage 0 only."""
     taught: list[bool] = []
     loss = SegmentationTask.loss
 
-    def spy(*arguments: Any, teacher: Tensor | None = None, **options: Any) -> Tensor:
+    def spy(*arguments, teacher=None, **options):
         taught.append(teacher is not None and bool(teacher.abs().sum() > 0))
         return loss(*arguments, teacher=teacher, **options)
 
@@ -393,7 +346,7 @@ def test_a_teacher(
 # ---- the command line
 
 
-def test_a_method_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_method_that_is_none(capsys):
     assert search.main(["detection", "--budget", "1"]) == 2
     wanted = f"error: method: expected one of {', '.join(METHODS)}, got 'detection'; a later "
     wanted += "version of nasfast may know it\n"
@@ -423,9 +376,7 @@ def test_a_method_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
         (["--resume", "there", "--seed", "3"], "--seed"),
     ],
 )
-def test_usage_errors(
-    flags: list[str], shown: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_usage_errors(flags, shown, capsys, tmp_path):
     with pytest.raises(SystemExit) as caught:
         search.main([*flags, *([] if "--resume" in flags else ["--runs", str(tmp_path / "runs")])])
     assert caught.value.code == 2
@@ -455,14 +406,8 @@ def test_usage_errors(
     ],
 )
 def test_errors_are_one_line_and_leave_no_run(
-    flags: list[str],
-    message: str,
-    tiny_search: list[str],
-    tiny_run: Path,
-    tiny_weights: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    flags, message, tiny_search, tiny_run, tiny_weights, tmp_path, capsys
+):
     files = {"TOML": tiny_run / "config.toml", "ENCODER": tiny_weights}
     argv = [str(files.get(flag, flag)) for flag in flags]
     assert search.main([*tiny_search, "--runs", str(tmp_path / "runs"), *argv]) == 2
@@ -471,9 +416,7 @@ def test_errors_are_one_line_and_leave_no_run(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_teacher_of_other_classes_is_refused(
-    tiny_search: list[str], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_teacher_of_other_classes_is_refused(tiny_search, tiny_model, tmp_path, capsys):
     path = tiny_model / "model.safetensors"
     flags = ["--teacher", str(path), "--data", "synthetic", "--runs", str(tmp_path / "runs")]
     assert search.main([*tiny_search, *flags]) == 2
@@ -484,7 +427,7 @@ def test_a_teacher_of_other_classes_is_refused(
     assert not (tmp_path / "runs").exists()
 
 
-def test_resume_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_of_something_else(tmp_path, capsys):
     assert search.main(["--resume", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
         f"error: {tmp_path} is not a run directory: it has no config.toml, env.json, "
@@ -492,14 +435,14 @@ def test_resume_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[
     )
 
 
-def test_resume_with_a_bad_budget(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_with_a_bad_budget(tiny_run, capsys):
     assert search.main(["--resume", str(tiny_run), "--budget", "0"]) == 2
     assert (
         "error: search: expected a budget of at least 1 candidate, got 0" in capsys.readouterr().err
     )
 
 
-def test_errors_of_the_module_itself(tmp_path: Path) -> None:
+def test_errors_of_the_module_itself(tmp_path):
     process = start(["--data", "/no/where", "--runs", str(tmp_path / "runs")])
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 2, stderr
@@ -507,9 +450,7 @@ def test_errors_of_the_module_itself(tmp_path: Path) -> None:
     assert stdout == ""
 
 
-def test_a_search_that_only_fails(
-    tiny_search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_search_that_only_fails(tiny_search, tmp_path, capsys):
     flags = ["--stage0.lr", "1e30", "--runs", str(tmp_path)]
     assert search.main([*tiny_search, *flags]) == 2
     (line,) = capsys.readouterr().err.splitlines()

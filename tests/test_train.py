@@ -1,7 +1,5 @@
 """A full training end to end: its sources, its files, stop and resume."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -9,9 +7,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -31,7 +27,7 @@ from nasfast.training.loop import Runtime
 PUBLISHED = [[8, [0, 0, 5, 2], [0, 2, 8, 8], [0, 5, 1, 4]], [[3, 3], [3, 2], [3, 0]]]
 
 
-def test_what_a_training_leaves(tiny_run: Path, tiny_model: Path) -> None:
+def test_what_a_training_leaves(tiny_run, tiny_model):
     wanted = {"checkpoint.pt", "config.toml", "env.json", "genotype.json"}
     assert {p.name for p in tiny_model.iterdir()} >= wanted | {"metrics.json", "model.safetensors"}
     best = json.loads((tiny_run / "best.json").read_text())
@@ -59,9 +55,7 @@ def test_what_a_training_leaves(tiny_run: Path, tiny_model: Path) -> None:
     assert description["decoder"] == {"agg_size": 8, "sep_repeats": 2, "aux_cell": False}
 
 
-def test_killed_and_resumed_gives_the_same_network(
-    tiny_training: list[str], tiny_model: Path, tmp_path: Path
-) -> None:
+def test_killed_and_resumed_gives_the_same_network(tiny_training, tiny_model, tmp_path):
     out = tmp_path / "train"
     root = str(Path(train.__file__).parents[1])
     process = subprocess.Popen(
@@ -93,14 +87,8 @@ def test_killed_and_resumed_gives_the_same_network(
     assert ours == theirs
 
 
-def test_ctrl_c_tells_how_to_continue(
-    tiny_training: list[str],
-    tiny_model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def interrupt_after(path: Path, state: Mapping[str, Any]) -> None:
+def test_ctrl_c_tells_how_to_continue(tiny_training, tiny_model, tmp_path, monkeypatch, capsys):
+    def interrupt_after(path, state):
         save_checkpoint(path, state)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -118,9 +106,7 @@ def test_ctrl_c_tells_how_to_continue(
 
 
 @pytest.mark.parametrize("form", ["list", "dict", "best.json"])
-def test_genotype_files(
-    form: str, tiny_run: Path, tiny_training: list[str], tmp_path: Path
-) -> None:
+def test_genotype_files(form, tiny_run, tiny_training, tmp_path):
     path = tmp_path / "genotype.json"
     best = json.loads((tiny_run / "best.json").read_text())
     content = {"list": PUBLISHED, "dict": best["genotype"], "best.json": best}[form]
@@ -134,9 +120,7 @@ def test_genotype_files(
     assert config.out == tmp_path.resolve() / "train-1"
 
 
-def test_a_genotype_file_trains(
-    tiny_training: list[str], tiny_data: Path, tiny_weights: Path, tmp_path: Path
-) -> None:
+def test_a_genotype_file_trains(tiny_training, tiny_data, tiny_weights, tmp_path):
     path = tmp_path / "genotype.json"
     path.write_text(json.dumps(PUBLISHED))
     flags = ["--data", str(tiny_data), "--encoder-weights", str(tiny_weights), "--epochs", "1"]
@@ -145,7 +129,7 @@ def test_a_genotype_file_trains(
     assert metrics["genotype"]["connections"] == PUBLISHED[1]
 
 
-def few(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+def few(monkeypatch, **options):
     """Generated scenes, but few of them."""
     data = [SyntheticStreets(n, stream=s, **options) for n, s in ((8, "train"), (2, "val"))]
     monkeypatch.setattr(
@@ -153,9 +137,7 @@ def few(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
     )
 
 
-def test_ten_steps_on_crops_that_fit_the_data(
-    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ten_steps_on_crops_that_fit_the_data(tiny_weights, tmp_path, monkeypatch):
     few(monkeypatch)
     path, out = tmp_path / "genotype.json", tmp_path / "out"
     path.write_text(json.dumps(PUBLISHED))
@@ -170,9 +152,7 @@ def test_ten_steps_on_crops_that_fit_the_data(
     assert tomllib.loads((tmp_path / "out-2" / "config.toml").read_text())["crop"] == 64
 
 
-def test_default_crop_of_large_images(
-    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_default_crop_of_large_images(tiny_weights, tmp_path, monkeypatch):
     few(monkeypatch, size=(300, 320))
     config = TrainConfig(
         tmp_path, data="synthetic", encoder_weights=tiny_weights, decoder=DecoderConfig(8)
@@ -182,7 +162,7 @@ def test_default_crop_of_large_images(
     assert SegmentationTraining(config, genotype, tmp_path / "out", runtime).settings.crop == 288
 
 
-def test_source_run_decides_and_flags_override(tiny_run: Path, tiny_data: Path) -> None:
+def test_source_run_decides_and_flags_override(tiny_run, tiny_data):
     ranking = Study.open(tiny_run, read_only=True).ranking()
     config, genotype = train.resolve(Segmentation(), TrainConfig(tiny_run, rank=2))
     assert genotype.to_json() == ranking[1].genotype
@@ -220,13 +200,7 @@ def test_source_run_decides_and_flags_override(tiny_run: Path, tiny_data: Path) 
         (["--resume", "RUN"], "train: RUN is not the directory of a training: it has no config."),
     ],
 )
-def test_errors_are_one_line_and_leave_nothing(
-    flags: list[str],
-    message: str,
-    tiny_run: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_errors_are_one_line_and_leave_nothing(flags, message, tiny_run, tmp_path, capsys):
     argv = [flag.replace("RUN", str(tiny_run)) for flag in flags]
     out = [] if "--resume" in flags else ["--out", str(tmp_path / "out")]
     assert train.main([*argv, *out]) == 2
@@ -235,9 +209,7 @@ def test_errors_are_one_line_and_leave_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_existing_output_is_refused(
-    tiny_training: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_existing_output_is_refused(tiny_training, tmp_path, capsys):
     assert train.main([*tiny_training, "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
         f"error: train: {tmp_path} exists and is never overwritten; give another --out, or "
@@ -254,9 +226,7 @@ def test_an_existing_output_is_refused(
         (["--momentum", "1"], "--momentum"),
     ],
 )
-def test_usage_errors(
-    flags: list[str], shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_usage_errors(flags, shown, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         train.main([str(tmp_path), *flags])
     assert caught.value.code == 2

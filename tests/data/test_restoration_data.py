@@ -1,7 +1,5 @@
 """Images for restoration: layouts, the division, and every error."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -45,8 +45,16 @@ def make_encoder():
     return MobileNetV2(0.35)
 
 
-def make(cache_dir, stage0=STAGE0, stage1=STAGE1, beat=lambda: None, seed=7,
-         device="cpu", val_crop=None, teacher=None):  # fmt: skip
+def make(
+    cache_dir,
+    stage0=STAGE0,
+    stage1=STAGE1,
+    beat=lambda: None,
+    seed=7,
+    device="cpu",
+    val_crop=None,
+    teacher=None,
+):
     train = SyntheticStreets(10, size=(48, 64), cache_in_memory=True)
     val = SyntheticStreets(1, size=(48, 64), stream="val")
     splits = split_for_search(train, val, seed=0, fraction=0.3)

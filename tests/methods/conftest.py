@@ -1,9 +1,5 @@
 """A small restoration search and training, shared by the tests of its entry points."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +8,7 @@ from PIL import Image
 from nasfast import search, train
 
 
-def draw(folder: Path, count: int, size: tuple[int, int] = (40, 48)) -> None:
+def draw(folder, count, size=(40, 48)):
     """Grey images of one edge and one gradient each, `size` = height and width."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(len(folder.name))
@@ -23,7 +19,7 @@ def draw(folder: Path, count: int, size: tuple[int, int] = (40, 48)) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_images(tmp_path_factory):
     """Folder of eight training images (one of them validates) and three test images."""
     root = tmp_path_factory.mktemp("data") / "edges"
     draw(root / "train", 8)
@@ -32,7 +28,7 @@ def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_bilevel(tiny_images: Path) -> list[str]:
+def tiny_bilevel(tiny_images):
     """Command line of a search by gradient that takes seconds; the caller adds --runs."""
     flags = """
         restoration --preset demo --device cpu --bilevel.epochs 5 --bilevel.warmup 1
@@ -44,7 +40,7 @@ def tiny_bilevel(tiny_images: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def bilevel_run(tiny_bilevel: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bilevel_run(tiny_bilevel, tmp_path_factory):
     """Run directory of that search, never interrupted; not to be written to."""
     torch.set_num_threads(1)
     runs = tmp_path_factory.mktemp("restoration")
@@ -54,14 +50,14 @@ def bilevel_run(tiny_bilevel: list[str], tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
-def tiny_restorer(bilevel_run: Path) -> list[str]:
+def tiny_restorer(bilevel_run):
     """Command line of a training that takes seconds; the caller adds --out."""
     flags = "--steps 6 --round-steps 2 --crop 16 --batch-size 2"
     return [str(bilevel_run), "--device", "cpu", *flags.split()]
 
 
 @pytest.fixture(scope="session")
-def trained_restorer(tiny_restorer: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained_restorer(tiny_restorer, tmp_path_factory):
     """Directory of that training, never interrupted; not to be written to."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("trained_restorer") / "train"

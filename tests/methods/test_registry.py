@@ -1,7 +1,5 @@
 """Who is responsible for a name, a genotype, a run and a model file; never a guess."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -21,14 +19,14 @@ from nasfast.utils.errors import UserError
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "version1"
 
 
-def test_by_name() -> None:
+def test_by_name():
     for name, method in METHODS.items():
         assert method_named(name) is method
         assert method.name == name
 
 
 @pytest.mark.parametrize("name", ["detection", "", None, 3])
-def test_unknown_names(name: object) -> None:
+def test_unknown_names(name):
     with pytest.raises(UserError) as caught:
         method_named(name)
     assert str(caught.value) == (
@@ -45,18 +43,18 @@ def test_unknown_names(name: object) -> None:
         ([[8, [0, 0, 5, 2]], [[3, 3]]], "segmentation"),  # as published
     ],
 )
-def test_by_genotype(genotype: object, name: str) -> None:
+def test_by_genotype(genotype, name):
     assert method_of_genotype(genotype).name == name
 
 
 @pytest.mark.parametrize("genotype", [{"space": "darts"}, {}, {"cell": []}, 7, None, "fast_nas_"])
-def test_genotypes_of_no_method(genotype: object) -> None:
+def test_genotypes_of_no_method(genotype):
     with pytest.raises(UserError, match='"space" is one of fast_nas, ir_nas, got '):
         method_of_genotype(genotype)
 
 
 @pytest.mark.parametrize("name", ["segmentation", "restoration"])
-def test_by_run_and_model(name: str) -> None:
+def test_by_run_and_model(name):
     method, settings = method_of_source(["--rank", "2", str(FIXTURES / name)])
     assert method.name == settings["method"] == name
     training = FIXTURES / f"{name}_training"
@@ -65,13 +63,13 @@ def test_by_run_and_model(name: str) -> None:
         assert method_of_model(["--batch", "1", str(path)]) is method
 
 
-def test_by_the_name_of_an_architecture() -> None:
+def test_by_the_name_of_an_architecture():
     method, settings = method_of_source(["irnas-derain"])
     assert method.name == "restoration"
     assert settings["channels"] == 3
 
 
-def test_a_run_of_an_unknown_method(tmp_path: Path) -> None:
+def test_a_run_of_an_unknown_method(tmp_path):
     (tmp_path / "records.jsonl").touch()
     (tmp_path / "config.toml").write_text('method = "detection"\n')
     with pytest.raises(
@@ -80,14 +78,14 @@ def test_a_run_of_an_unknown_method(tmp_path: Path) -> None:
         method_of_source([str(tmp_path)])
 
 
-def test_a_genotype_file_of_an_unknown_space(tmp_path: Path) -> None:
+def test_a_genotype_file_of_an_unknown_space(tmp_path):
     path = tmp_path / "best.json"
     path.write_text(json.dumps({"genotype": {"space": "darts"}}))
     with pytest.raises(UserError, match="got 'darts'"):
         method_of_source([str(path)])
 
 
-def test_the_value_of_another_flag_is_passed_over(tmp_path: Path) -> None:
+def test_the_value_of_another_flag_is_passed_over(tmp_path):
     weights = tmp_path / "weights.safetensors"
     save_file({"x": torch.zeros(1)}, weights)
     argv = ["--encoder-weights", str(weights), str(FIXTURES / "restoration")]

@@ -1,12 +1,8 @@
 """Measuring a trained restoration network end to end."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,13 +15,11 @@ from nasfast.methods.restoration.strips import strip
 FLAGS = ["--device", "cpu", "--seconds", "0.05"]
 
 
-def measured(model: Path) -> Any:
+def measured(model):
     return json.loads((model / "evaluation.json").read_text())
 
 
-def test_metrics_cost_and_pictures(
-    trained_restorer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_metrics_cost_and_pictures(trained_restorer, tmp_path, capsys):
     model = shutil.copytree(trained_restorer, tmp_path / "net")
     assert evaluate.main([str(model), *FLAGS, "--baselines", "--pictures", "2"]) == 0
     result, metrics = measured(model), json.loads((model / "metrics.json").read_text())
@@ -50,9 +44,7 @@ def test_metrics_cost_and_pictures(
         assert image.height == 5 * 40 + 22
 
 
-def test_the_split_of_the_training_gives_its_metrics(
-    trained_restorer: Path, tmp_path: Path
-) -> None:
+def test_the_split_of_the_training_gives_its_metrics(trained_restorer, tmp_path):
     model = shutil.copytree(trained_restorer, tmp_path / "net")
     flags = ["--split", "val", "--pictures", "0"]
     assert evaluate.main([str(model / "model.safetensors"), *FLAGS, *flags]) == 0
@@ -63,9 +55,7 @@ def test_the_split_of_the_training_gives_its_metrics(
     assert not (model / "pictures").exists()
 
 
-def test_another_noise_and_the_blind_network(
-    tiny_restorer: list[str], trained_restorer: Path, tmp_path: Path
-) -> None:
+def test_another_noise_and_the_blind_network(tiny_restorer, trained_restorer, tmp_path):
     model = shutil.copytree(trained_restorer, tmp_path / "net")
     flags = ["--task", "denoising", "--task.sigma", "10", "--pictures", "1"]
     assert evaluate.main([str(model), *FLAGS, *flags]) == 0
@@ -81,12 +71,7 @@ def test_another_noise_and_the_blind_network(
     assert len(list((blind / "pictures").iterdir())) == 2
 
 
-def test_a_baseline_that_cannot_run_is_left_out(
-    trained_restorer: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_baseline_that_cannot_run_is_left_out(trained_restorer, tmp_path, monkeypatch, capsys):
     model = shutil.copytree(trained_restorer, tmp_path / "net")
     monkeypatch.setitem(sys.modules, "skimage.restoration", None)
     assert evaluate.main([str(model), *FLAGS, "--baselines", "--pictures", "1"]) == 0
@@ -95,7 +80,7 @@ def test_a_baseline_that_cannot_run_is_left_out(
     assert "without non-local means: non-local means needs" in capsys.readouterr().out
 
 
-def test_models_are_recognised(trained_restorer: Path) -> None:
+def test_models_are_recognised(trained_restorer):
     for word in (str(trained_restorer), str(trained_restorer / "model.safetensors")):
         assert method_of_model(["--seconds", "1", word]) is METHODS["restoration"]
 
@@ -113,9 +98,7 @@ def test_models_are_recognised(trained_restorer: Path) -> None:
         (["--device", "tpu"], "resolve_device: expected device 'auto', 'cpu', 'cuda'"),
     ],
 )
-def test_errors_are_one_line(
-    flags: list[str], message: str, trained_restorer: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_errors_are_one_line(flags, message, trained_restorer, capsys):
     assert evaluate.main([str(trained_restorer), *flags]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: " + message.replace("MODEL", str(trained_restorer)))
@@ -130,16 +113,14 @@ def test_errors_are_one_line(
         (["--split", "train"], "train"),
     ],
 )
-def test_usage_errors(
-    flags: list[str], shown: str, trained_restorer: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_usage_errors(flags, shown, trained_restorer, capsys):
     with pytest.raises(SystemExit) as caught:
         evaluate.main([str(trained_restorer), *flags])
     assert caught.value.code == 2
     assert shown in capsys.readouterr().err
 
 
-def test_a_strip_of_colour_and_of_two_sizes() -> None:
+def test_a_strip_of_colour_and_of_two_sizes():
     """A degraded image of half the size is shown as large as the clean one."""
     clean, small = torch.rand(3, 300, 240), torch.zeros(3, 150, 120)
     image = strip({"clean": clean, "degraded": small})

@@ -1,7 +1,5 @@
 """The search for restoration networks end to end: contract, strategies, command line, errors."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools
@@ -11,11 +9,8 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import time
 import tomllib
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -40,13 +35,13 @@ from nasfast.utils.config import from_mapping
 from nasfast.utils.errors import UserError
 
 
-def checkpoint(run: Path) -> dict[str, Any]:
+def checkpoint(run):
     state = Study.open(run, read_only=True).load_checkpoint()
     assert state is not None
     return state
 
 
-def assert_same(run: Path, whole: Path) -> None:
+def assert_same(run, whole):
     """Both searches decided, measured and learned exactly the same."""
     assert outcome(run) == outcome(whole)
     ours, theirs = checkpoint(run), checkpoint(whole)
@@ -59,7 +54,7 @@ def assert_same(run: Path, whole: Path) -> None:
 # ---- the run contract
 
 
-def test_what_a_search_leaves(bilevel_run: Path) -> None:
+def test_what_a_search_leaves(bilevel_run):
     names = {path.name for path in bilevel_run.iterdir()}
     assert names >= {"config.toml", "env.json", "records.jsonl", "best.json", "report.html"}
     assert json.loads((bilevel_run / "study.json").read_text())["ranking"] == "last"
@@ -101,12 +96,10 @@ def test_what_a_search_leaves(bilevel_run: Path) -> None:
     assert json.loads((bilevel_run / "best.json").read_text())["index"] == 4
 
 
-def test_killed_twice_a_search_resumes_exactly(
-    tiny_bilevel: list[str], bilevel_run: Path, tmp_path: Path
-) -> None:
+def test_killed_twice_a_search_resumes_exactly(tiny_bilevel, bilevel_run, tmp_path):
     rng = drawn_moments()
 
-    def somewhere_after(epochs: int, process: subprocess.Popen[str]) -> None:
+    def somewhere_after(epochs, process):
         wait_for_records(process, tmp_path, epochs)
         time.sleep(rng.uniform(0, 0.5))  # in the next epoch, or while it is written
 
@@ -119,13 +112,11 @@ class Crash(BaseException):
     """Stands for the end of the process."""
 
 
-def crashed(
-    argv: list[str], runs: Path, index: int, monkeypatch: pytest.MonkeyPatch, *, written: bool
-) -> Path:
+def crashed(argv, runs, index, monkeypatch, *, written):
     """The run of a search that ended at a record, just before or after it was written."""
     append = Study.append
 
-    def crash(study: Study, record: Any) -> None:
+    def crash(study, record):
         if record.index == index and not written:
             raise Crash
         append(study, record)
@@ -141,24 +132,16 @@ def crashed(
     return run
 
 
-def test_crash_between_checkpoint_and_record(
-    tiny_bilevel: list[str], bilevel_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_crash_between_checkpoint_and_record(tiny_bilevel, bilevel_run, tmp_path, monkeypatch):
     run = crashed(tiny_bilevel, tmp_path, 2, monkeypatch, written=False)
     assert search.main(["--resume", str(run)]) == 0
     assert_same(run, bilevel_run)
 
 
-def test_ctrl_c_tells_how_to_continue(
-    tiny_bilevel: list[str],
-    bilevel_run: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_ctrl_c_tells_how_to_continue(tiny_bilevel, bilevel_run, tmp_path, monkeypatch, capsys):
     append = Study.append
 
-    def interrupted(study: Study, record: Any) -> None:
+    def interrupted(study, record):
         append(study, record)
         if record.index == 1:
             os.kill(os.getpid(), signal.SIGINT)
@@ -176,9 +159,7 @@ def test_ctrl_c_tells_how_to_continue(
 
 
 @pytest.mark.parametrize("strategy", ["proxyless", "gumbel"])
-def test_single_paths_resume_exactly(
-    strategy: str, tiny_bilevel: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_single_paths_resume_exactly(strategy, tiny_bilevel, tmp_path, monkeypatch):
     flags = ["--strategy", strategy, "--bilevel.epochs", "3"]
     assert search.main([*tiny_bilevel, *flags, "--runs", str(tmp_path / "whole")]) == 0
     (whole,) = (tmp_path / "whole").iterdir()
@@ -189,9 +170,7 @@ def test_single_paths_resume_exactly(
     assert checkpoint(run)["relaxation"]["strategy"] == strategy
 
 
-def test_it_stops_when_the_architecture_stays(
-    tiny_bilevel: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_stops_when_the_architecture_stays(tiny_bilevel, tmp_path, capsys):
     flags = ["--bilevel.architecture.lr", "1e-9", "--bilevel.patience", "2"]
     argv = [*tiny_bilevel, *flags, "--bilevel.epochs", "40", "--runs", str(tmp_path)]
     assert search.main(argv) == 0
@@ -206,9 +185,7 @@ def test_it_stops_when_the_architecture_stays(
     assert outcome(run) == records
 
 
-def test_edited_records_are_noticed(
-    bilevel_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_edited_records_are_noticed(bilevel_run, tmp_path, capsys):
     run = shutil.copytree(bilevel_run, tmp_path / "run")
     lines = (run / "records.jsonl").read_text().splitlines(keepends=True)
     (run / "records.jsonl").write_text("".join(lines[:2]))
@@ -219,9 +196,7 @@ def test_edited_records_are_noticed(
     )
 
 
-def test_resume_with_other_data_is_refused(
-    bilevel_run: Path, tiny_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resume_with_other_data_is_refused(bilevel_run, tiny_images, tmp_path, capsys):
     run = shutil.copytree(bilevel_run, tmp_path / "run")
     data = shutil.copytree(tiny_images, tmp_path / "edges")
     settings = tomllib.loads((run / "config.toml").read_text())
@@ -239,13 +214,13 @@ def test_resume_with_other_data_is_refused(
 
 
 @pytest.fixture(scope="session")
-def tiny_sampled(tiny_bilevel: list[str]) -> list[str]:
+def tiny_sampled(tiny_bilevel):
     """Command line of a search that samples; the caller adds --runs."""
     flags = "--strategy random --recipe.steps 3 --recipe.crop 16 --recipe.batch-size 2 --workers 1"
     return [*tiny_bilevel, *flags.split()]
 
 
-def test_random_search_of_a_size_class(tiny_sampled: list[str], tmp_path: Path) -> None:
+def test_random_search_of_a_size_class(tiny_sampled, tmp_path):
     flags = ["--budget", "2", "--params", "2600:6000", "--runs", str(tmp_path)]
     assert search.main([*tiny_sampled, *flags]) == 0
     (run,) = tmp_path.iterdir()
@@ -262,7 +237,7 @@ def test_random_search_of_a_size_class(tiny_sampled: list[str], tmp_path: Path) 
     assert outcome(run)[:2] == records
 
 
-def test_a_candidate_that_diverges_is_recorded(tiny_sampled: list[str], tmp_path: Path) -> None:
+def test_a_candidate_that_diverges_is_recorded(tiny_sampled, tmp_path):
     flags = "--budget 1 --recipe.lr 1e30 --recipe.max-grad-norm inf --runs"
     assert search.main([*tiny_sampled, *flags.split(), str(tmp_path)]) == 0
     (run,) = tmp_path.iterdir()
@@ -279,18 +254,13 @@ def test_a_candidate_that_diverges_is_recorded(tiny_sampled: list[str], tmp_path
     ],
 )
 def test_a_candidate_that_runs_out_of_memory_is_recorded(
-    place: Any,
-    name: str,
-    step: str,
-    tiny_sampled: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    place, name, step, tiny_sampled, tmp_path, monkeypatch
+):
     argv = [*tiny_sampled, "--budget", "3", "--runs"]
     assert search.main([*argv, str(tmp_path / "enough")]) == 0
     function, calls = getattr(place, name), itertools.count()
 
-    def exhausted(*args: Any, **kwargs: Any) -> Any:
+    def exhausted(*args, **kwargs):
         if next(calls) == 1:
             torch.empty(1 << 50, dtype=torch.uint8)  # more than any address space
         return function(*args, **kwargs)
@@ -305,9 +275,7 @@ def test_a_candidate_that_runs_out_of_memory_is_recorded(
     assert short[0::2] == enough[0::2]
 
 
-def test_sampled_networks_do_not_depend_on_the_number_of_workers(
-    tiny_sampled: list[str], tmp_path: Path
-) -> None:
+def test_sampled_networks_do_not_depend_on_the_number_of_workers(tiny_sampled, tmp_path):
     argv = [*tiny_sampled, "--budget", "3", "--threads", "1"]
     for workers in ("1", "2"):
         flags = ["--workers", workers, "--runs", str(tmp_path / workers)]
@@ -317,7 +285,7 @@ def test_sampled_networks_do_not_depend_on_the_number_of_workers(
 
 
 @pytest.mark.parametrize("given", [{"workers": 2}, {"devices": "cpu"}, {"engine": "ray"}])
-def test_a_search_by_gradient_has_no_workers(given: dict[str, Any]) -> None:
+def test_a_search_by_gradient_has_no_workers(given):
     with pytest.raises(UserError) as caught:
         dataclasses.replace(PRESETS["demo"], **given)
     assert str(caught.value) == (
@@ -327,7 +295,7 @@ def test_a_search_by_gradient_has_no_workers(given: dict[str, Any]) -> None:
     dataclasses.replace(PRESETS["demo"], strategy="random", **given)
 
 
-def test_an_evaluation_draws_from_its_own_generators(tiny_sampled: list[str]) -> None:
+def test_an_evaluation_draws_from_its_own_generators(tiny_sampled):
     evaluator = evaluator_on(parse(tiny_sampled), "cpu")
     genotype = IRNASSpace(2, 2).sample(random.Random(0))
     before = torch.get_rng_state()
@@ -339,12 +307,7 @@ def test_an_evaluation_draws_from_its_own_generators(tiny_sampled: list[str]) ->
     assert evaluator.costs(genotype) == first.costs
 
 
-def test_an_empty_size_class(
-    tiny_sampled: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_an_empty_size_class(tiny_sampled, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sampled, "MAX_DRAWS", 20)
     flags = ["--params", "1000000:2000000", "--runs", str(tmp_path)]
     assert search.main([*tiny_sampled, *flags]) == 2
@@ -357,12 +320,12 @@ def test_an_empty_size_class(
 
 
 @pytest.mark.parametrize("text", ["100", "a:b", "5:4", ":", "1:2:3", "-1:3"])
-def test_ranges_that_are_none(text: str) -> None:
+def test_ranges_that_are_none(text):
     with pytest.raises(ValueError, match=r"params: expected LOW:HIGH, such as .*, got "):
         parse_range(text)
 
 
-def test_ranges() -> None:
+def test_ranges():
     assert parse_range("60_000:80000") == (60_000, 80_000)
     assert parse_range(None)[0] == 0
 
@@ -370,7 +333,7 @@ def test_ranges() -> None:
 # ---- schedules and mixes
 
 
-def test_the_published_learning_rate() -> None:
+def test_the_published_learning_rate():
     """Section 2: .001 + .024 (1 + cos(pi e / 10)) / 2 (1 - e / 100)^.9."""
     weights = WeightsConfig()
     for epoch in (1, 7, 10, 20, 33, 99, 100):
@@ -380,7 +343,7 @@ def test_the_published_learning_rate() -> None:
     assert weights.lr_at(20, 100) > weights.lr_at(10, 100)  # it rises again
 
 
-def test_the_most_probable_path() -> None:
+def test_the_most_probable_path():
     alphas = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 3.0]])
     mix = most_probable(alphas)
     assert mix.active == ((1,), (0,))
@@ -390,7 +353,7 @@ def test_the_most_probable_path() -> None:
 # ---- the command line
 
 
-def test_presets(tmp_path: Path) -> None:
+def test_presets(tmp_path):
     assert parse(["restoration"]).preset == "demo"
     assert parse(["restoration", "--data", str(tmp_path)]).preset == "quick"
     paper = parse(["restoration", "--preset", "paper", "--data", str(tmp_path)])
@@ -402,7 +365,7 @@ def test_presets(tmp_path: Path) -> None:
     assert paper.network == RestorerConfig()
 
 
-def test_tasks_and_their_settings() -> None:
+def test_tasks_and_their_settings():
     assert parse(["restoration"]).task == Denoising(30.0)
     assert parse(["restoration", "--task.sigma", "50"]).task == Denoising(50.0)
     blind = parse(["restoration", "--task", "denoising", "--task.sigma", "30", "50", "70"])
@@ -429,14 +392,14 @@ def test_tasks_and_their_settings() -> None:
         (["--supernet.width", "3"], "SupernetConfig.width: expected an even"),
     ],
 )
-def test_usage_errors(flags: list[str], shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_errors(flags, shown, capsys):
     with pytest.raises(SystemExit) as caught:
         search.main(["restoration", *flags])
     assert caught.value.code == 2
     assert shown in capsys.readouterr().err
 
 
-def _image(folder: Path, size: tuple[int, int]) -> None:
+def _image(folder, size):
     Image.new("L", size[::-1], 90).save(folder / "train" / "03.png")
 
 
@@ -455,13 +418,8 @@ def _image(folder: Path, size: tuple[int, int]) -> None:
     ],
 )
 def test_errors_are_one_line_and_leave_no_run(
-    flags: list[str],
-    message: str,
-    tiny_bilevel: list[str],
-    tiny_images: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    flags, message, tiny_bilevel, tiny_images, tmp_path, capsys
+):
     assert search.main([*tiny_bilevel, "--runs", str(tmp_path / "runs"), *flags]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     wanted = "error: " + message.replace("DATA", str(tiny_images))
@@ -469,12 +427,7 @@ def test_errors_are_one_line_and_leave_no_run(
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_unreadable_image(
-    tiny_bilevel: list[str],
-    tiny_images: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_an_unreadable_image(tiny_bilevel, tiny_images, tmp_path, capsys):
     data = shutil.copytree(tiny_images, tmp_path / "edges")
     (data / "train" / "02.png").write_bytes(b"not an image")
     argv = [*tiny_bilevel, "--data", str(data), "--runs", str(tmp_path / "runs")]
@@ -485,18 +438,14 @@ def test_an_unreadable_image(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_loss_that_is_not_finite(
-    tiny_bilevel: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_loss_that_is_not_finite(tiny_bilevel, tmp_path, capsys):
     flags = ["--bilevel.weights.lr", "1e30", "--runs", str(tmp_path)]
     assert search.main([*tiny_bilevel, *flags]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: search: the loss is nan in epoch 1; lower --bilevel.weights.lr")
 
 
-def test_a_budget_for_a_search_by_gradient(
-    bilevel_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_budget_for_a_search_by_gradient(bilevel_run, capsys):
     assert search.main(["--resume", str(bilevel_run), "--budget", "9"]) == 2
     assert capsys.readouterr().err == (
         "error: resume: expected no --budget, as the learning rate of a search by gradient follows "
@@ -504,7 +453,7 @@ def test_a_budget_for_a_search_by_gradient(
     )
 
 
-def test_space_of_the_samples_is_the_space() -> None:
+def test_space_of_the_samples_is_the_space():
     sizes, space = SizeClass(3, 2), IRNASSpace(3, 2)
     genotype = sizes.sample(random.Random(3))
     assert genotype == space.sample(random.Random(3))

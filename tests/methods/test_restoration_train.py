@@ -1,12 +1,8 @@
 """Full training of a restoration network end to end: sources, files, stop and resume."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +12,7 @@ from torch import nn
 
 from nasfast import train
 from nasfast.methods.registry import METHODS, method_of_source
-from nasfast.methods.restoration.train import Recipe, TrainConfig, TrainingRun, parse_train
+from nasfast.methods.restoration.train import Recipe, TrainingRun, parse_train
 from nasfast.models.io import load_model
 from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.spaces.ir_nas import IRNASGenotype
@@ -33,7 +29,7 @@ GENOTYPE = {
 SMALL = "--device cpu --steps 2 --crop 16 --batch-size 2 --network.width 4 --network.stem 4"
 
 
-def test_what_a_training_leaves(bilevel_run: Path, trained_restorer: Path) -> None:
+def test_what_a_training_leaves(bilevel_run, trained_restorer):
     wanted = {"checkpoint.pt", "config.toml", "env.json", "genotype.json"}
     assert {p.name for p in trained_restorer.iterdir()} >= wanted | {
         "metrics.json",
@@ -52,15 +48,11 @@ def test_what_a_training_leaves(bilevel_run: Path, trained_restorer: Path) -> No
     assert description["psnr"] == metrics["psnr"] > 0
 
 
-def test_killed_and_resumed_gives_the_same_network(
-    tiny_restorer: list[str], trained_restorer: Path, tmp_path: Path
-) -> None:
+def test_killed_and_resumed_gives_the_same_network(tiny_restorer, trained_restorer, tmp_path):
     assert_killed_training_resumes(tiny_restorer, tmp_path / "train", trained_restorer)
 
 
-def test_resume_with_other_data_is_refused(
-    trained_restorer: Path, tiny_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resume_with_other_data_is_refused(trained_restorer, tiny_images, tmp_path, capsys):
     out = shutil.copytree(trained_restorer, tmp_path / "train")
     data = shutil.copytree(tiny_images, tmp_path / "edges")
     config = (out / "config.toml").read_text().replace(str(tiny_images), str(data))
@@ -77,13 +69,13 @@ def test_resume_with_other_data_is_refused(
 # ---- sources
 
 
-def config_of(argv: list[str]) -> TrainConfig:
+def config_of(argv):
     method, found = method_of_source(argv)
     assert method is RESTORATION
     return parse_train(argv, found, None)
 
 
-def test_a_run_decides_and_flags_override(bilevel_run: Path, tiny_images: Path) -> None:
+def test_a_run_decides_and_flags_override(bilevel_run, tiny_images):
     config, genotype = train.resolve(RESTORATION, config_of([str(bilevel_run)]))
     best = json.loads((bilevel_run / "best.json").read_text())
     assert genotype.to_json() == best["genotype"]
@@ -98,7 +90,7 @@ def test_a_run_decides_and_flags_override(bilevel_run: Path, tiny_images: Path) 
     assert (config.steps, config.optimizer, config.lr) == (600_000, "sgd", 0.05)
 
 
-def test_names_of_the_zoo() -> None:
+def test_names_of_the_zoo():
     config, genotype = train.resolve(RESTORATION, config_of(["irnas-denoise"]))
     assert genotype.to_json()["levels"] == [0, 0, 0, 1]
     assert config.network.width == 20
@@ -109,9 +101,7 @@ def test_names_of_the_zoo() -> None:
 
 
 @pytest.mark.parametrize("wrap", [lambda form: form, lambda form: {"genotype": form, "index": 0}])
-def test_a_genotype_file_trains(
-    wrap: Callable[[Any], Any], tiny_images: Path, tmp_path: Path
-) -> None:
+def test_a_genotype_file_trains(wrap, tiny_images, tmp_path):
     path = tmp_path / "genotype.json"
     path.write_text(json.dumps(wrap(GENOTYPE)))
     flags = ["--data", str(tiny_images), "--network.head", "4", "--network.low-level", "4"]
@@ -120,7 +110,7 @@ def test_a_genotype_file_trains(
     assert metrics["genotype"] == GENOTYPE
 
 
-def test_colour_and_another_scale(tmp_path: Path) -> None:
+def test_colour_and_another_scale(tmp_path):
     path = tmp_path / "genotype.json"
     path.write_text(json.dumps(GENOTYPE))
     flags = "--task super-resolution --task.scale 2 --channels 3 --network.head 4 --data synthetic"
@@ -135,16 +125,16 @@ def test_colour_and_another_scale(tmp_path: Path) -> None:
 # ---- recipes
 
 
-def training_of(recipe: Recipe) -> TrainingRun:
+def training_of(recipe):
     torch.manual_seed(0)
     genotype = IRNASGenotype.from_json(GENOTYPE)
     model = Restorer(genotype, RestorerConfig(4, 4, 4, 4, residual=True), 1)
 
     class Patches:
-        def __len__(self) -> int:
+        def __len__(self):
             return 3
 
-        def batch(self, indices: torch.Tensor, generator: torch.Generator) -> Any:
+        def batch(self, indices, generator):
             clean = torch.full((len(indices), 1, 16, 16), 0.5)
             return clean + 0.1 * torch.randn(clean.shape, generator=generator), clean
 
@@ -152,7 +142,7 @@ def training_of(recipe: Recipe) -> TrainingRun:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_recipes_learn_and_resume(optimizer: Any) -> None:
+def test_recipes_learn_and_resume(optimizer):
     recipe = Recipe(steps=40, batch_size=2, optimizer=optimizer, lr=0.02, ssim_weight=0.1)
     whole, first, second = (training_of(recipe) for _ in range(3))
     before, after = whole.run(10), (whole.run(20), whole.run(99))[-1]
@@ -166,7 +156,7 @@ def test_recipes_learn_and_resume(optimizer: Any) -> None:
         assert torch.equal(mine, theirs)
 
 
-def test_the_published_recipe() -> None:
+def test_the_published_recipe():
     """Biases learn at twice the rate without decay; the rate falls polynomially."""
     run = training_of(Recipe(steps=10, optimizer="sgd", lr=0.05, weight_decay=4e-5, batch_size=2))
     weights, biases = run._optimizer.param_groups
@@ -199,13 +189,8 @@ def test_the_published_recipe() -> None:
     ],
 )
 def test_errors_are_one_line_and_leave_nothing(
-    flags: list[str],
-    message: str,
-    tiny_restorer: list[str],
-    tiny_images: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    flags, message, tiny_restorer, tiny_images, tmp_path, capsys
+):
     assert train.main([*tiny_restorer, *flags, "--out", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: " + message.replace("DATA", str(tiny_images)))
@@ -222,18 +207,14 @@ def test_errors_are_one_line_and_leave_nothing(
         (["--momentum", "1"], "--momentum"),
     ],
 )
-def test_usage_errors(
-    flags: list[str], shown: str, tiny_restorer: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_usage_errors(flags, shown, tiny_restorer, capsys):
     with pytest.raises(SystemExit) as caught:
         train.main([*tiny_restorer, *flags])
     assert caught.value.code == 2
     assert shown in capsys.readouterr().err
 
 
-def test_a_loss_that_is_not_finite(
-    tiny_restorer: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_loss_that_is_not_finite(tiny_restorer, tmp_path, capsys):
     flags = ["--lr", "1e30", "--max-grad-norm", "inf", "--out", str(tmp_path / "out")]
     assert train.main([*tiny_restorer, *flags]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -241,7 +222,7 @@ def test_a_loss_that_is_not_finite(
     assert line.endswith("; lower --lr in a new training")
 
 
-def test_a_source_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_source_that_is_none(capsys):
     assert train.main(["/no/run"]) == 2
     assert capsys.readouterr().err == (
         "error: train: no run directory and no genotype file at /no/run, nor a name of the zoo "

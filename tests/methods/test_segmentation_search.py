@@ -1,11 +1,8 @@
 """Settings of the search for segmentation networks."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,28 +15,28 @@ from nasfast.methods.segmentation.settings import PRESETS, SearchConfig, continu
 from nasfast.utils.interrupt import Interrupt
 
 
-def splits(*sizes: tuple[int, int], val: tuple[int, int] = (60, 80)) -> Splits:
+def splits(*sizes, val=(60, 80)):
     """Search frames of these sizes, height and width, scored on one of ``val``."""
     frames = Sizes(sizes), Sizes([val])
     return Splits(*frames, *frames)
 
 
 class Sizes(SegmentationDataset):
-    def __init__(self, sizes: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, sizes):
         self.sizes = sizes
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.sizes)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index):
         mask = torch.zeros(self.sizes[index], dtype=torch.uint8)
         return Sample(mask.expand(3, *mask.shape), mask)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self):
         return ""
 
 
-def sides(config: SearchConfig) -> tuple[int, int, int, int]:
+def sides(config):
     stages = (config.stage0, config.stage1)
     return tuple(side for s in stages for side in (s.crop, s.shorter_side))  # type: ignore[return-value]
 
@@ -54,7 +51,7 @@ def sides(config: SearchConfig) -> tuple[int, int, int, int]:
         (splits((90, 90), val=(90, 90)), (100, 80, 16, 18), (90, 80, 16, 18)),
     ],
 )
-def test_crops_fit_the_data(data: Splits, crops: tuple[int, ...], fitted: tuple[int, ...]) -> None:
+def test_crops_fit_the_data(data, crops, fitted):
     config = SearchConfig()
     stage0, stage1 = (
         dataclasses.replace(stage, crop=crop, shorter_side=side)
@@ -76,7 +73,7 @@ def test_crops_fit_the_data(data: Splits, crops: tuple[int, ...], fitted: tuple[
     assert segmentation.fit_to_data(cropped, data, console) == cropped
 
 
-def test_presets() -> None:
+def test_presets():
     wanted = dataclasses.replace(PRESETS["demo"], runs=Path("runs").resolve())
     assert parse(["--threads", "3"]) == dataclasses.replace(wanted, threads=3)
     assert [preset.batch for preset in PRESETS.values()] == [4, 4, 8]
@@ -88,7 +85,7 @@ def test_presets() -> None:
     assert parse(["--preset=quick"]).decoder == PRESETS["quick"].decoder
 
 
-def test_flags_override_the_preset() -> None:
+def test_flags_override_the_preset():
     config = parse(["--budget", "3", "--stage1.encoder-lr", "0.5", "--ppo.embed-decisions"])
     assert (config.budget, config.stage1.encoder_lr, config.ppo.embed_decisions) == (3, 0.5, True)
     demo = PRESETS["demo"]
@@ -99,16 +96,14 @@ def test_flags_override_the_preset() -> None:
 @pytest.mark.parametrize(
     ("cores", "batch", "threads"), [(2, 4, 1), (16, 4, 4), (10, 4, 2), (3, 1, 3)]
 )
-def test_threads_follow_cores_and_batch(
-    monkeypatch: pytest.MonkeyPatch, cores: int, batch: int, threads: int
-) -> None:
+def test_threads_follow_cores_and_batch(monkeypatch, cores, batch, threads):
     """Not the number of workers, which must not change a result."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
     for workers in ("1", "2"):
         assert parse(["--batch", str(batch), "--workers", workers]).threads == threads
 
 
-def test_paths_are_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_paths_are_absolute(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/someone")
     config = parse(["--data", "d", "--encoder-weights", "e.pth", "--cache-dir", "~/c"])
@@ -117,7 +112,7 @@ def test_paths_are_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert config.teacher is None
 
 
-def test_features_on_the_device_need_one() -> None:
+def test_features_on_the_device_need_one():
     config = dataclasses.replace(PRESETS["demo"], device="cpu", placement="device", workers=1)
     with pytest.raises(ValueError) as caught, Interrupt() as interrupt:
         segmentation.build(config, interrupt, Console(file=io.StringIO()))
@@ -127,7 +122,7 @@ def test_features_on_the_device_need_one() -> None:
     )
 
 
-def test_device_beside_devices() -> None:
+def test_device_beside_devices():
     with pytest.raises(ValueError) as caught:
         SearchConfig(device="cuda:1", devices="cuda:0,cuda:1")
     assert str(caught.value) == (
@@ -137,6 +132,6 @@ def test_device_beside_devices() -> None:
 
 
 @pytest.mark.parametrize(("budget", "wanted"), [(None, 2), (5, 5)])
-def test_the_last_budget_holds(budget: int | None, wanted: int) -> None:
+def test_the_last_budget_holds(budget, wanted):
     assert continued(SearchConfig(budget=8), {"budget": 2}, budget).budget == wanted
     assert continued(SearchConfig(budget=8), {}, None).budget == 8

@@ -1,11 +1,8 @@
 """Runs and models of before: they open, report, continue, train and are measured."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,16 +13,16 @@ FIXTURES = Path(__file__).parents[1] / "fixtures" / "version1"
 RUNS = ("segmentation", "restoration", "restoration_random")
 
 
-def run_of(name: str, folder: Path) -> Path:
+def run_of(name, folder):
     return Path(shutil.copytree(FIXTURES / name, folder / name))
 
 
-def records_of(run: Path) -> list[Any]:
+def records_of(run):
     return [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_report(name: str, tmp_path: Path) -> None:
+def test_report(name, tmp_path):
     run = run_of(name, tmp_path)
     assert report([str(run)]) == 0
     assert "Architectures, best first" in (run / "report.html").read_text()
@@ -33,9 +30,7 @@ def test_report(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "budget"), [("segmentation", 4), ("restoration_random", 3)])
-def test_a_sampled_search_continues(
-    name: str, budget: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sampled_search_continues(name, budget, tmp_path, monkeypatch):
     monkeypatch.setenv("NASFAST_CACHE", str(tmp_path / "cache"))
     run = run_of(name, tmp_path)
     config = (run / "config.toml").read_text()
@@ -50,13 +45,13 @@ def test_a_sampled_search_continues(
     assert after[-1]["evaluation"]["costs"]["params"] > 0
 
 
-def test_a_finished_search_by_gradient(tmp_path: Path) -> None:
+def test_a_finished_search_by_gradient(tmp_path):
     run = run_of("restoration", tmp_path)
     assert search.main(["--resume", str(run)]) == 0
     assert records_of(run) == records_of(FIXTURES / "restoration")
 
 
-def test_a_search_by_gradient_continues(tmp_path: Path) -> None:
+def test_a_search_by_gradient_continues(tmp_path):
     run = run_of("restoration", tmp_path)
     path = run / "config.toml"
     path.write_text(path.read_text().replace("epochs = 3", "epochs = 4"))
@@ -65,7 +60,7 @@ def test_a_search_by_gradient_continues(tmp_path: Path) -> None:
     assert records_of(run)[:3] == records_of(FIXTURES / "restoration")
 
 
-def test_the_last_architecture_of_a_search_by_gradient_is_trained(tmp_path: Path) -> None:
+def test_the_last_architecture_of_a_search_by_gradient_is_trained(tmp_path):
     run = run_of("restoration", tmp_path)
     flags = "--device cpu --steps 1 --batch-size 1 --crop 16"
     assert train.main([str(run), *flags.split(), "--out", str(tmp_path / "out")]) == 0
@@ -74,7 +69,7 @@ def test_the_last_architecture_of_a_search_by_gradient_is_trained(tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["segmentation", "restoration"])
-def test_models_are_measured(name: str, tmp_path: Path) -> None:
+def test_models_are_measured(name, tmp_path):
     out = Path(shutil.copytree(FIXTURES / f"{name}_training", tmp_path / "train-1"))
     split = ["--split", "val", "--pictures", "0"] if name == "restoration" else []
     assert evaluate.main([str(out), "--device", "cpu", "--seconds", "0.1", *split]) == 0

@@ -11,9 +11,8 @@ import random
 import signal
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,10 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from nasfast.runs.records import Evaluation, Record
+from nasfast.runs.records import Evaluation
 from nasfast.runs.study import Study
 from nasfast.searches.sampling import Phase, SamplingSearch
-from nasfast.spaces.fast_nas import Cell, FastNASGenotype, FastNASSpace
+from nasfast.spaces.fast_nas import Cell, FastNASSpace
 from nasfast.training.loop import Runtime
 from nasfast.utils.errors import UserError
 from nasfast.workers import WorkerConfig
@@ -33,7 +32,7 @@ SPACE = FastNASSpace()
 COSTS: dict[str, float] = {"params": 1, "macs": 1}
 
 
-def success(stage0: float, stage1: float | None = None) -> Evaluation:
+def success(stage0, stage1=None):
     rewards = {"stage0": stage0} | ({} if stage1 is None else {"stage1": stage1})
     return Evaluation(rewards, {stage: {} for stage in rewards}, COSTS, None, {}, "stage0")
 
@@ -42,7 +41,7 @@ HALF = dataclasses.replace(success(0.8), failure="stage1: out of memory (fake)")
 FAILURE = Evaluation({}, {}, COSTS, None, {}, "stage0", "stage0: out of memory (fake)")
 
 
-def records_of(run: Path) -> list[Any]:
+def records_of(run):
     return [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
 
 
@@ -56,49 +55,41 @@ class Script:
     remedy = "lower the learning rates"
 
     @property
-    def seconds(self) -> dict[str, float]:
+    def seconds(self):
         return {"encode": 1.5}
 
-    def __init__(
-        self, genotypes: Iterator[FastNASGenotype], evaluate: Callable[[int], Evaluation]
-    ) -> None:
+    def __init__(self, genotypes, evaluate):
         self.genotypes, self.evaluate = genotypes, evaluate
         self.asked = 0
         self.told: list[float | None] = []
         self.evaluated: list[int] = []
         self.gates: list[float | None] = []
 
-    def ask(self) -> FastNASGenotype:
+    def ask(self):
         self.asked += 1
         return next(self.genotypes)
 
-    def tell(self, genotype: FastNASGenotype, reward: float | None) -> None:
+    def tell(self, genotype, reward):
         self.told.append(reward)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self):
         return {"asked": self.asked}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state):
         """The given genotypes are those of the whole search."""
         self.asked = state["asked"]
         self.genotypes = itertools.islice(self.genotypes, self.asked, None)
 
-    def costs(self, genotype: FastNASGenotype) -> dict[str, float]:
+    def costs(self, genotype):
         return COSTS
 
-    def __call__(self, genotype: FastNASGenotype, index: int, gate: float | None) -> Evaluation:
+    def __call__(self, genotype, index, gate):
         self.evaluated.append(index)
         self.gates.append(gate)
         return self.evaluate(index)
 
 
-def play(
-    root: Path,
-    genotypes: Iterator[FastNASGenotype],
-    evaluate: Callable[[int], Evaluation],
-    budget: int,
-    batch: int = 1,
-) -> tuple[Script, Sequence[Record]]:
+def play(root, genotypes, evaluate, budget, batch=1):
     """A new search, or the one in `root` continued."""
     script = Script(genotypes, evaluate)
     runs = list(root.glob("*"))
@@ -108,13 +99,13 @@ def play(
         return script, study.records
 
 
-def distinct() -> Iterator[FastNASGenotype]:
+def distinct():
     rng = random.Random(0)
     while True:
         yield SPACE.sample(rng)
 
 
-def renamed(genotype: FastNASGenotype) -> FastNASGenotype:
+def renamed(genotype):
     """The same network with the two branches of the first layer swapped."""
     (p1, p2, o1, o2), *others = genotype.cell.layers
     swap = {2: 3, 3: 2}
@@ -123,7 +114,7 @@ def renamed(genotype: FastNASGenotype) -> FastNASGenotype:
     return dataclasses.replace(genotype, cell=cell)
 
 
-def test_duplicates_are_not_trained_again(tmp_path: Path) -> None:
+def test_duplicates_are_not_trained_again(tmp_path):
     first, second, third = (genotype for genotype, _ in zip(distinct(), range(3)))
     assert renamed(first) != first
     asked = [first, second, first, renamed(first), third]
@@ -137,7 +128,7 @@ def test_duplicates_are_not_trained_again(tmp_path: Path) -> None:
     assert script.gates == [None, 0.1, statistics.fmean([0.1, 0.2])]
 
 
-def test_a_failure_is_recorded_counts_and_is_told_as_none(tmp_path: Path) -> None:
+def test_a_failure_is_recorded_counts_and_is_told_as_none(tmp_path):
     a, b, c = (g for g, _ in zip(distinct(), range(3)))
     script, records = play(
         tmp_path, iter([a, b, b, c]), lambda i: FAILURE if i == 1 else success(0.4), budget=3
@@ -148,7 +139,7 @@ def test_a_failure_is_recorded_counts_and_is_told_as_none(tmp_path: Path) -> Non
     assert script.gates == [None, 0.4, 0.4]
 
 
-def test_a_failure_in_stage1_is_told_by_its_stage0(tmp_path: Path) -> None:
+def test_a_failure_in_stage1_is_told_by_its_stage0(tmp_path):
     evaluations = [success(0.4), HALF, success(0.3, 0.2)]
     script, records = play(tmp_path, distinct(), evaluations.__getitem__, budget=3)
     assert script.told == [0.4, 0.8, 0.3]
@@ -159,7 +150,7 @@ def test_a_failure_in_stage1_is_told_by_its_stage0(tmp_path: Path) -> None:
     assert [record.score is None for record in records] == [False, True, False]
 
 
-def test_seconds_add_up_over_resumes(tmp_path: Path) -> None:
+def test_seconds_add_up_over_resumes(tmp_path):
     for budget in (1, 2, 3):
         play(tmp_path, distinct(), lambda i: success(0.4), budget)
         (run,) = tmp_path.iterdir()
@@ -169,7 +160,7 @@ def test_seconds_add_up_over_resumes(tmp_path: Path) -> None:
         assert checkpoint["budget"] == budget
 
 
-def test_five_failures_in_a_row_stop(tmp_path: Path) -> None:
+def test_five_failures_in_a_row_stop(tmp_path):
     with pytest.raises(UserError) as caught:
         play(tmp_path, distinct(), lambda i: FAILURE if i else success(0.4), budget=99)
     assert str(caught.value) == (
@@ -180,9 +171,7 @@ def test_five_failures_in_a_row_stop(tmp_path: Path) -> None:
     assert len(records_of(run)) == 6
 
 
-def test_a_hundred_duplicates_in_a_row_stop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hundred_duplicates_in_a_row_stop(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     same = next(distinct())
     with pytest.raises(UserError) as caught:
@@ -195,7 +184,7 @@ def test_a_hundred_duplicates_in_a_row_stop(
     assert len(records_of(run)) == 101
 
 
-def test_edited_records_are_noticed(tmp_path: Path) -> None:
+def test_edited_records_are_noticed(tmp_path):
     play(tmp_path, distinct(), lambda i: success(0.4), budget=2)
     (run,) = tmp_path.iterdir()
     (run / "checkpoint" / "state.pt").unlink()
@@ -206,7 +195,7 @@ def test_edited_records_are_noticed(tmp_path: Path) -> None:
 # ---- batches
 
 
-def test_a_batch_is_asked_gated_and_told_at_once(tmp_path: Path) -> None:
+def test_a_batch_is_asked_gated_and_told_at_once(tmp_path):
     first, second, third, fourth = (genotype for genotype, _ in zip(distinct(), range(4)))
     asked = [first, second, renamed(second), third, first, fourth]
     script, records = play(
@@ -227,16 +216,14 @@ def test_a_batch_is_asked_gated_and_told_at_once(tmp_path: Path) -> None:
     names=st.lists(st.integers(0, 9), min_size=60, max_size=60),
 )
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_a_budget_may_end_in_a_batch_and_grow(
-    batch: int, budgets: list[int], failing: set[int], names: list[int]
-) -> None:
+def test_a_budget_may_end_in_a_batch_and_grow(batch, budgets, failing, names):
     """In steps or at once: the same candidates, gates and rewards."""
     pool = list(itertools.islice(distinct(), 10))
 
-    def evaluate(index: int) -> Evaluation:
+    def evaluate(index):
         return FAILURE if index in failing else success(0.1 + 0.01 * (7 * index % 11))
 
-    def asked() -> Iterator[FastNASGenotype]:
+    def asked():
         yield from (pool[name] for name in names)
         yield from pool  # all of them, in the end
 
@@ -262,8 +249,8 @@ def test_a_budget_may_end_in_a_batch_and_grow(
 
 
 @pytest.mark.parametrize("moment", [0, 1, 2, 3])
-def test_a_crash_in_a_batch(tmp_path: Path, moment: int) -> None:
-    def crash(index: int) -> Evaluation:
+def test_a_crash_in_a_batch(tmp_path, moment):
+    def crash(index):
         if index == 2 + moment:
             raise KeyboardInterrupt
         return success(0.1 * index)
@@ -282,14 +269,14 @@ def test_a_crash_in_a_batch(tmp_path: Path, moment: int) -> None:
     assert again.told == whole.told[4 if moment >= 2 else 0 :]
 
 
-def test_a_smaller_budget_than_spent_stops_at_once(tmp_path: Path) -> None:
+def test_a_smaller_budget_than_spent_stops_at_once(tmp_path):
     play(tmp_path, distinct(), lambda i: success(0.4), budget=5, batch=2)
     script, records = play(tmp_path, distinct(), lambda i: success(0.4), budget=2, batch=2)
     assert script.evaluated == script.told == []
     assert len(records) == 5
 
 
-def test_who_evaluates_is_in_the_environment() -> None:
+def test_who_evaluates_is_in_the_environment():
     script = Script(distinct(), lambda i: success(0.4))
     workers = WorkerConfig(2, ("cpu",), 3)
     search = SamplingSearch(Phase(SPACE, script, script, budget=1), workers=workers)
@@ -304,21 +291,21 @@ def test_who_evaluates_is_in_the_environment() -> None:
 class Sampled(Script):
     """A strategy that samples, and an evaluator whose rewards depend on what came before."""
 
-    def __init__(self, seed: int, bonus: float, stop_at: int | None = None) -> None:
+    def __init__(self, seed, bonus, stop_at=None):
         self.rng = random.Random(seed)
         super().__init__(iter(SPACE.sample(self.rng) for _ in itertools.count()), self.reward)
         self.bonus, self.stop_at = bonus, stop_at
 
-    def reward(self, index: int) -> Evaluation:
+    def reward(self, index):
         if index == self.stop_at:
             os.kill(os.getpid(), signal.SIGKILL)
         return success(0.1 * (7 * index % 5) + self.bonus)
 
 
-def search_in_phases(root: Path, stop_at: int | None = None) -> tuple[Record, ...]:
+def search_in_phases(root, stop_at=None):
     """Two phases: the second's space is sampled by, and its rewards rest on, the first's best."""
 
-    def second(best: Record) -> Phase[FastNASGenotype]:
+    def second(best):
         assert best.phase == 0
         script = Sampled(best.index, 1 + best.evaluation.rewards["stage0"], stop_at)
         return Phase(SPACE, script, script, budget=5, batch=2)
@@ -333,7 +320,7 @@ def search_in_phases(root: Path, stop_at: int | None = None) -> tuple[Record, ..
 
 
 @pytest.mark.parametrize("kills", [(0,), (3,), (5,), (6,), (7,), (10,), (2, 5, 6, 9)])
-def test_two_phases_killed_and_resumed(tmp_path: Path, kills: tuple[int, ...]) -> None:
+def test_two_phases_killed_and_resumed(tmp_path, kills):
     """At any candidate of both: bit for bit what an uninterrupted search gives."""
     wanted = search_in_phases(tmp_path / "whole")
     assert [record.phase for record in wanted] == [0] * 6 + [1] * 5
@@ -349,7 +336,7 @@ def test_two_phases_killed_and_resumed(tmp_path: Path, kills: tuple[int, ...]) -
     ]
 
 
-def test_a_phase_of_failures_has_no_successor(tmp_path: Path) -> None:
+def test_a_phase_of_failures_has_no_successor(tmp_path):
     script = Script(distinct(), lambda i: FAILURE)
     search = SamplingSearch(Phase(SPACE, script, script, 2), lambda best: pytest.fail("made"))
     with (

@@ -1,7 +1,5 @@
 """Filters without training: what they remove, what they keep, and their errors."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

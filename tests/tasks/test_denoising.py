@@ -1,7 +1,5 @@
 """Gaussian noise: its deviation, blind drawing, settings."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Rain: where streaks fall, how they lie, and the ranges of the settings."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """PSNR and SSIM against scikit-image and values worked out by hand."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

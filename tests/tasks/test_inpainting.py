@@ -1,7 +1,5 @@
 """Missing pixels: how many, where, and the settings."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.nn import functional as F

@@ -1,7 +1,5 @@
 """Patches, loss, evaluation and the descriptions of restoration tasks."""
 
-from __future__ import annotations
-
 import json
 import math
 

@@ -1,7 +1,5 @@
 """Bicubic reduction against PIL's, cutting to the scale, settings."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

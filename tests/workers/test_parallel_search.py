@@ -1,15 +1,11 @@
 """Searches with many workers: the same records as with one, whoever is killed."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from search_runs import outcome, start, wait_for_records
@@ -21,39 +17,37 @@ from nasfast.methods.segmentation.settings import parse
 from nasfast.runs.study import Study
 
 
-def learned(run: Path) -> str:
+def learned(run):
     """The strategy's state in the checkpoint."""
     state = Study.open(run, read_only=True).load_checkpoint()
     assert state is not None
     return f"{state['told']} {state['strategy']}"
 
 
-def children(pid: int) -> list[int]:
+def children(pid):
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def workers_of(process: subprocess.Popen[str]) -> list[int]:
+def workers_of(process):
     """They are children of the server that is this process's child."""
     return [pid for child in children(process.pid) for pid in children(child)]
 
 
-def alive(pid: int) -> bool:
+def alive(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
 
 
-def assert_gone(pids: list[int]) -> None:
+def assert_gone(pids):
     deadline = time.monotonic() + 10
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not any(map(alive, pids))
 
 
-def test_results_do_not_depend_on_the_number_of_workers(
-    tiny_search: list[str], tmp_path: Path
-) -> None:
+def test_results_do_not_depend_on_the_number_of_workers(tiny_search, tmp_path):
     """Nor does what the controller learns from them, or the best of them."""
     runs = []
     flags = ["--batch", "4", "--budget", "5", "--stage0.epochs", "1"]
@@ -72,9 +66,7 @@ def test_results_do_not_depend_on_the_number_of_workers(
         assert first == other
 
 
-def test_killed_workers_and_a_signal_lose_nothing(
-    tiny_search: list[str], tiny_run: Path, tmp_path: Path
-) -> None:
+def test_killed_workers_and_a_signal_lose_nothing(tiny_search, tiny_run, tmp_path):
     process = start([*tiny_search, "--workers", "2", "--runs", str(tmp_path)], group=True)
     run = wait_for_records(process, tmp_path, 1)
     first = workers_of(process)
@@ -96,9 +88,7 @@ def test_killed_workers_and_a_signal_lose_nothing(
     assert outcome(run) == outcome(tiny_run)
 
 
-def test_a_killed_search_leaves_no_workers(
-    tiny_search: list[str], tiny_run: Path, tmp_path: Path
-) -> None:
+def test_a_killed_search_leaves_no_workers(tiny_search, tiny_run, tmp_path):
     process = start([*tiny_search, "--workers", "2", "--runs", str(tmp_path)], group=True)
     run = wait_for_records(process, tmp_path, 3)
     workers, helpers = workers_of(process), children(process.pid)
@@ -111,9 +101,7 @@ def test_a_killed_search_leaves_no_workers(
     assert outcome(run) == outcome(tiny_run)
 
 
-def test_a_run_continues_with_other_workers(
-    tiny_search: list[str], tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_continues_with_other_workers(tiny_search, tiny_run, tmp_path, capsys):
     assert search.main([*tiny_search, "--budget", "3", "--runs", str(tmp_path)]) == 0
     (run,) = tmp_path.iterdir()
     more = ["--resume", str(run), "--budget", "6", "--workers", "2", "--devices", "cpu,cpu"]
@@ -125,7 +113,7 @@ def test_a_run_continues_with_other_workers(
     assert outcome(run) == outcome(tiny_run)
 
 
-def assert_describes(evaluator: Any, run: Path) -> None:
+def assert_describes(evaluator, run):
     """It read what the search read, and knows what candidates cost without training them."""
     assert json.loads((run / "env.json").read_text())["identity"]["inputs"] == evaluator.inputs
     for record in Study.open(run, read_only=True).records:
@@ -133,7 +121,7 @@ def assert_describes(evaluator: Any, run: Path) -> None:
         assert evaluator.costs(genotype) == record.evaluation.costs
 
 
-def test_a_worker_s_evaluator(tiny_search: list[str], tiny_run: Path) -> None:
+def test_a_worker_s_evaluator(tiny_search, tiny_run):
     evaluator = segmentation.evaluator_on(parse(tiny_search), "cpu")
     assert_describes(evaluator, tiny_run)
 
@@ -145,13 +133,7 @@ def test_a_worker_s_evaluator(tiny_search: list[str], tiny_run: Path) -> None:
         (["--stage0.lr", "1e30"], "the last 5 candidates failed, the last one: stage0: training"),
     ],
 )
-def test_errors_leave_no_workers(
-    flags: list[str],
-    message: str,
-    tiny_search: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_errors_leave_no_workers(flags, message, tiny_search, tmp_path, capsys):
     argv = [*tiny_search, "--workers", "2", "--runs", str(tmp_path), *flags]
     assert search.main(argv) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")

@@ -9,7 +9,7 @@ import random
 import signal
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 
 from nasfast import search
 from nasfast.runs.records import Evaluation
-from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
+from nasfast.spaces.fast_nas import FastNASSpace
 from nasfast.training.loop import Runtime
 from nasfast.workers import Job, WorkerConfig, WorkerError, ray_pool
 from nasfast.workers.ray_pool import RayPool
@@ -30,13 +30,13 @@ handlers: list[Any] = []
 
 
 @pytest.fixture(autouse=True)
-def _path(monkeypatch: pytest.MonkeyPatch) -> None:
+def _path(monkeypatch):
     """Actors import this module."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
 
 
 @pytest.fixture
-def cluster() -> Iterator[None]:
+def cluster():
     """A cluster of two CPUs that was there before the search."""
     ray.init(
         num_cpus=2, include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False
@@ -55,13 +55,13 @@ class Toy:
     inputs: Mapping[str, str] = {}
     runtime = Runtime(torch.device("cpu"))
 
-    def __init__(self, plan: Mapping[int, str], place: Path) -> None:
+    def __init__(self, plan, place):
         self.plan, self.place = plan, place
 
-    def costs(self, genotype: FastNASGenotype) -> dict[str, float]:
+    def costs(self, genotype):
         return {"params": 123, "macs": 456}
 
-    def __call__(self, genotype: FastNASGenotype, index: int, gate: float | None) -> Evaluation:
+    def __call__(self, genotype, index, gate):
         mark = self.place / str(index)
         match self.plan.get(index):
             case "kill":
@@ -77,18 +77,18 @@ class Toy:
         )
 
 
-def toy(plan: Mapping[int, str], place: Path, device: str) -> Toy:
+def toy(plan, place, device):
     """What an actor builds."""
     return Toy(plan, place)
 
 
-def slow(place: Path, device: str) -> Toy:
+def slow(place, device):
     (place / "begun").touch()
     time.sleep(60)
     return Toy({}, place)
 
 
-def evaluate(plan: Mapping[int, str], place: Path) -> list[Evaluation]:
+def evaluate(plan, place):
     jobs = [Job(index, GENOTYPE, 0.5) for index in range(4)]
     workers = WorkerConfig(workers=2, threads=1, engine="ray")
     with contextlib.closing(workers.engine_for(functools.partial(toy, plan, place))) as engine:
@@ -96,7 +96,7 @@ def evaluate(plan: Mapping[int, str], place: Path) -> list[Evaluation]:
         return list(engine.evaluate(Toy({}, place), jobs, lambda running: None))
 
 
-def test_deaths(tmp_path: Path) -> None:
+def test_deaths(tmp_path):
     """The actor is replaced and its candidate retried; the second death is a failure.
 
     The local cluster is the engine's own: it ends with it and takes no signal handler.
@@ -117,7 +117,7 @@ def test_deaths(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_workers_without_a_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_workers_without_a_place(monkeypatch, tmp_path):
     """It is told once, and not of those that have one and are slow to start."""
     monkeypatch.setattr(ray_pool, "_PATIENCE", 0.0)
     build = functools.partial(toy, {}, tmp_path)
@@ -144,9 +144,7 @@ def test_workers_without_a_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_search_gives_the_same_records(
-    tiny_search: list[str], tiny_run: Path, tmp_path: Path
-) -> None:
+def test_a_search_gives_the_same_records(tiny_search, tiny_run, tmp_path):
     """The cluster stays; a defect is raised with its traceback."""
     with pytest.raises(WorkerError, match=r"in a worker:\nTraceback (.|\n)*KeyError"):
         evaluate({1: "defect"}, tmp_path)

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -34,7 +34,7 @@ COSTS: dict[str, float] = {"params": 123, "macs": 456}
 KILLED = "killed by signal 9 (SIGKILL), out of memory?"
 
 
-def jobs(count: int, gate: float | None = None) -> list[Job[FastNASGenotype]]:
+def jobs(count, gate=None):
     return [Job(index, GENOTYPE, gate) for index in range(count)]
 
 
@@ -49,15 +49,15 @@ class Toy:
     remedy = "none"
     seconds: Mapping[str, float] = {}
 
-    def __init__(self, plan: Mapping[int, str], place: Path, heartbeat=lambda: None) -> None:
+    def __init__(self, plan, place, heartbeat=lambda: None):
         self.plan, self.place = plan, place
         self.inputs: Mapping[str, str] = {"plan": repr(plan)}
         self.runtime = Runtime(torch.device("cpu"), heartbeat)
 
-    def costs(self, genotype: FastNASGenotype) -> dict[str, float]:
+    def costs(self, genotype):
         return COSTS
 
-    def __call__(self, genotype: FastNASGenotype, index: int, gate: float | None) -> Evaluation:
+    def __call__(self, genotype, index, gate):
         todo, mark = self.plan.get(index, ""), self.place / str(index)
         once, _, after = todo.partition("once: ")
         if after:
@@ -79,7 +79,7 @@ class Toy:
         return Evaluation({"stage0": float(index)}, {"stage0": metrics}, COSTS, gate, {}, "stage0")
 
 
-def toy(plan: Mapping[int, str], place: Path, device: str) -> Toy:
+def toy(plan, place, device):
     """What a worker builds."""
     if "unborn" in plan.values():
         os.kill(os.getpid(), signal.SIGKILL)
@@ -88,9 +88,7 @@ def toy(plan: Mapping[int, str], place: Path, device: str) -> Toy:
     return Toy({} if "other" in plan.values() else plan, place)
 
 
-def evaluate(
-    plan: Mapping[int, str], place: Path, workers: WorkerConfig, count: int = 4, **options
-) -> list[Evaluation]:
+def evaluate(plan, place, workers, count=4, **options):
     evaluator: Evaluator[FastNASGenotype] = Toy(plan, place, **options)
     engine = workers.engine_for(functools.partial(toy, plan, place))
     with contextlib.closing(engine):
@@ -100,11 +98,11 @@ def evaluate(
 TWO = WorkerConfig(workers=2, threads=3)
 
 
-def rewards(evaluations: list[Evaluation]) -> list[float | None]:
+def rewards(evaluations):
     return [evaluation.rewards.get("stage0") for evaluation in evaluations]
 
 
-def exists(pid: int) -> bool:
+def exists(pid):
     """Whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -118,16 +116,16 @@ def exists(pid: int) -> bool:
 class Script:
     """A pool whose workers answer in any order, what is written down for a candidate."""
 
-    def __init__(self, answers: dict[int, list[Answer]], choose: random.Random) -> None:
+    def __init__(self, answers, choose):
         self.answers, self.choose = answers, choose
         self.pending: list[tuple[int, Answer]] = []
         self.sent: list[int] = []
         self.most = 0
 
-    def start(self, worker: int) -> None:
+    def start(self, worker):
         self.pending.append((worker, Ready({}, "there")))
 
-    def send(self, worker: int, job: Job[FastNASGenotype]) -> None:
+    def send(self, worker, job):
         assert worker not in [busy for busy, _ in self.pending]
         self.sent.append(job.index)
         written = self.answers.get(job.index)
@@ -137,19 +135,19 @@ class Script:
         self.pending.append((worker, written.pop(0) if written else good))
         self.most = max(self.most, len(self.pending))
 
-    def wait(self, seconds: float) -> list[tuple[int, Answer]]:
+    def wait(self, seconds):
         self.choose.shuffle(self.pending)
         count = self.choose.randint(0, len(self.pending))
         out, self.pending = self.pending[:count], self.pending[count:]
         return out
 
-    def close(self) -> None: ...
+    def close(self): ...
 
 
 class Bare(Toy):
     """An evaluator that has read nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__({}, Path())
         self.inputs = {}
 
@@ -162,9 +160,7 @@ class Bare(Toy):
     seed=st.integers(0, 2**32),
 )
 @settings(deadline=None)
-def test_any_order_and_any_death_give_the_same(
-    workers: int, batches: list[int], deaths: dict[int, int], idle: set[int], seed: int
-) -> None:
+def test_any_order_and_any_death_give_the_same(workers, batches, deaths, idle, seed):
     pool = Script(
         {
             index: [
@@ -196,16 +192,16 @@ def test_any_order_and_any_death_give_the_same(
     assert pool.most <= workers
 
 
-def test_workers_that_started_end_if_another_cannot() -> None:
+def test_workers_that_started_end_if_another_cannot():
     class Full(Script):
         closed = False
 
-        def start(self, worker: int) -> None:
+        def start(self, worker):
             if worker == 2:
                 raise BlockingIOError("Resource temporarily unavailable")
             super().start(worker)
 
-        def close(self) -> None:
+        def close(self):
             self.closed = True
 
     pool = Full({}, random.Random(0))
@@ -218,20 +214,20 @@ def test_workers_that_started_end_if_another_cannot() -> None:
 # ---- processes
 
 
-def test_evaluations_come_in_order_and_know_their_threads(tmp_path: Path) -> None:
+def test_evaluations_come_in_order_and_know_their_threads(tmp_path):
     evaluations = evaluate({}, tmp_path, TWO, count=6)
     assert rewards(evaluations) == [0, 1, 2, 3, 4, 5]
     assert {e.metrics["stage0"]["threads"] for e in evaluations} == {3.0}
     assert {e.gate for e in evaluations} == {0.5}
 
 
-def test_a_worker_that_dies_is_replaced_and_its_candidate_retried(tmp_path: Path) -> None:
+def test_a_worker_that_dies_is_replaced_and_its_candidate_retried(tmp_path):
     plan = {0: "once: kill", 2: "once: exit"}
     assert rewards(evaluate(plan, tmp_path, TWO)) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("end", "cause"), [("kill", KILLED), ("exit", "exited with status 3")])
-def test_a_candidate_that_kills_twice_is_a_failure(tmp_path: Path, end: str, cause: str) -> None:
+def test_a_candidate_that_kills_twice_is_a_failure(tmp_path, end, cause):
     evaluations = evaluate({1: end}, tmp_path, TWO)
     assert rewards(evaluations) == [0, None, 2, 3]
     assert evaluations[1] == Evaluation(
@@ -239,7 +235,7 @@ def test_a_candidate_that_kills_twice_is_a_failure(tmp_path: Path, end: str, cau
     )
 
 
-def test_a_death_is_noticed_at_once(tmp_path: Path) -> None:
+def test_a_death_is_noticed_at_once(tmp_path):
     """While it is idle, too: the next batch finds another worker in its place."""
     evaluator = Toy({}, tmp_path)
     engine = TWO.engine_for(functools.partial(toy, {}, tmp_path))
@@ -253,7 +249,7 @@ def test_a_death_is_noticed_at_once(tmp_path: Path) -> None:
         assert time.perf_counter() - start < 10
 
 
-def test_a_defect_is_raised_with_its_traceback(tmp_path: Path) -> None:
+def test_a_defect_is_raised_with_its_traceback(tmp_path):
     with pytest.raises(WorkerError) as caught:
         evaluate({1: "defect"}, tmp_path, TWO)
     assert re.fullmatch(
@@ -263,7 +259,7 @@ def test_a_defect_is_raised_with_its_traceback(tmp_path: Path) -> None:
     )
 
 
-def test_what_is_meant_for_the_user_has_no_traceback(tmp_path: Path) -> None:
+def test_what_is_meant_for_the_user_has_no_traceback(tmp_path):
     with pytest.raises(RuntimeError) as caught:
         evaluate({1: "refuse"}, tmp_path, TWO)
     assert str(caught.value) == "[Errno 2] No such file or directory: '/no/where'"
@@ -272,7 +268,7 @@ def test_what_is_meant_for_the_user_has_no_traceback(tmp_path: Path) -> None:
     assert str(caught.value) == f"[Errno 2] No such file or directory: '{tmp_path}/cpu:7'"
 
 
-def test_a_worker_that_cannot_start(tmp_path: Path) -> None:
+def test_a_worker_that_cannot_start(tmp_path):
     with pytest.raises(RuntimeError) as caught:
         evaluate({1: "unborn"}, tmp_path, TWO)
     assert str(caught.value) == (
@@ -281,7 +277,7 @@ def test_a_worker_that_cannot_start(tmp_path: Path) -> None:
     )
 
 
-def test_a_worker_that_reads_other_content(tmp_path: Path) -> None:
+def test_a_worker_that_reads_other_content(tmp_path):
     with pytest.raises(RuntimeError) as caught:
         evaluate({1: "other"}, tmp_path, TWO)
     assert str(caught.value) == (
@@ -290,10 +286,10 @@ def test_a_worker_that_reads_other_content(tmp_path: Path) -> None:
     )
 
 
-def test_a_stop_ends_workers_at_work(tmp_path: Path) -> None:
+def test_a_stop_ends_workers_at_work(tmp_path):
     with Interrupt() as interrupt:
 
-        def stop() -> None:
+        def stop():
             while not (tmp_path / "asleep").exists():
                 time.sleep(0.001)
             signal.raise_signal(signal.SIGINT)
@@ -307,9 +303,7 @@ def test_a_stop_ends_workers_at_work(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("device", "chosen"), [("cpu", []), ("cuda", []), ("cuda:1", [1])])
-def test_a_worker_computes_on_its_gpu(
-    device: str, chosen: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_computes_on_its_gpu(device, chosen, tmp_path, monkeypatch):
     set_devices: list[int] = []
     # as torch does it: a device without a number is refused
     monkeypatch.setattr(torch._C, "_cuda_setDevice", set_devices.append, raising=False)
@@ -321,7 +315,7 @@ def test_a_worker_computes_on_its_gpu(
 # ---- the workers
 
 
-def has(monkeypatch: pytest.MonkeyPatch, cores: int, gpus: int = 0) -> None:
+def has(monkeypatch, cores, gpus=0):
     """The machine has so many."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
@@ -329,7 +323,7 @@ def has(monkeypatch: pytest.MonkeyPatch, cores: int, gpus: int = 0) -> None:
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+def started(monkeypatch):
     """Filled when the process is started that workers are forked from."""
     calls: list[bool] = []
     monkeypatch.setattr("nasfast.workers.config.start_server", lambda: calls.append(True))
@@ -340,14 +334,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     ("cores", "threads", "batch", "workers"),
     [(2, 1, 4, 2), (16, 4, 4, 4), (16, 1, 4, 4), (1, 2, 4, 1)],
 )
-def test_default_workers_fill_the_cores(
-    monkeypatch: pytest.MonkeyPatch,
-    started: list[bool],
-    cores: int,
-    threads: int,
-    batch: int,
-    workers: int,
-) -> None:
+def test_default_workers_fill_the_cores(monkeypatch, started, cores, threads, batch, workers):
     has(monkeypatch, cores)
     made = WorkerConfig.of(
         workers=None, devices="cpu", threads=threads, engine="process", batch=batch
@@ -356,9 +343,7 @@ def test_default_workers_fill_the_cores(
     assert started == [True] * (workers > 1)
 
 
-def test_default_workers_on_cuda_are_one_a_device(
-    monkeypatch: pytest.MonkeyPatch, started: list[bool]
-) -> None:
+def test_default_workers_on_cuda_are_one_a_device(monkeypatch, started):
     has(monkeypatch, cores=16, gpus=3)
     options = {"threads": 2, "engine": "process", "batch": 8}
     two = WorkerConfig.of(workers=None, devices="cuda:0,cuda:2", **options)
@@ -367,7 +352,7 @@ def test_default_workers_on_cuda_are_one_a_device(
     assert WorkerConfig.of(workers=5, devices="cuda", **options).workers == 5
 
 
-def test_default_workers_of_a_cluster_are_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_workers_of_a_cluster_are_a_batch(monkeypatch):
     has(monkeypatch, cores=2)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     made = WorkerConfig.of(workers=None, devices="cpu", threads=1, engine="ray", batch=8)
@@ -377,13 +362,11 @@ def test_default_workers_of_a_cluster_are_a_batch(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("workers", "threads", "cpus"), [(8, 1, 4), (2, 1, 2), (2, 3, 4), (2, 6, 6)]
 )
-def test_a_local_cluster_hands_out_the_cores(
-    monkeypatch: pytest.MonkeyPatch, workers: int, threads: int, cpus: int
-) -> None:
+def test_a_local_cluster_hands_out_the_cores(monkeypatch, workers, threads, cpus):
     has(monkeypatch, cores=4)
     made: list[tuple[object, ...]] = []
 
-    def make(*arguments: object) -> Script:
+    def make(*arguments):
         made.append(arguments)
         return Script({}, random.Random(0))
 
@@ -393,18 +376,18 @@ def test_a_local_cluster_hands_out_the_cores(
     assert made == [(build, "cpu", threads, cpus)]
 
 
-def test_spaces_between_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spaces_between_devices(monkeypatch):
     has(monkeypatch, cores=2)
     made = WorkerConfig.of(workers=1, devices="cpu, cpu", threads=1, engine="process", batch=4)
     assert made.devices == ("cpu", "cpu")
 
 
-def test_its_text() -> None:
+def test_its_text():
     assert str(WorkerConfig(1, ("cpu", "cpu"), 1)) == "cpu, 1 thread"
     assert str(WorkerConfig(2, ("cuda:0", "cuda:1"), 4)) == "cuda:0, cuda:1, 2 workers of 4 threads"
 
 
-def test_devices_of_two_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_of_two_kinds(monkeypatch):
     has(monkeypatch, cores=2, gpus=1)
     with pytest.raises(ValueError) as caught:
         WorkerConfig.of(workers=None, devices="cuda:0,cpu", threads=1, engine="process", batch=4)
@@ -414,7 +397,7 @@ def test_devices_of_two_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_ray_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError) as caught:
         WorkerConfig.of(workers=None, devices="cpu", threads=1, engine="ray", batch=4)
