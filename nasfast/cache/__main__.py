@@ -33,7 +33,7 @@ class _Directories:
             ValueError: there is none of a name.
         """
         directory, ram = self.directory, places.ram_directory()
-        places.sweep(ram)  # else it goes while it is looked at
+        places.sweep(ram)  # or they could be removed while they are read
         found = [
             path for place in (directory, ram) for path in sorted(place.glob(f"*{places.SUFFIX}"))
         ]

@@ -54,6 +54,8 @@ class BatchMemory:
                     torch.empty(rows, *spec.shape, dtype=dtype, device=self._device)
                     for spec, dtype in zip(self._layout.arrays, self._dtypes, strict=True)
                 ]
+        if len(self._arrays[0]) == rows:
+            return self._arrays
         return [array[:rows] for array in self._arrays]
 
     def named(self, arrays: Sequence[Tensor]) -> Batch:

@@ -22,7 +22,7 @@ from nasfast.cache.header import HOST, STATE, Header, checksum, extension
 from nasfast.utils.files import sync_directory
 
 _NORESERVE = 0x4000  # MAP_NORESERVE: a private map of a large file is no claim on memory
-_PATIENCE = 2.0  # seconds for those who hold a file only to look at it
+_PATIENCE = 2.0  # seconds to wait for processes that only inspect a file
 
 
 @dataclass(frozen=True)

@@ -76,17 +76,12 @@ def test_ls_of_what_is_being_filled(directory, run):
 
 def test_ls_of_ram_shows_what_is_used(directory, ram, run):
     cache = build(directory, placement="ram")
+    os.utime(cache.paths[0], (time.time() - 3 * 86400,) * 2)
     (ram / "killed.features").write_bytes(b"")
     out = run("ls")[1]
     assert f"{cache.paths[0]}\n  ram, 5 of 5 samples published" in out
+    assert "used 3 days ago" in out
     assert "killed" not in out
-
-
-def test_ls_of_a_damaged_file(path, run):
-    os.truncate(path, 9)
-    out = run("ls")[1]
-    assert f"{path}\n  feature cache {path}: expected a file that starts with" in out
-    assert out.endswith("1 files, 4.1 KB\n")
 
 
 def test_one_that_cannot_be_opened_leaves_the_others(directory, path, run):
@@ -100,13 +95,19 @@ def test_one_that_cannot_be_opened_leaves_the_others(directory, path, run):
     assert run("verify") == (1, f"{error}\n{path}: 5 samples OK\n")
 
 
+def test_a_damaged_header(path, run):
+    os.truncate(path, 9)
+    error = f"feature cache {path}: expected a file that starts with"
+    out = run("ls")[1]
+    assert f"{path}\n  {error}" in out
+    assert out.endswith("1 files, 4.1 KB\n")
+    status, out = run("verify")
+    assert status == 1
+    assert out.startswith(error)
+
+
 def test_ls_of_nothing(run, directory):
     assert run("ls") == (0, "0 files, 0 B\n")
-
-
-def test_age(path, run):
-    os.utime(path, (time.time() - 3 * 86400,) * 2)
-    assert "used 3 days ago" in run("ls")[1]
 
 
 def test_verify(directory, path, run):
@@ -120,13 +121,6 @@ def test_verify(directory, path, run):
         f"{other.paths[0]}: 5 samples OK",
     }
     assert run("verify", other.paths[0])[0] == 0
-
-
-def test_verify_of_a_damaged_header(path, run):
-    os.truncate(path, 9)
-    status, out = run("verify")
-    assert status == 1
-    assert out.startswith(f"feature cache {path}: expected a file that starts with")
 
 
 def test_repair(directory, path, run):

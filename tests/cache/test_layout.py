@@ -58,15 +58,6 @@ def test_blocks_are_aligned_and_zero_elsewhere(arrays):
     assert not rest.any()
 
 
-@pytest.mark.parametrize("storage", ["float16", "bfloat16", "float32"])
-def test_floating_maps_take_the_storage_type(storage):
-    arrays = {"tap": torch.randn(2, 3, 4, 5), "labels": torch.zeros(2, 4, 5, dtype=torch.uint8)}
-    rows = stored(arrays, 2, storage)
-    assert rows["tap"].dtype == getattr(torch, storage)
-    assert torch.equal(rows["tap"], arrays["tap"].permute(0, 2, 3, 1).to(rows["tap"].dtype))
-    assert rows["labels"].dtype == torch.uint8
-
-
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
@@ -87,29 +78,3 @@ def test_floating_maps_take_the_storage_type(storage):
 def test_what_cannot_be_stored(arrays, message):
     with raises(ValueError, message):
         stored(arrays, 2, "auto")
-
-
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        (
-            {"labels": torch.zeros(2, 11, 9)},
-            "feature cache: expected samples of labels as float32 [9, 11], got float32 [11, 9]; "
-            "crop all images to one size",
-        ),
-        (
-            {"labels": torch.zeros(2, 9, 11, dtype=F16)},
-            "feature cache: expected samples of labels as float32 [9, 11], got float16 [9, 11]; "
-            "crop all images to one size",
-        ),
-        (
-            {"tap": torch.zeros(2, 9, 11)},
-            "feature cache: expected the arrays labels of each sample, got tap; encode the same "
-            "for all",
-        ),
-    ],
-)
-def test_samples_that_differ(other, message):
-    layout = BlockLayout.of({"labels": torch.zeros(2, 9, 11)})
-    with raises(ValueError, message):
-        layout.pack(other)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -182,13 +181,6 @@ def test_how_much_goes_to_a_device(
     device = torch.device("cuda", 1)
     build(tmp_path, **config).to(device, given)
     assert calls == [(device, bound)]
-
-
-def test_a_pickled_cache_attaches_the_files(tmp_path: Path) -> None:
-    cache, indices = build(tmp_path), torch.tensor([3, 1])
-    again = pickle.loads(pickle.dumps(cache))
-    assert again.paths == cache.paths
-    assert_samples(again.batch(indices), cache, indices)
 
 
 def share(connection: Any) -> None:
