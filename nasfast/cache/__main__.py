@@ -15,6 +15,7 @@ import tyro
 from nasfast.cache import default_directory, places
 from nasfast.cache.segment import Segment
 from nasfast.utils.cli import reports_errors
+from nasfast.utils.errors import UserError
 
 _SECONDS = {"m": 60, "h": 3600, "d": 86400}
 
@@ -30,7 +31,7 @@ class _Directories:
         """The caches' files, on disk and in RAM; those of some names (or paths) only.
 
         Raises:
-            ValueError: there is none of a name.
+            UserError: there is none of a name.
         """
         directory, ram = self.directory, places.ram_directory()
         places.sweep(ram)  # or they could be removed while they are read
@@ -45,7 +46,7 @@ class _Directories:
             else:
                 matches = [p for p in found if name and p.name.startswith(name)]
             if not matches:
-                raise ValueError(
+                raise UserError(
                     f"expected a cache in {directory} or in RAM, got {name!r}; `python -m "
                     "nasfast.cache ls` lists them"
                 )
@@ -134,7 +135,7 @@ class Rm(_Directories):
 
     def run(self) -> int:
         if not (self.names or self.all or self.older_than):
-            raise ValueError("rm: expected names, --all or --older-than, got none of them")
+            raise UserError("rm: expected names, --all or --older-than, got none of them")
         files, freed, kept = self._chosen(), 0, 0
         for path in files:
             done = places.remove(path, force=self.force)
@@ -154,7 +155,7 @@ class Rm(_Directories):
             return files
         match = self.SPAN.fullmatch(self.older_than.strip())
         if match is None:
-            raise ValueError(
+            raise UserError(
                 f"rm: expected --older-than as 30d, 12h or 90m, got {self.older_than!r}"
             )
         limit = time.time() - int(match[1]) * _SECONDS[match[2]]

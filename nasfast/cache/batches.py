@@ -87,7 +87,8 @@ class HostSamples:
 
         Raises:
             ValueError: indices or a dtype that there are not.
-            RuntimeError: a sample that is not published, or damaged.
+            UserError: a damaged sample.
+            RuntimeError: a sample that is not published.
         """
         memory = BatchMemory(self.layout, dtype, self.device)
         return self._read(memory, indices, torch.get_num_threads())

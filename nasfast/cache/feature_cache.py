@@ -24,6 +24,7 @@ from nasfast.cache.header import STATE, Header
 from nasfast.cache.layout import STORAGES, BlockLayout, stored
 from nasfast.cache.resident import DeviceSamples
 from nasfast.cache.segment import Filler, Segment, create
+from nasfast.utils.errors import UserError
 
 Encode = Callable[[Tensor], Mapping[str, Tensor]]
 PLACEMENTS = ("auto", "file", "ram", "device")
@@ -48,7 +49,7 @@ class CacheConfig:
     def __post_init__(self) -> None:
         for name, known in (("placement", PLACEMENTS), ("storage", STORAGES)):
             if getattr(self, name) not in known:
-                raise ValueError(
+                raise UserError(
                     f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
         _ = self.memory_bytes
@@ -58,14 +59,14 @@ class CacheConfig:
         """The bound in bytes.
 
         Raises:
-            ValueError: no size; only 0 needs no unit.
+            UserError: no size; only 0 needs no unit.
         """
         if self.memory is None:
             return None
         text = self.memory.strip().upper()
         match = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([KMGT])(I?)B?|B)|0", text)
         if match is None:
-            raise ValueError(
+            raise UserError(
                 f"memory: expected a size such as 8GB or 512MiB, got {self.memory!r}; give a "
                 "number with B, KB, MB, GB, TB, KiB, MiB, GiB or TiB"
             )
@@ -126,10 +127,11 @@ class FeatureCache:
             The cache with every sample published.
 
         Raises:
-            ValueError: a file of another key, foreign or damaged; encoded arrays that differ; more
-                samples than the bound lets RAM hold.
+            UserError: a file of another key, foreign, damaged or in use by processes of another
+                machine or container; samples of several sizes, or more than the bound lets RAM
+                hold.
+            ValueError: no samples, or arrays that cannot be stored.
             OSError: a directory that cannot be written, or is too small for the whole.
-            RuntimeError: processes of another machine or container use it.
         """
         if count < 1:
             raise ValueError(f"feature cache: expected at least 1 sample, got {count}")
@@ -152,7 +154,7 @@ class FeatureCache:
 
         Raises:
             FileNotFoundError: nobody has made it.
-            ValueError: a file of another key, foreign or damaged.
+            UserError: a file of another key, foreign or damaged.
         """
         path = _path(key, config)
         try:
@@ -172,7 +174,8 @@ class FeatureCache:
 
         Raises:
             ValueError: no sample of the cache.
-            RuntimeError: a sample that is not published or is damaged.
+            UserError: a damaged sample.
+            RuntimeError: a sample that is not published.
         """
         self.segment.check(torch.tensor([index]))
         out = {}
@@ -218,7 +221,8 @@ class FeatureCache:
                 where its placement is file or ram: then all come from the host.
 
         Raises:
-            RuntimeError: a sample that is not published or is damaged.
+            UserError: a damaged sample.
+            RuntimeError: a sample that is not published.
             torch.OutOfMemoryError: the device has not as much memory.
         """
         samples: HostSamples | DeviceSamples = self._host
@@ -301,7 +305,7 @@ class _Request:
                 segment = made
             if segment.count != self.count:
                 segment.close()
-                raise ValueError(
+                raise UserError(
                     f"feature cache {path}: expected {self.count} samples, got {segment.count}; "
                     "delete it"
                 )
@@ -311,7 +315,7 @@ class _Request:
         bound = self.config.memory_bytes
         size = self.count * (layout.sample_bytes + STATE.size)
         if bound is not None and size > bound:
-            raise ValueError(
+            raise UserError(
                 f"memory: expected {size / 1e6:.1f} MB for {self.count} samples in RAM, got "
                 f"{bound / 1e6:.1f} MB; raise --memory by {math.ceil((size - bound) / 1e6)} MB, or "
                 "give --placement file"
@@ -358,7 +362,7 @@ def _attach(path: Path, key: Mapping[str, str], config: CacheConfig) -> Segment:
     differ = [name for name in made | expected if made.get(name) != expected.get(name)]
     if differ:
         segment.close()
-        raise ValueError(
+        raise UserError(
             f"feature cache {path}: made for {_values(made, differ)}, expected "
             f"{_values(expected, differ)}; delete it"
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nasfast.cache.layout import STORAGES, BlockLayout, aligned
 from nasfast.ops import _native
+from nasfast.utils.errors import UserError
 
 MAGIC = b"NASFEATS"
 VERSION = 1
@@ -62,18 +63,19 @@ class Header:
         """The header of a file; offsets of the table and of the blocks.
 
         Raises:
-            ValueError: a foreign file, another version, a damaged header or a truncated file.
+            UserError: a foreign file, another version, a kind that earlier ones wrote, a damaged
+                header or a truncated file.
         """
         size = os.fstat(file).st_size
         prefix = os.pread(file, _JSON, 0)
         if len(prefix) < _JSON or not prefix.startswith(MAGIC):
-            raise ValueError(
+            raise UserError(
                 f"feature cache {path}: expected a file that starts with {MAGIC!r}, got "
                 f"{prefix[:8]!r}; delete it, or move it away"
             )
         _, version, length, table, blocks = _PREFIX.unpack_from(prefix)
         if version != VERSION:
-            raise ValueError(
+            raise UserError(
                 f"feature cache {path}: expected format version {VERSION}, got {version}; delete "
                 "it, or use the nasfast that made it"
             )
@@ -81,7 +83,7 @@ class Header:
         expected = int.from_bytes(prefix[_PREFIX.size : HOST], "little")
         got = _checksum_of(prefix[: _PREFIX.size] + text)
         if got != expected:
-            raise ValueError(
+            raise UserError(
                 f"feature cache {path}: damaged header, expected the checksum {expected:016x}, got "
                 f"{got:016x}; delete it"
             )
@@ -89,12 +91,12 @@ class Header:
         fields.pop("first", None)
         total = fields.pop("total", fields["count"])  # both of earlier versions
         if total != fields["count"]:
-            raise ValueError(
+            raise UserError(
                 f"feature cache {path}: expected all {total} samples in one file, got "
                 f"{fields['count']}, as an earlier version split them; delete it"
             )
         if fields["storage"] not in STORAGES:
-            raise ValueError(
+            raise UserError(
                 f"feature cache {path}: expected maps stored as {', '.join(STORAGES)}, got "
                 f"{fields['storage']} of an earlier version; delete it"
             )
@@ -102,7 +104,7 @@ class Header:
         header = cls(layout=layout, **fields)
         end = blocks + header.count * layout.sample_bytes
         if size < end:
-            raise ValueError(
+            raise UserError(
                 f"feature cache {path}: truncated, expected {end} bytes, got {size}; delete it"
             )
         return header, table, blocks
@@ -122,10 +124,10 @@ def extension() -> Any:
     """``nasfast._C``.
 
     Raises:
-        RuntimeError: it cannot be imported.
+        UserError: it cannot be imported.
     """
     if _native.C is None:
-        raise RuntimeError(
+        raise UserError(
             f"feature cache: expected the compiled extension, got none: {_native.ERROR}"
         )
     return _native.C

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nasfast.ops import Field
+from nasfast.utils.errors import UserError
 
 ALIGN = 64  # bytes: blocks and arrays start at multiples, for whole vector and cache-line loads
 
@@ -85,7 +86,8 @@ class BlockLayout:
         """Blocks, uint8 ``[n, sample_bytes]``, of what :func:`stored` returns.
 
         Raises:
-            ValueError: other arrays, types or shapes than the layout's.
+            UserError: other types or shapes than the layout's.
+            ValueError: other arrays.
         """
         names = [spec.name for spec in self.arrays]
         if list(rows) != names:
@@ -98,7 +100,7 @@ class BlockLayout:
         for spec in self.arrays:
             array = rows[spec.name]
             if (array.dtype, tuple(array.shape[1:])) != (spec.dtype, spec.shape):
-                raise ValueError(
+                raise UserError(
                     f"feature cache: expected samples of {spec.name} as {dtype_name(spec.dtype)} "
                     f"{list(spec.shape)}, got {dtype_name(array.dtype)} {list(array.shape[1:])}; "
                     "crop all images to one size"

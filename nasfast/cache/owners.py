@@ -6,6 +6,8 @@ import os
 import uuid
 from pathlib import Path
 
+from nasfast.utils.errors import UserError
+
 FREE, PUBLISHED = 0, 1
 _PID_BITS, _START_BITS = 22, 40
 _TAG = 2  # in the top two bits: an owner is neither FREE nor PUBLISHED
@@ -20,7 +22,7 @@ def this_process() -> int:
     """The owner word of the calling process."""
     start = _start_time(os.getpid())
     if start is None:
-        raise RuntimeError(
+        raise UserError(
             f"feature cache: expected the start time of process {os.getpid()} in /proc, got none; "
             "mount /proc"
         )

@@ -46,7 +46,8 @@ class DeviceSamples:
         """Copy as many samples as fit into ``memory`` bytes; None is all.
 
         Raises:
-            RuntimeError: a sample that is not published, or damaged.
+            UserError: a damaged sample.
+            RuntimeError: a sample that is not published.
             torch.OutOfMemoryError: the device has not that much.
         """
         size = host.layout.sample_bytes
@@ -77,7 +78,8 @@ class DeviceSamples:
 
         Raises:
             ValueError: indices or a dtype that there are not.
-            RuntimeError: a sample on the host that is not published, or damaged.
+            UserError: a damaged sample on the host.
+            RuntimeError: a sample on the host that is not published.
         """
         memory = BatchMemory(self.layout, dtype, self.device)
         if len(self.data) < self.count:

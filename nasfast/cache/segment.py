@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nasfast.cache import owners, places
 from nasfast.cache.header import HOST, STATE, Header, checksum, extension
+from nasfast.utils.errors import UserError
 from nasfast.utils.files import sync_directory
 
 _NORESERVE = 0x4000  # MAP_NORESERVE: a private map of a large file is no claim on memory
@@ -100,7 +101,7 @@ class Segment:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is no segment, or damaged.
+            UserError: it is no cache, or damaged.
         """
         with places.settled(path.parent):
             try:
@@ -131,7 +132,8 @@ class Segment:
 
         Raises:
             ValueError: no row of the segment.
-            RuntimeError: a sample that is not published, or whose bytes are not those that were.
+            UserError: a sample whose bytes are not those that were published.
+            RuntimeError: a sample that is not published.
         """
         rows = rows.to("cpu", torch.int64).contiguous()
         while (position := self._find_broken(rows)) >= 0:
@@ -171,7 +173,7 @@ class Segment:
 
         Raises:
             OSError: the file cannot be written.
-            RuntimeError: others use it, and may have read those rows before.
+            UserError: others use it, and may have read those rows before.
         """
         table = self._writable_table()
         alone = places.alone(self._file)
@@ -179,7 +181,7 @@ class Segment:
             table.free(owners.PUBLISHED, row, row + 1)
         fcntl.flock(self._file, fcntl.LOCK_SH)
         if not alone:
-            raise RuntimeError(
+            raise UserError(
                 f"feature cache {self.path}: in use, its damaged samples stay; end the processes "
                 "that use it first"
             )
@@ -213,7 +215,7 @@ class Segment:
         got, expected = self._sums(row)
         if got == expected:
             return None
-        return RuntimeError(
+        return UserError(
             f"{about} is damaged: expected the checksum {expected:016x}, got {got:016x}; free it "
             f"with `python -m nasfast.cache verify --repair {self.path}`, and the next search "
             "encodes it again"
@@ -225,7 +227,7 @@ class Filler:
 
     Raises:
         OSError: the file cannot be written, or its disk is full.
-        RuntimeError: processes of another machine or container use it.
+        UserError: processes of another machine or container use it.
     """
 
     def __init__(self, segment: Segment) -> None:
@@ -256,7 +258,7 @@ class Filler:
         publish = extension().feature_cache_publish
         for row, value in sums:
             if not publish(self._table.address, row, self._owner, value):
-                raise RuntimeError(
+                raise UserError(
                     f"feature cache {self._segment.path}: sample {row} was taken from this "
                     "process while it encoded; start it again"
                 )
@@ -289,7 +291,7 @@ class Filler:
                         self._table.free(word)
                     places.write_at(self._file, host, HOST)
             elif time.monotonic() > deadline:
-                raise RuntimeError(
+                raise UserError(
                     f"feature cache {self._segment.path}: in use by another machine or "
                     "container; wait until it has ended, or give another --cache-dir"
                 )

@@ -15,6 +15,7 @@ from nasfast.cache import CacheConfig, FeatureCache
 from nasfast.cache import header as headers
 from nasfast.cache.header import checksum
 from nasfast.ops import _native
+from nasfast.utils.errors import UserError
 
 M = (1 << 64) - 1
 P1, P2, P3, P4, P5 = (
@@ -192,6 +193,6 @@ def test_without_the_extension(monkeypatch):
     monkeypatch.setattr(_native, "C", None)
     monkeypatch.setattr(_native, "ERROR", "the reason")
     with raises(
-        RuntimeError, ("feature cache: expected the compiled extension, got none: the reason")
+        UserError, ("feature cache: expected the compiled extension, got none: the reason")
     ):
         headers.extension()

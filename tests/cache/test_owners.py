@@ -11,6 +11,7 @@ import pytest
 from samples import raises
 
 from nasfast.cache import owners
+from nasfast.utils.errors import UserError
 
 
 def word_of(pid: int) -> int:
@@ -71,7 +72,7 @@ def test_a_process_that_proc_hides_is_alive(monkeypatch):
 def test_no_proc(monkeypatch):
     monkeypatch.setattr(owners, "_state", lambda pid: None)
     with raises(
-        RuntimeError,
+        UserError,
         f"feature cache: expected the start time of process {os.getpid()} in /proc, got none; "
         "mount /proc",
     ):

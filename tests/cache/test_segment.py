@@ -21,6 +21,7 @@ import nasfast
 from nasfast.cache import CacheConfig, FeatureCache, owners, places
 from nasfast.cache import segment as segments
 from nasfast.cache.segment import Filler, Segment
+from nasfast.utils.errors import UserError
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(nasfast.__file__).parents[1])}
 
@@ -109,7 +110,7 @@ def test_only_the_owner_publishes(path):
     rows = filler.claim(2, 0)
     filler.release()
     with raises(
-        RuntimeError,
+        UserError,
         f"feature cache {path}: sample 0 was taken from this process while it encoded; start it "
         "again",
     ):
@@ -139,7 +140,7 @@ def test_a_flipped_byte_in_the_data(path, at):
     flip(path, path.stat().st_size - 3 * size + at % size)
     got, expected = segment._sums(2)
     with raises(
-        RuntimeError,
+        UserError,
         f"feature cache {path}: sample 2 is damaged: expected the checksum {expected:016x}, got "
         f"{got:016x}; free it with `python -m nasfast.cache verify --repair {path}`, and the next "
         "search encodes it again",
@@ -160,7 +161,7 @@ def test_a_flipped_byte_in_the_state_table(path, at):
         assert torch.equal(cache.batch(torch.tensor([2]))["labels"], content["labels"][2:3])
     else:
         cache = fill(path, must_not_encode)
-        with raises(RuntimeError, f"feature cache {path}: sample 2 is damaged: ..."):
+        with raises(UserError, f"feature cache {path}: sample 2 is damaged: ..."):
             cache.sample(2)
 
 
@@ -180,7 +181,7 @@ def test_a_sample_is_verified_once(path):
     segment.check(torch.tensor([2]))
     flip(path, path.stat().st_size - 3 * segment.header.layout.sample_bytes)
     segment.check(torch.tensor([2]))
-    with raises(RuntimeError, "...sample 2 is damaged..."):
+    with raises(UserError, "...sample 2 is damaged..."):
         Segment.open(path).check(torch.tensor([2]))
 
 
@@ -225,7 +226,7 @@ def test_repair(path):
 def test_no_repair_of_what_is_in_use(path):
     segment, other = Segment.open(path), Segment.open(path)
     with raises(
-        RuntimeError,
+        UserError,
         f"feature cache {path}: in use, its damaged samples stay; end the processes that use it "
         "first",
     ):
@@ -258,7 +259,7 @@ def test_in_use_by_another_host(path, monkeypatch):
     foreign(path)
     other = Segment.open(path)
     with raises(
-        RuntimeError,
+        UserError,
         f"feature cache {path}: in use by another machine or container; wait until it has ended, "
         "or give another --cache-dir",
     ):
