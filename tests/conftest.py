@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builds import Builds
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -45,6 +46,12 @@ def data_root() -> Path:
     if not root.is_dir():
         pytest.skip(f"no data at {root}; point NASFAST_DATA to the folder of the data sets")
     return root
+
+
+@pytest.fixture(scope="session")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
+    folder = tmp_path_factory.getbasetemp()
+    return Builds((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "builds")
 
 
 @pytest.fixture
