@@ -16,23 +16,14 @@
 #include "feature_gather/feature_gather.h"
 #include "mixed_op/mixed_op.h"
 #ifdef NASFAST_CUDA
+#include "bindings_cuda.hpp"
 #include "common/cuda_device.h"
-#include "deform_conv2d/bindings_cuda.hpp"
-#include "feature_gather/bindings_cuda.hpp"
-#include "mixed_op/bindings_cuda.hpp"
 #endif
 
 namespace py = pybind11;
-namespace bn = nasfast::batch_norm_relu;
-namespace dc = nasfast::deform_conv2d;
-namespace dw = nasfast::depthwise_conv2d;
-namespace fg = nasfast::feature_gather;
-namespace mo = nasfast::mixed_op;
+using namespace nasfast;
 
 namespace {
-
-using nasfast::Fields;
-using nasfast::unpack;
 
 // Python's entry for a CPU kernel: (dtype, sizes, pointers); runs without the GIL. The types are those that
 // the kernel stores.
@@ -42,7 +33,7 @@ auto cpu_entry(Function function) {
         const auto params = unpack<Params>(sizes);
         const auto run = [&](auto type) {
             using T = decltype(type);
-            if (nasfast::dtype_of<T> != static_cast<nasfast::DType>(dtype)) return false;
+            if (dtype_of<T> != static_cast<DType>(dtype)) return false;
             function(params, unpack<Tensors<T>>(pointers));
             return true;
         };
@@ -52,22 +43,23 @@ auto cpu_entry(Function function) {
     };
 }
 
-// Calls the function of an op for the processor's instruction set.
-#define NASFAST_KERNEL(op, function)                                \
-    [](const auto& params, const auto& tensors) {                   \
-        if constexpr (is_bfloat16<std::decay_t<decltype(tensors)>>) \
-            NASFAST_DISPATCH_BF16(op, function, params, tensors);   \
-        else                                                        \
-            NASFAST_DISPATCH(op, function, params, tensors);        \
-    }
+// Binds the kernels of an op for the processor's instruction set.
+#define NASFAST_BIND(op, way, Tensors)                                                      \
+    m.def(#op "_" #way, cpu_entry<op::Params, op::Tensors, float, double, bfloat16>(        \
+                            [](const auto& params, const auto& tensors) {                   \
+                                if constexpr (is_bfloat16<std::decay_t<decltype(tensors)>>) \
+                                    NASFAST_DISPATCH_BF16(op, way, params, tensors);        \
+                                else                                                        \
+                                    NASFAST_DISPATCH(op, way, params, tensors);             \
+                            }))
 template <class Tensors>
 constexpr bool is_bfloat16 = false;
 template <template <class> class Tensors>
-constexpr bool is_bfloat16<Tensors<nasfast::bfloat16>> = true;
+constexpr bool is_bfloat16<Tensors<bfloat16>> = true;
 
 #ifdef NASFAST_CUDA
-py::dict cuda_info() {
-    const nasfast::CudaInfo info = nasfast::cuda_info();
+py::dict device_info() {
+    const CudaInfo info = cuda_info();
     py::list devices;
     for (const auto& device : info.devices)
         devices.append(py::make_tuple(device.name, py::make_tuple(device.major, device.minor)));
@@ -79,34 +71,23 @@ py::dict cuda_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    nasfast::isa();  // a processor or setting that cannot work fails the import, with the reason
-    m.def("isa_level", [] { return nasfast::isa_name(nasfast::isa()); });
-    using nasfast::bfloat16;
-    m.def("batch_norm_relu_forward",
-          cpu_entry<bn::Params, bn::Forward, float, double, bfloat16>(NASFAST_KERNEL(bn, forward)));
-    m.def("batch_norm_relu_backward",
-          cpu_entry<bn::Params, bn::Backward, float, double, bfloat16>(NASFAST_KERNEL(bn, backward)));
-    m.def("deform_conv2d_forward",
-          cpu_entry<dc::Params, dc::Forward, float, double, bfloat16>(NASFAST_KERNEL(dc, forward)));
-    m.def("deform_conv2d_backward",
-          cpu_entry<dc::Params, dc::Backward, float, double, bfloat16>(NASFAST_KERNEL(dc, backward)));
-    m.def("feature_gather_forward",
-          cpu_entry<fg::Params, fg::Call, float>([](const fg::Params& params, const fg::Pointers& pointers) {
-              NASFAST_DISPATCH(fg, forward, params, pointers);
-          }));
-    m.def("depthwise_conv2d_forward",
-          cpu_entry<dw::Params, dw::Forward, float, double, bfloat16>(NASFAST_KERNEL(dw, forward)));
-    m.def("depthwise_conv2d_backward",
-          cpu_entry<dw::Params, dw::Backward, float, double, bfloat16>(NASFAST_KERNEL(dw, backward)));
-    m.def("mixed_op_forward",
-          cpu_entry<mo::Params, mo::Forward, float, double, bfloat16>(NASFAST_KERNEL(mo, forward)));
-    m.def("mixed_op_backward",
-          cpu_entry<mo::Params, mo::Backward, float, double, bfloat16>(NASFAST_KERNEL(mo, backward)));
-    nasfast::feature_cache::bind(m);
+    isa();  // a processor or setting that cannot work fails the import, with the reason
+    m.def("isa_level", [] { return isa_name(isa()); });
+    NASFAST_BIND(batch_norm_relu, forward, Forward);
+    NASFAST_BIND(batch_norm_relu, backward, Backward);
+    NASFAST_BIND(deform_conv2d, forward, Forward);
+    NASFAST_BIND(deform_conv2d, backward, Backward);
+    NASFAST_BIND(depthwise_conv2d, forward, Forward);
+    NASFAST_BIND(depthwise_conv2d, backward, Backward);
+    NASFAST_BIND(mixed_op, forward, Forward);
+    NASFAST_BIND(mixed_op, backward, Backward);
+    m.def("feature_gather_forward", cpu_entry<feature_gather::Params, feature_gather::Call, float>(
+                                        [](const auto& params, const auto& pointers) {
+                                            NASFAST_DISPATCH(feature_gather, forward, params, pointers);
+                                        }));
+    feature_cache::bind(m);
 #ifdef NASFAST_CUDA
-    m.def("cuda_info", &cuda_info);
-    dc::cuda::bind_cuda(m);
-    fg::cuda::bind_cuda(m);
-    mo::cuda::bind_cuda(m);
+    m.def("cuda_info", &device_info);
+    bind_cuda(m);
 #endif
 }

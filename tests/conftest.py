@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builds import Builds
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +45,12 @@ def data_root() -> Path:
     if not root.is_dir():
         pytest.skip(f"no data at {root}; point NASFAST_DATA to the folder of the data sets")
     return root
+
+
+@pytest.fixture(scope="session")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
+    folder = tmp_path_factory.getbasetemp()
+    return Builds((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "builds")
 
 
 @pytest.fixture

@@ -3,8 +3,7 @@
 
 #include <cstdint>
 
-#include "common/dtype.hpp"
-#include "common/isa.hpp"
+#include "common/kernels.hpp"
 
 namespace nasfast::batch_norm_relu {
 

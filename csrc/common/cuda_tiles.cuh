@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "common/cuda_kernel.cuh"
+#include "common/cuda_tensor_tile.cuh"
 
 namespace nasfast::cuda {
 
@@ -61,24 +61,22 @@ constexpr int kPadDown = (std::is_same_v<T, float> ? 32 : 16) / sizeof(T);
 
 // A thread's part of sums [rows, kColumns] += a @ b. Tiles: a [rows, depth], or [depth, rows] if a_by_depth;
 // b [depth, kColumns]. visit calls f(row, column, sum, sum at column + 1) for every second column.
-template <class T, int rows>
-struct TensorCoreProduct {
+template <int rows>
+struct Warps {
     static constexpr int kWarpsDown = rows == 64 ? 2 : 4, kWarpsAcross = kThreads / 32 / kWarpsDown;
     static constexpr int kDown = rows / kWarpsDown / 16, kAcross = kColumns / kWarpsAcross / 8;  // of a warp
-    static constexpr int kStep = 32 / sizeof(T);                                                 // of depth
     static_assert(kAcross % 2 == 0);
+};
 
-    float sums[kDown][kAcross][4];
+template <class T, int rows>
+struct TensorProduct : Warps<rows>, TensorTile<Warps<rows>::kDown, Warps<rows>::kAcross> {
+    using Warps<rows>::kWarpsDown, Warps<rows>::kDown, Warps<rows>::kAcross;
+    static constexpr int kStep = 32 / sizeof(T);  // of depth
 
     __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
     __device__ __forceinline__ static int row() { return int(threadIdx.x) / 32 % kWarpsDown * (kDown * 16); }
     __device__ __forceinline__ static int column() {
         return int(threadIdx.x) / 32 / kWarpsDown * (kAcross * 8);
-    }
-
-    __device__ __forceinline__ void clear() {
-#pragma unroll
-        for (int i = 0; i < kDown * kAcross * 4; ++i) (&sums[0][0][0])[i] = 0;
     }
 
     template <bool a_by_depth, int depth, int a_stride, int b_stride>
@@ -93,21 +91,15 @@ struct TensorCoreProduct {
                 uint32_t left[4];
                 load_a<a_by_depth, a_stride>(left, a, row() + i * 16, k);
 #pragma unroll
-                for (int j = 0; j < kAcross; ++j) mma(sums[i][j], left, right[j / 2][j % 2], T{});
+                for (int j = 0; j < kAcross; ++j) mma(this->sums[i][j], left, right[j / 2][j % 2], T{});
             }
         }
     }
 
     template <class F>
-    __device__ __forceinline__ void visit(F f) const {
-#pragma unroll
-        for (int i = 0; i < kDown; ++i)
-#pragma unroll
-            for (int j = 0; j < kAcross; ++j)
-#pragma unroll
-                for (int half = 0; half < 2; ++half)
-                    f(row() + i * 16 + half * 8 + lane() / 4, column() + j * 8 + lane() % 4 * 2,
-                      sums[i][j][2 * half], sums[i][j][2 * half + 1]);
+    __device__ __forceinline__ void visit(const F& f) const {
+        this->visit_warp(
+            [&](int r, int c, float first, float second) { f(row() + r, column() + c, first, second); });
     }
 
 private:
@@ -152,7 +144,7 @@ template <class T, int rows>
 struct PlainProduct {
     static constexpr int kDown = rows / 16, kAcross = kColumns / 16;
 
-    T sums[kDown][kAcross];
+    T sums[kDown][kAcross] = {};
 
     __device__ __forceinline__ static int row() { return int(threadIdx.x) / 16 * kDown; }
     __device__ __forceinline__ static int column() { return int(threadIdx.x) % 16 * kAcross; }
@@ -177,7 +169,7 @@ struct PlainProduct {
     }
 
     template <class F>
-    __device__ __forceinline__ void visit(F f) const {
+    __device__ __forceinline__ void visit(const F& f) const {
 #pragma unroll
         for (int i = 0; i < kDown; ++i)
 #pragma unroll
@@ -186,6 +178,6 @@ struct PlainProduct {
 };
 
 template <class T, bool tensor_cores, int rows>
-using Product = std::conditional_t<tensor_cores, TensorCoreProduct<T, rows>, PlainProduct<T, rows>>;
+using Product = std::conditional_t<tensor_cores, TensorProduct<T, rows>, PlainProduct<T, rows>>;
 
 }  // namespace nasfast::cuda

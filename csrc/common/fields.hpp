@@ -24,7 +24,7 @@ Struct unpack(const Fields<Struct>& fields) {
 
 // Calls function(T()) with the type of the code.
 template <class Function>
-void with_type(int64_t dtype, const Function& function) {
+auto with_type(int64_t dtype, const Function& function) {
     switch (DType(dtype)) {
         case DType::float32:
             return function(float());

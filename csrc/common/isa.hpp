@@ -50,11 +50,3 @@ const char* isa_name(Isa);
 #define NASFAST_DISPATCH(op, function, ...) op::portable::function(__VA_ARGS__)
 #define NASFAST_DISPATCH_BF16 NASFAST_DISPATCH
 #endif
-
-// Declares an op's kernels for every set: forward and backward of its Params, for each dtype of CPU memory.
-#define NASFAST_KERNELS(T)                          \
-    void forward(const Params&, const Forward<T>&); \
-    void backward(const Params&, const Backward<T>&);
-#define NASFAST_KERNELS_PER_ISA                                                               \
-    NASFAST_PER_ISA(NASFAST_KERNELS(float) NASFAST_KERNELS(double) NASFAST_KERNELS(bfloat16)) \
-    NASFAST_PER_BF16_ISA(NASFAST_KERNELS(bfloat16))

@@ -3,8 +3,7 @@
 
 #include <cstdint>
 
-#include "common/dtype.hpp"
-#include "common/isa.hpp"
+#include "common/kernels.hpp"
 
 namespace nasfast::deform_conv2d {
 
@@ -52,5 +51,6 @@ struct Backward {
 };
 
 NASFAST_KERNELS_PER_ISA
+NASFAST_CUDA_KERNELS
 
 }  // namespace nasfast::deform_conv2d

@@ -353,6 +353,21 @@ struct WeightTiles {
     MaskedSample<Accumulate<T>> samples[2][kThreads];  // of the pixels of kThreads / kStep steps
 };
 
+// A sample of `size` channels, zero from `count` on, one after another.
+template <int size, class T, class A>
+__device__ __forceinline__ void sample_singly(const Params& p, const MaskedSample<A>& sample,
+                                              const A (&weights)[4], const T* input, int count, T* target) {
+#pragma unroll 1
+    for (int c = 0; c < size; ++c) {
+        A sum = 0;
+#pragma unroll
+        for (int corner = 0; corner < 4; ++corner)
+            if (sample.has(corner) && c < count)
+                sum += weights[corner] * widen(input[sample.element(p, corner) + c]);
+        target[c] = narrow(sum, T{});
+    }
+}
+
 // A block makes grad^T [rows, pixels] @ samples [pixels, slice] of one tap for a part of the pixels. While
 // one step is multiplied, the corners of the next are under way to registers.
 template <class T, bool tensor_cores, int rows>
@@ -414,21 +429,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
             if (l.vector) {
                 *reinterpret_cast<uint4*>(target) = weighted_sum<false>(values[turn], weights, T{});
             } else {
-#pragma unroll 1
-                for (int c = 0; c < size; ++c) {
-                    A sum = 0;
-#pragma unroll
-                    for (int corner = 0; corner < 4; ++corner)
-                        if (sample.has(corner) && c < count)
-                            sum += weights[corner] * widen(input[sample.element(p, corner) + c]);
-                    target[c] = narrow(sum, T{});
-                }
+                sample_singly<size>(p, sample, weights, input, count, target);
             }
         }
     };
 
     Product<T, tensor_cores, rows> product;
-    product.clear();
     if (steps > 0) {
         locate_batch(0);
         copy_grad(0);
@@ -593,7 +599,7 @@ void backward(const Params& p, const Backward<T>& t, void* workspace, void* stre
 
 // The gradients use the workspace one after another.
 template <class T>
-int64_t backward_workspace_of(const Params& p) {
+int64_t backward_workspace(const Params& p) {
     using A = Accumulate<T>;
     check_sizes(p);
     const Layout l(p, Backward<T>{});
@@ -605,17 +611,6 @@ int64_t backward_workspace_of(const Params& p) {
         input = l.elements * int64_t(sizeof(A));
     if (grids.weight.z > 1) weights = grids.weight.z * l.weights * int64_t(sizeof(A));
     return std::max({input, weights, grids.bias.y * p.out_channels * int64_t(sizeof(A))});
-}
-
-int64_t backward_workspace(DType dtype, const Params& p) {
-    switch (dtype) {
-        case DType::float32:
-            return backward_workspace_of<float>(p);
-        case DType::float64:
-            return backward_workspace_of<double>(p);
-        default:
-            return backward_workspace_of<float16>(p);  // and bfloat16
-    }
 }
 
 }  // namespace nasfast::deform_conv2d::cuda

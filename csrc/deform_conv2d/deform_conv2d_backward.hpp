@@ -7,7 +7,6 @@
 #include <utility>
 #include <vector>
 
-#include "common/gemm.hpp"
 #include "common/parallel.hpp"
 #include "deform_conv2d/deform_conv2d.h"
 #include "deform_conv2d/deform_conv2d_forward.hpp"
@@ -406,9 +405,10 @@ void backward_bias(const Params& p, const Backward<T>& t) {
     }
 }
 
-template <class Product, class T>
+template <class T>
 void backward_impl(const Params& p, const Backward<T>& t) {
-    if (t.grad_input || t.grad_offset || t.grad_mask || t.grad_weight) BackwardPass<Product, T>(p, t).run();
+    if (t.grad_input || t.grad_offset || t.grad_mask || t.grad_weight)
+        BackwardPass<ProductOf<T>, T>(p, t).run();
     if (t.grad_bias) backward_bias(p, t);
 }
 

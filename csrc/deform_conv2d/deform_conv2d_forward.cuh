@@ -4,6 +4,7 @@
 // weight to shared memory.
 #pragma once
 
+#include "common/cuda_tensor_tile.cuh"
 #include "deform_conv2d/deform_conv2d_sample.cuh"
 
 namespace nasfast::deform_conv2d::cuda {
@@ -15,14 +16,13 @@ __device__ __forceinline__ int chunk_at(int row, int chunk) { return row * 4 + (
 // The products of one step, and the sums of a tile of M pixels by N columns, by tensor cores. The tile has 2
 // M threads; each warp has `rows` pixels by `width` columns of it.
 template <class T_, int M_, int N_, int rows>
-struct TensorTile {
+struct TensorSamples : TensorTile<rows / 16, 2 * N_ / rows> {
     using T = T_;
     static constexpr int M = M_, N = N_;
     static constexpr bool tf32 = sizeof(T) == 4;
     static constexpr int blocks = N >= 128 ? 1 : 256 / M;  // that a multiprocessor must hold
     static constexpr int warps_abreast = rows / 16, width = N / warps_abreast, pairs = width / 16;
     static __device__ __forceinline__ int column_in(int row) { return row; }  // of the shared weight tile
-    float sums[rows / 16][2 * pairs][4] = {};
 
     __device__ __forceinline__ void multiply(const uint4* samples, const uint4* weight) {
         const int lane = threadIdx.x % 32;
@@ -45,7 +45,7 @@ struct TensorTile {
                 for (int half = 0; half < 2; ++half) {
                     const uint32_t of_eight[2] = {b[2 * half], b[2 * half + 1]};
 #pragma unroll
-                    for (int m = 0; m < rows / 16; ++m) mma(sums[m][2 * n + half], a[m], of_eight, T());
+                    for (int m = 0; m < rows / 16; ++m) mma(this->sums[m][2 * n + half], a[m], of_eight, T());
                 }
             }
         }
@@ -63,8 +63,8 @@ struct TensorTile {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     // neighbouring lanes hold two columns each of two fragments: make it four of one
-                    const float* even_sums = sums[m][2 * n] + 2 * half;
-                    const float* odd_sums = sums[m][2 * n + 1] + 2 * half;
+                    const float* even_sums = this->sums[m][2 * n] + 2 * half;
+                    const float* odd_sums = this->sums[m][2 * n + 1] + 2 * half;
                     const float first = shuffle_xor(odd ? even_sums[0] : odd_sums[0], 1);
                     const float second = shuffle_xor(odd ? even_sums[1] : odd_sums[1], 1);
                     const float four[4] = {odd ? first : even_sums[0], odd ? second : even_sums[1],
@@ -80,7 +80,7 @@ private:
 
 // The same without tensor cores, for 64 pixels by 64 columns; each thread has 8 pixels by 4 columns.
 template <class T_>
-struct PlainTile {
+struct PlainSamples {
     using T = T_;
     static constexpr int M = 64, N = 64, blocks = 2;
     static constexpr bool tf32 = false;
@@ -267,6 +267,33 @@ constexpr int weight_stages = 3;
 template <class Tile>
 constexpr int64_t tile_bytes = (2 * Tile::M + weight_stages * Tile::N) * 64;
 
+// Writes a tile's sums, with the bias. All else in shared memory is done with.
+template <class Tile, class T = typename Tile::T>
+__device__ __forceinline__ void write_output(const Params& p, const Forward<T>& t, const Plan& plan,
+                                             Tile& tile) {
+    constexpr int M = Tile::M, N = Tile::N;
+    const auto here = plan.tile_of<N>(block_index());
+    const int first_output = here.group * plan.columns + here.first_column;
+    auto* bias = shared_memory<Accumulate<T>>();  // [N]
+    for (int i = threadIdx.x; i < N; i += 2 * M)
+        bias[i] = t.bias && here.first_column + i < plan.columns ? t.bias[first_output + i] : 0;
+    __syncthreads();
+    const int64_t pixels = p.batch * p.out_height * p.out_width;
+    tile.each_four([&](int row, int column, const auto& sums) {
+        const int64_t pixel = int64_t(here.pixel_tile) * M + row;
+        const int left = plan.columns - (here.first_column + column);
+        if (pixel >= pixels || left <= 0) return;
+        T* output = t.output + pixel * p.out_channels + (first_output + column);
+        T values[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) values[i] = narrow(sums[i] + bias[column + i], T());
+        if (plan.rows_of_four) return store_four(output, values);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (i < left) output[i] = values[i];
+    });
+}
+
 // `chunked`: every chunk of channels of input and weight is aligned and has one offset group.
 template <class Tile, bool chunked>
 __global__ void __launch_bounds__(2 * Tile::M, Tile::blocks)
@@ -368,26 +395,7 @@ __global__ void __launch_bounds__(2 * Tile::M, Tile::blocks)
     }
 
     __syncthreads();
-    const auto here = plan.tile_of<N>(block_index());
-    const int first_output = here.group * plan.columns + here.first_column;
-    auto* bias = shared_memory<Accumulate<T>>();  // [N]
-    for (int i = threadIdx.x; i < N; i += 2 * M)
-        bias[i] = t.bias && here.first_column + i < plan.columns ? t.bias[first_output + i] : 0;
-    __syncthreads();
-    const int64_t pixels = p.batch * p.out_height * p.out_width;
-    tile.each_four([&](int row, int column, const auto& sums) {
-        const int64_t pixel = int64_t(here.pixel_tile) * M + row;
-        const int left = plan.columns - (here.first_column + column);
-        if (pixel >= pixels || left <= 0) return;
-        T* output = t.output + pixel * p.out_channels + (first_output + column);
-        T values[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) values[i] = narrow(sums[i] + bias[column + i], T());
-        if (plan.rows_of_four) return store_four(output, values);
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (i < left) output[i] = values[i];
-    });
+    write_output(p, t, plan, tile);
 }
 
 // ---- host
@@ -430,22 +438,22 @@ void choose_forward(const Params& p, const Forward<T>& t, void* stream) {
     const bool chunked = has_chunks(p, t.input, t.weight);
     if constexpr (!tensor_cores) {
         if (chunked)
-            launch_forward<PlainTile<T>, true>(p, t, stream);
+            launch_forward<PlainSamples<T>, true>(p, t, stream);
         else
-            launch_forward<PlainTile<T>, false>(p, t, stream);
+            launch_forward<PlainSamples<T>, false>(p, t, stream);
     } else {
         // the widest tile samples least, but all multiprocessors should have one
         const int64_t columns = p.out_channels / p.groups;
         const int64_t tiles = (p.batch * p.out_height * p.out_width + 127) / 128 * p.groups;
         const int64_t enough = multiprocessors() * 3 / 4;
-        if (!chunked) return launch_forward<TensorTile<T, 64, 64, 32>, false>(p, t, stream);
+        if (!chunked) return launch_forward<TensorSamples<T, 64, 64, 32>, false>(p, t, stream);
         if constexpr (sizeof(T) == 2)  // tf32's products take twice as long, and more registers
             if (columns > 128 && tiles * ((columns + 255) / 256) >= enough)
-                return launch_forward<TensorTile<T, 128, 256, 64>, true>(p, t, stream);
+                return launch_forward<TensorSamples<T, 128, 256, 64>, true>(p, t, stream);
         if (columns > 64 && tiles * ((columns + 127) / 128) >= enough)
-            return launch_forward<TensorTile<T, 128, 128, 32>, true>(p, t, stream);
-        if (tiles >= enough) return launch_forward<TensorTile<T, 128, 64, 32>, true>(p, t, stream);
-        launch_forward<TensorTile<T, 64, 64, 32>, true>(p, t, stream);
+            return launch_forward<TensorSamples<T, 128, 128, 32>, true>(p, t, stream);
+        if (tiles >= enough) return launch_forward<TensorSamples<T, 128, 64, 32>, true>(p, t, stream);
+        launch_forward<TensorSamples<T, 64, 64, 32>, true>(p, t, stream);
     }
 }
 
@@ -460,6 +468,11 @@ void forward(const Params& p, const Forward<T>& t, void* /*workspace*/, void* st
         choose_forward<T, true>(p, t, stream);
     else
         choose_forward<T, false>(p, t, stream);
+}
+
+template <class T>
+int64_t forward_workspace(const Params&) {
+    return 0;
 }
 
 }  // namespace nasfast::deform_conv2d::cuda

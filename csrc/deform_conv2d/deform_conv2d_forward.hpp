@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "common/gemm.hpp"
 #include "common/parallel.hpp"
+#include "common/product.hpp"
 #include "deform_conv2d/deform_conv2d.h"
 #include "deform_conv2d/deform_conv2d_sample.hpp"
 
@@ -43,7 +43,7 @@ struct Blocks {
 };
 
 // Output [tile, Co/G] = bias + columns [tile, K * C/G] @ weight [K * C/G, Co/G]; a unit is a tile of pixels.
-template <class Product, class T>
+template <class T, class Product = ProductOf<T>>
 void forward_impl(const Params& p, const Forward<T>& t) {
     using A = Accumulate<T>;
     using Operand = typename Product::Operand;

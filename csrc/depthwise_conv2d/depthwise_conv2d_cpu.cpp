@@ -3,11 +3,6 @@
 
 namespace nasfast::depthwise_conv2d::NASFAST_ISA {
 
-void forward(const Params& p, const Forward<float>& t) { forward_impl(p, t); }
-void forward(const Params& p, const Forward<double>& t) { forward_impl(p, t); }
-void forward(const Params& p, const Forward<bfloat16>& t) { forward_impl(p, t); }
-void backward(const Params& p, const Backward<float>& t) { backward_impl(p, t); }
-void backward(const Params& p, const Backward<double>& t) { backward_impl(p, t); }
-void backward(const Params& p, const Backward<bfloat16>& t) { backward_impl(p, t); }
+NASFAST_DEFINE_KERNELS
 
 }  // namespace nasfast::depthwise_conv2d::NASFAST_ISA

@@ -15,10 +15,6 @@
 
 namespace {
 
-namespace dc = nasfast::deform_conv2d;
-namespace fg = nasfast::feature_gather;
-namespace mo = nasfast::mixed_op;
-
 struct File {
     std::FILE* file;
     File(const char* path, const char* mode) : file(std::fopen(path, mode)) {
@@ -48,8 +44,9 @@ struct Buffer {
     }
 };
 
-template <class Params, template <class> class Tensors, class Call>
-void replay(File& in, File& out, int64_t dtype, const Call& call) {
+// Workspace is called with (T(), params), call with (params, tensors, workspace).
+template <class Params, template <class> class Tensors, class Workspace, class Call>
+void replay(File& in, File& out, int64_t dtype, const Workspace& workspace, const Call& call) {
     nasfast::Fields<Params> sizes;
     for (int64_t& size : sizes) size = in.integer();
     nasfast::Fields<Tensors<float>> pointers;
@@ -64,18 +61,21 @@ void replay(File& in, File& out, int64_t dtype, const Call& call) {
         if (buffers[i].given) in.read(buffers[i].memory.get(), size_t(buffers[i].bytes));
     }
     const auto params = nasfast::unpack<Params>(sizes);
-    nasfast::with_type(dtype,
-                       [&](auto type) { call(params, nasfast::unpack<Tensors<decltype(type)>>(pointers)); });
+    nasfast::with_type(dtype, [&](auto type) {
+        Buffer space{workspace(type, params), false};
+        space.allocate();
+        call(params, nasfast::unpack<Tensors<decltype(type)>>(pointers), space.memory.get());
+    });
     for (const Buffer& buffer : buffers)
         if (!buffer.given && buffer.bytes > 0)
             std::fwrite(buffer.memory.get(), 1, size_t(buffer.bytes), out.file);
 }
 
-Buffer workspace(int64_t bytes) {
-    Buffer buffer{bytes, false};
-    buffer.allocate();
-    return buffer;
-}
+#define NASFAST_REPLAY(op, way, Tensors)                                                                \
+    replay<nasfast::op::Params, nasfast::op::Tensors>(                                                  \
+        in, out, dtype,                                                                                 \
+        [](auto type, const auto& p) { return nasfast::op::cuda::way##_workspace<decltype(type)>(p); }, \
+        [](const auto& p, const auto& t, void* space) { nasfast::op::cuda::way(p, t, space, nullptr); })
 
 }  // namespace
 
@@ -86,41 +86,21 @@ int main(int count, char** arguments) try {
     nasfast::emulation::set_order(uint64_t(in.integer()));
     const int64_t barrier = in.integer(), wait = in.integer();
     nasfast::emulation::skip(barrier, wait);
-    const auto type = nasfast::DType(dtype);
-    const auto run = [](int64_t bytes, const auto& kernels) {
-        const Buffer space = workspace(bytes);
-        kernels(space.memory.get());
-    };
     switch (call) {
         case 0:
-            replay<dc::Params, dc::Forward>(in, out, dtype, [&](const auto& p, const auto& t) {
-                run(dc::cuda::forward_workspace(type, p),
-                    [&](void* space) { dc::cuda::forward(p, t, space, nullptr); });
-            });
+            NASFAST_REPLAY(deform_conv2d, forward, Forward);
             break;
         case 1:
-            replay<dc::Params, dc::Backward>(in, out, dtype, [&](const auto& p, const auto& t) {
-                run(dc::cuda::backward_workspace(type, p),
-                    [&](void* space) { dc::cuda::backward(p, t, space, nullptr); });
-            });
+            NASFAST_REPLAY(deform_conv2d, backward, Backward);
             break;
         case 2:
-            replay<mo::Params, mo::Forward>(in, out, dtype, [&](const auto& p, const auto& t) {
-                run(mo::cuda::forward_workspace(type, p),
-                    [&](void* space) { mo::cuda::forward(p, t, space, nullptr); });
-            });
+            NASFAST_REPLAY(mixed_op, forward, Forward);
             break;
         case 3:
-            replay<mo::Params, mo::Backward>(in, out, dtype, [&](const auto& p, const auto& t) {
-                run(mo::cuda::backward_workspace(type, p),
-                    [&](void* space) { mo::cuda::backward(p, t, space, nullptr); });
-            });
+            NASFAST_REPLAY(mixed_op, backward, Backward);
             break;
         default:
-            replay<fg::Params, fg::Call>(in, out, dtype, [&](const auto& p, const auto& t) {
-                run(fg::cuda::forward_workspace(type, p),
-                    [&](void* space) { fg::cuda::forward(p, t, space, nullptr); });
-            });
+            NASFAST_REPLAY(feature_gather, forward, Call);
     }
 } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());

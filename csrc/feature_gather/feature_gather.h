@@ -41,4 +41,13 @@ using Call = Pointers;
 
 NASFAST_PER_ISA(void forward(const Params&, const Pointers&);)
 
+namespace cuda {
+// As the macros of common/kernels.hpp declare it.
+template <class T>
+int64_t forward_workspace(const Params&) {
+    return 0;
+}
+void forward(const Params&, const Pointers&, void* workspace, void* stream);
+}  // namespace cuda
+
 }  // namespace nasfast::feature_gather

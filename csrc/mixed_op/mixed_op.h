@@ -11,8 +11,7 @@
 
 #include <cstdint>
 
-#include "common/dtype.hpp"
-#include "common/isa.hpp"
+#include "common/kernels.hpp"
 
 namespace nasfast::mixed_op {
 
@@ -98,5 +97,6 @@ struct Backward {
 };
 
 NASFAST_KERNELS_PER_ISA
+NASFAST_CUDA_KERNELS
 
 }  // namespace nasfast::mixed_op

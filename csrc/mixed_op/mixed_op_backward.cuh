@@ -644,7 +644,7 @@ void backward(const Params& p, const Backward<T>& t, void* workspace, void* stre
 }
 
 template <class T>
-int64_t backward_workspace_of(const Params& p) {
+int64_t backward_workspace(const Params& p) {
     check_sizes(p);
     Backward<T> t{};
     t.branches = all_branches<T>();
@@ -658,17 +658,6 @@ int64_t backward_workspace_of(const Params& p) {
     Arena arena(nullptr);
     BackwardPass<T>(p, t, arena);
     return arena.used();
-}
-
-int64_t backward_workspace(DType dtype, const Params& p) {
-    switch (dtype) {
-        case DType::float32:
-            return backward_workspace_of<float>(p);
-        case DType::float64:
-            return backward_workspace_of<double>(p);
-        default:
-            return backward_workspace_of<float16>(p);  // and bfloat16
-    }
 }
 
 }  // namespace nasfast::mixed_op::cuda

@@ -84,6 +84,7 @@ public:
           map(rectified(g, t.input, b.def, slice)),
           norm(p, b),
           across(g.columns + 2),
+          pattern(g.columns * c),
           slope(kMaps * 3 * across * c),
           dots(kMaps * c),
           grad_sums(c) {}
@@ -115,6 +116,8 @@ private:
     static constexpr int64_t kUnits = 8;     // at least, where there are so many tiles
     static constexpr int64_t kStreams = 16;  // of tiles in the other passes
     static constexpr int64_t kGroup = 16;    // pixels of a flat group
+    // of the derivatives of a tile's samples, one kind after another
+    static constexpr int64_t kStride = round_up(kTile * kTaps, kWidth<A>);
 
     // Narrow slices as halves of vectors, so that no two stores overlap: a load that meets a part of an
     // earlier store waits until that is in the cache.
@@ -232,94 +235,117 @@ private:
         return result;
     }
 
+    // Of the second half of the separable branch; all but the product for one row of pixels of a tile.
+    struct SeparableWeights {
+        const Packed transposed;           // pointwise2
+        const Array<A> patterns, flipped;  // depthwise2, and with its taps in reverse
+        const Array<A> scale, shift;       // that normalise inner
+        std::vector<A> means;              // of inner
+
+        explicit SeparableWeights(const BackwardPass& pass)
+            : transposed(pass.c, pass.c, pass.folded(kSep, pass.b.pointwise2, pass.c).data(), pass.c, 1),
+              patterns(kTaps * pass.pattern),
+              flipped(kTaps * pass.pattern),
+              scale(pass.across * pass.c),
+              shift(pass.across * pass.c),
+              means(pass.across * pass.c, A(0)) {
+            const int64_t c = pass.c, pattern = pass.pattern;
+            repeat_taps(pass.b.depthwise2, c, pass.g.columns, patterns.get());
+            for (int64_t tap = 0; tap < kTaps; ++tap)
+                std::copy_n(patterns.get() + tap * pattern, pattern,
+                            flipped.get() + (kTaps - 1 - tap) * pattern);
+            repeat(pass.norm.scale.get() + kInner * c, c, pass.across, scale.get());
+            repeat(pass.norm.shift.get() + kInner * c, c, pass.across, shift.get());
+            if (!pass.fixed) repeat(pass.t.statistics + kInner * 2 * c, c, pass.across, means.data());
+        }
+    };
+
+    struct SeparableScratch {
+        A *window, *flat, *ring, *q_window, *tile_grad, *sums;
+        Operand* operand;
+        Outer outer;
+
+        SeparableScratch(Arena& arena, const BackwardPass& pass, int64_t padded) {
+            const int64_t c = pass.c, in_window = Window::most(pass.g, 1);
+            const int64_t rows = round_up(in_window / c + 1, Product::kRowMultiple);
+            window = arena.take<A>(in_window);
+            flat = arena.take<A>(kTile * c + 2 * kSpill);
+            ring = arena.take<A>(in_window);
+            q_window = arena.take<A>(in_window);
+            tile_grad = arena.take<A>(kTile * c + kSpill);
+            sums = arena.take<A>(rows * padded);
+            operand = arena.take<Operand>(rows * round_up(c, Product::kDepthMultiple) + kSpill);
+            outer = Outer(arena, c, c, kTile);
+        }
+    };
+
     // Back through the second half of the separable branch. inner = gradient of norm(inner map) / its scale.
     void separable(A* inner) {
-        const std::vector<T> weight = folded(kSep, b.pointwise2, c);
-        const Packed transposed(c, c, weight.data(), c, 1);
-        const int64_t pattern = g.columns * c, border = across * c;
-        const Array<A> patterns(kTaps * pattern), flipped(kTaps * pattern), scale(border), shift(border);
-        repeat_taps(b.depthwise2, c, g.columns, patterns.get());
-        for (int64_t tap = 0; tap < kTaps; ++tap)
-            std::copy_n(patterns.get() + tap * pattern, pattern, flipped.get() + (kTaps - 1 - tap) * pattern);
-        repeat(norm.scale.get() + kInner * c, c, across, scale.get());
-        repeat(norm.shift.get() + kInner * c, c, across, shift.get());
-        std::vector<A> means(border, A(0));
-        if (!fixed) repeat(t.statistics + kInner * 2 * c, c, across, means.data());
-
+        const SeparableWeights weights(*this);
         const int64_t tiles = g.tiles(), streams = std::min(kStreams, tiles);
         // of a stream: the sums of inner and inner * (raw - mean), gradients of depthwise2 and pointwise2
         const int64_t part = (2 + kTaps) * pattern + c * c;
         const Array<A> partial(std::max<int64_t>(streams, 1) * part);
-        struct Scratch {
-            A *window, *flat, *ring, *q_window, *tile_grad, *sums;
-            Operand* operand;
-            Outer outer;
-        };
         const auto layout = [&](Arena& arena) {
-            const int64_t ring = Window::most(g, 1);
-            const int64_t rows = round_up(ring / c + 1, Product::kRowMultiple);
-            const int64_t depth = round_up(c, Product::kDepthMultiple);
-            return Scratch{arena.take<A>(ring),
-                           arena.take<A>(kTile * c + 2 * kSpill),
-                           arena.take<A>(ring),
-                           arena.take<A>(ring),
-                           arena.take<A>(kTile * c + kSpill),
-                           arena.take<A>(rows * transposed.padded()),
-                           arena.take<Operand>(rows * depth + kSpill),
-                           Outer(arena, c, c, kTile)};
+            return SeparableScratch(arena, *this, weights.transposed.padded());
         };
-        parallel_for(streams, layout, [&](int64_t unit, Scratch& s) {
+        parallel_for(streams, layout, [&](int64_t unit, SeparableScratch& s) {
             A* const sums = partial.get() + unit * part;
             std::fill_n(sums, part, A(0));
             s.outer.start(c, c);
-            for (int64_t index = unit * tiles / streams; index < (unit + 1) * tiles / streams; ++index) {
-                const dc::Tile tile = g.tiling[index];
-                const int64_t pixels = tile.pixels(), flat = tile.columns * c;
-                const int64_t ring_pixels = (tile.rows + 2) * (tile.columns + 2);
-                const Window window(tile, 1, c);
-                fill_normalised(g, tile, window, raw_inner, scale.get(), shift.get(), s.window);
-                depthwise(tile, window, s.window, patterns.get(), pattern, s.flat);
-                fill(g, tile, window, t.grad, s.ring,
-                     [&](auto value, int64_t j, int64_t at) NASFAST_INLINE_LAMBDA {
-                         return gradient<sizeof(value) / sizeof(A)>(kSep, value, j, at);
-                     });
-                int64_t row;
-                const Operand* left = as_operand<Product>(ring_pixels, c, s.ring, c, s.operand, row);
-                transposed.multiply(ring_pixels, left, row, Into::assign, s.sums, transposed.padded());
-                compact(ring_pixels, c, s.sums, transposed.padded(), s.q_window);
-                for (int64_t y = 0; y < tile.rows; ++y)
-                    std::copy_n(s.ring + window.at(y, 0), flat, s.tile_grad + y * flat);
-                left = as_operand<Product>(pixels, c, s.tile_grad, c, s.operand, row);
-                s.outer.add(pixels, s.flat, c, left, row);
-                for (int64_t y = 0; y < tile.rows; ++y)
-                    std::copy_n(s.q_window + window.at(y, 0), flat, s.tile_grad + y * flat);
-                depthwise_outer(tile, window, s.window, s.tile_grad, sums + 2 * pattern, pattern);
-                depthwise(tile, window, s.q_window, flipped.get(), pattern, s.flat);
-                for (int64_t y = 0; y < tile.rows; ++y) {
-                    const int64_t first = g.row(tile, y, c);
-                    const A* const passes = s.window + window.at(y, 0);
-                    by_vectors<kWidth<A>>(flat, [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
-                        constexpr int w = decltype(width)::value;
-                        const auto value =
-                            load<w>(passes + j) > 0 ? load<w>(s.flat + y * flat + j) : Vector<A, w>{};
-                        store<w>(inner + first + j, value);
-                        A *const sum = sums + j, *const product = sums + pattern + j;
-                        store<w>(sum, load<w>(sum) + value);
-                        store<w>(product, load<w>(product) + value * (load_as<A, w>(raw_inner + first + j) -
-                                                                      load<w>(means.data() + j)));
-                    });
-                }
-            }
+            for (int64_t index = unit * tiles / streams; index < (unit + 1) * tiles / streams; ++index)
+                separable_tile(g.tiling[index], weights, s, inner, sums);
             for (int64_t in = 0; in < c; ++in)
                 for (int64_t out = 0; out < c; ++out)
                     sums[(2 + kTaps) * pattern + out * c + in] = s.outer.sum(in, out);
         });
+        finish_separable(partial.get(), part, streams);
+    }
 
+    void separable_tile(const dc::Tile& tile, const SeparableWeights& weights, SeparableScratch& s, A* inner,
+                        A* sums) const {
+        const Packed& transposed = weights.transposed;
+        const int64_t pixels = tile.pixels(), flat = tile.columns * c;
+        const int64_t ring_pixels = (tile.rows + 2) * (tile.columns + 2);
+        const Window window(tile, 1, c);
+        fill_normalised(g, tile, window, raw_inner, weights.scale.get(), weights.shift.get(), s.window);
+        depthwise(tile, window, s.window, weights.patterns.get(), pattern, s.flat);
+        fill(g, tile, window, t.grad, s.ring, [&](auto value, int64_t j, int64_t at) NASFAST_INLINE_LAMBDA {
+            return gradient<sizeof(value) / sizeof(A)>(kSep, value, j, at);
+        });
+        int64_t row;
+        const Operand* left = as_operand<Product>(ring_pixels, c, s.ring, c, s.operand, row);
+        transposed.multiply(ring_pixels, left, row, Into::assign, s.sums, transposed.padded());
+        compact(ring_pixels, c, s.sums, transposed.padded(), s.q_window);
+        for (int64_t y = 0; y < tile.rows; ++y)
+            std::copy_n(s.ring + window.at(y, 0), flat, s.tile_grad + y * flat);
+        left = as_operand<Product>(pixels, c, s.tile_grad, c, s.operand, row);
+        s.outer.add(pixels, s.flat, c, left, row);
+        for (int64_t y = 0; y < tile.rows; ++y)
+            std::copy_n(s.q_window + window.at(y, 0), flat, s.tile_grad + y * flat);
+        depthwise_outer(tile, window, s.window, s.tile_grad, sums + 2 * pattern, pattern);
+        depthwise(tile, window, s.q_window, weights.flipped.get(), pattern, s.flat);
+        for (int64_t y = 0; y < tile.rows; ++y) {
+            const int64_t first = g.row(tile, y, c);
+            const A* const passes = s.window + window.at(y, 0);
+            by_vectors<kWidth<A>>(flat, [&](auto width, int64_t j) NASFAST_INLINE_LAMBDA {
+                constexpr int w = decltype(width)::value;
+                const auto value = load<w>(passes + j) > 0 ? load<w>(s.flat + y * flat + j) : Vector<A, w>{};
+                store<w>(inner + first + j, value);
+                A *const sum = sums + j, *const product = sums + pattern + j;
+                store<w>(sum, load<w>(sum) + value);
+                store<w>(product, load<w>(product) + value * (load_as<A, w>(raw_inner + first + j) -
+                                                              load<w>(weights.means.data() + j)));
+            });
+        }
+    }
+
+    void finish_separable(const A* partial, int64_t part, int64_t streams) {
         const auto total = [&](int64_t row, int64_t channel) {
             double sum = 0;
             for (int64_t unit = 0; unit < streams; ++unit)
                 for (int64_t i = channel; i < pattern; i += c)
-                    sum += partial.get()[unit * part + row * pattern + i];
+                    sum += partial[unit * part + row * pattern + i];
             return sum;
         };
         for (int64_t i = 0; i < c; ++i) {
@@ -328,7 +354,7 @@ private:
             for (int64_t tap = 0; t.grad_depthwise2 && tap < kTaps; ++tap)
                 t.grad_depthwise2[i * kTaps + tap] = A(total(2 + tap, i));
         }
-        finish_weight(partial.get() + (2 + kTaps) * pattern, part, streams, kSep, b.pointwise2, c,
+        finish_weight(partial + (2 + kTaps) * pattern, part, streams, kSep, b.pointwise2, c,
                       t.grad_pointwise2);
         set_slopes(kInner, [&](int64_t i) {
             const double own = norm.scale.get()[kInner * c + i];
@@ -376,22 +402,71 @@ private:
         }
     };
 
+    // What the last pass multiplies the gradients of the raw maps by.
+    struct BranchWeights {
+        const Packed near, dil, pointwise;  // near: conv's and the offsets'
+        const std::vector<Packed> def;      // of each offset group
+        const Array<A> patterns;            // depthwise1, for one row of pixels of a tile
+
+        explicit BranchWeights(const BackwardPass& pass)
+            : near(pass.near_weight()),
+              dil(pass.dil_weight()),
+              pointwise(pass.b.depthwise1 ? pass.c : 0, pass.c, pass.b.pointwise1, pass.c, 1),
+              def(pass.def_weights()),
+              patterns(kTaps * pass.pattern) {
+            if (pass.b.depthwise1) repeat_taps(pass.b.depthwise1, pass.c, pass.g.columns, patterns.get());
+        }
+    };
+
+    Packed near_weight() const {
+        const int64_t taps = kTaps * c;
+        std::vector<T> weight;
+        if (b.conv) {
+            weight = folded(kConv, b.conv, taps);
+            weight.resize(c * taps);
+        }
+        if (b.def) weight.insert(weight.end(), b.offset_weight, b.offset_weight + g.offsets * taps);
+        return Packed(near_columns, taps, weight.data(), taps, 1);
+    }
+
+    Packed dil_weight() const {
+        const std::vector<T> weight = b.dil ? folded(kDil, b.dil, kTaps * c) : std::vector<T>();
+        return Packed(b.dil ? c : 0, kTaps * c, weight.data(), kTaps * c, 1);
+    }
+
+    std::vector<Packed> def_weights() const {
+        std::vector<Packed> packed;
+        if (!b.def) return packed;
+        const int64_t groups = g.p.offset_groups, real = c / groups;
+        const std::vector<T> weight = folded(kDef, b.def, kTaps * c);
+        std::vector<T> part(c * kTaps * slice, T());
+        for (int64_t group = 0; group < groups; ++group) {
+            for (int64_t i = 0; i < c * kTaps; ++i)
+                std::copy_n(weight.data() + i * c + group * real, real, part.data() + i * slice);
+            packed.emplace_back(c, kTaps * slice, part.data(), kTaps * slice, 1);
+        }
+        return packed;
+    }
+
     struct Scratch {
+        int64_t columns_row;  // of columns
         dc::Samples<A, true> samples;
         A *window, *grad_window, *flat, *columns, *near, *sums, *derivatives;
         Operand* operand;
         Outer near_outer, dil_outer, pointwise_outer;
         std::vector<Outer> def_outers;
 
-        Scratch(Arena& arena, const BackwardPass& pass, int64_t columns_row, int64_t stride)
-            : samples(arena, pass.wide, 1, pass.b.def ? kTile : 0) {
+        Scratch(Arena& arena, const BackwardPass& pass)
+            : columns_row(std::max({typename Product::Panels(kTaps * pass.c).padded(), pass.c + kSpill,
+                                    typename Product::Panels(kTaps * pass.slice).padded()})),
+              samples(arena, pass.wide, 1, pass.b.def ? kTile : 0) {
             const int64_t c = pass.c, rows = round_up(kTile, Product::kRowMultiple);
             window = arena.take<A>(Window::most(pass.g, kRadius));
             grad_window = arena.take<A>(Window::most(pass.g, kRadius));
             flat = arena.take<A>(kTile * c + kSpill);
             columns = arena.take<A>(rows * columns_row + kSpill);
             near = arena.take<A>(kTile * pass.near_columns + kSpill);
-            sums = arena.take<A>(4 * stride), derivatives = arena.take<A>(3 * stride);
+            sums = arena.take<A>(4 * kStride), derivatives = arena.take<A>(3 * kStride);
             const int64_t depth = round_up(std::max(pass.near_columns, c), Product::kDepthMultiple);
             operand = arena.take<Operand>(rows * depth + kSpill);
             if (pass.near_columns) near_outer = Outer(arena, kTaps * c, pass.near_columns, kTile);
@@ -401,118 +476,117 @@ private:
             for (int64_t group = 0; pass.b.def && group < groups; ++group)
                 def_outers.emplace_back(arena, kTaps * pass.slice, c, kTile);
         }
+
+        void start(const BackwardPass& pass) {
+            const int64_t c = pass.c;
+            if (pass.near_columns) near_outer.start(kTaps * c, pass.near_columns);
+            if (pass.b.dil) dil_outer.start(kTaps * c, c);
+            if (pass.b.depthwise1) pointwise_outer.start(c, c);
+            for (Outer& outer : def_outers) outer.start(kTaps * pass.slice, c);
+        }
     };
 
     // The gradients of the weights that read ReLU(input), and of ReLU(input).
     void branches(const A* inner, A* all_sums, A* deform_sums) {
-        const int64_t taps = kTaps * c, groups = g.p.offset_groups, real = c / groups;
-        std::vector<T> near_weight;
-        if (b.conv) {
-            near_weight = folded(kConv, b.conv, taps);
-            near_weight.resize(c * taps);
-        }
-        if (b.def) near_weight.insert(near_weight.end(), b.offset_weight, b.offset_weight + g.offsets * taps);
-        const Packed near(near_columns, taps, near_weight.data(), taps, 1);
-        const std::vector<T> dil_weight = b.dil ? folded(kDil, b.dil, taps) : std::vector<T>();
-        const Packed dil(b.dil ? c : 0, taps, dil_weight.data(), taps, 1);
-        std::vector<Packed> def;
-        if (b.def) {
-            const std::vector<T> weight = folded(kDef, b.def, taps);
-            std::vector<T> part(c * kTaps * slice, T());
-            for (int64_t group = 0; group < groups; ++group) {
-                for (int64_t i = 0; i < c * kTaps; ++i)
-                    std::copy_n(weight.data() + i * c + group * real, real, part.data() + i * slice);
-                def.emplace_back(c, kTaps * slice, part.data(), kTaps * slice, 1);
-            }
-        }
-        const Packed pointwise(b.depthwise1 ? c : 0, c, b.pointwise1, c, 1);
-        const int64_t pattern = g.columns * c;
-        const Array<A> patterns(kTaps * pattern);
-        if (b.depthwise1) repeat_taps(b.depthwise1, c, g.columns, patterns.get());
-
+        const BranchWeights weights(*this);
         const Part part(c, near_columns, g.offsets, pattern);
         const Array<A> partial(std::max<int64_t>(units, 1) * part.size);
-        const int64_t stride = round_up(kTile * kTaps, kWidth<A>);
-        const int64_t columns_row = std::max({typename Product::Panels(taps).padded(), c + kSpill,
-                                              typename Product::Panels(kTaps * slice).padded()});
         const int64_t per_image = g.tiling.per_image();
-        const auto layout = [&](Arena& arena) { return Scratch(arena, *this, columns_row, stride); };
+        const auto layout = [&](Arena& arena) { return Scratch(arena, *this); };
         parallel_for(units, layout, [&](int64_t unit, Scratch& s) {
             A* const mine = partial.get() + unit * part.size;
             std::fill_n(mine, part.size, A(0));
-            if (near_columns) s.near_outer.start(taps, near_columns);
-            if (b.dil) s.dil_outer.start(taps, c);
-            if (b.depthwise1) s.pointwise_outer.start(c, c);
-            for (Outer& outer : s.def_outers) outer.start(kTaps * slice, c);
+            s.start(*this);
             const int64_t band = bands > 1 ? unit % bands : 0;
             A* const sums = all_sums + band * g.pixels * c;
             for (int64_t image = bands > 1 ? unit / bands : unit; image < g.p.batch;
-                 image += bands > 1 ? g.p.batch : units)
-                for (int64_t i = band * per_image / bands; i < (band + 1) * per_image / bands; ++i) {
-                    const dc::Tile tile = g.tiling[image * per_image + i];
-                    const Window window(tile, kRadius, c);
-                    const int64_t pixels = tile.pixels();
-                    int64_t row;
-                    fill_relu(g, tile, window, t.input, s.window);
-                    std::fill_n(s.grad_window, (tile.rows + 2 * kRadius) * window.row_size, A(0));
-                    if (b.def) {
-                        difference(kDef, tile, nullptr, s.flat);
-                        deformable(tile, def, s, stride,
-                                   deform_sums +
-                                       (band * g.p.batch + image) * g.p.height * g.p.width * wide.channels);
-                    }
-                    if (near_columns) {
-                        if (b.conv) {
-                            difference(kConv, tile, nullptr, s.flat);
-                            for (int64_t pixel = 0; pixel < pixels; ++pixel)
-                                std::copy_n(s.flat + pixel * c, c, s.near + pixel * near_columns);
-                        }
-                        for (int64_t pixel = 0; pixel < pixels; ++pixel)
-                            for (int64_t j = 0; j < near_columns - conv_columns; ++j)
-                                mine[part.bias + j] += s.near[pixel * near_columns + conv_columns + j];
-                        const Operand* const left =
-                            as_operand<Product>(pixels, near_columns, s.near, near_columns, s.operand, row);
-                        gather(tile, window, s.window, 1, s.columns, columns_row);
-                        s.near_outer.add(pixels, s.columns, columns_row, left, row);
-                        near.multiply(pixels, left, row, Into::assign, s.columns, columns_row);
-                        scatter(tile, window, s.columns, columns_row, 1, s.grad_window);
-                    }
-                    if (b.dil) {
-                        difference(kDil, tile, nullptr, s.flat);
-                        const Operand* const left = as_operand<Product>(pixels, c, s.flat, c, s.operand, row);
-                        gather(tile, window, s.window, 2, s.columns, columns_row);
-                        s.dil_outer.add(pixels, s.columns, columns_row, left, row);
-                        dil.multiply(pixels, left, row, Into::assign, s.columns, columns_row);
-                        scatter(tile, window, s.columns, columns_row, 2, s.grad_window);
-                    }
-                    if (b.depthwise1) {
-                        difference(kInner, tile, inner, s.flat);
-                        const Operand* const left = as_operand<Product>(pixels, c, s.flat, c, s.operand, row);
-                        depthwise(tile, window, s.window, patterns.get(), pattern, s.columns);
-                        s.pointwise_outer.add(pixels, s.columns, c, left, row);
-                        pointwise.multiply(pixels, left, row, Into::assign, s.columns, pointwise.padded());
-                        compact(pixels, c, s.columns, pointwise.padded(), s.flat);
-                        depthwise_outer(tile, window, s.window, s.flat, mine + part.depthwise, pattern);
-                        depthwise_scatter(tile, window, s.flat, patterns.get(), pattern, s.grad_window);
-                    }
-                    add_window(tile, window, s.grad_window, sums);
-                }
-            const auto keep = [&](const Outer& outer, int64_t rows, int64_t columns, A* to) {
-                for (int64_t j = 0; j < columns; ++j)
-                    for (int64_t i = 0; i < rows; ++i) to[j * rows + i] = outer.sum(i, j);
-            };
-            if (near_columns) keep(s.near_outer, taps, near_columns, mine + part.near);
-            if (b.dil) keep(s.dil_outer, taps, c, mine + part.dil);
-            if (b.depthwise1) keep(s.pointwise_outer, c, c, mine + part.pointwise);
-            for (size_t group = 0; group < s.def_outers.size(); ++group)
-                for (int64_t j = 0; j < c; ++j)
-                    for (int64_t tap = 0; tap < kTaps; ++tap)
-                        for (int64_t i = 0; i < real; ++i)
-                            mine[part.def + j * taps + tap * c + group * real + i] =
-                                s.def_outers[group].sum(tap * slice + i, j);
+                 image += bands > 1 ? g.p.batch : units) {
+                A* const image_sums =
+                    deform_sums + (band * g.p.batch + image) * g.p.height * g.p.width * wide.channels;
+                for (int64_t i = band * per_image / bands; i < (band + 1) * per_image / bands; ++i)
+                    branches_tile(g.tiling[image * per_image + i], weights, part, inner, s, mine, sums,
+                                  image_sums);
+            }
+            keep_outer(s, part, mine);
         });
+        finish_branches(partial.get(), part);
+    }
 
-        const A* const first = partial.get();
+    // A tile's gradients: of the weights to the unit's part and the outer products, of ReLU(input) to the
+    // sums; image_sums: those of the deformable branch.
+    void branches_tile(const dc::Tile& tile, const BranchWeights& weights, const Part& part, const A* inner,
+                       Scratch& s, A* mine, A* sums, A* image_sums) const {
+        const Window window(tile, kRadius, c);
+        const int64_t pixels = tile.pixels();
+        fill_relu(g, tile, window, t.input, s.window);
+        std::fill_n(s.grad_window, (tile.rows + 2 * kRadius) * window.row_size, A(0));
+        if (b.def) {
+            difference(kDef, tile, nullptr, s.flat);
+            deformable(tile, weights.def, s, image_sums);
+        }
+        if (near_columns) {
+            if (b.conv) {
+                difference(kConv, tile, nullptr, s.flat);
+                for (int64_t pixel = 0; pixel < pixels; ++pixel)
+                    std::copy_n(s.flat + pixel * c, c, s.near + pixel * near_columns);
+            }
+            for (int64_t pixel = 0; pixel < pixels; ++pixel)
+                for (int64_t j = 0; j < near_columns - conv_columns; ++j)
+                    mine[part.bias + j] += s.near[pixel * near_columns + conv_columns + j];
+            convolution(tile, window, weights.near, near_columns, s.near, 1, s, s.near_outer);
+        }
+        if (b.dil) {
+            difference(kDil, tile, nullptr, s.flat);
+            convolution(tile, window, weights.dil, c, s.flat, 2, s, s.dil_outer);
+        }
+        if (b.depthwise1) {
+            difference(kInner, tile, inner, s.flat);
+            int64_t row;
+            const Operand* const left = as_operand<Product>(pixels, c, s.flat, c, s.operand, row);
+            const int64_t padded = weights.pointwise.padded();
+            depthwise(tile, window, s.window, weights.patterns.get(), pattern, s.columns);
+            s.pointwise_outer.add(pixels, s.columns, c, left, row);
+            weights.pointwise.multiply(pixels, left, row, Into::assign, s.columns, padded);
+            compact(pixels, c, s.columns, padded, s.flat);
+            depthwise_outer(tile, window, s.window, s.flat, mine + part.depthwise, pattern);
+            depthwise_scatter(tile, window, s.flat, weights.patterns.get(), pattern, s.grad_window);
+        }
+        add_window(tile, window, s.grad_window, sums);
+    }
+
+    // Back through a 3x3 convolution whose gradient is [pixel, columns].
+    void convolution(const dc::Tile& tile, const Window& window, const Packed& weight, int64_t columns,
+                     const A* grad, int64_t dilation, Scratch& s, Outer& outer) const {
+        const int64_t pixels = tile.pixels();
+        int64_t row;
+        const Operand* const left = as_operand<Product>(pixels, columns, grad, columns, s.operand, row);
+        gather(tile, window, s.window, dilation, s.columns, s.columns_row);
+        outer.add(pixels, s.columns, s.columns_row, left, row);
+        weight.multiply(pixels, left, row, Into::assign, s.columns, s.columns_row);
+        scatter(tile, window, s.columns, s.columns_row, dilation, s.grad_window);
+    }
+
+    // The outer products of a unit's tiles as gradients of weights.
+    void keep_outer(const Scratch& s, const Part& part, A* mine) const {
+        const int64_t taps = kTaps * c, real = c / g.p.offset_groups;
+        const auto keep = [&](const Outer& outer, int64_t rows, int64_t columns, A* to) {
+            for (int64_t j = 0; j < columns; ++j)
+                for (int64_t i = 0; i < rows; ++i) to[j * rows + i] = outer.sum(i, j);
+        };
+        if (near_columns) keep(s.near_outer, taps, near_columns, mine + part.near);
+        if (b.dil) keep(s.dil_outer, taps, c, mine + part.dil);
+        if (b.depthwise1) keep(s.pointwise_outer, c, c, mine + part.pointwise);
+        for (size_t group = 0; group < s.def_outers.size(); ++group)
+            for (int64_t j = 0; j < c; ++j)
+                for (int64_t tap = 0; tap < kTaps; ++tap)
+                    for (int64_t i = 0; i < real; ++i)
+                        mine[part.def + j * taps + tap * c + group * real + i] =
+                            s.def_outers[group].sum(tap * slice + i, j);
+    }
+
+    // Adds the units' parts up, in order.
+    void finish_branches(const A* first, const Part& part) {
+        const int64_t taps = kTaps * c;
         if (b.conv) finish_weight(first + part.near, part.size, units, kConv, b.conv, taps, t.grad_conv);
         if (b.dil) finish_weight(first + part.dil, part.size, units, kDil, b.dil, taps, t.grad_dil);
         if (b.depthwise1)
@@ -550,7 +624,7 @@ private:
 
     // Back through the deformable branch, whose raw gradient is in s.flat: adds to the image's sums, and
     // leaves the gradients of offsets and logits in s.near.
-    void deformable(const dc::Tile& tile, const std::vector<Packed>& weights, Scratch& s, int64_t stride,
+    void deformable(const dc::Tile& tile, const std::vector<Packed>& weights, Scratch& s,
                     A* image_sums) const {
         const int64_t groups = g.p.offset_groups, pixels = tile.pixels();
         const T* const image = map.get() + tile.image * g.p.height * g.p.width * wide.channels;
@@ -562,7 +636,7 @@ private:
             dc::locate(wide, t.offset, t.offset + g.positions, group, tile, s.samples);
             dc::scatter(image, image_sums, s.samples, pixels, dc::Slice{group * slice, slice},
                         dc::Wanted{true, true, true}, s.columns, weight.padded(), s.sums);
-            dc::differentiate(s.samples, pixels * kTaps, s.sums, s.derivatives, stride);
+            dc::differentiate(s.samples, pixels * kTaps, s.sums, s.derivatives, kStride);
             s.def_outers[group].add(pixels, s.columns, weight.padded(), left, row);
             for (int64_t pixel = 0; pixel < pixels; ++pixel) {
                 const A* const mask = t.offset + tile.pixel(g.deform, pixel) * g.offsets + g.positions;
@@ -570,8 +644,8 @@ private:
                 for (int64_t tap = 0; tap < kTaps; ++tap) {
                     const int64_t at = group * kTaps + tap;
                     const A* const from = s.derivatives + pixel * kTaps + tap;
-                    to[2 * at] = from[0], to[2 * at + 1] = from[stride];
-                    to[g.positions + at] = from[2 * stride] * mask[at] * (1 - mask[at]);
+                    to[2 * at] = from[0], to[2 * at + 1] = from[kStride];
+                    to[g.positions + at] = from[2 * kStride] * mask[at] * (1 - mask[at]);
                 }
             }
         }
@@ -661,7 +735,8 @@ private:
     const Array<T> map;                // ReLU(input) in them
     const T* raw_inner = nullptr;
     Normalisation<T> norm;
-    const int64_t across;            // columns of a pattern
+    const int64_t across;            // columns of a window of radius 1
+    const int64_t pattern;           // elements of a row of pixels of a tile
     const Array<A> slope;            // [kMaps, 3, across, C]
     const Array<double> dots;        // [kMaps, C]
     const Array<double> grad_sums;   // [C]
@@ -669,9 +744,9 @@ private:
     double skip_dot = 0;
 };
 
-template <class Product, class T>
+template <class T>
 void backward_impl(const Params& p, const Backward<T>& t) {
-    BackwardPass<Product, T>(p, t).run();
+    BackwardPass<ProductOf<T>, T>(p, t).run();
 }
 
 }  // namespace nasfast::mixed_op::NASFAST_ISA

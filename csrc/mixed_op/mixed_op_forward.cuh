@@ -481,24 +481,13 @@ Branches<T> all_branches() {
 }
 
 template <class T>
-int64_t forward_workspace_of(const Params& p) {
+int64_t forward_workspace(const Params& p) {
     check_sizes(p);
     Forward<T> t{};
     t.branches = all_branches<T>();
     Arena arena(nullptr);
     ForwardPass<T>(p, t, arena);
     return arena.used();
-}
-
-int64_t forward_workspace(DType dtype, const Params& p) {
-    switch (dtype) {
-        case DType::float32:
-            return forward_workspace_of<float>(p);
-        case DType::float64:
-            return forward_workspace_of<double>(p);
-        default:
-            return forward_workspace_of<float16>(p);  // and bfloat16
-    }
 }
 
 }  // namespace nasfast::mixed_op::cuda

@@ -469,9 +469,9 @@ private:
     Normalisation<T> norm;
 };
 
-template <class Product, class T>
+template <class T>
 void forward_impl(const Params& p, const Forward<T>& t) {
-    ForwardPass<Product, T>(p, t).run();
+    ForwardPass<ProductOf<T>, T>(p, t).run();
 }
 
 }  // namespace nasfast::mixed_op::NASFAST_ISA

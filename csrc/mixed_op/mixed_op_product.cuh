@@ -4,6 +4,7 @@
 // place of its tap: no column is ever built.
 #pragma once
 
+#include "common/cuda_tensor_tile.cuh"
 #include "mixed_op/mixed_op_maps.cuh"
 
 namespace nasfast::mixed_op::cuda {
@@ -19,11 +20,10 @@ constexpr int kTensorBlocks = 4;
 
 // Sums of a tile by tensor cores. A warp has two rows of 16 pixels, and all columns.
 template <class T_>
-struct TensorTile {
+struct TensorConvolution : TensorTile<2, kTileColumns / 8> {
     using T = T_;
     static constexpr bool words = true;  // of packed kernels
     static constexpr int blocks = kTensorBlocks;
-    float sums[2][kTileColumns / 8][4] = {};
 
     // Adds `steps` steps. The chunk of step s, half h of pixel (y, x) lies in shared memory at
     // (y * across + x) * stride + offsets[2 * s + h]; offset -1: at `zero`. `eights`: of columns.
@@ -53,22 +53,19 @@ struct TensorTile {
 
     // values[pixel * stride + column] of `eights` times 8 columns.
     __device__ __forceinline__ void store(float* values, int stride, int eights) const {
-        const int lane = threadIdx.x % 32, pixel = int(threadIdx.x) / 32 * 32 + lane / 4;
-#pragma unroll
-        for (int m = 0; m < 2; ++m)
-#pragma unroll
-            for (int n = 0; n < kTileColumns / 8; ++n)
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    if (n < eights)
-                        values[(pixel + m * 16 + i / 2 * 8) * stride + n * 8 + lane % 4 * 2 + i % 2] =
-                            sums[m][n][i];
+        float* const own = values + int(threadIdx.x) / 32 * 32 * stride;
+        this->visit_warp(
+            [&](int row, int column, float first, float second) {
+                own[row * stride + column] = first;
+                own[row * stride + column + 1] = second;
+            },
+            eights);
     }
 };
 
 // The same without tensor cores. A thread has 8 neighbouring pixels, and every eighth column.
 template <class T_>
-struct PlainTile {
+struct PlainConvolution {
     using T = T_;
     static constexpr bool words = false;
     static constexpr int blocks = sizeof(T) == 8 ? 2 : 3;
@@ -390,17 +387,17 @@ inline deform_conv2d::Params deform_params(const Params& p, int64_t channels) {
     return d;
 }
 
-// Calls f(TensorTile or PlainTile, whether it rounds to tf32).
+// Calls f(TensorConvolution or PlainConvolution, whether it rounds to tf32).
 template <class T, class F>
 void with_tile(const Params& p, const F& f) {
     if constexpr (sizeof(T) == 2)
-        f(static_cast<TensorTile<T>*>(nullptr), std::false_type());
+        f(static_cast<TensorConvolution<T>*>(nullptr), std::false_type());
     else if constexpr (sizeof(T) == 8)
-        f(static_cast<PlainTile<T>*>(nullptr), std::false_type());
+        f(static_cast<PlainConvolution<T>*>(nullptr), std::false_type());
     else if (p.tf32)
-        f(static_cast<TensorTile<T>*>(nullptr), std::true_type());
+        f(static_cast<TensorConvolution<T>*>(nullptr), std::true_type());
     else
-        f(static_cast<PlainTile<T>*>(nullptr), std::false_type());
+        f(static_cast<PlainConvolution<T>*>(nullptr), std::false_type());
 }
 
 template <class T, class Sink>

@@ -9,13 +9,12 @@ namespace nasfast::mixed_op::cuda {
 
 // Sums of a block by tensor cores. A warp has all rows, and a quarter of the columns.
 template <class T_>
-struct TensorGradient {
+struct TensorGradient : TensorTile<kSegment * kElements<T_> / 16, 4> {
     using T = T_;
     static constexpr int size = kElements<T>, row_tiles = kSegment * size / 16;  // of 16 rows
     static constexpr bool tf32 = size == 4;
     static constexpr int column_chunks = 128 / size, own = 32 / size;  // of a block; of a warp
     static constexpr int sampled_chunks = own;  // of a block that samples, which takes longer
-    float sums[row_tiles][4][4] = {};
 
     // Adds a tile of pixels. grad: chunk c of pixel i at i * grad_stride + c, `rows` chunks; map: column
     // chunk j of pixel (y, x) at (y * across + x) * stride + offsets[j].
@@ -42,7 +41,7 @@ struct TensorGradient {
 #pragma unroll
                     for (int n = 0; n < 4; ++n) {
                         const uint32_t of_eight[2] = {right[n / 2][n % 2 * 2], right[n / 2][n % 2 * 2 + 1]};
-                        mma(sums[m][n], left, of_eight, T());
+                        mma(this->sums[m][n], left, of_eight, T());
                     }
                 }
             }
@@ -73,7 +72,7 @@ struct TensorGradient {
                         left[i] = left_words[(pixel + i / 2 * 4) * grad_stride * 4 + row];
                     }
 #pragma unroll
-                    for (int n = 0; n < 4; ++n) mma(sums[m][n], left, right[n], T());
+                    for (int n = 0; n < 4; ++n) mma(this->sums[m][n], left, right[n], T());
                 }
             }
         }
@@ -82,16 +81,11 @@ struct TensorGradient {
     // f(row, column chunk, element, sum)
     template <class F>
     __device__ __forceinline__ void visit(const F& f) const {
-        const int lane = threadIdx.x % 32, first = int(threadIdx.x) / 32 * own;
-#pragma unroll
-        for (int m = 0; m < row_tiles; ++m)
-#pragma unroll
-            for (int n = 0; n < 4; ++n)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int column = n * 8 + lane % 4 * 2 + i % 2;
-                    f(m * 16 + lane / 4 + i / 2 * 8, first + column / size, column % size, sums[m][n][i]);
-                }
+        const int chunk = int(threadIdx.x) / 32 * own;
+        this->visit_warp([&](int row, int column, float first, float second) {
+            f(row, chunk + column / size, column % size, first);
+            f(row, chunk + (column + 1) / size, (column + 1) % size, second);
+        });
     }
 };
 

@@ -1,49 +1,27 @@
-"""Builds the emulation once per session."""
+"""The emulated kernels, and the Python side of the ops with them behind it."""
 
 from __future__ import annotations
 
 import importlib.util
 import platform
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from builds import Builds
 from emulated import Kernels
 
 from nasfast.ops import _native
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="session")
-def emulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def emulation(builds: Builds) -> Path:
     """Folder of the module and of the programs."""
-    pybind11 = pytest.importorskip("pybind11")
     if platform.machine() != "x86_64":
         pytest.skip("the emulation changes stacks in x86-64 assembly")
-    if shutil.which("cmake") is None or shutil.which("ninja") is None:
-        pytest.skip("needs cmake and ninja")
-    folder = tmp_path_factory.mktemp("emulation")
-    options = {
-        "NASFAST_CUDA": "off",
-        "NASFAST_EMULATION": "ON",
-        "NASFAST_OUTPUT": folder,
-        "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": pybind11.get_cmake_dir(),
-    }
-    configure = ["cmake", "-S", ROOT, "-B", folder / "build", "-G", "Ninja"]
-    configure += [f"-D{name}={value}" for name, value in options.items()]
-    targets = ["_C_emulated", "replay_address", "replay_thread"]
-    for command in (configure, ["cmake", "--build", folder / "build", "--target", *targets]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "warning" not in done.stdout + done.stderr
-    return folder
+    return builds.emulation()
 
 
 @pytest.fixture(scope="session")
@@ -58,8 +36,8 @@ def kernels(emulation: Path) -> Kernels:
 
 
 @pytest.fixture
-def legs(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels in the place of those for the CPU; the list grows by the name of each called."""
+def calls(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels as the backend of the CPU; the list grows by the name of each called."""
     called: list[str] = []
 
     def entry(name: str) -> Any:

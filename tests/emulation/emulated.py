@@ -227,6 +227,19 @@ class Kernels:
         self.module = module
         self.set_order = module.set_order
 
+    def call(
+        self, name: str, dtype: torch.dtype, sizes: Sequence[int], pointers: Sequence[Tensor | None]
+    ) -> None:
+        """With a workspace that has no byte to spare."""
+        code = DTYPES.index(dtype)
+        size = getattr(self.module, f"{name}_workspace")(code, sizes)
+        workspace = torch.full((size + 512,), 0xFF, dtype=torch.uint8)
+        start = -workspace.data_ptr() % 256
+        addresses = [0 if t is None else t.data_ptr() for t in pointers]
+        getattr(self.module, name)(code, sizes, addresses, workspace.data_ptr() + start, 0)
+        assert workspace[:start].eq(0xFF).all()
+        assert workspace[start + size :].eq(0xFF).all()
+
     def run(
         self,
         case: Case,
@@ -240,14 +253,7 @@ class Kernels:
         """[output], or the gradients in the order of ``expected``; maps as [N, C, H, W]."""
         name = "deform_conv2d_" + ("forward" if grad is None else "backward") + "_cuda"
         read, written = buffers(case, dtype, tensors, grad, wanted)
-        sizes, code = case.sizes(deterministic, tf32), DTYPES.index(dtype)
-        size = getattr(self.module, name + "_workspace")(code, sizes)
-        workspace = torch.full((size + 256,), 0xFF, dtype=torch.uint8)
-        start = -workspace.data_ptr() % 256
-        pointers = [0 if t is None else t.data_ptr() for t in (*read, *written)]
-        getattr(self.module, name)(code, sizes, pointers, workspace.data_ptr() + start, 0)
-        assert workspace[:start].eq(0xFF).all()
-        assert workspace[start + size :].eq(0xFF).all()
+        self.call(name, dtype, case.sizes(deterministic, tf32), [*read, *written])
         return [t if t is None or t.dim() == 1 else first(t) for t in written]
 
 

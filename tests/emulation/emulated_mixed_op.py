@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import emulated
 import torch
-from emulated import DTYPES, first, last, poisoned
+from emulated import first, last, poisoned
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -222,25 +223,8 @@ def gradients(written: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [dx, dfactors, *of_weights, dscale, dshift]
 
 
-class Kernels:
+class Kernels(emulated.Kernels):
     """The emulated module."""
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
-        self.set_order = module.set_order
-
-    def call(
-        self, name: str, dtype: torch.dtype, sizes: Sequence[int], pointers: Sequence[Tensor | None]
-    ) -> None:
-        """With a workspace that has no byte to spare."""
-        code = DTYPES.index(dtype)
-        size = getattr(self.module, f"{name}_workspace")(code, sizes)
-        workspace = torch.full((size + 512,), 0xFF, dtype=torch.uint8)
-        start = -workspace.data_ptr() % 256
-        addresses = [0 if t is None else t.data_ptr() for t in pointers]
-        getattr(self.module, name)(code, sizes, addresses, workspace.data_ptr() + start, 0)
-        assert workspace[:start].eq(0xFF).all()
-        assert workspace[start + size :].eq(0xFF).all()
 
     def forward(
         self, case: Case, dtype: torch.dtype, i: Inputs, given: Kept | None = None, **options: bool

@@ -62,7 +62,7 @@ KINDS = [torch.float16, torch.uint8, torch.float32, torch.bfloat16]
 @pytest.mark.parametrize("shift", range(4))
 @pytest.mark.parametrize("indices", [(2, 0, 2), ()], ids=["batch-3", "batch-0"])
 def test_equals_reference(
-    legs: list[str], to: torch.dtype, shift: int, indices: tuple[int, ...]
+    calls: list[str], to: torch.dtype, shift: int, indices: tuple[int, ...]
 ) -> None:
     """Every kind in every shape: runs of 16 bytes and single elements, several blocks a field."""
     fields = layout(SHAPES, KINDS[shift:] + KINDS[:shift])
@@ -71,7 +71,7 @@ def test_equals_reference(
     gather_fields(data, chosen, fields, outs)
     for field, out in zip(fields, outs, strict=True):
         assert torch.equal(out, expected(data, chosen, field, to))
-    assert legs == ["feature_gather_forward"]
+    assert calls == ["feature_gather_forward"]
 
 
 @settings(
@@ -84,7 +84,7 @@ def test_equals_reference(
     indices=st.lists(st.integers(0, SAMPLES - 1), max_size=4),
 )
 def test_any_shape(
-    legs: list[str],
+    calls: list[str],
     shape: list[int],
     stored: torch.dtype,
     to: torch.dtype,
@@ -97,7 +97,7 @@ def test_any_shape(
     assert torch.equal(out, expected(data, chosen, field, to))
 
 
-def test_rows_of_other_samples_are_left_alone(legs: list[str]) -> None:
+def test_rows_of_other_samples_are_left_alone(calls: list[str]) -> None:
     fields = layout(SHAPES, KINDS)
     data, indices = content(fields), torch.tensor([-1, 1, SAMPLES, 2**62])
     outs = [poisoned(4, field, torch.float32) for field in fields]
@@ -108,7 +108,7 @@ def test_rows_of_other_samples_are_left_alone(legs: list[str]) -> None:
         assert torch.equal(out[1:2], expected(data, indices[1:2], field, torch.float32))
 
 
-def test_an_out_at_any_address(legs: list[str]) -> None:
+def test_an_out_at_any_address(calls: list[str]) -> None:
     """Rows that are whole runs of 16 bytes, but begin beside one."""
     (field,) = layout([(4, 8)], [torch.float16])
     data, indices = content([field]), torch.tensor([3, 1])
@@ -118,7 +118,7 @@ def test_an_out_at_any_address(legs: list[str]) -> None:
     assert torch.equal(out, expected(data, indices, field, torch.float32))
 
 
-def test_more_rows_than_a_grid_has(legs: list[str]) -> None:
+def test_more_rows_than_a_grid_has(calls: list[str]) -> None:
     (field,) = layout([(16,)], [torch.uint8])
     data, indices = content([field]), torch.arange(65538) % SAMPLES
     out = torch.zeros(len(indices), 16, dtype=torch.uint8)

@@ -1,0 +1,48 @@
+// Python's entries to the CUDA kernels; nasfast._C and the emulation's module have the same.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "common/fields.hpp"
+#include "deform_conv2d/deform_conv2d.h"
+#include "feature_gather/feature_gather.h"
+#include "mixed_op/mixed_op.h"
+
+namespace nasfast {
+
+// <name>_cuda: (dtype, sizes, pointers, workspace, stream) -> None: queues the kernels, without the GIL, by
+// run(params, tensors, workspace, stream).
+// <name>_cuda_workspace: (dtype, sizes) -> bytes of the workspace, by workspace(T(), params).
+template <class Params, template <class> class Tensors, class Workspace, class Run>
+void bind_cuda_kernel(pybind11::module_& m, const std::string& name, Workspace workspace, Run run) {
+    using Address = uintptr_t;
+    m.def((name + "_cuda").c_str(),
+          [run](int64_t dtype, const Fields<Params>& sizes, const Fields<Tensors<float>>& pointers,
+                Address memory, Address stream) {
+              with_type(dtype, [&](auto type) {
+                  run(unpack<Params>(sizes), unpack<Tensors<decltype(type)>>(pointers),
+                      reinterpret_cast<void*>(memory), reinterpret_cast<void*>(stream));
+              });
+          },
+          pybind11::call_guard<pybind11::gil_scoped_release>());
+    m.def((name + "_cuda_workspace").c_str(), [workspace](int64_t dtype, const Fields<Params>& sizes) {
+        return with_type(dtype, [&](auto type) { return workspace(type, unpack<Params>(sizes)); });
+    });
+}
+
+#define NASFAST_BIND_CUDA(op, way, Tensors)                                                    \
+    bind_cuda_kernel<op::Params, op::Tensors>(                                                 \
+        m, #op "_" #way,                                                                       \
+        [](auto type, const auto& p) { return op::cuda::way##_workspace<decltype(type)>(p); }, \
+        [](const auto&... arguments) { op::cuda::way(arguments...); })
+
+inline void bind_cuda(pybind11::module_& m) {
+    NASFAST_BIND_CUDA(deform_conv2d, forward, Forward);
+    NASFAST_BIND_CUDA(deform_conv2d, backward, Backward);
+    NASFAST_BIND_CUDA(feature_gather, forward, Call);
+    NASFAST_BIND_CUDA(mixed_op, forward, Forward);
+    NASFAST_BIND_CUDA(mixed_op, backward, Backward);
+}
+
+}  // namespace nasfast
