@@ -3,7 +3,7 @@
 import os as _os
 
 # By default a waiting OpenMP thread spins 300,000 times before it sleeps. Where another process
-# wants the core, that makes a training step up to 10x slower (docs/results.md); fewer turns cost
+# needs the core, that makes a training step up to 10x slower (docs/results.md); fewer spins cost
 # nothing. libgomp reads this when torch loads it: it holds where nasfast is imported before torch.
 if "OMP_WAIT_POLICY" not in _os.environ:
     _os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """``nasfast.FeatureCache``, imported when it is asked for."""
+    """``nasfast.FeatureCache``, imported at its first use."""
     if name == "FeatureCache":
         import nasfast.cache
 

@@ -1,7 +1,7 @@
 """Train the packaged encoder: ``python -m nasfast.pretrain``.
 
-A narrow MobileNet-v2 learns to segment procedurally generated street scenes, drawn from a stream
-of their own, under a decoder that is thrown away. The result is the encoder that a search without
+A narrow MobileNet-v2 learns to segment procedurally generated street scenes, from a stream that no
+search reads, under a decoder that is discarded. The result is the encoder that a search without
 ``--encoder-weights`` starts from.
 """
 
@@ -50,7 +50,7 @@ class PretrainConfig:
     epochs: int = 12
     """Passes over the frames."""
     batch_size: int = 16
-    """Frames a step."""
+    """Frames per step."""
     crop: int = 96
     """Side of a crop, in pixels."""
     lr: float = 3e-3

@@ -1,7 +1,7 @@
 """Find an architecture: ``python -m nasfast.search [METHOD]``.
 
 METHOD is "segmentation" (the default) or "restoration"; ``METHOD --help`` shows its settings.
-Without more it searches a small network for generated images, in a minute; ``--data DIR`` takes
+Without flags it searches a small network for generated images, in a minute; ``--data DIR`` takes
 your own. ``--workers N`` trains N candidates in parallel, which changes no result.
 ``--resume RUN`` continues a run where it stopped.
 """
@@ -47,13 +47,13 @@ class _Resume:
     workers: int | None = None
     """Another number of candidates trained in parallel."""
     devices: str | None = None
-    """Other devices that the workers share out, such as cuda:0,cuda:1."""
+    """Other devices to distribute the workers over, such as cuda:0,cuda:1."""
     engine: Literal["process", "ray"] | None = None
     """Other workers."""
 
 
 def _open_run(argv: Sequence[str]) -> tuple[Study, Method, SearchSettings]:
-    """The run that the command line wants to continue, with the settings to continue it by."""
+    """The run that the command line continues, and its settings."""
     arguments = tyro.cli(_Resume, args=argv, prog="nasfast.search")
     study = Study.open(arguments.resume)
     method = method_named(study.method)

@@ -78,7 +78,7 @@ class ImageSource(ABC):
 
 
 class ImageSet(Sequence[ImagePair]):
-    """Images of one number of channels (1: grey, 3: RGB), read when first asked for.
+    """Images of one number of channels (1: grey, 3: RGB), read at their first use.
 
     Slices and subsets are `ImageSet` too and share what has been read.
     """

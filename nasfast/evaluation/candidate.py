@@ -74,8 +74,8 @@ class CandidateEvaluator(Generic[G, M]):
 
     A candidate stops where the first stage's reward does not beat its gate. Running out of memory,
     and a loss or logits that are not finite, are its failure and are recorded beside the rewards of
-    the stages before; any other error is a defect and is raised. All chance comes from the seed and
-    the candidate's index, and the caller's generators are left as they were.
+    the stages before; any other error is a defect and is raised. All randomness derives from the
+    seed and the candidate's index; the caller's generators are left as they were.
 
     Args:
         build: genotype to network, on the CPU. Its initial weights come from torch's generator.

@@ -29,7 +29,7 @@ class Stage0Config(FrozenEncoderConfig):
     epochs: int = 5
     """Passes over the cache."""
     batch_size: int = 64
-    """Crops a step."""
+    """Crops per step."""
     lr: float = 3e-3
     """Adam's learning rate."""
     weight_decay: float = 1e-5
@@ -37,7 +37,7 @@ class Stage0Config(FrozenEncoderConfig):
     max_grad_norm: float = 3.0
     """Gradients are scaled down to this L2 norm."""
     polyak_decay: float = 0.9
-    """Decay a step of the weight average, which replaces the weights after every epoch."""
+    """Decay per step of the weight average, which replaces the weights after every epoch."""
     aux_weight: float = 0.15
     """Weight of each auxiliary head's loss."""
     kd_weight: float = 0.3
@@ -55,7 +55,7 @@ class Stage1Config:
     shorter_side: int = 400
     """Images are enlarged so that their shorter side has at least this many pixels."""
     batch_size: int = 32
-    """Crops a step."""
+    """Crops per step."""
     encoder_lr: float = 1e-3
     """Learning rate of the encoder's SGD (momentum 0.9)."""
     decoder_lr: float = 3e-3
@@ -65,7 +65,7 @@ class Stage1Config:
     max_grad_norm: float = 3.0
     """Gradients of encoder and of decoder are scaled down to this L2 norm each."""
     polyak_decay: float = 0.99
-    """Decay a step of the weight average, which replaces the weights at the end."""
+    """Decay per step of the weight average, which replaces the weights at the end."""
     aux_weight: float = 0.15
     """Weight of each auxiliary head's loss."""
 

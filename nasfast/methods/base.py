@@ -50,7 +50,7 @@ class EvaluateConfig:
     data: str | None = None
     """Data as for nasfast.search; default: what the network was trained on."""
     batch: int = 1
-    """Images a forward pass, for the latency."""
+    """Images per forward pass, for the latency."""
     seconds: float = 5.0
     """How long to measure the latency."""
     device: str = "auto"

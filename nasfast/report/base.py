@@ -15,7 +15,7 @@ __all__ = ["MethodReport", "Section"]
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page under a heading of its own."""
+    """A part of the page with its heading."""
 
     title: str
     content: Iterable[Element]

@@ -160,7 +160,7 @@ def _failures(records: Sequence[Record]) -> Element:
 
 
 def _time(seconds: Mapping[str, float]) -> list[Element]:
-    """One bar of the whole time, split by step, and its legend."""
+    """One bar of the total time, split by step, and its legend."""
     total = sum(seconds.values())
     bars, keys, start = [], [], 0.0
     for i, (step, spent) in enumerate(seconds.items()):

@@ -1,4 +1,4 @@
-"""What a search writes down about each architecture: one line of records.jsonl each.
+"""What a search records of each architecture: a line of records.jsonl.
 
 A line names the version of its form. Version 1, written before that, had no "version": its last
 stage was the last by name, and "params" and "macs" stood outside "costs". Of a newer version, the
@@ -85,7 +85,7 @@ class Record:
     index: int
     """Position in the search, from 0."""
     genotype: dict[str, object]
-    """As the strategy asked for it."""
+    """As the strategy proposed it."""
     canonical: dict[str, object]
     """Its canonical form: equal for equal networks."""
     seed: int

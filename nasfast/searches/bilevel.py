@@ -89,9 +89,9 @@ class BilevelConfig:
     warmup: int = 20
     """Epochs before the architecture learns."""
     patience: int = 20
-    """Stop when the derived architecture has not changed for so many epochs of its training."""
+    """Stop when the derived architecture has not changed for this many epochs after the warm-up."""
     batch_size: int = 12
-    """Patches a step, of each of both halves of the images."""
+    """Patches per step, from each of the two halves of the images."""
     crop: int = 64
     """Side of a patch, in pixels of the target."""
     crops: int = 1
@@ -170,7 +170,7 @@ class SupernetSearch:
         return ""
 
     def close(self) -> None:
-        """It has started nothing that would go on."""
+        """Nothing to end."""
 
     def run(self, study: Study, console: Console) -> None:
         """Search to the last epoch, or until the derived architecture stays the same.
@@ -423,6 +423,6 @@ def _centres(
 
 
 def _centre(image: Tensor, side: int) -> Tensor:
-    """The middle ``[c, side, side]`` of an image, whole along a side that is shorter."""
+    """The middle ``[c, side, side]`` of an image; a shorter side is not cut."""
     top, left = (max(length - side, 0) // 2 for length in image.shape[-2:])
     return image[:, top : top + side, left : left + side]

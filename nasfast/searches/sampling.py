@@ -1,4 +1,4 @@
-"""The search loop of strategies that are told rewards: ask, evaluate, record, tell."""
+"""The search loop of strategies that learn from rewards: ask, evaluate, record, tell."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class SamplingSettings(SearchSettings):
     many as the batch has and the cores (on CUDA: the devices) keep busy; with ray the whole batch,
     at most that many: Ray schedules them."""
     devices: str | None = None
-    """Instead of --device: devices that the workers share out, such as cuda:0,cuda:1."""
+    """Instead of --device: devices to distribute the workers over, such as cuda:0,cuda:1."""
     engine: Literal["process", "ray"] = "process"
     """process: workers of this machine. ray: actors of the cluster at $RAY_ADDRESS, or of a local
     one."""
@@ -180,7 +180,7 @@ class SamplingSearch:
     def _run_phase(
         self, study: Study, console: Console, told: int, seconds: dict[str, float]
     ) -> int:
-        """Returns how many records the strategies have been told."""
+        """Returns how many records the strategies have been given."""
         phase = self._phase
         while True:
             study.save_checkpoint(

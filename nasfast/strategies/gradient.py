@@ -1,6 +1,6 @@
 """How a gradient search mixes the operations of an edge while their logits, alphas, are learned.
 
-To add a way: a class of :class:`Relaxation` and a line in GRADIENT_STRATEGIES.
+To add a relaxation: a class beside these and a line in GRADIENT_STRATEGIES.
 """
 
 from __future__ import annotations

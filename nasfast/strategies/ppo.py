@@ -218,7 +218,7 @@ class PPO(Generic[G]):
             expected = self._space.decode(self._asked[0][0]) if self._asked else "no genotype"
             raise ValueError(
                 f"tell: expected the reward of {expected}, got {genotype}; "
-                "tell every genotype that was asked for once, in order"
+                "report every genotype of ask() once, in order"
             )
         if reward is not None and not math.isfinite(reward):
             raise ValueError(

@@ -113,8 +113,8 @@ class DenseTask(ABC, Generic[S]):
 
     @abstractmethod
     def draw(self, image: Tensor, output: Tensor) -> Tensor:
-        """A prediction as a picture: image uint8 ``[3, H, W]`` and output ``[outputs, h, w]`` to
-        uint8 ``[3, H, W]``."""
+        """A prediction drawn over its image: uint8 ``[3, H, W]`` and ``[outputs, h, w]`` to uint8
+        ``[3, H, W]``."""
 
     def loss(
         self,

@@ -1,4 +1,4 @@
-"""Training steps as CUDA graphs: one launch a step instead of thousands."""
+"""Training steps as CUDA graphs: one launch per step instead of thousands."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Runtime:
         )
 
     def move(self, tensor: Tensor) -> Tensor:
-        """Move a tensor to the device; a GPU copies it from pinned memory, and nobody waits."""
+        """Move a tensor to the device; a GPU copies it from pinned memory, asynchronously."""
         if self.device.type == "cuda" and tensor.device.type == "cpu":
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)

@@ -1,5 +1,4 @@
-"""Files: what is written is whole and on the disk, or was never there; what cannot be read is
-named."""
+"""Files: writes are atomic and durable, and errors name the file."""
 
 from __future__ import annotations
 

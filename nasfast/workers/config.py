@@ -25,12 +25,12 @@ def cores() -> int:
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """The workers of a search. Nothing here changes what candidates score."""
+    """The workers of a search. Only ``threads`` changes results, in their last digits."""
 
     workers: int = 1
     """One and processes: candidates are evaluated in this process."""
     devices: tuple[str, ...] = ("cpu",)
-    """Of one kind. Worker i takes the i-th, and so on in turns; so does this process the first."""
+    """Of one kind. Worker i takes device i modulo their number, and this process the first."""
     threads: int = 1
     """That each computes with."""
     engine: Literal["process", "ray"] = "process"

@@ -22,7 +22,7 @@ its memory. The second is what torch imports when the first optimizer is made.""
 
 
 _BEGUN: Final = "begun"
-"""What a worker says when it has received a job."""
+"""A worker's message that it has received a job."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ class _Worker:
 
 
 class ProcessPool(Generic[G]):
-    """Worker i evaluates on the i-th device, and so on in turns.
+    """Worker i evaluates on the device i modulo their number.
 
     The processes ignore Ctrl-C, which is this process's to handle, and die with it.
 
@@ -63,11 +63,11 @@ class ProcessPool(Generic[G]):
 
     def send(self, worker: int, job: Job[G]) -> None:
         """Give an idle worker a candidate."""
-        with contextlib.suppress(ConnectionError):  # it is dead, which `wait` tells
+        with contextlib.suppress(ConnectionError):  # it is dead, which `wait` reports
             self._workers[worker].pipe.send(job)
 
     def wait(self, seconds: float) -> list[tuple[int, Answer]]:
-        """Answers that are there, at the latest after so many seconds."""
+        """Answers so far, after at most ``seconds``."""
         pipes = {worker_process.pipe: worker for worker, worker_process in self._workers.items()}
         readable: list[Any] = connection.wait(pipes, seconds)
         answers = ((pipes[pipe], self._receive(pipes[pipe])) for pipe in readable)
@@ -94,7 +94,7 @@ class ProcessPool(Generic[G]):
         return f"{cause}, out of memory?" if -status == signal.SIGKILL else cause
 
     def close(self) -> None:
-        """Kill all workers, whatever they do: none has anything to save."""
+        """Kill all workers: none has anything to save."""
         for worker_process in self._workers.values():
             worker_process.process.kill()
         for worker in list(self._workers):
@@ -105,7 +105,7 @@ def start_server() -> None:
     """Start the process that workers are forked from, unless it runs; it imports in background."""
     get_context("forkserver").set_forkserver_preload(_PRELOAD)
     resource_tracker.ensure_running()  # the server would start it, which unblocks signals
-    # Inherited by the server and all workers. A signal of this moment waits, none is lost.
+    # Inherited by the server and all workers. A signal that arrives now stays pending.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()

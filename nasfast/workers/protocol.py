@@ -1,4 +1,4 @@
-"""What the search, its engines and their workers say to each other."""
+"""Messages and interfaces between the search, its engines and their workers."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class Defect:
 
 @dataclass(frozen=True)
 class WorkerDied:
-    """The end of a worker that nobody asked for."""
+    """An unexpected end of a worker."""
 
     cause: str
     working: bool
-    """Whether it had begun with its job; one that was dead before is not the candidate's doing."""
+    """Whether it had begun its job; an earlier death is not the candidate's fault."""
 
 
 Answer = Ready | Evaluation | Defect | WorkerDied
@@ -93,7 +93,7 @@ def _defect(error: Exception) -> Defect:
 
 
 class Pool(Protocol[G_in]):
-    """Workers by number. They only run what they are given: queue and retries are elsewhere."""
+    """Workers by number. They only run jobs: `Dispatcher` has the queue and the retries."""
 
     def start(self, worker: int) -> None:
         """Begin a worker, or begin it again; its first answer is Ready."""
@@ -102,10 +102,10 @@ class Pool(Protocol[G_in]):
         """Give an idle worker a candidate; does not wait."""
 
     def wait(self, seconds: float) -> list[tuple[int, Answer]]:
-        """Answers as they come; none after so many seconds without one."""
+        """Answers as they come; none after ``seconds`` without one."""
 
     def close(self) -> None:
-        """End all workers, at once and for good."""
+        """End all workers at once."""
 
 
 class Engine(Protocol[G]):
@@ -114,16 +114,16 @@ class Engine(Protocol[G]):
     def evaluate(
         self, evaluator: Evaluator[G], jobs: Sequence[Job[G]], progress: Callable[[int], None]
     ) -> Iterator[Evaluation]:
-        """Evaluations in the order of the jobs, each as soon as it and those before it are there.
+        """Evaluations in the order of the jobs, each as soon as it and those before it are done.
 
         Args:
             evaluator: of this process. Workers' evaluators give the same.
             jobs: the batch.
-            progress: is told how many candidates are in training, whenever that changes.
+            progress: called with the number of candidates in training, whenever it changes.
         """
 
     def close(self) -> None:
-        """End all workers, at once and for good."""
+        """End all workers at once."""
 
 
 class InProcess(Generic[G]):

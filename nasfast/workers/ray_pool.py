@@ -16,7 +16,7 @@ from nasfast.workers.protocol import Answer, Builder, Job, Worker, WorkerDied
 _OBJECT_STORE = 100_000_000
 """Bytes of a local cluster's object store: genotypes and evaluations pass through it, no arrays."""
 
-_PATIENCE = 30.0  # seconds, after which it is told that no worker has a place
+_PATIENCE = 30.0  # seconds until a warning that no worker has a place
 
 
 class RayPool(Generic[G]):
@@ -73,7 +73,7 @@ class RayPool(Generic[G]):
         self._pending[self._actors[worker].run.remote(job)] = worker
 
     def wait(self, seconds: float) -> list[tuple[int, Answer]]:
-        """Answers that are there, at the latest after so many seconds."""
+        """Answers so far, after at most ``seconds``."""
         ready, _ = self._ray.wait(list(self._pending), timeout=seconds)
         if self._patient_until is not None and time.monotonic() > self._patient_until:
             self._warn_if_none_is_placed()
@@ -87,7 +87,7 @@ class RayPool(Generic[G]):
         if not placed:
             has = self._ray.cluster_resources()
             warnings.warn(
-                f"workers: Ray has found no place for any in {_PATIENCE:.0f} s; each wants "
+                f"workers: Ray has found no place for any in {_PATIENCE:.0f} s; each needs "
                 f"{_amounts(self._wanted)}, the cluster has {_amounts(has)} in all; add machines, "
                 "wait until others have finished, or ask for less with --threads or --device cpu",
                 stacklevel=2,

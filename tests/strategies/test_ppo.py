@@ -293,7 +293,7 @@ def test_tell_wants_what_was_asked():
     first, second = strategy.ask(), strategy.ask()
     message = (
         f"tell: expected the reward of {first}, got {second}; "
-        "tell every genotype that was asked for once, in order"
+        "report every genotype of ask() once, in order"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         strategy.tell(second, 0.5)

@@ -128,7 +128,7 @@ def test_workers_without_a_place(monkeypatch, tmp_path):
             for _ in range(3):
                 assert pool.wait(0.01) == []
     assert [str(warning.message) for warning in told] == [
-        "workers: Ray has found no place for any in 0 s; each wants 3 CPU and 1 GPU, the cluster "
+        "workers: Ray has found no place for any in 0 s; each needs 3 CPU and 1 GPU, the cluster "
         "has 2 CPU and 0 GPU in all; add machines, wait until others have finished, or ask for "
         "less with --threads or --device cpu"
     ]

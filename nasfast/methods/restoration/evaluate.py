@@ -40,10 +40,10 @@ class EvaluateConfig(base.EvaluateConfig):
     task: Task | None = None
     """Another task than the network was trained for: --task NAME."""
     split: Literal["val", "test"] = "test"
-    """Which images: no search and no training sees those of the test."""
+    """Which images; searches and trainings never read those of the test."""
     protocol: EvalProtocol = "whole"
-    """whole: one degraded version of each whole image. overlap: averaged patches, each with noise
-    of its own, which overestimates PSNR; only to compare with figures measured that way."""
+    """whole: one degraded version of each whole image. overlap: averaged patches with
+    independent noise, which overestimates PSNR; only to compare with figures measured that way."""
     baselines: bool = False
     """Also run the methods without training."""
     pictures: int = 4

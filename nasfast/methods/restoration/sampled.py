@@ -134,6 +134,6 @@ def make_evaluator(
             "training images": data.train.fingerprint(),
             "validation images": data.val.fingerprint(),
         },
-        remedy="lower --recipe.lr, or --recipe.batch-size for want of memory",
+        remedy="lower --recipe.lr, or --recipe.batch-size where memory is short",
         seconds={"encode": 0.0},
     )

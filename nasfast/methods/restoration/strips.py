@@ -38,7 +38,7 @@ def write_strips(folder: Path, task: RestorationTask, scores: Mapping[str, Score
 
 def strip(panels: Mapping[str, Tensor]) -> Image.Image:
     """Images ``[c, H, W]`` in [0, 1] side by side under their captions; small ones are enlarged by
-    whole factors, to one size and room for the text."""
+    integer factors, to one size and room for the text."""
     height, width = (max(panel.shape[axis] for panel in panels.values()) for axis in (-2, -1))
     factor = max(1, math.ceil(LEAST_WIDTH / width))
     size = (factor * width, factor * height)

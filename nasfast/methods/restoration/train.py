@@ -42,7 +42,7 @@ class Recipe:
     steps: int = 3000
     """Optimisation steps."""
     batch_size: int = 8
-    """Patches a step."""
+    """Patches per step."""
     crop: int = 48
     """Side of a patch, in pixels of the target."""
     optimizer: Literal["adamw", "sgd"] = "adamw"

@@ -47,7 +47,7 @@ class SegmentationReport:
         )
 
     def sections(self, study: Study) -> Iterable[Section]:
-        """Nothing beside what every report has."""
+        """Nothing more than every report has."""
         return ()
 
 

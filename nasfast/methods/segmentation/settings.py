@@ -22,6 +22,7 @@ DESCRIPTION = """Search a segmentation network: ``python -m nasfast.search segme
 
 ``--data DIR`` takes a CamVid folder or a folder with images/, masks/ and classes.txt; without it,
 generated street scenes. ``--resume RUN [--budget N]`` continues a run. (Fast NAS, CVPR 2019)
+``python -m nasfast.search restoration --help`` shows the search of restoration networks.
 """
 
 
@@ -34,7 +35,7 @@ class SearchConfig(SamplingSettings):
     data: str = "synthetic"
     """"synthetic", a CamVid folder, or a folder with images/, masks/ and classes.txt."""
     preset: Literal["demo", "quick", "paper"] = "demo"
-    """demo: a minute on a laptop (default for the synthetic set). quick: about 30 s a candidate
+    """demo: a minute on a laptop (default for the synthetic set). quick: about 30 s per candidate
     on two cores (default for other data). paper: the published schedule, for a GPU."""
     budget: int = 8
     """Candidates to evaluate; repeated architectures do not count."""

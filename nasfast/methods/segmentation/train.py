@@ -39,7 +39,7 @@ class TrainConfig(TrainSettings):
     epochs: int = 30
     """Passes over the training images."""
     batch_size: int = 8
-    """Crops a step."""
+    """Crops per step."""
     crop: int | None = None
     """Side of a crop, in pixels; default: 288, or the shorter side of smaller images."""
     decoder_lr: float = 3e-3

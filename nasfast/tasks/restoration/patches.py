@@ -21,8 +21,7 @@ class ImagePatches:
     With ``augment``, as IR-NAS trains: with probability 1/2 the image is rescaled by a factor
     from U(0.8, 1.2) (bicubic; raised where the crop would not fit), a random crop is turned by a
     multiple of 90 degrees and with probability 1/2 mirrored left to right. Pairs are not turned:
-    rain falls. Without ``augment``, the random crop alone. All chance comes from the caller's
-    generator.
+    rain falls. Without ``augment``, only the random crop. The caller's generator draws everything.
 
     Args:
         images: where the patches are cut.

@@ -67,7 +67,7 @@ class Scores:
     protocol: str
     images: tuple[ImageScore, ...]
     kept: tuple[Restored, ...] = ()
-    """The images that were asked for, in the order asked."""
+    """The images to keep, in the order given."""
 
     @property
     def psnr(self) -> float:
@@ -129,7 +129,7 @@ def evaluate(
         seed: of the degradation.
         channels: image channels that the method was made for; None where it takes any.
         runtime: device and precision that the method runs with; None: the CPU, float32.
-        keep: indices of the images to give back.
+        keep: indices of the images to return.
 
     Raises:
         UserError: no images, grey where colour is expected or the reverse, or an "overlap" that the
@@ -171,7 +171,7 @@ def evaluate(
 
 
 def image_generator(seed: int, name: str) -> torch.Generator:
-    """The chance of one image: a CPU generator that (seed, name) alone determine."""
+    """CPU generator of one image, seeded by (seed, name) alone."""
     value = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
     return torch.Generator().manual_seed(int.from_bytes(value, "big") >> 1)
 
