@@ -1,7 +1,5 @@
 """The CamVid layout, on written folders and on the real set."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A folder of images and masks: round trip and every error."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from PIL import Image

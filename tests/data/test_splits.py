@@ -1,7 +1,5 @@
 """Splits, subsets, fingerprints and normalisation."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

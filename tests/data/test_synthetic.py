@@ -1,7 +1,5 @@
 """The synthetic streets: determinism, contents, arguments."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

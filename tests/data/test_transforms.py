@@ -1,7 +1,5 @@
 """Joint transforms: sizes for any aspect ratio, alignment of image and mask, determinism."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

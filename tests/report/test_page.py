@@ -1,12 +1,9 @@
 """The report of a search by any method: complete, escaped and self-contained."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -29,27 +26,23 @@ class Made:
 
     metric = ("depth_error", "depth error")
 
-    def architecture(self, record: Record) -> Iterable[Section]:
+    def architecture(self, record):
         return [Section(f"Drawing of architecture {record.index}", [element("p", HOSTILE)])]
 
-    def sections(self, study: Study) -> Iterable[Section]:
+    def sections(self, study):
         return [Section("Of its own", [element("p", f"{len(study.records)} records")])]
 
 
 MADE = Made()
 
 
-def make_record(
-    index: int, evaluation: Evaluation, duplicate_of: int | None = None, phase: int = 0
-) -> Record:
-    genotype: dict[str, object] = {"space": "made_up", "layers": [index, 7]}
+def make_record(index, evaluation, duplicate_of=None, phase=0):
+    genotype = {"space": "made_up", "layers": [index, 7]}
     time = f"2026-01-01T00:{index % 60:02d}:00+00:00"
     return Record(index, genotype, genotype, index, evaluation, duplicate_of, time, phase)
 
 
-def success(
-    warm: float, full: float | None = None, gate: float | None = None, **costs: float
-) -> Evaluation:
+def success(warm, full=None, gate=None, **costs):
     """Of stages whose order is not that of the alphabet."""
     rewards = {"warm": warm} | ({} if full is None else {"full": full})
     return Evaluation(
@@ -62,18 +55,18 @@ def success(
     )
 
 
-def failure(cause: str) -> Evaluation:
+def failure(cause):
     return Evaluation({}, {}, {}, None, {"warm_train": 6.0}, "warm", cause)
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> Iterator[Study]:
+def study(tmp_path):
     env = {"torch": "2.13.0", "gpu": {"name": HOSTILE}, "command": ["nasfast", "a b"]}
     with Study.create(tmp_path, "made", "demo", {"note": HOSTILE, "seed": 3}, env) as study:
         yield study
 
 
-def fill(study: Study) -> None:
+def fill(study):
     for index, evaluation in enumerate(
         [
             success(0.31, 0.4321),
@@ -92,11 +85,11 @@ class Page(HTMLParser):
 
     VOID = frozenset({"meta"})
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path):
         super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.values: list[str] = []
+        self.open = []
+        self.tags = []
+        self.values = []
         self.text = ""
         self.source = path.read_text()
         self.feed(self.source)
@@ -105,20 +98,20 @@ class Page(HTMLParser):
         for svg in re.findall(r"<svg.*?</svg>", self.source, re.DOTALL):
             ElementTree.fromstring(svg)
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.values += [value for _, value in attrs if value is not None]
         if tag not in self.VOID:
             self.open.append(tag)
 
-    def handle_endtag(self, tag: str) -> None:
+    def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
-    def handle_data(self, data: str) -> None:
+    def handle_data(self, data):
         self.text += data + "\n"
 
 
-def test_report_has_the_numbers(study: Study) -> None:
+def test_report_has_the_numbers(study):
     fill(study)
     path = write_report(study, MADE)
     assert path == study.path / "report.html"
@@ -150,7 +143,7 @@ def test_report_has_the_numbers(study: Study) -> None:
     }
 
 
-def test_report_ranks_in_the_published_form(study: Study) -> None:
+def test_report_ranks_in_the_published_form(study):
     fill(study)
     rows = re.findall(
         r"<tr><td>(\d+)</td><td>(\d+)</td><td>([^<]*)</td><td>([^<]*)</td>.*?</tr>",
@@ -167,7 +160,7 @@ def test_report_ranks_in_the_published_form(study: Study) -> None:
     assert "[[3,7]]" in page
 
 
-def test_chart_marks(study: Study) -> None:
+def test_chart_marks(study):
     fill(study)
     page = write_report(study, MADE).read_text()
     chart = ElementTree.fromstring(re.findall(r'<svg[^>]*class="chart".*?</svg>', page, re.S)[0])
@@ -181,7 +174,7 @@ def test_chart_marks(study: Study) -> None:
     assert f"architecture 2 failed: {HOSTILE}" in titles
 
 
-def test_report_is_escaped_and_self_contained(study: Study) -> None:
+def test_report_is_escaped_and_self_contained(study):
     fill(study)
     page = Page(write_report(study, MADE))
     assert page.text.count(HOSTILE.split(" ")[0]) == 5
@@ -193,13 +186,13 @@ def test_report_is_escaped_and_self_contained(study: Study) -> None:
     assert "@import" not in page.source
 
 
-def test_report_of_an_empty_study(study: Study) -> None:
+def test_report_of_an_empty_study(study):
     page = Page(write_report(study, MADE))
     assert "nothing evaluated yet" in page.text
     assert "svg" not in page.tags
 
 
-def test_report_of_failures_only(study: Study) -> None:
+def test_report_of_failures_only(study):
     study.append(make_record(0, failure("out of memory")))
     study.append(make_record(1, failure("loss is nan")))
     page = Page(write_report(study, MADE))
@@ -208,7 +201,7 @@ def test_report_of_failures_only(study: Study) -> None:
     assert "Where the time went" in page.text
 
 
-def test_every_cost_is_shown_in_its_unit(study: Study) -> None:
+def test_every_cost_is_shown_in_its_unit(study):
     study.append(make_record(0, success(0.2, latency=0.0123, tensors=512)))
     study.append(make_record(1, success(0.1, memory_peak=3.5e9)))
     tiles = re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", write_report(study, MADE).read_text())
@@ -232,7 +225,7 @@ def test_every_cost_is_shown_in_its_unit(study: Study) -> None:
     ]
 
 
-def test_phases_are_told_apart(study: Study) -> None:
+def test_phases_are_told_apart(study):
     study.append(make_record(0, success(0.9)))
     study.append(make_record(1, success(0.2, 0.3), phase=1))
     page = Page(write_report(study, MADE))
@@ -249,13 +242,13 @@ def test_phases_are_told_apart(study: Study) -> None:
     assert [list(column.cells) for column in table.columns][1:3] == [["1", "0"], ["2", "1"]]
 
 
-def test_report_of_many_architectures(study: Study) -> None:
+def test_report_of_many_architectures(study):
     for index in range(130):
         study.append(make_record(index, success(index / 200)))
     assert "30 more stand in records.jsonl." in Page(write_report(study, MADE)).text
 
 
-def test_report_with_a_baseline(study: Study, tmp_path: Path) -> None:
+def test_report_with_a_baseline(study, tmp_path):
     fill(study)
     with Study.create(tmp_path, "made", "random", {}, {}) as baseline:
         assert "Comparison" in Page(write_report(study, MADE, baseline=baseline)).text
@@ -267,7 +260,7 @@ def test_report_with_a_baseline(study: Study, tmp_path: Path) -> None:
     assert page.values.count("baseline") == 3
 
 
-def test_main_of_an_unknown_method(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_of_an_unknown_method(study, capsys):
     with Study.create(study.path, "x", "x", {"method": "alchemy"}, {}) as other:
         assert main([str(other.path)]) == 2
     assert capsys.readouterr().err == (
@@ -276,7 +269,7 @@ def test_main_of_an_unknown_method(study: Study, capsys: pytest.CaptureFixture[s
     )
 
 
-def test_main_of_something_else(tmp_path: Path) -> None:
+def test_main_of_something_else(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "nasfast.report", str(tmp_path)],
         capture_output=True,
@@ -292,7 +285,7 @@ def test_main_of_something_else(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_terminal_table(study: Study) -> None:
+def test_terminal_table(study):
     fill(study)
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(terminal_table(study, MADE, top=2))

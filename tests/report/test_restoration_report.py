@@ -1,11 +1,7 @@
 """The report of a search by gradient: charts, heat maps, drawings, pictures."""
 
-from __future__ import annotations
-
 import random
 import re
-from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -16,14 +12,14 @@ from nasfast.methods.restoration.report import RestorationReport, cell_graph, pa
 from nasfast.report import terminal_table, write_report
 from nasfast.runs.records import Evaluation, Record
 from nasfast.runs.study import Study
-from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
+from nasfast.spaces.ir_nas import IRNASSpace
 
 SPACE = IRNASSpace(layers=3, nodes=2)
 REPORT = RestorationReport()
 GENOTYPES = [SPACE.sample(random.Random(i)) for i in range(3)]
 
 
-def record(index: int, genotype: IRNASGenotype, earlier: int | None) -> Record:
+def record(index, genotype, earlier):
     metrics = {
         "psnr": 20.0 + index,
         "ssim": 0.5,
@@ -52,7 +48,7 @@ def record(index: int, genotype: IRNASGenotype, earlier: int | None) -> Record:
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> Any:
+def study(tmp_path):
     """Four epochs that derived the architectures 0, 1, 1, 2."""
     environment = {"choice": "last", "command": ["python"]}
     with Study.create(tmp_path, "restoration", "demo", {}, environment) as study:
@@ -66,7 +62,7 @@ def study(tmp_path: Path) -> Any:
         yield study
 
 
-def test_supernet_history(study: Study) -> None:
+def test_supernet_history(study):
     page = write_report(study, REPORT).read_text()
     for text in ("Losses and validation", "Supernet history", "PSNR of the supernet, dB"):
         assert text in page
@@ -85,7 +81,7 @@ def test_supernet_history(study: Study) -> None:
         ElementTree.fromstring(chart)
 
 
-def test_the_last_architecture_is_the_choice(study: Study) -> None:
+def test_the_last_architecture_is_the_choice(study):
     page = write_report(study, REPORT).read_text()
     assert "The cell, after epoch 4" in page
     assert "<dt>PSNR</dt><dd>23.0000</dd>" in page
@@ -100,7 +96,7 @@ def test_the_last_architecture_is_the_choice(study: Study) -> None:
     assert list(table.columns[1].cells) == ["3", "2", "0"]
 
 
-def test_pictures_are_inside_the_page(study: Study) -> None:
+def test_pictures_are_inside_the_page(study):
     assert "Before and after" not in write_report(study, REPORT).read_text()
     for training in ("train-10", "train-9", "train-9-seed"):
         folder = study.path / training / "pictures"
@@ -113,13 +109,13 @@ def test_pictures_are_inside_the_page(study: Study) -> None:
     assert "://" not in re.sub(r"xmlns=\S+", "", page)
 
 
-def drawn(svg: ElementTree.Element, kind: str) -> list[str]:
+def drawn(svg, kind):
     found = [group for group in svg if kind in group.get("class", "").split()]
     return ["".join(group.itertext()) for group in found]
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_drawings_have_every_node_and_edge(seed: int) -> None:
+def test_drawings_have_every_node_and_edge(seed):
     genotype = IRNASSpace(layers=4, nodes=3).sample(random.Random(seed))
     cell, path = cell_graph(genotype), path_graph(genotype)
     ops = [op for node in genotype.nodes for op, _ in node]
@@ -133,7 +129,7 @@ def test_drawings_have_every_node_and_edge(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_drawn_nodes_lie_inside(seed: int) -> None:
+def test_drawn_nodes_lie_inside(seed):
     genotype = IRNASSpace(layers=4, nodes=5).sample(random.Random(seed))
     for draw in (cell_graph, path_graph):
         svg = draw(genotype)

@@ -1,15 +1,12 @@
 """Drawings of cells and decoders: complete, apart and inside."""
 
-from __future__ import annotations
-
 import random
 from itertools import combinations
-from xml.etree.ElementTree import Element
 
 import pytest
 
 from nasfast.methods.segmentation.report import cell_graph, decoder_graph
-from nasfast.spaces.fast_nas import PRIMITIVES, FastNASGenotype, FastNASSpace
+from nasfast.spaces.fast_nas import PRIMITIVES, FastNASSpace
 
 SPACE = FastNASSpace()
 PUBLISHED = {  # Fast NAS, CVPR 2019: arch0, arch1, arch2
@@ -19,21 +16,21 @@ PUBLISHED = {  # Fast NAS, CVPR 2019: arch0, arch1, arch2
 }
 
 
-def classes(svg: Element, kind: str) -> list[Element]:
+def classes(svg, kind):
     return [group for group in svg if kind in group.get("class", "").split()]
 
 
-def labels(svg: Element) -> list[str]:
+def labels(svg):
     return ["".join(node.itertext()) for node in classes(svg, "node")]
 
 
-def genotypes() -> dict[str, FastNASGenotype]:
+def genotypes():
     random_ones = {f"random{i}": SPACE.sample(random.Random(i)) for i in range(20)}
     return {name: SPACE.from_json(form) for name, form in PUBLISHED.items()} | random_ones
 
 
 @pytest.mark.parametrize("genotype", genotypes().values(), ids=genotypes())
-def test_drawings_have_every_node_and_edge(genotype: FastNASGenotype) -> None:
+def test_drawings_have_every_node_and_edge(genotype):
     cell, decoder = cell_graph(genotype), decoder_graph(genotype)
     ops = [PRIMITIVES[o] for layer in genotype.cell.layers for o in layer[2:]]
     assert sorted(labels(cell)) == sorted(
@@ -52,7 +49,7 @@ def test_drawings_have_every_node_and_edge(genotype: FastNASGenotype) -> None:
 
 @pytest.mark.parametrize("genotype", genotypes().values(), ids=genotypes())
 @pytest.mark.parametrize("draw", [cell_graph, decoder_graph])
-def test_drawn_nodes_lie_apart_and_inside(draw, genotype: FastNASGenotype) -> None:  # type: ignore[no-untyped-def]
+def test_drawn_nodes_lie_apart_and_inside(draw, genotype):
     svg = draw(genotype)
     _, _, width, height = map(float, svg.attrib["viewBox"].split())
     boxes = []

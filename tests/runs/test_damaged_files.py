@@ -1,12 +1,9 @@
 """Whatever is wrong with a file, its reader says so in one line that names it."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +21,7 @@ from nasfast.utils.errors import text_for_user
 OLD = Path(__file__).parents[1] / "fixtures" / "version1" / "segmentation"
 
 
-def run(place: Path) -> Path:
+def run(place):
     """A run of today's form."""
     shutil.copytree(OLD, place)
     description = {"version": 2, "method": "segmentation", "ranking": "score"}
@@ -32,7 +29,7 @@ def run(place: Path) -> Path:
     return place
 
 
-def folder(place: Path) -> Path:
+def folder(place):
     """Images, masks, lists and classes, as a folder, as CamVid and for restoration."""
     classes = [{"name": name, "color": [i, i, i]} for i, name in enumerate("ab")]
     for name in ("images", "masks", "train", "trainannot", "val", "valannot"):
@@ -49,33 +46,33 @@ def folder(place: Path) -> Path:
     return place
 
 
-def opened(path: Path) -> None:
+def opened(path):
     """All that is read of a run."""
     study = Study.open(path, read_only=True)
     study.load_checkpoint()
     Study.open(path).close()
 
 
-def decoded(path: Path) -> None:
+def decoded(path):
     """A folder whose frames are read at each access."""
     _ = open_folder(path, cache_in_memory=False)[0][0]
 
 
-def restored(path: Path) -> None:
+def restored(path):
     """All images of a folder, one of them damaged."""
     data = open_images(path / "train", 3)
     _ = [pair.clean for part in (data.train, data.val, data.test) for pair in part]
     data.train.fingerprint()
 
 
-def genotype(path: Path) -> None:
+def genotype(path):
     """As a training reads it."""
     form = read_genotype(path / "best.json")
     method_of_genotype(form).genotype(form)
 
 
-MADE: dict[str, Callable[[Path], Path]] = {"run": run, "folder": folder}
-READERS: dict[str, tuple[str, str, Callable[[Path], object]]] = {
+MADE = {"run": run, "folder": folder}
+READERS = {
     f"{read.__name__} {name}": (made, name, read)
     for made, read, names in [
         ("run", opened, "study.json config.toml env.json records.jsonl best.json lock"),
@@ -90,16 +87,16 @@ READERS: dict[str, tuple[str, str, Callable[[Path], object]]] = {
 }
 
 
-def in_its_place(path: Path) -> None:
+def in_its_place(path):
     path.unlink(missing_ok=True)
     path.mkdir()
 
 
-def content(data: bytes) -> Callable[[Path], object]:
+def content(data):
     return lambda path: path.write_bytes(data)
 
 
-DAMAGES: dict[str, Callable[[Path], object]] = {
+DAMAGES = {
     "missing": lambda path: path.unlink(missing_ok=True),
     "a directory": in_its_place,
     "a link to itself": lambda path: (path.unlink(missing_ok=True), path.symlink_to(path)),
@@ -121,7 +118,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-def outcome(read: Callable[[Path], object], place: Path) -> str | None:
+def outcome(read, place):
     """What the user reads of an error; a defect is raised."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a last line that is torn
@@ -137,7 +134,7 @@ def outcome(read: Callable[[Path], object], place: Path) -> str | None:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("reader", READERS)
-def test_a_damaged_file_is_named(reader: str, damage: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_named(reader, damage, tmp_path):
     made, name, read = READERS[reader]
     place = MADE[made](tmp_path / made)
     assert outcome(read, place) is None
@@ -150,7 +147,7 @@ def test_a_damaged_file_is_named(reader: str, damage: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_random_damage(reader: str, tmp_path: Path) -> None:
+def test_random_damage(reader, tmp_path):
     made, name, read = READERS[reader]
     place = MADE[made](tmp_path / made)
     path = place / name
@@ -159,7 +156,7 @@ def test_random_damage(reader: str, tmp_path: Path) -> None:
 
     @settings(max_examples=40, deadline=None)
     @given(st.lists(st.tuples(at, st.binary(max_size=4)), max_size=4), at)
-    def damaged(changes: list[tuple[int, bytes]], end: int) -> None:
+    def damaged(changes, end):
         data = bytearray(whole)
         for start, new in changes:
             data[start : start + len(new)] = new
@@ -169,7 +166,7 @@ def test_random_damage(reader: str, tmp_path: Path) -> None:
     damaged()
 
 
-def test_a_picture_that_is_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_is_a_bomb(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     text = outcome(open_folder, folder(tmp_path))
     assert str(text).startswith(f"mask {tmp_path}/masks/x.png cannot be read: Image size (1200 pix")

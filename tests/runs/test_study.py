@@ -1,7 +1,5 @@
 """The run directory: durable records, atomic files, one writer, runs of other versions."""
 
-from __future__ import annotations
-
 import datetime
 import itertools
 import json
@@ -13,24 +11,22 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
 from nasfast.runs.records import VERSION, Evaluation, Record
-from nasfast.runs.study import Ranking, Study
+from nasfast.runs.study import Study
 from nasfast.utils.errors import UserError
 
 OLD = Path(__file__).parents[1] / "fixtures" / "version1"
 NOW = datetime.datetime(2026, 1, 2, 3, 4, 5)
 
 
-def make_record(index: int, **changes: Any) -> Record:
+def make_record(index, **changes):
     """A plausible record; everything in it follows from its index."""
     rng = random.Random(index)
     rewards = {"stage0": rng.uniform(0.2, 0.5)}
@@ -44,25 +40,25 @@ def make_record(index: int, **changes: Any) -> Record:
         seconds={"stage0_train": 1.5, "stage0_validate": 0.5},
         feedback="stage0",
     )
-    genotype: dict[str, object] = {"space": "fast_nas", "cell": [index], "connections": [[3, 3]]}
+    genotype = {"space": "fast_nas", "cell": [index], "connections": [[3, 3]]}
     when = "2026-01-01T00:00:00+00:00"
     record = Record(index, genotype, genotype, 7 + index, evaluation, None, when)
     return replace(record, **changes)
 
 
-def failed(index: int) -> Record:
+def failed(index):
     costs = {"params": 0, "macs": 0}
     evaluation = Evaluation({}, {}, costs, None, {}, "stage0", failure="out of memory")
     return make_record(index, evaluation=evaluation)
 
 
-def scored(index: int, *rewards: float, **changes: Any) -> Record:
+def scored(index, *rewards, **changes):
     record = make_record(index, **changes)
     named = {f"stage{i}": reward for i, reward in enumerate(rewards)}
     return replace(record, evaluation=replace(record.evaluation, rewards=named))
 
 
-def append_all(study: Study, records: Sequence[Record]) -> list[int]:
+def append_all(study, records):
     """Append them; the best one's index after each."""
     best = []
     for record in records:
@@ -72,16 +68,16 @@ def append_all(study: Study, records: Sequence[Record]) -> list[int]:
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> Any:
+def study(tmp_path):
     with Study.create(tmp_path / "runs", "segmentation", "demo", {}, {"gpu": None}) as study:
         yield study
 
 
-def interrupt(*_: object) -> None:
+def interrupt(*_):
     raise KeyboardInterrupt
 
 
-def test_create_lays_out_the_directory(study: Study, tmp_path: Path) -> None:
+def test_create_lays_out_the_directory(study, tmp_path):
     assert study.path.parent == tmp_path / "runs"
     assert study.path.name.endswith("-segmentation-demo")
     assert (study.env, study.method) == ({"gpu": None}, "segmentation")
@@ -93,9 +89,7 @@ def test_create_lays_out_the_directory(study: Study, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("whole", range(4))
-def test_a_run_that_is_half_made_is_none(
-    whole: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_is_half_made_is_none(whole, tmp_path, monkeypatch):
     """Whichever file the crash came before."""
     calls = itertools.chain([os.replace] * whole, itertools.repeat(interrupt))
     monkeypatch.setattr(os, "replace", lambda source, target: next(calls)(source, target))
@@ -106,7 +100,7 @@ def test_a_run_that_is_half_made_is_none(
         Study.open(path)
 
 
-def test_config_round_trip(tmp_path: Path) -> None:
+def test_config_round_trip(tmp_path):
     @dataclass(frozen=True)
     class Optimizer:
         betas: tuple[float, float] = (0.9, 0.999)
@@ -125,19 +119,19 @@ def test_config_round_trip(tmp_path: Path) -> None:
     }
 
 
-def test_config_of_a_wrong_type(tmp_path: Path) -> None:
+def test_config_of_a_wrong_type(tmp_path):
     with pytest.raises(TypeError, match=r"config train\.lr\[1\]: expected a bool, .* got NoneType"):
         Study.create(tmp_path, "segmentation", "demo", {"train": {"lr": [0.1, None]}}, {})
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b"])
-def test_name_must_fit_a_directory(tmp_path: Path, name: str) -> None:
+def test_name_must_fit_a_directory(tmp_path, name):
     with pytest.raises(ValueError, match=r"name: expected letters, digits and .* got"):
         Study.create(tmp_path, "segmentation", name, {}, {})
 
 
-def test_collisions_get_a_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_collisions_get_a_suffix(tmp_path, monkeypatch):
     monkeypatch.setattr("nasfast.runs.study.datetime.datetime", mock.Mock(now=lambda: NOW))
     paths = []
     for _ in range(3):
@@ -149,7 +143,7 @@ def test_collisions_get_a_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [len(Study.open(path).records) for path in paths] == [1, 1, 1]
 
 
-def test_records_and_best_survive_reopening(study: Study) -> None:
+def test_records_and_best_survive_reopening(study):
     records = [make_record(0), failed(1), make_record(2, duplicate_of=0), make_record(3)]
     for record in records:
         study.append(record)
@@ -166,7 +160,7 @@ def test_records_and_best_survive_reopening(study: Study) -> None:
         assert len(reopened.records) == 5
 
 
-RANKED: dict[str, tuple[Ranking, list[Record], list[int], list[int]]] = {
+RANKED = {
     "by score, of equals the earliest": (
         "score",
         [
@@ -210,7 +204,7 @@ RANKED: dict[str, tuple[Ranking, list[Record], list[int], list[int]]] = {
 
 
 @pytest.mark.parametrize("case", RANKED)
-def test_ranking_and_best(case: str, tmp_path: Path) -> None:
+def test_ranking_and_best(case, tmp_path):
     kind, records, best, ranking = RANKED[case]
     with Study.create(tmp_path, "segmentation", "demo", {}, {}, ranking=kind) as study:
         assert append_all(study, records) == best
@@ -219,22 +213,22 @@ def test_ranking_and_best(case: str, tmp_path: Path) -> None:
     assert reader.best == records[ranking[0]]
 
 
-def test_failures_only_have_no_best(study: Study) -> None:
+def test_failures_only_have_no_best(study):
     study.append(failed(0))
     assert study.best is None
     assert not (study.path / "best.json").exists()
 
 
-def test_index_out_of_order(study: Study) -> None:
+def test_index_out_of_order(study):
     message = r"record index: expected 0 .*, got 3; append every record once, in order"
     with pytest.raises(ValueError, match=message):
         study.append(make_record(3))
 
 
-def test_full_disk_leaves_no_torn_line(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_no_torn_line(study, monkeypatch):
     study.append(make_record(0))
 
-    def no_space(descriptor: int) -> None:
+    def no_space(descriptor):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -248,7 +242,7 @@ def test_full_disk_leaves_no_torn_line(study: Study, monkeypatch: pytest.MonkeyP
     assert Study.open(study.path, read_only=True).records == (make_record(0), make_record(1))
 
 
-def test_torn_last_line_at_every_byte(study: Study) -> None:
+def test_torn_last_line_at_every_byte(study):
     records = (make_record(0), make_record(1), make_record(2))
     append_all(study, records)
     study.close()
@@ -281,7 +275,7 @@ def test_torn_last_line_at_every_byte(study: Study) -> None:
         (lambda a, b, c: a + c, "line 2: not a record.*index: expected 1, got 2"),
     ],
 )
-def test_broken_middle_line(study: Study, damage: Callable[..., str], text: str) -> None:
+def test_broken_middle_line(study, damage, text):
     append_all(study, [make_record(0), make_record(1), make_record(2)])
     study.close()
     file = study.path / "records.jsonl"
@@ -293,7 +287,7 @@ def test_broken_middle_line(study: Study, damage: Callable[..., str], text: str)
     Study.open(study.path).close()
 
 
-def test_not_a_run_directory(tmp_path: Path) -> None:
+def test_not_a_run_directory(tmp_path):
     (tmp_path / "config.toml").touch()
     with pytest.raises(UserError, match=r"not a run .* no env\.json, records\.jsonl; give"):
         Study.open(tmp_path)
@@ -303,7 +297,7 @@ def test_not_a_run_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("run", ["segmentation", "restoration", "restoration_random"])
-def test_runs_of_version_1(run: str, tmp_path: Path) -> None:
+def test_runs_of_version_1(run, tmp_path):
     path = tmp_path / run
     shutil.copytree(OLD / run, path)
     before = (path / "records.jsonl").read_text()
@@ -332,14 +326,14 @@ def test_runs_of_version_1(run: str, tmp_path: Path) -> None:
     assert Study.open(path, read_only=True).records == (*records, better)
 
 
-def test_a_run_without_a_method(study: Study) -> None:
+def test_a_run_without_a_method(study):
     study.close()
     (study.path / "study.json").unlink()
     with pytest.raises(UserError, match=r"config\.toml: expected the name of .* got None; restore"):
         Study.open(study.path)
 
 
-def test_records_of_a_newer_version(study: Study) -> None:
+def test_records_of_a_newer_version(study):
     append_all(study, [scored(0, 0.1), scored(1, 0.2)])
     study.close()
     file = study.path / "records.jsonl"
@@ -357,7 +351,7 @@ def test_records_of_a_newer_version(study: Study) -> None:
     assert (form["version"], set(forms[0]) - set(form)) == (VERSION, {"energy"})
 
 
-def test_a_run_of_a_newer_version(study: Study) -> None:
+def test_a_run_of_a_newer_version(study):
     append_all(study, [scored(0, 0.1), scored(1, 0.2)])
     study.close()
     description = {"version": 3, "method": "segmentation", "ranking": "pareto", "phases": 2}
@@ -369,7 +363,7 @@ def test_a_run_of_a_newer_version(study: Study) -> None:
     assert reader.best == scored(1, 0.2)
 
 
-def test_checkpoint_round_trip(study: Study) -> None:
+def test_checkpoint_round_trip(study):
     assert study.load_checkpoint() is None
     study.save_checkpoint({"step": 1})
     state = {"weight": torch.randn(3, 2), "rng": random.Random(1).getstate(), "names": ["a", None]}
@@ -380,7 +374,7 @@ def test_checkpoint_round_trip(study: Study) -> None:
     assert loaded == state
 
 
-def test_failed_checkpoint_keeps_the_old_one(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_checkpoint_keeps_the_old_one(study, monkeypatch):
     study.save_checkpoint({"step": 1})
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", interrupt)
@@ -395,7 +389,7 @@ def test_failed_checkpoint_keeps_the_old_one(study: Study, monkeypatch: pytest.M
     assert [path.name for path in (study.path / "checkpoint").iterdir()] == names
 
 
-def test_second_writer_is_refused(study: Study) -> None:
+def test_second_writer_is_refused(study):
     holder = rf"is being written by process {os.getpid()}; wait for it or stop it first"
     with pytest.raises(UserError, match=holder):
         Study.open(study.path)
@@ -410,7 +404,7 @@ def test_second_writer_is_refused(study: Study) -> None:
     Study.open(study.path).close()
 
 
-def test_reader_and_closed_study_do_not_write(study: Study) -> None:
+def test_reader_and_closed_study_do_not_write(study):
     study.close()
     for closed in (study, Study.open(study.path, read_only=True)):
         for write in (lambda s: s.append(make_record(0)), lambda s: s.save_checkpoint({})):
@@ -418,7 +412,7 @@ def test_reader_and_closed_study_do_not_write(study: Study) -> None:
                 write(closed)
 
 
-def test_forked_child_does_not_hold_the_lock(study: Study) -> None:
+def test_forked_child_does_not_hold_the_lock(study):
     release, hold = os.pipe()
     child = os.fork()
     if child == 0:
