@@ -1,6 +1,6 @@
 """A folder of images and masks: round trip and every error."""
 
-from __future__ import annotations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from nasfast.data.folder import id_of
 from nasfast.utils.errors import UserError
 
 CLASSES = ["background", "cell", "nucleus"]
-SIZE = (24, 17)  # width, height
+SIZE = (17, 24)  # height, width
 
 
 @pytest.fixture
@@ -20,8 +20,8 @@ def folder(tmp_path):
     for name in ("images", "masks"):
         (tmp_path / name).mkdir()
     for i in range(10):
-        pixels = rng.integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8)
-        labels = rng.choice([0, 1, 2, 255], pixels.shape[:2]).astype(np.uint8)
+        pixels = rng.integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+        labels = rng.choice([0, 1, 2, 255], SIZE).astype(np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"images/f{i}.png")
         mask = Image.fromarray(labels)
         if i % 2:
@@ -33,8 +33,20 @@ def folder(tmp_path):
     return tmp_path
 
 
-def write(path, *shape, value=0, dtype=np.uint8):
-    Image.fromarray(np.full(shape, value, dtype)).save(path)
+def pixels(*shape, value=0):
+    """A file with an image of one value."""
+    return lambda path: Image.fromarray(np.full(shape, value, np.uint8)).save(path)
+
+
+def text(content):
+    return lambda path: path.write_text(content)
+
+
+def cut(size):
+    return lambda path: path.write_bytes(path.read_bytes()[:size])
+
+
+LISTED = {"train.txt": text("f1\nf3\n"), "val.txt": text("f2\n")}
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -64,7 +76,7 @@ def test_split_by_hash(folder):
 def test_fingerprint_follows_the_contents(folder):
     before = open_folder(folder)[0].fingerprint()
     for path in (folder / "images").iterdir():
-        write(path, SIZE[1], SIZE[0], 3, value=7)
+        pixels(*SIZE, 3, value=7)(path)
     assert open_folder(folder)[0].fingerprint() != before
     (folder / "classes.txt").write_text("a\nb\nc\n")
     assert len({before, *(open_folder(folder)[i].fingerprint() for i in (0, 1))}) == 3
@@ -73,96 +85,50 @@ def test_fingerprint_follows_the_contents(folder):
 def test_binary_masks(folder):
     (folder / "classes.txt").write_text("no\nyes\n")
     for path in (folder / "masks").iterdir():
-        Image.fromarray(np.arange(SIZE[0] * SIZE[1]).reshape(SIZE[::-1]) % 3 == 0).save(path)
+        Image.fromarray(np.arange(SIZE[0] * SIZE[1]).reshape(SIZE) % 3 == 0).save(path)
     assert open_folder(folder)[0][0].mask.unique().tolist() == [0, 1]
 
 
-def spoil_value(folder):
-    write(folder / "masks/f3.png", *SIZE[::-1], value=3)
-
-
-def spoil_mode(folder):
-    write(folder / "masks/f3.png", *SIZE[::-1], 3)
-
-
-def spoil_size(folder):
-    write(folder / "masks/f3.png", 17, 23)
-
-
-def spoil_image(folder):
-    (folder / "images/f3.png").write_bytes(b"not an image")
-
-
-def truncate_image(folder):
-    path = folder / "images/f3.png"
-    path.write_bytes(path.read_bytes()[:-200])
-
-
-def truncate_mask(folder):
-    path = folder / "masks/f3.png"
-    path.write_bytes(path.read_bytes()[:70])
-
-
-def lose_mask(folder):
-    (folder / "masks/f3.png").unlink()
-
-
-def lose_image(folder):
-    (folder / "images/f3.png").unlink()
-    (folder / "train.txt").write_text("f1\nf3\n")
-    (folder / "val.txt").write_text("f2\n")
-
-
-def lose_list(folder):
-    (folder / "train.txt").write_text("f1\n")
-
-
-def empty_list(folder):
-    (folder / "train.txt").write_text("\n")
-    (folder / "val.txt").write_text("f2\n")
-
-
-def no_classes(folder):
-    (folder / "classes.txt").write_text("")
-
-
-def many_classes(folder):
-    (folder / "classes.txt").write_text("c\n" * 256)
-
-
-def no_images(folder):
-    for path in (folder / "images").iterdir():
-        path.unlink()
-
-
 @pytest.mark.parametrize(
-    ("spoil", "text"),
+    ("spoiled", "message"),
     [
-        (spoil_value, r"masks/f3.png has the value 3: expected 0..2 or 255 \(ignore\)"),
-        (spoil_mode, r"masks/f3.png has mode RGB: expected an 8-bit index mask"),
         (
-            spoil_size,
+            {"masks/f3.png": pixels(*SIZE, value=3)},
+            r"masks/f3.png has the value 3: expected 0..2 or 255 \(ignore\)",
+        ),
+        (
+            {"masks/f3.png": pixels(*SIZE, 3)},
+            r"masks/f3.png has mode RGB: expected an 8-bit index mask",
+        ),
+        (
+            {"masks/f3.png": pixels(17, 23)},
             r"differ in size: .*images/f3.png is 17x24, .*masks/f3.png is 17x23",
         ),
-        (spoil_image, r"image .*images/f3.png cannot be read: cannot identify"),
-        (truncate_image, r"image .*images/f3.png cannot be read: "),
-        (truncate_mask, r"mask .*masks/f3.png cannot be read: "),
+        ({"images/f3.png": text("x")}, r"image .*images/f3.png cannot be read: cannot identify"),
+        ({"images/f3.png": cut(-200)}, r"image .*images/f3.png cannot be read: "),
+        ({"masks/f3.png": cut(70)}, r"mask .*masks/f3.png cannot be read: "),
         (
-            lose_mask,
+            {"masks/f3.png": Path.unlink},
             r"no mask for id 'f3': expected '.*masks/f3' with .* .jpg or .jpeg or .png \(1 of 8",
         ),
-        (lose_image, r"no image for id 'f3': expected '.*images/f3' .*1 of 2"),
-        (lose_list, r"expected both train.txt and val.txt or neither, got one"),
-        (empty_list, r"train.txt is empty: expected one entry per line"),
-        (no_classes, r"classes.txt is empty: expected one entry per line"),
-        (many_classes, r"classes.txt: expected at most 255 classes, got 256"),
-        (no_images, r"images: expected at least 2 images, got 0"),
+        (
+            LISTED | {"images/f3.png": Path.unlink},
+            r"no image for id 'f3': expected '.*images/f3' .*1 of 2",
+        ),
+        ({"val.txt": text("f1\n")}, "expected both train.txt and val.txt or neither, got one"),
+        (LISTED | {"train.txt": text("\n")}, "train.txt is empty: expected one entry per line"),
+        ({"classes.txt": text("")}, "classes.txt is empty: expected one entry per line"),
+        ({"classes.txt": text("c\n" * 256)}, "classes.txt: expected at most 255 classes, got 256"),
+        (
+            {f"images/f{i}.png": Path.unlink for i in range(10)},
+            "images: expected at least 2 images, got 0",
+        ),
     ],
-    ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_errors_name_the_file(folder, spoil, text):
-    spoil(folder)
-    with pytest.raises(UserError, match=text):
+def test_errors_name_the_file(folder, spoiled, message):
+    for name, spoil in spoiled.items():
+        spoil(folder / name)
+    with pytest.raises(UserError, match=message):
         load_splits(folder)
 
 

@@ -1,7 +1,5 @@
 """The synthetic streets: determinism, contents, arguments."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -16,36 +14,25 @@ def test_a_sample_depends_on_seed_stream_and_index_alone():
     streets = SyntheticStreets(5, seed=4)
     assert same(streets[3], SyntheticStreets(50, seed=4, cache_in_memory=True)[3])
     assert same(streets[-1], streets[4])
-    others = [
-        streets[2],
-        SyntheticStreets(5, seed=5)[3],
-        SyntheticStreets(5, seed=4, stream="val")[3],
-        SyntheticStreets(5, seed=4, stream="pretrain")[3],
-    ]
-    assert not any(same(streets[3], other) for other in others)
+    others = [{"seed": 5}, {"seed": 4, "stream": "val"}, {"seed": 4, "stream": "pretrain"}]
+    for other in (streets[2], *(SyntheticStreets(5, **arguments)[3] for arguments in others)):
+        assert not same(streets[3], other)
     with pytest.raises(IndexError):
         streets[5]
 
 
 def test_fingerprints_differ_with_every_argument():
-    sets = [
-        SyntheticStreets(5),
-        SyntheticStreets(6),
-        SyntheticStreets(5, seed=1),
-        SyntheticStreets(5, size=(96, 96)),
-        SyntheticStreets(5, stream="val"),
-    ]
+    arguments = [{}, {"seed": 1}, {"size": (96, 96)}, {"stream": "val"}]
+    sets = [SyntheticStreets(6), *(SyntheticStreets(5, **changes) for changes in arguments)]
     assert len({s.fingerprint() for s in sets}) == len(sets)
-    assert SyntheticStreets(5, cache_in_memory=True).fingerprint() == sets[0].fingerprint()
+    assert SyntheticStreets(5, cache_in_memory=True).fingerprint() == sets[1].fingerprint()
 
 
 @pytest.mark.parametrize("size", [(96, 128), (32, 32), (128, 64), (33, 161)])
 def test_shapes_and_labels(size):
     for sample in SyntheticStreets(12, seed=7, size=size):
-        assert sample.image.shape == (3, *size)
-        assert sample.image.dtype == torch.uint8
-        assert sample.mask.shape == size
-        assert sample.mask.dtype == torch.uint8
+        assert (sample.image.shape, sample.mask.shape) == ((3, *size), size)
+        assert sample.image.dtype == sample.mask.dtype == torch.uint8
         assert set(sample.mask.unique().tolist()) <= {*range(8), 255}
 
 

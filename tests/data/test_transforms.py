@@ -1,6 +1,6 @@
 """Joint transforms: sizes for any aspect ratio, alignment of image and mask, determinism."""
 
-from __future__ import annotations
+import re
 
 import pytest
 import torch
@@ -31,20 +31,12 @@ def generator(seed=0):
 
 @given(side, side, size, wanted_side, st.floats(0.05, 3), st.floats(1, 3), st.integers(0, 2**40))
 @settings(max_examples=300, deadline=None)
-def test_train_crops_have_the_size_asked_for(height, width, crop, shorter, low, ratio, seed):
-    transform = TrainTransform(crop, shorter, (low, low * ratio))
-    got = transform(gradient(height, width), generator(seed))
-    assert got.image.shape == (3, *pair(crop))
-    assert got.mask.shape == pair(crop)
-    assert got.image.dtype == got.mask.dtype == torch.uint8
-
-
-@given(side, side, size)
-@settings(max_examples=100, deadline=None)
-def test_validation_crops_have_the_size_asked_for(height, width, expected):
-    got = ValTransform(expected)(gradient(height, width))
-    assert got.image.shape == (3, *pair(expected))
-    assert got.mask.shape == pair(expected)
+def test_crops_have_the_size_asked_for(height, width, crop, shorter, low, ratio, seed):
+    train, frame = TrainTransform(crop, shorter, (low, low * ratio)), gradient(height, width)
+    for got in (train(frame, generator(seed)), ValTransform(crop)(frame)):
+        assert got.image.shape == (3, *pair(crop))
+        assert got.mask.shape == pair(crop)
+        assert got.image.dtype == got.mask.dtype == torch.uint8
 
 
 @given(st.integers(0, 2**40))
@@ -82,11 +74,9 @@ def test_mirror():
 
 
 def test_crops_reach_every_corner():
-    crops = [
-        TrainTransform(2, 2, (1, 1), mirror=False)(gradient(3, 3), generator(s)).mask
-        for s in range(99)
-    ]
-    assert len({tuple(c.flatten().tolist()) for c in crops}) == 4
+    transform, frame = TrainTransform(2, 2, (1, 1), mirror=False), gradient(3, 3)
+    crops = [transform(frame, generator(seed)).mask for seed in range(99)]
+    assert len({tuple(crop.flatten().tolist()) for crop in crops}) == 4
 
 
 def test_masks_hold_no_new_values():
@@ -123,21 +113,20 @@ class Mixed(SyntheticStreets):
 
 
 def test_errors():
-    with pytest.raises(
-        ValueError, match=r"got 2 samples of sizes \[\(32, 40\), \(33, 40\)\]; crop"
-    ):
+    def refused(message):
+        return pytest.raises(ValueError, match=re.escape(message))
+
+    with refused("got 2 samples of sizes [(32, 40), (33, 40)]; crop"):
         batch(Mixed(2), [1, 0], ValTransform(None))
-    with pytest.raises(ValueError, match=r"expected one or more samples of one size, got 0"):
+    with refused("expected one or more samples of one size, got 0"):
         batch(Mixed(2), [], ValTransform(None))
-    with pytest.raises(ValueError, match=r"TrainTransform: expected a torch.Generator, got None"):
+    with refused("TrainTransform: expected a torch.Generator, got None"):
         batch(Mixed(2), [0], TrainTransform(8, 8))
-    with pytest.raises(
-        ValueError, match=("TrainTransform: expected crop of at least 2 pixels, got 1")
-    ):
+    with refused("TrainTransform: expected crop of at least 2 pixels, got 1"):
         TrainTransform(1, 8)
-    with pytest.raises(ValueError, match="expected shorter_side of at least 2 pixels, got -1"):
+    with refused("expected shorter_side of at least 2 pixels, got -1"):
         TrainTransform(8, -1)
-    with pytest.raises(ValueError, match=r"0 < low <= high, got \(1.4, 0.7\)"):
+    with refused("0 < low <= high, got (1.4, 0.7)"):
         TrainTransform(8, 8, (1.4, 0.7))
-    with pytest.raises(ValueError, match=r"ValTransform: expected size of at least .*\(8, 0\)"):
+    with refused("ValTransform: expected size of at least 2 pixels, got (8, 0)"):
         ValTransform((8, 0))

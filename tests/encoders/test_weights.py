@@ -21,24 +21,20 @@ def assert_same(encoder, state):
     assert all(torch.equal(v, state[k]) for k, v in encoder.state_dict().items())
 
 
-def test_pth_is_width_one(tmp_path):
-    source = MobileNetV2()
-    torch.save(source.state_dict(), tmp_path / "w.pth")
-    encoder = load_encoder(tmp_path / "w.pth")
-    assert encoder.width == 1.0
-    assert not encoder.training
-    assert_same(encoder, source.state_dict())
-
-
-def test_safetensors_width_from_metadata(tmp_path):
-    source = MobileNetV2(0.5)
-    metadata = {"nasfast.encoder": json.dumps({"name": "mobilenet_v2", "width": 0.5})}
-    save_file(source.state_dict(), tmp_path / "w.safetensors", metadata)
-    encoder = load_encoder(tmp_path / "w.safetensors")
-    assert encoder.width == 0.5
-    assert_same(encoder, source.state_dict())
-    assert read_weights(tmp_path / "w.safetensors")[1] == metadata
-    assert read_metadata(tmp_path / "w.safetensors") == metadata
+@pytest.mark.parametrize(("name", "width"), [("w.pth", 1.0), ("w.safetensors", 0.5)])
+def test_width_is_that_of_the_metadata_or_one(tmp_path, name, width):
+    source, path = MobileNetV2(width).state_dict(), tmp_path / name
+    metadata = {}
+    if width == 1:
+        torch.save(source, path)
+    else:
+        metadata = {"nasfast.encoder": json.dumps({"name": "mobilenet_v2", "width": width})}
+        save_file(source, path, metadata)
+        assert read_metadata(path) == metadata
+    encoder = load_encoder(path)
+    assert (encoder.width, encoder.training) == (width, False)
+    assert_same(encoder, source)
+    assert read_weights(path)[1] == metadata
 
 
 class Evil:
@@ -63,33 +59,22 @@ def test_code_in_a_pickle_is_refused(tmp_path, legacy):
     assert not Evil.ran
 
 
-NO_WIDTH = "to be a JSON object with the width of the encoder, got "
-NOT_FLAT = "expected a flat dict of tensors in PATH, got"
+NO_WIDTH = "weights PATH: expected the metadata .* to be a JSON object with the width .*, got "
+NOT_FLAT = "weights: expected a flat dict of tensors in PATH, got "
+ALONE = r"; save model.state_dict\(\) alone"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("w.pth", None, "weights: no file PATH; give a .safetensors, .pth or .pt file"),
-        (
-            "w.onnx",
-            b"",
-            "weights: expected a .safetensors, .pth or .pt file, got w.onnx; convert it first",
-        ),
-        (
-            "w.pth",
-            {"state_dict": {"a": torch.zeros(1)}},
-            rf"weights: {NOT_FLAT} dict; save model.state_dict\(\) alone",
-        ),
-        ("w.pth", [torch.zeros(1)], rf"weights: {NOT_FLAT} list; save model.state_dict\(\) alone"),
-        (
-            "w.safetensors",
-            b"none at all",
-            r"weights: expected a complete .*, got PATH \(.*\); .*",
-        ),
-        ("w.safetensors", "{", f"weights PATH: expected .* {NO_WIDTH}'{{'; give another file"),
-        ("w.safetensors", "[1]", f"weights PATH: expected .* {NO_WIDTH}.*; give another file"),
-        ("w.safetensors", '{"width": null}', f"weights PATH: expected .* {NO_WIDTH}.*; give .*"),
+        ("w.onnx", b"", "weights: expected a .safetensors.* file, got w.onnx; convert it first"),
+        ("w.pth", {"state_dict": {"a": torch.zeros(1)}}, f"{NOT_FLAT}dict{ALONE}"),
+        ("w.pth", [torch.zeros(1)], f"{NOT_FLAT}list{ALONE}"),
+        ("w.safetensors", b"x", r"weights: expected a complete .*, got PATH \(.*\); restore it .*"),
+        ("w.safetensors", "{", f"{NO_WIDTH}'{{'; give another file"),
+        ("w.safetensors", "[1]", f"{NO_WIDTH}.*; give another file"),
+        ("w.safetensors", '{"width": null}', f"{NO_WIDTH}.*; give another file"),
         ("w.safetensors", "{}", r"mobilenet_v2 weights PATH: \d+ key\(s\) missing: features.0.0.*"),
     ],
 )

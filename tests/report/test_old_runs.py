@@ -1,7 +1,5 @@
 """Reports of runs that earlier versions wrote."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from pathlib import Path
@@ -38,7 +36,7 @@ RANKED = {  # rank, index, rewards, metric
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_report_of_version_1(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_of_version_1(name, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(FIXTURES / "version1" / name, run)
     assert main([str(run), "--baseline", str(run)]) == 0

@@ -22,15 +22,8 @@ EVALUATION = Evaluation(
     seconds={"stage0_train": 12.5, "stage0_validate": 1.0},
     feedback="stage0",
 )
-RECORD = Record(
-    index=3,
-    genotype={"space": "fast_nas", "cell": [8, [0, 0, 5, 2]]},
-    canonical={"space": "fast_nas", "cell": [8, [0, 0, 2, 5]]},
-    seed=7,
-    evaluation=EVALUATION,
-    duplicate_of=None,
-    time="2026-01-02T03:04:05+00:00",
-)
+FORM = {"space": "fast_nas", "cell": [8, [0, 0, 5, 2]]}
+RECORD = Record(3, FORM, FORM, 7, EVALUATION, None, time="2026-01-02T03:04:05+00:00")
 COSTS = {"params": 1, "macs": 2}
 FAILED = Evaluation({}, {}, COSTS, None, {"stage0_train": 0.5}, "stage0", "stage0: out of memory")
 HALF = Evaluation({"b": 0.9}, {"b": METRICS}, COSTS, 0.4, {}, "b", failure="a: out of memory")
@@ -99,8 +92,7 @@ def test_fields_of_a_newer_version_are_kept(record, more, inner, version):
 def test_an_evaluation_of_a_newer_record_may_be_repeated_by_this_version():
     form = RECORD.to_json() | {"version": VERSION + 1, "energy": 5}
     form["evaluation"] |= {"spread": 0.1}
-    newer = Record.from_json(form)
-    repeated = replace(RECORD, index=4, evaluation=newer.evaluation, duplicate_of=3)
+    repeated = replace(RECORD, index=4, evaluation=Record.from_json(form).evaluation)
     assert Record.from_json(written(repeated)) == repeated
 
 
@@ -169,10 +161,16 @@ def test_score_orders_by_phase_stages_and_reward():
     assert replace(RECORD, evaluation=HALF).score is None
 
 
-def test_neither_reward_nor_failure():
+def test_nothing_to_read():
     message = "Evaluation: expected a reward or a failure, got neither; give the failure's cause"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         replace(EVALUATION, rewards={})
+    with pytest.raises(UserError, match=r"rewards: expected a reward or a failure, got \{\}"):
+        Evaluation.from_json(EVALUATION.to_json() | {"rewards": {}, "stages": []})
+    with pytest.raises(UserError, match=r"^evaluation: expected the fields rewards, .* got none"):
+        Evaluation.from_json({})
+    with pytest.raises(UserError, match=r"^record: expected an object, got \[1\]"):
+        Record.from_json([1])
 
 
 @pytest.mark.parametrize(
@@ -211,12 +209,3 @@ def test_malformed_field(path, value, expected):
     message = f"{path}: expected {expected}, got {value!r}; the line is damaged or was edited"
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         Record.from_json(form)
-
-
-def test_nothing_to_read():
-    with pytest.raises(UserError, match=r"^evaluation: expected the fields rewards, .* got none"):
-        Evaluation.from_json({})
-    with pytest.raises(UserError, match=r"^record: expected an object, got \[1\]"):
-        Record.from_json([1])
-    with pytest.raises(UserError, match=r"rewards: expected a reward or a failure, got \{\}"):
-        Evaluation.from_json(EVALUATION.to_json() | {"rewards": {}, "stages": []})

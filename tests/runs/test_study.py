@@ -1,21 +1,19 @@
 """The run directory: durable records, atomic files, one writer, runs of other versions."""
 
-from __future__ import annotations
-
 import datetime
+import itertools
 import json
 import os
 import random
+import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -25,9 +23,10 @@ from nasfast.runs.study import Study
 from nasfast.utils.errors import UserError
 
 OLD = Path(__file__).parents[1] / "fixtures" / "version1"
+NOW = datetime.datetime(2026, 1, 2, 3, 4, 5)
 
 
-def make_record(index: int, **changes: Any) -> Record:
+def make_record(index, **changes):
     """A plausible record; everything in it follows from its index."""
     rng = random.Random(index)
     rewards = {"stage0": rng.uniform(0.2, 0.5)}
@@ -41,25 +40,25 @@ def make_record(index: int, **changes: Any) -> Record:
         seconds={"stage0_train": 1.5, "stage0_validate": 0.5},
         feedback="stage0",
     )
-    genotype: dict[str, object] = {"space": "fast_nas", "cell": [index], "connections": [[3, 3]]}
+    genotype = {"space": "fast_nas", "cell": [index], "connections": [[3, 3]]}
     when = "2026-01-01T00:00:00+00:00"
     record = Record(index, genotype, genotype, 7 + index, evaluation, None, when)
     return replace(record, **changes)
 
 
-def failed(index: int) -> Record:
+def failed(index):
     costs = {"params": 0, "macs": 0}
     evaluation = Evaluation({}, {}, costs, None, {}, "stage0", failure="out of memory")
     return make_record(index, evaluation=evaluation)
 
 
-def scored(index: int, *rewards: float, **changes: Any) -> Record:
+def scored(index, *rewards, **changes):
     record = make_record(index, **changes)
     named = {f"stage{i}": reward for i, reward in enumerate(rewards)}
     return replace(record, evaluation=replace(record.evaluation, rewards=named))
 
 
-def append_all(study: Study, records: list[Record]) -> list[int]:
+def append_all(study, records):
     """Append them; the best one's index after each."""
     best = []
     for record in records:
@@ -69,91 +68,71 @@ def append_all(study: Study, records: list[Record]) -> list[int]:
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> Any:
-    with Study.create(tmp_path / "runs", "segmentation", "demo", {}, {}) as study:
+def study(tmp_path):
+    with Study.create(tmp_path / "runs", "segmentation", "demo", {}, {"gpu": None}) as study:
         yield study
 
 
-def test_create_lays_out_the_directory(tmp_path: Path) -> None:
-    with Study.create(tmp_path / "runs", "segmentation", "demo", {"seed": 1}, {"gpu": None}) as run:
-        assert run.path.parent == tmp_path / "runs"
-        assert run.path.name.endswith("-segmentation-demo")
-        assert run.env == {"gpu": None}
-        assert (run.records, run.best, run.ranking()) == ((), None, [])
-        names = {path.name for path in run.path.iterdir()}
-        description = json.loads((run.path / "study.json").read_text())
-        assert (run.method, description["ranking"]) == ("segmentation", "score")
-    files = {"study.json", "config.toml", "env.json", "records.jsonl", "lock"}
-    assert names == files | {"checkpoint"}
-    assert description == {"version": 2, "method": "segmentation", "ranking": "score"}
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
-def test_a_run_that_is_half_made_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_create_lays_out_the_directory(study, tmp_path):
+    assert study.path.parent == tmp_path / "runs"
+    assert study.path.name.endswith("-segmentation-demo")
+    assert (study.env, study.method) == ({"gpu": None}, "segmentation")
+    assert (study.records, study.best, study.ranking()) == ((), None, [])
+    files = {"study.json", "config.toml", "env.json", "records.jsonl", "lock", "checkpoint"}
+    assert {path.name for path in study.path.iterdir()} == files
+    description = {"version": 2, "method": "segmentation", "ranking": "score"}
+    assert json.loads((study.path / "study.json").read_text()) == description
+
+
+@pytest.mark.parametrize("whole", range(4))
+def test_a_run_that_is_half_made_is_none(whole, tmp_path, monkeypatch):
     """Whichever file the crash came before."""
-    real, stop = os.replace, 0
-
-    def replace_some(source: Path, target: Path) -> None:
-        nonlocal stop
-        stop -= 1
-        if stop < 0:
-            raise KeyboardInterrupt
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", replace_some)
-    for whole in range(4):
-        stop = whole
-        with pytest.raises(KeyboardInterrupt):
-            Study.create(tmp_path / str(whole), "segmentation", "demo", {}, {})
-        (path,) = (tmp_path / str(whole)).iterdir()
-        with pytest.raises(UserError, match=r"not a run directory: it has no .*records\.jsonl"):
-            Study.open(path)
+    calls = itertools.chain([os.replace] * whole, itertools.repeat(interrupt))
+    monkeypatch.setattr(os, "replace", lambda source, target: next(calls)(source, target))
+    with pytest.raises(KeyboardInterrupt):
+        Study.create(tmp_path, "segmentation", "demo", {}, {})
+    (path,) = tmp_path.iterdir()
+    with pytest.raises(UserError, match=r"not a run directory: it has no .*records\.jsonl"):
+        Study.open(path)
 
 
-def test_config_round_trip(tmp_path: Path) -> None:
+def test_config_round_trip(tmp_path):
     @dataclass(frozen=True)
     class Optimizer:
-        lr: float = 3e-3
         betas: tuple[float, float] = (0.9, 0.999)
         clip: float | None = None
 
-    config = {
-        "seed": 3,
-        "teacher": None,
-        "data": Path("data/voc"),
-        "optimizer": Optimizer(),
-        "stages": ({"crop": (256, 256), "distill": None}, {"crop": [350, 350], "amp": True}),
-        "text": 'quoted "é" \\ \n',
-    }
+    table = {"text": 'quoted "é" \\ \n', "amp": True}
+    config = {"seed": 3, "teacher": None, "data": Path("a/b"), "optimizer": Optimizer()}
+    config["stages"] = ({"crop": (256, 256), "distill": None}, table)
     with Study.create(tmp_path, "segmentation", "demo", config, {}) as run:
         path = run.path
     assert Study.open(path, read_only=True).config == {
         "seed": 3,
-        "data": "data/voc",
-        "optimizer": {"lr": 3e-3, "betas": [0.9, 0.999]},
-        "stages": [{"crop": [256, 256]}, {"crop": [350, 350], "amp": True}],
-        "text": 'quoted "é" \\ \n',
+        "data": "a/b",
+        "optimizer": {"betas": [0.9, 0.999]},
+        "stages": [{"crop": [256, 256]}, table],
     }
 
 
-def test_config_of_a_wrong_type(tmp_path: Path) -> None:
+def test_config_of_a_wrong_type(tmp_path):
     with pytest.raises(TypeError, match=r"config train\.lr\[1\]: expected a bool, .* got NoneType"):
         Study.create(tmp_path, "segmentation", "demo", {"train": {"lr": [0.1, None]}}, {})
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b"])
-def test_name_must_fit_a_directory(tmp_path: Path, name: str) -> None:
+def test_name_must_fit_a_directory(tmp_path, name):
     with pytest.raises(ValueError, match=r"name: expected letters, digits and .* got"):
         Study.create(tmp_path, "segmentation", name, {}, {})
 
 
-def test_collisions_get_a_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Frozen(datetime.datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> Frozen:
-            return cls(2026, 1, 2, 3, 4, 5)
-
-    monkeypatch.setattr("nasfast.runs.study.datetime.datetime", Frozen)
+def test_collisions_get_a_suffix(tmp_path, monkeypatch):
+    monkeypatch.setattr("nasfast.runs.study.datetime.datetime", mock.Mock(now=lambda: NOW))
     paths = []
     for _ in range(3):
         with Study.create(tmp_path, "segmentation", "demo", {}, {}) as run:
@@ -164,84 +143,92 @@ def test_collisions_get_a_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [len(Study.open(path).records) for path in paths] == [1, 1, 1]
 
 
-def test_records_survive_reopening(study: Study) -> None:
+def test_records_and_best_survive_reopening(study):
     records = [make_record(0), failed(1), make_record(2, duplicate_of=0), make_record(3)]
     for record in records:
         study.append(record)
+        at_once = Study.open(study.path, read_only=True)  # on the disk when `append` returns
+        assert at_once.records == study.records
     study.close()
+    best = study.path / "best.json"
+    content = best.read_bytes()
+    best.unlink()
     with Study.open(study.path) as reopened:
         assert reopened.records == tuple(records)
+        assert best.read_bytes() == content
         reopened.append(make_record(4))
         assert len(reopened.records) == 5
 
 
-def test_ranking_and_best(study: Study) -> None:
-    records = [
-        scored(0, 0.5),
-        scored(1, 0.3, 0.4),
-        failed(2),
-        scored(3, 0.3, 0.4, duplicate_of=1),
-        scored(4, 0.35, 0.6),
-        scored(5, 0.9),
-        scored(6, 0.3, 0.4),
-    ]
-    assert append_all(study, records) == [0, 1, 1, 1, 4, 4, 4]
-    assert [record.index for record in study.ranking()] == [4, 1, 6, 5, 0]
-    assert study.best == records[4]
+RANKED = {
+    "by score, of equals the earliest": (
+        "score",
+        [
+            scored(0, 0.5),
+            scored(1, 0.3, 0.4),
+            failed(2),
+            scored(3, 0.3, 0.4, duplicate_of=1),
+            scored(4, 0.35, 0.6),
+            scored(5, 0.9),
+            scored(6, 0.3, 0.4),
+        ],
+        [0, 1, 1, 1, 4, 4, 4],
+        [4, 1, 6, 5, 0],
+    ),
+    "a later phase first, repeating nothing of an earlier one": (
+        "score",
+        [
+            scored(0, 0.5),
+            scored(1, 0.7, 0.8),
+            scored(2, 0.1, phase=1, duplicate_of=0),
+            scored(3, 0.2, phase=1),
+            scored(4, 0.2, phase=1, duplicate_of=3),
+        ],
+        [0, 1, 2, 3, 3],
+        [3, 2, 1, 0],
+    ),
+    "the last first": (
+        "last",
+        [
+            scored(0, 0.9),
+            scored(1, 0.5),
+            scored(2, 0.4, duplicate_of=0),
+            scored(3, 0.7),
+            scored(4, 0.6, duplicate_of=1),
+            failed(5),
+        ],
+        [0, 1, 2, 3, 4, 4],
+        [4, 3, 2],
+    ),
+}
 
 
-def test_a_later_phase_comes_first_and_repeats_nothing_of_an_earlier_one(study: Study) -> None:
-    records = [
-        scored(0, 0.5),
-        scored(1, 0.7, 0.8),
-        scored(2, 0.1, phase=1, duplicate_of=0),
-        scored(3, 0.2, phase=1),
-        scored(4, 0.2, phase=1, duplicate_of=3),
-    ]
-    assert append_all(study, records) == [0, 1, 2, 3, 3]
-    assert [record.index for record in study.ranking()] == [3, 2, 1, 0]
+@pytest.mark.parametrize("case", RANKED)
+def test_ranking_and_best(case, tmp_path):
+    kind, records, best, ranking = RANKED[case]
+    with Study.create(tmp_path, "segmentation", "demo", {}, {}, ranking=kind) as study:
+        assert append_all(study, records) == best
+    reader = Study.open(study.path, read_only=True)
+    assert [record.index for record in reader.ranking()] == ranking
+    assert reader.best == records[ranking[0]]
 
 
-def test_the_last_choice_comes_first(tmp_path: Path) -> None:
-    records = [
-        scored(0, 0.9),
-        scored(1, 0.5),
-        scored(2, 0.4, duplicate_of=0),
-        scored(3, 0.7),
-        scored(4, 0.6, duplicate_of=1),
-        failed(5),
-    ]
-    with Study.create(tmp_path, "restoration", "demo", {}, {}, ranking="last") as study:
-        assert append_all(study, records) == [0, 1, 2, 3, 4, 4]
-    study = Study.open(study.path, read_only=True)
-    assert [record.index for record in study.ranking()] == [4, 3, 2]
-
-
-def test_failures_only_have_no_best(study: Study) -> None:
+def test_failures_only_have_no_best(study):
     study.append(failed(0))
     assert study.best is None
     assert not (study.path / "best.json").exists()
 
 
-def test_best_is_restored_on_opening(study: Study) -> None:
-    study.append(make_record(0))
-    study.close()
-    (study.path / "best.json").unlink()
-    with Study.open(study.path):
-        assert Record.from_json(json.loads((study.path / "best.json").read_text())).index == 0
-
-
-def test_index_out_of_order(study: Study) -> None:
-    with pytest.raises(
-        ValueError, match=(r"record index: expected 0 .*, got 3; append " r"every record")
-    ):
+def test_index_out_of_order(study):
+    message = r"record index: expected 0 .*, got 3; append every record once, in order"
+    with pytest.raises(ValueError, match=message):
         study.append(make_record(3))
 
 
-def test_full_disk_leaves_no_torn_line(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_no_torn_line(study, monkeypatch):
     study.append(make_record(0))
 
-    def no_space(descriptor: int) -> None:
+    def no_space(descriptor):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -255,37 +242,27 @@ def test_full_disk_leaves_no_torn_line(study: Study, monkeypatch: pytest.MonkeyP
     assert Study.open(study.path, read_only=True).records == (make_record(0), make_record(1))
 
 
-def test_torn_last_line_at_every_byte(study: Study) -> None:
-    records = [make_record(0), make_record(1), make_record(2)]
-    for record in records:
-        study.append(record)
+def test_torn_last_line_at_every_byte(study):
+    records = (make_record(0), make_record(1), make_record(2))
+    append_all(study, records)
     study.close()
     file = study.path / "records.jsonl"
     whole = file.read_bytes()
     start = whole[:-1].rindex(b"\n") + 1
-    for size in range(start, len(whole)):
-        file.write_bytes(whole[:size])
+    for data in (whole[:start] + bytes(100), *(whole[:n] for n in range(start, len(whole)))):
+        file.write_bytes(data)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            assert Study.open(study.path, read_only=True).records == tuple(records[:2])
-            assert file.read_bytes() == whole[:size]
+            assert Study.open(study.path, read_only=True).records == records[:2]
+            assert file.read_bytes() == data
             assert caught == []
             with Study.open(study.path) as reopened:
-                assert reopened.records == tuple(records[:2])
+                assert reopened.records == records[:2]
         assert file.read_bytes() == whole[:start]
-        assert [("line 3 was torn" in str(w.message)) for w in caught] == [True] * (size > start)
+        assert ["line 3 was torn" in str(w.message) for w in caught] == [True] * (len(data) > start)
     with Study.open(study.path) as reopened:
         reopened.append(records[2])
     assert file.read_bytes() == whole
-
-
-def test_torn_last_line_of_zeros(study: Study) -> None:
-    study.append(make_record(0))
-    study.close()
-    with open(study.path / "records.jsonl", "ab") as file:
-        file.write(b"\0" * 100)
-    with pytest.warns(UserWarning, match="line 2 was torn"), Study.open(study.path) as reopened:
-        assert reopened.records == (make_record(0),)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +275,7 @@ def test_torn_last_line_of_zeros(study: Study) -> None:
         (lambda a, b, c: a + c, "line 2: not a record.*index: expected 1, got 2"),
     ],
 )
-def test_broken_middle_line(study: Study, damage: Callable[..., str], text: str) -> None:
+def test_broken_middle_line(study, damage, text):
     append_all(study, [make_record(0), make_record(1), make_record(2)])
     study.close()
     file = study.path / "records.jsonl"
@@ -310,7 +287,7 @@ def test_broken_middle_line(study: Study, damage: Callable[..., str], text: str)
     Study.open(study.path).close()
 
 
-def test_not_a_run_directory(tmp_path: Path) -> None:
+def test_not_a_run_directory(tmp_path):
     (tmp_path / "config.toml").touch()
     with pytest.raises(UserError, match=r"not a run .* no env\.json, records\.jsonl; give"):
         Study.open(tmp_path)
@@ -320,7 +297,7 @@ def test_not_a_run_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("run", ["segmentation", "restoration", "restoration_random"])
-def test_runs_of_version_1(run: str, tmp_path: Path) -> None:
+def test_runs_of_version_1(run, tmp_path):
     path = tmp_path / run
     shutil.copytree(OLD / run, path)
     before = (path / "records.jsonl").read_text()
@@ -349,21 +326,20 @@ def test_runs_of_version_1(run: str, tmp_path: Path) -> None:
     assert Study.open(path, read_only=True).records == (*records, better)
 
 
-def test_a_run_without_a_method(study: Study) -> None:
+def test_a_run_without_a_method(study):
     study.close()
     (study.path / "study.json").unlink()
     with pytest.raises(UserError, match=r"config\.toml: expected the name of .* got None; restore"):
         Study.open(study.path)
 
 
-def test_records_of_a_newer_version(study: Study) -> None:
+def test_records_of_a_newer_version(study):
     append_all(study, [scored(0, 0.1), scored(1, 0.2)])
     study.close()
     file = study.path / "records.jsonl"
     forms = [json.loads(line) for line in file.read_text().splitlines()]
     for form in forms:
         form |= {"version": VERSION + 1, "energy": {"joule": 3}}
-        form["evaluation"] |= {"spread": 0.25}
     file.write_text("".join(json.dumps(form) + "\n" for form in forms))
     with pytest.warns(UserWarning, match="records of version 3, this nasfast knows 2") as caught:
         reopened = Study.open(study.path)
@@ -375,7 +351,7 @@ def test_records_of_a_newer_version(study: Study) -> None:
     assert (form["version"], set(forms[0]) - set(form)) == (VERSION, {"energy"})
 
 
-def test_a_run_of_a_newer_version(study: Study) -> None:
+def test_a_run_of_a_newer_version(study):
     append_all(study, [scored(0, 0.1), scored(1, 0.2)])
     study.close()
     description = {"version": 3, "method": "segmentation", "ranking": "pareto", "phases": 2}
@@ -387,77 +363,64 @@ def test_a_run_of_a_newer_version(study: Study) -> None:
     assert reader.best == scored(1, 0.2)
 
 
-def test_checkpoint_round_trip(study: Study) -> None:
+def test_checkpoint_round_trip(study):
     assert study.load_checkpoint() is None
     study.save_checkpoint({"step": 1})
     state = {"weight": torch.randn(3, 2), "rng": random.Random(1).getstate(), "names": ["a", None]}
     study.save_checkpoint(state)
     loaded = study.load_checkpoint()
     assert loaded is not None
-    assert loaded.keys() == state.keys()
-    assert torch.equal(loaded["weight"], state["weight"])
-    assert loaded["rng"] == state["rng"]
-    assert loaded["names"] == state["names"]
-    assert [path.name for path in (study.path / "checkpoint").iterdir()] == ["state.pt"]
+    torch.testing.assert_close(loaded.pop("weight"), state.pop("weight"), rtol=0, atol=0)
+    assert loaded == state
 
 
-def test_failed_checkpoint_keeps_the_old_one(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_checkpoint_keeps_the_old_one(study, monkeypatch):
     study.save_checkpoint({"step": 1})
-
-    def interrupted(source: Path, target: Path) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", interrupted)
+        patch.setattr(os, "replace", interrupt)
         with pytest.raises(KeyboardInterrupt):
             study.save_checkpoint({"step": 2})
     assert study.load_checkpoint() == {"step": 1}
-    assert [path.name for path in (study.path / "checkpoint").iterdir()] == ["state.pt"]
-
-
-def test_leftovers_of_a_killed_checkpoint_are_removed(study: Study) -> None:
     study.close()
-    (study.path / "checkpoint" / ".state.pt.123.tmp").write_bytes(b"half")
+    names = [path.name for path in (study.path / "checkpoint").iterdir()]
+    assert names == ["state.pt"]
+    (study.path / "checkpoint" / ".state.pt.123.tmp").write_bytes(b"of one that was killed")
     Study.open(study.path).close()
-    assert list((study.path / "checkpoint").iterdir()) == []
+    assert [path.name for path in (study.path / "checkpoint").iterdir()] == names
 
 
-def test_second_writer_is_refused(study: Study) -> None:
-    holder = rf"is being written by process {os.getpid()}; wait for it or stop it"
+def test_second_writer_is_refused(study):
+    holder = rf"is being written by process {os.getpid()}; wait for it or stop it first"
     with pytest.raises(UserError, match=holder):
         Study.open(study.path)
     code = "import sys; from pathlib import Path; from nasfast.runs.study import Study\n"
-    code += "Study.open(Path(sys.argv[1]))"
-    other = subprocess.run(
-        [sys.executable, "-c", code, str(study.path)], capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", f"{code}Study.open(Path(sys.argv[1]))", str(study.path)]
+    other = subprocess.run(command, capture_output=True, text=True)
     assert other.returncode == 1
-    assert f"is being written by process {os.getpid()}" in other.stderr
+    assert re.search(holder, other.stderr)
     study.append(make_record(0))
     study.close()
     study.close()
     Study.open(study.path).close()
 
 
-def test_reader_and_closed_study_do_not_write(study: Study) -> None:
-    reader = Study.open(study.path, read_only=True)
-    with pytest.raises(RuntimeError, match=r"closed or open for reading only; use Study\.open"):
-        reader.append(make_record(0))
+def test_reader_and_closed_study_do_not_write(study):
     study.close()
-    for write in (lambda: study.append(make_record(0)), lambda: study.save_checkpoint({})):
-        with pytest.raises(RuntimeError, match="closed or open for reading only"):
-            write()
+    for closed in (study, Study.open(study.path, read_only=True)):
+        for write in (lambda s: s.append(make_record(0)), lambda s: s.save_checkpoint({})):
+            with pytest.raises(RuntimeError, match=r"closed or open for reading only; use Study\."):
+                write(closed)
 
 
-def test_forked_child_does_not_hold_the_lock(study: Study) -> None:
+def test_forked_child_does_not_hold_the_lock(study):
     release, hold = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(hold)
         os.read(release, 1)
         os._exit(0)
+    os.close(release)
     try:
-        os.close(release)
         with pytest.raises(UserError, match="is being written"):
             Study.open(study.path)
         study.close()
@@ -472,48 +435,3 @@ def test_forked_child_does_not_hold_the_lock(study: Study) -> None:
     finally:
         os.close(hold)
         os.waitpid(child, 0)
-
-
-WRITER = """
-import sys
-from pathlib import Path
-from nasfast.runs.study import Study
-from test_study import make_record
-
-with Study.open(Path(sys.argv[1])) as study:
-    while True:
-        index = len(study.records)
-        study.append(make_record(index))
-        study.save_checkpoint({"next": index + 1})
-        print(index, flush=True)
-"""
-
-
-def test_kill_loses_no_acknowledged_record(study: Study) -> None:
-    study.close()
-    rng = random.Random(0)
-    count = 0
-    for _ in range(4):
-        writer = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", WRITER, str(study.path)],
-            stdout=subprocess.PIPE,
-            cwd=Path(__file__).parent,
-            text=True,
-        )
-        assert writer.stdout is not None
-        acknowledged = [int(writer.stdout.readline())]
-        time.sleep(rng.uniform(0, 0.15))
-        writer.send_signal(signal.SIGKILL)
-        acknowledged += [int(line) for line in writer.stdout if line.endswith("\n")]
-        writer.wait()
-        writer.stdout.close()
-        assert acknowledged[0] == count
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Study.open(study.path) as reopened:
-                count = len(reopened.records)
-                assert count in (acknowledged[-1] + 1, acknowledged[-1] + 2)
-                assert reopened.records == tuple(make_record(index) for index in range(count))
-                checkpoint = reopened.load_checkpoint()
-                assert checkpoint is not None
-                assert checkpoint["next"] in (count - 1, count)

@@ -96,7 +96,7 @@ def test_samples_and_mutations_are_uniform(name):
 def test_choice_out_of_range(name, beyond):
     space, _ = SPACES[name]
     for index, decision in enumerate(space.decisions):
-        choices: list[object] = [0] * len(space.decisions)
+        choices = [0] * len(space.decisions)
         choices[index] = decision.size if beyond == "size" else beyond
         message = (
             f"{decision.name}: expected an integer in 0..{decision.size - 1}, got "

@@ -6,7 +6,7 @@ import torch
 
 from nasfast.models.supernet import Supernet, SupernetConfig
 from nasfast.strategies import GRADIENT_STRATEGIES, Temperature, make_relaxation
-from nasfast.strategies.gradient import Gumbel, Proxyless
+from nasfast.strategies.gradient import Gumbel
 
 SAMPLING = ("proxyless", "gumbel")
 TEMPERATURE = Temperature(start=2.0, end=0.5, steps=10)
@@ -57,16 +57,20 @@ def test_darts_is_the_softmax():
     torch.testing.assert_close(gradient(mix, alphas), error * p * (OUTPUTS - p @ OUTPUTS))
 
 
+def assert_one_hot(mix):
+    (active,) = mix.active[0]
+    assert mix.weights.tolist() == [[float(k == active) for k in range(4)]]
+    return active
+
+
 @pytest.mark.parametrize("name", SAMPLING)
 def test_weight_steps_draw_one_operation_by_its_probability(name):
     relaxation, alphas = make(name), logits(*LOGITS)
     count = torch.zeros(4, dtype=torch.float64)
     for _ in range(4000):
         mix = relaxation.weight_step(alphas)
-        (active,) = mix.active[0]
-        assert mix.weights.tolist() == [[float(k == active) for k in range(4)]]
         assert not mix.weights.requires_grad
-        count[active] += 1
+        count[assert_one_hot(mix)] += 1
     torch.testing.assert_close(count / 4000, alphas.detach()[0].softmax(0), rtol=0, atol=0.03)
 
 
@@ -119,21 +123,14 @@ def test_expected_gradient_of_gumbel_by_quadrature():
     assert error[0] < 0.1 * abs(expected)
 
 
-def test_gumbel_runs_one_operation():
-    relaxation, alphas = make("gumbel"), logits(*LOGITS)
-    for _ in range(20):
-        mix = relaxation.architecture_step(alphas)
-        (active,) = mix.active[0]
-        assert mix.weights.tolist() == [[float(k == active) for k in range(4)]]
-        assert mix.weights.requires_grad
-
-
-def test_temperature_moves_with_architecture_steps():
+def test_gumbel_runs_one_operation_at_a_temperature_that_moves_with_architecture_steps():
     relaxation, alphas = make("gumbel"), logits(*LOGITS)
     seen = []
     for _ in range(12):
         relaxation.weight_step(alphas)
-        relaxation.architecture_step(alphas)
+        mix = relaxation.architecture_step(alphas)
+        assert_one_hot(mix)
+        assert mix.weights.requires_grad
         seen.append(relaxation.temperature)
         relaxation.after_architecture_step(alphas)
     assert seen == pytest.approx([2.0 - 0.15 * step for step in range(10)] + [0.5, 0.5])
@@ -174,20 +171,13 @@ def search(relaxation, alphas, steps):
 
 
 @pytest.mark.parametrize("name", GRADIENT_STRATEGIES)
-def test_finds_the_best_operation(name):
-    alphas = torch.ones(5, 4, requires_grad=True)
-    for _ in search(make(name), alphas, 300):
-        pass
-    assert alphas.argmax(1).tolist() == [2] * 5
-
-
-@pytest.mark.parametrize("name", GRADIENT_STRATEGIES)
-@pytest.mark.parametrize("cut", [0, 1, 7])
+@pytest.mark.parametrize("cut", [0, 1, 300])
 def test_state_round_trip(name, cut, reloaded):
     relaxation, resumed = make(name, seed=1), make(name, seed=2)
     alphas = torch.ones(5, 4, requires_grad=True)
     for _ in search(relaxation, alphas, cut):
         pass
+    assert cut < 300 or alphas.argmax(1).tolist() == [2] * 5
     resumed.load_state_dict(reloaded(relaxation.state_dict()))
     other = alphas.detach().clone().requires_grad_()
     for one, two in zip(search(relaxation, alphas, 9), search(resumed, other, 9), strict=True):
@@ -218,21 +208,14 @@ def test_on_a_supernet(name):
     assert net.betas.grad.abs().sum() > 0
 
 
-def test_names():
-    assert isinstance(make("proxyless"), Proxyless)
+def test_errors():
     message = "strategy: expected one of darts, proxyless, gumbel, got 'ppo'"
     with pytest.raises(ValueError, match=f"^{message}$"):
         make("ppo")
-
-
-@pytest.mark.parametrize("name", GRADIENT_STRATEGIES)
-def test_state_of_another_relaxation(name):
-    message = f"expected \"{name}\", got 'random'; resume with the strategy that wrote"
-    with pytest.raises(ValueError, match=message):
-        make(name).load_state_dict({"strategy": "random"})
-
-
-@pytest.mark.parametrize("field", ["start", "end", "steps"])
-def test_temperature_out_of_range(field):
-    with pytest.raises(ValueError, match=f"Temperature.{field}: expected more than 0, got 0"):
-        Temperature(**{field: 0})
+    for name in GRADIENT_STRATEGIES:
+        message = f"expected \"{name}\", got 'random'; resume with the strategy that wrote"
+        with pytest.raises(ValueError, match=message):
+            make(name).load_state_dict({"strategy": "random"})
+    for field in ("start", "end", "steps"):
+        with pytest.raises(ValueError, match=f"Temperature.{field}: expected more than 0, got 0"):
+            Temperature(**{field: 0})

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,24 +47,21 @@ def test_macs_are_those_of_pytorch_s_counter():
     assert 2 * count_macs(net, (64, 96)) == counter.get_total_flops()
 
 
+CPU = Runtime(torch.device("cpu"))
+
+
 def test_images_of_other_channels():
     net = nn.Conv2d(1, 4, 3, padding=1, bias=False)
     assert count_macs(net, (5, 6), channels=1) == 5 * 6 * 4 * 9
-    runtime = Runtime(torch.device("cpu"))
-    assert measure_latency(net, (5, 6), runtime, channels=1, seconds=0.01).median > 0
+    assert measure_latency(net, (5, 6), CPU, channels=1, seconds=0.01).median > 0
 
 
-def test_latency_fields():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_latency_fields(monkeypatch, dtype):
+    monkeypatch.setattr("nasfast.training.loop.autocast_dtype", lambda _: getattr(torch, dtype))
     net = Net().eval()
-    latency = measure_latency(net, (16, 12), Runtime(torch.device("cpu")), batch=2, seconds=0.05)
+    latency = measure_latency(net, (16, 12), CPU, batch=2, seconds=0.05)
     assert 0 < latency.low <= latency.median <= latency.high
     assert 5 <= latency.runs <= net.calls - 5
-    assert (latency.batch, latency.size) == (2, (16, 12))
-    assert latency.dtype in {"float32", "bfloat16"}
+    assert (latency.batch, latency.size, latency.dtype) == (2, (16, 12), dtype)
     assert (latency.device, latency.threads) == ("cpu", torch.get_num_threads())
-
-
-def test_latency_names_the_dtype(monkeypatch):
-    monkeypatch.setattr("nasfast.training.loop.autocast_dtype", lambda device: torch.bfloat16)
-    runtime = Runtime(torch.device("cpu"))
-    assert measure_latency(Net().eval(), (8, 8), runtime, seconds=0.01).dtype == "bfloat16"

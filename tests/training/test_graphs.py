@@ -1,18 +1,14 @@
 """Steps repeated from a recording: the logic on a CPU with a recorder that repeats in Python."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nasfast.training.graphs import WARMUP, GraphedStep, capture, graphed_step
 from nasfast.training.loop import Group, Runtime, in_order, train_epoch
@@ -24,18 +20,18 @@ CPU = torch.device("cpu")
 class Repeater:
     """Records the work and repeats it; the result has memory of its own, as a graph's has."""
 
-    def __init__(self, error: RuntimeError | None = None) -> None:
+    def __init__(self, error=None):
         self.error = error
         self.inside = 0
-        self.log: list[str] = []
+        self.log = []
 
     @contextmanager
-    def stream(self) -> Iterator[None]:
+    def stream(self):
         self.inside += 1
         yield
         self.inside -= 1
 
-    def record(self, work: Callable[[], Tensor]) -> Tensor:
+    def record(self, work):
         assert self.inside
         self.log.append("record")
         if self.error is not None:
@@ -43,19 +39,19 @@ class Repeater:
         self.work, self.result = work, torch.full((), float("nan"))
         return self.result
 
-    def repeat(self) -> None:
+    def repeat(self):
         assert self.inside
         self.log.append("repeat")
         self.result.copy_(self.work())
 
-    def close(self) -> None:
+    def close(self):
         self.log.append("close")
 
 
 class Training:
     """A regression with everything that a candidate's training has."""
 
-    def __init__(self, device: torch.device = CPU) -> None:
+    def __init__(self, device=CPU):
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 1))
         self.net.to(device)
@@ -69,11 +65,11 @@ class Training:
         self.runtime = Runtime(device)
         self.calls = 0
 
-    def loss_of(self, indices: Tensor) -> Tensor:
+    def loss_of(self, indices):
         self.calls += 1
         return (self.net(self.data[indices]) - self.target[indices]).square().mean()
 
-    def run(self, graph: GraphedStep | None, epochs: int = 3) -> list[float]:
+    def run(self, graph, epochs=3):
         """Losses of epochs of 4, 4, 4, 2 samples; the last batch has another shape."""
         losses = []
         for _ in range(epochs):
@@ -84,11 +80,11 @@ class Training:
             self.average.copy_to_parameters()
         return losses
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self):
         return {name: value.cpu() for name, value in self.net.state_dict().items()}
 
 
-def test_every_step_trains_as_the_eager_one_does() -> None:
+def test_every_step_trains_as_the_eager_one_does():
     eager, graphed, recorder = Training(), Training(), Repeater()
     assert graphed.run(GraphedStep(recorder)) == eager.run(None)
     torch.testing.assert_close(graphed.state(), eager.state(), rtol=0, atol=0)
@@ -96,10 +92,10 @@ def test_every_step_trains_as_the_eager_one_does() -> None:
     assert recorder.log == ["record"] + ["repeat"] * (9 - WARMUP)
 
 
-def test_a_batch_of_several_tensors() -> None:
-    seen: list[list[int]] = []
+def test_a_batch_of_several_tensors():
+    seen = []
 
-    def step(batch: tuple[Tensor, Tensor]) -> Tensor:
+    def step(batch):
         seen.append([int(tensor.sum()) for tensor in batch])
         return batch[0].sum() * 1.0
 
@@ -109,7 +105,7 @@ def test_a_batch_of_several_tensors() -> None:
     assert seen == [[i + 1, 2 * i] for i in range(6)]
 
 
-def test_a_step_that_cannot_be_recorded_stays_eager() -> None:
+def test_a_step_that_cannot_be_recorded_stays_eager():
     eager, graphed = Training(), Training()
     first = RuntimeError("operation not permitted when stream is capturing")
     error = RuntimeError("operation failed due to a previous error during capture")
@@ -127,7 +123,7 @@ def test_a_step_that_cannot_be_recorded_stays_eager() -> None:
     torch.testing.assert_close(graphed.state(), eager.state(), rtol=0, atol=0)
 
 
-def test_close_gives_everything_back() -> None:
+def test_close_gives_everything_back():
     training, recorder = Training(), Repeater()
     graph = GraphedStep(recorder)
     training.run(graph, epochs=2)
@@ -136,7 +132,7 @@ def test_close_gives_everything_back() -> None:
     assert graph._batch is graph._loss is None
 
 
-def test_a_schedule_is_refused() -> None:
+def test_a_schedule_is_refused():
     training = Training()
     schedule = torch.optim.lr_scheduler.ConstantLR(training.group.optimizer)
     group = Group(training.group.parameters, training.group.optimizer, 1.0, schedule)
@@ -156,7 +152,7 @@ def test_a_schedule_is_refused() -> None:
     assert training.calls == 0
 
 
-def test_there_are_no_graphs_on_a_cpu() -> None:
+def test_there_are_no_graphs_on_a_cpu():
     with graphed_step(CPU) as graph:
         assert graph is None
 
@@ -164,8 +160,8 @@ def test_there_are_no_graphs_on_a_cpu() -> None:
 class FakeCuda:
     """Stands for PyTorch's capture, whose end fails once if it is told so."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, fails: bool, ended: bool) -> None:
-        self.log: list[str] = []
+    def __init__(self, monkeypatch, *, fails, ended):
+        self.log = []
         self.fails, self.ended = fails, ended
         self.pool_size = 0
         self.stream = SimpleNamespace(device=torch.device("cuda", 0))
@@ -183,11 +179,11 @@ class FakeCuda:
         monkeypatch.setattr(torch._C, "_cuda_releasePool", self.release, raising=False)
         monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
 
-    def Graph(self) -> Any:
-        def begin(pool: object = None, *, capture_error_mode: str) -> None:
+    def Graph(self):
+        def begin(pool=None, *, capture_error_mode):
             self.log.append(f"begin {pool}")
 
-        def end() -> None:
+        def end():
             self.log.append("end")
             if self.fails:
                 self.fails, self.pool_size = False, 8
@@ -197,51 +193,49 @@ class FakeCuda:
         return SimpleNamespace(capture_begin=begin, capture_end=end, reset=lambda: reset("reset"))
 
     @contextmanager
-    def entered(self, name: str) -> Iterator[None]:
+    def entered(self, name):
         self.log.append(name)
         try:
             yield
         finally:
             self.log.append(f"{name} restored")
 
-    def segments(self) -> list[dict[str, Any]]:
+    def segments(self):
         other = {"device": 0, "segment_pool_id": (0, 0), "allocated_size": 0}
         mine = {"device": 0, "segment_pool_id": (0, 7), "allocated_size": 0}
         return [other, *([mine] if self.pool_size else [])]
 
-    def end(self, device: int, pool: tuple[int, int]) -> None:
+    def end(self, device, pool):
         self.log.append(f"end allocating {device} {pool}")
         if self.ended:
             raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
 
-    def release(self, device: int, pool: tuple[int, int]) -> None:
+    def release(self, device, pool):
         self.log.append(f"release {device} {pool}")
 
 
 RESTORED = ["stream restored", "device restored"]
 
 
-def test_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture(monkeypatch):
     cuda = FakeCuda(monkeypatch, fails=False, ended=False)
-    _, result = capture(lambda: 3, cuda.stream)  # type: ignore[arg-type]
+    _, result = capture(lambda: 3, cuda.stream)
     assert result == 3
     assert cuda.log == ["device", "stream", "begin (0, 7)", "end", *RESTORED]
 
 
 @pytest.mark.parametrize("fails", [True, False], ids=["invalidated", "error of Python"])
 @pytest.mark.parametrize("ended", [True, False], ids=["torch 2.12", "torch 2.11"])
-def test_a_capture_that_fails_is_undone(
-    monkeypatch: pytest.MonkeyPatch, fails: bool, ended: bool
-) -> None:
+def test_a_capture_that_fails_is_undone(monkeypatch, fails, ended):
     """Allocation to the pool ended, its memory released, stream and device restored."""
     cuda = FakeCuda(monkeypatch, fails=fails, ended=ended)
     first = RuntimeError("operation not permitted when stream is capturing")
 
-    def work() -> None:
+    def work():
         raise first
 
     with pytest.raises(RuntimeError) as info:
-        capture(work, cuda.stream)  # type: ignore[arg-type]
+        capture(work, cuda.stream)
     assert (info.value.__context__ if fails else info.value) is first
     released = ["release 0 (0, 7)"] if fails else []
     undone = ["reset", "end allocating 0 (0, 7)", *released, "begin None", "end", "reset"]
@@ -249,7 +243,7 @@ def test_a_capture_that_fails_is_undone(
 
 
 @pytest.mark.cuda
-def test_a_cuda_graph_trains_as_the_eager_step_does() -> None:
+def test_a_cuda_graph_trains_as_the_eager_step_does():
     device = torch.device("cuda")
     eager, graphed = Training(device), Training(device)
     expected = eager.run(None)
@@ -265,7 +259,7 @@ def test_a_cuda_graph_trains_as_the_eager_step_does() -> None:
 
 
 @pytest.mark.cuda
-def test_the_next_graph_takes_the_memory_of_the_last() -> None:
+def test_the_next_graph_takes_the_memory_of_the_last():
     device = torch.device("cuda")
     reserved = []
     for _ in range(4):
@@ -279,22 +273,22 @@ def test_the_next_graph_takes_the_memory_of_the_last() -> None:
 
 
 @pytest.mark.cuda
-def test_a_cuda_step_that_waits_for_the_device_stays_eager() -> None:
+def test_a_cuda_step_that_waits_for_the_device_stays_eager():
     device = torch.device("cuda")
     training, eager = Training(device), Training(device)
 
-    def loss_of(indices: Tensor) -> Tensor:
+    def loss_of(indices):
         loss = training.net(training.data[indices]).square().mean()
         assert loss.item() >= 0
         return loss
 
-    training.loss_of, mean = loss_of, training.loss_of  # type: ignore[method-assign]
+    training.loss_of, mean = loss_of, training.loss_of
     with (
         graphed_step(device) as graph,
         pytest.warns(RuntimeWarning, match="cannot be recorded as a CUDA graph"),
     ):
         training.run(graph)
-    training.loss_of = mean  # type: ignore[method-assign]
+    training.loss_of = mean
     assert training.run(None) != eager.run(None)  # it went on training, and the device works
 
 
@@ -332,7 +326,7 @@ assert reserved[1] == reserved[2], reserved  # the first makes what stays, such 
 
 
 @pytest.mark.cuda
-def test_a_failed_cuda_capture_leaves_nothing_behind() -> None:
+def test_a_failed_cuda_capture_leaves_nothing_behind():
     """In a process of its own, which it could make useless; memory, stream and randomness."""
     done = subprocess.run(
         [sys.executable, "-c", FAILED_CAPTURE], capture_output=True, text=True, check=False
