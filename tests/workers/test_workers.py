@@ -12,102 +12,28 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from search_runs import exists
+from toys import COSTS, GENOTYPE, Toy, evaluate, jobs, toy
 
-from nasfast.evaluation.candidate import Evaluator
 from nasfast.runs.records import Evaluation
-from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
-from nasfast.training.loop import Runtime
+from nasfast.spaces.fast_nas import FastNASGenotype
 from nasfast.utils.interrupt import Interrupt, StopRequested
 from nasfast.workers import Job, WorkerConfig, WorkerError
 from nasfast.workers.dispatcher import Dispatcher
 from nasfast.workers.protocol import Answer, Ready, Worker, WorkerDied
 
-GENOTYPE = FastNASSpace().sample(random.Random(0))
-COSTS: dict[str, float] = {"params": 123, "macs": 456}
 KILLED = "killed by signal 9 (SIGKILL), out of memory?"
-
-
-def jobs(count, gate=None):
-    return [Job(index, GENOTYPE, gate) for index in range(count)]
-
-
-class Toy:
-    """An evaluator that does by index what a plan says, and otherwise rewards the index.
-
-    "once: ..." is done the first time only, of which a file in `place` is left.
-    """
-
-    seed = 0
-    feedback = "stage0"
-    remedy = "none"
-    seconds: Mapping[str, float] = {}
-
-    def __init__(self, plan, place, heartbeat=lambda: None):
-        self.plan, self.place = plan, place
-        self.inputs: Mapping[str, str] = {"plan": repr(plan)}
-        self.runtime = Runtime(torch.device("cpu"), heartbeat)
-
-    def costs(self, genotype):
-        return COSTS
-
-    def __call__(self, genotype, index, gate):
-        todo, mark = self.plan.get(index, ""), self.place / str(index)
-        once, _, after = todo.partition("once: ")
-        if after:
-            todo = once if mark.exists() else after
-            mark.touch()
-        match todo:
-            case "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            case "exit":
-                os._exit(3)
-            case "defect":
-                raise KeyError("no such thing")
-            case "refuse":
-                raise FileNotFoundError(2, "No such file or directory", "/no/where")
-            case "sleep":
-                (self.place / "asleep").write_text(str(os.getpid()))
-                time.sleep(60)
-        metrics = {"threads": float(torch.get_num_threads())}
-        return Evaluation({"stage0": float(index)}, {"stage0": metrics}, COSTS, gate, {}, "stage0")
-
-
-def toy(plan, place, device):
-    """What a worker builds."""
-    if "unborn" in plan.values():
-        os.kill(os.getpid(), signal.SIGKILL)
-    if "refused" in plan.values():
-        raise FileNotFoundError(2, "No such file or directory", str(place / device))
-    return Toy({} if "other" in plan.values() else plan, place)
-
-
-def evaluate(plan, place, workers, count=4, **options):
-    evaluator: Evaluator[FastNASGenotype] = Toy(plan, place, **options)
-    engine = workers.engine_for(functools.partial(toy, plan, place))
-    with contextlib.closing(engine):
-        return list(engine.evaluate(evaluator, jobs(count, gate=0.5), lambda running: None))
-
-
 TWO = WorkerConfig(workers=2, threads=3)
 
 
 def rewards(evaluations):
     return [evaluation.rewards.get("stage0") for evaluation in evaluations]
-
-
-def exists(pid):
-    """Whether a process runs; a zombie does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 # ---- the queue
@@ -315,55 +241,70 @@ def test_a_worker_computes_on_its_gpu(device, chosen, tmp_path, monkeypatch):
 # ---- the workers
 
 
-def has(monkeypatch, cores, gpus=0):
-    """The machine has so many."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-
-
 @pytest.fixture
-def started(monkeypatch):
-    """Filled when the process is started that workers are forked from."""
-    calls: list[bool] = []
-    monkeypatch.setattr("nasfast.workers.config.start_server", lambda: calls.append(True))
-    return calls
+def config_on(monkeypatch):
+    """Makes the settings of workers on a machine with so many cores and GPUs."""
+
+    def make(cores, gpus, **given):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        usual = {"workers": None, "devices": "cpu", "threads": 1, "engine": "process", "batch": 4}
+        return WorkerConfig.of(**usual | given)
+
+    return make
 
 
 @pytest.mark.parametrize(
-    ("cores", "threads", "batch", "workers"),
-    [(2, 1, 4, 2), (16, 4, 4, 4), (16, 1, 4, 4), (1, 2, 4, 1)],
+    ("machine", "given", "made"),
+    [
+        ((2, 0), {}, (2, ("cpu",), 1)),  # as many as fill the cores
+        ((16, 0), {}, (4, ("cpu",), 1)),
+        ((16, 0), {"threads": 4}, (4, ("cpu",), 4)),
+        ((1, 0), {"threads": 2}, (1, ("cpu",), 2)),
+        ((2, 0), {"workers": 1, "devices": "cpu, cpu"}, (1, ("cpu", "cpu"), 1)),
+        ((16, 3), {"devices": "cuda:0,cuda:2"}, (2, ("cuda:0", "cuda:2"), 1)),  # one a device
+        ((16, 3), {"devices": "auto"}, (1, ("cuda:0",), 1)),
+        ((16, 3), {"workers": 5, "devices": "cuda"}, (5, ("cuda:0",), 1)),
+        ((2, 0), {"engine": "ray", "batch": 8}, (8, ("cpu",), 1, "ray")),  # a batch of a cluster
+    ],
 )
-def test_default_workers_fill_the_cores(monkeypatch, started, cores, threads, batch, workers):
-    has(monkeypatch, cores)
-    made = WorkerConfig.of(
-        workers=None, devices="cpu", threads=threads, engine="process", batch=batch
-    )
-    assert made == WorkerConfig(workers, ("cpu",), threads, "process")
-    assert started == [True] * (workers > 1)
-
-
-def test_default_workers_on_cuda_are_one_a_device(monkeypatch, started):
-    has(monkeypatch, cores=16, gpus=3)
-    options = {"threads": 2, "engine": "process", "batch": 8}
-    two = WorkerConfig.of(workers=None, devices="cuda:0,cuda:2", **options)
-    assert (two.workers, two.devices) == (2, ("cuda:0", "cuda:2"))
-    assert WorkerConfig.of(workers=None, devices="auto", **options).workers == 1
-    assert WorkerConfig.of(workers=5, devices="cuda", **options).workers == 5
-
-
-def test_default_workers_of_a_cluster_are_a_batch(monkeypatch):
-    has(monkeypatch, cores=2)
+def test_default_workers(machine, given, made, config_on, monkeypatch):
+    """The process that they are forked from starts where there are several."""
+    started = []
+    monkeypatch.setattr("nasfast.workers.config.start_server", lambda: started.append(True))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    made = WorkerConfig.of(workers=None, devices="cpu", threads=1, engine="ray", batch=8)
-    assert made == WorkerConfig(8, ("cpu",), 1, "ray")
+    assert config_on(*machine, **given) == WorkerConfig(*made)
+    assert started == [True] * (made[0] > 1 and "ray" not in made)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (
+            {"devices": "cuda:0,cpu"},
+            "devices: expected devices of one kind, got cuda:0,cpu; rewards differ between kinds, "
+            "so give devices of one",
+        ),
+        (
+            {"engine": "ray"},
+            "engine: expected one that is installed, got ray; pip install 'nasfast[distributed]', "
+            "or leave --engine out",
+        ),
+    ],
+)
+def test_workers_that_cannot_be(given, text, config_on, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError) as caught:
+        config_on(2, 1, **given)
+    assert str(caught.value) == text
 
 
 @pytest.mark.parametrize(
     ("workers", "threads", "cpus"), [(8, 1, 4), (2, 1, 2), (2, 3, 4), (2, 6, 6)]
 )
 def test_a_local_cluster_hands_out_the_cores(monkeypatch, workers, threads, cpus):
-    has(monkeypatch, cores=4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(4)))
     made: list[tuple[object, ...]] = []
 
     def make(*arguments):
@@ -376,32 +317,6 @@ def test_a_local_cluster_hands_out_the_cores(monkeypatch, workers, threads, cpus
     assert made == [(build, "cpu", threads, cpus)]
 
 
-def test_spaces_between_devices(monkeypatch):
-    has(monkeypatch, cores=2)
-    made = WorkerConfig.of(workers=1, devices="cpu, cpu", threads=1, engine="process", batch=4)
-    assert made.devices == ("cpu", "cpu")
-
-
 def test_its_text():
     assert str(WorkerConfig(1, ("cpu", "cpu"), 1)) == "cpu, 1 thread"
     assert str(WorkerConfig(2, ("cuda:0", "cuda:1"), 4)) == "cuda:0, cuda:1, 2 workers of 4 threads"
-
-
-def test_devices_of_two_kinds(monkeypatch):
-    has(monkeypatch, cores=2, gpus=1)
-    with pytest.raises(ValueError) as caught:
-        WorkerConfig.of(workers=None, devices="cuda:0,cpu", threads=1, engine="process", batch=4)
-    assert str(caught.value) == (
-        "devices: expected devices of one kind, got cuda:0,cpu; rewards differ between kinds, so "
-        "give devices of one"
-    )
-
-
-def test_ray_that_is_not_installed(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError) as caught:
-        WorkerConfig.of(workers=None, devices="cpu", threads=1, engine="ray", batch=4)
-    assert str(caught.value) == (
-        "engine: expected one that is installed, got ray; pip install 'nasfast[distributed]', or "
-        "leave --engine out"
-    )
