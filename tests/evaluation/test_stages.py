@@ -106,6 +106,7 @@ def test_cost_is_that_of_the_network_in_use_at_the_validation_size(evaluator, ev
     assert evaluation.params == sum(p.numel() for p in model.parameters()) - aux
     assert evaluator.features.val_size == (48, 64)
     assert evaluation.macs == count_macs(model, (48, 64))
+    assert evaluator.costs(GENOTYPE) == evaluation.costs
 
 
 def test_same_index_same_evaluation_after_others(evaluator, evaluation):
