@@ -48,14 +48,8 @@ def test_bsds500_itself(data_root):
         pytest.skip(f"no BSDS500 at {data_root / 'bsds500'}")
     data = open_images(data_root / "bsds500", 1)
     assert [len(half) for half in data.halves()] == [147, 147]
-    assert [name.removesuffix(".jpg") for name in data.val.names] == [
-        "90076",
-        "92059",
-        "94079",
-        "95006",
-        "97017",
-        "97033",
-    ]
+    names = [f"{number}.jpg" for number in (90076, 92059, 94079, 95006, 97017, 97033)]
+    assert list(data.val.names) == names
     assert len(data.test) == 200
     assert sum(height > width for height, width in data.test.sizes) == 66
 
@@ -149,18 +143,6 @@ BROKEN = {  # the fourth of ten images in a folder, by what becomes of it
     "not an image": (
         lambda path: path.write_text("not a png"),
         "cannot be read: cannot identify image file",
-    ),
-    "a directory": (
-        lambda path: (path.unlink(), path.mkdir()),
-        "cannot be read: Is a directory; replace the file or ",
-    ),
-    "a link to nothing": (
-        lambda path: (path.unlink(), path.symlink_to("gone.png")),
-        "cannot be read: No such file or directory; ",
-    ),
-    "cut in the header": (
-        lambda path: path.write_bytes(path.read_bytes()[:20]),
-        "cannot be read: ",
     ),
     "huge": (
         lambda path: Image.new("1", (14000, 14000)).save(path),

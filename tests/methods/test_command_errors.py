@@ -38,7 +38,6 @@ USAGE = {
         ("--resume there --seed 3", "--seed"),
     ],
     "search restoration": [
-        ("--preset fast", "fast"),
         ("--strategy ppo", "ppo"),
         ("--channels 2", "2"),
         ("--budget 0", "SearchConfig.budget: expected a value above"),
@@ -62,10 +61,7 @@ USAGE = {
         ("--task.sigma 0", "denoising: expected sigma above 0 and at"),
         ("--momentum 1", "--momentum"),
     ],
-    "evaluate OLD/segmentation_training": [
-        ("--batch 0", "EvaluateConfig.batch: expected a value above 0"),
-        ("--epochs 1", "--epochs"),
-    ],
+    "evaluate OLD/segmentation_training": [("--epochs 1", "--epochs")],
     "evaluate OLD/restoration_training": [
         ("--batch 0", "EvaluateConfig.batch: expected a value above 0"),
         ("--pictures -1", "pictures: expected 0 or more, got -1"),

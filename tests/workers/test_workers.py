@@ -134,25 +134,19 @@ def test_workers_that_started_end_if_another_cannot():
 # ---- processes
 
 
-def test_evaluations_come_in_order_and_know_their_threads(tmp_path):
-    evaluations = evaluate({}, tmp_path, TWO, count=6)
-    assert rewards(evaluations) == [0, 1, 2, 3, 4, 5]
-    assert {e.metrics["stage0"]["threads"] for e in evaluations} == {3.0}
-    assert {e.gate for e in evaluations} == {0.5}
-
-
-def test_a_worker_that_dies_is_replaced_and_its_candidate_retried(tmp_path):
-    plan = {0: "once: kill", 2: "once: exit"}
-    assert rewards(evaluate(plan, tmp_path, TWO)) == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize(("end", "cause"), [("kill", KILLED), ("exit", "exited with status 3")])
-def test_a_candidate_that_kills_twice_is_a_failure(tmp_path, end, cause):
-    evaluations = evaluate({1: end}, tmp_path, TWO)
-    assert rewards(evaluations) == [0, None, 2, 3]
-    assert evaluations[1] == Evaluation(
-        {}, {}, COSTS, 0.5, {}, "stage0", f"worker died twice: {cause}"
-    )
+def test_evaluations_come_in_order_whoever_dies(tmp_path):
+    """A worker that dies is replaced and its candidate retried; the second death is a failure."""
+    plan = {0: "once: kill", 1: "kill", 2: "once: exit", 4: "exit"}
+    evaluations = evaluate(plan, tmp_path, TWO, count=6)
+    assert rewards(evaluations) == [0, None, 2, 3, None, 5]
+    causes = {1: KILLED, 4: "exited with status 3"}
+    for index, evaluation in enumerate(evaluations):
+        if index in causes:
+            failure = f"worker died twice: {causes[index]}"
+            assert evaluation == Evaluation({}, {}, COSTS, 0.5, {}, "stage0", failure)
+        else:
+            assert evaluation.metrics == {"stage0": {"threads": 3.0}}
+            assert evaluation.gate == 0.5
 
 
 def test_a_death_is_noticed_at_once(tmp_path):
