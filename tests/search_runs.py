@@ -1,7 +1,5 @@
 """What tests of whole searches and trainings share: one in a process of its own, what it left."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os
@@ -10,9 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +18,7 @@ from nasfast import search
 from nasfast.runs.study import Study
 
 
-def outcome(run: Path) -> list[dict[str, Any]]:
+def outcome(run):
     """What a search decided and measured, without what the clock decided."""
     records = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
     for record in records:
@@ -29,9 +26,7 @@ def outcome(run: Path) -> list[dict[str, Any]]:
     return records
 
 
-def start(
-    command: list[str], *, group: bool = False, module: str = "nasfast.search"
-) -> subprocess.Popen[str]:
+def start(command, *, group=False, module="nasfast.search"):
     """`python -m nasfast.search` in a process of its own, or in a process group of its own."""
     root = str(Path(search.__file__).parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
@@ -45,7 +40,7 @@ def start(
     )
 
 
-def exists(pid: int) -> bool:
+def exists(pid):
     """Whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -53,7 +48,7 @@ def exists(pid: int) -> bool:
         return False
 
 
-def wait_for_records(process: subprocess.Popen[str], runs: Path, count: int) -> Path:
+def wait_for_records(process, runs, count):
     """The run directory, as soon as it holds `count` records."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
@@ -65,16 +60,14 @@ def wait_for_records(process: subprocess.Popen[str], runs: Path, count: int) -> 
     raise AssertionError(f"{count} records did not appear: {process.communicate()}")
 
 
-def drawn_moments() -> random.Random:
+def drawn_moments():
     """Decides when a test kills; NASFAST_TEST_SEED repeats what a failed test has printed."""
     seed = int(os.environ.get("NASFAST_TEST_SEED", random.SystemRandom().getrandbits(32)))
     print(f"moments drawn with seed {seed}; NASFAST_TEST_SEED={seed} repeats them")
     return random.Random(seed)
 
 
-def killed_and_resumed(
-    command: list[str], runs: Path, waits: Iterable[Callable[[subprocess.Popen[str]], object]]
-) -> Path:
+def killed_and_resumed(command, runs, waits):
     """The run of a search that is killed after each wait, resumed, and in the end left alone."""
     for wait in waits:
         process = start(command)
@@ -96,9 +89,7 @@ class Crash(BaseException):
     """Stands for the end of the process."""
 
 
-def crashed(
-    command: list[str], runs: Path, arrange: Callable[[pytest.MonkeyPatch], object]
-) -> Path:
+def crashed(command, runs, arrange):
     """The run of a search in this process that ends where `arrange` makes it raise `Crash`."""
     with pytest.MonkeyPatch.context() as patch:
         arrange(patch)
@@ -108,11 +99,11 @@ def crashed(
     return run
 
 
-def before_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+def before_a_checkpoint(monkeypatch):
     """`Crash` where the third one would be saved, of a batch or of an epoch."""
     save, calls = Study.save_checkpoint, itertools.count(1)
 
-    def crash(study: Study, state: Mapping[str, Any]) -> None:
+    def crash(study, state):
         if next(calls) == 3:
             raise Crash
         save(study, state)
@@ -120,13 +111,13 @@ def before_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Study, "save_checkpoint", crash)
 
 
-def checkpoint(run: Path) -> dict[str, Any]:
+def checkpoint(run):
     state = Study.open(run, read_only=True).load_checkpoint()
     assert state is not None
     return state
 
 
-def assert_equal(one: Any, other: Any, path: str = "") -> None:
+def assert_equal(one, other, path=""):
     """Bit for bit, tensors within mappings and sequences too."""
     if isinstance(one, Mapping):
         assert one.keys() == other.keys(), path
@@ -142,7 +133,7 @@ def assert_equal(one: Any, other: Any, path: str = "") -> None:
         assert one == other, path
 
 
-def assert_same(run: Path, whole: Path) -> None:
+def assert_same(run, whole):
     """Both searches decided, measured and learned exactly the same."""
     assert outcome(run) == outcome(whole)
     timed = {"seconds": None, "record": None}  # `outcome` has compared the last record
@@ -151,7 +142,7 @@ def assert_same(run: Path, whole: Path) -> None:
     assert first == other
 
 
-def assert_same_training(out: Path, whole: Path) -> None:
+def assert_same_training(out, whole):
     """Both trainings gave the same network and measured the same."""
     for name in ("model.safetensors", "genotype.json"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()

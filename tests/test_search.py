@@ -1,7 +1,5 @@
 """A search for segmentation networks end to end: what it leaves, where it is resumed."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import random
@@ -87,7 +85,7 @@ def test_resume_elsewhere(own_run, tiny_run, capsys):
 
 
 def test_resume_takes_the_run_s_threads(own_run, monkeypatch, capsys):
-    seen: list[int] = []
+    seen = []
     monkeypatch.setattr(SamplingSearch, "run", lambda *a: seen.append(torch.get_num_threads()))
     for threads in (2, 1):
         alter_identity(own_run, "computation", threads=str(threads))
@@ -192,7 +190,7 @@ def test_random_search_is_one_flag_away(tiny_search, tiny_run, tmp_path):
 
 def test_a_teacher(tiny_search, tiny_run, tiny_model, tmp_path, monkeypatch):
     """Its logits enter the loss of stage 0, and of stage 0 only."""
-    taught: list[bool] = []
+    taught = []
     loss = SegmentationTask.loss
 
     def spy(*arguments, teacher=None, **options):

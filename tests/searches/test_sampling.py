@@ -1,7 +1,5 @@
 """The loop of strategies that are told rewards: duplicates, failures, crashes."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools
@@ -12,7 +10,6 @@ import random
 import signal
 import statistics
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -30,7 +27,7 @@ from nasfast.utils.errors import UserError
 from nasfast.workers import WorkerConfig
 
 SPACE = FastNASSpace()
-COSTS: dict[str, float] = {"params": 1, "macs": 1}
+COSTS = {"params": 1, "macs": 1}
 
 
 def success(stage0, stage1=None):
@@ -55,7 +52,6 @@ class Script:
 
     seed = 5
     feedback = "stage0"
-    inputs: Mapping[str, str] = {}
     runtime = Runtime(torch.device("cpu"))
     remedy = "lower the learning rates"
 
@@ -64,11 +60,12 @@ class Script:
         return {"encode": 1.5}
 
     def __init__(self, genotypes, evaluate):
+        self.inputs = {}
         self.genotypes, self.evaluate = genotypes, evaluate
         self.asked = 0
-        self.told: list[float | None] = []
-        self.evaluated: list[int] = []
-        self.gates: list[float | None] = []
+        self.told = []
+        self.evaluated = []
+        self.gates = []
 
     def ask(self):
         self.asked += 1
@@ -95,10 +92,11 @@ class Script:
         return evaluation
 
 
-def play(root, genotypes, evaluate, budget, batch=1, scripts=()):
-    """A new search, or the one in `root` continued; `scripts` grows by its script."""
+def play(root, genotypes, evaluate, budget, batch=1, scripts=None):
+    """A new search, or the one in `root` continued; its script joins `scripts`."""
     script = Script(genotypes, evaluate)
-    scripts += (script,)
+    if scripts is not None:
+        scripts.append(script)
     runs = list(root.glob("*"))
     opened = Study.open(*runs) if runs else Study.create(root, "segmentation", "script", {}, {})
     with opened as study:
@@ -265,8 +263,8 @@ def test_a_budget_may_end_in_a_batch_and_grow_and_a_search_may_crash(
             assert len(fresh) == max(budgets[: i + 1])  # less than was spent stops at once
             assert records[-1].duplicate_of is None
         assert untimed(records) == untimed(expected)
-        assert [reward for script in scripts for reward in script.told] == last.told
-        assert [index for script in scripts for index in script.evaluated] == last.evaluated
+        for name in ("told", "evaluated", "gates"):
+            assert [x for script in scripts for x in getattr(script, name)] == getattr(last, name)
 
 
 def test_who_evaluates_is_in_the_environment():

@@ -33,7 +33,7 @@ def test_results_do_not_depend_on_the_number_of_workers(tiny_search, tmp_path):
     """Nor does what the controller learns from them, or the best of them."""
     runs = []
     flags = ["--batch", "4", "--budget", "5", "--stage0.epochs", "1"]
-    for workers in ("1", "2", "4"):
+    for workers in ("1", "4"):
         root = tmp_path / workers
         argv = [*tiny_search, *flags, "--workers", workers, "--runs", str(root)]
         assert search.main(argv) == 0
@@ -41,8 +41,7 @@ def test_results_do_not_depend_on_the_number_of_workers(tiny_search, tmp_path):
         assert json.loads((run / "env.json").read_text())["workers"]["workers"] == int(workers)
         runs.append(run)
     assert len(outcome(runs[0])) >= 5
-    for run in runs[1:]:
-        assert_same(run, runs[0])
+    assert_same(*runs)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

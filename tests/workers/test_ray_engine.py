@@ -1,7 +1,5 @@
 """The same candidates as actors of a local Ray cluster."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os
@@ -9,7 +7,6 @@ import signal
 import time
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 from toys import evaluate, toy
@@ -18,7 +15,7 @@ from nasfast import search
 from nasfast.workers import WorkerConfig, WorkerError, ray_pool
 from nasfast.workers.ray_pool import RayPool
 
-ray: Any = pytest.importorskip("ray", reason="needs ray: pip install 'nasfast[distributed]'")
+ray = pytest.importorskip("ray", reason="needs ray: pip install 'nasfast[distributed]'")
 TWO = WorkerConfig(workers=2, threads=1, engine="ray")
 
 

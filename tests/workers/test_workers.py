@@ -1,7 +1,5 @@
 """Workers: what they are given and when, what happens when they die, and who they are."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools
@@ -21,12 +19,11 @@ from search_runs import exists
 from toys import COSTS, GENOTYPE, Toy, evaluate, jobs, toy
 
 from nasfast.runs.records import Evaluation
-from nasfast.spaces.fast_nas import FastNASGenotype
 from nasfast.utils.errors import UserError
 from nasfast.utils.interrupt import Interrupt, StopRequested
 from nasfast.workers import Job, WorkerConfig, WorkerError
 from nasfast.workers.dispatcher import Dispatcher
-from nasfast.workers.protocol import Answer, Ready, Worker, WorkerDied
+from nasfast.workers.protocol import Ready, Worker, WorkerDied
 
 KILLED = "killed by signal 9 (SIGKILL), out of memory?"
 TWO = WorkerConfig(workers=2, threads=3)
@@ -44,8 +41,8 @@ class Script:
 
     def __init__(self, answers, choose):
         self.answers, self.choose = answers, choose
-        self.pending: list[tuple[int, Answer]] = []
-        self.sent: list[int] = []
+        self.pending = []
+        self.sent = []
         self.most = 0
 
     def start(self, worker):
@@ -89,11 +86,11 @@ def test_any_order_and_any_death_give_the_same(workers, batches, deaths, idle, s
         },
         random.Random(seed),
     )
-    dispatcher: Dispatcher[FastNASGenotype] = Dispatcher(pool, workers)
+    dispatcher = Dispatcher(pool, workers)
     indices = itertools.count()
     for size in batches:
         batch = [Job(next(indices), GENOTYPE, 0.5) for _ in range(size)]
-        running: list[int] = []
+        running = []
         for job, evaluation in zip(
             batch, dispatcher.evaluate(Toy({}, Path()), batch, running.append)
         ):
@@ -211,7 +208,7 @@ def test_a_stop_ends_workers_at_work(tmp_path):
 
 @pytest.mark.parametrize(("device", "chosen"), [("cpu", []), ("cuda", []), ("cuda:1", [1])])
 def test_a_worker_computes_on_its_gpu(device, chosen, tmp_path, monkeypatch):
-    set_devices: list[int] = []
+    set_devices = []
     # as torch does it: a device without a number is refused
     monkeypatch.setattr(torch._C, "_cuda_setDevice", set_devices.append, raising=False)
     worker = Worker(functools.partial(toy, {}, tmp_path), device, torch.get_num_threads())
@@ -286,7 +283,7 @@ def test_workers_that_cannot_be(given, text, config_on, monkeypatch):
 )
 def test_a_local_cluster_hands_out_the_cores(monkeypatch, workers, threads, cpus):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(4)))
-    made: list[tuple[object, ...]] = []
+    made = []
 
     def make(*arguments):
         made.append(arguments)

@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Mapping
 
 import torch
 
@@ -16,7 +15,7 @@ from nasfast.training.loop import Runtime
 from nasfast.workers import Job
 
 GENOTYPE = FastNASSpace().sample(random.Random(0))
-COSTS: dict[str, float] = {"params": 123, "macs": 456}
+COSTS = {"params": 123, "macs": 456}
 
 
 def jobs(count, gate=None):
@@ -32,11 +31,10 @@ class Toy:
     seed = 0
     feedback = "stage0"
     remedy = "none"
-    seconds: Mapping[str, float] = {}
 
     def __init__(self, plan, place, heartbeat=lambda: None):
-        self.plan, self.place = plan, place
-        self.inputs: Mapping[str, str] = {"plan": repr(plan)}
+        self.plan, self.place, self.seconds = plan, place, {}
+        self.inputs = {"plan": repr(plan)}
         self.runtime = Runtime(torch.device("cpu"), heartbeat)
 
     def costs(self, genotype):
