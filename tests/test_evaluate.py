@@ -3,8 +3,6 @@
 import json
 import shutil
 
-import pytest
-
 from nasfast import evaluate
 
 
@@ -38,47 +36,3 @@ def test_other_data_of_the_same_classes(tiny_model, tiny_data, tmp_path):
     assert evaluate.main([str(tmp_path / "net.safetensors"), *flags]) == 0
     result = json.loads((tmp_path / "evaluation.json").read_text())
     assert (result["images"], result["data"]) == (5, str(other))
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (
-            ["MODEL", "--data", "synthetic"],
-            "evaluate MODEL/model.safetensors: expected data of the classes sky, road, [post], got "
-            "sky, building, road, pavement, tree, car, person, pole in synthetic",
-        ),
-        (["/no/model"], "weights: no file /no/model; give a .safetensors, .pth or .pt file"),
-        (["MODEL/metrics.json"], "weights: expected a .safetensors, .pth or .pt file, got metrics"),
-        (["MODEL", "--data", "/no"], "data: expected 'synthetic' or a folder, got '/no'"),
-        (["MODEL", "--device", "tpu"], "resolve_device: expected device 'auto', 'cpu', 'cuda'"),
-    ],
-)
-def test_errors_are_one_line(flags, message, tiny_model, capsys):
-    assert evaluate.main([flag.replace("MODEL", str(tiny_model)) for flag in flags]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: " + message.replace("MODEL", str(tiny_model)))
-    assert not (tiny_model / "evaluation.json").exists()
-
-
-def test_weights_that_are_no_network(tiny_weights, capsys):
-    assert evaluate.main([str(tiny_weights)]) == 2
-    assert capsys.readouterr().err == (
-        f"error: {tiny_weights}: expected a model.safetensors that nasfast.train wrote, with "
-        "'nasfast.segmenter' or 'nasfast.restorer' in its metadata, got 'nasfast.encoder'; give "
-        "another file\n"
-    )
-
-
-@pytest.mark.parametrize(
-    ("flags", "shown"),
-    [
-        (["--batch", "0"], "EvaluateConfig.batch: expected a value above 0"),
-        (["--epochs", "1"], "--epochs"),
-    ],
-)
-def test_usage_errors(flags, shown, tmp_path, capsys):
-    with pytest.raises(SystemExit) as caught:
-        evaluate.main([str(tmp_path), *flags])
-    assert caught.value.code == 2
-    assert shown in capsys.readouterr().err

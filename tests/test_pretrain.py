@@ -1,6 +1,5 @@
 """Training of the packaged encoder end to end, in miniature."""
 
-import pytest
 import torch
 
 from nasfast import pretrain
@@ -29,24 +28,3 @@ def test_it_writes_weights_that_load(tmp_path):
     start = MobileNetV2(0.1).state_dict()
     assert any(not torch.equal(start[key].half(), tensors[key].half()) for key in start)
     assert all(tap.isfinite().all() for tap in encoder(torch.rand(1, 3, 64, 64)))
-
-
-def test_errors_are_one_line(tmp_path, capsys):
-    out = tmp_path / "encoder.safetensors"
-    assert pretrain.main([*TINY, "--frames", "0", "--out", str(out)]) == 2
-    assert capsys.readouterr().err == "error: SyntheticStreets: expected num_samples >= 1, got 0\n"
-    assert not out.exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "shown"),
-    [
-        (["--epochs", "0"], "PretrainConfig.epochs: expected a value above 0"),
-        (["--epoch", "1"], "--epoch"),
-    ],
-)
-def test_usage_errors(flags, shown, tmp_path, capsys):
-    with pytest.raises(SystemExit) as caught:
-        pretrain.main([*TINY, "--out", str(tmp_path / "no"), *flags])
-    assert caught.value.code == 2
-    assert shown in capsys.readouterr().err

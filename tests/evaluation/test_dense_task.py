@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from nasfast.cache import CacheConfig
 from nasfast.data import SyntheticStreets, batch
@@ -18,10 +14,10 @@ from nasfast.evaluation.candidate import CandidateEvaluator
 from nasfast.evaluation.frozen_encoder import FrozenEncoder
 from nasfast.evaluation.stages import DecoderOnFeatures, EndToEnd, Stage0Config, Stage1Config
 from nasfast.models.build import build_segmenter
-from nasfast.models.decoders import DecoderConfig, EncoderDecoder
+from nasfast.models.decoders import DecoderConfig
 from nasfast.models.layers import resize
 from nasfast.spaces.fast_nas import FastNASSpace
-from nasfast.tasks.base import DenseTask, Frames, Targets
+from nasfast.tasks.base import DenseTask
 from nasfast.training.loop import NonFiniteLossError, Runtime
 
 GENOTYPE = FastNASSpace().from_json(
@@ -37,10 +33,10 @@ class Error:
     rmse: float
 
     @property
-    def reward(self) -> float:
+    def reward(self):
         return 1 / (1 + self.rmse)
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self):
         return {"rmse": self.rmse}
 
 
@@ -49,49 +45,38 @@ class Brightness(DenseTask[Error]):
 
     name = "brightness"
 
-    def __init__(self) -> None:
+    def __init__(self):
         self._train = SyntheticStreets(12, size=(48, 64), cache_in_memory=True)
         self._val = SyntheticStreets(3, size=(48, 64), stream="val", cache_in_memory=True)
 
     @property
-    def outputs(self) -> int:
+    def outputs(self):
         return 1
 
     @property
-    def search_train(self) -> SyntheticStreets:
+    def search_train(self):
         return self._train
 
     @property
-    def search_val(self) -> SyntheticStreets:
+    def search_val(self):
         return self._val
 
-    def load_batch(
-        self,
-        frames: Frames,
-        indices: Sequence[int],
-        transform: Any,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Targets]:
+    def load_batch(self, frames, indices, transform, generator=None):
         assert isinstance(frames, SyntheticStreets)
         images, masks = batch(frames, indices, transform, generator)
         return images, {"brightness": images.float().mean(1) / 64, "valid": (masks != 0).byte()}
 
-    def resize_targets(self, targets: Targets, size: tuple[int, int]) -> Targets:
+    def resize_targets(self, targets, size):
         brightness, valid = (resize(t[:, None].float(), size)[:, 0] for t in targets.values())
         return {"brightness": brightness, "valid": (valid > 0.5).byte()}
 
-    def criterion(self, output: Tensor, targets: Targets) -> Tensor:
+    def criterion(self, output, targets):
         expected, valid = targets["brightness"], targets["valid"]
         error = resize(output.float(), (expected.shape[-2], expected.shape[-1]))[:, 0] - expected
         return (error.square() * valid).sum() / valid.sum().clamp(min=1)
 
     @torch.inference_mode()
-    def score(
-        self,
-        batches: Iterable[tuple[Any, Targets]],
-        predict: Callable[[Any], Tensor],
-        runtime: Runtime,
-    ) -> Error:
+    def score(self, batches, predict, runtime):
         losses = []
         for inputs, targets in batches:
             with runtime.autocast():
@@ -101,7 +86,7 @@ class Brightness(DenseTask[Error]):
             raise NonFiniteLossError("the network's output is not finite")
         return Error(loss.sqrt().item())
 
-    def draw(self, image: Tensor, output: Tensor) -> Tensor:
+    def draw(self, image, output):
         grey = resize(output[None].float(), (image.shape[-2], image.shape[-1]))[0]
         return (64 * grey.clamp(0, 3.98)).round().byte().expand(3, -1, -1)
 
@@ -110,11 +95,11 @@ TASK = Brightness()
 
 
 @pytest.fixture(scope="module")
-def features(tmp_path_factory: pytest.TempPathFactory) -> FrozenEncoder:
+def features(tmp_path_factory):
     return features_in(tmp_path_factory.mktemp("features"))
 
 
-def features_in(folder: Path, teacher: EncoderDecoder | None = None) -> FrozenEncoder:
+def features_in(folder, teacher=None):
     return FrozenEncoder(
         TASK,
         load_encoder(),
@@ -131,12 +116,12 @@ STAGE0 = Stage0Config(samples=24, crop=48, shorter_side=48, epochs=8, batch_size
 STAGE1 = Stage1Config(crop=48, shorter_side=48, batch_size=4, epochs=2, polyak_decay=0.5)
 
 
-def build(genotype: Any) -> EncoderDecoder:
+def build(genotype):
     encoder = load_encoder()
     return build_segmenter(encoder, genotype, 1, DecoderConfig(8))
 
 
-def evaluator(features: FrozenEncoder) -> CandidateEvaluator[Any, Any]:
+def evaluator(features):
     return CandidateEvaluator(
         build,
         features.costs,
@@ -152,7 +137,7 @@ def evaluator(features: FrozenEncoder) -> CandidateEvaluator[Any, Any]:
     )
 
 
-def test_it_learns_in_both_stages(features: FrozenEncoder) -> None:
+def test_it_learns_in_both_stages(features):
     evaluation = evaluator(features)(GENOTYPE, 0, None)
     assert evaluation.failure is None
     assert list(evaluation.rewards) == ["stage0", "stage1"]
@@ -162,7 +147,7 @@ def test_it_learns_in_both_stages(features: FrozenEncoder) -> None:
     assert evaluation.params > 0 < evaluation.macs
 
 
-def test_targets_keep_their_names_and_sizes(features: FrozenEncoder) -> None:
+def test_targets_keep_their_names_and_sizes(features):
     assert features.val_size == (48, 64)
     batch = features.split(next(features.train_batches([torch.tensor([1, 4, 2])])))
     assert [tuple(tap.shape[-2:]) for tap in batch.taps] == [(12, 12), (6, 6), (3, 3), (2, 2)]
@@ -177,7 +162,7 @@ def test_targets_keep_their_names_and_sizes(features: FrozenEncoder) -> None:
     assert targets["brightness"].dtype == torch.float32  # features alone are rounded
 
 
-def test_it_learns_from_a_teacher(tmp_path: Path) -> None:
+def test_it_learns_from_a_teacher(tmp_path):
     teacher = build(GENOTYPE)
     features = features_in(tmp_path, teacher)
     batch = features.split(next(features.train_batches([torch.tensor([0])])))
@@ -186,6 +171,6 @@ def test_it_learns_from_a_teacher(tmp_path: Path) -> None:
     assert evaluator(features)(GENOTYPE, 0, None).failure is None
 
 
-def test_a_prediction_is_drawn() -> None:
+def test_a_prediction_is_drawn():
     image = torch.zeros(3, 8, 10, dtype=torch.uint8)
     assert torch.equal(TASK.draw(image, torch.full((1, 4, 5), 0.5)), torch.full_like(image, 32))

@@ -1,6 +1,5 @@
 """Who is responsible for a name, a genotype, a run and a model file; never a guess."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -69,20 +68,18 @@ def test_by_the_name_of_an_architecture():
     assert settings["channels"] == 3
 
 
-def test_a_run_of_an_unknown_method(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("config.toml", 'method = "detection"', "segmentation, restoration, got 'detection'"),
+        ("best.json", '{"genotype": {"space": "darts"}}', "fast_nas, ir_nas, got 'darts'"),
+    ],
+)
+def test_runs_and_genotype_files_of_no_method(name, content, text, tmp_path):
     (tmp_path / "records.jsonl").touch()
-    (tmp_path / "config.toml").write_text('method = "detection"\n')
-    with pytest.raises(
-        UserError, match="expected one of segmentation, restoration, got 'detection'"
-    ):
-        method_of_source([str(tmp_path)])
-
-
-def test_a_genotype_file_of_an_unknown_space(tmp_path):
-    path = tmp_path / "best.json"
-    path.write_text(json.dumps({"genotype": {"space": "darts"}}))
-    with pytest.raises(UserError, match="got 'darts'"):
-        method_of_source([str(path)])
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"one of {text}"):
+        method_of_source([str(tmp_path if name == "config.toml" else tmp_path / name)])
 
 
 def test_the_value_of_another_flag_is_passed_over(tmp_path):

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from nasfast import evaluate, train
-from nasfast.methods.registry import METHODS, method_of_model
 from nasfast.methods.restoration.strips import strip
 
 FLAGS = ["--device", "cpu", "--seconds", "0.05"]
@@ -78,46 +77,6 @@ def test_a_baseline_that_cannot_run_is_left_out(trained_restorer, tmp_path, monk
     (scores,) = measured(model)["scores"].values()
     assert list(scores) == ["identity", "sliding DCT", "net"]
     assert "without non-local means: non-local means needs" in capsys.readouterr().out
-
-
-def test_models_are_recognised(trained_restorer):
-    for word in (str(trained_restorer), str(trained_restorer / "model.safetensors")):
-        assert method_of_model(["--seconds", "1", word]) is METHODS["restoration"]
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--data", "/no"], "data: expected 'synthetic' or a folder, got '/no'"),
-        (
-            ["--task", "super-resolution"],
-            ("evaluate MODEL/model.safetensors: expected a task of scal"),
-        ),
-        (["--task", "dehazing"], "task: expected one of denoising, "),
-        (["--protocol", "overlap"], "evaluate: the protocol 'overlap' needs images of at least "),
-        (["--device", "tpu"], "resolve_device: expected device 'auto', 'cpu', 'cuda'"),
-    ],
-)
-def test_errors_are_one_line(flags, message, trained_restorer, capsys):
-    assert evaluate.main([str(trained_restorer), *flags]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: " + message.replace("MODEL", str(trained_restorer)))
-    assert not (trained_restorer / "evaluation.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "shown"),
-    [
-        (["--batch", "0"], "EvaluateConfig.batch: expected a value above 0"),
-        (["--pictures", "-1"], "pictures: expected 0 or more, got -1"),
-        (["--split", "train"], "train"),
-    ],
-)
-def test_usage_errors(flags, shown, trained_restorer, capsys):
-    with pytest.raises(SystemExit) as caught:
-        evaluate.main([str(trained_restorer), *flags])
-    assert caught.value.code == 2
-    assert shown in capsys.readouterr().err
 
 
 def test_a_strip_of_colour_and_of_two_sizes():

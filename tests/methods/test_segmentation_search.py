@@ -12,7 +12,6 @@ from rich.console import Console
 from nasfast.data import Sample, SegmentationDataset, Splits
 from nasfast.methods.segmentation import search as segmentation
 from nasfast.methods.segmentation.settings import PRESETS, SearchConfig, continued, parse
-from nasfast.utils.interrupt import Interrupt
 
 
 def splits(*sizes, val=(60, 80)):
@@ -110,16 +109,6 @@ def test_paths_are_absolute(monkeypatch, tmp_path):
     assert (config.data, config.encoder_weights) == (str(tmp_path / "d"), tmp_path / "e.pth")
     assert (config.cache_dir, config.runs) == (Path("/home/someone/c"), tmp_path / "runs")
     assert config.teacher is None
-
-
-def test_features_on_the_device_need_one():
-    config = dataclasses.replace(PRESETS["demo"], device="cpu", placement="device", workers=1)
-    with pytest.raises(ValueError) as caught, Interrupt() as interrupt:
-        segmentation.build(config, interrupt, Console(file=io.StringIO()))
-    assert str(caught.value) == (
-        "placement: expected auto, file or ram on a CPU, got device; leave --placement out, or "
-        "give --device cuda"
-    )
 
 
 def test_device_beside_devices():

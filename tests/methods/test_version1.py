@@ -45,18 +45,13 @@ def test_a_sampled_search_continues(name, budget, tmp_path, monkeypatch):
     assert after[-1]["evaluation"]["costs"]["params"] > 0
 
 
-def test_a_finished_search_by_gradient(tmp_path):
-    run = run_of("restoration", tmp_path)
-    assert search.main(["--resume", str(run)]) == 0
-    assert records_of(run) == records_of(FIXTURES / "restoration")
-
-
-def test_a_search_by_gradient_continues(tmp_path):
+@pytest.mark.parametrize("epochs", [3, 4])  # where it ended, and one more
+def test_a_search_by_gradient_continues(epochs, tmp_path):
     run = run_of("restoration", tmp_path)
     path = run / "config.toml"
-    path.write_text(path.read_text().replace("epochs = 3", "epochs = 4"))
+    path.write_text(path.read_text().replace("epochs = 3", f"epochs = {epochs}"))
     assert search.main(["--resume", str(run)]) == 0
-    assert len(records_of(run)) == 4
+    assert len(records_of(run)) == epochs
     assert records_of(run)[:3] == records_of(FIXTURES / "restoration")
 
 

@@ -1,7 +1,6 @@
 """The loop of strategies that are told rewards: duplicates, failures, crashes."""
 
-from __future__ import annotations
-
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -11,7 +10,6 @@ import random
 import signal
 import statistics
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -29,7 +27,7 @@ from nasfast.utils.errors import UserError
 from nasfast.workers import WorkerConfig
 
 SPACE = FastNASSpace()
-COSTS: dict[str, float] = {"params": 1, "macs": 1}
+COSTS = {"params": 1, "macs": 1}
 
 
 def success(stage0, stage1=None):
@@ -41,6 +39,10 @@ HALF = dataclasses.replace(success(0.8), failure="stage1: out of memory (fake)")
 FAILURE = Evaluation({}, {}, COSTS, None, {}, "stage0", "stage0: out of memory (fake)")
 
 
+def untimed(records):
+    return [dataclasses.replace(record, time="") for record in records]
+
+
 def records_of(run):
     return [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
 
@@ -50,7 +52,6 @@ class Script:
 
     seed = 5
     feedback = "stage0"
-    inputs: Mapping[str, str] = {}
     runtime = Runtime(torch.device("cpu"))
     remedy = "lower the learning rates"
 
@@ -59,11 +60,12 @@ class Script:
         return {"encode": 1.5}
 
     def __init__(self, genotypes, evaluate):
+        self.inputs = {}
         self.genotypes, self.evaluate = genotypes, evaluate
         self.asked = 0
-        self.told: list[float | None] = []
-        self.evaluated: list[int] = []
-        self.gates: list[float | None] = []
+        self.told = []
+        self.evaluated = []
+        self.gates = []
 
     def ask(self):
         self.asked += 1
@@ -84,14 +86,17 @@ class Script:
         return COSTS
 
     def __call__(self, genotype, index, gate):
+        evaluation = self.evaluate(index)
         self.evaluated.append(index)
         self.gates.append(gate)
-        return self.evaluate(index)
+        return evaluation
 
 
-def play(root, genotypes, evaluate, budget, batch=1):
-    """A new search, or the one in `root` continued."""
+def play(root, genotypes, evaluate, budget, batch=1, scripts=None):
+    """A new search, or the one in `root` continued; its script joins `scripts`."""
     script = Script(genotypes, evaluate)
+    if scripts is not None:
+        scripts.append(script)
     runs = list(root.glob("*"))
     opened = Study.open(*runs) if runs else Study.create(root, "segmentation", "script", {}, {})
     with opened as study:
@@ -160,28 +165,32 @@ def test_seconds_add_up_over_resumes(tmp_path):
         assert checkpoint["budget"] == budget
 
 
-def test_five_failures_in_a_row_stop(tmp_path):
-    with pytest.raises(UserError) as caught:
-        play(tmp_path, distinct(), lambda i: FAILURE if i else success(0.4), budget=99)
-    assert str(caught.value) == (
-        "the last 5 candidates failed, the last one: stage0: out of memory (fake); lower "
-        "the learning rates"
-    )
-    (run,) = tmp_path.iterdir()
-    assert len(records_of(run)) == 6
-
-
-def test_a_hundred_duplicates_in_a_row_stop(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("genotypes", "evaluate", "count", "text"),
+    [
+        (
+            distinct(),
+            lambda i: FAILURE if i else success(0.4),
+            6,
+            "the last 5 candidates failed, the last one: stage0: out of memory (fake); lower the "
+            "learning rates",
+        ),
+        (
+            itertools.repeat(next(distinct())),
+            lambda i: success(0.4),
+            101,
+            "the last 100 architectures repeat earlier ones: the strategy has converged; take the "
+            "best one found, or let it explore more (--ppo.ent-coef)",
+        ),
+    ],
+)
+def test_no_progress_stops(genotypes, evaluate, count, text, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    same = next(distinct())
     with pytest.raises(UserError) as caught:
-        play(tmp_path, iter([same] * 200), lambda i: success(0.4), budget=2)
-    assert str(caught.value) == (
-        "the last 100 architectures repeat earlier ones: the strategy has converged; take the best "
-        "one found, or let it explore more (--ppo.ent-coef)"
-    )
+        play(tmp_path, genotypes, evaluate, budget=99)
+    assert str(caught.value) == text
     (run,) = tmp_path.iterdir()
-    assert len(records_of(run)) == 101
+    assert len(records_of(run)) == count
 
 
 def test_edited_records_are_noticed(tmp_path):
@@ -211,17 +220,27 @@ def test_a_batch_is_asked_gated_and_told_at_once(tmp_path):
 
 @given(
     batch=st.integers(1, 4),
-    budgets=st.lists(st.integers(1, 9), min_size=1, max_size=3, unique=True).map(sorted),
+    budgets=st.lists(st.integers(1, 9), min_size=1, max_size=3, unique=True),
     failing=st.sets(st.integers(0, 20), max_size=3),
+    crashes=st.sets(st.integers(0, 20), max_size=3),
     names=st.lists(st.integers(0, 9), min_size=60, max_size=60),
 )
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_a_budget_may_end_in_a_batch_and_grow(batch, budgets, failing, names):
-    """In steps or at once: the same candidates, gates and rewards."""
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_a_budget_may_end_in_a_batch_and_grow_and_a_search_may_crash(
+    batch, budgets, failing, crashes, names
+):
+    """In steps or at once: the same candidates, gates and rewards; nothing is evaluated twice."""
     pool = list(itertools.islice(distinct(), 10))
+    left = set(crashes)
 
     def evaluate(index):
         return FAILURE if index in failing else success(0.1 + 0.01 * (7 * index % 11))
+
+    def crash(index):
+        if index in left:
+            left.remove(index)
+            raise KeyboardInterrupt
+        return evaluate(index)
 
     def asked():
         yield from (pool[name] for name in names)
@@ -233,47 +252,19 @@ def test_a_budget_may_end_in_a_batch_and_grow(batch, budgets, failing, names):
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setattr(os, "fsync", lambda descriptor: None)
-        last, wanted = play(Path(whole), asked(), evaluate, budgets[-1], batch)
-        told, trained = [], []
-        for budget in budgets:
-            script, records = play(Path(steps), asked(), evaluate, budget, batch)
-            assert sum(record.duplicate_of is None for record in records) == budget
+        last, expected = play(Path(whole), asked(), evaluate, max(budgets), batch)
+        scripts = []
+        for i, budget in enumerate(budgets):
+            while True:
+                with contextlib.suppress(KeyboardInterrupt):
+                    records = play(Path(steps), asked(), crash, budget, batch, scripts)[1]
+                    break
+            fresh = [record for record in records if record.duplicate_of is None]
+            assert len(fresh) == max(budgets[: i + 1])  # less than was spent stops at once
             assert records[-1].duplicate_of is None
-            told += script.told
-            trained += script.evaluated
-        assert [dataclasses.replace(r, time="") for r in records] == [
-            dataclasses.replace(r, time="") for r in wanted
-        ]
-        assert told == last.told
-        assert trained == last.evaluated
-
-
-@pytest.mark.parametrize("moment", [0, 1, 2, 3])
-def test_a_crash_in_a_batch(tmp_path, moment):
-    def crash(index):
-        if index == 2 + moment:
-            raise KeyboardInterrupt
-        return success(0.1 * index)
-
-    with pytest.raises(KeyboardInterrupt):
-        play(tmp_path / "run", distinct(), crash, budget=7, batch=4)
-    again, records = play(
-        tmp_path / "run", distinct(), lambda i: success(0.1 * i), budget=7, batch=4
-    )
-    whole, wanted = play(tmp_path / "whole", distinct(), lambda i: success(0.1 * i), 7, batch=4)
-    assert again.evaluated == list(range(2 + moment, 7))
-    assert [dataclasses.replace(r, time="") for r in records] == [
-        dataclasses.replace(r, time="") for r in wanted
-    ]
-    # of the batches that the checkpoint has not seen
-    assert again.told == whole.told[4 if moment >= 2 else 0 :]
-
-
-def test_a_smaller_budget_than_spent_stops_at_once(tmp_path):
-    play(tmp_path, distinct(), lambda i: success(0.4), budget=5, batch=2)
-    script, records = play(tmp_path, distinct(), lambda i: success(0.4), budget=2, batch=2)
-    assert script.evaluated == script.told == []
-    assert len(records) == 5
+        assert untimed(records) == untimed(expected)
+        for name in ("told", "evaluated", "gates"):
+            assert [x for script in scripts for x in getattr(script, name)] == getattr(last, name)
 
 
 def test_who_evaluates_is_in_the_environment():
@@ -331,9 +322,7 @@ def test_two_phases_killed_and_resumed(tmp_path, kills):
         process.join()
         assert process.exitcode == -signal.SIGKILL
     records = search_in_phases(tmp_path / "killed")
-    assert [dataclasses.replace(r, time="") for r in records] == [
-        dataclasses.replace(r, time="") for r in wanted
-    ]
+    assert untimed(records) == untimed(wanted)
 
 
 def test_a_phase_of_failures_has_no_successor(tmp_path):

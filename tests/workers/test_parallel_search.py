@@ -8,20 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from search_runs import outcome, start, wait_for_records
+from search_runs import assert_same, exists, outcome, start, wait_for_records
 
 from nasfast import search
-from nasfast.methods.registry import method_of_genotype
-from nasfast.methods.segmentation import search as segmentation
-from nasfast.methods.segmentation.settings import parse
-from nasfast.runs.study import Study
-
-
-def learned(run):
-    """The strategy's state in the checkpoint."""
-    state = Study.open(run, read_only=True).load_checkpoint()
-    assert state is not None
-    return f"{state['told']} {state['strategy']}"
 
 
 def children(pid):
@@ -33,25 +22,18 @@ def workers_of(process):
     return [pid for child in children(process.pid) for pid in children(child)]
 
 
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 def assert_gone(pids):
     deadline = time.monotonic() + 10
-    while any(map(alive, pids)) and time.monotonic() < deadline:
+    while any(map(exists, pids)) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not any(map(alive, pids))
+    assert not any(map(exists, pids))
 
 
 def test_results_do_not_depend_on_the_number_of_workers(tiny_search, tmp_path):
     """Nor does what the controller learns from them, or the best of them."""
     runs = []
     flags = ["--batch", "4", "--budget", "5", "--stage0.epochs", "1"]
-    for workers in ("1", "2", "4"):
+    for workers in ("1", "4"):
         root = tmp_path / workers
         argv = [*tiny_search, *flags, "--workers", workers, "--runs", str(root)]
         assert search.main(argv) == 0
@@ -59,14 +41,11 @@ def test_results_do_not_depend_on_the_number_of_workers(tiny_search, tmp_path):
         assert json.loads((run / "env.json").read_text())["workers"]["workers"] == int(workers)
         runs.append(run)
     assert len(outcome(runs[0])) >= 5
-    for run in runs[1:]:
-        assert outcome(run) == outcome(runs[0])
-        assert learned(run) == learned(runs[0])
-        first, other = (json.loads((r / "best.json").read_text())["index"] for r in (runs[0], run))
-        assert first == other
+    assert_same(*runs)
 
 
-def test_killed_workers_and_a_signal_lose_nothing(tiny_search, tiny_run, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_killed_workers_and_a_signal_lose_nothing(number, tiny_search, tiny_run, tmp_path):
     process = start([*tiny_search, "--workers", "2", "--runs", str(tmp_path)], group=True)
     run = wait_for_records(process, tmp_path, 1)
     first = workers_of(process)
@@ -74,29 +53,19 @@ def test_killed_workers_and_a_signal_lose_nothing(tiny_search, tiny_run, tmp_pat
     for pid in first:  # at least one of them is in the middle of a candidate
         os.kill(pid, signal.SIGKILL)
     wait_for_records(process, tmp_path, 4)
-    replaced = workers_of(process)
+    replaced, server = workers_of(process), children(process.pid)
     assert not set(first) & set(replaced)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
-    stdout, stderr = process.communicate(timeout=60)
-    if process.returncode == 130:  # otherwise it was through
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does: to the workers, too
+    else:
+        process.kill()
+    stdout, stderr = process.communicate(timeout=60)  # ends when no worker holds the pipe
+    assert process.returncode in (0, {signal.SIGINT: 130, signal.SIGKILL: -9}[number])
+    if process.returncode == 130:  # otherwise it was through, or could not say it
         assert f"Continue with\n  python -m nasfast.search --resume {run}\n" in stdout
-    assert process.returncode in (0, 130)
     assert stderr == ""
-    assert_gone(replaced)
+    assert_gone(replaced + server)
     assert 4 <= len(outcome(run)) <= len(outcome(tiny_run))
-    assert search.main(["--resume", str(run)]) == 0
-    assert outcome(run) == outcome(tiny_run)
-
-
-def test_a_killed_search_leaves_no_workers(tiny_search, tiny_run, tmp_path):
-    process = start([*tiny_search, "--workers", "2", "--runs", str(tmp_path)], group=True)
-    run = wait_for_records(process, tmp_path, 3)
-    workers, helpers = workers_of(process), children(process.pid)
-    assert len(workers) == 2
-    process.kill()
-    _, stderr = process.communicate(timeout=60)  # ends when no worker holds the pipe
-    assert stderr == ""
-    assert_gone(workers + helpers)
     assert search.main(["--resume", str(run), "--workers", "1"]) == 0
     assert outcome(run) == outcome(tiny_run)
 
@@ -107,23 +76,11 @@ def test_a_run_continues_with_other_workers(tiny_search, tiny_run, tmp_path, cap
     more = ["--resume", str(run), "--budget", "6", "--workers", "2", "--devices", "cpu,cpu"]
     assert search.main(more) == 0
     out = capsys.readouterr().out
+    assert f"search --resume {run} --budget 6\n" in out
     assert "device   cpu, 1 thread, " in out
     assert "device   cpu, cpu, 2 workers of 1 thread, " in out
     assert "note:" not in out
     assert outcome(run) == outcome(tiny_run)
-
-
-def assert_describes(evaluator, run):
-    """It read what the search read, and knows what candidates cost without training them."""
-    assert json.loads((run / "env.json").read_text())["identity"]["inputs"] == evaluator.inputs
-    for record in Study.open(run, read_only=True).records:
-        genotype = method_of_genotype(record.genotype).genotype(record.genotype)
-        assert evaluator.costs(genotype) == record.evaluation.costs
-
-
-def test_a_worker_s_evaluator(tiny_search, tiny_run):
-    evaluator = segmentation.evaluator_on(parse(tiny_search), "cpu")
-    assert_describes(evaluator, tiny_run)
 
 
 @pytest.mark.parametrize(
@@ -140,3 +97,4 @@ def test_errors_leave_no_workers(flags, message, tiny_search, tmp_path, capsys):
     assert multiprocessing.active_children() == []
     for run in tmp_path.glob("*"):
         assert [bool(r["evaluation"]["failure"]) for r in outcome(run)] == [True] * 5
+        assert (run / "report.html").is_file()

@@ -1,37 +1,27 @@
 """The same candidates as actors of a local Ray cluster."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os
-import random
 import signal
 import time
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
+from toys import evaluate, toy
 
 from nasfast import search
-from nasfast.runs.records import Evaluation
-from nasfast.spaces.fast_nas import FastNASSpace
-from nasfast.training.loop import Runtime
-from nasfast.workers import Job, WorkerConfig, WorkerError, ray_pool
+from nasfast.workers import WorkerConfig, WorkerError, ray_pool
 from nasfast.workers.ray_pool import RayPool
 
-ray: Any = pytest.importorskip("ray", reason="needs ray: pip install 'nasfast[distributed]'")
-GENOTYPE = FastNASSpace().sample(random.Random(0))
-handlers: list[Any] = []
-"""Of SIGTERM, while an engine is at work."""
+ray = pytest.importorskip("ray", reason="needs ray: pip install 'nasfast[distributed]'")
+TWO = WorkerConfig(workers=2, threads=1, engine="ray")
 
 
 @pytest.fixture(autouse=True)
 def _path(monkeypatch):
-    """Actors import this module."""
+    """Actors import this module and the toys."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
 
 
@@ -45,55 +35,10 @@ def cluster():
     ray.shutdown()
 
 
-class Toy:
-    """An evaluator that does by index what a plan says, and otherwise rewards the index."""
-
-    seed = 0
-    feedback = "stage0"
-    remedy = "none"
-    seconds: Mapping[str, float] = {}
-    inputs: Mapping[str, str] = {}
-    runtime = Runtime(torch.device("cpu"))
-
-    def __init__(self, plan, place):
-        self.plan, self.place = plan, place
-
-    def costs(self, genotype):
-        return {"params": 123, "macs": 456}
-
-    def __call__(self, genotype, index, gate):
-        mark = self.place / str(index)
-        match self.plan.get(index):
-            case "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            case "kill once" if not mark.exists():
-                mark.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            case "defect":
-                raise KeyError("no such thing")
-        metrics = {"threads": float(torch.get_num_threads())}
-        return Evaluation(
-            {"stage0": float(index)}, {"stage0": metrics}, {"params": 1}, gate, {}, "stage0"
-        )
-
-
-def toy(plan, place, device):
-    """What an actor builds."""
-    return Toy(plan, place)
-
-
 def slow(place, device):
     (place / "begun").touch()
     time.sleep(60)
-    return Toy({}, place)
-
-
-def evaluate(plan, place):
-    jobs = [Job(index, GENOTYPE, 0.5) for index in range(4)]
-    workers = WorkerConfig(workers=2, threads=1, engine="ray")
-    with contextlib.closing(workers.engine_for(functools.partial(toy, plan, place))) as engine:
-        handlers.append(signal.getsignal(signal.SIGTERM))
-        return list(engine.evaluate(Toy({}, place), jobs, lambda running: None))
+    return toy({}, place, device)
 
 
 def test_deaths(tmp_path):
@@ -101,9 +46,14 @@ def test_deaths(tmp_path):
 
     The local cluster is the engine's own: it ends with it and takes no signal handler.
     """
-    before = signal.getsignal(signal.SIGTERM)
-    first, second, third, last = evaluate({1: "kill", 2: "kill once"}, tmp_path)
-    assert handlers == [before]
+    handlers = {signal.getsignal(signal.SIGTERM)}
+
+    def show(running):
+        handlers.add(signal.getsignal(signal.SIGTERM))
+
+    plan = {1: "kill", 2: "once: kill"}
+    first, second, third, last = evaluate(plan, tmp_path, TWO, show=show)
+    assert len(handlers) == 1
     assert not ray.is_initialized()
     assert [e.rewards for e in (first, third, last)] == [{"stage0": i} for i in (0.0, 2.0, 3.0)]
     assert first.metrics == {"stage0": {"threads": 1.0}}
@@ -147,7 +97,7 @@ def test_workers_without_a_place(monkeypatch, tmp_path):
 def test_a_search_gives_the_same_records(tiny_search, tiny_run, tmp_path):
     """The cluster stays; a defect is raised with its traceback."""
     with pytest.raises(WorkerError, match=r"in a worker:\nTraceback (.|\n)*KeyError"):
-        evaluate({1: "defect"}, tmp_path)
+        evaluate({1: "defect"}, tmp_path, TWO)
     flags = ["--engine", "ray", "--workers", "2", "--budget", "2", "--runs", str(tmp_path)]
     assert search.main([*tiny_search, *flags]) == 0
     assert ray.is_initialized()

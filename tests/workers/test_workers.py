@@ -1,113 +1,36 @@
 """Workers: what they are given and when, what happens when they die, and who they are."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools
 import os
 import random
-import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from search_runs import exists
+from toys import COSTS, GENOTYPE, Toy, evaluate, jobs, toy
 
-from nasfast.evaluation.candidate import Evaluator
 from nasfast.runs.records import Evaluation
-from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
-from nasfast.training.loop import Runtime
+from nasfast.utils.errors import UserError
 from nasfast.utils.interrupt import Interrupt, StopRequested
 from nasfast.workers import Job, WorkerConfig, WorkerError
 from nasfast.workers.dispatcher import Dispatcher
-from nasfast.workers.protocol import Answer, Ready, Worker, WorkerDied
+from nasfast.workers.protocol import Ready, Worker, WorkerDied
 
-GENOTYPE = FastNASSpace().sample(random.Random(0))
-COSTS: dict[str, float] = {"params": 123, "macs": 456}
 KILLED = "killed by signal 9 (SIGKILL), out of memory?"
-
-
-def jobs(count, gate=None):
-    return [Job(index, GENOTYPE, gate) for index in range(count)]
-
-
-class Toy:
-    """An evaluator that does by index what a plan says, and otherwise rewards the index.
-
-    "once: ..." is done the first time only, of which a file in `place` is left.
-    """
-
-    seed = 0
-    feedback = "stage0"
-    remedy = "none"
-    seconds: Mapping[str, float] = {}
-
-    def __init__(self, plan, place, heartbeat=lambda: None):
-        self.plan, self.place = plan, place
-        self.inputs: Mapping[str, str] = {"plan": repr(plan)}
-        self.runtime = Runtime(torch.device("cpu"), heartbeat)
-
-    def costs(self, genotype):
-        return COSTS
-
-    def __call__(self, genotype, index, gate):
-        todo, mark = self.plan.get(index, ""), self.place / str(index)
-        once, _, after = todo.partition("once: ")
-        if after:
-            todo = once if mark.exists() else after
-            mark.touch()
-        match todo:
-            case "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            case "exit":
-                os._exit(3)
-            case "defect":
-                raise KeyError("no such thing")
-            case "refuse":
-                raise FileNotFoundError(2, "No such file or directory", "/no/where")
-            case "sleep":
-                (self.place / "asleep").write_text(str(os.getpid()))
-                time.sleep(60)
-        metrics = {"threads": float(torch.get_num_threads())}
-        return Evaluation({"stage0": float(index)}, {"stage0": metrics}, COSTS, gate, {}, "stage0")
-
-
-def toy(plan, place, device):
-    """What a worker builds."""
-    if "unborn" in plan.values():
-        os.kill(os.getpid(), signal.SIGKILL)
-    if "refused" in plan.values():
-        raise FileNotFoundError(2, "No such file or directory", str(place / device))
-    return Toy({} if "other" in plan.values() else plan, place)
-
-
-def evaluate(plan, place, workers, count=4, **options):
-    evaluator: Evaluator[FastNASGenotype] = Toy(plan, place, **options)
-    engine = workers.engine_for(functools.partial(toy, plan, place))
-    with contextlib.closing(engine):
-        return list(engine.evaluate(evaluator, jobs(count, gate=0.5), lambda running: None))
-
-
 TWO = WorkerConfig(workers=2, threads=3)
 
 
 def rewards(evaluations):
     return [evaluation.rewards.get("stage0") for evaluation in evaluations]
-
-
-def exists(pid):
-    """Whether a process runs; a zombie does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 # ---- the queue
@@ -118,12 +41,12 @@ class Script:
 
     def __init__(self, answers, choose):
         self.answers, self.choose = answers, choose
-        self.pending: list[tuple[int, Answer]] = []
-        self.sent: list[int] = []
+        self.pending = []
+        self.sent = []
         self.most = 0
 
     def start(self, worker):
-        self.pending.append((worker, Ready({}, "there")))
+        self.pending.append((worker, Ready(Toy({}, Path()).inputs, "there")))
 
     def send(self, worker, job):
         assert worker not in [busy for busy, _ in self.pending]
@@ -142,14 +65,6 @@ class Script:
         return out
 
     def close(self): ...
-
-
-class Bare(Toy):
-    """An evaluator that has read nothing."""
-
-    def __init__(self):
-        super().__init__({}, Path())
-        self.inputs = {}
 
 
 @given(
@@ -171,12 +86,14 @@ def test_any_order_and_any_death_give_the_same(workers, batches, deaths, idle, s
         },
         random.Random(seed),
     )
-    dispatcher: Dispatcher[FastNASGenotype] = Dispatcher(pool, workers)
+    dispatcher = Dispatcher(pool, workers)
     indices = itertools.count()
     for size in batches:
         batch = [Job(next(indices), GENOTYPE, 0.5) for _ in range(size)]
-        running: list[int] = []
-        for job, evaluation in zip(batch, dispatcher.evaluate(Bare(), batch, running.append)):
+        running = []
+        for job, evaluation in zip(
+            batch, dispatcher.evaluate(Toy({}, Path()), batch, running.append)
+        ):
             if deaths.get(job.index) == 2:
                 failure = "worker died twice: cause"
                 assert evaluation == Evaluation({}, {}, COSTS, 0.5, {}, "stage0", failure)
@@ -214,25 +131,19 @@ def test_workers_that_started_end_if_another_cannot():
 # ---- processes
 
 
-def test_evaluations_come_in_order_and_know_their_threads(tmp_path):
-    evaluations = evaluate({}, tmp_path, TWO, count=6)
-    assert rewards(evaluations) == [0, 1, 2, 3, 4, 5]
-    assert {e.metrics["stage0"]["threads"] for e in evaluations} == {3.0}
-    assert {e.gate for e in evaluations} == {0.5}
-
-
-def test_a_worker_that_dies_is_replaced_and_its_candidate_retried(tmp_path):
-    plan = {0: "once: kill", 2: "once: exit"}
-    assert rewards(evaluate(plan, tmp_path, TWO)) == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize(("end", "cause"), [("kill", KILLED), ("exit", "exited with status 3")])
-def test_a_candidate_that_kills_twice_is_a_failure(tmp_path, end, cause):
-    evaluations = evaluate({1: end}, tmp_path, TWO)
-    assert rewards(evaluations) == [0, None, 2, 3]
-    assert evaluations[1] == Evaluation(
-        {}, {}, COSTS, 0.5, {}, "stage0", f"worker died twice: {cause}"
-    )
+def test_evaluations_come_in_order_whoever_dies(tmp_path):
+    """A worker that dies is replaced and its candidate retried; the second death is a failure."""
+    plan = {0: "once: kill", 1: "kill", 2: "once: exit", 4: "exit"}
+    evaluations = evaluate(plan, tmp_path, TWO, count=6)
+    assert rewards(evaluations) == [0, None, 2, 3, None, 5]
+    causes = {1: KILLED, 4: "exited with status 3"}
+    for index, evaluation in enumerate(evaluations):
+        if index in causes:
+            failure = f"worker died twice: {causes[index]}"
+            assert evaluation == Evaluation({}, {}, COSTS, 0.5, {}, "stage0", failure)
+        else:
+            assert evaluation.metrics == {"stage0": {"threads": 3.0}}
+            assert evaluation.gate == 0.5
 
 
 def test_a_death_is_noticed_at_once(tmp_path):
@@ -249,41 +160,34 @@ def test_a_death_is_noticed_at_once(tmp_path):
         assert time.perf_counter() - start < 10
 
 
+@pytest.mark.parametrize(
+    ("plan", "text"),
+    [
+        ("refuse", "[Errno 2] No such file or directory: '/no/where'"),
+        ("refused", "[Errno 2] No such file or directory: '{place}/cpu'"),
+        (
+            "unborn",
+            f"workers: a worker died twice before its first candidate: {KILLED}; use fewer "
+            "--workers, or 1 to evaluate in this process",
+        ),
+        (
+            "other",
+            "workers: expected the plan of this process in every worker, got other content on "
+            f"{os.uname().nodename}; give all machines the same files",
+        ),
+    ],
+)
+def test_what_is_meant_for_the_user_has_no_traceback(plan, text, tmp_path):
+    with pytest.raises(UserError) as caught:
+        evaluate({1: plan}, tmp_path, TWO)
+    assert str(caught.value) == text.format(place=tmp_path)
+
+
 def test_a_defect_is_raised_with_its_traceback(tmp_path):
-    with pytest.raises(WorkerError) as caught:
+    with pytest.raises(WorkerError, match=r"^in a worker:\nTraceback ") as caught:
         evaluate({1: "defect"}, tmp_path, TWO)
-    assert re.fullmatch(
-        r"in a worker:\nTraceback .*\n.*test_workers\.py.*KeyError: 'no such thing'\n",
-        str(caught.value),
-        re.DOTALL,
-    )
-
-
-def test_what_is_meant_for_the_user_has_no_traceback(tmp_path):
-    with pytest.raises(RuntimeError) as caught:
-        evaluate({1: "refuse"}, tmp_path, TWO)
-    assert str(caught.value) == "[Errno 2] No such file or directory: '/no/where'"
-    with pytest.raises(RuntimeError) as caught:
-        evaluate({1: "refused"}, tmp_path, WorkerConfig(2, ("cpu:7",)))
-    assert str(caught.value) == f"[Errno 2] No such file or directory: '{tmp_path}/cpu:7'"
-
-
-def test_a_worker_that_cannot_start(tmp_path):
-    with pytest.raises(RuntimeError) as caught:
-        evaluate({1: "unborn"}, tmp_path, TWO)
-    assert str(caught.value) == (
-        f"workers: a worker died twice before its first candidate: {KILLED}; use fewer --workers, "
-        "or 1 to evaluate in this process"
-    )
-
-
-def test_a_worker_that_reads_other_content(tmp_path):
-    with pytest.raises(RuntimeError) as caught:
-        evaluate({1: "other"}, tmp_path, TWO)
-    assert str(caught.value) == (
-        "workers: expected the plan of this process in every worker, got other content on "
-        f"{os.uname().nodename}; give all machines the same files"
-    )
+    assert "toys.py" in str(caught.value)
+    assert str(caught.value).endswith("KeyError: 'no such thing'\n")
 
 
 def test_a_stop_ends_workers_at_work(tmp_path):
@@ -304,7 +208,7 @@ def test_a_stop_ends_workers_at_work(tmp_path):
 
 @pytest.mark.parametrize(("device", "chosen"), [("cpu", []), ("cuda", []), ("cuda:1", [1])])
 def test_a_worker_computes_on_its_gpu(device, chosen, tmp_path, monkeypatch):
-    set_devices: list[int] = []
+    set_devices = []
     # as torch does it: a device without a number is refused
     monkeypatch.setattr(torch._C, "_cuda_setDevice", set_devices.append, raising=False)
     worker = Worker(functools.partial(toy, {}, tmp_path), device, torch.get_num_threads())
@@ -315,56 +219,71 @@ def test_a_worker_computes_on_its_gpu(device, chosen, tmp_path, monkeypatch):
 # ---- the workers
 
 
-def has(monkeypatch, cores, gpus=0):
-    """The machine has so many."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-
-
 @pytest.fixture
-def started(monkeypatch):
-    """Filled when the process is started that workers are forked from."""
-    calls: list[bool] = []
-    monkeypatch.setattr("nasfast.workers.config.start_server", lambda: calls.append(True))
-    return calls
+def config_on(monkeypatch):
+    """Makes the settings of workers on a machine with so many cores and GPUs."""
+
+    def make(cores, gpus, **given):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        usual = {"workers": None, "devices": "cpu", "threads": 1, "engine": "process", "batch": 4}
+        return WorkerConfig.of(**usual | given)
+
+    return make
 
 
 @pytest.mark.parametrize(
-    ("cores", "threads", "batch", "workers"),
-    [(2, 1, 4, 2), (16, 4, 4, 4), (16, 1, 4, 4), (1, 2, 4, 1)],
+    ("machine", "given", "made"),
+    [
+        ((2, 0), {}, (2, ("cpu",), 1)),  # as many as fill the cores
+        ((16, 0), {}, (4, ("cpu",), 1)),
+        ((16, 0), {"threads": 4}, (4, ("cpu",), 4)),
+        ((1, 0), {"threads": 2}, (1, ("cpu",), 2)),
+        ((2, 0), {"workers": 1, "devices": "cpu, cpu"}, (1, ("cpu", "cpu"), 1)),
+        ((16, 3), {"devices": "cuda:0,cuda:2"}, (2, ("cuda:0", "cuda:2"), 1)),  # one a device
+        ((16, 3), {"devices": "auto"}, (1, ("cuda:0",), 1)),
+        ((16, 3), {"workers": 5, "devices": "cuda"}, (5, ("cuda:0",), 1)),
+        ((2, 0), {"engine": "ray", "batch": 8}, (8, ("cpu",), 1, "ray")),  # a batch of a cluster
+    ],
 )
-def test_default_workers_fill_the_cores(monkeypatch, started, cores, threads, batch, workers):
-    has(monkeypatch, cores)
-    made = WorkerConfig.of(
-        workers=None, devices="cpu", threads=threads, engine="process", batch=batch
-    )
-    assert made == WorkerConfig(workers, ("cpu",), threads, "process")
-    assert started == [True] * (workers > 1)
-
-
-def test_default_workers_on_cuda_are_one_a_device(monkeypatch, started):
-    has(monkeypatch, cores=16, gpus=3)
-    options = {"threads": 2, "engine": "process", "batch": 8}
-    two = WorkerConfig.of(workers=None, devices="cuda:0,cuda:2", **options)
-    assert (two.workers, two.devices) == (2, ("cuda:0", "cuda:2"))
-    assert WorkerConfig.of(workers=None, devices="auto", **options).workers == 1
-    assert WorkerConfig.of(workers=5, devices="cuda", **options).workers == 5
-
-
-def test_default_workers_of_a_cluster_are_a_batch(monkeypatch):
-    has(monkeypatch, cores=2)
+def test_default_workers(machine, given, made, config_on, monkeypatch):
+    """The process that they are forked from starts where there are several."""
+    started = []
+    monkeypatch.setattr("nasfast.workers.config.start_server", lambda: started.append(True))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    made = WorkerConfig.of(workers=None, devices="cpu", threads=1, engine="ray", batch=8)
-    assert made == WorkerConfig(8, ("cpu",), 1, "ray")
+    assert config_on(*machine, **given) == WorkerConfig(*made)
+    assert started == [True] * (made[0] > 1 and "ray" not in made)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (
+            {"devices": "cuda:0,cpu"},
+            "devices: expected devices of one kind, got cuda:0,cpu; rewards differ between kinds, "
+            "so give devices of one",
+        ),
+        (
+            {"engine": "ray"},
+            "engine: expected one that is installed, got ray; pip install 'nasfast[distributed]', "
+            "or leave --engine out",
+        ),
+    ],
+)
+def test_workers_that_cannot_be(given, text, config_on, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError) as caught:
+        config_on(2, 1, **given)
+    assert str(caught.value) == text
 
 
 @pytest.mark.parametrize(
     ("workers", "threads", "cpus"), [(8, 1, 4), (2, 1, 2), (2, 3, 4), (2, 6, 6)]
 )
 def test_a_local_cluster_hands_out_the_cores(monkeypatch, workers, threads, cpus):
-    has(monkeypatch, cores=4)
-    made: list[tuple[object, ...]] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(4)))
+    made = []
 
     def make(*arguments):
         made.append(arguments)
@@ -376,32 +295,6 @@ def test_a_local_cluster_hands_out_the_cores(monkeypatch, workers, threads, cpus
     assert made == [(build, "cpu", threads, cpus)]
 
 
-def test_spaces_between_devices(monkeypatch):
-    has(monkeypatch, cores=2)
-    made = WorkerConfig.of(workers=1, devices="cpu, cpu", threads=1, engine="process", batch=4)
-    assert made.devices == ("cpu", "cpu")
-
-
 def test_its_text():
     assert str(WorkerConfig(1, ("cpu", "cpu"), 1)) == "cpu, 1 thread"
     assert str(WorkerConfig(2, ("cuda:0", "cuda:1"), 4)) == "cuda:0, cuda:1, 2 workers of 4 threads"
-
-
-def test_devices_of_two_kinds(monkeypatch):
-    has(monkeypatch, cores=2, gpus=1)
-    with pytest.raises(ValueError) as caught:
-        WorkerConfig.of(workers=None, devices="cuda:0,cpu", threads=1, engine="process", batch=4)
-    assert str(caught.value) == (
-        "devices: expected devices of one kind, got cuda:0,cpu; rewards differ between kinds, so "
-        "give devices of one"
-    )
-
-
-def test_ray_that_is_not_installed(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError) as caught:
-        WorkerConfig.of(workers=None, devices="cpu", threads=1, engine="ray", batch=4)
-    assert str(caught.value) == (
-        "engine: expected one that is installed, got ray; pip install 'nasfast[distributed]', or "
-        "leave --engine out"
-    )

@@ -1,0 +1,248 @@
+"""What the commands say where they cannot go on: in one line, and nothing is left behind."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "version1"
+PRETRAIN = "pretrain --device cpu --width 0.1 --frames 24 --epochs 1 --batch-size 8 --crop 48"
+
+
+def main_of(command):
+    return importlib.import_module(f"nasfast.{command}").main
+
+
+def rows(tables):
+    return [(first, flags, text) for first, table in tables.items() for flags, text in table]
+
+
+# ---- usage: a command line that means nothing
+
+USAGE = {
+    "search": [
+        ("--preset fast", "fast"),
+        ("--strategy genetic", "genetic"),
+        ("--budget many", "many"),
+        ("--budget 0", "expected a budget of at least 1 candidate"),
+        ("--workers 0", "SearchConfig.workers: expected a value above"),
+        ("--threads 0", "SearchConfig.threads: expected a value above"),
+        ("--batch 0", "SearchConfig.batch: expected a value above"),
+        ("--engine slurm", "slurm"),
+        ("--engine ray --devices cuda:0,cuda:1", "devices: expected --engine process, as Ray"),
+        ("--device cpu --devices cpu,cpu", "devices: expected --device or --devices"),
+        ("--memory 8", "expected a size such as 8GB"),
+        ("--stage2.lr 1", "--stage2.lr"),
+        ("--stage0.samples 0", "Stage0Config.samples: expected a value above 0"),
+        ("--stage1.batch-size 0", "Stage1Config.batch_size: expected a value above"),
+        ("--resume there --seed 3", "--seed"),
+    ],
+    "search restoration": [
+        ("--strategy ppo", "ppo"),
+        ("--channels 2", "2"),
+        ("--budget 0", "SearchConfig.budget: expected a value above"),
+        ("--task.sigma 300", "denoising: expected sigma above 0 and at"),
+        ("--task.rain 1", "--task.rain"),
+        ("--bilevel.ssim-weight -1", "RestorationLoss: expected ssim_weight"),
+        ("--bilevel.warmup 99", "warmup: expected fewer epochs than"),
+        ("--bilevel.weights.lr 0", "WeightsConfig.lr: expected a value above"),
+        ("--params 1:2", "params: expected --strategy random, which"),
+        ("--supernet.width 3", "SupernetConfig.width: expected an even"),
+    ],
+    "train OLD/segmentation": [
+        ("--epochs 0", "TrainConfig.epochs: expected a value above 0, got 0"),
+        ("--batch-size -1", "TrainConfig.batch_size: expected a value above"),
+        ("--momentum 1", "--momentum"),
+    ],
+    "train OLD/restoration": [
+        ("--steps 0", "TrainConfig.steps: expected a value above 0"),
+        ("--round-steps 0", "TrainConfig.round_steps: expected a"),
+        ("--ssim-weight -0.5", "RestorationLoss: expected ssim_weight"),
+        ("--task.sigma 0", "denoising: expected sigma above 0 and at"),
+        ("--momentum 1", "--momentum"),
+    ],
+    "evaluate OLD/segmentation_training": [("--epochs 1", "--epochs")],
+    "evaluate OLD/restoration_training": [
+        ("--batch 0", "EvaluateConfig.batch: expected a value above 0"),
+        ("--pictures -1", "pictures: expected 0 or more, got -1"),
+        ("--split train", "train"),
+    ],
+    PRETRAIN: [
+        ("--epochs 0", "PretrainConfig.epochs: expected a value above 0"),
+        ("--epoch 1", "--epoch"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("command", "flags", "shown"), rows(USAGE))
+def test_usage_errors(command, flags, shown, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    name, *argv = f"{command} {flags}".replace("OLD", str(FIXTURES)).split()
+    with pytest.raises(SystemExit) as caught:
+        main_of(name)(argv)
+    assert caught.value.code == 2
+    assert shown in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- errors: a file, a setting or a device that the work needs
+
+NO_DATA = ("--data /no/data", "data: expected 'synthetic' or a folder, got '/no/data'")
+NO_DEVICE = ("--device cuda:99", "resolve_device: expected ")
+BAD_NAME = ("--name a/b", "name: expected letters, digits and ._+- (it becomes part of a")
+BAD_TASK = ("--task dehazing", "task: expected one of denoising, ")
+DEVICES = "resolve_device: expected device 'auto', 'cpu', 'cuda' or"
+FILE_TYPE = "weights: expected a .safetensors, .pth or .pt file, got"
+STREETS = "sky, building, road, pavement, tree, car, person, pole"
+
+ERRORS = {
+    "search": [
+        NO_DATA,
+        NO_DEVICE,
+        BAD_NAME,
+        ("--encoder-weights /no/w.pth", "weights: no file /no/w.pth; give a"),
+        ("--encoder-weights RUN/config.toml", FILE_TYPE),
+        ("--device auto --devices cpu,gpu", DEVICES),
+        ("--device auto --devices cpu,", DEVICES),
+        (
+            "--placement device",
+            "placement: expected auto, file or ram on a CPU, got device; leave "
+            "--placement out, or give --device cuda",
+        ),
+        ("--teacher ENCODER", "/"),
+        (
+            "--teacher MODEL/model.safetensors --data synthetic",
+            f"teacher MODEL/model.safetensors: expected a network for {STREETS}, got one for sky, "
+            "road, [post]; train one on this data first",
+        ),
+        ("--omit 3", "omit: expected classes from 0 to 2, got 3"),
+    ],
+    "search detection": [
+        (
+            "--budget 1",
+            "method: expected one of segmentation, restoration, got 'detection'; a later version "
+            "of nasfast may know it",
+        ),
+    ],
+    "search --resume": [
+        (
+            "EMPTY",
+            "EMPTY is not a run directory: it has no config.toml, env.json, records.jsonl; give a "
+            "directory that a search wrote, such as runs/<date>-<method>-<name>",
+        ),
+        ("RUN --budget 0", "search: expected a budget of at least 1 candidate, got 0"),
+        (
+            "BILEVEL --budget 9",
+            "resume: expected no --budget, as the learning rate of a search by gradient follows "
+            "its number of epochs, got 9; start a new run with another --bilevel.epochs",
+        ),
+    ],
+    "search restoration": [
+        NO_DATA,
+        NO_DEVICE,
+        BAD_NAME,
+        BAD_TASK,
+        ("--channels 3", "image IMAGES/train/00.png is grey: expected a colour image for 3"),
+        ("--bilevel.crop 41", "ImagePatches: expected images of at least 41x41 pixels, the si"),
+    ],
+    "train": [
+        ("RUN --rank 99", "train: expected a rank from 1 to "),
+        ("RUN --rank 0", "train: expected a rank from 1 to "),
+        (
+            "/no/run",
+            "train: no run directory and no genotype file at /no/run, nor a name of the zoo "
+            "(irnas-denoise, irnas-derain); python -m nasfast.search makes a run",
+        ),
+        (
+            "RUN/config.toml",
+            "train: expected a run directory or a JSON file with a genotype, got ",
+        ),
+        ("RUN/checkpoint", "RUN/checkpoint is not a run directory: it has no config.toml"),
+        ("RUN/env.json", 'genotype: expected an object whose "space" is one of fast_nas, ir_nas, '),
+        (f"RUN {NO_DATA[0]}", NO_DATA[1]),
+        (f"RUN {NO_DEVICE[0]}", NO_DEVICE[1]),
+        ("RUN --encoder-weights /no/w.pt", "weights: no file /no/w.pt"),
+        (
+            "RUN --out EMPTY",
+            "train: EMPTY exists and is never overwritten; give another --out, or continue it with "
+            "--resume EMPTY",
+        ),
+    ],
+    "train --resume": [
+        ("RUN/checkpoint", "train: RUN/checkpoint is not the directory of a training: it has no "),
+        ("RUN", "train: RUN is not the directory of a training: it has no config.toml and genot"),
+    ],
+    "train BILEVEL --device cpu --batch-size 2": [
+        NO_DATA,
+        BAD_TASK,
+        ("--channels 3", "image IMAGES/"),
+        ("--crop 48", "ImagePatches: expected images of at least 48x48 pixels, the size of a "),
+    ],
+    "evaluate": [
+        (
+            "MODEL --data synthetic",
+            "evaluate MODEL/model.safetensors: expected data of the classes sky, road, [post], got "
+            f"{STREETS} in synthetic",
+        ),
+        ("/no/model", "weights: no file /no/model; give a .safetensors, .pth or .pt file"),
+        ("MODEL/metrics.json", f"{FILE_TYPE} metrics"),
+        (
+            "ENCODER",
+            "ENCODER: expected a model.safetensors that nasfast.train wrote, with "
+            "'nasfast.segmenter' or 'nasfast.restorer' in its metadata, got 'nasfast.encoder'; "
+            "give another file",
+        ),
+        (f"MODEL {NO_DATA[0]}", NO_DATA[1]),
+        ("MODEL --device tpu", DEVICES),
+        (f"RESTORER {NO_DATA[0]}", NO_DATA[1]),
+        (f"RESTORER {BAD_TASK[0]}", BAD_TASK[1]),
+        (
+            "RESTORER --task super-resolution",
+            "evaluate RESTORER/model.safetensors: expected a task of scal",
+        ),
+        (
+            "RESTORER --protocol overlap",
+            "evaluate: the protocol 'overlap' needs images of at least ",
+        ),
+        ("RESTORER --device tpu", DEVICES),
+    ],
+    PRETRAIN: [("--frames 0", "SyntheticStreets: expected num_samples >= 1, got 0")],
+}
+
+
+@pytest.fixture(scope="session")
+def places(request, tmp_path_factory):
+    """Paths by the words that stand for them."""
+    fixtures = {
+        "RUN": "tiny_run",
+        "MODEL": "tiny_model",
+        "ENCODER": "tiny_weights",
+        "IMAGES": "tiny_images",
+        "BILEVEL": "bilevel_run",
+        "RESTORER": "trained_restorer",
+    }
+    paths = {word: request.getfixturevalue(name) for word, name in fixtures.items()}
+    return paths | {"EMPTY": tmp_path_factory.mktemp("empty")}
+
+
+@pytest.mark.parametrize(("command", "flags", "message"), rows(ERRORS))
+def test_errors_are_one_line_and_leave_nothing(
+    command, flags, message, places, tiny_search, tiny_bilevel, tmp_path, capsys
+):
+    def placed(text):
+        for word, path in places.items():
+            text = text.replace(word, str(path))
+        return text
+
+    name, *argv = command.split()
+    argv = {"search": tiny_search, "search restoration": tiny_bilevel}.get(command, argv)
+    if command != "evaluate" and argv != ["--resume"]:
+        out = "--runs" if name == "search" else "--out"
+        argv = [*argv, out, str(tmp_path / "out")]
+    assert main_of(name)([placed(word) for word in [*argv, *flags.split()]]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {placed(message)}")
+    assert not (tmp_path / "out").exists()
+    assert not list(places["EMPTY"].iterdir())
+    for model in ("MODEL", "RESTORER"):
+        assert not (places[model] / "evaluation.json").exists()
