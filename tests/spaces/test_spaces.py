@@ -1,12 +1,14 @@
 """What every space keeps to. A new one gets a line in SPACES."""
 
 import collections
+import dataclasses
 import itertools
 import json
 import random
 import re
 
 import pytest
+from drawn import genotypes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,11 +21,6 @@ SPACES = {
     "ir_nas": (IRNASSpace(layers=4, nodes=5), IRNASSpace(layers=1, nodes=2)),
 }
 each = pytest.mark.parametrize("name", SPACES)
-
-
-def some(data, space):
-    """Any genotype of a space."""
-    return space.decode([data.draw(st.integers(0, d.size - 1)) for d in space.decisions])
 
 
 @each
@@ -49,7 +46,7 @@ def test_size_counts_every_genotype_once(name):
 @given(data=st.data())
 def test_round_trips(name, data):
     space, _ = SPACES[name]
-    genotype = some(data, space)
+    genotype = data.draw(genotypes(space))
     assert space.decode(space.encode(genotype)) == genotype
     form = json.loads(json.dumps(genotype.to_json()))
     assert form["space"] == name
@@ -64,7 +61,7 @@ def test_round_trips(name, data):
 def test_samples_and_mutations_are_in_the_space(name, data, rng):
     space, _ = SPACES[name]
     space.encode(space.sample(rng))
-    genotype = some(data, space)
+    genotype = data.draw(genotypes(space))
     before, after = space.encode(genotype), space.encode(space.mutate(genotype, rng))
     assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
 
@@ -116,3 +113,7 @@ def test_what_is_of_another_space(name):
     for refused in (lambda: space.encode(other), lambda: space.from_json(other.to_json())):
         with pytest.raises(UserError, match="expected"):
             refused()
+    for field in dataclasses.fields(space):
+        message = f"{type(space).__name__}.{field.name}: expected at least 1, got 0"
+        with pytest.raises(UserError, match=message):
+            dataclasses.replace(space, **{field.name: 0})

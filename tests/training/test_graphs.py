@@ -1,10 +1,12 @@
 """Steps repeated from a recording: the logic on a CPU with a recorder that repeats in Python."""
 
+import dataclasses
 import subprocess
 import sys
 import warnings
 from contextlib import contextmanager
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -135,16 +137,9 @@ def test_close_gives_everything_back():
 def test_a_schedule_is_refused():
     training = Training()
     schedule = torch.optim.lr_scheduler.ConstantLR(training.group.optimizer)
-    group = Group(training.group.parameters, training.group.optimizer, 1.0, schedule)
+    training.group = dataclasses.replace(training.group, schedule=schedule)
     with pytest.raises(ValueError) as error:
-        train_epoch(
-            in_order(14, 4),
-            training.loss_of,
-            [group],
-            training.runtime,
-            None,
-            GraphedStep(Repeater()),
-        )
+        training.run(GraphedStep(Repeater()))
     assert str(error.value) == (
         "train_epoch: expected groups without a schedule beside a graph, which repeats the "
         "learning rate that it was recorded with, got one; leave out either"
@@ -157,89 +152,73 @@ def test_there_are_no_graphs_on_a_cpu():
         assert graph is None
 
 
-class FakeCuda:
-    """Stands for PyTorch's capture, whose end fails once if it is told so."""
-
-    def __init__(self, monkeypatch, *, fails, ended):
-        self.log = []
-        self.fails, self.ended = fails, ended
-        self.pool_size = 0
-        self.stream = SimpleNamespace(device=torch.device("cuda", 0))
-        for name, value in {
-            "CUDAGraph": self.Graph,
-            "graph_pool_handle": lambda: (0, 7),
-            "synchronize": lambda _: None,
-            "empty_cache": lambda: None,
-            "device": lambda _: self.entered("device"),
-            "stream": lambda _: self.entered("stream"),
-            "memory_snapshot": self.segments,
-        }.items():
-            monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end, raising=False)
-        monkeypatch.setattr(torch._C, "_cuda_releasePool", self.release, raising=False)
-        monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
-
-    def Graph(self):
-        def begin(pool=None, *, capture_error_mode):
-            self.log.append(f"begin {pool}")
-
-        def end():
-            self.log.append("end")
-            if self.fails:
-                self.fails, self.pool_size = False, 8
-                raise RuntimeError("operation failed due to a previous error during capture")
-
-        reset = self.log.append
-        return SimpleNamespace(capture_begin=begin, capture_end=end, reset=lambda: reset("reset"))
-
-    @contextmanager
-    def entered(self, name):
-        self.log.append(name)
-        try:
-            yield
-        finally:
-            self.log.append(f"{name} restored")
-
-    def segments(self):
-        other = {"device": 0, "segment_pool_id": (0, 0), "allocated_size": 0}
-        mine = {"device": 0, "segment_pool_id": (0, 7), "allocated_size": 0}
-        return [other, *([mine] if self.pool_size else [])]
-
-    def end(self, device, pool):
-        self.log.append(f"end allocating {device} {pool}")
-        if self.ended:
-            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
-
-    def release(self, device, pool):
-        self.log.append(f"release {device} {pool}")
+@pytest.fixture
+def cuda(monkeypatch):
+    """Stands for PyTorch's capture and what undoes it."""
+    cuda = mock.MagicMock()
+    for owner, names in {
+        torch.cuda: "CUDAGraph graph_pool_handle synchronize empty_cache device stream "
+        "memory_snapshot",
+        torch._C: "_cuda_endAllocateToPool _cuda_releasePool",
+        torch: "zeros",
+    }.items():
+        for name in names.split():
+            monkeypatch.setattr(owner, name, getattr(cuda, name), raising=False)
+    for context in (cuda.device, cuda.stream):
+        context.return_value.__exit__.return_value = False
+    cuda.graph_pool_handle.return_value = POOL
+    return cuda
 
 
-RESTORED = ["stream restored", "device restored"]
+def logged(cuda):
+    """Names and positional arguments of the calls that matter."""
+    matter = {"capture_begin", "capture_end", "reset", "_cuda_endAllocateToPool"}
+    matter |= {"_cuda_releasePool", "device", "stream", "__exit__"}
+    calls = [(name.rpartition(".")[2], args) for name, args, _ in cuda.mock_calls]
+    return [(name, *(() if name == "__exit__" else args)) for name, args in calls if name in matter]
 
 
-def test_a_capture(monkeypatch):
-    cuda = FakeCuda(monkeypatch, fails=False, ended=False)
-    _, result = capture(lambda: 3, cuda.stream)
-    assert result == 3
-    assert cuda.log == ["device", "stream", "begin (0, 7)", "end", *RESTORED]
+POOL = (0, 7)
+STREAM = SimpleNamespace(device=torch.device("cuda", 0))
+BEGUN = [("device", STREAM.device), ("stream", STREAM), ("capture_begin", POOL), ("capture_end",)]
+RESTORED = [("__exit__",)] * 2
+
+
+def test_a_capture(cuda):
+    assert capture(lambda: 3, STREAM)[1] == 3
+    assert logged(cuda) == [*BEGUN, *RESTORED]
 
 
 @pytest.mark.parametrize("fails", [True, False], ids=["invalidated", "error of Python"])
 @pytest.mark.parametrize("ended", [True, False], ids=["torch 2.12", "torch 2.11"])
-def test_a_capture_that_fails_is_undone(monkeypatch, fails, ended):
+def test_a_capture_that_fails_is_undone(cuda, fails, ended):
     """Allocation to the pool ended, its memory released, stream and device restored."""
-    cuda = FakeCuda(monkeypatch, fails=fails, ended=ended)
     first = RuntimeError("operation not permitted when stream is capturing")
+    segments = [
+        {"device": 0, "segment_pool_id": pool, "allocated_size": 0} for pool in ((0, 0), POOL)
+    ]
+    cuda.memory_snapshot.return_value = segments if fails else segments[:1]
+    if fails:
+        cuda.CUDAGraph().capture_end.side_effect = [RuntimeError("a previous error"), None]
+    if ended:
+        cuda._cuda_endAllocateToPool.side_effect = RuntimeError("not currently recording")
 
     def work():
         raise first
 
     with pytest.raises(RuntimeError) as info:
-        capture(work, cuda.stream)
+        capture(work, STREAM)
     assert (info.value.__context__ if fails else info.value) is first
-    released = ["release 0 (0, 7)"] if fails else []
-    undone = ["reset", "end allocating 0 (0, 7)", *released, "begin None", "end", "reset"]
-    assert cuda.log == ["device", "stream", "begin (0, 7)", "end", *undone, *RESTORED]
+    assert logged(cuda) == [
+        *BEGUN,
+        ("reset",),
+        ("_cuda_endAllocateToPool", 0, POOL),
+        *([("_cuda_releasePool", 0, POOL)] if fails else []),
+        ("capture_begin",),
+        ("capture_end",),
+        ("reset",),
+        *RESTORED,
+    ]
 
 
 @pytest.mark.cuda
