@@ -60,7 +60,7 @@ def test_genotype_files(form, tiny_run, tiny_training, tmp_path):
 
 def few(monkeypatch, size):
     """Generated scenes, but few of them."""
-    data = [SyntheticStreets(n, size, stream=s) for n, s in ((8, "train"), (2, "val"))]
+    data = [SyntheticStreets(n, size=size, stream=s) for n, s in ((8, "train"), (2, "val"))]
     monkeypatch.setattr(
         segmentation, "load_splits", lambda *a, **k: split_for_search(*data, seed=0)
     )

@@ -4,6 +4,7 @@ left alone."""
 import functools
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -179,4 +180,8 @@ def test_ctrl_c_tells_how_to_continue_a_training(trained, tmp_path, monkeypatch,
     printed = capsys.readouterr().out
     assert f"Continue with\n  python -m nasfast.train --resume '{out}'\n" in printed
     assert train.main([f"--resume={out}"]) == 0
+    printed += capsys.readouterr().out
+    done = re.findall(r"^(?:epoch|step) (\d)/(\d)  loss", printed, re.MULTILINE)
+    assert len(done) == len(set(done)) > 1  # nothing is repeated
+    assert done[-1][0] == done[-1][1]
     assert_same_training(out, whole)

@@ -242,8 +242,8 @@ def config_on(monkeypatch):
         ((1, 0), {"threads": 2}, (1, ("cpu",), 2)),
         ((2, 0), {"workers": 1, "devices": "cpu, cpu"}, (1, ("cpu", "cpu"), 1)),
         ((16, 3), {"devices": "cuda:0,cuda:2"}, (2, ("cuda:0", "cuda:2"), 1)),  # one a device
-        ((16, 3), {"devices": "auto"}, (1, ("cuda:0",), 1)),
-        ((16, 3), {"workers": 5, "devices": "cuda"}, (5, ("cuda:0",), 1)),
+        ((16, 3), {"devices": "auto"}, (1, ("cuda",), 1)),
+        ((16, 3), {"workers": 5, "devices": "cuda"}, (5, ("cuda",), 1)),
         ((2, 0), {"engine": "ray", "batch": 8}, (8, ("cpu",), 1, "ray")),  # a batch of a cluster
     ],
 )
