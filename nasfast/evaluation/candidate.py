@@ -14,6 +14,7 @@ from nasfast.runs.records import Evaluation
 from nasfast.spaces.base import Genotype
 from nasfast.tasks.base import Scores
 from nasfast.training.loop import NonFiniteLossError, Runtime
+from nasfast.utils.errors import cause, out_of_memory
 from nasfast.utils.seeding import derive_seed
 
 G = TypeVar("G", bound=Genotype)
@@ -143,10 +144,10 @@ class CandidateEvaluator(Generic[G, M]):
                     if gate is not None and rewards[self.feedback] <= gate:
                         break
             except (RuntimeError, MemoryError, NonFiniteLossError) as error:
-                cause = failure_cause(error)
-                if cause is None:
+                reason = failure_cause(error)
+                if reason is None:
                     raise
-                failure = f"{step}: {cause}"
+                failure = f"{step}: {reason}"
         return Evaluation(rewards, metrics, costs, gate, seconds, self.feedback, failure)
 
 
@@ -154,13 +155,7 @@ def failure_cause(error: Exception) -> str | None:
     """Why a candidate failed, or None for an error that is not the candidate's."""
     if isinstance(error, NonFiniteLossError):
         return str(error)
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    # torch's CPU allocator raises a plain RuntimeError
-    signs = ("allocate memory", "out of memory", "alloc_failed")
-    if exhausted or any(sign in text.lower() for sign in signs):
-        return f"out of memory ({text})"
-    return None
+    return f"out of memory ({cause(error)})" if out_of_memory(error) else None
 
 
 @contextmanager

@@ -101,9 +101,8 @@ class FrozenEncoder:
         self.seconds: dict[str, float] = {}
         with timed(self.seconds, "encode"):
             self._train_cache, self._val_cache = caches or self._fill(cache)
-        one = self.split(self._val_cache.batch(torch.tensor([0])))
-        largest = max(one.targets.values(), key=lambda target: target.shape[-2:].numel())
-        self.val_size: tuple[int, int] = (largest.shape[-2], largest.shape[-1])
+        images, _ = task.load_batch(task.search_val, [0], self.val_transform)
+        self.val_size: tuple[int, int] = (images.shape[-2], images.shape[-1])
 
     def _fill(self, cache: CacheConfig) -> Caches:
         half = torch.bfloat16 if self.runtime.dtype == torch.bfloat16 else torch.float16

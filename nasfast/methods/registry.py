@@ -9,8 +9,8 @@ from typing import Any
 from nasfast.methods.base import MODEL_FILE, Method
 from nasfast.methods.restoration import Restoration
 from nasfast.methods.segmentation import Segmentation
-from nasfast.models.io import model_format
-from nasfast.utils.errors import UserError
+from nasfast.models.io import model_method
+from nasfast.utils.errors import UserError, about
 from nasfast.utils.files import read_json, read_toml
 
 METHODS: dict[str, Method] = {method.name: method for method in (Segmentation(), Restoration())}
@@ -84,8 +84,11 @@ def method_of_model(argv: Sequence[str]) -> Method:
     for word in argv:
         path = Path(word) / MODEL_FILE if Path(word).is_dir() else Path(word)
         if path.is_file() and path.suffix == ".safetensors":
-            found = model_format(path)
-            return next(m for m in METHODS.values() if m.model_format == found)
+            family, name = model_method(path)
+            if name is not None:
+                with about(path):
+                    return method_named(name)
+            return next(m for m in METHODS.values() if m.model_format == family)
     return METHODS[DEFAULT]
 
 

@@ -39,13 +39,22 @@ def save_model(path: Path, model: nn.Module, description: Mapping[str, Any]) -> 
     atomic_write(path, save(tensors, {key: text}))
 
 
-def model_format(path: Path) -> str:
-    """Key in FAMILIES of a file's network.
+def model_method(path: Path) -> tuple[str, str | None]:
+    """Key in FAMILIES of a file's network, and the method that trained it, which version 1 does
+    not say.
 
     Raises:
         UserError: the file is not one of :func:`save_model`.
     """
-    return _format(path, read_metadata(path), nn.Module)
+    metadata = read_metadata(path)
+    key = _format(path, metadata, nn.Module)
+    try:
+        description = json.loads(metadata[key])
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(description, dict):
+        raise _damaged(path, "its description is no JSON object")
+    return key, description.get("method")
 
 
 @overload

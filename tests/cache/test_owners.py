@@ -34,7 +34,9 @@ def test_a_pid_taken_by_a_later_process_is_not_the_owner():
     assert not owners.is_alive(owners.this_process() - (1 << 22))
 
 
-@pytest.mark.parametrize("word", [0, 1, 2, 1 << 63, (1 << 64) - 1, pytest.param(os.getpid(), id="own")])
+@pytest.mark.parametrize(
+    "word", [0, 1, 2, 1 << 63, (1 << 64) - 1, pytest.param(os.getpid(), id="own")]
+)
 def test_a_word_that_nobody_wrote_has_no_owner(word):
     assert not owners.is_alive(word)
 

@@ -13,6 +13,7 @@ from nasfast.methods.registry import (
     method_of_model,
     method_of_source,
 )
+from nasfast.models.io import load_model, save_model
 from nasfast.utils.errors import UserError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "version1"
@@ -60,6 +61,18 @@ def test_by_run_and_model(name):
     assert method_of_source([str(training / "genotype.json")]) == (method, {})
     for path in (training, training / "model.safetensors"):
         assert method_of_model(["--batch", "1", str(path)]) is method
+
+
+@pytest.mark.parametrize("name", ["restoration", "segmentation"])
+def test_a_model_file_says_its_method(name: str, tmp_path: Path) -> None:
+    """Before the kind of its network, which methods may share."""
+    model, description = load_model(FIXTURES / "segmentation_training" / "model.safetensors")
+    path = tmp_path / "model.safetensors"
+    save_model(path, model, description | {"method": name})
+    assert method_of_model([str(path)]).name == name
+    save_model(path, model, description | {"method": "depth"})
+    with pytest.raises(UserError, match="expected one of segmentation, restoration, got 'depth'"):
+        method_of_model([str(path)])
 
 
 def test_by_the_name_of_an_architecture():

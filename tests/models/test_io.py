@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from nasfast.encoders import MobileNetV2
 from nasfast.models.build import FAMILIES, RESTORER, SEGMENTER, build_restorer, build_segmenter
 from nasfast.models.decoders import DecoderConfig, EncoderDecoder
-from nasfast.models.io import load_model, load_teacher, model_format, save_model
+from nasfast.models.io import load_model, load_teacher, model_method, save_model
 from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.spaces import FastNASSpace, IRNASGenotype
 from nasfast.training.cost import count_parameters
@@ -100,7 +100,7 @@ def test_round_trip_is_bit_exact(key, saved):
     assert type(again) is type(model)
     assert not again.training
     assert description == {"version": 2, **NOTE, **DESCRIPTIONS[key]}
-    assert model_format(path) == key
+    assert model_method(path) == (key, None)
     assert same_state(again, model)
     images = torch.rand(1, 3, 64, 96).contiguous(memory_format=torch.channels_last)
     again = again.to(memory_format=torch.channels_last)
@@ -218,7 +218,7 @@ def test_any_changed_value_is_read_or_refused(key, saved, value):
             load_model(path)
 
 
-@pytest.mark.parametrize("read", [load_model, model_format])
+@pytest.mark.parametrize("read", [load_model, model_method])
 @pytest.mark.parametrize("keep", [0, 5, 200, -50])
 def test_incomplete_files(saved, keep, read):
     path, _ = saved
@@ -228,7 +228,7 @@ def test_incomplete_files(saved, keep, read):
         read(path)
 
 
-@pytest.mark.parametrize("read", [load_model, model_format])
+@pytest.mark.parametrize("read", [load_model, model_method])
 @pytest.mark.parametrize(("metadata", "got"), [(None, "none"), ({"format": "pt"}, "'format'")])
 def test_foreign_files(tmp_path, metadata, got, read):
     path = tmp_path / "foreign.safetensors"

@@ -301,6 +301,7 @@ class RestorationTraining:
             "task": task.describe(),
             "data": config.data,
             **scores.as_dict(),
+            "method": "restoration",
         }
         save_model(self.out / MODEL_FILE, model, description)
         atomic_write(self.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")

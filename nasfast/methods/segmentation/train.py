@@ -194,6 +194,7 @@ class SegmentationTraining:
             "classes": list(splits.val.classes),
             "data": self.config.data,
             "miou": scores.miou,
+            "method": "segmentation",
         }
         save_model(self.out / MODEL_FILE, model, description)
         atomic_write(self.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
