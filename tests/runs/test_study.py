@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -26,36 +26,16 @@ OLD = Path(__file__).parents[1] / "fixtures" / "version1"
 NOW = datetime.datetime(2026, 1, 2, 3, 4, 5)
 
 
-def make_record(index, **changes):
-    """A plausible record; everything in it follows from its index."""
-    rng = random.Random(index)
-    rewards = {"stage0": rng.uniform(0.2, 0.5)}
-    if rng.random() < 0.5:
-        rewards["stage1"] = rewards["stage0"] + 0.1
-    evaluation = Evaluation(
-        rewards=rewards,
-        metrics={stage: {"miou": reward - 0.05} for stage, reward in rewards.items()},
-        costs={"params": 2_000_000 + index, "macs": 10**9 + index},
-        gate=0.3 if index else None,
-        seconds={"stage0_train": 1.5, "stage0_validate": 0.5},
-        feedback="stage0",
-    )
+def make_record(index, *rewards, failure=None, duplicate_of=None, phase=0):
+    """A plausible record, of a success unless it has a failure."""
+    rewards = rewards or (() if failure else (0.3, 0.4))
+    named = {f"stage{i}": reward for i, reward in enumerate(rewards)}
+    metrics = {stage: {"miou": reward - 0.05} for stage, reward in named.items()}
+    costs, seconds = {"params": 2_000_000 + index, "macs": 10**9}, {"stage0_train": 1.5}
+    evaluation = Evaluation(named, metrics, costs, 0.2, seconds, "stage0", failure)
     genotype = {"space": "fast_nas", "cell": [index], "connections": [[3, 3]]}
     when = "2026-01-01T00:00:00+00:00"
-    record = Record(index, genotype, genotype, 7 + index, evaluation, None, when)
-    return replace(record, **changes)
-
-
-def failed(index):
-    costs = {"params": 0, "macs": 0}
-    evaluation = Evaluation({}, {}, costs, None, {}, "stage0", failure="out of memory")
-    return make_record(index, evaluation=evaluation)
-
-
-def scored(index, *rewards, **changes):
-    record = make_record(index, **changes)
-    named = {f"stage{i}": reward for i, reward in enumerate(rewards)}
-    return replace(record, evaluation=replace(record.evaluation, rewards=named))
+    return Record(index, genotype, genotype, 7, evaluation, duplicate_of, when, phase)
 
 
 def append_all(study, records):
@@ -144,7 +124,7 @@ def test_collisions_get_a_suffix(tmp_path, monkeypatch):
 
 
 def test_records_and_best_survive_reopening(study):
-    records = [make_record(0), failed(1), make_record(2, duplicate_of=0), make_record(3)]
+    records = [make_record(0), make_record(1, failure="x"), make_record(2, duplicate_of=0)]
     for record in records:
         study.append(record)
         at_once = Study.open(study.path, read_only=True)  # on the disk when `append` returns
@@ -156,21 +136,21 @@ def test_records_and_best_survive_reopening(study):
     with Study.open(study.path) as reopened:
         assert reopened.records == tuple(records)
         assert best.read_bytes() == content
-        reopened.append(make_record(4))
-        assert len(reopened.records) == 5
+        reopened.append(make_record(3))
+        assert len(reopened.records) == 4
 
 
 RANKED = {
     "by score, of equals the earliest": (
         "score",
         [
-            scored(0, 0.5),
-            scored(1, 0.3, 0.4),
-            failed(2),
-            scored(3, 0.3, 0.4, duplicate_of=1),
-            scored(4, 0.35, 0.6),
-            scored(5, 0.9),
-            scored(6, 0.3, 0.4),
+            make_record(0, 0.5),
+            make_record(1, 0.3, 0.4),
+            make_record(2, failure="x"),
+            make_record(3, 0.3, 0.4, duplicate_of=1),
+            make_record(4, 0.35, 0.6),
+            make_record(5, 0.9),
+            make_record(6, 0.3, 0.4),
         ],
         [0, 1, 1, 1, 4, 4, 4],
         [4, 1, 6, 5, 0],
@@ -178,11 +158,11 @@ RANKED = {
     "a later phase first, repeating nothing of an earlier one": (
         "score",
         [
-            scored(0, 0.5),
-            scored(1, 0.7, 0.8),
-            scored(2, 0.1, phase=1, duplicate_of=0),
-            scored(3, 0.2, phase=1),
-            scored(4, 0.2, phase=1, duplicate_of=3),
+            make_record(0, 0.5),
+            make_record(1, 0.7, 0.8),
+            make_record(2, 0.1, phase=1, duplicate_of=0),
+            make_record(3, 0.2, phase=1),
+            make_record(4, 0.2, phase=1, duplicate_of=3),
         ],
         [0, 1, 2, 3, 3],
         [3, 2, 1, 0],
@@ -190,12 +170,12 @@ RANKED = {
     "the last first": (
         "last",
         [
-            scored(0, 0.9),
-            scored(1, 0.5),
-            scored(2, 0.4, duplicate_of=0),
-            scored(3, 0.7),
-            scored(4, 0.6, duplicate_of=1),
-            failed(5),
+            make_record(0, 0.9),
+            make_record(1, 0.5),
+            make_record(2, 0.4, duplicate_of=0),
+            make_record(3, 0.7),
+            make_record(4, 0.6, duplicate_of=1),
+            make_record(5, failure="x"),
         ],
         [0, 1, 2, 3, 4, 4],
         [4, 3, 2],
@@ -214,7 +194,7 @@ def test_ranking_and_best(case, tmp_path):
 
 
 def test_failures_only_have_no_best(study):
-    study.append(failed(0))
+    study.append(make_record(0, failure="x"))
     assert study.best is None
     assert not (study.path / "best.json").exists()
 
@@ -316,7 +296,7 @@ def test_runs_of_version_1(run, tmp_path):
     assert json.loads((OLD / run / "best.json").read_text())["index"] == reader.best.index
 
     stages = list(reader.best.evaluation.rewards)
-    better = scored(len(records), *[0.99] * len(stages))
+    better = make_record(len(records), *[0.99] * len(stages))
     with Study.open(path) as study:
         assert study.records == records
         study.append(better)
@@ -334,7 +314,7 @@ def test_a_run_without_a_method(study):
 
 
 def test_records_of_a_newer_version(study):
-    append_all(study, [scored(0, 0.1), scored(1, 0.2)])
+    append_all(study, [make_record(0, 0.1), make_record(1, 0.2)])
     study.close()
     file = study.path / "records.jsonl"
     forms = [json.loads(line) for line in file.read_text().splitlines()]
@@ -352,7 +332,7 @@ def test_records_of_a_newer_version(study):
 
 
 def test_a_run_of_a_newer_version(study):
-    append_all(study, [scored(0, 0.1), scored(1, 0.2)])
+    append_all(study, [make_record(0, 0.1), make_record(1, 0.2)])
     study.close()
     description = {"version": 3, "method": "segmentation", "ranking": "pareto", "phases": 2}
     (study.path / "study.json").write_text(json.dumps(description))
@@ -360,7 +340,7 @@ def test_a_run_of_a_newer_version(study):
         Study.open(study.path)
     with pytest.warns(UserWarning, match=r"study\.json: expected version 2, got 3 of nasfast"):
         reader = Study.open(study.path, read_only=True)
-    assert reader.best == scored(1, 0.2)
+    assert reader.best == make_record(1, 0.2)
 
 
 def test_checkpoint_round_trip(study):
