@@ -34,10 +34,8 @@ def test_darts_is_the_softmax():
     assert mix.active is frozen.active is None
     assert torch.equal(mix.weights, alphas.softmax(1))
     assert torch.equal(frozen.weights, mix.weights)
+    assert mix.weights.requires_grad
     assert not frozen.weights.requires_grad
-    p = alphas.detach()[0].softmax(0)
-    error = 2 * (p @ OUTPUTS - TARGET)
-    torch.testing.assert_close(gradient(mix, alphas), error * p * (OUTPUTS - p @ OUTPUTS))
 
 
 def assert_one_hot(mix):
