@@ -31,12 +31,6 @@ class Made:
 MADE = Made()
 
 
-def make_record(index, evaluation, duplicate_of=None, phase=0):
-    genotype = {"space": "made_up", "layers": [index, 7]}
-    time = f"2026-01-01T00:{index % 60:02d}:00+00:00"
-    return Record(index, genotype, genotype, index, evaluation, duplicate_of, time, phase)
-
-
 def success(warm, full=None, gate=None, **costs):
     """Of stages whose order is not that of the alphabet."""
     rewards = {"warm": warm} | ({} if full is None else {"full": full})
@@ -61,11 +55,21 @@ def study(tmp_path):
         yield study
 
 
+def append(study, *evaluations, duplicate_of=None, phase=0):
+    """Records of these evaluations."""
+    for evaluation in evaluations:
+        index = len(study.records)
+        genotype = {"space": "made_up", "layers": [index, 7]}
+        time = f"2026-01-01T00:{index % 60:02d}:00+00:00"
+        study.append(
+            Record(index, genotype, genotype, index, evaluation, duplicate_of, time, phase)
+        )
+
+
 def fill(study):
-    found = [success(0.31, 0.4321), success(0.25, gate=0.31), failure(HOSTILE)]
-    for index, evaluation in enumerate([*found, success(0.35, 0.52, 0.3)]):
-        study.append(make_record(index, evaluation))
-    study.append(make_record(4, success(0.31, 0.4321), duplicate_of=0))
+    append(study, success(0.31, 0.4321), success(0.25, gate=0.31), failure(HOSTILE))
+    append(study, success(0.35, 0.52, 0.3))
+    append(study, success(0.31, 0.4321), duplicate_of=0)
     study.save_checkpoint({"seconds": {"encode": 60.0, "controller": 4.0}})
 
 
@@ -81,14 +85,9 @@ def columns(table):
 class Page(HTMLParser):
     """Checks that tags nest, and collects the texts, the tags and the attributes."""
 
-    VOID = frozenset({"meta"})
-
     def __init__(self, path):
         super().__init__()
-        self.open = []
-        self.tags = []
-        self.values = []
-        self.text = ""
+        self.open, self.tags, self.values, self.text = [], [], [], ""
         self.source = path.read_text()
         self.feed(self.source)
         self.close()
@@ -99,7 +98,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.values += [value for _, value in attrs if value is not None]
-        if tag not in self.VOID:
+        if tag != "meta":
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -177,8 +176,7 @@ def test_report_of_nothing_and_of_failures_only(study):
     page = Page(write_report(study, MADE))
     assert "nothing evaluated yet" in page.text
     assert "svg" not in page.tags
-    study.append(make_record(0, failure("out of memory")))
-    study.append(make_record(1, failure("loss is nan")))
+    append(study, failure("out of memory"), failure("loss is nan"))
     page = Page(write_report(study, MADE))
     assert page.text.count("loss is nan") == 2
     assert "best reward" not in page.text
@@ -186,8 +184,7 @@ def test_report_of_nothing_and_of_failures_only(study):
 
 
 def test_every_cost_is_shown_in_its_unit(study):
-    study.append(make_record(0, success(0.2, latency=0.0123, tensors=512)))
-    study.append(make_record(1, success(0.1, memory_peak=3.5e9)))
+    append(study, success(0.2, latency=0.0123, tensors=512), success(0.1, memory_peak=3.5e9))
     shown = tiles(write_report(study, MADE).read_text())
     assert shown[3:6] == [("MACs", "4.21 G"), ("latency", "12.30 ms"), ("tensors", "512")]
     found = columns(terminal_table(study, MADE))
@@ -197,8 +194,8 @@ def test_every_cost_is_shown_in_its_unit(study):
 
 
 def test_phases_are_told_apart(study):
-    study.append(make_record(0, success(0.9)))
-    study.append(make_record(1, success(0.2, 0.3), phase=1))
+    append(study, success(0.9))
+    append(study, success(0.2, 0.3), phase=1)
     page = Page(write_report(study, MADE))
     for text in ("phase 1, warm", "phase 2, warm", "phase 2, full"):
         assert f"{text}, line: best so far" in page.text
@@ -208,8 +205,7 @@ def test_phases_are_told_apart(study):
 
 
 def test_report_of_many_architectures(study):
-    for index in range(130):
-        study.append(make_record(index, success(index / 200)))
+    append(study, *(success(index / 200) for index in range(130)))
     assert "30 more stand in records.jsonl." in Page(write_report(study, MADE)).text
 
 
@@ -217,8 +213,7 @@ def test_report_with_a_baseline(study, tmp_path):
     fill(study)
     with Study.create(tmp_path, "made", "random", {}, {}) as baseline:
         assert "Comparison" in Page(write_report(study, MADE, baseline=baseline)).text
-        baseline.append(make_record(0, success(0.2, 0.25)))
-        baseline.append(make_record(1, success(0.1, 0.15)))
+        append(baseline, success(0.2, 0.25), success(0.1, 0.15))
         page = Page(write_report(study, MADE, baseline=baseline))
     assert f"{baseline.path.name}, warm" in page.text
     assert "<td>mean full reward</td><td>0.4760</td><td>0.2000</td>" in page.source

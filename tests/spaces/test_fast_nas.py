@@ -3,12 +3,10 @@ import itertools
 import math
 import random
 import re
-from dataclasses import replace
 
 import pytest
 from drawn import genotypes
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given
 
 from nasfast.spaces import PRIMITIVES, Cell, FastNASGenotype, FastNASSpace
 
@@ -51,90 +49,32 @@ def test_loose_ends():
 # Canonical form
 
 
-def reordered_layers(cell, order, swaps):
-    """Layers in another order, branches of some swapped; the same where one would read a later."""
-    new, layers = {0: 0, 1: 1}, []
-    for k, (old, swap) in enumerate(zip(order, swaps)):
-        new |= {
-            3 * old + 2: 3 * k + 2 + swap,
-            3 * old + 3: 3 * k + 3 - swap,
-            3 * old + 4: 3 * k + 4,
-        }
-    for k, (old, swap) in enumerate(zip(order, swaps)):
-        p1, p2, o1, o2 = cell.layers[old]
-        inputs, ops = (new[p1], new[p2]), (o1, o2)
-        if max(inputs) >= 3 * k + 2:
-            return cell
-        layers.append((*inputs[::-1], *ops[::-1]) if swap else (*inputs, *ops))
-    return replace(cell, layers=tuple(layers))
-
-
-def reordered_blocks(connections, order, swaps, taps=4):
-    """Blocks in another order, inputs of some swapped; the same where one would read a later."""
-    new = {i: i for i in range(taps)} | {taps + old: taps + k for k, old in enumerate(order)}
-    pairs = [tuple(new[i] for i in connections[old]) for old in order]
-    if any(max(pair) >= taps + k for k, pair in enumerate(pairs)):
-        return connections
-    return tuple(pair[::-1] if swap else pair for pair, swap in zip(pairs, swaps))
-
-
-def reread_none(cell, k, branch, node):
-    """A `none` of layer k reads another node, unless the loose ends change."""
-    layer = list(cell.layers[k])
-    if layer[2 + branch] != NONE:
-        return cell
-    layer[branch] = node % (3 * k + 2)
-    other = replace(cell, layers=(*cell.layers[:k], tuple(layer), *cell.layers[k + 1 :]))
-    return other if other.loose_ends == cell.loose_ends else cell
-
-
-@st.composite
-def equivalent(draw, genotype):
-    cell, connections = genotype.cell, genotype.connections
-    order, swaps = st.permutations(range(3)), st.tuples(*[st.booleans()] * 3)
-    for _ in range(draw(st.integers(1, 4))):
-        cell = reordered_layers(cell, draw(order), draw(swaps))
-        for _ in range(draw(st.integers(0, 3))):
-            k, branch, node = (draw(st.integers(0, top)) for top in (2, 1, 7))
-            cell = reread_none(cell, k, branch, node)
-        connections = reordered_blocks(connections, draw(order), draw(swaps))
-    return FastNASGenotype(cell, connections)
-
-
-@settings(deadline=None)
-@given(genotypes(SPACE, ops=(0, SKIP, NONE)) | genotypes(SPACE), st.data())
-def test_canonical_is_invariant_and_idempotent(genotype, data):
+@given(genotypes(SPACE, ops=(0, SKIP, NONE)) | genotypes(SPACE))
+def test_canonical_is_in_the_space(genotype):
     canonical = genotype.canonical()
-    other = data.draw(equivalent(genotype))
-    SPACE.encode(other)
-    assert other.canonical() == canonical
     assert type(canonical) is FastNASGenotype
     assert SPACE.encode(canonical) <= SPACE.encode(genotype)
-    assert canonical.canonical() == canonical
     assert len(canonical.cell.loose_ends) == len(genotype.cell.loose_ends)
     assert len(canonical.collected_blocks) == len(genotype.collected_blocks)
 
 
 def cell_graph(cell):
-    """The computation of a cell of two layers as a graph, smallest over all names of its nodes."""
-    edges = set()  # (node, operation, node it reads)
-    name = {0: ("x",), 1: ("op0",)}
-    for k, (p1, p2, o1, o2) in enumerate(cell.layers):
-        for b, (p, o) in enumerate(((p1, o1), (p2, o2))):
-            branch = ("branch", 2 * k + b)
-            edges.add((branch, o, ("nothing",) if o == NONE else name[p]))
-            edges.add((("sum", k), "+", branch))
-            name[3 * k + 2 + b] = branch
-        name[3 * k + 4] = ("sum", k)
-    edges |= {(("output",), "+", name[i]) for i in cell.loose_ends}
-    forms = []
-    for branches, sums in itertools.product(
-        itertools.permutations(range(4)), itertools.permutations(range(2))
-    ):
-        new = {("branch", i): ("branch", j) for i, j in enumerate(branches)}
-        new |= {("sum", i): ("sum", j) for i, j in enumerate(sums)}
-        forms.append(sorted(str((new.get(a, a), o, new.get(b, b))) for a, o, b in edges))
-    return cell.op0, tuple(min(forms))
+    """The computation of a cell as a graph, smallest over all names of its nodes."""
+    forms, count = [], len(cell.layers)
+    for order in itertools.permutations(range(count)):
+        for swaps in itertools.product((0, 1), repeat=count):
+            name = {0: "x", 1: "op0"}
+            for k, (layer, swap) in enumerate(zip(order, swaps)):
+                name[3 * k + 2], name[3 * k + 3] = f"{layer}.{swap}", f"{layer}.{1 - swap}"
+                name[3 * k + 4] = f"{layer}.sum"
+            edges = {("output", "+", name[i]) for i in cell.loose_ends}  # node, operation, input
+            for k, (p1, p2, o1, o2) in enumerate(cell.layers):
+                for b, (p, o) in enumerate(((p1, o1), (p2, o2))):
+                    branch = name[3 * k + 2 + b]
+                    edges.add((branch, str(o), "nothing" if o == NONE else name[p]))
+                    edges.add((name[3 * k + 4], "+", branch))
+            forms.append(sorted(edges))
+    return cell.op0, str(min(forms))
 
 
 def is_one_to_one(pairs):
@@ -148,14 +88,14 @@ def test_canonical_cells_are_equal_exactly_when_their_graphs_are():
         itertools.product(range(5), range(5), (0, NONE), (0, NONE)),
     )
     cells = [Cell(0, layers) for layers in every]
-    assert len(cells) == 1600
-    rng, space = random.Random(0), FastNASSpace(num_layers=2)
-    while len(cells) < 3600:
-        cell = space.sample(rng).cell
-        cells.append(Cell(3, tuple((p, q, o % 3, r % 3 and NONE) for p, q, o, r in cell.layers)))
+    rng = random.Random(0)
+    for ops in [(0, NONE)] * 2000 + [(0, SKIP, NONE)] * 1000:
+        layers = [[*rng.choices(range(3 * k + 2), k=2), *rng.choices(ops, k=2)] for k in range(3)]
+        cells.append(Cell(3, tuple(map(tuple, layers))))
     pairs = [(cell.canonical(), cell_graph(cell)) for cell in cells]
     assert is_one_to_one(pairs)
     assert len({canonical for canonical, _ in pairs[:1600]}) < 800
+    assert len(set(cells[1600:])) - len({canonical for canonical, _ in pairs[1600:]}) > 300
 
 
 def test_canonical_connections_are_equal_exactly_when_their_graphs_are():

