@@ -56,7 +56,8 @@ class Toy:
             case "refuse":
                 raise FileNotFoundError(2, "No such file or directory", "/no/where")
             case "sleep":
-                (self.place / "asleep").write_text(str(os.getpid()))
+                mark.write_text(str(os.getpid()))
+                mark.rename(self.place / "asleep")  # only now it is seen, whole
                 time.sleep(60)
         metrics = {"threads": float(torch.get_num_threads())}
         return Evaluation({"stage0": float(index)}, {"stage0": metrics}, COSTS, gate, {}, "stage0")
