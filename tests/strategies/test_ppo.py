@@ -194,21 +194,11 @@ def test_state_round_trip_is_bit_exact(reloaded, cut, batch_size, embed):
     for genotype in outstanding[: cut % 3]:  # in the middle of a batch, with or without pending
         strategy.tell(genotype, 0.5)
     outstanding = outstanding[cut % 3 :]
-    state = reloaded(strategy.state_dict())
-    expected = play(strategy, 12, outstanding)
-    resumed.load_state_dict(state)
+    state = strategy.state_dict()
+    expected = play(strategy, 12, outstanding)  # which leaves the state as it is
+    resumed.load_state_dict(reloaded(state))
     assert play(resumed, 12, outstanding) == expected
     assert torch.equal(parameters(resumed), parameters(strategy))
-
-
-def test_state_does_not_change_afterwards(reloaded):
-    strategy = small()
-    _, outstanding = play(strategy, 3)
-    state = strategy.state_dict()
-    before = reloaded(state)
-    play(strategy, 3, outstanding)
-    for name in ("controller", "buffer"):
-        torch.testing.assert_close(state[name], before[name], rtol=0, atol=0)
 
 
 # Learning
