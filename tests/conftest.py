@@ -16,6 +16,14 @@ import pytest
 import torch
 from builds import Builds
 
+try:
+    from hypothesis import settings
+except ImportError:  # a machine that is lent for its GPU may lack it
+    pass
+else:
+    settings.register_profile("tests", deadline=None)  # other processes may hold the cores
+    settings.load_profile("tests")
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:

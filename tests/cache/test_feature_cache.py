@@ -58,7 +58,7 @@ def contents(draw):
 
 
 @given(contents(), st.integers(1, 4), st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_round_trip_of_any_layout(content, chunk, data):
     count, calls = len(content["a0"]), []
     order = data.draw(st.lists(st.integers(0, count - 1), max_size=12))

@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from samples import COUNT, KEY, build, must_not_encode, raises
 
@@ -82,7 +82,6 @@ def test_published_checksums(text, seed, expected):
 
 
 @given(st.binary(max_size=200), st.integers(0, M))
-@settings(deadline=None)
 def test_checksum(data, seed):
     assert checksum(block(data), seed) == xxh64(data, seed)
 

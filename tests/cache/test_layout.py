@@ -27,7 +27,7 @@ def encoded(draw: st.DrawFn) -> dict[str, torch.Tensor]:
 
 
 @given(encoded())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_pack_and_view(arrays):
     n = len(next(iter(arrays.values())))
     rows = stored(arrays, n, "auto")
@@ -44,7 +44,7 @@ def test_pack_and_view(arrays):
 
 
 @given(encoded())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_blocks_are_aligned_and_zero_elsewhere(arrays):
     n = len(next(iter(arrays.values())))
     rows = stored(arrays, n, "auto")

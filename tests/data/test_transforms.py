@@ -30,7 +30,7 @@ def generator(seed=0):
 
 
 @given(side, side, size, wanted_side, st.floats(0.05, 3), st.floats(1, 3), st.integers(0, 2**40))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_crops_have_the_size_asked_for(height, width, crop, shorter, low, ratio, seed):
     train, frame = TrainTransform(crop, shorter, (low, low * ratio)), gradient(height, width)
     for got in (train(frame, generator(seed)), ValTransform(crop)(frame)):
@@ -40,7 +40,7 @@ def test_crops_have_the_size_asked_for(height, width, crop, shorter, low, ratio,
 
 
 @given(st.integers(0, 2**40))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_image_and_mask_stay_aligned(seed):
     got = TrainTransform((65, 81), 80)(gradient(96, 128), generator(seed))
     difference = got.image[0].int() - got.mask.int()

@@ -83,7 +83,7 @@ def test_deterministic(kernels: Kernels, case: Case, dtype: torch.dtype) -> None
     check(kernels, case, dtype, deterministic=True)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     case=cases(),
     dtype=st.sampled_from(DTYPES),

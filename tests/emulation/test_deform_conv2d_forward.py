@@ -42,7 +42,7 @@ def test_tf32(kernels: Kernels, case: Case) -> None:
     check(kernels, case, torch.float32, tf32=True)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(case=cases(), dtype=st.sampled_from(DTYPES), tf32=st.booleans())
 def test_any_sizes(kernels: Kernels, case: Case, dtype: torch.dtype, tf32: bool) -> None:
     check(kernels, case, dtype, tf32 and dtype == torch.float32)

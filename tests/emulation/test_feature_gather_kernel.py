@@ -74,9 +74,7 @@ def test_equals_reference(
     assert calls == ["feature_gather_forward"]
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.lists(st.integers(1, 40), min_size=1, max_size=3),
     stored=st.sampled_from(KINDS),

@@ -85,7 +85,7 @@ def test_deterministic(mixed: Kernels, dtype: torch.dtype, fixed: bool) -> None:
     check(mixed, Case("", fixed=fixed), dtype, deterministic=True)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     case=cases(),
     dtype=st.sampled_from([torch.float64, torch.bfloat16]),

@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 
 from nasfast import evaluate, search, train
-from nasfast.report.__main__ import main as report
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "version1"
-RUNS = ("segmentation", "restoration", "restoration_random")
 
 
 def run_of(name, folder):
@@ -19,14 +17,6 @@ def run_of(name, folder):
 
 def records_of(run):
     return [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_report(name, tmp_path):
-    run = run_of(name, tmp_path)
-    assert report([str(run)]) == 0
-    assert "Architectures, best first" in (run / "report.html").read_text()
-    assert (run / "records.jsonl").read_bytes() == (FIXTURES / name / "records.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(("name", "budget"), [("segmentation", 4), ("restoration_random", 3)])

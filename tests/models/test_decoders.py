@@ -139,7 +139,7 @@ def test_decoder_graph():
         torch.testing.assert_close(got, head(x))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32), aux_cell=st.booleans(), tall=st.booleans())
 def test_random_genotypes(seed, aux_cell, tall):
     genotype = SPACE.sample(random.Random(seed))

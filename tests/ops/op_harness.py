@@ -30,7 +30,7 @@ LEVELS = ("x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16", "x86-64-v4-am
 native = pytest.mark.skipif(_native.C is None, reason=f"runs the reference: {_native.ERROR}")
 # the same draws in every run
 REPRODUCIBLE = settings(
-    derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 Tensors = list[Tensor | None]
 

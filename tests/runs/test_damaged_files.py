@@ -154,7 +154,7 @@ def test_random_damage(reader, tmp_path):
     whole = path.read_bytes() if path.exists() else b""
     at = st.integers(0, max(len(whole) - 1, 0))
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(st.lists(st.tuples(at, st.binary(max_size=4)), max_size=4), at)
     def damaged(changes, end):
         data = bytearray(whole)

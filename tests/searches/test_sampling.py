@@ -225,7 +225,7 @@ def test_a_batch_is_asked_gated_and_told_at_once(tmp_path):
     crashes=st.sets(st.integers(0, 20), max_size=3),
     names=st.lists(st.integers(0, 9), min_size=60, max_size=60),
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 def test_a_budget_may_end_in_a_batch_and_grow_and_a_search_may_crash(
     batch, budgets, failing, crashes, names
 ):

@@ -185,7 +185,7 @@ def play(strategy, tells, outstanding=()):
     return history, asked
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(cut=st.integers(0, 11), batch_size=st.integers(1, 4), embed=st.booleans())
 def test_state_round_trip_is_bit_exact(reloaded, cut, batch_size, embed):
     changes = {"batch_size": batch_size, "buffer_size": 5, "embed_decisions": embed}

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
@@ -83,7 +83,6 @@ def test_descriptions_of_nothing_known():
 # --- patches
 
 
-@settings(deadline=None)
 @given(
     st.integers(24, 70), st.integers(24, 70), st.floats(0.8, 1.2), st.floats(0, 1), st.floats(0, 1)
 )

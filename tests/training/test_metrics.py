@@ -33,7 +33,7 @@ def slow_scores(pairs, classes, ignore, omit):
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_against_counting(data):
     classes = data.draw(st.integers(1, 5))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from search_runs import exists
 from toys import COSTS, GENOTYPE, Toy, evaluate, jobs, toy
@@ -74,7 +74,6 @@ class Script:
     idle=st.sets(st.integers(0, 14), max_size=1),
     seed=st.integers(0, 2**32),
 )
-@settings(deadline=None)
 def test_any_order_and_any_death_give_the_same(workers, batches, deaths, idle, seed):
     pool = Script(
         {
