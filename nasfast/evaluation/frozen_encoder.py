@@ -67,7 +67,6 @@ class FrozenEncoder:
 
     Attributes:
         inputs: SHA-256 of everything that was read: encoder, data, teacher.
-        val_size: (H, W) of the images that candidates are scored on.
         seconds: wall time, by step.
     """
 
@@ -101,8 +100,6 @@ class FrozenEncoder:
         self.seconds: dict[str, float] = {}
         with timed(self.seconds, "encode"):
             self._train_cache, self._val_cache = caches or self._fill(cache)
-        images, _ = task.load_batch(task.search_val, [0], self.val_transform)
-        self.val_size: tuple[int, int] = (images.shape[-2], images.shape[-1])
 
     def _fill(self, cache: CacheConfig) -> Caches:
         half = torch.bfloat16 if self.runtime.dtype == torch.bfloat16 else torch.float16
@@ -196,6 +193,12 @@ class FrozenEncoder:
         rest = {name: array for name, array in arrays.items() if name not in self._taps}
         teacher = rest.pop(TEACHER, None)
         return FeatureBatch([arrays[name] for name in self._taps], rest, teacher)
+
+    @functools.cached_property
+    def val_size(self) -> tuple[int, int]:
+        """(H, W) of the images that candidates are scored on."""
+        images, _ = self.task.load_batch(self.task.search_val, [0], self.val_transform)
+        return images.shape[-2], images.shape[-1]
 
     @functools.cached_property
     def _encoder_macs(self) -> int:
