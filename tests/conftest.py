@@ -33,9 +33,10 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """A resumed run sets the number of threads of the process; results depend on it."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """A resumed run sets the number of threads of the process; results depend on it, also those of
+    fixtures that a whole module shares and that are made before the ones of a test."""
     torch.set_num_threads(1)
 
 
