@@ -176,17 +176,19 @@ class FrozenEncoder:
     def train_batches(self, order: Iterable[Tensor]) -> Iterator[dict[str, Tensor]]:
         """Arrays of the training crops, by name; `split` reads them. Each batch is valid until the
         next is asked for."""
-        # on a CPU the candidates keep the processors busy
-        ahead = 0 if self.runtime.device.type == "cpu" else 1
-        yield from self._train_cache.batches(order, self.runtime.dtype, ahead)
+        yield from self._batches(self._train_cache, order)
 
     def val_batches(self, batch_size: int = 8) -> Iterator[tuple[list[Tensor], Targets]]:
         """Taps and targets of the validation images, in order."""
-        ahead = 0 if self.runtime.device.type == "cpu" else 1
         order = in_order(self._val_cache.count, batch_size)
-        for arrays in self._val_cache.batches(order, self.runtime.dtype, ahead):
+        for arrays in self._batches(self._val_cache, order):
             batch = self.split(arrays)
             yield batch.taps, batch.targets
+
+    def _batches(self, cache: FeatureCache, order: Iterable[Tensor]) -> Iterable[dict[str, Tensor]]:
+        # on a CPU the candidates keep the processors busy
+        ahead = 0 if self.runtime.device.type == "cpu" else 1
+        return cache.batches(order, self.runtime.dtype, ahead)
 
     def split(self, arrays: dict[str, Tensor]) -> FeatureBatch:
         """The cache's arrays by their meaning."""

@@ -61,14 +61,17 @@ class SamplingSettings(SearchSettings):
                 f"{self.devices}; leave one out"
             )
 
-    def worker_config(self) -> WorkerConfig:
+    def worker_config(self, workers: int | None = None) -> WorkerConfig:
         """The workers that these settings ask for, each with the threads of this process.
+
+        Args:
+            workers: how many, whatever the settings say.
 
         Raises:
             UserError: no such device, devices of two kinds, or Ray is not installed.
         """
         return WorkerConfig.of(
-            workers=self.workers,
+            workers=workers or self.workers,
             devices=self.devices or self.device,
             threads=torch.get_num_threads(),
             engine=self.engine,

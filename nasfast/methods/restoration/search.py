@@ -15,20 +15,13 @@ from nasfast.tasks.restoration.patches import ImagePatches
 from nasfast.training.loop import Runtime
 from nasfast.utils.cli import say
 from nasfast.utils.interrupt import Interrupt
-from nasfast.workers import WorkerConfig
 
 
 def build(
     config: SearchConfig, interrupt: Interrupt, console: Console
 ) -> tuple[SupernetSearch | SamplingSearch, SearchConfig]:
     """Open the images and prepare the search of the strategy."""
-    workers = WorkerConfig.of(
-        workers=config.workers if config.samples else 1,
-        devices=config.devices or config.device,
-        threads=torch.get_num_threads(),
-        engine=config.engine,
-        batch=config.batch,
-    )
+    workers = config.worker_config() if config.samples else config.worker_config(1)
     runtime = Runtime(torch.device(workers.devices[0]), interrupt.check)
     data = open_images(config.data, config.channels)
     halves = data.halves()
