@@ -35,7 +35,7 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(
             f"resolve_device: expected a device of this machine, got {name!r}, but torch finds no "
             f"CUDA device (torch {torch.__version__} is {built}); use 'cpu' or 'auto', or run "
-            "`python -m nasfast.info` to see what is missing"
+            "`nasfast info` to see what is missing"
         )
     if index and int(index) >= torch.cuda.device_count():
         raise UserError(

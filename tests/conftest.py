@@ -127,7 +127,7 @@ def tiny_search(
 @pytest.fixture(scope="session")
 def tiny_run(tiny_search: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run directory of that search, never interrupted; not to be written to."""
-    from nasfast import search
+    from nasfast.commands import search
 
     runs = tmp_path_factory.mktemp("runs")
     assert search.main([*tiny_search, "--runs", str(runs)]) == 0
@@ -145,7 +145,7 @@ def tiny_training(tiny_run: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def tiny_model(tiny_training: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of that training, never interrupted; not to be written to."""
-    from nasfast import train
+    from nasfast.commands import train
 
     out = tmp_path_factory.mktemp("model") / "train"
     assert train.main([*tiny_training, "--out", str(out)]) == 0

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nasfast import search
+from nasfast.commands import search
 from nasfast.runs.study import Study
 
 
@@ -27,7 +27,7 @@ def outcome(run):
 
 
 def start(command, *, group=False, module="nasfast.search"):
-    """`python -m nasfast.search` in a process of its own, or in a process group of its own."""
+    """`nasfast search` in a process of its own, or in a process group of its own."""
     root = str(Path(search.__file__).parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(

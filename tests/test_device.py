@@ -44,7 +44,7 @@ def test_no_cuda(monkeypatch: pytest.MonkeyPatch, version: str | None, built: st
     assert str(error.value) == (
         "resolve_device: expected a device of this machine, got 'cuda', but torch finds no CUDA "
         f"device (torch {torch.__version__} is {built}); use 'cpu' or 'auto', or run "
-        "`python -m nasfast.info` to see what is missing"
+        "`nasfast info` to see what is missing"
     )
 
 

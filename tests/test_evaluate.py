@@ -3,7 +3,7 @@
 import json
 import shutil
 
-from nasfast import evaluate
+from nasfast.commands import evaluate
 
 
 def test_it_reproduces_the_training_s_metrics(tiny_model, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""``python -m nasfast.info`` says what is built, what runs where, and why anything is missing."""
+"""``nasfast info`` says what is built, what runs where, and why anything is missing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import nasfast
-from nasfast import info
+from nasfast.commands import info
 from nasfast.ops import _native
 
 

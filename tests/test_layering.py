@@ -14,10 +14,12 @@ PACKAGE = Path(__file__).parents[1] / "nasfast"
 # Top to bottom. A new module or subpackage of nasfast gets its place here.
 LAYERS = (
     {"search", "train", "evaluate", "pretrain", "info", "__main__"},  # the last of any package
+    {"commands", "api"},
     {"methods"},
     {"searches", "report"},
     {"workers"},
     {"evaluation"},
+    {"inference"},
     {"runs", "strategies", "tasks"},
     {"training", "cache"},
     {"models", "data"},
@@ -138,5 +140,5 @@ def test_allowed_imports(tmp_path: Path) -> None:
     source += "from nasfast.utils.files import atomic_write\nfrom nasfast.runs.study import Study"
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "page.py").write_text(source)
-    (tmp_path / "report" / "__main__.py").write_text("import nasfast.methods, nasfast.report")
+    (tmp_path / "report" / "__main__.py").write_text("import nasfast.commands.report")
     assert violations(tmp_path) == []

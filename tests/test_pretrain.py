@@ -2,7 +2,7 @@
 
 import torch
 
-from nasfast import pretrain
+from nasfast.commands import pretrain
 from nasfast.encoders import MobileNetV2, load_encoder, read_weights
 
 TINY = ["--device", "cpu", "--width", "0.1", "--frames", "24"]

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from search_runs import outcome
 
-from nasfast import search
+from nasfast.commands import search
 from nasfast.data import load_splits
 from nasfast.encoders import MobileNetV2
 from nasfast.methods.segmentation import search as segmentation
@@ -153,7 +153,7 @@ def test_what_a_run_leaves(tiny_search, tiny_run):
     assert config.preset == "quick"
     assert written["stage1"].keys() == dataclasses.asdict(config.stage1).keys()
     environment = json.loads((tiny_run / "env.json").read_text())
-    assert environment["command"][:3] == ["python", "-m", "nasfast.search"]
+    assert environment["command"][:2] == ["nasfast", "search"]
     assert environment["command"][3:-2] == tiny_search
     assert environment["workers"]["workers"] == 1
     inputs, computation = (environment["identity"][kind] for kind in ("inputs", "computation"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from nasfast import train
+from nasfast.commands import train
 from nasfast.data import SyntheticStreets, split_for_search
 from nasfast.methods.segmentation import Segmentation
 from nasfast.methods.segmentation import train as segmentation

@@ -189,7 +189,7 @@ def allocate(file: int, size: int, path: Path) -> None:
         raise OSError(
             errno.ENOSPC,
             f"feature cache: expected {missing} bytes in {path.parent}, got {free} free; make room "
-            "with `python -m nasfast.cache rm`, or give "
+            "with `nasfast cache rm`, or give "
             + ("--placement file" if is_ram(path) else "another --cache-dir"),
         )
     if code == errno.EOPNOTSUPP:

@@ -217,7 +217,7 @@ class Segment:
             return None
         return UserError(
             f"{about} is damaged: expected the checksum {expected:016x}, got {got:016x}; free it "
-            f"with `python -m nasfast.cache verify --repair {self.path}`, and the next search "
+            f"with `nasfast cache verify --repair {self.path}`, and the next search "
             "encodes it again"
         )
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
 
 from nasfast.utils.errors import UserError, cause
 
@@ -37,3 +40,17 @@ def open_image(path: Path, kind: str = "image", *, decode: bool = True) -> Image
             f"{kind} {path} cannot be read: {cause(error)}; restore it from a copy, or save it as "
             "an 8-bit PNG"
         ) from error
+
+
+def read_image(path: Path, channels: int = 3) -> Tensor:
+    """Pixels of an image file, upright, uint8 ``[channels, H, W]``; UserError names one that cannot
+    be read.
+
+    Args:
+        path: the file.
+        channels: 1 converts to grey (ITU-R 601 luma, PIL's "L"), 3 to RGB.
+    """
+    image = open_image(path)
+    upright = ImageOps.exif_transpose(image).convert({1: "L", 3: "RGB"}[channels])
+    pixels = np.atleast_3d(np.array(upright)).transpose(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(pixels))

@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 PACKAGED_WEIGHTS = Path(__file__).parent / "weights" / "mobilenet_v2_035_synthetic.safetensors"
-"""A small encoder of our own, trained on the synthetic set by ``python -m nasfast.pretrain``."""
+"""A small encoder of our own, trained on the synthetic set by ``nasfast pretrain``."""
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

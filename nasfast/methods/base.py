@@ -12,15 +12,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from nasfast.models.io import MODEL_FILE
 from nasfast.report import MethodReport
 from nasfast.searches.base import Search, SearchSettings
 from nasfast.spaces.base import Genotype
 from nasfast.training.loop import Runtime
 from nasfast.utils.config import require_positive
 from nasfast.utils.interrupt import Interrupt
-
-MODEL_FILE = "model.safetensors"
-"""Name of a trained network in the directory of its training."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class TrainSettings:
     rank: int = 1
     """Which architecture of the run's ranking; 1 is the best."""
     data: str | None = None
-    """Data as for nasfast.search; default: the run's, or synthetic for a genotype file."""
+    """Data as for nasfast search; default: the run's, or synthetic for a genotype file."""
     out: Path | None = None
     """Directory of the result; default: train-N in the run, or beside the genotype file."""
     seed: int = 0
@@ -48,7 +46,7 @@ class EvaluateConfig:
     model: Annotated[Path, tyro.conf.Positional]
     """model.safetensors, or the directory that holds it."""
     data: str | None = None
-    """Data as for nasfast.search; default: what the network was trained on."""
+    """Data as for nasfast search; default: what the network was trained on."""
     batch: int = 1
     """Images per forward pass, for the latency."""
     seconds: float = 5.0

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nasfast.methods.base import MODEL_FILE, Method
+from nasfast.methods.base import Method
 from nasfast.methods.restoration import Restoration
 from nasfast.methods.segmentation import Segmentation
-from nasfast.models.io import model_method
+from nasfast.models.io import MODEL_FILE, model_method
 from nasfast.utils.errors import UserError, about
 from nasfast.utils.files import read_json, read_toml
 

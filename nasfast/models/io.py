@@ -19,6 +19,8 @@ from nasfast.utils.config import from_mapping
 from nasfast.utils.errors import UserError
 from nasfast.utils.files import atomic_write
 
+MODEL_FILE = "model.safetensors"
+"""Name of a trained network in the directory of its training."""
 VERSION = 2
 """Of descriptions. Those of version 1 do not say so; their segmenters have no "outputs"."""
 
@@ -114,7 +116,7 @@ def _format(path: Path, metadata: Mapping[str, str], network: type[nn.Module]) -
         if key in metadata:
             return key
     raise UserError(
-        f"{path}: expected a model.safetensors that nasfast.train wrote, with "
+        f"{path}: expected a model.safetensors that nasfast train wrote, with "
         f"{' or '.join(map(repr, keys))} in its metadata, got "
         f"{', '.join(map(repr, metadata)) or 'none'}; give another file"
     )
@@ -140,6 +142,6 @@ def _build(path: Path, family: Family, description: Mapping[str, Any]) -> nn.Mod
 
 def _damaged(path: Path, problem: str) -> UserError:
     return UserError(
-        f"{path}: expected a network as nasfast.train wrote it, got a damaged file: "
+        f"{path}: expected a network as nasfast train wrote it, got a damaged file: "
         f"{' '.join(problem.split())}; restore it from a copy"
     )

@@ -1,7 +1,7 @@
 """Loader of the compiled extension; the only place that imports ``nasfast._C``.
 
 ``C`` is the module, or None where it cannot be imported; ``ERROR`` then says why, and every op runs
-its reference. ``python -m nasfast.info`` shows both.
+its reference. ``nasfast info`` shows both.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ def _time(seconds: Mapping[str, float]) -> list[Element]:
 
 
 def _commands(study: Study) -> list[Element]:
-    commands = {"Continue": f"python -m nasfast.search --resume {shlex.quote(str(study.path))}"}
+    commands = {"Continue": f"nasfast search --resume {shlex.quote(str(study.path))}"}
     again = study.env.get("command")
     if again:
         commands["Run again"] = again if isinstance(again, str) else shlex.join(again)

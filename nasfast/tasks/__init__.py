@@ -1,1 +1,1 @@
-"""What a network learns and how it is judged: one module a task."""
+"""What a network learns, how it is judged and how it is used: one module a task."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from nasfast.data import normalize
 from nasfast.models.layers import resize
+from nasfast.tasks.processor import Processor
 from nasfast.training.loop import Runtime, in_order
 
 T = TypeVar("T")
@@ -111,10 +112,10 @@ class DenseTask(ABC, Generic[S]):
             NonFiniteLossError: an output is NaN or infinite; it could look like a score.
         """
 
+    @property
     @abstractmethod
-    def draw(self, image: Tensor, output: Tensor) -> Tensor:
-        """A prediction drawn over its image: uint8 ``[3, H, W]`` and ``[outputs, h, w]`` to uint8
-        ``[3, H, W]``."""
+    def processor(self) -> Processor:
+        """How a trained network of this task is used."""
 
     def loss(
         self,

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, TypeVar, cast
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from nasfast.data import SegmentationDataset, Splits, Transform, batch
+from nasfast.data import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    SegmentationDataset,
+    Splits,
+    Transform,
+    batch,
+)
 from nasfast.models.layers import resize
 from nasfast.tasks.base import DenseTask, Frames, Targets
+from nasfast.tasks.processor import Prediction, Preprocessing, Processor
 from nasfast.training.loop import NonFiniteLossError, Runtime
 from nasfast.training.metrics import ConfusionMatrix, SegmentationScores
 from nasfast.utils.errors import UserError
+from nasfast.utils.files import atomic_file
 
 T = TypeVar("T")
 
@@ -26,6 +37,61 @@ OPACITY = 0.6
 def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
     """Nearest-neighbour resize of labels ``[N, H, W]`` to ``size`` = (H, W)."""
     return F.interpolate(labels[:, None].float(), size, mode="nearest-exact")[:, 0].to(labels.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation(Prediction):
+    """A class for every pixel."""
+
+    image: Tensor  # uint8 [3, H, W]
+    mask: Tensor  # uint8 [H, W]
+    """Index of the class."""
+    classes: tuple[str, ...]
+    colors: tuple[tuple[int, int, int], ...]
+
+    def draw(self) -> Tensor:
+        """The classes' colours over the image."""
+        colors = torch.tensor(self.colors, dtype=torch.float32)[self.mask.long()]  # [H, W, 3]
+        drawn = OPACITY * colors.permute(2, 0, 1) + (1 - OPACITY) * self.image.float()
+        return drawn.round().byte()
+
+    def to_json(self) -> dict[str, Any]:
+        """Size, and the share of the pixels that each class has, by name."""
+        counts = torch.bincount(self.mask.flatten(), minlength=len(self.classes)).tolist()
+        shares = {
+            name: count / self.mask.numel() for name, count in zip(self.classes, counts) if count
+        }
+        return {"size": list(self.mask.shape), "classes": shares}
+
+    def save(self, folder: Path, stem: str) -> list[Path]:
+        """``stem.png``, a palette image of class indices, and ``stem-overlay.png``."""
+        mask = Image.fromarray(self.mask.numpy())
+        mask.putpalette([value for color in self.colors for value in color])
+        overlay = Image.fromarray(self.draw().permute(1, 2, 0).contiguous().numpy())
+        paths = [folder / f"{stem}.png", folder / f"{stem}-overlay.png"]
+        for path, image in zip(paths, (mask, overlay), strict=True):
+            with atomic_file(path) as file:
+                image.save(file, "png")
+        return paths
+
+
+@dataclass(frozen=True)
+class SegmentationProcessor(Processor):
+    """Of ``outputs`` = one logit a class."""
+
+    names: tuple[str, ...]
+    colors: tuple[tuple[int, int, int], ...]
+
+    task = "segmentation"
+    preprocessing = Preprocessing(IMAGENET_MEAN, IMAGENET_STD)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.names
+
+    def prediction(self, output: Tensor, image: Tensor) -> Segmentation:
+        """The class with the greatest logit."""
+        return Segmentation(image, output.argmax(0).byte().cpu(), self.classes, self.colors)
 
 
 @dataclass(frozen=True)
@@ -124,10 +190,7 @@ class SegmentationTask(DenseTask[SegmentationScores]):
             raise NonFiniteLossError("the network's logits are not finite")
         return matrix.compute(self.omit)
 
-    def draw(self, image: Tensor, output: Tensor) -> Tensor:
-        """The classes' colours over the image."""
-        size = (image.shape[-2], image.shape[-1])
-        classes = resize(output[None].float(), size)[0].argmax(0).cpu()  # [H, W]
-        colors = torch.tensor(self.splits.train.colors, dtype=torch.float32)[classes]  # [H, W, 3]
-        drawn = OPACITY * colors.permute(2, 0, 1) + (1 - OPACITY) * image.float()
-        return drawn.round().byte()
+    @property
+    def processor(self) -> SegmentationProcessor:
+        train = self.splits.train
+        return SegmentationProcessor(train.classes, train.colors)

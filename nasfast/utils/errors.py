@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 DEFECT = (
     "this is a defect of nasfast: please report the text above, the command, and what "
-    "`python -m nasfast.info` prints"
+    "`nasfast info` prints"
 )
 
 

@@ -1,4 +1,4 @@
-"""``python -m nasfast.cache``."""
+"""``nasfast cache``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from samples import COUNT, KEY, arrays, build, encoder
 
 from nasfast.cache import CacheConfig, FeatureCache
-from nasfast.cache.__main__ import main
+from nasfast.commands.cache import main
 
 
 @pytest.fixture
@@ -201,8 +201,8 @@ def test_another_directory(directory, tmp_path, run):
         *(
             (
                 [command, name],
-                f"expected a cache in {{directory}} or in RAM, got {name!r}; `python -m "
-                "nasfast.cache ls` lists them",
+                f"expected a cache in {{directory}} or in RAM, got {name!r}; `nasfast "
+                "cache ls` lists them",
             )
             for command, name in (("rm", "zz"), ("verify", ""), ("rm", "/etc/passwd"))
         ),

@@ -262,7 +262,7 @@ def test_ram_of_the_killed_is_removed(tmp_path, ram):
 def full(directory, size, remedy):
     return (
         f"[Errno {errno.ENOSPC}] feature cache: expected {size} bytes in {directory}, got ... "
-        f"free; make room with `python -m nasfast.cache rm`, or give {remedy}"
+        f"free; make room with `nasfast cache rm`, or give {remedy}"
     )
 
 

@@ -142,7 +142,7 @@ def test_a_flipped_byte_in_the_data(path, at):
     with raises(
         UserError,
         f"feature cache {path}: sample 2 is damaged: expected the checksum {expected:016x}, got "
-        f"{got:016x}; free it with `python -m nasfast.cache verify --repair {path}`, and the next "
+        f"{got:016x}; free it with `nasfast cache verify --repair {path}`, and the next "
         "search encodes it again",
     ):
         segment.check(torch.tensor([1, 2]))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nasfast import search, train
+from nasfast.commands import search, train
 
 
 def draw(folder, count, size=(40, 48)):

@@ -151,7 +151,7 @@ ERRORS = {
         (
             "/no/run",
             "train: no run directory and no genotype file at /no/run, nor a name of the zoo "
-            "(irnas-denoise, irnas-derain); python -m nasfast.search makes a run",
+            "(irnas-denoise, irnas-derain); nasfast search makes a run",
         ),
         (
             "RUN/config.toml",
@@ -188,7 +188,7 @@ ERRORS = {
         ("MODEL/metrics.json", f"{FILE_TYPE} metrics"),
         (
             "ENCODER",
-            "ENCODER: expected a model.safetensors that nasfast.train wrote, with "
+            "ENCODER: expected a model.safetensors that nasfast train wrote, with "
             "'nasfast.segmenter' or 'nasfast.restorer' in its metadata, got 'nasfast.encoder'; "
             "give another file",
         ),

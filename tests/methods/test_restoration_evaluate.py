@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nasfast import evaluate, train
+from nasfast.commands import evaluate, train
 from nasfast.methods.restoration.strips import strip
 
 FLAGS = ["--device", "cpu", "--seconds", "0.05"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from search_runs import assert_same, before_a_checkpoint, checkpoint, crashed, outcome
 
-from nasfast import search
+from nasfast.commands import search
 from nasfast.data.restoration import open_images
 from nasfast.methods.restoration import sampled
 from nasfast.methods.restoration.sampled import SizeClass, evaluator_on

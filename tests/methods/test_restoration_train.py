@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from nasfast import train
+from nasfast.commands import train
 from nasfast.methods.registry import METHODS, method_of_source
 from nasfast.methods.restoration.train import Recipe, TrainingRun, parse_train
 from nasfast.models.io import load_model

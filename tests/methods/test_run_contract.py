@@ -23,7 +23,7 @@ from search_runs import (
     wait_for_records,
 )
 
-from nasfast import search, train
+from nasfast.commands import search, train
 from nasfast.methods.segmentation import search as segmentation
 from nasfast.runs.checkpoint import save_checkpoint
 from nasfast.runs.study import Study
@@ -107,7 +107,7 @@ def test_a_signal_stops_and_tells_how_to_continue(searched, tmp_path, monkeypatc
         assert search.main([*argv, "--runs", str(tmp_path)]) == 130
     (run,) = tmp_path.iterdir()
     out, err = capsys.readouterr()
-    again = f"python -m nasfast.search --resume {run}\n"
+    again = f"nasfast search --resume {run}\n"
     assert f"stopped; everything is saved. Continue with\n  {again}" in out
     assert err == ""
     assert len(outcome(run)) == 2
@@ -126,7 +126,7 @@ def test_a_signal_before_the_first_candidate(tiny_search, tmp_path, monkeypatch,
     fresh = ["--cache-dir", str(tmp_path / "cache"), "--runs", str(tmp_path / "runs")]
     assert search.main([*tiny_search, *fresh]) == 130
     assert (
-        "stopped; nothing was begun. Continue with\n  python -m nasfast.search --device cpu"
+        "stopped; nothing was begun. Continue with\n  nasfast search --device cpu"
         in capsys.readouterr().out
     )
     assert not (tmp_path / "runs").exists()
@@ -178,7 +178,7 @@ def test_ctrl_c_tells_how_to_continue_a_training(trained, tmp_path, monkeypatch,
         patch.setattr(train, "save_checkpoint", interrupt_after)
         assert train.main([*argv, "--out", str(out)]) == 130
     printed = capsys.readouterr().out
-    assert f"Continue with\n  python -m nasfast.train --resume '{out}'\n" in printed
+    assert f"Continue with\n  nasfast train --resume '{out}'\n" in printed
     assert train.main([f"--resume={out}"]) == 0
     printed += capsys.readouterr().out
     done = re.findall(r"^(?:epoch|step) (\d)/(\d)  loss", printed, re.MULTILINE)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nasfast import evaluate, search, train
+from nasfast.commands import evaluate, search, train
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "version1"
 

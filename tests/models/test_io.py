@@ -195,7 +195,7 @@ def test_damaged_networks(key, saved):
         path.write_bytes(whole)
         rewrite(path, damage)
         message = (
-            f"{path}: expected a network as nasfast.train wrote it, got a damaged file: {problem}"
+            f"{path}: expected a network as nasfast train wrote it, got a damaged file: {problem}"
         )
         with pytest.raises(UserError, match=f"^{re.escape(message)}.*; restore it from a copy$"):
             load_model(path)
@@ -234,7 +234,7 @@ def test_foreign_files(tmp_path, metadata, got, read):
     path = tmp_path / "foreign.safetensors"
     save_file({"weight": torch.zeros(1)}, path, metadata)
     message = (
-        f"{path}: expected a model.safetensors that nasfast.train wrote, with "
+        f"{path}: expected a model.safetensors that nasfast train wrote, with "
         f"'nasfast.segmenter' or 'nasfast.restorer' in its metadata, got {got}; give another file"
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nasfast.report.__main__ import main
+from nasfast.commands.report import main
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 DRAWN = {

@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 import pytest
 from search_runs import start
 
+from nasfast.commands.report import main
 from nasfast.report import Section, terminal_table, write_report
-from nasfast.report.__main__ import main
 from nasfast.report.html import element
 from nasfast.runs.records import Evaluation, Record
 from nasfast.runs.study import Study
@@ -121,7 +121,7 @@ def test_report_has_the_numbers(study):
         "controller 4.0 s",
         "seed = 3",
         "nasfast 'a b'",
-        f"python -m nasfast.search --resume {study.path}",
+        f"nasfast search --resume {study.path}",
         "Drawing of architecture 3",
         "5 records",
         "[[3,7]]",

@@ -161,8 +161,8 @@ def test_score_counts_every_pixel_and_omits_classes():
 
 def test_a_prediction_is_drawn():
     image = torch.full((3, 4, 6), 100, dtype=torch.uint8)
-    logits = torch.zeros(CLASSES, 2, 3)
+    logits = torch.zeros(CLASSES, 4, 6)
     logits[2] = 1
-    drawn = TASK.draw(image, logits)
+    drawn = TASK.processor.prediction(logits, image).draw()
     colour = torch.tensor(TRAIN.colors[2])[:, None, None]
     assert torch.equal(drawn, (0.6 * colour + 40).round().byte().expand(3, 4, 6))

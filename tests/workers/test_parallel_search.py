@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from search_runs import assert_same, exists, outcome, start, wait_for_records
 
-from nasfast import search
+from nasfast.commands import search
 
 
 def children(pid):
@@ -62,7 +62,7 @@ def test_killed_workers_and_a_signal_lose_nothing(number, tiny_search, tiny_run,
     stdout, stderr = process.communicate(timeout=60)  # ends when no worker holds the pipe
     assert process.returncode in (0, {signal.SIGINT: 130, signal.SIGKILL: -9}[number])
     if process.returncode == 130:  # otherwise it was through, or could not say it
-        assert f"Continue with\n  python -m nasfast.search --resume {run}\n" in stdout
+        assert f"Continue with\n  nasfast search --resume {run}\n" in stdout
     assert stderr == ""
     assert_gone(replaced + server)
     assert 4 <= len(outcome(run)) <= len(outcome(tiny_run))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from toys import evaluate, toy
 
-from nasfast import search
+from nasfast.commands import search
 from nasfast.workers import WorkerConfig, WorkerError, ray_pool
 from nasfast.workers.ray_pool import RayPool
 

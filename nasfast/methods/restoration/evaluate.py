@@ -62,7 +62,7 @@ def parse_evaluate(argv: Sequence[str], description: str | None) -> EvaluateConf
     return parse_with_task(
         EvaluateConfig(model=tyro.MISSING),
         argv,
-        "nasfast.evaluate",
+        "nasfast evaluate",
         f"{description or ''}\n{TASK_HELP}",
     )
 

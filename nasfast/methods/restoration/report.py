@@ -173,7 +173,7 @@ def _supernet_history(
 
 
 def _images(run: Path) -> list[Element]:
-    """The strips that nasfast.evaluate made of the networks trained in this run."""
+    """The strips that nasfast evaluate made of the networks trained in this run."""
     figures = []
     for path in sorted(run.glob("*/pictures/*.png"), key=_order):
         data = base64.b64encode(path.read_bytes()).decode()

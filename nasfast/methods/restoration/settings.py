@@ -1,4 +1,4 @@
-"""Search a restoration network: ``python -m nasfast.search restoration``.
+"""Search a restoration network: ``nasfast search restoration``.
 
 ``--data DIR`` takes train/ and test/ such as BSDS500's, a folder of images, or pairs of degraded
 and clean images; without it, generated images. ``--task NAME`` is denoising, deraining,
@@ -159,7 +159,7 @@ def parse(argv: Sequence[str]) -> SearchConfig:
     preset = flag_value(argv, "--preset")
     if preset not in PRESETS:  # absent, or wrong and then refused by the parser
         preset = "demo" if flag_value(argv, "--data") in (None, "synthetic") else "quick"
-    config = parse_with_task(PRESETS[preset], argv, "nasfast.search", __doc__)
+    config = parse_with_task(PRESETS[preset], argv, "nasfast search", __doc__)
     data, threads = config.data, config.threads
     if threads is None and config.samples:
         threads = default_threads(config.batch)

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from nasfast.data.restoration import open_images
-from nasfast.methods.base import MODEL_FILE, Architecture, TrainSettings
+from nasfast.methods.base import Architecture, TrainSettings
 from nasfast.methods.restoration.task_flags import parse_with_task
-from nasfast.models.io import save_model
+from nasfast.models.io import MODEL_FILE, save_model
 from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.spaces.ir_nas import IRNASGenotype
 from nasfast.tasks.restoration import RestorationTask, task_from_json
@@ -112,7 +112,7 @@ def parse_train(
         network=from_mapping(RestorerConfig, found.get("network", {}), "network"),
         **dataclasses.asdict(PRESETS[preset]),
     )
-    return parse_with_task(default, argv, "nasfast.train", description)
+    return parse_with_task(default, argv, "nasfast train", description)
 
 
 def resolve(config: TrainConfig, architecture: Architecture) -> TrainConfig:
@@ -300,6 +300,7 @@ class RestorationTraining:
         description = {
             "task": task.describe(),
             "data": config.data,
+            "size": list(input_size(task, val)),
             **scores.as_dict(),
             "method": "restoration",
         }

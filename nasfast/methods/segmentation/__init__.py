@@ -52,7 +52,7 @@ class Segmentation(Method):
     def parse_train(
         self, argv: Sequence[str], found: Mapping[str, Any], description: str | None
     ) -> TrainConfig:
-        return tyro.cli(TrainConfig, args=argv, description=description, prog="nasfast.train")
+        return tyro.cli(TrainConfig, args=argv, description=description, prog="nasfast train")
 
     def resolve(self, settings: TrainConfig, architecture: Architecture) -> TrainConfig:
         return resolve(settings, architecture)
@@ -63,7 +63,7 @@ class Segmentation(Method):
         return SegmentationTraining(settings, genotype, out, runtime)
 
     def parse_evaluate(self, argv: Sequence[str], description: str | None) -> EvaluateConfig:
-        return tyro.cli(EvaluateConfig, args=argv, description=description, prog="nasfast.evaluate")
+        return tyro.cli(EvaluateConfig, args=argv, description=description, prog="nasfast evaluate")
 
     def evaluate(self, settings: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
         return evaluate(settings)

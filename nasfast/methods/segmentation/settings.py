@@ -18,11 +18,11 @@ from nasfast.utils.cli import flag_value
 from nasfast.utils.config import require_positive
 from nasfast.utils.errors import UserError
 
-DESCRIPTION = """Search a segmentation network: ``python -m nasfast.search segmentation``.
+DESCRIPTION = """Search a segmentation network: ``nasfast search segmentation``.
 
 ``--data DIR`` takes a CamVid folder or a folder with images/, masks/ and classes.txt; without it,
 generated street scenes. ``--resume RUN [--budget N]`` continues a run. (Fast NAS, CVPR 2019)
-``python -m nasfast.search restoration --help`` shows the search of restoration networks.
+``nasfast search restoration --help`` shows the search of restoration networks.
 """
 
 
@@ -44,7 +44,7 @@ class SearchConfig(SamplingSettings):
     encoder_weights: Path | None = None
     """MobileNet-v2 weights with torchvision's key names; default: the packaged small encoder."""
     teacher: Path | None = None
-    """Network to distil from: a model.safetensors that nasfast.train wrote for the same classes."""
+    """Network to distil from: a model.safetensors that nasfast train wrote for the same classes."""
     cache_dir: Path | None = None
     """Where encoder features are kept between searches; default: $NASFAST_CACHE or
     ~/.cache/nasfast."""
@@ -118,7 +118,7 @@ def parse(argv: Sequence[str]) -> SearchConfig:
         args=argv,
         default=PRESETS[preset],
         description=DESCRIPTION,
-        prog="nasfast.search",
+        prog="nasfast search",
     )
     paths = {
         field: getattr(config, field).expanduser().resolve()

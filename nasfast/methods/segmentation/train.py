@@ -14,10 +14,10 @@ from torch import Tensor
 
 from nasfast.data import TrainTransform, ValTransform, load_splits, shorter_side
 from nasfast.encoders import load_encoder
-from nasfast.methods.base import MODEL_FILE, Architecture, TrainSettings
+from nasfast.methods.base import Architecture, TrainSettings
 from nasfast.models.build import build_segmenter
 from nasfast.models.decoders import DecoderConfig
-from nasfast.models.io import save_model
+from nasfast.models.io import MODEL_FILE, save_model
 from nasfast.spaces.fast_nas import FastNASGenotype
 from nasfast.tasks.base import Targets
 from nasfast.tasks.segmentation import SegmentationTask
@@ -192,6 +192,8 @@ class SegmentationTraining:
         }
         description = {
             "classes": list(splits.val.classes),
+            "colors": list(splits.val.colors),
+            "size": [height, width],
             "data": self.config.data,
             "miou": scores.miou,
             "method": "segmentation",

@@ -1,0 +1,12 @@
+"""One module a subcommand of ``nasfast``: a docstring, which ``--help`` shows, and ``main``."""
+
+COMMANDS = {
+    "search": "find an architecture",
+    "train": "train an architecture in full",
+    "evaluate": "measure a trained network: score, size, latency",
+    "report": "write the report of a search again, or beside a baseline",
+    "cache": "list, verify and remove cached encoder features",
+    "pretrain": "train the packaged encoder again",
+    "info": "what is built, and what runs where",
+}
+"""What each does, in the order of use."""

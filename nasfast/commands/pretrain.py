@@ -1,0 +1,126 @@
+"""Train the packaged encoder: ``nasfast pretrain``.
+
+A narrow MobileNet-v2 learns to segment procedurally generated street scenes, from a stream that no
+search reads, under a decoder that is discarded. The result is the encoder that a search without
+``--encoder-weights`` starts from.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from rich.console import Console
+from safetensors.torch import save
+from torch import Tensor
+
+from nasfast.data import SyntheticStreets, TrainTransform, ValTransform
+from nasfast.data.base import split_for_search
+from nasfast.device import resolve_device
+from nasfast.encoders import PACKAGED_WEIGHTS, MobileNetV2
+from nasfast.models.build import build_segmenter
+from nasfast.models.decoders import DecoderConfig
+from nasfast.spaces.fast_nas import FastNASSpace
+from nasfast.tasks.base import Targets
+from nasfast.tasks.segmentation import SegmentationTask
+from nasfast.training.loop import Group, Runtime, epoch_indices, one_cycle, train_epoch
+from nasfast.utils.cli import reports_errors
+from nasfast.utils.config import require_positive
+from nasfast.utils.files import atomic_write
+
+_GENOTYPE = [[2, [1, 0, 3, 6], [0, 1, 2, 8], [2, 0, 6, 1]], [[2, 3], [3, 1], [4, 4]]]
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Settings of the packaged encoder's training; the defaults made the packaged file."""
+
+    out: Path = PACKAGED_WEIGHTS
+    """Where the weights go (float16, with the width in the metadata)."""
+    width: float = 0.35
+    """Channel multiplier of MobileNet-v2."""
+    frames: int = 4000
+    """Generated frames."""
+    epochs: int = 12
+    """Passes over the frames."""
+    batch_size: int = 16
+    """Frames per step."""
+    crop: int = 96
+    """Side of a crop, in pixels."""
+    lr: float = 3e-3
+    """Peak learning rate of Adam, on a cosine to zero."""
+    seed: int = 0
+    """Decides weights, frames and order."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "width", "epochs", "batch_size", "crop")
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Train, score on unseen frames and write the weights."""
+    console = Console()
+    torch.manual_seed(config.seed)
+    runtime = Runtime(resolve_device(config.device))
+    frames = SyntheticStreets(config.frames, config.seed, stream="pretrain", cache_in_memory=True)
+    splits = split_for_search(frames, frames.subset([0]), seed=config.seed, fraction=0.05)
+    task = SegmentationTask(splits)
+    encoder = MobileNetV2(config.width)
+    genotype = FastNASSpace().from_json(_GENOTYPE)
+    decoder = DecoderConfig(agg_size=32, aux_cell=False)
+    model = build_segmenter(encoder, genotype, task.outputs, decoder)
+    runtime.place(model)
+    generator = torch.Generator().manual_seed(config.seed)
+    transform = TrainTransform(config.crop, config.crop)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.Adam(parameters, config.lr, weight_decay=1e-5, fused=True)
+    count = len(splits.search_train)
+    steps = config.epochs * (count // config.batch_size)
+    group = Group(parameters, optimizer, 3.0, one_cycle(optimizer, steps))
+
+    def loss_of(pair: tuple[Tensor, Targets]) -> Tensor:
+        images, targets = pair
+        with runtime.autocast():
+            logits, aux = model(images)
+        targets = task.resize_targets(targets, (logits.shape[-2], logits.shape[-1]))
+        return task.loss(logits, aux, targets, aux_weight=0.15)
+
+    start = time.perf_counter()
+    for epoch in range(config.epochs):
+        model.train()
+        indices = epoch_indices(count, config.batch_size, generator)
+        pairs = task.batches(splits.search_train, indices, transform, runtime, generator)
+        loss = train_epoch(pairs, loss_of, [group], runtime)
+        console.print(
+            f"epoch {epoch + 1}/{config.epochs}  loss {loss:.3f}  "
+            f"{time.perf_counter() - start:.0f} s"
+        )
+    val = splits.search_val
+    scores = task.score_images(model, val, ValTransform(None), runtime, batch_size=32)
+    weights = {
+        k: v.cpu().contiguous().half() if v.is_floating_point() else v.cpu()
+        for k, v in encoder.state_dict().items()
+    }
+    metadata = {
+        "nasfast.encoder": json.dumps({"name": encoder.name, "width": config.width}),
+        "nasfast.pretrain": json.dumps({"miou": round(scores.miou, 4), "frames": config.frames}),
+    }
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(config.out, save(weights, metadata))
+    console.print(
+        f"mIoU {scores.miou:.3f} on {len(val)} unseen frames; "
+        f"{config.out} ({config.out.stat().st_size / 2**20:.2f} MiB)"
+    )
+
+
+@reports_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    pretrain(tyro.cli(PretrainConfig, args=argv, description=__doc__, prog="nasfast pretrain"))
+    return 0

@@ -1,0 +1,185 @@
+"""Find an architecture: ``nasfast search [METHOD]``.
+
+METHOD is "segmentation" (the default) or "restoration"; ``METHOD --help`` shows its settings.
+Without flags it searches a small network for generated images, in a minute; ``--data DIR`` takes
+your own. ``--workers N`` trains N candidates in parallel, which changes no result.
+``--resume RUN`` continues a run where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+
+from nasfast.device import machine_info
+from nasfast.methods.base import Method
+from nasfast.methods.registry import DEFAULT, method_named
+from nasfast.report import terminal_table, write_report
+from nasfast.runs.study import Study
+from nasfast.searches.base import Search, SearchSettings
+from nasfast.utils.cli import flag_value, reports_errors, say
+from nasfast.utils.config import from_mapping
+from nasfast.utils.errors import UserError
+from nasfast.utils.interrupt import Interrupt, StopRequested
+
+
+@dataclasses.dataclass(frozen=True)
+class _Resume:
+    """Continue a run."""
+
+    resume: Path
+    """Run directory."""
+    budget: int | None = None
+    """Candidates to evaluate in all, where it should be more than before."""
+    device: str | None = None
+    """Another device than before."""
+    workers: int | None = None
+    """Another number of candidates trained in parallel."""
+    devices: str | None = None
+    """Other devices to distribute the workers over, such as cuda:0,cuda:1."""
+    engine: Literal["process", "ray"] | None = None
+    """Other workers."""
+
+
+def _open_run(argv: Sequence[str]) -> tuple[Study, Method, SearchSettings]:
+    """The run that the command line continues, and its settings."""
+    arguments = tyro.cli(_Resume, args=argv, prog="nasfast search")
+    study = Study.open(arguments.resume)
+    method = method_named(study.method)
+    config = from_mapping(method.search_settings, study.config, str(study.path / "config.toml"))
+    config = method.continued(config, study.load_checkpoint() or {}, arguments.budget)
+    given: dict[str, Any] = {
+        name: getattr(arguments, name)
+        for name in ("device", "workers", "devices", "engine")
+        if getattr(arguments, name) is not None
+    }
+    if "device" in given:
+        given.setdefault("devices", None)
+    elif "devices" in given:
+        given["device"] = "auto"
+    given["threads"] = int(_recorded_identity(study)["computation"]["threads"])
+    return study, method, dataclasses.replace(config, **given)
+
+
+def _identity(search: Search) -> dict[str, dict[str, str]]:
+    """What a bit-exact continuation needs to be the same: what was read, and what computed."""
+    return {
+        "inputs": dict(search.inputs),
+        "computation": {
+            "device": str(search.runtime.device),
+            "precision": search.runtime.precision,
+            "threads": str(torch.get_num_threads()),
+            "torch": torch.__version__,
+        },
+    }
+
+
+def _recorded_identity(study: Study) -> dict[str, dict[str, str]]:
+    """The same, of the run's beginning."""
+    identity: dict[str, dict[str, str]] = study.env.get("identity", {})
+    if set(identity) != {"inputs", "computation"} or "threads" not in identity["computation"]:
+        raise UserError(
+            f"{study.path / 'env.json'}: expected the identity of inputs and computation that the "
+            "search wrote, got none; restore the file from a copy"
+        )
+    return identity
+
+
+def _check_identity(study: Study, search: Search, console: Console) -> None:
+    """Refuse to continue a run on other data or weights; say where it will not be bit-exact."""
+    now = _identity(search)
+    for kind, before in _recorded_identity(study).items():
+        changed = [name for name, value in before.items() if now[kind].get(name) != value]
+        if changed and kind == "inputs":
+            raise UserError(
+                f"resume {study.path}: expected the {', '.join(changed)} that the run began with, "
+                "got other content in the same place; restore it or start a new run"
+            )
+        for name in changed:
+            say(
+                console,
+                f"note: the run began with {name} {before[name]}, this is {now[kind].get(name)}; "
+                "rewards will not be bit-identical to an uninterrupted run",
+            )
+
+
+def _create_run(argv: Sequence[str], method: str, config: SearchSettings, search: Search) -> Study:
+    environment = machine_info() | {
+        "command": ["nasfast", "search", *argv],
+        "identity": _identity(search),
+        **search.environment,
+    }
+    name = config.name or re.sub(r"[^\w.+-]+|^[.+-]+", "_", Path(config.data).name)
+    return Study.create(
+        config.runs,
+        method,
+        name,
+        dataclasses.asdict(config),
+        environment,
+        ranking=search.ranking,
+    )
+
+
+@reports_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status (130 after Ctrl-C)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    console = Console()
+    study, again = None, argv
+    start = time.perf_counter()
+    with Interrupt() as interrupt, contextlib.ExitStack() as stack:
+
+        def build(method: Method, config: SearchSettings) -> tuple[Search, SearchSettings]:
+            if config.threads is not None:
+                torch.set_num_threads(config.threads)
+            search, config = method.build(config, interrupt, console)
+            stack.callback(search.close)
+            return search, config
+
+        try:
+            if flag_value(argv, "--resume") is not None:
+                study, method, config = _open_run(argv)
+                stack.enter_context(study)
+                search, config = build(method, config)
+                _check_identity(study, search, console)
+            else:
+                method = method_named(argv[0] if argv and argv[0][:1] != "-" else DEFAULT)
+                config = method.parse_search(argv)
+                # before a run is made: this may refuse
+                search, config = build(method, config)
+                study = stack.enter_context(_create_run(argv, method.name, config, search))
+                again = ["--resume", str(study.path)]
+            say(console, f"run      {study.path}")
+            try:
+                search.run(study, console)
+            finally:
+                report = write_report(study, method.report)
+        except StopRequested:
+            say(
+                console,
+                f"\nstopped; {'everything is saved' if study else 'nothing was begun'}. "
+                "Continue with\n"
+                f"  nasfast search {shlex.join(again)}",
+            )
+            return 130
+        console.print(terminal_table(study, method.report))
+        path = shlex.quote(str(study.path))
+        say(
+            console,
+            f"{time.perf_counter() - start:.0f} s; everything is in {study.path}\n"
+            f"  nasfast train {path}      # train the best one in full\n"
+            + (f"  nasfast search --resume {path} {search.more}\n" if search.more else "")
+            + f"  open {shlex.quote(str(report))}",
+        )
+    return 0

@@ -1,0 +1,164 @@
+"""Train an architecture in full: ``nasfast train RUN``.
+
+RUN is the run directory of a search (its best architecture is trained on the search's data), a
+JSON file with a genotype, or the name of a published architecture. ``--resume DIR`` continues a
+training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import tomli_w
+import tyro
+from rich.console import Console
+
+from nasfast.device import machine_info, resolve_device
+from nasfast.methods.base import Architecture, Method, Training, TrainSettings
+from nasfast.methods.registry import METHODS, method_of_genotype, method_of_source, read_genotype
+from nasfast.models.io import MODEL_FILE
+from nasfast.runs.checkpoint import load_checkpoint, save_checkpoint
+from nasfast.runs.study import Study
+from nasfast.spaces.base import Genotype
+from nasfast.training.loop import Runtime
+from nasfast.utils.cli import flag_value, reports_errors, say
+from nasfast.utils.config import from_mapping
+from nasfast.utils.errors import UserError, about
+from nasfast.utils.files import atomic_write, read_toml
+from nasfast.utils.interrupt import Interrupt, StopRequested
+
+
+@dataclasses.dataclass(frozen=True)
+class _Resume:
+    """Continue a training."""
+
+    resume: Path
+    """Directory that a training wrote."""
+
+
+def find(config: TrainSettings, zoo: Mapping[str, Architecture]) -> Architecture:
+    """The architecture that the settings point at."""
+    if config.source.is_dir():
+        study = Study.open(config.source, read_only=True)
+        ranking = study.ranking()
+        if not 1 <= config.rank <= len(ranking):
+            raise UserError(
+                f"train: expected a rank from 1 to {len(ranking)} (the architectures that "
+                f"{study.path} evaluated), got {config.rank}"
+            )
+        return Architecture(ranking[config.rank - 1].genotype, study.path, study.config)
+    if config.source.is_file():
+        return Architecture(read_genotype(config.source), config.source.parent, {})
+    if str(config.source) in zoo:
+        return zoo[str(config.source)]
+    names = [name for method in METHODS.values() for name in method.zoo]
+    raise UserError(
+        f"train: no run directory and no genotype file at {config.source}"
+        + (f", nor a name of the zoo ({', '.join(names)})" if names else "")
+        + "; nasfast search makes a run"
+    )
+
+
+def resolve(method: Method, config: TrainSettings) -> tuple[TrainSettings, Genotype]:
+    """Fill in what the source decides: genotype, data and the output's directory."""
+    architecture = find(config, method.zoo)
+    with about(config.source):
+        genotype = method.genotype(architecture.genotype)
+    config = method.resolve(config, architecture)
+    assert config.data is not None
+    numbered = (architecture.home / f"train-{n}" for n in itertools.count(1))
+    out = config.out or next(path for path in numbered if not path.exists())
+    named = str(config.source) in method.zoo
+    return (
+        dataclasses.replace(
+            config,
+            source=config.source if named else config.source.resolve(),
+            data=(
+                config.data
+                if config.data == "synthetic"
+                else str(Path(config.data).expanduser().resolve())
+            ),
+            out=out.resolve(),
+        ),
+        genotype,
+    )
+
+
+def fit(training: Training, out: Path, console: Console) -> None:
+    """Train to the last round; a checkpoint follows every round."""
+    while training.done < training.rounds:
+        line = training.round()
+        save_checkpoint(out / "checkpoint.pt", training.state_dict())
+        say(console, line)
+
+
+def _write_config(out: Path, config: TrainSettings, genotype: Genotype) -> None:
+    out.mkdir(parents=True)
+    plain = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    atomic_write(
+        out / "config.toml", tomli_w.dumps({k: v for k, v in plain.items() if v is not None})
+    )
+    atomic_write(out / "genotype.json", json.dumps(genotype.to_json()) + "\n")
+    atomic_write(out / "env.json", json.dumps(machine_info(), indent=2) + "\n")
+
+
+def _open(argv: Sequence[str]) -> tuple[Method, TrainSettings, Genotype, Path]:
+    if flag_value(argv, "--resume") is not None:
+        out = tyro.cli(_Resume, args=argv, prog="nasfast train").resume.resolve()
+        if not (out / "config.toml").is_file() or not (out / "genotype.json").is_file():
+            raise UserError(
+                f"train: {out} is not the directory of a training: it has no config.toml and "
+                "genotype.json; give the directory that nasfast train printed"
+            )
+        form = read_genotype(out / "genotype.json")
+        method = method_of_genotype(form)
+        settings = read_toml(out / "config.toml")
+        config = from_mapping(method.train_settings, settings, str(out / "config.toml"))
+        with about(out / "genotype.json"):
+            return method, config, method.genotype(form), out
+    method, found = method_of_source(argv)
+    config, genotype = resolve(method, method.parse_train(argv, found, __doc__))
+    assert config.out is not None
+    if config.out.exists():
+        raise UserError(
+            f"train: {config.out} exists and is never overwritten; give another --out, or "
+            f"continue it with --resume {config.out}"
+        )
+    return method, config, genotype, config.out
+
+
+@reports_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status (130 after Ctrl-C)."""
+    console = Console()
+    method, config, genotype, out = _open(sys.argv[1:] if argv is None else list(argv))
+    with Interrupt() as interrupt:
+        runtime = Runtime(resolve_device(config.device), interrupt.check)
+        training = method.training(config, genotype, out, runtime)
+        state = load_checkpoint(out / "checkpoint.pt")
+        if state is not None:
+            training.load_state_dict(state)
+        if not out.exists():  # only now: data or weights may have been refused
+            _write_config(out, training.settings, genotype)
+        say(console, f"training {genotype.to_json()}\n{training.summary}\nout      {out}")
+        try:
+            fit(training, out, console)
+            found = training.finish()
+        except StopRequested:
+            say(
+                console,
+                "\nstopped; finished epochs are saved. Continue with\n"
+                f"  nasfast train --resume {shlex.quote(str(out))}",
+            )
+            return 130
+    say(
+        console,
+        f"{found}; {out}\n  nasfast evaluate {shlex.quote(str(out / MODEL_FILE))}",
+    )
+    return 0

@@ -1,0 +1,26 @@
+"""Processors by the description in a model file. A new task gets a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nasfast.data.base import default_colors
+from nasfast.tasks.processor import Processor
+from nasfast.tasks.restoration import task_from_json
+from nasfast.tasks.restoration.processor import RestorationProcessor
+from nasfast.tasks.segmentation import SegmentationProcessor
+
+
+def processor_of(description: Mapping[str, Any]) -> Processor:
+    """How the network of a description, as `nasfast.models.io.load_model` returns it, is used.
+
+    Raises:
+        KeyError: the description lacks what the task needs.
+        UserError: the task is unknown, or has another setting.
+    """
+    if "task" in description:
+        return RestorationProcessor(task_from_json(description["task"]), description["channels"])
+    classes = tuple(description["classes"])
+    colors = description.get("colors") or default_colors(len(classes))
+    return SegmentationProcessor(classes, tuple((r, g, b) for r, g, b in colors))

@@ -1,0 +1,62 @@
+"""Restored images, from networks of any restoration task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from nasfast.tasks.processor import Prediction, Preprocessing, Processor
+from nasfast.tasks.restoration.base import RestorationTask
+from nasfast.utils.files import atomic_file
+
+
+@dataclass(frozen=True, eq=False)
+class Restored(Prediction):
+    """A restored image."""
+
+    image: Tensor  # uint8 [c, H, W]
+    restored: Tensor  # uint8 [c, scale * H, scale * W]
+
+    def draw(self) -> Tensor:
+        """The restored image in RGB."""
+        return self.restored.expand(3, -1, -1)
+
+    def to_json(self) -> dict[str, Any]:
+        """Its size."""
+        return {"size": list(self.restored.shape[-2:])}
+
+    def save(self, folder: Path, stem: str) -> list[Path]:
+        """``stem.png``."""
+        pixels = self.restored.permute(1, 2, 0).contiguous().numpy()
+        path = folder / f"{stem}.png"
+        with atomic_file(path) as file:
+            Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(file, "png")
+        return [path]
+
+
+@dataclass(frozen=True)
+class RestorationProcessor(Processor):
+    """Of images in 0..1, not normalised."""
+
+    degradation: RestorationTask
+    channels: int
+
+    @property
+    def task(self) -> str:
+        return self.degradation.task
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return Preprocessing((0.0,) * self.channels, (1.0,) * self.channels)
+
+    @property
+    def scale(self) -> int:
+        return self.degradation.scale
+
+    def prediction(self, output: Tensor, image: Tensor) -> Restored:
+        """Clamped to 0..1 and rounded to 8 bits."""
+        return Restored(image, (255 * output.clamp(0, 1)).round().byte().cpu())
