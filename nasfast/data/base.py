@@ -6,8 +6,9 @@ import functools
 import hashlib
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,19 +73,39 @@ class Subset(SegmentationDataset):
         return digest("subset", self._dataset.fingerprint(), self._indices)
 
 
+class Parts(NamedTuple):
+    """What a folder is divided in."""
+
+    train: SegmentationDataset
+    val: SegmentationDataset
+    open_test: Callable[[], SegmentationDataset] | None = None
+    """Reads the test part, where there is one."""
+
+
 @dataclass(frozen=True)
 class Splits:
     """The parts of a dataset. `search_train` and `search_val` divide `train`; a search never
-    sees `val`."""
+    sees `val`, and neither it nor a training reads `test`."""
 
     search_train: SegmentationDataset
     search_val: SegmentationDataset
     train: SegmentationDataset
     val: SegmentationDataset
+    open_test: Callable[[], SegmentationDataset] | None = None
+
+    @functools.cached_property
+    def test(self) -> SegmentationDataset | None:
+        """Read when first asked for; None where the data has no test part."""
+        return self.open_test and self.open_test()
 
 
 def split_for_search(
-    train: SegmentationDataset, val: SegmentationDataset, *, seed: int, fraction: float = 0.1
+    train: SegmentationDataset,
+    val: SegmentationDataset,
+    open_test: Callable[[], SegmentationDataset] | None = None,
+    *,
+    seed: int,
+    fraction: float = 0.1,
 ) -> Splits:
     """Keep a seeded `fraction` of `train` (at least one sample) to validate candidates on:
     90/10 in Fast NAS (CVPR 2019)."""
@@ -100,6 +121,7 @@ def split_for_search(
         search_val=train.subset(sorted(order[:held_out])),
         train=train,
         val=val,
+        open_test=open_test,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nasfast.data.base import SegmentationDataset
+from nasfast.data.base import Parts, SegmentationDataset
 from nasfast.data.folder import FileDataset, listed_pairs
 from nasfast.utils.errors import UserError
 from nasfast.utils.files import read_json
@@ -26,10 +26,9 @@ CLASSES = {
 }
 
 
-def open_camvid(
-    root: Path, *, cache_in_memory: bool = True
-) -> tuple[SegmentationDataset, SegmentationDataset]:
-    """Training and validation set of a CamVid folder.
+def open_camvid(root: Path, *, cache_in_memory: bool = True) -> Parts:
+    """The parts of a CamVid folder; test.txt, test/ and testannot/, where it has them, are the test
+    part.
 
     `classes.json` (`{"classes": [{"name", "color"}, ...], "ignore_index"}`), where present,
     replaces the 11 standard classes with void = 11 as ignore index.
@@ -53,7 +52,8 @@ def open_camvid(
             cache_in_memory=cache_in_memory,
         )
 
-    return part("train"), part("val")
+    tested = all((root / name).exists() for name in ("test.txt", "test", "testannot"))
+    return Parts(part("train"), part("val"), (lambda: part("test")) if tested else None)
 
 
 def _read_classes(path: Path) -> tuple[dict[str, Color], int]:

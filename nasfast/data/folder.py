@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nasfast.data.base import Sample, SegmentationDataset, default_colors, digest
+from nasfast.data.base import Parts, Sample, SegmentationDataset, default_colors, digest
 from nasfast.data.images import IMAGE_SUFFIXES, image_files, open_image
 from nasfast.utils.errors import UserError, about
 from nasfast.utils.files import read_text
@@ -92,21 +92,24 @@ class FileDataset(SegmentationDataset):
         return torch.from_numpy(labels)
 
 
-def open_folder(
-    root: Path, *, cache_in_memory: bool = True
-) -> tuple[SegmentationDataset, SegmentationDataset]:
-    """Training and validation set of a folder `images/` + `masks/` + `classes.txt`.
+def open_folder(root: Path, *, cache_in_memory: bool = True) -> Parts:
+    """The parts of a folder `images/` + `masks/` + `classes.txt`.
 
     Masks carry the stems of their images and 8-bit class indices, 255 = ignore; `classes.txt`
     has one class name per line, in the order of the indices. `train.txt` and `val.txt` (a stem
     per line) divide the images; without them the 20 % with the smallest hash of the stem
-    validate.
+    validate. Images of `test.txt`, where there is one, are the test part and no other.
     """
     classes = read_lines(root / "classes.txt")
     if len(classes) > 255:
         raise UserError(f"{root / 'classes.txt'}: expected at most 255 classes, got {len(classes)}")
-    images, masks = root / "images", root / "masks"
+    images, masks, listed = root / "images", root / "masks", root / "test.txt"
     lists = [root / "train.txt", root / "val.txt"]
+
+    def dataset(pairs: Sequence[tuple[Path, Path]]) -> SegmentationDataset:
+        name = root.resolve().name
+        return FileDataset(name, classes, pairs, cache_in_memory=cache_in_memory)
+
     if all(path.is_file() for path in lists):
         parts = [listed_pairs(path, images, masks) for path in lists]
     elif any(path.is_file() for path in lists):
@@ -114,18 +117,21 @@ def open_folder(
             f"{root}: expected both train.txt and val.txt or neither, got one; add the other"
         )
     else:
-        stems = files_by_stem(images)
+        stems = set(files_by_stem(images))
+        if listed.is_file():
+            stems -= {id_of(line) for line in read_lines(listed)}
         if len(stems) < 2:
             raise UserError(f"{images}: expected at least 2 images, got {len(stems)}; add some")
         ranked = sorted(stems, key=lambda stem: hashlib.sha256(stem.encode()).hexdigest())
         held_out = max(1, round(0.2 * len(ranked)))
         halves = ranked[held_out:], ranked[:held_out]
         parts = [pair_files(sorted(stems), images, masks) for stems in halves]
-    train, val = (
-        FileDataset(root.resolve().name, classes, pairs, cache_in_memory=cache_in_memory)
-        for pairs in parts
+    train, val = map(dataset, parts)
+    return Parts(
+        train,
+        val,
+        (lambda: dataset(listed_pairs(listed, images, masks))) if listed.is_file() else None,
     )
-    return train, val
 
 
 def read_lines(path: Path) -> list[str]:
