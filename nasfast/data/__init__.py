@@ -10,6 +10,7 @@ from nasfast.data.base import (
     Sample,
     SegmentationDataset,
     Splits,
+    UnknownLayout,
     normalize,
     shorter_side,
     split_for_search,
@@ -30,6 +31,7 @@ __all__ = [
     "SyntheticStreets",
     "TrainTransform",
     "Transform",
+    "UnknownLayout",
     "ValTransform",
     "batch",
     "load_splits",
@@ -41,14 +43,24 @@ __all__ = [
 ]
 
 
-def load_splits(source: str | Path, *, seed: int = 0, cache_in_memory: bool = True) -> Splits:
+def load_splits(
+    source: str | Path,
+    *,
+    seed: int = 0,
+    cache_in_memory: bool = True,
+    mask_values: str | None = None,
+) -> Splits:
     """Open a dataset and divide it; `seed` decides only what of `train` validates a search.
 
     `source` is "synthetic" (512 + 128 frames of 96x128), a CamVid folder, or a folder of images
-    and masks (`open_folder`); the kind of a folder is recognised by what it holds.
+    and masks (`open_folder`); the kind of a folder is recognised by what it holds. `mask_values`,
+    such as "0,255", are the values of the classes in its masks, where they are not 0, 1, ..
+    (`FileDataset`).
     """
     root = Path(source)
     if source == "synthetic":
+        if mask_values is not None:
+            raise UserError("mask-values: expected a folder of masks, got synthetic; leave it out")
         train, val = (
             SyntheticStreets(count, stream=stream, cache_in_memory=cache_in_memory)
             for count, stream in ((512, "train"), (128, "val"))
@@ -59,11 +71,14 @@ def load_splits(source: str | Path, *, seed: int = 0, cache_in_memory: bool = Tr
             f"data: expected 'synthetic' or a folder, got {str(source)!r}; give an existing folder"
         )
     if (root / "train.txt").is_file() and (root / "trainannot").is_dir():
-        return split_for_search(*open_camvid(root, cache_in_memory=cache_in_memory), seed=seed)
-    if all((root / name).exists() for name in ("images", "masks", "classes.txt")):
-        return split_for_search(*open_folder(root, cache_in_memory=cache_in_memory), seed=seed)
-    found = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
-    raise UserError(
-        f"data: {root} has no known layout: expected CamVid ({CAMVID_LAYOUT}) or a folder pair "
-        f"({FOLDER_LAYOUT}), found {found}"
-    )
+        open_parts = open_camvid
+    elif all((root / name).exists() for name in ("images", "masks", "classes.txt")):
+        open_parts = open_folder
+    else:
+        found = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
+        raise UnknownLayout(
+            f"data: {root} has no known layout: expected CamVid ({CAMVID_LAYOUT}) or a folder pair "
+            f"({FOLDER_LAYOUT}), found {found}"
+        )
+    parts = open_parts(root, cache_in_memory=cache_in_memory, mask_values=mask_values)
+    return split_for_search(*parts, seed=seed)

@@ -19,6 +19,10 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+class UnknownLayout(UserError):
+    """A folder that is not laid out as any reader of the task knows it."""
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """One frame and its labels."""
@@ -49,6 +53,11 @@ class SegmentationDataset(ABC):
     def fingerprint(self) -> str:
         """SHA-256 (hex) over all that determines the samples; equal in every process."""
 
+    def label_counts(self) -> Tensor:
+        """Pixels of each label in each mask, int64 [N, 256]."""
+        masks = (sample.mask.flatten() for sample in self)
+        return torch.stack([torch.bincount(mask, minlength=256) for mask in masks])
+
     def subset(self, indices: Sequence[int]) -> SegmentationDataset:
         """The samples at `indices`, in that order. IndexError outside."""
         return Subset(self, indices)
@@ -68,6 +77,9 @@ class Subset(SegmentationDataset):
 
     def __getitem__(self, index: int) -> Sample:
         return self._dataset[self._indices[index]]
+
+    def label_counts(self) -> Tensor:
+        return self._dataset.label_counts()[list(self._indices)]
 
     def fingerprint(self) -> str:
         return digest("subset", self._dataset.fingerprint(), self._indices)

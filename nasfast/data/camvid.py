@@ -26,12 +26,14 @@ CLASSES = {
 }
 
 
-def open_camvid(root: Path, *, cache_in_memory: bool = True) -> Parts:
+def open_camvid(
+    root: Path, *, cache_in_memory: bool = True, mask_values: str | None = None
+) -> Parts:
     """The parts of a CamVid folder; test.txt, test/ and testannot/, where it has them, are the test
     part.
 
     `classes.json` (`{"classes": [{"name", "color"}, ...], "ignore_index"}`), where present,
-    replaces the 11 standard classes with void = 11 as ignore index.
+    replaces the 11 standard classes with void = 11 as ignore index. `mask_values`: `FileDataset`.
     """
     classes, ignore_index = CLASSES, len(CLASSES)
     if (root / "classes.json").is_file():
@@ -49,6 +51,7 @@ def open_camvid(root: Path, *, cache_in_memory: bool = True) -> Parts:
             pairs,
             ignore_index=ignore_index,
             colors=tuple(classes.values()),
+            mask_values=mask_values,
             cache_in_memory=cache_in_memory,
         )
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +13,42 @@ import torch
 from torch import Tensor
 
 from nasfast.data.base import Parts, Sample, SegmentationDataset, default_colors, digest
-from nasfast.data.images import IMAGE_SUFFIXES, image_files, open_image
+from nasfast.data.images import (
+    IMAGE_SUFFIXES,
+    by_stem,
+    for_each,
+    identity,
+    list_folder,
+    measure,
+    open_image,
+    read_image,
+    require_eight_bits,
+)
 from nasfast.utils.errors import UserError, about
 from nasfast.utils.files import read_text
 
 FOLDER_LAYOUT = "images/ + masks/ + classes.txt"
+FIRST_COLUMN = re.compile(
+    rf"[^\t]*?({'|'.join(map(re.escape, IMAGE_SUFFIXES))})(?=\s|$)|[^\t]*", re.IGNORECASE
+)
 
 
 class FileDataset(SegmentationDataset):
     """Frames and masks in files, `pairs` of (image path, mask path).
 
     Opening it reads every mask and keeps them; frames are decoded now and kept
-    (`cache_in_memory`), or only measured now and decoded at each access. UserError names the first
-    file that is missing, unreadable or inconsistent.
+    (`cache_in_memory`), or only measured now and decoded at each access. UserError names the
+    first file that is missing, unreadable or inconsistent, and counts the others.
+
+    Args:
+        name: of the data.
+        classes: names, in the order of the indices.
+        pairs: the files.
+        ignore_index: label that no loss and no metric counts.
+        colors: RGB of each class; default: those of PASCAL VOC.
+        mask_values: "0,255": the value in the masks of class 0, of class 1, ..; pixels of other
+            values are ignored. Default: the indices themselves.
+        cache_in_memory: keep decoded frames.
     """
 
     def __init__(
@@ -35,80 +59,138 @@ class FileDataset(SegmentationDataset):
         *,
         ignore_index: int = 255,
         colors: Sequence[tuple[int, int, int]] | None = None,
+        mask_values: str | None = None,
         cache_in_memory: bool = True,
     ) -> None:
         self.name, self.classes, self.ignore_index = name, tuple(classes), ignore_index
         self.colors = default_colors(len(classes)) if colors is None else tuple(colors)
-        self._pairs = tuple(pairs)
-        self._images: list[Tensor] | None = None
+        self.pairs = tuple(pairs)
+        self.mask_values = parse_mask_values(mask_values, self.classes)
         self._fingerprint: str | None = None
-        with ThreadPoolExecutor() as pool:
-            self._masks = list(pool.map(self._read_mask, [mask for _, mask in pairs]))
-            images = [image for image, _ in pairs]
-            if cache_in_memory:
-                self._images = list(pool.map(_read_image, images))
-                sizes = [(i.shape[1], i.shape[2]) for i in self._images]
-            else:
-                sizes = list(pool.map(_image_size, images))
-        for (image, mask), (height, width), labels in zip(pairs, sizes, self._masks, strict=True):
+        masks = for_each(_read_mask, [mask for _, mask in pairs])
+        self.value_counts = torch.stack([_count(mask) for mask in masks])  # int64 [N, 256]
+        """Pixels of each value in each mask file."""
+        self._check_values()
+        self._masks = [
+            mask if self.mask_values is None else self._table[mask.long()] for mask in masks
+        ]
+        self._images: list[Tensor] | None = None
+        if cache_in_memory:
+            self._images = for_each(read_image, [image for image, _ in pairs])
+            sizes = [(image.shape[1], image.shape[2]) for image in self._images]
+        else:
+            sizes = for_each(_image_size, [image for image, _ in pairs])
+        for (image, mask), (height, width), labels in zip(pairs, sizes, masks, strict=True):
             if (height, width) != tuple(labels.shape):
+                turned = measure(image).turned
                 raise UserError(
                     f"image and mask differ in size: {image} is {height}x{width}, "
                     f"{mask} is {labels.shape[0]}x{labels.shape[1]} (height x width)"
+                    + turned
+                    * "; the image is upright by its EXIF orientation, turn the mask too"
                 )
 
+    @property
+    def _table(self) -> Tensor:
+        """Label of each value in a mask, uint8 [256]."""
+        if self.mask_values is None:
+            return torch.arange(256, dtype=torch.uint8)
+        table = torch.full((256,), self.ignore_index, dtype=torch.uint8)
+        table[list(self.mask_values)] = torch.arange(len(self.classes), dtype=torch.uint8)
+        return table
+
     def __len__(self) -> int:
-        return len(self._pairs)
+        return len(self.pairs)
 
     def __getitem__(self, index: int) -> Sample:
-        image = self._images[index] if self._images else _read_image(self._pairs[index][0])
+        image = self._images[index] if self._images else read_image(self.pairs[index][0])
         return Sample(image, self._masks[index])
+
+    def label_counts(self) -> Tensor:
+        counts = torch.zeros_like(self.value_counts)
+        return counts.index_add_(1, self._table.long(), self.value_counts)
 
     def fingerprint(self) -> str:
         if self._fingerprint is None:
-            files = tuple(
-                (path.name, hashlib.sha256(path.read_bytes()).hexdigest())
-                for pair in self._pairs
-                for path in pair
-            )
-            self._fingerprint = digest("files", self.classes, self.ignore_index, files)
+            files = tuple((path.name, identity(path)) for pair in self.pairs for path in pair)
+            values = () if self.mask_values is None else (self.mask_values,)
+            self._fingerprint = digest("files", self.classes, self.ignore_index, files, *values)
         return self._fingerprint
 
-    def _read_mask(self, path: Path) -> Tensor:
-        image = open_image(path, "mask")
-        if image.mode not in ("1", "L", "P"):
-            raise UserError(
-                f"mask {path} has mode {image.mode}: expected an 8-bit index mask (grey or palette "
-                "PNG whose pixel values are class indices)"
-            )
-        labels = np.array(image, dtype=np.uint8)  # [H, W]
-        present = np.flatnonzero(np.bincount(labels.ravel(), minlength=256))
-        unknown = [v for v in present if v >= len(self.classes) and v != self.ignore_index]
-        if unknown:
-            raise UserError(
-                f"mask {path} has the value {unknown[0]}: expected 0..{len(self.classes) - 1} "
-                f"or {self.ignore_index} (ignore)"
-            )
-        return torch.from_numpy(labels)
+    def _check_values(self) -> None:
+        if self.mask_values is not None:  # says what every value means
+            return
+        known = torch.zeros(256, dtype=torch.bool)
+        known[: len(self.classes)] = known[self.ignore_index] = True
+        for (_, mask), unknown in zip(self.pairs, (self.value_counts > 0) & ~known, strict=True):
+            if unknown.any():
+                cause = "; JPEG changes values" * (mask.suffix.lower() in (".jpg", ".jpeg"))
+                raise UserError(
+                    f"mask {mask} has the value {int(unknown.nonzero()[0])}: expected "
+                    f"0..{len(self.classes) - 1} or {self.ignore_index} (ignore)"
+                    f"{cause}{self.remedy()}"
+                )
+
+    def remedy(self) -> str:
+        """What to do about values that are no indices of classes, as the end of a sentence."""
+        found = torch.nonzero(self.value_counts.sum(0)).flatten().tolist()
+        names = _some(self.classes)
+        for void in ((), (self.ignore_index,), (0,), (0, self.ignore_index)):
+            values = [value for value in found if value not in void]
+            if len(values) == len(self.classes) and values != list(range(len(values))):
+                meant = ",".join(map(str, values))
+                return f"; if {meant} mean {names}, give --mask-values {meant}"
+        return (
+            f"; the masks hold {_some(found)}: save class indices, or give --mask-values and the "
+            f"value of each class, {names}"
+        )
 
 
-def open_folder(root: Path, *, cache_in_memory: bool = True) -> Parts:
+def _some(items: Sequence[object]) -> str:
+    return ", ".join(map(str, items[:8])) + (", .." if len(items) > 8 else "")
+
+
+def parse_mask_values(text: str | None, classes: Sequence[str]) -> tuple[int, ...] | None:
+    """The values in "0,255", one a class.
+
+    Raises:
+        UserError: another form or number, or two classes of one value.
+    """
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    values = [int(word) for word in words if re.fullmatch("[0-9]{1,3}", word)]
+    if len(values) != len(words) or len({v for v in values if v < 256}) != len(classes):
+        raise UserError(
+            f"mask-values: expected {len(classes)} different numbers of 0..255, one a class "
+            f"({_some(classes)}), such as 0,255 for two, got {text!r}"
+        )
+    return tuple(values)
+
+
+def open_folder(
+    root: Path, *, cache_in_memory: bool = True, mask_values: str | None = None
+) -> Parts:
     """The parts of a folder `images/` + `masks/` + `classes.txt`.
 
-    Masks carry the stems of their images and 8-bit class indices, 255 = ignore; `classes.txt`
-    has one class name per line, in the order of the indices. `train.txt` and `val.txt` (a stem
-    per line) divide the images; without them the 20 % with the smallest hash of the stem
-    validate. Images of `test.txt`, where there is one, are the test part and no other.
+    Masks carry the stems of their images and 8-bit class indices, 255 = ignore, or `mask_values`
+    (`FileDataset`); `classes.txt` has one class name per line, in the order of the indices.
+    `train.txt` and `val.txt` (a stem per line) divide the images; without them the 20 % with the
+    smallest hash of the stem validate. Images of `test.txt`, where there is one, are the test part
+    and no other.
     """
-    classes = read_lines(root / "classes.txt")
-    if len(classes) > 255:
-        raise UserError(f"{root / 'classes.txt'}: expected at most 255 classes, got {len(classes)}")
+    classes = read_classes(root / "classes.txt")
     images, masks, listed = root / "images", root / "masks", root / "test.txt"
     lists = [root / "train.txt", root / "val.txt"]
 
     def dataset(pairs: Sequence[tuple[Path, Path]]) -> SegmentationDataset:
-        name = root.resolve().name
-        return FileDataset(name, classes, pairs, cache_in_memory=cache_in_memory)
+        return FileDataset(
+            root.resolve().name,
+            classes,
+            pairs,
+            mask_values=mask_values,
+            cache_in_memory=cache_in_memory,
+        )
 
     if all(path.is_file() for path in lists):
         parts = [listed_pairs(path, images, masks) for path in lists]
@@ -119,7 +201,7 @@ def open_folder(root: Path, *, cache_in_memory: bool = True) -> Parts:
     else:
         stems = set(files_by_stem(images))
         if listed.is_file():
-            stems -= {id_of(line) for line in read_lines(listed)}
+            stems -= set(read_ids(listed))
         if len(stems) < 2:
             raise UserError(f"{images}: expected at least 2 images, got {len(stems)}; add some")
         ranked = sorted(stems, key=lambda stem: hashlib.sha256(stem.encode()).hexdigest())
@@ -134,31 +216,52 @@ def open_folder(root: Path, *, cache_in_memory: bool = True) -> Parts:
     )
 
 
+def read_classes(path: Path) -> list[str]:
+    """Names of classes, a line each. UserError for more than 255 or a name that comes twice."""
+    classes = read_lines(path)
+    if len(classes) > 255:
+        raise UserError(f"{path}: expected at most 255 classes, got {len(classes)}")
+    name, count = Counter(classes).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{path}: expected each class once, got {name!r} {count} times; rename one")
+    return classes
+
+
 def read_lines(path: Path) -> list[str]:
-    """The stripped lines of a list, without empty ones. UserError for an empty list."""
-    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    """The stripped lines of a list in UTF-8, without empty ones. UserError for an empty list."""
+    text = read_text(path).removeprefix("\ufeff")
+    if "\0" in text:
+        raise UserError(f"{path}: expected text in UTF-8, got zero bytes, as in UTF-16; save it so")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{path} is empty: expected one entry per line; add them")
     return lines
 
 
+def read_ids(path: Path) -> list[str]:
+    """The ids in a list, line by line."""
+    return [id_of(line) for line in read_lines(path)]
+
+
 def listed_pairs(path: Path, image_folder: Path, mask_folder: Path) -> list[tuple[Path, Path]]:
     """(image, mask) per line of a list."""
-    ids = [id_of(line) for line in read_lines(path)]
+    ids = read_ids(path)
     with about(path):
         return pair_files(ids, image_folder, mask_folder)
 
 
 def id_of(line: str) -> str:
-    """The id in a line of a list: an id, or a path, or several paths of which the first counts."""
-    name = line.split()[0].rsplit("/", 1)[-1]
-    stem, dot, suffix = name.rpartition(".")
-    return stem if dot + suffix.lower() in IMAGE_SUFFIXES else name
+    """The id in a line of a list: the line itself or the first of its columns, which end at a tab
+    or at an image's suffix, without folders and suffix."""
+    column = FIRST_COLUMN.match(line)
+    assert column is not None
+    name = re.split(r"[/\\]", column[0].strip())[-1]
+    return name[: -len(column[1])] if column[1] else name
 
 
 def files_by_stem(folder: Path) -> dict[str, Path]:
     """Stem -> path of the images in a folder."""
-    return {path.stem: path for path in image_files(folder)}
+    return by_stem(list_folder(folder).images)
 
 
 def pair_files(
@@ -171,19 +274,31 @@ def pair_files(
         missing = [i for i in ids if i not in files]
         if missing:
             name = missing[0][:40]
+            columns = " (columns of a list end at a tab or a suffix)" if " " in name else ""
             raise UserError(
                 f"no {kind} for id {name!r}: expected {str(folder / name)!r} with the suffix "
-                f"{' or '.join(IMAGE_SUFFIXES)} ({len(missing)} of {len(ids)} missing); add it"
+                f"{', '.join(IMAGE_SUFFIXES[:-1])} or {IMAGE_SUFFIXES[-1]} ({len(missing)} of "
+                f"{len(ids)} missing); add it{columns}"
             )
         found.append([files[i] for i in ids])
     return list(zip(*found, strict=True))
 
 
-def _read_image(path: Path) -> Tensor:
-    pixels = np.array(open_image(path).convert("RGB"))  # [H, W, 3]
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+def _read_mask(path: Path) -> Tensor:
+    image = open_image(path, "mask")
+    if image.mode not in ("1", "L", "P"):
+        raise UserError(
+            f"mask {path} has mode {image.mode}: expected an 8-bit index mask (grey or palette "
+            "PNG whose pixel values are class indices); replace each colour by its class's index"
+        )
+    return torch.from_numpy(np.array(image, dtype=np.uint8))  # [H, W]
+
+
+def _count(mask: Tensor) -> Tensor:
+    return torch.bincount(mask.flatten(), minlength=256)
 
 
 def _image_size(path: Path) -> tuple[int, int]:
-    image = open_image(path, decode=False)
-    return image.height, image.width
+    header = measure(path)
+    require_eight_bits(path, header.mode)
+    return header.size

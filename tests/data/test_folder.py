@@ -123,7 +123,7 @@ def test_binary_masks(folder):
         ({"masks/f3.png": cut(70)}, r"mask .*masks/f3.png cannot be read: "),
         (
             {"masks/f3.png": Path.unlink},
-            r"no mask for id 'f3': expected '.*masks/f3' with .* .jpg or .jpeg or .png \(1 of 8",
+            r"no mask for id 'f3': expected '.*masks/f3' with .* .tiff or .webp \(1 of 8",
         ),
         (
             LISTED | {"images/f3.png": Path.unlink},
