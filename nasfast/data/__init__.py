@@ -16,6 +16,7 @@ from nasfast.data.base import (
     split_for_search,
 )
 from nasfast.data.camvid import CAMVID_LAYOUT, open_camvid
+from nasfast.data.checks import require_classes
 from nasfast.data.folder import FOLDER_LAYOUT, FileDataset, open_folder
 from nasfast.data.synthetic import SyntheticStreets
 from nasfast.data.transforms import TrainTransform, Transform, ValTransform, batch
@@ -34,6 +35,7 @@ __all__ = [
     "UnknownLayout",
     "ValTransform",
     "batch",
+    "folder_of",
     "load_splits",
     "normalize",
     "open_camvid",
@@ -81,4 +83,10 @@ def load_splits(
             f"({FOLDER_LAYOUT}), found {found}"
         )
     parts = open_parts(root, cache_in_memory=cache_in_memory, mask_values=mask_values)
+    require_classes(parts.train, parts.val)
     return split_for_search(*parts, seed=seed)
+
+
+def folder_of(source: str | Path) -> Path | None:
+    """The folder that data lies in; None for data that is drawn."""
+    return None if source == "synthetic" else Path(source).expanduser().resolve()

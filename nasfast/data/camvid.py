@@ -64,11 +64,11 @@ def _read_classes(path: Path) -> tuple[dict[str, Color], int]:
     try:
         named = [(str(c["name"]), _color(*c["color"])) for c in described["classes"]]
         ignore_index = int(described["ignore_index"])
-        if not 0 < len(dict(named)) == len(named) < 256:
+        if not 2 <= len(dict(named)) == len(named) < 256:
             raise ValueError(f"{len(named)} classes of {len(dict(named))} names")
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
-            f"{path}: expected an object with 'ignore_index' and 'classes', a list of up to 255 "
+            f"{path}: expected an object with 'ignore_index' and 'classes', a list of 2 to 255 "
             f"{{'name', 'color'}} of different names; got {type(error).__name__}: {error}"
         ) from error
     return dict(named), ignore_index

@@ -131,23 +131,30 @@ class FileDataset(SegmentationDataset):
                     f"{cause}{self.remedy()}"
                 )
 
-    def remedy(self) -> str:
-        """What to do about values that are no indices of classes, as the end of a sentence."""
+    def meaning(self) -> str:
+        """What values that are no indices of classes may mean, as the end of a sentence."""
         found = torch.nonzero(self.value_counts.sum(0)).flatten().tolist()
-        names = _some(self.classes)
         for void in ((), (self.ignore_index,), (0,), (0, self.ignore_index)):
             values = [value for value in found if value not in void]
-            if len(values) == len(self.classes) and values != list(range(len(values))):
+            fits = len(values) == len(self.classes) and values != list(range(len(values)))
+            if fits and self.mask_values is None:
                 meant = ",".join(map(str, values))
-                return f"; if {meant} mean {names}, give --mask-values {meant}"
-        return (
-            f"; the masks hold {_some(found)}: save class indices, or give --mask-values and the "
-            f"value of each class, {names}"
+                return f"; if {meant} mean {some(self.classes)}, give --mask-values {meant}"
+        return ""
+
+    def remedy(self) -> str:
+        """The same, or else what the masks hold and what to do."""
+        found = torch.nonzero(self.value_counts.sum(0)).flatten().tolist()
+        return self.meaning() or (
+            f"; the masks hold {some(found)}: save class indices, or give --mask-values and the "
+            f"value of each class, {some(self.classes)}"
         )
 
 
-def _some(items: Sequence[object]) -> str:
-    return ", ".join(map(str, items[:8])) + (", .." if len(items) > 8 else "")
+def some(items: Sequence[object], most: int = 8) -> str:
+    """The first of a list, each cut to 20 characters, for an error or a warning."""
+    texts = [text if len(text) <= 20 else f"{text[:18]}.." for text in map(str, items[:most])]
+    return ", ".join([*texts, ".."] if len(items) > most else texts)
 
 
 def parse_mask_values(text: str | None, classes: Sequence[str]) -> tuple[int, ...] | None:
@@ -163,7 +170,7 @@ def parse_mask_values(text: str | None, classes: Sequence[str]) -> tuple[int, ..
     if len(values) != len(words) or len({v for v in values if v < 256}) != len(classes):
         raise UserError(
             f"mask-values: expected {len(classes)} different numbers of 0..255, one a class "
-            f"({_some(classes)}), such as 0,255 for two, got {text!r}"
+            f"({some(classes)}), such as 0,255 for two, got {text!r}"
         )
     return tuple(values)
 
@@ -217,10 +224,13 @@ def open_folder(
 
 
 def read_classes(path: Path) -> list[str]:
-    """Names of classes, a line each. UserError for more than 255 or a name that comes twice."""
+    """Names of classes, a line each. UserError for one, more than 255 or a name that comes
+    twice."""
     classes = read_lines(path)
-    if len(classes) > 255:
-        raise UserError(f"{path}: expected at most 255 classes, got {len(classes)}")
+    if not 2 <= len(classes) <= 255:
+        raise UserError(
+            f"{path}: expected 2 to 255 classes, a line each, background too, got {len(classes)}"
+        )
     name, count = Counter(classes).most_common(1)[0]
     if count > 1:
         raise UserError(f"{path}: expected each class once, got {name!r} {count} times; rename one")

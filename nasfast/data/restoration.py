@@ -100,6 +100,15 @@ class ImageSet(Sequence[ImagePair]):
         return tuple(source.size for source in self._sources)
 
     @property
+    def files(self) -> tuple[tuple[Path, ...], ...]:
+        """(clean,) or (clean, degraded) of each image that is a file."""
+        return tuple(source.paths for source in self._sources if isinstance(source, _Files))
+
+    def read_all(self) -> None:
+        """Read every image and keep none. FaultyFiles names those that cannot be read."""
+        for_each(lambda source: source.read().name, self._sources)
+
+    @property
     def paired(self) -> bool:
         """Whether there is a degraded image beside a clean one."""
         return any(source.paired for source in self._sources)

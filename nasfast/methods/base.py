@@ -12,11 +12,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from nasfast.data.checks import Findings
 from nasfast.models.io import MODEL_FILE
 from nasfast.report import MethodReport
 from nasfast.searches.base import Search, SearchSettings
 from nasfast.spaces.base import Genotype
 from nasfast.training.loop import Runtime
+from nasfast.utils.cli import say
 from nasfast.utils.config import require_positive
 from nasfast.utils.interrupt import Interrupt
 
@@ -63,6 +65,17 @@ class EvaluateConfig:
         return self.model / MODEL_FILE if self.model.is_dir() else self.model
 
 
+@dataclass(frozen=True)
+class CheckConfig:
+    """What to look at, and how a search would read it; methods add their settings."""
+
+    data: str = "synthetic"
+    """Data as for nasfast search."""
+    out: Path | None = None
+    """PNG to draw a dozen of the images on; default: DATA-check.png in the working directory. It is
+    replaced where it exists."""
+
+
 class Training(Protocol):
     """A full training in rounds, with a checkpoint after each."""
 
@@ -107,6 +120,17 @@ class Architecture:
     """Settings of the search that found it, as far as known; empty for a file."""
 
 
+def warn(findings: Findings, console: Console) -> None:
+    """Print the warnings before a search begins.
+
+    Raises:
+        UserError: the data cannot be used.
+    """
+    findings.require()
+    for warning in findings.warnings:
+        say(console, f"warning: {warning}")
+
+
 class Method(ABC):
     """One search method: how it searches, trains what it found, and measures it.
 
@@ -120,6 +144,7 @@ class Method(ABC):
     """Value of "space" in a genotype's JSON form."""
     search_settings: ClassVar[type[SearchSettings]]
     train_settings: ClassVar[type[TrainSettings]]
+    check_settings: ClassVar[type[CheckConfig]]
     model_format: ClassVar[str]
     """Key in the metadata of this method's model files."""
     report: ClassVar[MethodReport]
@@ -148,6 +173,15 @@ class Method(ABC):
         self, settings: Any, interrupt: Interrupt, console: Console
     ) -> tuple[Search, SearchSettings]:
         """Open the data and prepare the search; the settings fit the data then."""
+
+    @abstractmethod
+    def check(self, settings: Any) -> Findings:
+        """What data holds, and what about it would mislead a search of this method.
+
+        Raises:
+            UnknownLayout: it is no data of this method.
+            UserError: it cannot be opened.
+        """
 
     @abstractmethod
     def genotype(self, obj: object) -> Genotype:

@@ -10,14 +10,16 @@ from PIL import Image
 from nasfast.data import TrainTransform, batch, load_splits, open_camvid
 from nasfast.utils.errors import UserError
 
+MASK = np.repeat([3, 9, 11], 16).reshape(6, 8)
+
 
 @pytest.fixture
 def camvid(tmp_path):
     for split, ids in (("train", "abcd"), ("val", "ef"), ("test", "g")):
-        for suffix, shape, value in (("", (6, 8, 3), 9), ("annot", (6, 8), 11)):
+        for suffix, pixels in (("", np.full((6, 8, 3), 9)), ("annot", MASK)):
             (tmp_path / (split + suffix)).mkdir()
             for i in ids:
-                image = Image.fromarray(np.full(shape, value, np.uint8))
+                image = Image.fromarray(pixels.astype(np.uint8))
                 image.save(tmp_path / f"{split}{suffix}/{i}.png")
         lines = [f"/SegNet/CamVid/{split}/{i}.png /SegNet/CamVid/{split}annot/{i}.png" for i in ids]
         (tmp_path / f"{split}.txt").write_text("\n".join(lines))
@@ -31,7 +33,7 @@ def test_original_lists_and_standard_classes(camvid):
     assert (len(splits.train.classes), splits.train.ignore_index) == (11, 11)
     assert splits.train.classes[9] == "Pedestrian"
     assert splits.train.colors[8] == (64, 0, 128)
-    assert splits.val[1].mask.tolist() == [[11] * 8] * 6
+    assert splits.val[1].mask.tolist() == MASK.tolist()
     assert len(splits.test) == 1
     (camvid / "test.txt").unlink()
     assert load_splits(camvid).test is None

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from rich.console import Console
 
+from nasfast.data import folder_of
+from nasfast.data.checks import check_images
 from nasfast.data.restoration import open_images
+from nasfast.methods.base import warn
 from nasfast.methods.restoration.sampled import sampled_search
 from nasfast.methods.restoration.settings import SearchConfig
 from nasfast.searches.bilevel import SupernetSearch
@@ -24,6 +27,7 @@ def build(
     workers = config.worker_config() if config.samples else config.worker_config(1)
     runtime = Runtime(torch.device(workers.devices[0]), interrupt.check)
     data = open_images(config.data, config.channels)
+    warn(check_images(data, folder_of(config.data)), console)
     halves = data.halves()
     space = IRNASSpace(config.supernet.layers, config.supernet.nodes)
     say(

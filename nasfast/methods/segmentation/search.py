@@ -10,11 +10,13 @@ from typing import Self, TypeVar
 import torch
 from rich.console import Console
 
-from nasfast.data import Splits, load_splits, shorter_side
+from nasfast.data import Splits, folder_of, load_splits, shorter_side
+from nasfast.data.checks import check_splits
 from nasfast.encoders import MobileNetV2, load_encoder
 from nasfast.evaluation.candidate import CandidateEvaluator
 from nasfast.evaluation.frozen_encoder import Caches, FrozenEncoder
 from nasfast.evaluation.stages import DecoderOnFeatures, EndToEnd, Stage0Config, Stage1Config
+from nasfast.methods.base import warn
 from nasfast.methods.segmentation.settings import SearchConfig
 from nasfast.models.build import build_segmenter
 from nasfast.models.decoders import EncoderDecoder
@@ -49,7 +51,7 @@ class Inputs:
     @classmethod
     def open(cls, config: SearchConfig) -> Self:
         """Data, encoder and teacher that the settings name."""
-        splits = load_splits(config.data, seed=config.seed)
+        splits = load_splits(config.data, seed=config.seed, mask_values=config.mask_values)
         teacher = load_teacher(config.teacher, splits.train.classes) if config.teacher else None
         return cls(splits, load_encoder(config.encoder_weights), teacher)
 
@@ -82,6 +84,7 @@ def build(
         )
     runtime = Runtime(torch.device(workers.devices[0]), interrupt.check)
     inputs = Inputs.open(config)
+    warn(check_splits(inputs.splits, folder_of(config.data), config.omit), console)
     config = fit_to_data(config, inputs.splits, console)
     splits, encoder, space = inputs.splits, inputs.encoder, FastNASSpace()
     say(

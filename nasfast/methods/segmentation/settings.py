@@ -59,6 +59,9 @@ class SearchConfig(SamplingSettings):
     """Type of the stored features; auto: that of the activations, or float16."""
     val_crop: int | None = None
     """Score candidates on centre crops of this side; default: whole images of one size."""
+    mask_values: str | None = None
+    """Values of the classes in the masks, where they are not 0, 1, ..: 0,255. Pixels of other
+    values are ignored."""
     omit: tuple[int, ...] = ()
     """Classes left out of the reward: 0, the background, in the paper's search on PASCAL VOC."""
     decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)

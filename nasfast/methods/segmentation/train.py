@@ -36,6 +36,8 @@ class TrainConfig(TrainSettings):
 
     encoder_weights: Path | None = None
     """Encoder weights to start from; default: the run's, or the packaged ones."""
+    mask_values: str | None = None
+    """Values of the classes in the masks: 0,255; default: the search's."""
     epochs: int = 30
     """Passes over the training images."""
     batch_size: int = 8
@@ -64,11 +66,14 @@ class TrainConfig(TrainSettings):
 
 
 def resolve(config: TrainConfig, architecture: Architecture) -> TrainConfig:
-    """Fill in data and encoder of the search."""
+    """Fill in data, values of masks and encoder of the search."""
     data = config.data or architecture.search.get("data", "synthetic")
     encoder = config.encoder_weights or architecture.search.get("encoder_weights")
     return dataclasses.replace(
-        config, data=data, encoder_weights=Path(encoder).resolve() if encoder else None
+        config,
+        data=data,
+        mask_values=config.mask_values or architecture.search.get("mask_values"),
+        encoder_weights=Path(encoder).resolve() if encoder else None,
     )
 
 
@@ -80,7 +85,8 @@ class SegmentationTraining:
     ) -> None:
         assert config.data is not None
         self.config, self.genotype, self.out, self.runtime = config, genotype, out, runtime
-        self.task = SegmentationTask(load_splits(config.data, seed=config.seed))
+        splits = load_splits(config.data, seed=config.seed, mask_values=config.mask_values)
+        self.task = SegmentationTask(splits)
         train = self.task.splits.train
         # larger would enlarge every image, where validation takes them as they are
         self.settings = dataclasses.replace(
@@ -195,6 +201,7 @@ class SegmentationTraining:
             "colors": list(splits.val.colors),
             "size": [height, width],
             "data": self.config.data,
+            "mask_values": self.config.mask_values,
             "miou": scores.miou,
             "method": "segmentation",
         }
