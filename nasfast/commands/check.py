@@ -37,7 +37,7 @@ def findings_of(argv: Sequence[str]) -> tuple[CheckConfig, Findings]:
     Raises:
         UserError: the data cannot be opened.
     """
-    unknown: list[UnknownLayout] = []
+    unknown = []
     for method in _methods(argv):
         config = tyro.cli(
             method.check_settings, args=argv, description=__doc__, prog="nasfast check"
@@ -46,10 +46,10 @@ def findings_of(argv: Sequence[str]) -> tuple[CheckConfig, Findings]:
         try:
             return config, method.check(config)
         except UnknownLayout as error:
-            unknown.append(error)
+            unknown.append(f"{method.name}: {error}")
         except FaultyFiles as error:
             return config, Findings(errors=error.faults)
-    raise unknown[0]
+    raise UserError("; ".join(unknown))
 
 
 def _methods(argv: Sequence[str]) -> list[Method]:
@@ -89,7 +89,9 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
 
 
 def _cell(value: object) -> str:
-    return f"{value:.2%}" if isinstance(value, float) else escape(str(value))
+    if isinstance(value, float):
+        return f"{value:.2%}" if value else "none"
+    return escape(str(value))
 
 
 @reports_errors

@@ -209,7 +209,7 @@ def identity(path: Path) -> str:
         UserError: the file cannot be read.
     """
     with _opened(path, "image") as image:
-        upright = " upright" if _turn(image) else ""
+        upright = "" if _turn(image) is None else " upright"
         return hashlib.sha256(path.read_bytes()).hexdigest() + upright
 
 

@@ -34,7 +34,7 @@ def draw_sheet(
             Image.Resampling.BOX if scale < 1 else Image.Resampling.NEAREST,
         )
         sheet.paste(tile, (left, top))
-        draw.text((left, top + HEIGHT + 2), caption[:50], BLACK)
+        draw.text((left, top + tile.height + 2), caption[:50], BLACK)
     for i, (name, color) in enumerate(legend.items()):
         left = GAP + i % (2 * COLUMNS) * (WIDTH + GAP) // 2
         top = GAP + rows * step + i // (2 * COLUMNS) * LINE
