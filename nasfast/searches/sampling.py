@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Generic, Literal
+from typing import Annotated, Any, Generic, Literal
 
 import torch
 from rich.console import Console
@@ -21,7 +21,7 @@ from nasfast.spaces.base import Space
 from nasfast.strategies import Strategy
 from nasfast.training.loop import Runtime
 from nasfast.utils.cli import say
-from nasfast.utils.config import require_positive
+from nasfast.utils.config import Bound, Count
 from nasfast.utils.errors import UserError
 from nasfast.utils.seeding import derive_seed
 from nasfast.workers import Engine, InProcess, Job, WorkerConfig, cores
@@ -34,10 +34,10 @@ _MAX_DUPLICATES = 100
 class SamplingSettings(SearchSettings):
     """Settings of a search that evaluates sampled candidates."""
 
-    batch: int = 1
+    batch: Annotated[int, Bound(1, 4096)] = 1
     """Candidates that are sampled from one policy and reported to it together; all share the gate
     of the batch's start. 1 is the published order."""
-    workers: int | None = None
+    workers: Count | None = None
     """Candidates trained in parallel, each in a process of its own; changes no result. Default: as
     many as the batch has and the cores (on CUDA: the devices) keep busy; with ray the whole batch,
     at most that many: Ray schedules them."""
@@ -48,8 +48,7 @@ class SamplingSettings(SearchSettings):
     one."""
 
     def __post_init__(self) -> None:
-        given = [name for name in ("workers", "threads") if getattr(self, name) is not None]
-        require_positive(self, "batch", *given)
+        super().__post_init__()
         if self.devices is not None and self.engine == "ray":
             raise UserError(
                 "devices: expected --engine process, as Ray hands out GPUs itself, got ray; give "

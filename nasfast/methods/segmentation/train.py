@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from nasfast.tasks.base import Targets
 from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.cost import count_macs, count_parameters
 from nasfast.training.loop import Group, Runtime, epoch_indices, one_cycle, train_epoch
-from nasfast.utils.config import require_positive
+from nasfast.utils.config import BatchSize, Bound, Count, MaxNorm, Pixels, Positive, Weight
 from nasfast.utils.files import atomic_write
 from nasfast.utils.seeding import derive_seed
 
@@ -36,31 +36,26 @@ class TrainConfig(TrainSettings):
 
     encoder_weights: Path | None = None
     """Encoder weights to start from; default: the run's, or the packaged ones."""
-    epochs: int = 30
+    epochs: Count = 30
     """Passes over the training images."""
-    batch_size: int = 8
+    batch_size: BatchSize = 8
     """Crops per step."""
-    crop: int | None = None
+    crop: Pixels | None = None
     """Side of a crop, in pixels; default: 288, or the shorter side of smaller images."""
-    decoder_lr: float = 3e-3
+    decoder_lr: Positive = 3e-3
     """Peak learning rate of the decoder (AdamW, one cycle to zero)."""
-    encoder_lr: float = 6e-4
+    encoder_lr: Positive = 6e-4
     """Peak learning rate of the encoder."""
-    weight_decay: float = 1e-4
+    weight_decay: Weight = 1e-4
     """Decoupled weight decay."""
-    max_grad_norm: float = 3.0
+    max_grad_norm: MaxNorm = 3.0
     """Gradients of encoder and of decoder are scaled down to this L2 norm each."""
-    aux_weight: float = 0.15
+    aux_weight: Weight = 0.15
     """Weight of each auxiliary head's loss."""
-    class_balance: float = 0.3
+    class_balance: Annotated[float, Bound(0, 2)] = 0.3
     """The loss weighs class k by its frequency to the power of minus this; 0 weighs all alike."""
     decoder: DecoderConfig = FULL_DECODER
     """Size of the decoder; the default is that of the published final networks."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "epochs", "batch_size", "max_grad_norm")
-        if self.crop is not None:
-            require_positive(self, "crop")
 
 
 def resolve(config: TrainConfig, architecture: Architecture) -> TrainConfig:
