@@ -42,7 +42,7 @@ from nasfast.utils.config import (
     Positive,
     Weight,
 )
-from nasfast.utils.errors import UserError
+from nasfast.utils.errors import NothingFoundError, UserError
 from nasfast.utils.seeding import derive_seed
 
 STAGE = "supernet"
@@ -338,11 +338,14 @@ class SupernetTraining:
         means = {name: torch.stack(values).mean().item() for name, values in losses.items()}
         for name, mean in means.items():
             if not math.isfinite(mean):
-                raise UserError(
-                    f"search: the {name.replace('_', ' ')} is {mean} in epoch {epoch}; lower "
-                    "--bilevel.weights.lr in a new run. The epochs before it are saved"
-                )
+                raise self._diverged(f"the {name.replace('_', ' ')} is {mean}")
         return means
+
+    def _diverged(self, what: str) -> UserError:
+        text = f"search: {what} in epoch {self.epoch}; lower --bilevel.weights.lr in a new run"
+        if self.epoch == 1:
+            return NothingFoundError(text)
+        return UserError(f"{text}. The epochs before it are saved")
 
     def _step(
         self,
@@ -375,7 +378,10 @@ class SupernetTraining:
                 restored = self.model(inputs, mix)
             ratios.append(psnr(restored.float(), target))
             similarities.append(ssim(restored.float(), target))
-        return torch.cat(ratios).mean().item(), torch.cat(similarities).mean().item()
+        means = torch.cat(ratios).mean().item(), torch.cat(similarities).mean().item()
+        if not all(map(math.isfinite, means)):
+            raise self._diverged("what the supernet gives for the validation images is not finite")
+        return means
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next epoch depends on, and the architecture after each so far."""

@@ -217,6 +217,7 @@ class RestorationTraining:
     def __init__(
         self, config: TrainConfig, genotype: IRNASGenotype, out: Path, runtime: Runtime
     ) -> None:
+        config = dataclasses.replace(config, crop=config.task.fitting(config.crop))
         assert config.data is not None
         self.settings, self.genotype, self.out, self.runtime = config, genotype, out, runtime
         self.data = open_images(config.data, config.channels)
@@ -241,6 +242,7 @@ class RestorationTraining:
         return (
             f"task     {self.settings.task.label}\n"
             f"data     {self.settings.data}, {len(self.data.train)} images\n"
+            f"patches  of {self.settings.crop} pixels\n"
             f"size     {count_parameters(self.model):,} parameters"
         )
 

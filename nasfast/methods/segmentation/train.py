@@ -15,6 +15,7 @@ from torch import Tensor
 from nasfast.data import TrainTransform, ValTransform, load_splits, shorter_side
 from nasfast.encoders import load_encoder
 from nasfast.methods.base import Architecture, TrainSettings
+from nasfast.methods.segmentation.crops import enlarging
 from nasfast.models.build import build_segmenter
 from nasfast.models.decoders import DecoderConfig
 from nasfast.models.io import MODEL_FILE, save_model
@@ -78,6 +79,7 @@ class SegmentationTraining:
         self.task = SegmentationTask(load_splits(config.data, seed=config.seed))
         train = self.task.splits.train
         # larger would enlarge every image, where validation takes them as they are
+        self._enlarging = enlarging("--crop", config.crop, train) if config.crop else None
         self.settings = dataclasses.replace(
             config, crop=config.crop or min(288, shorter_side(train))
         )
@@ -147,8 +149,10 @@ class SegmentationTraining:
 
     @property
     def summary(self) -> str:
+        crops = f"{self.settings.crop} pixels" + (f"; {self._enlarging}" if self._enlarging else "")
         return (
             f"data     {self.config.data}, {len(self.task.splits.train)} images\n"
+            f"crops    {crops}\n"
             f"size     {count_parameters(self.model) / 1e6:.2f} M parameters"
         )
 
