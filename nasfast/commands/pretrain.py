@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
@@ -30,37 +31,34 @@ from nasfast.tasks.base import Targets
 from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.loop import Group, Runtime, epoch_indices, one_cycle, train_epoch
 from nasfast.utils.cli import reports_errors
-from nasfast.utils.config import require_positive
+from nasfast.utils.config import BatchSize, Bound, Bounded, Count, Pixels, Positive, Seed
 from nasfast.utils.files import atomic_write
 
 _GENOTYPE = [[2, [1, 0, 3, 6], [0, 1, 2, 8], [2, 0, 6, 1]], [[2, 3], [3, 1], [4, 4]]]
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(Bounded):
     """Settings of the packaged encoder's training; the defaults made the packaged file."""
 
     out: Path = PACKAGED_WEIGHTS
     """Where the weights go (float16, with the width in the metadata)."""
-    width: float = 0.35
+    width: Annotated[float, Bound(0.1, 10)] = 0.35
     """Channel multiplier of MobileNet-v2."""
-    frames: int = 4000
+    frames: Annotated[int, Bound(2, 10**9)] = 4000
     """Generated frames."""
-    epochs: int = 12
+    epochs: Count = 12
     """Passes over the frames."""
-    batch_size: int = 16
+    batch_size: BatchSize = 16
     """Frames per step."""
-    crop: int = 96
+    crop: Pixels = 96
     """Side of a crop, in pixels."""
-    lr: float = 3e-3
+    lr: Positive = 3e-3
     """Peak learning rate of Adam, on a cosine to zero."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides weights, frames and order."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "width", "epochs", "batch_size", "crop")
 
 
 def pretrain(config: PretrainConfig) -> None:

@@ -19,45 +19,42 @@ from nasfast.searches.base import Search, SearchSettings
 from nasfast.spaces.base import Genotype
 from nasfast.training.loop import Runtime
 from nasfast.utils.cli import say
-from nasfast.utils.config import require_positive
+from nasfast.utils.config import BatchSize, Bound, Bounded, Count, Seed
 from nasfast.utils.interrupt import Interrupt
 
 
 @dataclass(frozen=True)
-class TrainSettings:
+class TrainSettings(Bounded):
     """Settings that every full training has."""
 
     source: Annotated[Path, tyro.conf.Positional]
     """Run directory of a search, or a JSON file with a genotype."""
-    rank: int = 1
+    rank: Count = 1
     """Which architecture of the run's ranking; 1 is the best."""
     data: str | None = None
     """Data as for nasfast search; default: the run's, or synthetic for a genotype file."""
     out: Path | None = None
     """Directory of the result; default: train-N in the run, or beside the genotype file."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides initial weights, crops and order."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Bounded):
     """What to measure, and where."""
 
     model: Annotated[Path, tyro.conf.Positional]
     """model.safetensors, or the directory that holds it."""
     data: str | None = None
     """Data as for nasfast search; default: what the network was trained on."""
-    batch: int = 1
+    batch: BatchSize = 1
     """Images per forward pass, for the latency."""
-    seconds: float = 5.0
+    seconds: Annotated[float, Bound(0, 3600, open="low")] = 5.0
     """How long to measure the latency."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "batch")
 
     @property
     def path(self) -> Path:

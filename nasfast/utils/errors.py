@@ -19,6 +19,10 @@ class UserError(ValueError):
     """
 
 
+class NothingFoundError(UserError):
+    """All that was tried failed; the command exits with status 1."""
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of the machine or of a GPU."""
     signs = ("allocate memory", "out of memory", "alloc_failed")

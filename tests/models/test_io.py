@@ -172,7 +172,7 @@ DAMAGES = {
     RESTORER: [
         (
             change("restorer", {"width": 0}),
-            "restorer: RestorerConfig.width: expected a value above 0, got 0",
+            "restorer: RestorerConfig.width: expected a value from 1 to 16,384, got 0",
         ),
     ],
 }

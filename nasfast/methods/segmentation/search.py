@@ -17,6 +17,7 @@ from nasfast.evaluation.candidate import CandidateEvaluator
 from nasfast.evaluation.frozen_encoder import Caches, FrozenEncoder
 from nasfast.evaluation.stages import DecoderOnFeatures, EndToEnd, Stage0Config, Stage1Config
 from nasfast.methods.base import warn
+from nasfast.methods.segmentation.crops import enlarging
 from nasfast.methods.segmentation.settings import SearchConfig
 from nasfast.models.build import build_segmenter
 from nasfast.models.decoders import EncoderDecoder
@@ -76,7 +77,7 @@ def build(
     config: SearchConfig, interrupt: Interrupt, console: Console
 ) -> tuple[SamplingSearch, SearchConfig]:
     """Open data, encoder and teacher and fill the feature cache; the settings fit the data then."""
-    workers = config.worker_config()
+    workers = config.worker_config(note=functools.partial(say, console))
     if config.placement == "device" and workers.devices[0] == "cpu":
         raise UserError(
             "placement: expected auto, file or ram on a CPU, got device; leave --placement out, or "
@@ -163,11 +164,24 @@ def fit_to_data(config: SearchConfig, splits: Splits, console: Console) -> Searc
     """Crops that the data can fill, where candidates are scored on whole images.
 
     A crop larger than the images would enlarge every image in training and none in validation.
+    Where candidates are scored on crops, it is said which images are enlarged for them.
 
     Raises:
-        UserError: whole images of more than one size cannot be scored in batches.
+        UserError: whole images of more than one size cannot be scored in batches; crops that are
+            far larger than the images.
     """
     if config.val_crop is not None:
+        train = splits.search_train
+        for flag, crop, images in (
+            ("--val-crop", config.val_crop, splits.search_val),
+            ("--stage0.crop", config.stage0.crop, train),
+            ("--stage0.shorter-side", config.stage0.shorter_side, train),
+            ("--stage1.crop", config.stage1.crop, train),
+            ("--stage1.shorter-side", config.stage1.shorter_side, train),
+        ):
+            note = enlarging(flag, crop, images)
+            if note is not None:
+                say(console, f"crops    {note}")
         return config
     sizes = sorted({tuple(sample.mask.shape) for sample in splits.search_val})
     if len(sizes) > 1:

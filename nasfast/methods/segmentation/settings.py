@@ -15,8 +15,7 @@ from nasfast.models.decoders import DecoderConfig
 from nasfast.searches.sampling import SamplingSettings, default_threads
 from nasfast.strategies import PPOConfig
 from nasfast.utils.cli import flag_value
-from nasfast.utils.config import require_positive
-from nasfast.utils.errors import UserError
+from nasfast.utils.config import Bound, Count, Pixels
 
 DESCRIPTION = """Search a segmentation network: ``nasfast search segmentation``.
 
@@ -37,7 +36,7 @@ class SearchConfig(SamplingSettings):
     preset: Literal["demo", "quick", "paper"] = "demo"
     """demo: a minute on a laptop (default for the synthetic set). quick: about 30 s per candidate
     on two cores (default for other data). paper: the published schedule, for a GPU."""
-    budget: int = 8
+    budget: Count = 8
     """Candidates to evaluate; repeated architectures do not count."""
     strategy: Literal["ppo", "random"] = "ppo"
     """ppo: the recurrent controller; random: uniform sampling, the baseline to beat."""
@@ -57,12 +56,12 @@ class SearchConfig(SamplingSettings):
     does not fit on a device is read from the file."""
     storage: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     """Type of the stored features; auto: that of the activations, or float16."""
-    val_crop: int | None = None
+    val_crop: Pixels | None = None
     """Score candidates on centre crops of this side; default: whole images of one size."""
     mask_values: str | None = None
     """Values of the classes in the masks, where they are not 0, 1, ..: 0,255. Pixels of other
     values are ignored."""
-    omit: tuple[int, ...] = ()
+    omit: tuple[Annotated[int, Bound(0, 255)], ...] = ()
     """Classes left out of the reward: 0, the background, in the paper's search on PASCAL VOC."""
     decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
     """Size of the candidates' decoders."""
@@ -75,11 +74,6 @@ class SearchConfig(SamplingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.budget < 1:
-            raise UserError(f"search: expected a budget of at least 1 candidate, got {self.budget}")
-        for stage in (self.stage0, self.stage1):
-            require_positive(stage, "crop", "shorter_side", "batch_size", "max_grad_norm")
-        require_positive(self.stage0, "samples", "epochs")
         _ = self.cache
 
     @property
