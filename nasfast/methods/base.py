@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from nasfast.models.io import MODEL_FILE
+from nasfast.inference.model import find_model
 from nasfast.report import MethodReport
 from nasfast.searches.base import Search, SearchSettings
 from nasfast.spaces.base import Genotype
@@ -60,7 +60,7 @@ class EvaluateConfig:
     @property
     def path(self) -> Path:
         """The model file."""
-        return self.model / MODEL_FILE if self.model.is_dir() else self.model
+        return find_model(self.model) if self.model.is_dir() else self.model
 
 
 class Training(Protocol):

@@ -11,6 +11,7 @@ from nasfast.encoders import FeatureInfo, MobileNetV2
 from nasfast.models.layers import ConvBNReLU, build_op, concatenate, largest, resize
 from nasfast.spaces.fast_nas import Cell, FastNASGenotype
 from nasfast.utils.config import require_positive
+from nasfast.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "agg_size", "sep_repeats")
+        if self.sep_repeats > 8:
+            raise UserError(
+                f"DecoderConfig.sep_repeats: expected at most 8, got {self.sep_repeats}; published "
+                "are 1 and 2"
+            )
 
 
 class ContextualCell(nn.Module):

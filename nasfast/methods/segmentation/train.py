@@ -24,7 +24,7 @@ from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.cost import count_macs, count_parameters
 from nasfast.training.loop import Group, Runtime, epoch_indices, one_cycle, train_epoch
 from nasfast.utils.config import require_positive
-from nasfast.utils.files import atomic_write
+from nasfast.utils.files import atomic_write, expanded
 from nasfast.utils.seeding import derive_seed
 
 FULL_DECODER = DecoderConfig(agg_size=64, sep_repeats=2, aux_cell=False)
@@ -68,7 +68,7 @@ def resolve(config: TrainConfig, architecture: Architecture) -> TrainConfig:
     data = config.data or architecture.search.get("data", "synthetic")
     encoder = config.encoder_weights or architecture.search.get("encoder_weights")
     return dataclasses.replace(
-        config, data=data, encoder_weights=Path(encoder).resolve() if encoder else None
+        config, data=data, encoder_weights=expanded(encoder).resolve() if encoder else None
     )
 
 
