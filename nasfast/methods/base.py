@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nasfast.data.checks import Findings
-from nasfast.models.io import MODEL_FILE
+from nasfast.inference.model import find_model
 from nasfast.report import MethodReport
 from nasfast.searches.base import Search, SearchSettings
 from nasfast.spaces.base import Genotype
@@ -59,7 +59,7 @@ class EvaluateConfig(Bounded):
     @property
     def path(self) -> Path:
         """The model file."""
-        return self.model / MODEL_FILE if self.model.is_dir() else self.model
+        return find_model(self.model) if self.model.is_dir() else self.model
 
 
 @dataclass(frozen=True)

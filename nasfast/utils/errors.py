@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,10 @@ DEFECT = (
     "this is a defect of nasfast: please report the text above, the command, and what "
     "`nasfast info` prints"
 )
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A full disk, a used up quota, and a limit on the size of files."""
 
 
 class UserError(ValueError):
@@ -36,6 +41,11 @@ def text_for_user(error: BaseException) -> str | None:
 
     A :class:`UserError` and what the operating system says of a file speak for themselves.
     """
+    if isinstance(error, OSError) and error.errno in _FULL and error.filename is not None:
+        return (
+            f"{error}; make room there: what was saved before is whole, and --resume continues a "
+            "search or a training from it"
+        )
     if isinstance(error, UserError | OSError):
         return str(error)
     if out_of_memory(error):

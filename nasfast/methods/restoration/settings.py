@@ -12,7 +12,6 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -29,6 +28,7 @@ from nasfast.tasks.restoration.denoising import Denoising
 from nasfast.utils.cli import flag_value
 from nasfast.utils.config import Count
 from nasfast.utils.errors import UserError
+from nasfast.utils.files import expanded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +165,8 @@ def parse(argv: Sequence[str]) -> SearchConfig:
     return dataclasses.replace(
         config,
         threads=threads,
-        data=data if data == "synthetic" else str(Path(data).expanduser().resolve()),
-        runs=config.runs.expanduser().resolve(),
+        data=data if data == "synthetic" else str(expanded(data).resolve()),
+        runs=expanded(config.runs).resolve(),
     )
 
 

@@ -16,6 +16,7 @@ from nasfast.searches.sampling import SamplingSettings, default_threads
 from nasfast.strategies import PPOConfig
 from nasfast.utils.cli import flag_value
 from nasfast.utils.config import Bound, Count, Pixels
+from nasfast.utils.files import expanded
 
 DESCRIPTION = """Search a segmentation network: ``nasfast search segmentation``.
 
@@ -117,13 +118,13 @@ def parse(argv: Sequence[str]) -> SearchConfig:
         description=DESCRIPTION,
         prog="nasfast search",
     )
-    paths = {
-        field: getattr(config, field).expanduser().resolve()
+    paths: dict[str, Any] = {
+        field: expanded(getattr(config, field)).resolve()
         for field in ("encoder_weights", "teacher", "runs", "cache_dir")
         if getattr(config, field) is not None
     }
     if config.data != "synthetic":
-        paths["data"] = str(Path(config.data).expanduser().resolve())
+        paths["data"] = str(expanded(config.data).resolve())
     threads = config.threads or default_threads(config.batch)
     return dataclasses.replace(config, threads=threads, **paths)
 

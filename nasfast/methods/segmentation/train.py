@@ -25,7 +25,7 @@ from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.cost import count_macs, count_parameters
 from nasfast.training.loop import Group, Runtime, epoch_indices, one_cycle, train_epoch
 from nasfast.utils.config import BatchSize, Bound, Count, MaxNorm, Pixels, Positive, Weight
-from nasfast.utils.files import atomic_write
+from nasfast.utils.files import atomic_write, expanded
 from nasfast.utils.seeding import derive_seed
 
 FULL_DECODER = DecoderConfig(agg_size=64, sep_repeats=2, aux_cell=False)
@@ -69,7 +69,7 @@ def resolve(config: TrainConfig, architecture: Architecture) -> TrainConfig:
         config,
         data=data,
         mask_values=config.mask_values or architecture.search.get("mask_values"),
-        encoder_weights=Path(encoder).resolve() if encoder else None,
+        encoder_weights=expanded(encoder).resolve() if encoder else None,
     )
 
 
