@@ -14,6 +14,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 import tomli_w
 import tyro
@@ -35,7 +36,7 @@ from nasfast.utils.interrupt import Interrupt, StopRequested
 
 
 @dataclasses.dataclass(frozen=True)
-class _Resume:
+class Resume:
     """Continue a training."""
 
     resume: Path
@@ -108,9 +109,39 @@ def _write_config(out: Path, config: TrainSettings, genotype: Genotype) -> None:
     atomic_write(out / "env.json", json.dumps(machine_info(), indent=2) + "\n")
 
 
-def _open(argv: Sequence[str]) -> tuple[Method, TrainSettings, Genotype, Path]:
-    if flag_value(argv, "--resume") is not None:
-        out = tyro.cli(_Resume, args=argv, prog="nasfast train").resume.resolve()
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """One training from its settings to its model file."""
+
+    method: Method
+    config: TrainSettings
+    genotype: Genotype
+    out: Path
+
+    @classmethod
+    def begin(cls, method: Method, config: TrainSettings) -> Self:
+        """A new one.
+
+        Raises:
+            UserError: there is no such architecture, or its directory exists.
+        """
+        config, genotype = resolve(method, config)
+        assert config.out is not None
+        if config.out.exists():
+            raise UserError(
+                f"train: {config.out} exists and is never overwritten; give another --out, or "
+                f"continue it with --resume {config.out}"
+            )
+        return cls(method, config, genotype, config.out)
+
+    @classmethod
+    def resume(cls, arguments: Resume) -> Self:
+        """One that stopped.
+
+        Raises:
+            UserError: the directory is not that of a training.
+        """
+        out = arguments.resume.resolve()
         if not (out / "config.toml").is_file() or not (out / "genotype.json").is_file():
             raise UserError(
                 f"train: {out} is not the directory of a training: it has no config.toml and "
@@ -121,44 +152,47 @@ def _open(argv: Sequence[str]) -> tuple[Method, TrainSettings, Genotype, Path]:
         settings = read_toml(out / "config.toml")
         config = from_mapping(method.train_settings, settings, str(out / "config.toml"))
         with about(out / "genotype.json"):
-            return method, config, method.genotype(form), out
-    method, found = method_of_source(argv)
-    config, genotype = resolve(method, method.parse_train(argv, found, __doc__))
-    assert config.out is not None
-    if config.out.exists():
-        raise UserError(
-            f"train: {config.out} exists and is never overwritten; give another --out, or "
-            f"continue it with --resume {config.out}"
-        )
-    return method, config, genotype, config.out
+            return cls(method, config, method.genotype(form), out)
+
+    def run(self, console: Console) -> str:
+        """Train to the end; what to print.
+
+        Raises:
+            StopRequested: after Ctrl-C; finished epochs are saved.
+        """
+        with Interrupt() as interrupt:
+            runtime = Runtime(resolve_device(self.config.device), interrupt.check)
+            training = self.method.training(self.config, self.genotype, self.out, runtime)
+            state = load_checkpoint(self.out / "checkpoint.pt")
+            if state is not None:
+                training.load_state_dict(state)
+            if not self.out.exists():  # only now: data or weights may have been refused
+                _write_config(self.out, training.settings, self.genotype)
+            about_it = f"training {self.genotype.to_json()}\n{training.summary}"
+            say(console, f"{about_it}\nout      {self.out}")
+            fit(training, self.out, console)
+            return training.finish()
 
 
 @reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status (130 after Ctrl-C)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     console = Console()
-    method, config, genotype, out = _open(sys.argv[1:] if argv is None else list(argv))
-    with Interrupt() as interrupt:
-        runtime = Runtime(resolve_device(config.device), interrupt.check)
-        training = method.training(config, genotype, out, runtime)
-        state = load_checkpoint(out / "checkpoint.pt")
-        if state is not None:
-            training.load_state_dict(state)
-        if not out.exists():  # only now: data or weights may have been refused
-            _write_config(out, training.settings, genotype)
-        say(console, f"training {genotype.to_json()}\n{training.summary}\nout      {out}")
-        try:
-            fit(training, out, console)
-            found = training.finish()
-        except StopRequested:
-            say(
-                console,
-                "\nstopped; finished epochs are saved. Continue with\n"
-                f"  nasfast train --resume {shlex.quote(str(out))}",
-            )
-            return 130
-    say(
-        console,
-        f"{found}; {out}\n  nasfast evaluate {shlex.quote(str(out / MODEL_FILE))}",
-    )
+    if flag_value(argv, "--resume") is not None:
+        session = Session.resume(tyro.cli(Resume, args=argv, prog="nasfast train"))
+    else:
+        method, found = method_of_source(argv)
+        session = Session.begin(method, method.parse_train(argv, found, __doc__))
+    try:
+        scores = session.run(console)
+    except StopRequested:
+        say(
+            console,
+            "\nstopped; finished epochs are saved. Continue with\n"
+            f"  nasfast train --resume {shlex.quote(str(session.out))}",
+        )
+        return 130
+    model = shlex.quote(str(session.out / MODEL_FILE))
+    say(console, f"{scores}; {session.out}\n  nasfast evaluate {model}")
     return 0
