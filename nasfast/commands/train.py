@@ -66,16 +66,18 @@ def find(config: TrainSettings, zoo: Mapping[str, Architecture]) -> Architecture
     )
 
 
-def resolve(method: Method, config: TrainSettings) -> tuple[TrainSettings, Genotype]:
+def resolve(
+    method: Method, config: TrainSettings, architecture: Architecture | None
+) -> tuple[TrainSettings, Genotype]:
     """Fill in what the source decides: genotype, data and the output's directory."""
-    architecture = find(config, method.zoo)
+    named = architecture is not None or str(config.source) in method.zoo
+    architecture = architecture or find(config, method.zoo)
     with about(config.source):
         genotype = method.genotype(architecture.genotype)
     config = method.resolve(config, architecture)
     assert config.data is not None
     numbered = (architecture.home / f"train-{n}" for n in itertools.count(1))
     out = config.out or next(path for path in numbered if not path.exists())
-    named = str(config.source) in method.zoo
     return (
         dataclasses.replace(
             config,
@@ -119,13 +121,15 @@ class Session:
     out: Path
 
     @classmethod
-    def begin(cls, method: Method, config: TrainSettings) -> Self:
-        """A new one.
+    def begin(
+        cls, method: Method, config: TrainSettings, architecture: Architecture | None = None
+    ) -> Self:
+        """A new one, of the architecture or of what the settings point at.
 
         Raises:
             UserError: there is no such architecture, or its directory exists.
         """
-        config, genotype = resolve(method, config)
+        config, genotype = resolve(method, config, architecture)
         assert config.out is not None
         if config.out.exists():
             raise UserError(
