@@ -120,6 +120,7 @@ class Session(contextlib.ExitStack):
         self.console = console
         self.study: Study | None = None
         self._interrupt = self.enter_context(Interrupt())
+        self.callback(torch.set_num_threads, torch.get_num_threads())
 
     def begin(self, method: Method, config: SearchSettings, command: Sequence[str]) -> None:
         """Open the data, then make the run directory: the former may refuse the settings.

@@ -22,15 +22,16 @@ from rich.console import Console
 
 from nasfast.device import machine_info, resolve_device
 from nasfast.methods.base import Architecture, Method, Training, TrainSettings
-from nasfast.methods.registry import METHODS, method_of_genotype, method_of_source, read_genotype
+from nasfast.methods.registry import method_of_genotype, method_of_source, read_genotype
 from nasfast.models.io import MODEL_FILE
+from nasfast.models.zoo import list_models
 from nasfast.runs.checkpoint import load_checkpoint, save_checkpoint
 from nasfast.runs.study import Study
 from nasfast.spaces.base import Genotype
 from nasfast.training.loop import Runtime
 from nasfast.utils.cli import flag_value, reports_errors, say
 from nasfast.utils.config import from_mapping
-from nasfast.utils.errors import UserError, about
+from nasfast.utils.errors import UserError, about, did_you_mean
 from nasfast.utils.files import atomic_write, read_toml
 from nasfast.utils.interrupt import Interrupt, StopRequested
 
@@ -58,16 +59,15 @@ def find(config: TrainSettings, zoo: Mapping[str, Architecture]) -> Architecture
         return Architecture(read_genotype(config.source), config.source.parent, {})
     if str(config.source) in zoo:
         return zoo[str(config.source)]
-    names = [name for method in METHODS.values() for name in method.zoo]
     raise UserError(
         f"train: no run directory and no genotype file at {config.source}"
-        + (f", nor a name of the zoo ({', '.join(names)})" if names else "")
-        + "; nasfast search makes a run"
+        f", nor a name of the zoo ({', '.join(list_models())})"
+        f"{did_you_mean(str(config.source), list_models())}; nasfast search makes a run"
     )
 
 
 def resolve(
-    method: Method, config: TrainSettings, architecture: Architecture | None
+    method: Method, config: TrainSettings, architecture: Architecture | None = None
 ) -> tuple[TrainSettings, Genotype]:
     """Fill in what the source decides: genotype, data and the output's directory."""
     named = architecture is not None or str(config.source) in method.zoo

@@ -28,6 +28,10 @@ class DecoderConfig:
         require_positive(self, "agg_size", "sep_repeats")
 
 
+FULL_DECODER = DecoderConfig(agg_size=64, sep_repeats=2, aux_cell=False)
+"""Of the published final networks."""
+
+
 class ContextualCell(nn.Module):
     """The cell of section 3.2: a small graph of operations on one map, loose ends summed."""
 

@@ -17,11 +17,18 @@ from nasfast.methods.segmentation.search import build
 from nasfast.methods.segmentation.settings import SearchConfig, continued, parse, search_with
 from nasfast.methods.segmentation.train import SegmentationTraining, TrainConfig, resolve
 from nasfast.models.build import SEGMENTER
+from nasfast.models.zoo import ZOO
 from nasfast.searches.sampling import SamplingSearch
 from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
 from nasfast.training.loop import Runtime
 from nasfast.utils.config import override
 from nasfast.utils.interrupt import Interrupt
+
+ARCHITECTURES = {
+    name: Architecture(entry.genotype.to_json(), Path("runs") / name, {})
+    for name, entry in ZOO.items()
+    if entry.method == "segmentation"
+}
 
 
 class Segmentation(Method):
@@ -33,6 +40,7 @@ class Segmentation(Method):
     train_settings = TrainConfig
     model_format = SEGMENTER
     report = SegmentationReport()
+    zoo = ARCHITECTURES
 
     def parse_search(self, argv: Sequence[str]) -> SearchConfig:
         return parse(argv)
