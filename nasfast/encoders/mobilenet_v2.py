@@ -59,13 +59,20 @@ def _conv_bn_relu6(
 class InvertedResidual(nn.Module):
     """Expand 1x1, depthwise 3x3, project 1x1 without activation; residual where shapes allow."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        expansion: int,
+        expand: bool = True,
+    ) -> None:
         super().__init__()
         hidden = in_channels * expansion
-        expand = [_conv_bn_relu6(in_channels, hidden, 1)] if expansion != 1 else []
+        first = [_conv_bn_relu6(in_channels, hidden, 1)] if expand else []
         self.residual = stride == 1 and in_channels == out_channels
         self.conv = nn.Sequential(
-            *expand,
+            *first,
             _conv_bn_relu6(hidden, hidden, 3, stride, groups=hidden),
             nn.Conv2d(hidden, out_channels, 1, bias=False),
             nn.BatchNorm2d(out_channels),
@@ -81,6 +88,8 @@ class MobileNetV2(nn.Module):
 
     Args:
         width: channel multiplier; at 1.0 the taps have 24, 32, 96 and 320 channels.
+        expand_first: whether the first block, which expands nothing, has the 1x1 convolution of the
+            others all the same: so in the networks of Fast NAS, not in torchvision's weights.
 
     Raises:
         UserError: a width that is not above 0 and at most MAX_WIDTH.
@@ -90,7 +99,7 @@ class MobileNetV2(nn.Module):
 
     name = "mobilenet_v2"
 
-    def __init__(self, width: float = 1.0) -> None:
+    def __init__(self, width: float = 1.0, *, expand_first: bool = False) -> None:
         super().__init__()
         if isinstance(width, bool) or not isinstance(width, (int, float)):
             raise TypeError(f"width: expected a number, got {width!r}")
@@ -99,7 +108,7 @@ class MobileNetV2(nn.Module):
                 f"mobilenet_v2: expected a width above 0 and at most {MAX_WIDTH}, got {width}; "
                 "published are 0.35 to 1.4"
             )
-        self.width = float(width)
+        self.width, self.expand_first = float(width), expand_first
         channels = _divisible_by_8(32 * width)
         blocks: list[nn.Module] = [_conv_bn_relu6(3, channels, 3, stride=2)]
         info: list[FeatureInfo] = []
@@ -109,7 +118,8 @@ class MobileNetV2(nn.Module):
             total_stride *= stride
             for repeat in range(repeats):
                 step = stride if repeat == 0 else 1
-                blocks.append(InvertedResidual(channels, out_channels, step, expansion))
+                expand = expansion != 1 or expand_first
+                blocks.append(InvertedResidual(channels, out_channels, step, expansion, expand))
                 channels = out_channels
             if row in _TAPPED_ROWS:
                 info.append(FeatureInfo(f"features.{len(blocks) - 1}", channels, total_stride))
@@ -147,7 +157,8 @@ class MobileNetV2(nn.Module):
         if problem:
             raise UserError(
                 f"mobilenet_v2 weights {source}: {problem}. "
-                f"Expected torchvision's mobilenet_v2 state dict at width {self.width:g}; "
+                f"Expected torchvision's mobilenet_v2 state dict at width {self.width:g}"
+                f"{' with a 1x1 convolution in its first block' if self.expand_first else ''}; "
                 "convert the key names or give another file."
             )
         return given

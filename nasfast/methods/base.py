@@ -154,6 +154,10 @@ class Method(ABC):
         """Settings from a command line."""
 
     @abstractmethod
+    def search_with(self, settings: Mapping[str, Any]) -> SearchSettings:
+        """Settings by name, such as "stage0.epochs", over those of the preset."""
+
+    @abstractmethod
     def continued(
         self, settings: Any, checkpoint: Mapping[str, Any], budget: int | None
     ) -> SearchSettings:
@@ -189,6 +193,12 @@ class Method(ABC):
         self, argv: Sequence[str], found: Mapping[str, Any], description: str | None
     ) -> TrainSettings:
         """Settings of a training from a command line, `Architecture.search` and a help text."""
+
+    @abstractmethod
+    def train_with(
+        self, source: Path, settings: Mapping[str, Any], found: Mapping[str, Any]
+    ) -> TrainSettings:
+        """Settings of a training by name, over those of `Architecture.search`."""
 
     @abstractmethod
     def resolve(self, settings: Any, architecture: Architecture) -> TrainSettings:

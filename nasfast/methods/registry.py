@@ -1,4 +1,4 @@
-"""Search methods by name, genotype, run, model file. To add one: a package and a line here."""
+"""Search methods by name, genotype, run, model file. To add one: a package, a place in _ALL."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from nasfast.methods.base import Method
 from nasfast.methods.restoration import Restoration
 from nasfast.methods.segmentation import Segmentation
 from nasfast.models.io import MODEL_FILE, model_method
+from nasfast.models.zoo import read_architecture
 from nasfast.utils.errors import UserError, about
-from nasfast.utils.files import read_json, read_toml
+from nasfast.utils.files import read_toml
 
-METHODS: dict[str, Method] = {method.name: method for method in (Segmentation(), Restoration())}
+_ALL: tuple[Method, ...] = (Segmentation(), Restoration())
+METHODS = {method.name: method for method in _ALL}
 DEFAULT = "segmentation"
 """The method of a search that names none."""
 
@@ -97,13 +99,14 @@ def method_of_model(argv: Sequence[str]) -> Method:
 
 
 def read_genotype(path: Path) -> object:
-    """JSON form of the architecture in a file: alone, or as "genotype" of a larger object.
+    """JSON form of the architecture in a file: alone, as "genotype" of a larger object, or of a
+    trained network.
 
     Raises:
         UserError: the file cannot be read or is not JSON.
     """
     try:
-        content = read_json(path)
+        content = read_architecture(path)
     except UserError as error:
         raise UserError(
             f"train: expected a run directory or a JSON file with a genotype, got {error}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 DEFECT = (
@@ -63,6 +64,12 @@ def about(subject: object) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{subject}: {error}") from error
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean X?" for the known word that is most like it, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def cause(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from nasfast.encoders import load_encoder
 from nasfast.methods.base import Architecture, TrainSettings
 from nasfast.methods.segmentation.crops import enlarging
 from nasfast.models.build import build_segmenter
-from nasfast.models.decoders import DecoderConfig
+from nasfast.models.decoders import FULL_DECODER, DecoderConfig
 from nasfast.models.io import MODEL_FILE, save_model
 from nasfast.spaces.fast_nas import FastNASGenotype
 from nasfast.tasks.base import Targets
@@ -27,8 +27,6 @@ from nasfast.training.loop import Group, Runtime, epoch_indices, one_cycle, trai
 from nasfast.utils.config import BatchSize, Bound, Count, MaxNorm, Pixels, Positive, Weight
 from nasfast.utils.files import atomic_write, expanded
 from nasfast.utils.seeding import derive_seed
-
-FULL_DECODER = DecoderConfig(agg_size=64, sep_repeats=2, aux_cell=False)
 
 
 @dataclasses.dataclass(frozen=True)
