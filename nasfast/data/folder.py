@@ -151,9 +151,11 @@ class FileDataset(SegmentationDataset):
         )
 
 
-def some(items: Sequence[object], most: int = 8) -> str:
-    """The first of a list, each cut to 20 characters, for an error or a warning."""
-    texts = [text if len(text) <= 20 else f"{text[:18]}.." for text in map(str, items[:most])]
+def some(items: Sequence[object], most: int = 8, width: int = 20) -> str:
+    """The first of a list, each cut to a width in characters, for an error or a warning."""
+    texts = [
+        text if len(text) <= width else f"{text[: width - 2]}.." for text in map(str, items[:most])
+    ]
     return ", ".join([*texts, ".."] if len(items) > most else texts)
 
 

@@ -48,7 +48,7 @@ class FaultyFiles(UserError):
     """Files that cannot be used; the text is that of the first and counts the others."""
 
     def __init__(self, faults: Sequence[str]) -> None:
-        more = f" ({len(faults) - 1} more files with a fault)" if len(faults) > 1 else ""
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         super().__init__(faults[0] + more)
         self.faults = tuple(faults)
 
