@@ -241,7 +241,7 @@ def read_classes(path: Path) -> list[str]:
 
 def read_lines(path: Path) -> list[str]:
     """The stripped lines of a list in UTF-8, without empty ones. UserError for an empty list."""
-    text = read_text(path).removeprefix("\ufeff")
+    text = read_text(path)
     if "\0" in text:
         raise UserError(f"{path}: expected text in UTF-8, got zero bytes, as in UTF-16; save it so")
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -48,7 +48,8 @@ class FaultyFiles(UserError):
     """Files that cannot be used; the text is that of the first and counts the others."""
 
     def __init__(self, faults: Sequence[str]) -> None:
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        count = len(faults) - 1
+        more = f" (and {count} more, which nasfast check lists)" if count else ""
         super().__init__(faults[0] + more)
         self.faults = tuple(faults)
 

@@ -66,7 +66,7 @@ class EvaluateConfig(Bounded):
 class CheckConfig:
     """What to look at, and how a search would read it; methods add their settings."""
 
-    data: str = "synthetic"
+    data: str
     """Data as for nasfast search."""
     out: Path | None = None
     """PNG to draw a dozen of the images on; default: DATA-check.png in the working directory. It is

@@ -88,9 +88,10 @@ def expanded(path: Path | str) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """Text of a file; UserError where it is not UTF-8."""
+    """Text of a file, without the byte order mark that Windows puts first; UserError where it is
+    not UTF-8."""
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: expected text in UTF-8, got other bytes at {error.start}; save it as UTF-8, "

@@ -93,7 +93,7 @@ def test_images_for_restoration(folder, capsys):
 
 def test_drawn_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert check.main(["restoration"]) == 0
+    assert check.main(["restoration", "--data", "synthetic"]) == 0
     assert capsys.readouterr().out.endswith("12 images: synthetic-check.png\n")
 
 

@@ -123,7 +123,7 @@ def test_all_faults_are_counted(tmp_path):
         (tmp_path / "images" / f"{stem}.png").write_bytes(b"")
     with pytest.raises(UserError) as caught:
         load_splits(tmp_path)
-    assert str(caught.value).endswith(" (and 1 more)")
+    assert str(caught.value).endswith(" (and 1 more, which nasfast check lists)")
     assert [fault.split()[1] for fault in caught.value.faults] == [
         f"{tmp_path}/images/{stem}.png" for stem in "ac"
     ]
