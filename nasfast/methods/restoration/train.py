@@ -242,7 +242,7 @@ class RestorationTraining:
         return (
             f"task     {self.settings.task.label}\n"
             f"data     {self.settings.data}, {len(self.data.train)} images\n"
-            f"patches  of {self.settings.crop} pixels\n"
+            f"patches  {self.settings.crop} pixels\n"
             f"size     {count_parameters(self.model):,} parameters"
         )
 
