@@ -1,6 +1,8 @@
 """nasfast: fast neural architecture search for dense prediction."""
 
+import importlib as _importlib
 import os as _os
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 # By default a waiting OpenMP thread spins 300,000 times before it sleeps. Where another process
 # needs the core, that makes a training step up to 10x slower (docs/results.md); fewer spins cost
@@ -12,13 +14,47 @@ if "OMP_WAIT_POLICY" not in _os.environ:
 # thread pool (two pools in a process cost about 1000x on small parallel regions).
 import torch as _torch  # noqa: F401
 
+if _TYPE_CHECKING:
+    from nasfast import models, ops
+    from nasfast.api import model_info, search, train
+    from nasfast.cache import FeatureCache
+    from nasfast.inference.model import load
+    from nasfast.models.zoo import create_model, list_models
+
 __version__ = "0.1.0"
+__all__ = [
+    "FeatureCache",
+    "__version__",
+    "create_model",
+    "list_models",
+    "load",
+    "model_info",
+    "models",
+    "ops",
+    "search",
+    "train",
+]
+# where each is, imported at its first use; nasfast.search and nasfast.train are the functions
+_HOMES = {
+    "FeatureCache": "nasfast.cache",
+    "create_model": "nasfast.models.zoo",
+    "list_models": "nasfast.models.zoo",
+    "load": "nasfast.inference.model",
+    "model_info": "nasfast.api",
+    "search": "nasfast.api",
+    "train": "nasfast.api",
+}
 
 
 def __getattr__(name: str) -> object:
-    """``nasfast.FeatureCache``, imported at its first use."""
-    if name == "FeatureCache":
-        import nasfast.cache
+    if name in ("models", "ops"):
+        return _importlib.import_module(f"nasfast.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(_importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
 
-        return nasfast.cache.FeatureCache
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

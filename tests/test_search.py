@@ -156,7 +156,7 @@ def test_what_a_run_leaves(tiny_search, tiny_run):
     assert written["stage1"].keys() == dataclasses.asdict(config.stage1).keys()
     environment = json.loads((tiny_run / "env.json").read_text())
     assert environment["command"][:2] == ["nasfast", "search"]
-    assert environment["command"][3:-2] == tiny_search
+    assert environment["command"][2:-2] == tiny_search
     assert environment["workers"]["workers"] == 1
     inputs, computation = (environment["identity"][kind] for kind in ("inputs", "computation"))
     assert set(inputs) == {"encoder", "training data", "validation data", "teacher"}

@@ -35,7 +35,7 @@ from nasfast.utils.interrupt import Interrupt, StopRequested
 
 
 @dataclasses.dataclass(frozen=True)
-class _Resume:
+class Resume:
     """Continue a run."""
 
     resume: Path
@@ -52,10 +52,8 @@ class _Resume:
     """Other workers."""
 
 
-def _open_run(argv: Sequence[str]) -> tuple[Study, Method, SearchSettings]:
-    """The run that the command line continues, and its settings."""
-    arguments = tyro.cli(_Resume, args=argv, prog="nasfast search")
-    study = Study.open(arguments.resume)
+def _settings_to_resume(study: Study, arguments: Resume) -> tuple[Method, SearchSettings]:
+    """The run's method, and the settings that it goes on by."""
     method = method_named(study.method)
     config = from_mapping(method.search_settings, study.config, str(study.path / "config.toml"))
     config = method.continued(config, study.load_checkpoint() or {}, arguments.budget)
@@ -69,7 +67,7 @@ def _open_run(argv: Sequence[str]) -> tuple[Study, Method, SearchSettings]:
     elif "devices" in given:
         given["device"] = "auto"
     given["threads"] = int(_recorded_identity(study)["computation"]["threads"])
-    return study, method, dataclasses.replace(config, **given)
+    return method, dataclasses.replace(config, **given)
 
 
 def _identity(search: Search) -> dict[str, dict[str, str]]:
@@ -87,13 +85,20 @@ def _identity(search: Search) -> dict[str, dict[str, str]]:
 
 def _recorded_identity(study: Study) -> dict[str, dict[str, str]]:
     """The same, of the run's beginning."""
-    identity: dict[str, dict[str, str]] = study.env.get("identity", {})
-    if set(identity) != {"inputs", "computation"} or "threads" not in identity["computation"]:
+    identity = study.env.get("identity")
+    whole = (
+        isinstance(identity, dict)
+        and identity.keys() == {"inputs", "computation"}
+        and all(isinstance(part, dict) for part in identity.values())
+        and re.fullmatch(r"[1-9]\d{0,3}", str(identity["computation"].get("threads")))
+    )
+    if not whole:
         raise UserError(
             f"{study.path / 'env.json'}: expected the identity of inputs and computation that the "
-            "search wrote, got none; restore the file from a copy"
+            f"search wrote, got {str(identity)[:80]}; restore the file from a copy"
         )
-    return identity
+    found: dict[str, dict[str, str]] = study.env["identity"]
+    return found
 
 
 def _check_identity(study: Study, search: Search, console: Console) -> None:
@@ -114,21 +119,60 @@ def _check_identity(study: Study, search: Search, console: Console) -> None:
             )
 
 
-def _create_run(argv: Sequence[str], method: str, config: SearchSettings, search: Search) -> Study:
-    environment = machine_info() | {
-        "command": ["nasfast", "search", *argv],
-        "identity": _identity(search),
-        **search.environment,
-    }
-    name = config.name or re.sub(r"[^\w.+-]+|^[.+-]+", "_", Path(config.data).name)
-    return Study.create(
-        config.runs,
-        method,
-        name,
-        dataclasses.asdict(config),
-        environment,
-        ranking=search.ranking,
-    )
+class Session(contextlib.ExitStack):
+    """One search from its settings to its report; leaving it closes the run and the search."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+        self.study: Study | None = None
+        self._interrupt = self.enter_context(Interrupt())
+        self.callback(torch.set_num_threads, torch.get_num_threads())
+
+    def begin(self, method: Method, config: SearchSettings, command: Sequence[str]) -> None:
+        """Open the data, then make the run directory: the former may refuse the settings.
+
+        Args:
+            command: that env.json has.
+        """
+        config = self._build(method, config)
+        environment = machine_info() | {
+            "command": list(command),
+            "identity": _identity(self.search),
+            **self.search.environment,
+        }
+        name = config.name or re.sub(r"[^\w.+-]+|^[.+-]+", "_", Path(config.data).name)
+        settings, ranking = dataclasses.asdict(config), self.search.ranking
+        study = Study.create(config.runs, method.name, name, settings, environment, ranking=ranking)
+        self.study = self.enter_context(study)
+
+    def resume(self, arguments: Resume) -> None:
+        """Open a run, and the data that it is about."""
+        self.study = self.enter_context(Study.open(arguments.resume))
+        self._build(*_settings_to_resume(self.study, arguments))
+        _check_identity(self.study, self.search, self.console)
+
+    def _build(self, method: Method, config: SearchSettings) -> SearchSettings:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.method = method
+        self.search, config = method.build(config, self._interrupt, self.console)
+        self.callback(self.search.close)
+        return config
+
+    def run(self) -> tuple[Study, Path]:
+        """Search to the end; the run and its report, which is written in any case.
+
+        Raises:
+            StopRequested: after Ctrl-C; everything is saved.
+        """
+        assert self.study is not None, "begin or resume comes first"
+        say(self.console, f"run      {self.study.path}")
+        try:
+            self.search.run(self.study, self.console)
+        finally:
+            report = write_report(self.study, self.method.report)
+        return self.study, report
 
 
 @reports_errors
@@ -136,50 +180,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status (130 after Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else list(argv)
     console = Console()
-    study, again = None, argv
     start = time.perf_counter()
-    with Interrupt() as interrupt, contextlib.ExitStack() as stack:
-
-        def build(method: Method, config: SearchSettings) -> tuple[Search, SearchSettings]:
-            if config.threads is not None:
-                torch.set_num_threads(config.threads)
-            search, config = method.build(config, interrupt, console)
-            stack.callback(search.close)
-            return search, config
-
+    with Session(console) as session:
         try:
             if flag_value(argv, "--resume") is not None:
-                study, method, config = _open_run(argv)
-                stack.enter_context(study)
-                search, config = build(method, config)
-                _check_identity(study, search, console)
+                session.resume(tyro.cli(Resume, args=argv, prog="nasfast search"))
             else:
                 method = method_named(argv[0] if argv and argv[0][:1] != "-" else DEFAULT)
-                config = method.parse_search(argv)
-                # before a run is made: this may refuse
-                search, config = build(method, config)
-                study = stack.enter_context(_create_run(argv, method.name, config, search))
-                again = ["--resume", str(study.path)]
-            say(console, f"run      {study.path}")
-            try:
-                search.run(study, console)
-            finally:
-                report = write_report(study, method.report)
+                command = ["nasfast", "search", *argv]
+                session.begin(method, method.parse_search(argv), command)
+            study, report = session.run()
         except StopRequested:
+            if flag_value(argv, "--resume") is None and session.study is not None:
+                argv = ["--resume", str(session.study.path)]
             say(
                 console,
-                f"\nstopped; {'everything is saved' if study else 'nothing was begun'}. "
-                "Continue with\n"
-                f"  nasfast search {shlex.join(again)}",
+                f"\nstopped; {'everything is saved' if session.study else 'nothing was begun'}. "
+                f"Continue with\n  nasfast search {shlex.join(argv)}",
             )
             return 130
-        console.print(terminal_table(study, method.report))
-        path = shlex.quote(str(study.path))
+        console.print(terminal_table(study, session.method.report))
+        path, more = shlex.quote(str(study.path)), session.search.more
         say(
             console,
             f"{time.perf_counter() - start:.0f} s; everything is in {study.path}\n"
             f"  nasfast train {path}      # train the best one in full\n"
-            + (f"  nasfast search --resume {path} {search.more}\n" if search.more else "")
+            + (f"  nasfast search --resume {path} {more}\n" if more else "")
             + f"  open {shlex.quote(str(report))}",
         )
     return 0

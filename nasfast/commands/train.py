@@ -14,6 +14,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 import tomli_w
 import tyro
@@ -21,21 +22,22 @@ from rich.console import Console
 
 from nasfast.device import machine_info, resolve_device
 from nasfast.methods.base import Architecture, Method, Training, TrainSettings
-from nasfast.methods.registry import METHODS, method_of_genotype, method_of_source, read_genotype
+from nasfast.methods.registry import method_of_genotype, method_of_source, read_genotype
 from nasfast.models.io import MODEL_FILE
-from nasfast.runs.checkpoint import load_checkpoint, save_checkpoint
+from nasfast.models.zoo import list_models
+from nasfast.runs.checkpoint import load_checkpoint, restoring, save_checkpoint
 from nasfast.runs.study import Study
 from nasfast.spaces.base import Genotype
 from nasfast.training.loop import Runtime
 from nasfast.utils.cli import flag_value, reports_errors, say
 from nasfast.utils.config import from_mapping
-from nasfast.utils.errors import UserError, about
-from nasfast.utils.files import atomic_write, read_toml
+from nasfast.utils.errors import UserError, about, did_you_mean
+from nasfast.utils.files import atomic_write, expanded, read_toml
 from nasfast.utils.interrupt import Interrupt, StopRequested
 
 
 @dataclasses.dataclass(frozen=True)
-class _Resume:
+class Resume:
     """Continue a training."""
 
     resume: Path
@@ -57,32 +59,31 @@ def find(config: TrainSettings, zoo: Mapping[str, Architecture]) -> Architecture
         return Architecture(read_genotype(config.source), config.source.parent, {})
     if str(config.source) in zoo:
         return zoo[str(config.source)]
-    names = [name for method in METHODS.values() for name in method.zoo]
     raise UserError(
         f"train: no run directory and no genotype file at {config.source}"
-        + (f", nor a name of the zoo ({', '.join(names)})" if names else "")
-        + "; nasfast search makes a run"
+        f", nor a name of the zoo ({', '.join(list_models())})"
+        f"{did_you_mean(str(config.source), list_models())}; nasfast search makes a run"
     )
 
 
-def resolve(method: Method, config: TrainSettings) -> tuple[TrainSettings, Genotype]:
+def resolve(
+    method: Method, config: TrainSettings, architecture: Architecture | None = None
+) -> tuple[TrainSettings, Genotype]:
     """Fill in what the source decides: genotype, data and the output's directory."""
-    architecture = find(config, method.zoo)
+    named = architecture is not None or str(config.source) in method.zoo
+    architecture = architecture or find(config, method.zoo)
     with about(config.source):
         genotype = method.genotype(architecture.genotype)
     config = method.resolve(config, architecture)
     assert config.data is not None
     numbered = (architecture.home / f"train-{n}" for n in itertools.count(1))
-    out = config.out or next(path for path in numbered if not path.exists())
-    named = str(config.source) in method.zoo
+    out = expanded(config.out) if config.out else next(p for p in numbered if not p.exists())
     return (
         dataclasses.replace(
             config,
             source=config.source if named else config.source.resolve(),
             data=(
-                config.data
-                if config.data == "synthetic"
-                else str(Path(config.data).expanduser().resolve())
+                config.data if config.data == "synthetic" else str(expanded(config.data).resolve())
             ),
             out=out.resolve(),
         ),
@@ -108,9 +109,41 @@ def _write_config(out: Path, config: TrainSettings, genotype: Genotype) -> None:
     atomic_write(out / "env.json", json.dumps(machine_info(), indent=2) + "\n")
 
 
-def _open(argv: Sequence[str]) -> tuple[Method, TrainSettings, Genotype, Path]:
-    if flag_value(argv, "--resume") is not None:
-        out = tyro.cli(_Resume, args=argv, prog="nasfast train").resume.resolve()
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """One training from its settings to its model file."""
+
+    method: Method
+    config: TrainSettings
+    genotype: Genotype
+    out: Path
+
+    @classmethod
+    def begin(
+        cls, method: Method, config: TrainSettings, architecture: Architecture | None = None
+    ) -> Self:
+        """A new one, of the architecture or of what the settings point at.
+
+        Raises:
+            UserError: there is no such architecture, or its directory exists.
+        """
+        config, genotype = resolve(method, config, architecture)
+        assert config.out is not None
+        if config.out.exists():
+            raise UserError(
+                f"train: {config.out} exists and is never overwritten; give another --out, or "
+                f"continue it with --resume {config.out}"
+            )
+        return cls(method, config, genotype, config.out)
+
+    @classmethod
+    def resume(cls, arguments: Resume) -> Self:
+        """One that stopped.
+
+        Raises:
+            UserError: the directory is not that of a training.
+        """
+        out = expanded(arguments.resume).resolve()
         if not (out / "config.toml").is_file() or not (out / "genotype.json").is_file():
             raise UserError(
                 f"train: {out} is not the directory of a training: it has no config.toml and "
@@ -121,44 +154,50 @@ def _open(argv: Sequence[str]) -> tuple[Method, TrainSettings, Genotype, Path]:
         settings = read_toml(out / "config.toml")
         config = from_mapping(method.train_settings, settings, str(out / "config.toml"))
         with about(out / "genotype.json"):
-            return method, config, method.genotype(form), out
-    method, found = method_of_source(argv)
-    config, genotype = resolve(method, method.parse_train(argv, found, __doc__))
-    assert config.out is not None
-    if config.out.exists():
-        raise UserError(
-            f"train: {config.out} exists and is never overwritten; give another --out, or "
-            f"continue it with --resume {config.out}"
-        )
-    return method, config, genotype, config.out
+            return cls(method, config, method.genotype(form), out)
+
+    def run(self, console: Console) -> str:
+        """Train to the end; what to print.
+
+        Raises:
+            StopRequested: after Ctrl-C; finished epochs are saved.
+        """
+        with Interrupt() as interrupt:
+            runtime = Runtime(resolve_device(self.config.device), interrupt.check)
+            training = self.method.training(self.config, self.genotype, self.out, runtime)
+            checkpoint = self.out / "checkpoint.pt"
+            remedy = "restore it from a copy, or remove it: the training then begins again"
+            state = load_checkpoint(checkpoint, remedy)
+            if state is not None:
+                with restoring(checkpoint, remedy):
+                    training.load_state_dict(state)
+            if not self.out.exists():  # only now: data or weights may have been refused
+                _write_config(self.out, training.settings, self.genotype)
+            about_it = f"training {self.genotype.to_json()}\n{training.summary}"
+            say(console, f"{about_it}\nout      {self.out}")
+            fit(training, self.out, console)
+            return training.finish()
 
 
 @reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status (130 after Ctrl-C)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     console = Console()
-    method, config, genotype, out = _open(sys.argv[1:] if argv is None else list(argv))
-    with Interrupt() as interrupt:
-        runtime = Runtime(resolve_device(config.device), interrupt.check)
-        training = method.training(config, genotype, out, runtime)
-        state = load_checkpoint(out / "checkpoint.pt")
-        if state is not None:
-            training.load_state_dict(state)
-        if not out.exists():  # only now: data or weights may have been refused
-            _write_config(out, training.settings, genotype)
-        say(console, f"training {genotype.to_json()}\n{training.summary}\nout      {out}")
-        try:
-            fit(training, out, console)
-            found = training.finish()
-        except StopRequested:
-            say(
-                console,
-                "\nstopped; finished epochs are saved. Continue with\n"
-                f"  nasfast train --resume {shlex.quote(str(out))}",
-            )
-            return 130
-    say(
-        console,
-        f"{found}; {out}\n  nasfast evaluate {shlex.quote(str(out / MODEL_FILE))}",
-    )
+    if flag_value(argv, "--resume") is not None:
+        session = Session.resume(tyro.cli(Resume, args=argv, prog="nasfast train"))
+    else:
+        method, found = method_of_source(argv)
+        session = Session.begin(method, method.parse_train(argv, found, __doc__))
+    try:
+        scores = session.run(console)
+    except StopRequested:
+        say(
+            console,
+            "\nstopped; finished epochs are saved. Continue with\n"
+            f"  nasfast train --resume {shlex.quote(str(session.out))}",
+        )
+        return 130
+    model = shlex.quote(str(session.out / MODEL_FILE))
+    say(console, f"{scores}; {session.out}\n  nasfast evaluate {model}")
     return 0

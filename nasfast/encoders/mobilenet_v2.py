@@ -21,6 +21,8 @@ _ROWS = (
 )
 _TAPPED_ROWS = (1, 2, 4, 6)
 _HEAD_KEYS = ("features.18.", "classifier.")
+MAX_WIDTH = 10
+"""Of the channel multiplier: what is larger is a slip, or a damaged file."""
 _COUNTER = "num_batches_tracked"
 
 
@@ -57,13 +59,20 @@ def _conv_bn_relu6(
 class InvertedResidual(nn.Module):
     """Expand 1x1, depthwise 3x3, project 1x1 without activation; residual where shapes allow."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        expansion: int,
+        expand: bool = True,
+    ) -> None:
         super().__init__()
         hidden = in_channels * expansion
-        expand = [_conv_bn_relu6(in_channels, hidden, 1)] if expansion != 1 else []
+        first = [_conv_bn_relu6(in_channels, hidden, 1)] if expand else []
         self.residual = stride == 1 and in_channels == out_channels
         self.conv = nn.Sequential(
-            *expand,
+            *first,
             _conv_bn_relu6(hidden, hidden, 3, stride, groups=hidden),
             nn.Conv2d(hidden, out_channels, 1, bias=False),
             nn.BatchNorm2d(out_channels),
@@ -79,15 +88,27 @@ class MobileNetV2(nn.Module):
 
     Args:
         width: channel multiplier; at 1.0 the taps have 24, 32, 96 and 320 channels.
+        expand_first: whether the first block, which expands nothing, has the 1x1 convolution of the
+            others all the same: so in the networks of Fast NAS, not in torchvision's weights.
+
+    Raises:
+        UserError: a width that is not above 0 and at most MAX_WIDTH.
 
     Shapes: ``[N, 3, H, W]`` to a list of ``[N, C_i, ceil(H / s_i), ceil(W / s_i)]``.
     """
 
     name = "mobilenet_v2"
 
-    def __init__(self, width: float = 1.0) -> None:
+    def __init__(self, width: float = 1.0, *, expand_first: bool = False) -> None:
         super().__init__()
-        self.width = width
+        if isinstance(width, bool) or not isinstance(width, (int, float)):
+            raise TypeError(f"width: expected a number, got {width!r}")
+        if not 0 < width <= MAX_WIDTH:
+            raise UserError(
+                f"mobilenet_v2: expected a width above 0 and at most {MAX_WIDTH}, got {width}; "
+                "published are 0.35 to 1.4"
+            )
+        self.width, self.expand_first = float(width), expand_first
         channels = _divisible_by_8(32 * width)
         blocks: list[nn.Module] = [_conv_bn_relu6(3, channels, 3, stride=2)]
         info: list[FeatureInfo] = []
@@ -97,7 +118,8 @@ class MobileNetV2(nn.Module):
             total_stride *= stride
             for repeat in range(repeats):
                 step = stride if repeat == 0 else 1
-                blocks.append(InvertedResidual(channels, out_channels, step, expansion))
+                expand = expansion != 1 or expand_first
+                blocks.append(InvertedResidual(channels, out_channels, step, expansion, expand))
                 channels = out_channels
             if row in _TAPPED_ROWS:
                 info.append(FeatureInfo(f"features.{len(blocks) - 1}", channels, total_stride))
@@ -119,6 +141,15 @@ class MobileNetV2(nn.Module):
         Raises:
             UserError: a key is missing, unknown or of another shape; the message names it.
         """
+        own, given = self.state_dict(), self.check(state, source)
+        self.load_state_dict({k: v.to(own[k].dtype) for k, v in given.items()}, strict=False)
+
+    def check(self, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+        """The part of a torchvision-style state dict that `load_strict` loads.
+
+        Raises:
+            UserError: as that says.
+        """
         own = self.state_dict()
         given = {k: v for k, v in state.items() if not k.startswith(_HEAD_KEYS)}
         needed = {k: v for k, v in own.items() if k in given or not k.endswith(_COUNTER)}
@@ -126,14 +157,16 @@ class MobileNetV2(nn.Module):
         if problem:
             raise UserError(
                 f"mobilenet_v2 weights {source}: {problem}. "
-                f"Expected torchvision's mobilenet_v2 state dict at width {self.width:g}; "
+                f"Expected torchvision's mobilenet_v2 state dict at width {self.width:g}"
+                f"{' with a 1x1 convolution in its first block' if self.expand_first else ''}; "
                 "convert the key names or give another file."
             )
-        self.load_state_dict({k: v.to(own[k].dtype) for k, v in given.items()}, strict=False)
+        return given
 
 
 def tensor_mismatch(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
-    """Which tensors of a state dict are missing, unknown or of another shape; None if none is."""
+    """Which tensors of a state dict are missing, unknown, of another shape or kind, or have values
+    that are not finite; None if none is. ``own`` may be on the meta device."""
     # a checkpoint with BatchNorm folded away or renamed must not leave random weights behind
     problems = {
         "missing": [key for key in own if key not in given],
@@ -143,6 +176,12 @@ def tensor_mismatch(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> s
             for key, value in given.items()
             if key in own and value.shape != own[key].shape
         ],
+        "of another type": [
+            f"{key}: expected {own[key].dtype}, got {value.dtype}"
+            for key, value in given.items()
+            if key in own and own[key].is_floating_point() and not value.is_floating_point()
+        ],
+        "not finite": [key for key, value in given.items() if not value.isfinite().all()],
     }
     for problem, keys in problems.items():
         if keys:

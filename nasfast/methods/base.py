@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nasfast.data.checks import Findings
-from nasfast.models.io import MODEL_FILE
+from nasfast.inference.model import find_model
 from nasfast.report import MethodReport
 from nasfast.searches.base import Search, SearchSettings
 from nasfast.spaces.base import Genotype
@@ -60,7 +60,7 @@ class EvaluateConfig(Bounded):
     @property
     def path(self) -> Path:
         """The model file."""
-        return self.model / MODEL_FILE if self.model.is_dir() else self.model
+        return find_model(self.model) if self.model.is_dir() else self.model
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,10 @@ class Method(ABC):
         """Settings from a command line."""
 
     @abstractmethod
+    def search_with(self, settings: Mapping[str, Any]) -> SearchSettings:
+        """Settings by name, such as "stage0.epochs", over those of the preset."""
+
+    @abstractmethod
     def continued(
         self, settings: Any, checkpoint: Mapping[str, Any], budget: int | None
     ) -> SearchSettings:
@@ -206,6 +210,12 @@ class Method(ABC):
         self, argv: Sequence[str], found: Mapping[str, Any], description: str | None
     ) -> TrainSettings:
         """Settings of a training from a command line, `Architecture.search` and a help text."""
+
+    @abstractmethod
+    def train_with(
+        self, source: Path, settings: Mapping[str, Any], found: Mapping[str, Any]
+    ) -> TrainSettings:
+        """Settings of a training by name, over those of `Architecture.search`."""
 
     @abstractmethod
     def resolve(self, settings: Any, architecture: Architecture) -> TrainSettings:

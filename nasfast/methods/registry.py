@@ -1,4 +1,4 @@
-"""Search methods by name, genotype, run, model file. To add one: a package and a line here."""
+"""Search methods by name, genotype, run, model file. To add one: a package, a place in _ALL."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nasfast.inference.model import find_model
 from nasfast.methods.base import Method
 from nasfast.methods.restoration import Restoration
 from nasfast.methods.segmentation import Segmentation
 from nasfast.models.io import MODEL_FILE, model_method
+from nasfast.models.zoo import read_architecture
 from nasfast.utils.errors import UserError, about
-from nasfast.utils.files import read_json, read_toml
+from nasfast.utils.files import read_toml
 
-METHODS: dict[str, Method] = {method.name: method for method in (Segmentation(), Restoration())}
+_ALL: tuple[Method, ...] = (Segmentation(), Restoration())
+METHODS = {method.name: method for method in _ALL}
 DEFAULT = "segmentation"
 """The method of a search that names none."""
 
@@ -76,13 +79,16 @@ def method_of_source(argv: Sequence[str]) -> tuple[Method, Mapping[str, Any]]:
 
 
 def method_of_model(argv: Sequence[str]) -> Method:
-    """By the first word that is a model file, or a directory with one.
+    """By the first word that is a model file, a training or a run.
 
     Raises:
-        UserError: the file is of no known method.
+        UserError: the file is of no known method, or nothing was trained in the run yet.
     """
     for word in argv:
-        path = Path(word) / MODEL_FILE if Path(word).is_dir() else Path(word)
+        path = Path(word)
+        if (path / "config.toml").is_file():  # of a run or a training; data has none
+            path = find_model(path)
+        path = path / MODEL_FILE if path.is_dir() else path
         if path.is_file() and path.suffix == ".safetensors":
             family, name = model_method(path)
             if name is not None:
@@ -93,13 +99,14 @@ def method_of_model(argv: Sequence[str]) -> Method:
 
 
 def read_genotype(path: Path) -> object:
-    """JSON form of the architecture in a file: alone, or as "genotype" of a larger object.
+    """JSON form of the architecture in a file: alone, as "genotype" of a larger object, or of a
+    trained network.
 
     Raises:
         UserError: the file cannot be read or is not JSON.
     """
     try:
-        content = read_json(path)
+        content = read_architecture(path)
     except UserError as error:
         raise UserError(
             f"train: expected a run directory or a JSON file with a genotype, got {error}"

@@ -15,7 +15,7 @@ from nasfast.encoders import FeatureInfo, MobileNetV2
 from nasfast.models.decoders import Decoder, DecoderConfig, EncoderDecoder
 from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
-from nasfast.spaces.ir_nas import IRNASGenotype
+from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
 
 
 def build_decoder(
@@ -46,6 +46,8 @@ class Family(NamedTuple):
     """One kind of network in model files."""
 
     network: type[nn.Module]
+    space: str
+    """Value of "space" in its genotypes' JSON form."""
     configs: Mapping[str, type[Any]]
     """Configurations in its descriptions, by key."""
     describe: Callable[[Any], dict[str, Any]]
@@ -60,7 +62,8 @@ def _describe_segmenter(model: EncoderDecoder) -> dict[str, Any]:
         "genotype": decoder.genotype.to_json(),
         "decoder": asdict(decoder.config),
         "outputs": decoder.conv_clf.out_channels,
-        "encoder": {"name": encoder.name, "width": encoder.width},
+        "encoder": {"name": encoder.name, "width": encoder.width}
+        | ({"expand_first": True} if encoder.expand_first else {}),
     }
 
 
@@ -71,7 +74,8 @@ def _read_segmenter(description: Mapping[str, Any]) -> EncoderDecoder:
     # version 1 has the classes alone
     outputs = description.get("outputs") or len(description["classes"])
     genotype = FastNASSpace().from_json(description["genotype"])
-    return build_segmenter(MobileNetV2(encoder["width"]), genotype, outputs, description["decoder"])
+    backbone = MobileNetV2(encoder["width"], expand_first=encoder.get("expand_first", False))
+    return build_segmenter(backbone, genotype, outputs, description["decoder"])
 
 
 def _describe_restorer(model: Restorer) -> dict[str, Any]:
@@ -86,6 +90,9 @@ def _describe_restorer(model: Restorer) -> dict[str, Any]:
 def _read_restorer(description: Mapping[str, Any]) -> Restorer:
     genotype = IRNASGenotype.from_json(description["genotype"])
     channels, scale = description["channels"], description["scale"]
+    for name in ("channels", "scale"):
+        if type(description[name]) is not int or description[name] < 1:
+            raise ValueError(f"{name}: expected an integer from 1, got {description[name]!r}")
     return build_restorer(genotype, description["restorer"], channels, scale)
 
 
@@ -93,8 +100,18 @@ SEGMENTER = "nasfast.segmenter"
 RESTORER = "nasfast.restorer"
 FAMILIES = {
     SEGMENTER: Family(
-        EncoderDecoder, {"decoder": DecoderConfig}, _describe_segmenter, _read_segmenter
+        EncoderDecoder,
+        FastNASSpace().name,
+        {"decoder": DecoderConfig},
+        _describe_segmenter,
+        _read_segmenter,
     ),
-    RESTORER: Family(Restorer, {"restorer": RestorerConfig}, _describe_restorer, _read_restorer),
+    RESTORER: Family(
+        Restorer,
+        IRNASSpace().name,
+        {"restorer": RestorerConfig},
+        _describe_restorer,
+        _read_restorer,
+    ),
 }
 """By the key of the description in a file's metadata."""

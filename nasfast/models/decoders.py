@@ -26,6 +26,10 @@ class DecoderConfig(Bounded):
     """Auxiliary heads hold a whole cell (the over-parameterised search form) or one convolution."""
 
 
+FULL_DECODER = DecoderConfig(agg_size=64, sep_repeats=2, aux_cell=False)
+"""Of the published final networks."""
+
+
 class ContextualCell(nn.Module):
     """The cell of section 3.2: a small graph of operations on one map, loose ends summed."""
 

@@ -1,7 +1,10 @@
-"""The zoo: named architectures of all methods.
+"""The zoo: named architectures of all methods, and networks of any architecture.
 
-No genotype, log or checkpoint of the published IR-NAS searches is public. These are
-**reconstructions**, not the published networks.
+Fast NAS published its three decoders; they are here as they are. Their figures are those of the
+whole network without auxiliary heads.
+
+No genotype, log or checkpoint of the published IR-NAS searches is public. `irnas-denoise`
+and `irnas-derain` are **reconstructions**, not the published networks.
 
 Known are cells that the authors had changed by hand, for their comparison with the ones they found:
 for each task one with other operations and one with other inputs. Inferred is which change made
@@ -15,12 +18,38 @@ narrowest that can run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from nasfast.encoders import MobileNetV2, read_weights, tensor_mismatch
+from nasfast.models.build import FAMILIES, RESTORER, SEGMENTER
+from nasfast.models.decoders import FULL_DECODER, DecoderConfig, EncoderDecoder
+from nasfast.models.io import MODEL_FILE, load_model
 from nasfast.models.restorer import RestorerConfig
+from nasfast.spaces.base import Genotype
+from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
 from nasfast.spaces.ir_nas import IRNASGenotype
+from nasfast.utils.config import from_mapping
+from nasfast.utils.errors import UserError, about, did_you_mean
+from nasfast.utils.files import read_json
+
+FAST_NAS = "Fast NAS: Nekrasov et al., CVPR 2019, arXiv 1810.10804"
+IR_NAS = "IR-NAS: Zhang et al., CVPR 2020, arXiv 1909.08228; a reconstruction"
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    SEGMENTER: {
+        "decoder": asdict(FULL_DECODER),
+        "outputs": 21,
+        "encoder": {"name": MobileNetV2.name, "width": 1.0},
+    },
+    RESTORER: {"restorer": asdict(RestorerConfig()), "channels": 1, "scale": 1},
+}
+"""What a genotype alone leaves open, by family of `nasfast.models.build`: the published sizes."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +58,50 @@ class ZooEntry:
 
     method: str
     """Search method that trains and evaluates it."""
-    genotype: IRNASGenotype
-    network: RestorerConfig
+    genotype: FastNASGenotype | IRNASGenotype
+    network: DecoderConfig | RestorerConfig
     """Size of the network around the genotype."""
     task: Mapping[str, Any]
     """Name as "task", and settings other than the defaults."""
     channels: int
     """Of the images."""
+    source: str
+    """Publication."""
+    size: tuple[int, int]
+    """(H, W) of the images that multiply-adds are counted on."""
+    published: Mapping[str, float] = field(default_factory=dict)
+    """Figures by measure: "parameters", "multiply-adds" at that size, scores."""
+
+
+def _decoder(published: object, figures: Sequence[float]) -> ZooEntry:
+    """Of Fast NAS, from the published form and (parameters, multiply-adds, mIoU)."""
+    return ZooEntry(
+        method="segmentation",
+        genotype=FastNASSpace().from_json(published),
+        network=FULL_DECODER,
+        task={"task": "segmentation"},
+        channels=3,
+        source=FAST_NAS,
+        size=(512, 512),
+        published=dict(
+            zip(("parameters", "multiply-adds", "mIoU, PASCAL VOC val"), figures, strict=True)
+        ),
+    )
 
 
 ZOO = {
+    "fast_nas_arch0": _decoder(
+        [[8, [0, 0, 5, 2], [0, 2, 8, 8], [0, 5, 1, 4]], [[3, 3], [3, 2], [3, 0]]],
+        (2.6e6, 4.47e9, 0.780),
+    ),
+    "fast_nas_arch1": _decoder(
+        [[2, [1, 0, 3, 6], [0, 1, 2, 8], [2, 0, 6, 1]], [[2, 3], [3, 1], [4, 4]]],
+        (2.8e6, 2.95e9, 0.771),
+    ),
+    "fast_nas_arch2": _decoder(
+        [[5, [0, 0, 4, 1], [3, 2, 0, 1], [5, 6, 5, 0]], [[1, 3], [4, 3], [2, 2]]],
+        (2.9e6, 3.47e9, 0.773),
+    ),
     "irnas-denoise": ZooEntry(
         method="restoration",
         genotype=IRNASGenotype(
@@ -54,6 +117,17 @@ ZOO = {
         network=RestorerConfig(width=20, dead_reduce=True),
         task={"task": "denoising"},
         channels=1,
+        source=IR_NAS,
+        size=(321, 481),
+        published={
+            "parameters": 0.63 * 2**20,  # the unit of the authors' program
+            "PSNR at sigma 30, dB": 29.14,
+            "SSIM at sigma 30": 0.8403,
+            "PSNR at sigma 50, dB": 26.77,
+            "SSIM at sigma 50": 0.7635,
+            "PSNR at sigma 70, dB": 25.48,
+            "SSIM at sigma 70": 0.7129,
+        },
     ),
     "irnas-derain": ZooEntry(
         method="restoration",
@@ -69,6 +143,197 @@ ZOO = {
         network=RestorerConfig(width=15),
         task={"task": "deraining"},
         channels=3,
+        source=IR_NAS,
+        size=(321, 481),
     ),
 }
 """By name."""
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the zoo that match a pattern, such as ``"*denoise*"``."""
+    return [name for name in ZOO if fnmatchcase(name, pattern)]
+
+
+def create_model(
+    source: str | Path | Genotype | Mapping[str, Any] | Sequence[Any],
+    num_classes: int | None = None,
+    *,
+    channels: int | None = None,
+    pretrained: str | Path | None = None,
+    faithful: bool = False,
+) -> nn.Module:
+    """A network to train or to build on, in training mode: its weights are new.
+
+    For a segmentation architecture it is an `EncoderDecoder`: images ``[N, 3, H, W]`` to
+    ``(output [N, num_classes, h, w], auxiliary outputs)``, normalised as for torchvision's weights.
+    For a restoration architecture it is a `Restorer`: images ``[N, channels, H, W]`` in 0..1 to
+    restored images. `nasfast.load` gives a trained network that predicts on files.
+
+    Args:
+        source: a name of the zoo; a best.json, genotype.json, metrics.json or model.safetensors, or
+            the directory with one; a genotype or its JSON form.
+        num_classes: outputs of a segmentation network; default: those of ``pretrained`` or of the
+            model file, else 21.
+        channels: 1 or 3, of the images of a restoration network; default: those of the
+            architecture, else 1.
+        pretrained: a model.safetensors of this network, loaded strictly; a classifier of another
+            number of classes stays new, with a warning. For a segmentation network also weights of
+            its encoder alone, with torchvision's key names.
+        faithful: build also what the publication counts and this library leaves out by default: the
+            1x1 convolution of MobileNet-v2's first block, which torchvision's weights lack; the
+            convolution of IR-NAS that nothing may read.
+
+    Raises:
+        UserError: there is no such architecture, it lacks what is asked for, or the weights are of
+            another network.
+    """
+    if isinstance(pretrained, bool):
+        raise UserError(
+            f"pretrained: expected the path of a model.safetensors, got {pretrained}; there are no "
+            "weights to download: nasfast train makes them"
+        )
+    key, description = describe(source, faithful)
+    weights = read_weights(Path(pretrained))[0] if pretrained is not None else {}
+    if key == SEGMENTER:
+        if channels not in (None, 3):
+            raise UserError(
+                f"channels: expected 3 for a segmentation network, got {channels}; leave it out"
+            )
+        trained = weights.get("decoder.conv_clf.weight")
+        if num_classes is not None:
+            description["outputs"] = num_classes
+        elif trained is not None:
+            description["outputs"] = len(trained)
+        if description["outputs"] < 1:
+            raise UserError(f"num_classes: expected at least 1, got {num_classes}")
+    else:
+        if num_classes is not None:
+            raise UserError(
+                f"num_classes: expected none for a restoration network, got {num_classes}; give "
+                "channels=1 or channels=3"
+            )
+        if channels not in (None, 1, 3):
+            raise UserError(f"channels: expected 1, grey, or 3, colour, got {channels}")
+        description["channels"] = channels or description["channels"]
+    family = FAMILIES[key]
+    configs = {name: from_mapping(c, description[name], name) for name, c in family.configs.items()}
+    network = family.build({**description, **configs})
+    if pretrained is not None:
+        _load(network, weights, str(pretrained))
+    return network.train()
+
+
+def describe(source: object, faithful: bool = False) -> tuple[str, dict[str, Any]]:
+    """The family of an architecture, and the description that it is built from; arguments and
+    errors as for `create_model`."""
+    if isinstance(source, str) and source in ZOO:
+        entry = ZOO[source]
+        content: object = entry.genotype.to_json()
+        found: Mapping[str, Any] = {"channels": entry.channels}
+        if isinstance(entry.network, RestorerConfig):
+            found = {**found, "restorer": asdict(replace(entry.network, dead_reduce=False))}
+    elif isinstance(source, str | Path):
+        content, found = read_architecture(Path(source)), {}
+    else:
+        content, found = source if isinstance(source, Mapping | list | tuple) else _json(source), {}
+    if isinstance(content, Mapping) and "genotype" in content:
+        found = content
+        content = found["genotype"]
+    with about(source if isinstance(source, str | Path) else "create_model"):
+        key, genotype = _family(content)
+    # a record of a search, or metrics, say no sizes; a model file says all
+    task = found.get("task")
+    scale = {"scale": task["scale"]} if isinstance(task, Mapping) and "scale" in task else {}
+    defaults = {**DEFAULTS[key], **scale}
+    description = {name: found.get(name, value) for name, value in defaults.items()}
+    if faithful and key == SEGMENTER:
+        description["encoder"] = {**description["encoder"], "expand_first": True}
+    elif faithful:
+        description["restorer"] = {**description["restorer"], "dead_reduce": True}
+    return key, {"genotype": genotype, **description}
+
+
+def read_architecture(path: Path) -> object:
+    """What a file says of an architecture: the JSON of a genotype, of an object with one as
+    "genotype", or the description of a model file; of a directory its best.json, genotype.json or
+    model.safetensors.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    if path.is_dir():
+        names = (MODEL_FILE, "genotype.json", "best.json")
+        path = next((path / name for name in names if (path / name).is_file()), path)
+    if not path.is_file():
+        raise UserError(
+            f"architecture: expected a name of the zoo ({', '.join(ZOO)}), a run, or a file with a "
+            f"genotype, got {path}{did_you_mean(str(path), ZOO)}"
+        )
+    if path.suffix == ".safetensors":
+        network, _ = load_model(path)
+        family = next(f for f in FAMILIES.values() if isinstance(network, f.network))
+        return family.describe(network)
+    return read_json(path)
+
+
+def _json(genotype: object) -> object:
+    if isinstance(genotype, FastNASGenotype | IRNASGenotype):
+        return genotype.to_json()
+    raise UserError(
+        f"create_model: expected a name, a path or a genotype, got {type(genotype).__name__}"
+    )
+
+
+def _family(genotype: object) -> tuple[str, object]:
+    """By the genotype's space; the published list form, without a name, is that of Fast NAS."""
+    if isinstance(genotype, list | tuple):
+        return SEGMENTER, genotype
+    space = genotype.get("space") if isinstance(genotype, Mapping) else genotype
+    for key, family in FAMILIES.items():
+        if family.space == space:
+            return key, genotype
+    spaces = ", ".join(family.space for family in FAMILIES.values())
+    raise UserError(
+        f'expected a genotype whose "space" is one of {spaces}, got {space!r}; give a '
+        "genotype.json or best.json that nasfast wrote"
+    )
+
+
+def _load(network: nn.Module, weights: Mapping[str, Any], source: str) -> None:
+    if isinstance(network, EncoderDecoder):
+        if not any(key.startswith("decoder.") for key in weights):
+            network.encoder.load_strict(weights, source)
+            return
+        weights = _with_own_head(network, weights, source)
+    problem = tensor_mismatch(network.state_dict(), weights)
+    if problem:
+        raise UserError(
+            f"pretrained {source}: expected the weights of this network, got {problem}; "
+            f"create_model({source!r}, pretrained={source!r}) builds the network of the file"
+        )
+    network.load_state_dict(weights)
+
+
+def _with_own_head(
+    network: EncoderDecoder, weights: Mapping[str, Any], source: str
+) -> Mapping[str, Any]:
+    """The weights, but for classifiers of another number of classes those of the network."""
+    trained = weights.get("decoder.conv_clf.weight")
+    classes = network.decoder.conv_clf.out_channels
+    if trained is None or len(trained) == classes:
+        return weights
+    heads = {
+        name: own
+        for name, own in network.state_dict().items()
+        if name.startswith(("decoder.conv_clf.", "decoder.aux_heads."))
+        and name in weights
+        and (len(own), len(weights[name])) == (classes, len(trained))
+        and own.shape[1:] == weights[name].shape[1:]
+    }
+    warnings.warn(
+        f"pretrained {source}: its classifier has {len(trained)} classes, this network {classes}: "
+        "the classifier is new and has to be trained",
+        stacklevel=4,
+    )
+    return {**weights, **heads}

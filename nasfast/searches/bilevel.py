@@ -204,14 +204,17 @@ class SupernetSearch:
     def _restore(self, training: SupernetTraining, study: Study) -> None:
         checkpoint = study.load_checkpoint()
         if checkpoint is not None:
-            training.load_state_dict(checkpoint)
+            with study.restoring():
+                training.load_state_dict(checkpoint)
+                last = Record.from_json(checkpoint["record"], f"{study.path}/checkpoint, record")
             if len(study.records) == training.epoch - 1:
-                study.append(Record.from_json(checkpoint["record"]))
-        if len(study.records) != training.epoch:
+                study.append(last)
+        study.require_records(training.epoch)
+        if len(study.records) > training.epoch:
             raise UserError(
-                f"{study.path}: expected records of {training.epoch} epochs, which the checkpoint "
-                f"has seen, got {len(study.records)}; the records or the checkpoint were edited, "
-                "start a new run"
+                f"{study.path / 'checkpoint'}: expected the state of epoch {len(study.records)}, "
+                f"the last in the records, got {training.epoch or 'none'}; restore state.pt from "
+                "a copy, or start a new run: records do not hold the weights"
             )
 
     def _unchanged(self, study: Study) -> int:

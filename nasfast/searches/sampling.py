@@ -154,15 +154,26 @@ class SamplingSearch:
 
         After a crash the strategy continues from its checkpoint, the start of a batch; what is
         recorded of that batch is not evaluated again. So is a batch that the budget ended in.
+        Without a checkpoint it is told all that is recorded, from the first batch on.
 
         Raises:
             NothingFoundError: all candidates failed.
-            UserError: the last candidates all failed, or all repeated earlier ones.
+            UserError: the last candidates all failed, or all repeated earlier ones; or checkpoint
+                and records do not belong together.
         """
-        checkpoint = study.load_checkpoint() or {}
-        seconds = {"encode": 0.0, "controller": 0.0} | checkpoint.get("seconds", {})
-        if checkpoint.get("phase", 0) > 0:
-            self._enter(checkpoint["phase"], study)
+        checkpoint = study.load_checkpoint()
+        told, number, state = 0, 0, None
+        seconds = {"encode": 0.0, "controller": 0.0}
+        if checkpoint is not None:
+            with study.restoring():
+                told, state = checkpoint["told"], checkpoint["strategy"]
+                number = checkpoint.get("phase", 0)  # version 1 has one phase
+                seconds |= checkpoint["seconds"]
+                study.require_records(told)
+                if not 0 <= number <= len(self._then):
+                    raise IndexError(f"phase {number}")
+        if number > 0:
+            self._enter(number, study)
         evaluated = self._evaluated(study)
         if evaluated > self._phase.budget:
             say(
@@ -171,11 +182,11 @@ class SamplingSearch:
                 "been evaluated, and none is added",
             )
             self._phase = dataclasses.replace(self._phase, budget=evaluated)
-        told, state = checkpoint.get("told", 0), checkpoint.get("strategy")
         while True:
             seconds["encode"] += self._phase.evaluator.seconds["encode"]
             if state is not None:
-                self._phase.strategy.load_state_dict(state)
+                with study.restoring():
+                    self._phase.strategy.load_state_dict(state)
             told = self._run_phase(study, console, told, seconds)
             if study.best is None:
                 raise _nothing_found(study.records, self._phase.evaluator.remedy)
@@ -205,6 +216,9 @@ class SamplingSearch:
     ) -> int:
         """Returns how many records the strategies have been given."""
         phase = self._phase
+        # of a phase with a successor the strategy is only told again, whatever the budget is now
+        end = sum(record.phase <= self._number for record in study.records)
+        over = end < len(study.records)
         while True:
             study.save_checkpoint(
                 {
@@ -215,11 +229,14 @@ class SamplingSearch:
                     "budget": phase.budget,
                 }
             )
-            if told == len(study.records) and self._evaluated(study) >= phase.budget:
+            spent = over or self._evaluated(study) >= phase.budget
+            if told == (end if over else len(study.records)) and spent:
                 return told
             start = time.perf_counter()
             asked = [phase.strategy.ask() for _ in range(phase.batch)]
             seconds["controller"] += time.perf_counter() - start
+            if over and told + len(asked) > end:
+                return end
             self._evaluate(study, told, asked, console)
             if len(study.records) < told + len(asked):
                 return len(study.records)  # the budget ends in the batch
@@ -244,7 +261,8 @@ class SamplingSearch:
                 if phase.space.from_json(study.records[index].genotype) != genotype:
                     raise UserError(
                         f"{study.path}: expected record {index} to be what the strategy asks for, "
-                        "got another; the records or the checkpoint were edited, start a new run"
+                        "got another; the records or the checkpoint were edited, or come from a "
+                        "machine that rounds otherwise: start a new run"
                     )
                 continue
             if spent >= phase.budget:

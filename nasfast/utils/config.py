@@ -133,6 +133,35 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
         return cls(**values)
 
 
+def override(config: T, settings: Mapping[str, Any], where: str) -> T:
+    """A dataclass with other values of some fields.
+
+    Args:
+        config: the dataclass.
+        settings: by name; fields of a nested dataclass as a mapping, or each as "outer.inner".
+        where: what the settings come from.
+
+    Raises:
+        UserError: a field is unknown or of another type.
+    """
+    mapping = _merged(dataclasses.asdict(config), settings)  # type: ignore[call-overload]
+    return from_mapping(type(config), mapping, where)
+
+
+def _merged(base: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in settings.items():
+        outer, _, inner = name.partition(".")
+        if inner:
+            value = {inner: value}
+        if isinstance(value, Mapping) and isinstance(merged.get(outer, {}), Mapping):
+            value = _merged(merged.get(outer, {}), value)
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = dataclasses.asdict(value)
+        merged[outer] = value
+    return merged
+
+
 def _typed(value: Any, hint: Any, where: str) -> Any:
     """A value as the type of its field."""
     origin, arguments = get_origin(hint), get_args(hint)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+import errno
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 DEFECT = (
     "this is a defect of nasfast: please report the text above, the command, and what "
     "`nasfast info` prints"
 )
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A full disk, a used up quota, and a limit on the size of files."""
 
 
 class UserError(ValueError):
@@ -36,6 +42,11 @@ def text_for_user(error: BaseException) -> str | None:
 
     A :class:`UserError` and what the operating system says of a file speak for themselves.
     """
+    if isinstance(error, OSError) and error.errno in _FULL and error.filename is not None:
+        return (
+            f"{error}; make room there: what was saved before is whole, and --resume continues a "
+            "search or a training from it"
+        )
     if isinstance(error, UserError | OSError):
         return str(error)
     if out_of_memory(error):
@@ -53,6 +64,12 @@ def about(subject: object) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{subject}: {error}") from error
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean X?" for the known word that is most like it, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def cause(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -12,7 +13,8 @@ class StopRequested(BaseException):
 
 
 class Interrupt:
-    """While entered, SIGINT and SIGTERM ask for a stop; a second signal stops at once."""
+    """While entered, SIGINT and SIGTERM ask for a stop; a second signal stops at once. In another
+    thread than the main one, which alone may handle signals, nothing asks."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -26,6 +28,7 @@ class Interrupt:
         self._previous = {
             number: signal.signal(number, self._handle)
             for number in (signal.SIGINT, signal.SIGTERM)
+            if threading.current_thread() is threading.main_thread()
         }
         return self
 

@@ -6,7 +6,7 @@ import platform
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
 import torch
 
@@ -59,7 +59,7 @@ class WorkerDied:
     """Whether it had begun its job; an earlier death is not the candidate's fault."""
 
 
-Answer = Ready | Evaluation | Defect | WorkerDied
+Answer: TypeAlias = Ready | Evaluation | Defect | WorkerDied
 
 
 class Worker(Generic[G]):

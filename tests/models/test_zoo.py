@@ -1,22 +1,201 @@
+import json
+
 import pytest
 import torch
 
+import nasfast
+from nasfast.encoders import MobileNetV2
 from nasfast.models.build import build_restorer
-from nasfast.models.zoo import ZOO
+from nasfast.models.decoders import DecoderConfig
+from nasfast.models.io import save_model
+from nasfast.models.restorer import Restorer, RestorerConfig
+from nasfast.models.zoo import ZOO, create_model, list_models
 from nasfast.spaces import IRNASGenotype, IRNASSpace
-from nasfast.training.cost import count_parameters
+from nasfast.training.cost import count_macs, count_parameters
+from nasfast.utils.errors import UserError
 
 
 @pytest.mark.parametrize(
-    ("name", "layers", "nodes", "parameters"),
-    [("irnas-denoise", 4, 5, 661_693), ("irnas-derain", 3, 4, 591_523)],
+    ("name", "parameters", "gmacs", "fewer"),
+    [
+        ("fast_nas_arch0", 2_629_909, 4.2082, 1_088),
+        ("fast_nas_arch1", 2_810_133, 2.8545, 1_088),
+        ("fast_nas_arch2", 2_853_141, 3.3727, 1_088),
+        ("irnas-denoise", 661_693, 92.2379, 57_600),
+        ("irnas-derain", 591_523, 90.4172, 0),
+    ],
 )
-def test_architectures(name, layers, nodes, parameters):
+def test_published_counts(name, parameters, gmacs, fewer):
     entry = ZOO[name]
+    published = create_model(name, faithful=True)
+    assert count_parameters(published) == parameters
+    macs = count_macs(published, entry.size, channels=entry.channels)
+    assert macs == pytest.approx(gmacs * 1e9, abs=5e4)
+    assert count_parameters(create_model(name)) == parameters - fewer
+
+
+@pytest.mark.parametrize(("name", "layers", "nodes"), [("denoise", 4, 5), ("derain", 3, 4)])
+def test_restorers_of_the_zoo(name, layers, nodes):
+    entry = ZOO[f"irnas-{name}"]
     IRNASSpace(layers, nodes).encode(entry.genotype)
     assert IRNASGenotype.from_json(entry.genotype.to_json()) == entry.genotype
     net = build_restorer(entry.genotype, entry.network, entry.channels).eval()
-    assert count_parameters(net) == parameters
     images = torch.rand(1, entry.channels, 8, 8)
     with torch.no_grad():
         assert net(images).shape == images.shape
+
+
+def test_names_match_a_pattern():
+    assert list_models() == list(ZOO)
+    assert list_models("*denoise*") == ["irnas-denoise"]
+    assert list_models("arch") == []
+
+
+def test_a_segmentation_network_is_new_and_in_training_mode():
+    model = create_model("fast_nas_arch1", num_classes=11)
+    assert model.training
+    output, aux = model(torch.rand(2, 3, 64, 64))
+    assert output.shape == (2, 11, 8, 8)
+    assert [x.shape[1] for x in aux] == [11, 11, 11]
+
+
+GENOTYPE = ZOO["fast_nas_arch1"].genotype
+CELL = ZOO["irnas-derain"].genotype
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A model file of three classes, as a training writes it."""
+    torch.manual_seed(1)
+    parts = {"genotype": GENOTYPE.to_json(), "outputs": 3}
+    model = create_model(parts | {"encoder": ENCODER, "decoder": SMALL}).eval()
+    save_model(tmp_path / "model.safetensors", model, {"classes": ["a", "b", "c"]})
+    return tmp_path / "model.safetensors", model
+
+
+ENCODER = {"name": "mobilenet_v2", "width": 0.35}
+SMALL = {"agg_size": 8, "sep_repeats": 1, "aux_cell": False}
+
+
+def test_every_form_of_an_architecture_gives_its_network(tmp_path):
+    published = json.loads(
+        json.dumps([[2, [1, 0, 3, 6], [0, 1, 2, 8], [2, 0, 6, 1]], [[2, 3], [3, 1], [4, 4]]])
+    )
+    (tmp_path / "best.json").write_text(json.dumps({"index": 3, "genotype": GENOTYPE.to_json()}))
+    (tmp_path / "genotype.json").write_text(json.dumps(GENOTYPE.to_json()))
+    named = create_model("fast_nas_arch1")
+    for source in (
+        published,
+        GENOTYPE,
+        GENOTYPE.to_json(),
+        tmp_path,
+        str(tmp_path / "genotype.json"),
+        tmp_path / "best.json",
+    ):
+        model = create_model(source)
+        assert model.decoder.genotype == GENOTYPE
+        assert count_parameters(model) == count_parameters(named)
+    metrics = {"genotype": CELL.to_json(), "task": {"task": "super-resolution", "scale": 3}}
+    restorer = create_model(metrics, channels=3)
+    assert isinstance(restorer, Restorer)
+    assert (restorer.genotype, restorer.scale, restorer.channels) == (CELL, 3, 3)
+    assert restorer.config == RestorerConfig()
+
+
+def test_a_model_file_gives_its_own_sizes_and_its_weights_when_asked(small):
+    path, trained = small
+    images = torch.rand(1, 3, 32, 32)
+    new = create_model(path).eval()
+    assert new.decoder.config == DecoderConfig(**SMALL)
+    assert not torch.equal(new(images)[0], trained(images)[0])
+    for source in (path, path.parent):
+        again = create_model(source, pretrained=str(path)).eval()
+        assert torch.equal(again(images)[0], trained(images)[0])
+
+
+def test_another_number_of_classes_gets_a_new_classifier_only(small):
+    path, trained = small
+    with pytest.warns(UserWarning, match="classifier is new") as caught:
+        model = create_model(path, num_classes=5, pretrained=path)
+    assert [str(warning.message) for warning in caught] == [
+        f"pretrained {path}: its classifier has 3 classes, this network 5: the classifier is new "
+        "and has to be trained"
+    ]
+    own = model.state_dict()
+    changed = {name for name, old in trained.state_dict().items() if own[name].shape != old.shape}
+    heads = ("conv_clf", "aux_heads.0.0", "aux_heads.1.0", "aux_heads.2.0")
+    assert changed == {f"decoder.{head}.{part}" for head in heads for part in ("weight", "bias")}
+    assert all(torch.equal(own[n], t) for n, t in trained.state_dict().items() if n not in changed)
+
+
+def test_an_encoder_starts_from_its_weights_alone(tmp_path):
+    encoder = MobileNetV2()
+    path = tmp_path / "mobilenet_v2.pth"
+    torch.save(encoder.state_dict(), path)
+    model = create_model("fast_nas_arch0", pretrained=path)
+    assert torch.equal(
+        model.encoder.features[5].conv[0][0].weight, encoder.features[5].conv[0][0].weight
+    )
+    with pytest.raises(UserError, match="at width 1 with a 1x1 convolution in its first"):
+        create_model("fast_nas_arch0", pretrained=path, faithful=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            {"source": "fast_nas_arc1"},
+            f"architecture: expected a name of the zoo ({', '.join(ZOO)}), a run, or a file with a "
+            "genotype, got fast_nas_arc1; did you mean fast_nas_arch1?",
+        ),
+        (
+            {"source": {"space": "depth"}},
+            'create_model: expected a genotype whose "space" is one of fast_nas, ir_nas, got '
+            "'depth'; give a genotype.json or best.json that nasfast wrote",
+        ),
+        ({"source": 3}, "create_model: expected a name, a path or a genotype, got int"),
+        (
+            {"source": "irnas-denoise", "num_classes": 3},
+            "num_classes: expected none for a restoration network, got 3; give channels=1 or "
+            "channels=3",
+        ),
+        (
+            {"source": "fast_nas_arch0", "channels": 1},
+            "channels: expected 3 for a segmentation network, got 1; leave it out",
+        ),
+        (
+            {"source": "irnas-denoise", "channels": 2},
+            "channels: expected 1, grey, or 3, colour, got 2",
+        ),
+        (
+            {"source": "fast_nas_arch0", "num_classes": 0},
+            "num_classes: expected at least 1, got 0",
+        ),
+        (
+            {"source": "irnas-denoise", "pretrained": True},
+            "pretrained: expected the path of a model.safetensors, got True; there are no weights "
+            "to download: nasfast train makes them",
+        ),
+    ],
+)
+def test_errors(arguments, text):
+    with pytest.raises(UserError) as error:
+        create_model(**arguments)
+    assert str(error.value) == text
+
+
+def test_weights_of_another_network_are_refused(small):
+    path, _ = small
+    with pytest.raises(UserError) as error:
+        create_model("fast_nas_arch2", pretrained=path)
+    assert str(error.value).startswith(
+        f"pretrained {path}: expected the weights of this network, got "
+    )
+    assert str(error.value).endswith(
+        f"; create_model({str(path)!r}, pretrained={str(path)!r}) builds the network of the file"
+    )
+
+
+def test_the_zoo_is_part_of_the_namespace():
+    assert nasfast.create_model is create_model
+    assert nasfast.list_models is list_models

@@ -16,8 +16,14 @@ from nasfast.methods.restoration.check import CheckConfig, check
 from nasfast.methods.restoration.evaluate import EvaluateConfig, evaluate, parse_evaluate
 from nasfast.methods.restoration.report import RestorationReport
 from nasfast.methods.restoration.search import build
-from nasfast.methods.restoration.settings import SearchConfig, continued, parse
-from nasfast.methods.restoration.train import RestorationTraining, TrainConfig, parse_train, resolve
+from nasfast.methods.restoration.settings import SearchConfig, continued, parse, search_with
+from nasfast.methods.restoration.train import (
+    RestorationTraining,
+    TrainConfig,
+    parse_train,
+    resolve,
+    train_with,
+)
 from nasfast.models.build import RESTORER
 from nasfast.models.zoo import ZOO
 from nasfast.searches.base import Search
@@ -56,6 +62,9 @@ class Restoration(Method):
     def parse_search(self, argv: Sequence[str]) -> SearchConfig:
         return parse(argv)
 
+    def search_with(self, settings: Mapping[str, Any]) -> SearchConfig:
+        return search_with(settings)
+
     def continued(
         self, settings: SearchConfig, checkpoint: Mapping[str, Any], budget: int | None
     ) -> SearchConfig:
@@ -76,6 +85,11 @@ class Restoration(Method):
         self, argv: Sequence[str], found: Mapping[str, Any], description: str | None
     ) -> TrainConfig:
         return parse_train(argv, found, description)
+
+    def train_with(
+        self, source: Path, settings: Mapping[str, Any], found: Mapping[str, Any]
+    ) -> TrainConfig:
+        return train_with(source, settings, found)
 
     def resolve(self, settings: TrainConfig, architecture: Architecture) -> TrainConfig:
         return resolve(settings, architecture)

@@ -12,12 +12,11 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from nasfast.methods.restoration.task_flags import parse_with_task
+from nasfast.methods.restoration.task_flags import override_with_task, parse_with_task
 from nasfast.methods.restoration.train import Recipe
 from nasfast.models.restorer import RestorerConfig
 from nasfast.models.supernet import SupernetConfig
@@ -29,6 +28,7 @@ from nasfast.tasks.restoration.denoising import Denoising
 from nasfast.utils.cli import flag_value
 from nasfast.utils.config import Count
 from nasfast.utils.errors import UserError
+from nasfast.utils.files import expanded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,18 +155,31 @@ PRESETS = {
 
 def parse(argv: Sequence[str]) -> SearchConfig:
     """Settings from a command line: the preset's, overridden flag by flag."""
-    preset = flag_value(argv, "--preset")
-    if preset not in PRESETS:  # absent, or wrong and then refused by the parser
-        preset = "demo" if flag_value(argv, "--data") in (None, "synthetic") else "quick"
-    config = parse_with_task(PRESETS[preset], argv, "nasfast search", __doc__)
+    preset = _preset(flag_value(argv, "--preset"), flag_value(argv, "--data"))
+    return _finished(parse_with_task(preset, argv, "nasfast search", __doc__))
+
+
+def search_with(settings: Mapping[str, Any]) -> SearchConfig:
+    """Settings by name, over those of the preset."""
+    preset = _preset(settings.get("preset"), settings.get("data"))
+    return _finished(override_with_task(preset, settings, "search"))
+
+
+def _preset(name: str | None, data: str | None) -> SearchConfig:
+    """The one named; without a name, or with a wrong one, which is refused later, the data's."""
+    return PRESETS.get(name or "") or PRESETS["demo" if data in (None, "synthetic") else "quick"]
+
+
+def _finished(config: SearchConfig) -> SearchConfig:
+    """With absolute paths, and the threads of a sampled network."""
     data, threads = config.data, config.threads
     if threads is None and config.samples:
         threads = default_threads(config.batch)
     return dataclasses.replace(
         config,
         threads=threads,
-        data=data if data == "synthetic" else str(Path(data).expanduser().resolve()),
-        runs=config.runs.expanduser().resolve(),
+        data=data if data == "synthetic" else str(expanded(data).resolve()),
+        runs=expanded(config.runs).resolve(),
     )
 
 

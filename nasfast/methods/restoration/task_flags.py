@@ -1,15 +1,16 @@
-"""The task on the command line: ``--task NAME``, and its own settings as ``--task.FIELD``."""
+"""The task among the settings: ``--task NAME``, and its own settings as ``--task.FIELD``."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import tyro
 
 from nasfast.tasks.restoration import task_from_json
+from nasfast.utils.config import override
 
 C = TypeVar("C")
 
@@ -29,15 +30,34 @@ def parse_with_task(default: C, argv: Sequence[str], prog: str, description: str
     parser = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
     parser.add_argument("--task")
     known, rest = parser.parse_known_args(argv)
-    settings: Any = default
-    if known.task is not None and known.task != getattr(settings.task, "task", None):
-        settings = dataclasses.replace(settings, task=task_from_json({"task": known.task}))
     parsed: C = tyro.cli(
         type(default),
         args=rest,
-        default=settings,
+        default=_with_task(default, known.task),
         prog=prog,
         description=description,
         config=(tyro.conf.AvoidSubcommands,),  # None is no subcommand
     )
     return parsed
+
+
+def override_with_task(default: C, settings: Mapping[str, Any], where: str) -> C:
+    """`override`, where "task" is a name, a task, or its description.
+
+    Raises:
+        UserError: there is no such task or setting.
+    """
+    task = settings.get("task")
+    if isinstance(task, str):
+        settings = {name: value for name, value in settings.items() if name != "task"}
+    name = task.get("task") if isinstance(task, Mapping) else task
+    if isinstance(name, str):
+        default = _with_task(default, name)
+    return override(default, settings, where)
+
+
+def _with_task(settings: Any, name: str | None) -> Any:
+    """The settings with that task and its defaults, unless they have it already."""
+    if name is None or name == getattr(settings.task, "task", None):
+        return settings
+    return dataclasses.replace(settings, task=task_from_json({"task": name}))

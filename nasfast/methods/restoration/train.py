@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from nasfast.data.restoration import open_images
 from nasfast.methods.base import Architecture, TrainSettings, check_same_images
-from nasfast.methods.restoration.task_flags import parse_with_task
+from nasfast.methods.restoration.task_flags import override_with_task, parse_with_task
 from nasfast.models.io import MODEL_FILE, save_model
 from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.spaces.ir_nas import IRNASGenotype
@@ -106,17 +106,27 @@ def parse_train(
     argv: Sequence[str], found: Mapping[str, Any], description: str | None
 ) -> TrainConfig:
     """Settings from a command line; the source's own are the defaults."""
-    chosen = flag_value(argv, "--preset") or found.get("preset")
-    preset: Any = chosen if chosen in PRESETS else "quick"
-    default = TrainConfig(
-        source=Path("RUN"),
-        preset=preset,
+    default = _default(Path("RUN"), flag_value(argv, "--preset"), found)
+    return parse_with_task(default, argv, "nasfast train", description)
+
+
+def train_with(source: Path, settings: Mapping[str, Any], found: Mapping[str, Any]) -> TrainConfig:
+    """Settings by name; the source's own are the defaults."""
+    default = _default(source, settings.get("preset"), found)
+    return override_with_task(default, settings, "train")
+
+
+def _default(source: Path, preset: str | None, found: Mapping[str, Any]) -> TrainConfig:
+    chosen = preset or found.get("preset")
+    name: Any = chosen if chosen in PRESETS else "quick"
+    return TrainConfig(
+        source=source,
+        preset=name,
         task=task_from_json(found["task"]) if "task" in found else Denoising(),
         channels=found.get("channels", 1),
         network=from_mapping(RestorerConfig, found.get("network", {}), "network"),
-        **dataclasses.asdict(PRESETS[preset]),
+        **dataclasses.asdict(PRESETS[name]),
     )
-    return parse_with_task(default, argv, "nasfast train", description)
 
 
 def resolve(config: TrainConfig, architecture: Architecture) -> TrainConfig:

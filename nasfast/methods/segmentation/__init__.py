@@ -16,13 +16,21 @@ from nasfast.methods.segmentation.check import CheckConfig, check
 from nasfast.methods.segmentation.evaluate import evaluate
 from nasfast.methods.segmentation.report import SegmentationReport
 from nasfast.methods.segmentation.search import build
-from nasfast.methods.segmentation.settings import SearchConfig, continued, parse
+from nasfast.methods.segmentation.settings import SearchConfig, continued, parse, search_with
 from nasfast.methods.segmentation.train import SegmentationTraining, TrainConfig, resolve
 from nasfast.models.build import SEGMENTER
+from nasfast.models.zoo import ZOO
 from nasfast.searches.sampling import SamplingSearch
 from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
 from nasfast.training.loop import Runtime
+from nasfast.utils.config import override
 from nasfast.utils.interrupt import Interrupt
+
+ARCHITECTURES = {
+    name: Architecture(entry.genotype.to_json(), Path("runs") / name, {})
+    for name, entry in ZOO.items()
+    if entry.method == "segmentation"
+}
 
 
 class Segmentation(Method):
@@ -35,9 +43,13 @@ class Segmentation(Method):
     check_settings = CheckConfig
     model_format = SEGMENTER
     report = SegmentationReport()
+    zoo = ARCHITECTURES
 
     def parse_search(self, argv: Sequence[str]) -> SearchConfig:
         return parse(argv)
+
+    def search_with(self, settings: Mapping[str, Any]) -> SearchConfig:
+        return search_with(settings)
 
     def continued(
         self, settings: SearchConfig, checkpoint: Mapping[str, Any], budget: int | None
@@ -59,6 +71,11 @@ class Segmentation(Method):
         self, argv: Sequence[str], found: Mapping[str, Any], description: str | None
     ) -> TrainConfig:
         return tyro.cli(TrainConfig, args=argv, description=description, prog="nasfast train")
+
+    def train_with(
+        self, source: Path, settings: Mapping[str, Any], found: Mapping[str, Any]
+    ) -> TrainConfig:
+        return override(TrainConfig(source), settings, "train")
 
     def resolve(self, settings: TrainConfig, architecture: Architecture) -> TrainConfig:
         return resolve(settings, architecture)

@@ -15,7 +15,8 @@ from nasfast.models.decoders import DecoderConfig
 from nasfast.searches.sampling import SamplingSettings, default_threads
 from nasfast.strategies import PPOConfig
 from nasfast.utils.cli import flag_value
-from nasfast.utils.config import Bound, Count, Pixels
+from nasfast.utils.config import Bound, Count, Pixels, override
+from nasfast.utils.files import expanded
 
 DESCRIPTION = """Search a segmentation network: ``nasfast search segmentation``.
 
@@ -107,23 +108,36 @@ PRESETS = {
 
 def parse(argv: Sequence[str]) -> SearchConfig:
     """Settings from a command line: the preset's, overridden flag by flag."""
-    preset = flag_value(argv, "--preset")
-    if preset not in PRESETS:  # absent, or wrong and then refused by the parser
-        preset = "demo" if flag_value(argv, "--data") in (None, "synthetic") else "quick"
     config = tyro.cli(
         SearchConfig,
         args=argv,
-        default=PRESETS[preset],
+        default=_preset(flag_value(argv, "--preset"), flag_value(argv, "--data")),
         description=DESCRIPTION,
         prog="nasfast search",
     )
-    paths = {
-        field: getattr(config, field).expanduser().resolve()
+    return _finished(config)
+
+
+def search_with(settings: Mapping[str, Any]) -> SearchConfig:
+    """Settings by name, over those of the preset."""
+    preset = _preset(settings.get("preset"), settings.get("data"))
+    return _finished(override(preset, settings, "search"))
+
+
+def _preset(name: str | None, data: str | None) -> SearchConfig:
+    """The one named; without a name, or with a wrong one, which is refused later, the data's."""
+    return PRESETS.get(name or "") or PRESETS["demo" if data in (None, "synthetic") else "quick"]
+
+
+def _finished(config: SearchConfig) -> SearchConfig:
+    """With absolute paths, and the threads of a candidate."""
+    paths: dict[str, Any] = {
+        field: expanded(getattr(config, field)).resolve()
         for field in ("encoder_weights", "teacher", "runs", "cache_dir")
         if getattr(config, field) is not None
     }
     if config.data != "synthetic":
-        paths["data"] = str(Path(config.data).expanduser().resolve())
+        paths["data"] = str(expanded(config.data).resolve())
     threads = config.threads or default_threads(config.batch)
     return dataclasses.replace(config, threads=threads, **paths)
 

@@ -18,7 +18,7 @@ from nasfast.encoders import load_encoder
 from nasfast.methods.base import Architecture, TrainSettings, check_same_images
 from nasfast.methods.segmentation.crops import enlarging
 from nasfast.models.build import build_segmenter
-from nasfast.models.decoders import DecoderConfig
+from nasfast.models.decoders import FULL_DECODER, DecoderConfig
 from nasfast.models.io import MODEL_FILE, save_model
 from nasfast.spaces.fast_nas import FastNASGenotype
 from nasfast.tasks.base import Targets
@@ -26,10 +26,8 @@ from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.cost import count_macs, count_parameters
 from nasfast.training.loop import Group, Runtime, epoch_indices, one_cycle, train_epoch
 from nasfast.utils.config import BatchSize, Bound, Count, MaxNorm, Pixels, Positive, Weight
-from nasfast.utils.files import atomic_write
+from nasfast.utils.files import atomic_write, expanded
 from nasfast.utils.seeding import derive_seed
-
-FULL_DECODER = DecoderConfig(agg_size=64, sep_repeats=2, aux_cell=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +68,7 @@ def resolve(config: TrainConfig, architecture: Architecture) -> TrainConfig:
         config,
         data=data,
         mask_values=config.mask_values or architecture.search.get("mask_values"),
-        encoder_weights=Path(encoder).resolve() if encoder else None,
+        encoder_weights=expanded(encoder).resolve() if encoder else None,
     )
 
 
