@@ -20,6 +20,7 @@ from nasfast.spaces.base import Genotype
 from nasfast.training.loop import Runtime
 from nasfast.utils.cli import say
 from nasfast.utils.config import BatchSize, Bound, Bounded, Count, Seed
+from nasfast.utils.errors import UserError
 from nasfast.utils.interrupt import Interrupt
 
 
@@ -76,6 +77,9 @@ class CheckConfig:
 class Training(Protocol):
     """A full training in rounds, with a checkpoint after each."""
 
+    out: Path
+    """Where the result goes."""
+
     @property
     def settings(self) -> TrainSettings:
         """Those it was given, fitted to the data."""
@@ -92,6 +96,10 @@ class Training(Protocol):
     def summary(self) -> str:
         """What is trained on what, in a few lines."""
 
+    def inputs(self, search: Mapping[str, Any]) -> Mapping[str, str]:
+        """SHA-256 of what it read, by the names that a search of these settings has in its
+        `Search.inputs`; without what the training takes from elsewhere."""
+
     def round(self) -> str:
         """Train one round; returns a line about it."""
 
@@ -103,6 +111,15 @@ class Training(Protocol):
 
     def finish(self) -> str:
         """Score the network, write model.safetensors and metrics.json; returns what to print."""
+
+
+def check_same_images(training: Training, before: str, now: str) -> None:
+    """Raise UserError where the fingerprint of the training images is not that of the beginning."""
+    if before != now:
+        raise UserError(
+            f"resume {training.out}: expected the training images that it began with, got other "
+            f"content in {training.settings.data}; restore it or start a new training"
+        )
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,14 @@ from nasfast.runs.checkpoint import load_checkpoint, restoring, save_checkpoint
 from nasfast.runs.records import VERSION as RECORD_VERSION
 from nasfast.runs.records import Record
 from nasfast.utils.errors import UserError, cause
-from nasfast.utils.files import atomic_write, naming, read_object, read_toml, sync_directory
+from nasfast.utils.files import (
+    atomic_write,
+    naming,
+    read_object,
+    read_toml,
+    require_place,
+    sync_directory,
+)
 
 __all__ = ["Ranking", "Study"]
 
@@ -103,17 +110,11 @@ class Study:
             env: versions, machine and command line, stored as JSON.
             ranking: what the best architecture is.
         """
-        for argument, value in (("method", method), ("name", name)):
-            if not re.fullmatch(r"\w[\w.+-]*", value):
-                raise UserError(
-                    f"{argument}: expected letters, digits and ._+- (it becomes part of a "
-                    f"directory name), got {value!r}"
-                )
+        stem = _stem(method, name)
         toml = tomli_w.dumps({k: _toml(v, k) for k, v in config.items() if v is not None})
         environment = json.dumps(env, indent=2) + "\n"
         description = {"version": VERSION, "method": method, "ranking": ranking}
         root.mkdir(parents=True, exist_ok=True)
-        stem = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{method}-{name}"
         for attempt in itertools.count(1):
             path = root / (stem if attempt == 1 else f"{stem}-{attempt}")
             try:
@@ -128,6 +129,11 @@ class Study:
         atomic_write(path / "records.jsonl", "")  # last: without it nothing takes this for a run
         sync_directory(root)
         return cls(path)
+
+    @staticmethod
+    def require_place(root: Path, method: str, name: str) -> None:
+        """Raise UserError where `create` could not make a run directory; leaves nothing behind."""
+        require_place(root / _stem(method, name), "give another --runs or --name")
 
     @classmethod
     def open(cls, path: Path, *, read_only: bool = False) -> Self:
@@ -344,6 +350,17 @@ class Study:
             f"{path}: line {number} was torn by a crash while it was written and has been cut off",
             stacklevel=4,
         )
+
+
+def _stem(method: str, name: str) -> str:
+    """Name of a run directory that is made now."""
+    for argument, value in (("method", method), ("name", name)):
+        if not re.fullmatch(r"\w[\w.+-]*", value):
+            raise UserError(
+                f"{argument}: expected letters, digits and ._+- (it becomes part of a "
+                f"directory name), got {value!r}"
+            )
+    return f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{method}-{name}"
 
 
 def _acquire(path: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ __all__ = [
     "read_object",
     "read_text",
     "read_toml",
+    "require_place",
     "sync_directory",
 ]
 
@@ -48,6 +50,27 @@ def atomic_write(path: Path, data: bytes | memoryview | str) -> None:
     """Replace `path` by `data` in one step."""
     with atomic_file(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+def require_place(path: Path, remedy: str) -> None:
+    """Find out whether a directory can be made; nothing is left behind.
+
+    Args:
+        path: that it would have; folders above it may be missing too.
+        remedy: what to do where it cannot.
+
+    Raises:
+        UserError: a file is in the way, the name is too long, or nothing can be written there.
+    """
+    try:
+        above = next(folder for folder in (path, *path.parents) if folder.exists())
+        with tempfile.TemporaryDirectory(prefix=".nasfast-", dir=above):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{path}: expected a directory that can be made and written to, got "
+            f"{(error.strerror or cause(error)).lower()}; {remedy}"
+        ) from error
 
 
 def sync_directory(path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from nasfast.data.restoration import open_images
-from nasfast.methods.base import Architecture, TrainSettings
+from nasfast.methods.base import Architecture, TrainSettings, check_same_images
 from nasfast.methods.restoration.task_flags import override_with_task, parse_with_task
 from nasfast.models.io import MODEL_FILE, save_model
 from nasfast.models.restorer import Restorer, RestorerConfig
@@ -231,6 +231,8 @@ class RestorationTraining:
         assert config.data is not None
         self.settings, self.genotype, self.out, self.runtime = config, genotype, out, runtime
         self.data = open_images(config.data, config.channels)
+        for part in (self.data.val, self.data.train):
+            part.read_all()  # a damaged file is not found out after hours
         patches = ImagePatches(self.data.train, config.task, config.crop)
         torch.manual_seed(derive_seed(config.seed, "train"))
         self.model = Restorer(genotype, config.network, config.channels, config.task.scale)
@@ -252,7 +254,7 @@ class RestorationTraining:
         return (
             f"task     {self.settings.task.label}\n"
             f"data     {self.settings.data}, {len(self.data.train)} images\n"
-            f"patches  of {self.settings.crop} pixels\n"
+            f"patches  {self.settings.crop} pixels\n"
             f"size     {count_parameters(self.model):,} parameters"
         )
 
@@ -273,6 +275,17 @@ class RestorationTraining:
             f"{self.history[-1]['seconds']:.1f} s"
         )
 
+    def inputs(self, search: Mapping[str, Any]) -> dict[str, str]:
+        config, data = self.settings, self.data
+        if (config.data, config.channels) != (search.get("data"), search.get("channels")):
+            return {}
+        halves = zip(("weights", "architecture"), data.halves() if len(data.train) > 1 else ())
+        return {
+            "training images": data.train.fingerprint(),
+            **{f"images of the {name}": half.fingerprint() for name, half in halves},
+            "validation images": data.val.fingerprint(),
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next round depends on."""
         return {
@@ -287,11 +300,7 @@ class RestorationTraining:
         Raises:
             UserError: the training images are others.
         """
-        if state["data"] != self.data.train.fingerprint():
-            raise UserError(
-                f"resume {self.out}: expected the training images that it began with, got other "
-                f"content in {self.settings.data}; restore it or start a new training"
-            )
+        check_same_images(self, state["data"], self.data.train.fingerprint())
         self.training.load_state_dict(state["fitting"])
         self.history = list(state["history"])
 
