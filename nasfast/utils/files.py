@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO
 from nasfast.utils.errors import UserError, cause
 
 __all__ = [
+    "atomic_directory",
     "atomic_file",
     "atomic_write",
     "expanded",
@@ -48,6 +50,20 @@ def atomic_write(path: Path, data: bytes | memoryview | str) -> None:
     """Replace `path` by `data` in one step."""
     with atomic_file(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+def atomic_directory(path: Path, files: Mapping[str, bytes]) -> None:
+    """Make a directory of these files appear in one step; one that is there is replaced."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        for name, data in files.items():
+            atomic_write(temporary / name, data)
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from html.parser import HTMLParser
+from types import MappingProxyType
 from xml.etree import ElementTree
 
 import pytest
@@ -20,6 +21,7 @@ class Made:
     """The report of a made-up method."""
 
     metric = ("depth_error", "depth error")
+    terms = MappingProxyType({"reward": "More is better.", "cold": "Of no stage.", "warm": HOSTILE})
 
     def architecture(self, record):
         return [Section(f"Drawing of architecture {record.index}", [element("p", HOSTILE)])]
