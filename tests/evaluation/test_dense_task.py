@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -204,8 +205,7 @@ def panels(picture):
     """Mean values of the three images of a strip, without their captions."""
     width = (picture.width - 2 * 6) // 3
     lefts = (left * (width + 6) for left in range(3))
-    boxes = ((left, 22, left + width, picture.height) for left in lefts)
-    return [sum(part.getdata()) / (part.width * part.height) for part in map(picture.crop, boxes)]
+    return [np.asarray(picture)[22:, left : left + width].mean() for left in lefts]
 
 
 def test_targets_keep_their_names_and_sizes(features):
