@@ -80,7 +80,9 @@ def _scored(study: Study) -> Iterator[_Network]:
     if best is None:
         return
     stage = best.evaluation.last_stage
+    name = f"architecture {best.index}, {stage}"
     if study.ranks_by == "last":
+        name = f"{stage}, epoch {best.index + 1}"
         title = f"Predictions of the supernet, after epoch {best.index + 1}"
         note = "The supernet's own output, operations mixed; the derived network is not trained yet"
     else:
@@ -88,7 +90,7 @@ def _scored(study: Study) -> Iterator[_Network]:
         note = f"As the search scored it, after {stage}; a full training makes them better"
     pictures = sorted(folder.glob("*.png"))
     yield _Network(
-        f"architecture {best.index}, {stage}",
+        name,
         title,
         note,
         pictures,

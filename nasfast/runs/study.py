@@ -205,20 +205,20 @@ class Study:
         self._records.append(record)
         if self.best is record:
             self.write_best()
+            for old in self.path.glob(f"{PREDICTIONS}/*"):
+                if old != self._files_of(record):
+                    shutil.rmtree(old)
 
     def keep_files(self, record: Record, files: Mapping[str, bytes]) -> None:
         """Keep files, such as pictures, of a record that is about to be appended, where it will be
-        the best. Those of the best so far stay until another follows it, so that neither lacks its
-        own after a crash."""
+        the best. `append` removes those of the best before it: after a crash between the two, that
+        one still has its own."""
         self._require_lock()
         best = self.best
         if not files or record.score is None:
             return
         if self._ranking == "score" and best and best.score and record.score <= best.score:
             return
-        for old in self.path.glob(f"{PREDICTIONS}/*"):
-            if best is None or old != self._files_of(best):
-                shutil.rmtree(old)
         atomic_directory(self._files_of(record), files)
 
     @property

@@ -109,7 +109,7 @@ def test_predictions_of_the_supernet(study):
     study.append(last)
     page = write_report(study, REPORT).read_text()
     assert "<h2>Predictions of the supernet, after epoch 5</h2>" in page
-    assert "<figcaption>architecture 4, supernet: boat</figcaption>" in page
+    assert "<figcaption>supernet, epoch 5: boat</figcaption>" in page
     assert "The supernet's own output, operations mixed; the derived network is not" in page
 
 
