@@ -26,6 +26,15 @@ def outcome(run):
     return records
 
 
+def shown(run):
+    """Content of the files that show what the best of a search, or a training, predicts."""
+    return {
+        str(path.relative_to(run)): path.read_bytes()
+        for path in (run / "predictions").rglob("*")
+        if path.is_file()
+    }
+
+
 def start(command, *, group=False, module="nasfast.search"):
     """`nasfast search` in a process of its own, or in a process group of its own."""
     root = str(Path(search.__file__).parents[1])
@@ -134,8 +143,9 @@ def assert_equal(one, other, path=""):
 
 
 def assert_same(run, whole):
-    """Both searches decided, measured and learned exactly the same."""
+    """Both searches decided, measured, learned and show exactly the same."""
     assert outcome(run) == outcome(whole)
+    assert shown(run) == shown(whole) != {}
     timed = {"seconds": None, "record": None}  # `outcome` has compared the last record
     assert_equal(checkpoint(run) | timed, checkpoint(whole) | timed)
     first, other = (json.loads((r / "best.json").read_text())["index"] for r in (run, whole))
@@ -143,7 +153,8 @@ def assert_same(run, whole):
 
 
 def assert_same_training(out, whole):
-    """Both trainings gave the same network and measured the same."""
+    """Both trainings gave the same network, measured and show the same."""
+    assert shown(out) == shown(whole) != {}
     for name in ("model.safetensors", "genotype.json"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
     ours, theirs = (

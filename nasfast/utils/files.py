@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO
 from nasfast.utils.errors import UserError, cause
 
 __all__ = [
+    "atomic_directory",
     "atomic_file",
     "atomic_write",
     "expanded",
@@ -71,6 +73,20 @@ def require_place(path: Path, remedy: str) -> None:
             f"{path}: expected a directory that can be made and written to, got "
             f"{(error.strerror or cause(error)).lower()}; {remedy}"
         ) from error
+
+
+def atomic_directory(path: Path, files: Mapping[str, bytes]) -> None:
+    """Make a directory of these files appear in one step; one that is there is replaced."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        for name, data in files.items():
+            atomic_write(temporary / name, data)
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:
