@@ -221,7 +221,9 @@ class SegmentationTask(DenseTask[SegmentationScores]):
         """The labels; black where there is none."""
         train = self.splits.train
         black = [(0, 0, 0)] * (256 - len(train.colors))
-        return Segmentation(image, targets["labels"], train.classes, (*train.colors, *black))
+        labels = targets["labels"]
+        certain = torch.full_like(labels, 255)
+        return Segmentation(image, labels, certain, train.classes, (*train.colors, *black))
 
     def class_scores(self, scores: SegmentationScores) -> list[ClassScore]:
         """Intersection over union."""
