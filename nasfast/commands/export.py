@@ -135,8 +135,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             small = file.with_name(f"int8-{out.name}")
             print(f"calibrating on {len(calibration)} training images of {data}", flush=True)
             quantize(file, small, calibration)
-            if size is None:
+            try:
                 _print_loss(method, exported, load(small, "cpu"), str(data))
+            except UserError as problem:  # validation images of another size than the file's
+                print(f"  loss not measured: {problem}")
             print(f"  size {small.stat().st_size / file.stat().st_size:.0%} of float32")
             file = small
         os.replace(file, out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,12 @@ def _original(path: Path, export: Exported, device: str) -> list[Model]:
         if weights_digest(model) == export.export["weights"]:
             return [model]
     return []
+
+
+def speed_json(latencies: Sequence[Latency]) -> dict[str, Any]:
+    """What `measure_speed` found, for evaluation.json."""
+    names = ("latency_ms", "latency_ms_of_original")
+    return {name: asdict(latency) for name, latency in zip(names, latencies)}
 
 
 def speed_rows(latencies: Sequence[Latency]) -> list[tuple[str, str]]:

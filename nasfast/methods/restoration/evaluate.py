@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -15,7 +14,13 @@ from torch import Tensor
 from nasfast.data.restoration import ImageSet, open_images
 from nasfast.device import resolve_device
 from nasfast.inference.model import Model, load
-from nasfast.inference.speed import measure_size, measure_speed, size_rows, speed_rows
+from nasfast.inference.speed import (
+    measure_size,
+    measure_speed,
+    size_rows,
+    speed_json,
+    speed_rows,
+)
 from nasfast.methods import base
 from nasfast.methods.base import Split, spread
 from nasfast.methods.restoration.strips import write_strips
@@ -100,7 +105,7 @@ def evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], Table]:
             for label, by_method in scores.items()
         },
         **measure_size(path, model, size),
-        "latency_ms": [dataclasses.asdict(each) for each in latencies],
+        **speed_json(latencies),
     }
     title = f"{len(images)} {config.split} images of {images.name}, {config.protocol}"
     rows = [*size_rows(result), *speed_rows(latencies)]

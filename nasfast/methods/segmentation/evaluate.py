@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,13 @@ from torch import Tensor
 from nasfast.data import SegmentationDataset, ValTransform, load_splits
 from nasfast.device import resolve_device
 from nasfast.inference.model import Model, load
-from nasfast.inference.speed import measure_size, measure_speed, size_rows, speed_rows
+from nasfast.inference.speed import (
+    measure_size,
+    measure_speed,
+    size_rows,
+    speed_json,
+    speed_rows,
+)
 from nasfast.methods.base import EvaluateConfig, Split, spread
 from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.loop import Runtime, in_order
@@ -87,7 +92,7 @@ def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
         **scores.as_dict(),
         "class_iou": class_iou,
         **measure_size(path, model, (height, width)),
-        "latency_ms": [dataclasses.asdict(each) for each in latencies],
+        **speed_json(latencies),
     }
     table = Table(title=escape(f"{config.label}, {len(part)} {config.split} images of {part.name}"))
     table.add_column("measure")
