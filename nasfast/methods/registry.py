@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nasfast.inference.exported import EXPORT_SUFFIXES, read_description
 from nasfast.inference.model import find_model
 from nasfast.methods.base import Method
 from nasfast.methods.restoration import Restoration
@@ -79,7 +80,7 @@ def method_of_source(argv: Sequence[str]) -> tuple[Method, Mapping[str, Any]]:
 
 
 def method_of_model(argv: Sequence[str]) -> Method:
-    """By the first word that is a model file, a training or a run.
+    """By the first word that is a model file, an export, a training or a run.
 
     Raises:
         UserError: the file is of no known method, or nothing was trained in the run yet.
@@ -89,12 +90,16 @@ def method_of_model(argv: Sequence[str]) -> Method:
         if (path / "config.toml").is_file():  # of a run or a training; data has none
             path = find_model(path)
         path = path / MODEL_FILE if path.is_dir() else path
-        if path.is_file() and path.suffix == ".safetensors":
+        if path.is_file() and path.suffix in EXPORT_SUFFIXES:
+            family, name = "", read_description(path).get("method")
+        elif path.is_file() and path.suffix == ".safetensors":
             family, name = model_method(path)
-            if name is not None:
-                with about(path):
-                    return method_named(name)
-            return next(m for m in METHODS.values() if m.model_format == family)
+        else:
+            continue
+        if name is not None:
+            with about(path):
+                return method_named(name)
+        return next(m for m in METHODS.values() if m.model_format == family)
     return METHODS[DEFAULT]
 
 
