@@ -1,7 +1,8 @@
 """Measure a trained network: ``nasfast evaluate MODEL``.
 
 MODEL is a model.safetensors of ``nasfast train``, or the directory that holds it. Reports the
-task's metrics, parameters, multiply-adds and latency.
+task's metrics, parameters, multiply-adds and latency. ``nasfast evaluate MODEL --help`` shows the
+flags of MODEL's task.
 """
 
 from __future__ import annotations

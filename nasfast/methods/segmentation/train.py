@@ -61,6 +61,21 @@ class TrainConfig(TrainSettings):
             require_positive(self, "crop")
 
 
+FIRST = (
+    "source",
+    "rank",
+    "data",
+    "out",
+    "encoder_weights",
+    "epochs",
+    "batch_size",
+    "crop",
+    "device",
+    "seed",
+)
+"""What ``--help`` describes."""
+
+
 def resolve(config: TrainConfig, architecture: Architecture) -> TrainConfig:
     """Fill in data and encoder of the search."""
     data = config.data or architecture.search.get("data", "synthetic")
