@@ -37,7 +37,7 @@ ONLY = {
     "runs": {"torch", "tomli_w", "utils"},
     "ops": {"torch", "_C", "onnxscript"},  # the last inside the function that exports
     "device": {"torch", "ops", "utils"},
-    "utils": set(),
+    "utils": {"torch"},
 }
 # Wheels of the first two fail to import beside a CPU build of torch; the others are not installed.
 FORBIDDEN = {"torchvision", "timm", "bench", "tests"}

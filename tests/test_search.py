@@ -59,7 +59,9 @@ def test_resume_with_other_content_is_refused(own_run, tiny_run, changed, capsys
         alter_identity(own_run, "inputs", teacher="another")
     else:
         for path in own_run.parent.glob("data/*/masks/*.png"):
-            Image.new("L", (48, 32), 1).save(path)
+            mask = Image.new("L", (48, 32), 1)
+            mask.paste(0, (0, 0, 48, 9))
+            mask.save(path)
     assert search.main(["--resume", str(own_run), "--budget", "7"]) == 2
     assert capsys.readouterr().err == (
         f"error: resume {own_run}: expected the {changed} that the run began with, got other "

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from nasfast.cache.layout import STORAGES, BlockLayout, stored
 from nasfast.cache.resident import DeviceSamples
 from nasfast.cache.segment import Filler, Segment, create
 from nasfast.utils.errors import UserError
+from nasfast.utils.files import expanded
 
 Encode = Callable[[Tensor], Mapping[str, Tensor]]
 PLACEMENTS = ("auto", "file", "ram", "device")
@@ -380,7 +382,7 @@ def _path(key: Mapping[str, str], config: CacheConfig) -> Path:
 
 
 def _directory(config: CacheConfig) -> Path:
-    return (config.directory or default_directory()).expanduser().absolute()
+    return expanded(config.directory or default_directory()).absolute()
 
 
 def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -394,5 +396,12 @@ def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def default_directory() -> Path:
-    """``$NASFAST_CACHE`` or ``~/.cache/nasfast``."""
-    return Path(os.environ.get("NASFAST_CACHE", "~/.cache/nasfast")).expanduser()
+    """``$NASFAST_CACHE`` or ``~/.cache/nasfast``; below the temporary directory where there is no
+    home, as in a container without HOME."""
+    given = os.environ.get("NASFAST_CACHE")
+    try:
+        return expanded(given or "~/.cache/nasfast")
+    except UserError:
+        if given:
+            raise
+        return Path(tempfile.gettempdir()) / f"nasfast-{os.getuid()}"

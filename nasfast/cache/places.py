@@ -185,7 +185,7 @@ def allocate(file: int, size: int, path: Path) -> None:
     code = errno.ENOSPC
     if not is_ram(path) or missing <= free:
         code = extension().feature_cache_allocate(file, size)
-    if code == errno.ENOSPC or (code == errno.EOPNOTSUPP and missing > free):
+    if code in (errno.ENOSPC, errno.EDQUOT) or (code == errno.EOPNOTSUPP and missing > free):
         raise OSError(
             errno.ENOSPC,
             f"feature cache: expected {missing} bytes in {path.parent}, got {free} free; make room "

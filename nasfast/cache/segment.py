@@ -20,7 +20,7 @@ from torch import Tensor
 from nasfast.cache import owners, places
 from nasfast.cache.header import HOST, STATE, Header, checksum, extension
 from nasfast.utils.errors import UserError
-from nasfast.utils.files import sync_directory
+from nasfast.utils.files import naming, sync_directory
 
 _NORESERVE = 0x4000  # MAP_NORESERVE: a private map of a large file is no claim on memory
 _PATIENCE = 2.0  # seconds to wait for processes that only inspect a file
@@ -254,7 +254,9 @@ class Filler:
         sums = []
         for row, block in zip(rows.tolist(), blocks):
             sums.append((row, checksum(block, row)))
-            places.write_at(self._file, block.numpy().data, self._blocks + row * blocks.shape[1])
+            begin = self._blocks + row * blocks.shape[1]
+            with naming(self._segment.path):
+                places.write_at(self._file, block.numpy().data, begin)
         publish = extension().feature_cache_publish
         for row, value in sums:
             if not publish(self._table.address, row, self._owner, value):
@@ -325,16 +327,17 @@ def create(
         size = header.layout.sample_bytes
         os.ftruncate(file, 0)  # what a killed process left
         places.allocate(file, offset + header.count * size, path)
-        places.write_at(file, prefix, 0)
-        places.write_at(file, owners.host(), HOST)
-        states = b""
-        for i, block in enumerate(blocks):
-            places.write_at(file, block.numpy().data, offset + i * size)
-            states += STATE.pack(owners.PUBLISHED, checksum(block, i))
-        # whole: it is written through maps later, where a full disk is a signal, and not all file
-        # systems can reserve room
-        places.write_at(file, states.ljust(header.count * STATE.size, b"\0"), table)
-        os.fsync(file)
+        with naming(path):
+            places.write_at(file, prefix, 0)
+            places.write_at(file, owners.host(), HOST)
+            states = b""
+            for i, block in enumerate(blocks):
+                places.write_at(file, block.numpy().data, offset + i * size)
+                states += STATE.pack(owners.PUBLISHED, checksum(block, i))
+            # whole: it is written through maps later, where a full disk is a signal, and not all
+            # file systems can reserve room
+            places.write_at(file, states.ljust(header.count * STATE.size, b"\0"), table)
+            os.fsync(file)
         with places.settled(path.parent):
             os.rename(temporary, path)
             fcntl.flock(file, fcntl.LOCK_SH)

@@ -1,6 +1,7 @@
 """One module a subcommand of ``nasfast``: a docstring, which ``--help`` shows, and ``main``."""
 
 COMMANDS = {
+    "check": "look at data before a search: what is read, what is wrong",
     "search": "find an architecture",
     "train": "train an architecture in full",
     "evaluate": "measure a trained network: score, size, latency",

@@ -15,6 +15,7 @@ from nasfast.cache import default_directory, places
 from nasfast.cache.segment import Segment
 from nasfast.utils.cli import reports_errors
 from nasfast.utils.errors import UserError
+from nasfast.utils.files import expanded
 
 _SECONDS = {"m": 60, "h": 3600, "d": 86400}
 
@@ -39,7 +40,7 @@ class _Directories:
         ]
         chosen = []
         for name in names:
-            path = Path(name).expanduser()
+            path = expanded(name)
             if path.suffix == places.SUFFIX and path.is_file():
                 matches = [path]
             else:
@@ -54,7 +55,7 @@ class _Directories:
 
     @property
     def directory(self) -> Path:
-        return (self.cache_dir or default_directory()).expanduser()
+        return expanded(self.cache_dir or default_directory())
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,18 @@
-"""Train the packaged encoder: ``nasfast pretrain``.
+"""Train an encoder like the packaged one: ``nasfast pretrain``.
 
 A narrow MobileNet-v2 learns to segment procedurally generated street scenes, from a stream that no
-search reads, under a decoder that is discarded. The result is the encoder that a search without
-``--encoder-weights`` starts from.
+search reads, under a decoder that is discarded. The defaults made the encoder that a search without
+``--encoder-weights`` starts from; the result is for ``--encoder-weights``.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
@@ -22,7 +23,7 @@ from torch import Tensor
 from nasfast.data import SyntheticStreets, TrainTransform, ValTransform
 from nasfast.data.base import split_for_search
 from nasfast.device import resolve_device
-from nasfast.encoders import PACKAGED_WEIGHTS, MobileNetV2
+from nasfast.encoders import MobileNetV2
 from nasfast.models.build import build_segmenter
 from nasfast.models.decoders import DecoderConfig
 from nasfast.spaces.fast_nas import FastNASSpace
@@ -30,44 +31,87 @@ from nasfast.tasks.base import Targets
 from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.loop import Group, Runtime, epoch_indices, one_cycle, train_epoch
 from nasfast.utils.cli import reports_errors
-from nasfast.utils.config import require_positive
-from nasfast.utils.files import atomic_write
+from nasfast.utils.config import BatchSize, Bound, Bounded, Count, Pixels, Positive, Seed
+from nasfast.utils.errors import UserError
+from nasfast.utils.files import atomic_file, expanded
 
 _GENOTYPE = [[2, [1, 0, 3, 6], [0, 1, 2, 8], [2, 0, 6, 1]], [[2, 3], [3, 1], [4, 4]]]
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(Bounded):
     """Settings of the packaged encoder's training; the defaults made the packaged file."""
 
-    out: Path = PACKAGED_WEIGHTS
-    """Where the weights go (float16, with the width in the metadata)."""
-    width: float = 0.35
+    out: Path | None = None
+    """Where the weights go (float16, with the width in the metadata); default:
+    mobilenet_v2_WIDTH.safetensors in the working directory."""
+    overwrite: bool = False
+    """Replace the file if it exists."""
+    width: Annotated[float, Bound(0.1, 10)] = 0.35
     """Channel multiplier of MobileNet-v2."""
-    frames: int = 4000
+    frames: Annotated[int, Bound(2, 10**9)] = 4000
     """Generated frames."""
-    epochs: int = 12
+    epochs: Count = 12
     """Passes over the frames."""
-    batch_size: int = 16
+    batch_size: BatchSize = 16
     """Frames per step."""
-    crop: int = 96
+    crop: Pixels = 96
     """Side of a crop, in pixels."""
-    lr: float = 3e-3
+    lr: Positive = 3e-3
     """Peak learning rate of Adam, on a cosine to zero."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides weights, frames and order."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
-    def __post_init__(self) -> None:
-        require_positive(self, "width", "epochs", "batch_size", "crop")
+    @property
+    def path(self) -> Path:
+        """The file to write.
+
+        Raises:
+            UserError: it exists and may not be replaced, or is no file.
+        """
+        name = f"mobilenet_v2_{round(100 * self.width):03}.safetensors"
+        path = expanded(self.out or name)
+        if path.suffix != ".safetensors" or path.is_dir():
+            raise UserError(f"out: expected a name that ends in .safetensors, got {path}")
+        if path.exists() and not self.overwrite:
+            raise UserError(
+                f"out: expected a file that does not exist yet, got {path}; give another --out, or "
+                "--overwrite"
+            )
+        return path
 
 
 def pretrain(config: PretrainConfig) -> None:
     """Train, score on unseen frames and write the weights."""
-    console = Console()
+    path, runtime = config.path, Runtime(resolve_device(config.device))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        # takes the room: a full disk shows before the training, not after it
+        file.write(_packed(MobileNetV2(config.width), {}))
+        file.flush()
+        encoder, miou = _train(config, runtime, Console())
+        file.seek(0)
+        file.write(_packed(encoder, {"miou": round(miou, 4), "frames": config.frames}))
+        file.truncate()
+    print(f"mIoU {miou:.3f} on unseen frames; {path} ({path.stat().st_size / 2**20:.2f} MiB)")
+
+
+def _packed(encoder: MobileNetV2, results: Mapping[str, float]) -> bytes:
+    """A file of the weights in float16."""
+    weights = {
+        k: v.cpu().contiguous().half() if v.is_floating_point() else v.cpu()
+        for k, v in encoder.state_dict().items()
+    }
+    described = {"name": encoder.name, "width": encoder.width}
+    metadata = {"nasfast.encoder": json.dumps(described), "nasfast.pretrain": json.dumps(results)}
+    return save(weights, metadata)
+
+
+def _train(config: PretrainConfig, runtime: Runtime, console: Console) -> tuple[MobileNetV2, float]:
+    """The trained encoder, and the mean IoU on unseen frames."""
     torch.manual_seed(config.seed)
-    runtime = Runtime(resolve_device(config.device))
     frames = SyntheticStreets(config.frames, config.seed, stream="pretrain", cache_in_memory=True)
     splits = split_for_search(frames, frames.subset([0]), seed=config.seed, fraction=0.05)
     task = SegmentationTask(splits)
@@ -103,20 +147,7 @@ def pretrain(config: PretrainConfig) -> None:
         )
     val = splits.search_val
     scores = task.score_images(model, val, ValTransform(None), runtime, batch_size=32)
-    weights = {
-        k: v.cpu().contiguous().half() if v.is_floating_point() else v.cpu()
-        for k, v in encoder.state_dict().items()
-    }
-    metadata = {
-        "nasfast.encoder": json.dumps({"name": encoder.name, "width": config.width}),
-        "nasfast.pretrain": json.dumps({"miou": round(scores.miou, 4), "frames": config.frames}),
-    }
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(config.out, save(weights, metadata))
-    console.print(
-        f"mIoU {scores.miou:.3f} on {len(val)} unseen frames; "
-        f"{config.out} ({config.out.stat().st_size / 2**20:.2f} MiB)"
-    )
+    return encoder, scores.miou
 
 
 @reports_errors

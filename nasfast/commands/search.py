@@ -87,13 +87,20 @@ def _identity(search: Search) -> dict[str, dict[str, str]]:
 
 def _recorded_identity(study: Study) -> dict[str, dict[str, str]]:
     """The same, of the run's beginning."""
-    identity: dict[str, dict[str, str]] = study.env.get("identity", {})
-    if set(identity) != {"inputs", "computation"} or "threads" not in identity["computation"]:
+    identity = study.env.get("identity")
+    whole = (
+        isinstance(identity, dict)
+        and identity.keys() == {"inputs", "computation"}
+        and all(isinstance(part, dict) for part in identity.values())
+        and re.fullmatch(r"[1-9]\d{0,3}", str(identity["computation"].get("threads")))
+    )
+    if not whole:
         raise UserError(
             f"{study.path / 'env.json'}: expected the identity of inputs and computation that the "
-            "search wrote, got none; restore the file from a copy"
+            f"search wrote, got {str(identity)[:80]}; restore the file from a copy"
         )
-    return identity
+    found: dict[str, dict[str, str]] = study.env["identity"]
+    return found
 
 
 def _check_identity(study: Study, search: Search, console: Console) -> None:

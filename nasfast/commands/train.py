@@ -25,14 +25,14 @@ from nasfast.methods.base import Architecture, Method, Training, TrainSettings
 from nasfast.methods.registry import method_of_genotype, method_of_source, read_genotype
 from nasfast.models.io import MODEL_FILE
 from nasfast.models.zoo import list_models
-from nasfast.runs.checkpoint import load_checkpoint, save_checkpoint
+from nasfast.runs.checkpoint import load_checkpoint, restoring, save_checkpoint
 from nasfast.runs.study import Study
 from nasfast.spaces.base import Genotype
 from nasfast.training.loop import Runtime
 from nasfast.utils.cli import flag_value, reports_errors, say
 from nasfast.utils.config import from_mapping
 from nasfast.utils.errors import UserError, about, did_you_mean
-from nasfast.utils.files import atomic_write, read_toml
+from nasfast.utils.files import atomic_write, expanded, read_toml
 from nasfast.utils.interrupt import Interrupt, StopRequested
 
 
@@ -77,15 +77,13 @@ def resolve(
     config = method.resolve(config, architecture)
     assert config.data is not None
     numbered = (architecture.home / f"train-{n}" for n in itertools.count(1))
-    out = config.out or next(path for path in numbered if not path.exists())
+    out = expanded(config.out) if config.out else next(p for p in numbered if not p.exists())
     return (
         dataclasses.replace(
             config,
             source=config.source if named else config.source.resolve(),
             data=(
-                config.data
-                if config.data == "synthetic"
-                else str(Path(config.data).expanduser().resolve())
+                config.data if config.data == "synthetic" else str(expanded(config.data).resolve())
             ),
             out=out.resolve(),
         ),
@@ -167,9 +165,12 @@ class Session:
         with Interrupt() as interrupt:
             runtime = Runtime(resolve_device(self.config.device), interrupt.check)
             training = self.method.training(self.config, self.genotype, self.out, runtime)
-            state = load_checkpoint(self.out / "checkpoint.pt")
+            checkpoint = self.out / "checkpoint.pt"
+            remedy = "restore it from a copy, or remove it: the training then begins again"
+            state = load_checkpoint(checkpoint, remedy)
             if state is not None:
-                training.load_state_dict(state)
+                with restoring(checkpoint, remedy):
+                    training.load_state_dict(state)
             if not self.out.exists():  # only now: data or weights may have been refused
                 _write_config(self.out, training.settings, self.genotype)
             about_it = f"training {self.genotype.to_json()}\n{training.summary}"

@@ -6,8 +6,9 @@ import functools
 import hashlib
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,10 @@ from nasfast.utils.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class UnknownLayout(UserError):
+    """A folder that is not laid out as any reader of the task knows it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +53,11 @@ class SegmentationDataset(ABC):
     def fingerprint(self) -> str:
         """SHA-256 (hex) over all that determines the samples; equal in every process."""
 
+    def label_counts(self) -> Tensor:
+        """Pixels of each label in each mask, int64 [N, 256]."""
+        masks = (sample.mask.flatten() for sample in self)
+        return torch.stack([torch.bincount(mask, minlength=256) for mask in masks])
+
     def subset(self, indices: Sequence[int]) -> SegmentationDataset:
         """The samples at `indices`, in that order. IndexError outside."""
         return Subset(self, indices)
@@ -68,23 +78,46 @@ class Subset(SegmentationDataset):
     def __getitem__(self, index: int) -> Sample:
         return self._dataset[self._indices[index]]
 
+    def label_counts(self) -> Tensor:
+        return self._dataset.label_counts()[list(self._indices)]
+
     def fingerprint(self) -> str:
         return digest("subset", self._dataset.fingerprint(), self._indices)
+
+
+class Parts(NamedTuple):
+    """What a folder is divided in."""
+
+    train: SegmentationDataset
+    val: SegmentationDataset
+    open_test: Callable[[], SegmentationDataset] | None = None
+    """Reads the test part, where there is one."""
 
 
 @dataclass(frozen=True)
 class Splits:
     """The parts of a dataset. `search_train` and `search_val` divide `train`; a search never
-    sees `val`."""
+    sees `val`, and neither it nor a training reads `test`."""
 
     search_train: SegmentationDataset
     search_val: SegmentationDataset
     train: SegmentationDataset
     val: SegmentationDataset
+    open_test: Callable[[], SegmentationDataset] | None = None
+
+    @functools.cached_property
+    def test(self) -> SegmentationDataset | None:
+        """Read when first asked for; None where the data has no test part."""
+        return self.open_test and self.open_test()
 
 
 def split_for_search(
-    train: SegmentationDataset, val: SegmentationDataset, *, seed: int, fraction: float = 0.1
+    train: SegmentationDataset,
+    val: SegmentationDataset,
+    open_test: Callable[[], SegmentationDataset] | None = None,
+    *,
+    seed: int,
+    fraction: float = 0.1,
 ) -> Splits:
     """Keep a seeded `fraction` of `train` (at least one sample) to validate candidates on:
     90/10 in Fast NAS (CVPR 2019)."""
@@ -100,6 +133,7 @@ def split_for_search(
         search_val=train.subset(sorted(order[:held_out])),
         train=train,
         val=val,
+        open_test=open_test,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nasfast.data.base import SegmentationDataset
+from nasfast.data.base import Parts, SegmentationDataset
 from nasfast.data.folder import FileDataset, listed_pairs
 from nasfast.utils.errors import UserError
 from nasfast.utils.files import read_json
@@ -27,12 +27,13 @@ CLASSES = {
 
 
 def open_camvid(
-    root: Path, *, cache_in_memory: bool = True
-) -> tuple[SegmentationDataset, SegmentationDataset]:
-    """Training and validation set of a CamVid folder.
+    root: Path, *, cache_in_memory: bool = True, mask_values: str | None = None
+) -> Parts:
+    """The parts of a CamVid folder; test.txt, test/ and testannot/, where it has them, are the test
+    part.
 
     `classes.json` (`{"classes": [{"name", "color"}, ...], "ignore_index"}`), where present,
-    replaces the 11 standard classes with void = 11 as ignore index.
+    replaces the 11 standard classes with void = 11 as ignore index. `mask_values`: `FileDataset`.
     """
     classes, ignore_index = CLASSES, len(CLASSES)
     if (root / "classes.json").is_file():
@@ -50,10 +51,12 @@ def open_camvid(
             pairs,
             ignore_index=ignore_index,
             colors=tuple(classes.values()),
+            mask_values=mask_values,
             cache_in_memory=cache_in_memory,
         )
 
-    return part("train"), part("val")
+    tested = all((root / name).exists() for name in ("test.txt", "test", "testannot"))
+    return Parts(part("train"), part("val"), (lambda: part("test")) if tested else None)
 
 
 def _read_classes(path: Path) -> tuple[dict[str, Color], int]:
@@ -61,11 +64,11 @@ def _read_classes(path: Path) -> tuple[dict[str, Color], int]:
     try:
         named = [(str(c["name"]), _color(*c["color"])) for c in described["classes"]]
         ignore_index = int(described["ignore_index"])
-        if not 0 < len(dict(named)) == len(named) < 256:
+        if not 2 <= len(dict(named)) == len(named) < 256:
             raise ValueError(f"{len(named)} classes of {len(dict(named))} names")
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
-            f"{path}: expected an object with 'ignore_index' and 'classes', a list of up to 255 "
+            f"{path}: expected an object with 'ignore_index' and 'classes', a list of 2 to 255 "
             f"{{'name', 'color'}} of different names; got {type(error).__name__}: {error}"
         ) from error
     return dict(named), ignore_index

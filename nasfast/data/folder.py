@@ -3,28 +3,52 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nasfast.data.base import Sample, SegmentationDataset, default_colors, digest
-from nasfast.data.images import IMAGE_SUFFIXES, image_files, open_image
+from nasfast.data.base import Parts, Sample, SegmentationDataset, default_colors, digest
+from nasfast.data.images import (
+    IMAGE_SUFFIXES,
+    by_stem,
+    for_each,
+    identity,
+    list_folder,
+    measure,
+    open_image,
+    read_image,
+    require_eight_bits,
+)
 from nasfast.utils.errors import UserError, about
 from nasfast.utils.files import read_text
 
 FOLDER_LAYOUT = "images/ + masks/ + classes.txt"
+FIRST_COLUMN = re.compile(
+    rf"[^\t]*?({'|'.join(map(re.escape, IMAGE_SUFFIXES))})(?=\s|$)|[^\t]*", re.IGNORECASE
+)
 
 
 class FileDataset(SegmentationDataset):
     """Frames and masks in files, `pairs` of (image path, mask path).
 
     Opening it reads every mask and keeps them; frames are decoded now and kept
-    (`cache_in_memory`), or only measured now and decoded at each access. UserError names the first
-    file that is missing, unreadable or inconsistent.
+    (`cache_in_memory`), or only measured now and decoded at each access. UserError names the
+    first file that is missing, unreadable or inconsistent, and counts the others.
+
+    Args:
+        name: of the data.
+        classes: names, in the order of the indices.
+        pairs: the files.
+        ignore_index: label that no loss and no metric counts.
+        colors: RGB of each class; default: those of PASCAL VOC.
+        mask_values: "0,255": the value in the masks of class 0, of class 1, ..; pixels of other
+            values are ignored. Default: the indices themselves.
+        cache_in_memory: keep decoded frames.
     """
 
     def __init__(
@@ -35,78 +59,146 @@ class FileDataset(SegmentationDataset):
         *,
         ignore_index: int = 255,
         colors: Sequence[tuple[int, int, int]] | None = None,
+        mask_values: str | None = None,
         cache_in_memory: bool = True,
     ) -> None:
         self.name, self.classes, self.ignore_index = name, tuple(classes), ignore_index
         self.colors = default_colors(len(classes)) if colors is None else tuple(colors)
-        self._pairs = tuple(pairs)
-        self._images: list[Tensor] | None = None
+        self.pairs = tuple(pairs)
+        self.mask_values = parse_mask_values(mask_values, self.classes)
         self._fingerprint: str | None = None
-        with ThreadPoolExecutor() as pool:
-            self._masks = list(pool.map(self._read_mask, [mask for _, mask in pairs]))
-            images = [image for image, _ in pairs]
-            if cache_in_memory:
-                self._images = list(pool.map(_read_image, images))
-                sizes = [(i.shape[1], i.shape[2]) for i in self._images]
-            else:
-                sizes = list(pool.map(_image_size, images))
-        for (image, mask), (height, width), labels in zip(pairs, sizes, self._masks, strict=True):
+        masks = for_each(_read_mask, [mask for _, mask in pairs])
+        self.value_counts = torch.stack([_count(mask) for mask in masks])  # int64 [N, 256]
+        """Pixels of each value in each mask file."""
+        self._check_values()
+        self._masks = [
+            mask if self.mask_values is None else self._table[mask.long()] for mask in masks
+        ]
+        self._images: list[Tensor] | None = None
+        if cache_in_memory:
+            self._images = for_each(read_image, [image for image, _ in pairs])
+            sizes = [(image.shape[1], image.shape[2]) for image in self._images]
+        else:
+            sizes = for_each(_image_size, [image for image, _ in pairs])
+        for (image, mask), (height, width), labels in zip(pairs, sizes, masks, strict=True):
             if (height, width) != tuple(labels.shape):
+                turned = measure(image).turned
                 raise UserError(
                     f"image and mask differ in size: {image} is {height}x{width}, "
                     f"{mask} is {labels.shape[0]}x{labels.shape[1]} (height x width)"
+                    + turned
+                    * "; the image is upright by its EXIF orientation, turn the mask too"
                 )
 
+    @property
+    def _table(self) -> Tensor:
+        """Label of each value in a mask, uint8 [256]."""
+        if self.mask_values is None:
+            return torch.arange(256, dtype=torch.uint8)
+        table = torch.full((256,), self.ignore_index, dtype=torch.uint8)
+        table[list(self.mask_values)] = torch.arange(len(self.classes), dtype=torch.uint8)
+        return table
+
     def __len__(self) -> int:
-        return len(self._pairs)
+        return len(self.pairs)
 
     def __getitem__(self, index: int) -> Sample:
-        image = self._images[index] if self._images else _read_image(self._pairs[index][0])
+        image = self._images[index] if self._images else read_image(self.pairs[index][0])
         return Sample(image, self._masks[index])
+
+    def label_counts(self) -> Tensor:
+        counts = torch.zeros_like(self.value_counts)
+        return counts.index_add_(1, self._table.long(), self.value_counts)
 
     def fingerprint(self) -> str:
         if self._fingerprint is None:
-            files = tuple(
-                (path.name, hashlib.sha256(path.read_bytes()).hexdigest())
-                for pair in self._pairs
-                for path in pair
-            )
-            self._fingerprint = digest("files", self.classes, self.ignore_index, files)
+            files = tuple((path.name, identity(path)) for pair in self.pairs for path in pair)
+            values = () if self.mask_values is None else (self.mask_values,)
+            self._fingerprint = digest("files", self.classes, self.ignore_index, files, *values)
         return self._fingerprint
 
-    def _read_mask(self, path: Path) -> Tensor:
-        image = open_image(path, "mask")
-        if image.mode not in ("1", "L", "P"):
-            raise UserError(
-                f"mask {path} has mode {image.mode}: expected an 8-bit index mask (grey or palette "
-                "PNG whose pixel values are class indices)"
-            )
-        labels = np.array(image, dtype=np.uint8)  # [H, W]
-        present = np.flatnonzero(np.bincount(labels.ravel(), minlength=256))
-        unknown = [v for v in present if v >= len(self.classes) and v != self.ignore_index]
-        if unknown:
-            raise UserError(
-                f"mask {path} has the value {unknown[0]}: expected 0..{len(self.classes) - 1} "
-                f"or {self.ignore_index} (ignore)"
-            )
-        return torch.from_numpy(labels)
+    def _check_values(self) -> None:
+        if self.mask_values is not None:  # says what every value means
+            return
+        known = torch.zeros(256, dtype=torch.bool)
+        known[: len(self.classes)] = known[self.ignore_index] = True
+        for (_, mask), unknown in zip(self.pairs, (self.value_counts > 0) & ~known, strict=True):
+            if unknown.any():
+                cause = "; JPEG changes values" * (mask.suffix.lower() in (".jpg", ".jpeg"))
+                raise UserError(
+                    f"mask {mask} has the value {int(unknown.nonzero()[0])}: expected "
+                    f"0..{len(self.classes) - 1} or {self.ignore_index} (ignore)"
+                    f"{cause}{self.remedy()}"
+                )
+
+    def meaning(self) -> str:
+        """What values that are no indices of classes may mean, as the end of a sentence."""
+        found = torch.nonzero(self.value_counts.sum(0)).flatten().tolist()
+        for void in ((), (self.ignore_index,), (0,), (0, self.ignore_index)):
+            values = [value for value in found if value not in void]
+            fits = len(values) == len(self.classes) and values != list(range(len(values)))
+            if fits and self.mask_values is None:
+                meant = ",".join(map(str, values))
+                return f"; if {meant} mean {some(self.classes)}, give --mask-values {meant}"
+        return ""
+
+    def remedy(self) -> str:
+        """The same, or else what the masks hold and what to do."""
+        found = torch.nonzero(self.value_counts.sum(0)).flatten().tolist()
+        return self.meaning() or (
+            f"; the masks hold {some(found)}: save class indices, or give --mask-values and the "
+            f"value of each class, {some(self.classes)}"
+        )
+
+
+def some(items: Sequence[object], most: int = 8) -> str:
+    """The first of a list, each cut to 20 characters, for an error or a warning."""
+    texts = [text if len(text) <= 20 else f"{text[:18]}.." for text in map(str, items[:most])]
+    return ", ".join([*texts, ".."] if len(items) > most else texts)
+
+
+def parse_mask_values(text: str | None, classes: Sequence[str]) -> tuple[int, ...] | None:
+    """The values in "0,255", one a class.
+
+    Raises:
+        UserError: another form or number, or two classes of one value.
+    """
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    values = [int(word) for word in words if re.fullmatch("[0-9]{1,3}", word)]
+    if len(values) != len(words) or len({v for v in values if v < 256}) != len(classes):
+        raise UserError(
+            f"mask-values: expected {len(classes)} different numbers of 0..255, one a class "
+            f"({some(classes)}), such as 0,255 for two, got {text!r}"
+        )
+    return tuple(values)
 
 
 def open_folder(
-    root: Path, *, cache_in_memory: bool = True
-) -> tuple[SegmentationDataset, SegmentationDataset]:
-    """Training and validation set of a folder `images/` + `masks/` + `classes.txt`.
+    root: Path, *, cache_in_memory: bool = True, mask_values: str | None = None
+) -> Parts:
+    """The parts of a folder `images/` + `masks/` + `classes.txt`.
 
-    Masks carry the stems of their images and 8-bit class indices, 255 = ignore; `classes.txt`
-    has one class name per line, in the order of the indices. `train.txt` and `val.txt` (a stem
-    per line) divide the images; without them the 20 % with the smallest hash of the stem
-    validate.
+    Masks carry the stems of their images and 8-bit class indices, 255 = ignore, or `mask_values`
+    (`FileDataset`); `classes.txt` has one class name per line, in the order of the indices.
+    `train.txt` and `val.txt` (a stem per line) divide the images; without them the 20 % with the
+    smallest hash of the stem validate. Images of `test.txt`, where there is one, are the test part
+    and no other.
     """
-    classes = read_lines(root / "classes.txt")
-    if len(classes) > 255:
-        raise UserError(f"{root / 'classes.txt'}: expected at most 255 classes, got {len(classes)}")
-    images, masks = root / "images", root / "masks"
+    classes = read_classes(root / "classes.txt")
+    images, masks, listed = root / "images", root / "masks", root / "test.txt"
     lists = [root / "train.txt", root / "val.txt"]
+
+    def dataset(pairs: Sequence[tuple[Path, Path]]) -> SegmentationDataset:
+        return FileDataset(
+            root.resolve().name,
+            classes,
+            pairs,
+            mask_values=mask_values,
+            cache_in_memory=cache_in_memory,
+        )
+
     if all(path.is_file() for path in lists):
         parts = [listed_pairs(path, images, masks) for path in lists]
     elif any(path.is_file() for path in lists):
@@ -114,45 +206,72 @@ def open_folder(
             f"{root}: expected both train.txt and val.txt or neither, got one; add the other"
         )
     else:
-        stems = files_by_stem(images)
+        stems = set(files_by_stem(images))
+        if listed.is_file():
+            stems -= set(read_ids(listed))
         if len(stems) < 2:
             raise UserError(f"{images}: expected at least 2 images, got {len(stems)}; add some")
         ranked = sorted(stems, key=lambda stem: hashlib.sha256(stem.encode()).hexdigest())
         held_out = max(1, round(0.2 * len(ranked)))
         halves = ranked[held_out:], ranked[:held_out]
         parts = [pair_files(sorted(stems), images, masks) for stems in halves]
-    train, val = (
-        FileDataset(root.resolve().name, classes, pairs, cache_in_memory=cache_in_memory)
-        for pairs in parts
+    train, val = map(dataset, parts)
+    return Parts(
+        train,
+        val,
+        (lambda: dataset(listed_pairs(listed, images, masks))) if listed.is_file() else None,
     )
-    return train, val
+
+
+def read_classes(path: Path) -> list[str]:
+    """Names of classes, a line each. UserError for one, more than 255 or a name that comes
+    twice."""
+    classes = read_lines(path)
+    if not 2 <= len(classes) <= 255:
+        raise UserError(
+            f"{path}: expected 2 to 255 classes, a line each, background too, got {len(classes)}"
+        )
+    name, count = Counter(classes).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{path}: expected each class once, got {name!r} {count} times; rename one")
+    return classes
 
 
 def read_lines(path: Path) -> list[str]:
-    """The stripped lines of a list, without empty ones. UserError for an empty list."""
-    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    """The stripped lines of a list in UTF-8, without empty ones. UserError for an empty list."""
+    text = read_text(path).removeprefix("\ufeff")
+    if "\0" in text:
+        raise UserError(f"{path}: expected text in UTF-8, got zero bytes, as in UTF-16; save it so")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{path} is empty: expected one entry per line; add them")
     return lines
 
 
+def read_ids(path: Path) -> list[str]:
+    """The ids in a list, line by line."""
+    return [id_of(line) for line in read_lines(path)]
+
+
 def listed_pairs(path: Path, image_folder: Path, mask_folder: Path) -> list[tuple[Path, Path]]:
     """(image, mask) per line of a list."""
-    ids = [id_of(line) for line in read_lines(path)]
+    ids = read_ids(path)
     with about(path):
         return pair_files(ids, image_folder, mask_folder)
 
 
 def id_of(line: str) -> str:
-    """The id in a line of a list: an id, or a path, or several paths of which the first counts."""
-    name = line.split()[0].rsplit("/", 1)[-1]
-    stem, dot, suffix = name.rpartition(".")
-    return stem if dot + suffix.lower() in IMAGE_SUFFIXES else name
+    """The id in a line of a list: the line itself or the first of its columns, which end at a tab
+    or at an image's suffix, without folders and suffix."""
+    column = FIRST_COLUMN.match(line)
+    assert column is not None
+    name = re.split(r"[/\\]", column[0].strip())[-1]
+    return name[: -len(column[1])] if column[1] else name
 
 
 def files_by_stem(folder: Path) -> dict[str, Path]:
     """Stem -> path of the images in a folder."""
-    return {path.stem: path for path in image_files(folder)}
+    return by_stem(list_folder(folder).images)
 
 
 def pair_files(
@@ -165,19 +284,31 @@ def pair_files(
         missing = [i for i in ids if i not in files]
         if missing:
             name = missing[0][:40]
+            columns = " (columns of a list end at a tab or a suffix)" if " " in name else ""
             raise UserError(
                 f"no {kind} for id {name!r}: expected {str(folder / name)!r} with the suffix "
-                f"{' or '.join(IMAGE_SUFFIXES)} ({len(missing)} of {len(ids)} missing); add it"
+                f"{', '.join(IMAGE_SUFFIXES[:-1])} or {IMAGE_SUFFIXES[-1]} ({len(missing)} of "
+                f"{len(ids)} missing); add it{columns}"
             )
         found.append([files[i] for i in ids])
     return list(zip(*found, strict=True))
 
 
-def _read_image(path: Path) -> Tensor:
-    pixels = np.array(open_image(path).convert("RGB"))  # [H, W, 3]
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+def _read_mask(path: Path) -> Tensor:
+    image = open_image(path, "mask")
+    if image.mode not in ("1", "L", "P"):
+        raise UserError(
+            f"mask {path} has mode {image.mode}: expected an 8-bit index mask (grey or palette "
+            "PNG whose pixel values are class indices); replace each colour by its class's index"
+        )
+    return torch.from_numpy(np.array(image, dtype=np.uint8))  # [H, W]
+
+
+def _count(mask: Tensor) -> Tensor:
+    return torch.bincount(mask.flatten(), minlength=256)
 
 
 def _image_size(path: Path) -> tuple[int, int]:
-    image = open_image(path, decode=False)
-    return image.height, image.width
+    header = measure(path)
+    require_eight_bits(path, header.mode)
+    return header.size

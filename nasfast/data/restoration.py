@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import os
-import struct
-import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from nasfast.data.base import digest
+from nasfast.data.base import UnknownLayout, digest
+from nasfast.data.images import (
+    MODES,
+    by_stem,
+    for_each,
+    identity,
+    list_folder,
+    measure,
+    planes,
+    read_image,
+    require_eight_bits,
+)
 from nasfast.utils.errors import UserError
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-MODES = {1: "L", 3: "RGB"}
 GREY_MODES = ("1", "L", "LA")
-WIDE_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 CLEAN_FOLDER, DEGRADED_FOLDERS = "clean", ("rainy", "degraded")
 CLEAN_SUFFIX, DEGRADED_SUFFIX = "ground_truth", "rain"
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
-"""What Pillow raises for a damaged file; ValueError and the last two leak from some formats."""
 DRAWN = {"train": 100, "test": 10}  # images of a stream
 SYNTHETIC_VERSION = 1  # part of the fingerprint: raise it with every change of what is drawn
 LAYOUTS = (
@@ -96,6 +98,15 @@ class ImageSet(Sequence[ImagePair]):
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """(height, width) of each image, known without reading it."""
         return tuple(source.size for source in self._sources)
+
+    @property
+    def files(self) -> tuple[tuple[Path, ...], ...]:
+        """(clean,) or (clean, degraded) of each image that is a file."""
+        return tuple(source.paths for source in self._sources if isinstance(source, _Files))
+
+    def read_all(self) -> None:
+        """Read every image and keep none. FaultyFiles names those that cannot be read."""
+        for_each(lambda source: source.read().name, self._sources)
 
     @property
     def paired(self) -> bool:
@@ -207,24 +218,19 @@ def open_images(source: str | Path, channels: int) -> RestorationData:
 
 def open_folder(folder: Path, channels: int, *, name: str | None = None) -> ImageSet:
     """All images or pairs of one folder, sorted by name; for errors see `open_images`."""
-    files, clean = _image_files(folder), folder / CLEAN_FOLDER
+    files, clean = list_folder(folder).images, folder / CLEAN_FOLDER
     degraded = next((folder / f for f in DEGRADED_FOLDERS if os.path.isdir(folder / f)), None)
     pairs: list[tuple[Path, ...]]
     if degraded is not None and os.path.isdir(clean):
-        pairs = _paired(*({p.stem: p for p in _image_files(part)} for part in (clean, degraded)))
+        pairs = _paired(*(by_stem(list_folder(part).images) for part in (clean, degraded)))
     elif any(path.stem.endswith(CLEAN_SUFFIX) for path in files):
-        pairs = _paired(
-            *(
-                {p.stem.removesuffix(end): p for p in files if p.stem.endswith(end)}
-                for end in (CLEAN_SUFFIX, DEGRADED_SUFFIX)
-            )
-        )
+        pairs = _paired(*(by_stem(files, ending) for ending in (CLEAN_SUFFIX, DEGRADED_SUFFIX)))
     else:
         pairs = [(path,) for path in files]
     if not pairs:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        raise UserError(f"data: {folder} holds no images: expected {LAYOUTS}; found {found}")
-    sources = [_Files(paths, channels) for paths in pairs]
+        raise UnknownLayout(f"data: {folder} holds no images: expected {LAYOUTS}; found {found}")
+    sources = for_each(partial(_Files, channels=channels), pairs)
     return ImageSet(name or folder.resolve().name, channels, sources)
 
 
@@ -233,7 +239,7 @@ class _Files(ImageSource):
 
     def __init__(self, paths: tuple[Path, ...], channels: int) -> None:
         self.name, self.paired = paths[0].name, len(paths) > 1
-        self._paths, self._channels = paths, channels
+        self.paths, self._channels = paths, channels
         sizes = [_measure(path, channels) for path in paths]
         self.size = sizes[0]
         if sizes[-1] != sizes[0]:
@@ -244,10 +250,10 @@ class _Files(ImageSource):
             )
 
     def read(self) -> ImagePair:
-        return ImagePair(self.name, *(_decode(path, self._channels) for path in self._paths))
+        return ImagePair(self.name, *(read_image(path, self._channels) for path in self.paths))
 
     def identify(self) -> str:
-        return digest("files", self.name, *map(_hash_of_file, self._paths))
+        return digest("files", self.name, *map(identity, self.paths))
 
 
 class _Drawing(ImageSource):
@@ -270,7 +276,7 @@ class _Drawing(ImageSource):
         for _ in range(rng.integers(8, 20)):
             canvas = np.where(_outline(rng, self.size), _gradient(rng, self.size), canvas)
         pixels = (255 * canvas.clip(0, 1)).round().astype(np.uint8).transpose(1, 2, 0)
-        return ImagePair(self.name, _planes(Image.fromarray(pixels), self._channels))
+        return ImagePair(self.name, planes(Image.fromarray(pixels), self._channels))
 
     def identify(self) -> str:
         return digest("drawing", SYNTHETIC_VERSION, self._stream, self._index)
@@ -329,17 +335,6 @@ def _hash(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
-def _image_files(folder: Path) -> list[Path]:
-    try:
-        entries = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
-    except OSError as error:
-        raise UserError(
-            f"data: expected a folder of images, got {str(folder)!r}, which cannot be read: "
-            f"{error.strerror}; check the path and its permissions"
-        ) from error
-    return sorted(entries, key=lambda path: path.name)
-
-
 def _paired(clean: dict[str, Path], degraded: dict[str, Path]) -> list[tuple[Path, ...]]:
     """(clean, degraded) by key; UserError names the first file without its partner."""
     for key in sorted(clean.keys() ^ degraded.keys()):
@@ -348,44 +343,12 @@ def _paired(clean: dict[str, Path], degraded: dict[str, Path]) -> list[tuple[Pat
     return [(clean[key], degraded[key]) for key in sorted(clean)]
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """What the system and Pillow raise for one file, as a UserError that names it."""
-    try:
-        yield
-    except Image.DecompressionBombError as error:
-        raise UserError(f"image {path} is too large: {error}; make it smaller") from error
-    except _UNREADABLE as error:
-        cause = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"image {path} cannot be read: {cause}; replace the file or take it out of the folder"
-        ) from error
-
-
 def _measure(path: Path, channels: int) -> tuple[int, int]:
-    with _reading(path), Image.open(path) as file:
-        mode, size = file.mode, (file.height, file.width)
-    if mode in WIDE_MODES:
-        raise UserError(f"image {path} has mode {mode}: expected 8 bits a channel; convert it")
-    if channels == 3 and mode in GREY_MODES:
+    header = measure(path)
+    require_eight_bits(path, header.mode)
+    if channels == 3 and header.mode in GREY_MODES:
         raise UserError(
             f"image {path} is grey: expected a colour image for 3 channels; use 1 channel, which "
             "takes colour images too and converts them"
         )
-    return size
-
-
-def _decode(path: Path, channels: int) -> Tensor:
-    with _reading(path), Image.open(path) as file:
-        return _planes(file, channels)
-
-
-def _hash_of_file(path: Path) -> str:
-    with _reading(path):
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _planes(image: Image.Image, channels: int) -> Tensor:
-    """uint8 [c, H, W]"""
-    pixels = np.array(image.convert(MODES[channels]))
-    return torch.from_numpy(np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1)))
+    return header.size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nasfast.encoders.mobilenet_v2 import FeatureInfo, MobileNetV2, tensor_mismatch
-from nasfast.utils.errors import UserError, cause
+from nasfast.utils.errors import UserError, cause, out_of_memory
+from nasfast.utils.tensors import load_saved
 
 __all__ = [
     "PACKAGED_WEIGHTS",
@@ -29,38 +30,74 @@ PACKAGED_WEIGHTS = Path(__file__).parent / "weights" / "mobilenet_v2_035_synthet
 """A small encoder of our own, trained on the synthetic set by ``nasfast pretrain``."""
 
 
+WRAPPERS = (
+    *("state_dict", "model_state_dict", "model_state", "model", "net"),
+    *("state_dict_ema", "model_ema"),
+)
+"""Keys that checkpoints of training scripts hold a network's weights under, in order of choice."""
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
+"""Of keys: by DataParallel and averages, by torch.compile, and by modules around the network."""
+
+
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read tensors and metadata from ``.safetensors``, or tensors from ``.pth``/``.pt``.
 
-    Pickles are read with ``weights_only=True``: no code of the file is run.
+    Pickles are read with ``weights_only=True``: no code of the file is run. Of a checkpoint that
+    holds the weights under a name of `WRAPPERS`, beside an optimizer or arguments, they are taken
+    from there; the prefixes of `PREFIXES`, where all keys have one, are dropped.
 
     Raises:
-        UserError: there is no such file, its suffix is unknown, or it is not a flat dict of
-            tensors.
+        UserError: there is no such file, its suffix is unknown, or it has no dict of tensors.
     """
+    if path.is_dir():
+        raise UserError(
+            f"weights: expected a .safetensors, .pth or .pt file, got the directory {path}; give a "
+            "file in it"
+        )
     if not path.is_file():
         raise UserError(f"weights: no file {path}; give a .safetensors, .pth or .pt file")
     if path.suffix == ".safetensors":
         with _open(path) as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return tensors, dict(file.metadata() or {})
+            return _bare(tensors), dict(file.metadata() or {})
     if path.suffix not in {".pth", ".pt"}:
         raise UserError(
             f"weights: expected a .safetensors, .pth or .pt file, got {path.name}; convert it first"
         )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+        state = load_saved(path)
+    except UserError as error:
         raise UserError(
-            f"weights: {path} could not be read as a plain state dict ({cause(error)}); "
+            f"weights: expected a state dict in {path}, got {error}; "
             "save it again with torch.save(model.state_dict(), path)"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    while isinstance(state, Mapping) and not _is_state(state):
+        inner = next((state[name] for name in WRAPPERS if name in state), None)
+        if inner is None:
+            break
+        state = inner
+    if not isinstance(state, Mapping) or not _is_state(state):
+        keys = f" of {', '.join(map(str, state))[:80]}" if isinstance(state, Mapping) else ""
         raise UserError(
-            f"weights: expected a flat dict of tensors in {path}, got {type(state).__name__}; "
-            "save model.state_dict() alone"
+            f"weights: expected a dict of tensors in {path}, alone or as one of "
+            f"{', '.join(WRAPPERS)}, got a {type(state).__name__}{keys}; save model.state_dict() "
+            "alone"
         )
-    return state, {}
+    return _bare(state), {}
+
+
+def _is_state(state: Mapping[object, object]) -> bool:
+    return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+
+
+def _bare(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what wrapped the module whose state it is."""
+    tensors = {key: value for key, value in state.items() if key != "n_averaged"}
+    while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in tensors)), None):
+        if not tensors:
+            break
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return tensors
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -79,6 +116,8 @@ def _open(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
+        if out_of_memory(error):
+            raise
         raise UserError(
             f"weights: expected a complete safetensors file, got {path} ({cause(error)}); "
             "restore it from a copy or give another"
@@ -99,11 +138,15 @@ def load_encoder(path: Path | None = None) -> MobileNetV2:
     state, metadata = read_weights(path)
     described = metadata.get("nasfast.encoder", "{}")
     try:
-        width = float(json.loads(described).get("width", 1.0))
-    except (AttributeError, TypeError, ValueError) as error:
+        width = json.loads(described).get("width", 1.0)
+        with torch.device("meta"):  # nothing is allocated before the shapes have been compared
+            MobileNetV2(width).check(state, str(path))
+    except UserError:
+        raise
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise UserError(
             f"weights {path}: expected the metadata nasfast.encoder to be a JSON object with the "
-            f"width of the encoder, got {described!r}; give another file"
+            f"width of the encoder, got {described[:80]!r}; give another file"
         ) from error
     encoder = MobileNetV2(width)
     encoder.load_strict(state, str(path))

@@ -21,6 +21,8 @@ _ROWS = (
 )
 _TAPPED_ROWS = (1, 2, 4, 6)
 _HEAD_KEYS = ("features.18.", "classifier.")
+MAX_WIDTH = 10
+"""Of the channel multiplier: what is larger is a slip, or a damaged file."""
 _COUNTER = "num_batches_tracked"
 
 
@@ -89,6 +91,9 @@ class MobileNetV2(nn.Module):
         expand_first: whether the first block, which expands nothing, has the 1x1 convolution of the
             others all the same: so in the networks of Fast NAS, not in torchvision's weights.
 
+    Raises:
+        UserError: a width that is not above 0 and at most MAX_WIDTH.
+
     Shapes: ``[N, 3, H, W]`` to a list of ``[N, C_i, ceil(H / s_i), ceil(W / s_i)]``.
     """
 
@@ -96,7 +101,14 @@ class MobileNetV2(nn.Module):
 
     def __init__(self, width: float = 1.0, *, expand_first: bool = False) -> None:
         super().__init__()
-        self.width, self.expand_first = width, expand_first
+        if isinstance(width, bool) or not isinstance(width, (int, float)):
+            raise TypeError(f"width: expected a number, got {width!r}")
+        if not 0 < width <= MAX_WIDTH:
+            raise UserError(
+                f"mobilenet_v2: expected a width above 0 and at most {MAX_WIDTH}, got {width}; "
+                "published are 0.35 to 1.4"
+            )
+        self.width, self.expand_first = float(width), expand_first
         channels = _divisible_by_8(32 * width)
         blocks: list[nn.Module] = [_conv_bn_relu6(3, channels, 3, stride=2)]
         info: list[FeatureInfo] = []
@@ -129,6 +141,15 @@ class MobileNetV2(nn.Module):
         Raises:
             UserError: a key is missing, unknown or of another shape; the message names it.
         """
+        own, given = self.state_dict(), self.check(state, source)
+        self.load_state_dict({k: v.to(own[k].dtype) for k, v in given.items()}, strict=False)
+
+    def check(self, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+        """The part of a torchvision-style state dict that `load_strict` loads.
+
+        Raises:
+            UserError: as that says.
+        """
         own = self.state_dict()
         given = {k: v for k, v in state.items() if not k.startswith(_HEAD_KEYS)}
         needed = {k: v for k, v in own.items() if k in given or not k.endswith(_COUNTER)}
@@ -140,11 +161,12 @@ class MobileNetV2(nn.Module):
                 f"{' with a 1x1 convolution in its first block' if self.expand_first else ''}; "
                 "convert the key names or give another file."
             )
-        self.load_state_dict({k: v.to(own[k].dtype) for k, v in given.items()}, strict=False)
+        return given
 
 
 def tensor_mismatch(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
-    """Which tensors of a state dict are missing, unknown or of another shape; None if none is."""
+    """Which tensors of a state dict are missing, unknown, of another shape or kind, or have values
+    that are not finite; None if none is. ``own`` may be on the meta device."""
     # a checkpoint with BatchNorm folded away or renamed must not leave random weights behind
     problems = {
         "missing": [key for key in own if key not in given],
@@ -154,6 +176,12 @@ def tensor_mismatch(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> s
             for key, value in given.items()
             if key in own and value.shape != own[key].shape
         ],
+        "of another type": [
+            f"{key}: expected {own[key].dtype}, got {value.dtype}"
+            for key, value in given.items()
+            if key in own and own[key].is_floating_point() and not value.is_floating_point()
+        ],
+        "not finite": [key for key, value in given.items() if not value.isfinite().all()],
     }
     for problem, keys in problems.items():
         if keys:

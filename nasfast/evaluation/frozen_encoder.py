@@ -19,6 +19,7 @@ from nasfast.models.decoders import EncoderDecoder
 from nasfast.tasks.base import DenseTask, Targets, prepare_images
 from nasfast.training.cost import count_macs, count_macs_on, count_parameters
 from nasfast.training.loop import Runtime, in_order
+from nasfast.utils.config import Bounded, Count, Pixels
 from nasfast.utils.seeding import derive_seed
 
 Caches = tuple[FeatureCache, FeatureCache]
@@ -28,14 +29,14 @@ TEACHER = "teacher"
 
 
 @dataclasses.dataclass(frozen=True)
-class FrozenEncoderConfig:
+class FrozenEncoderConfig(Bounded):
     """What features are computed of."""
 
-    samples: int = 4000
+    samples: Count = 4000
     """Crops in the cache, each augmented once for the whole search."""
-    crop: int = 256
+    crop: Pixels = 256
     """Side of a crop, in pixels."""
-    shorter_side: int = 300
+    shorter_side: Pixels = 300
     """Images are enlarged so that their shorter side has at least this many pixels."""
 
 

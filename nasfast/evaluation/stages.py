@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,53 +20,64 @@ from nasfast.tasks.base import DenseTask, Scores, Targets
 from nasfast.training.graphs import graphed_step
 from nasfast.training.loop import Group, Runtime, epoch_indices, train_epoch
 from nasfast.training.polyak import PolyakAverage
+from nasfast.utils.config import (
+    BatchSize,
+    Bound,
+    Bounded,
+    Count,
+    Decay,
+    MaxNorm,
+    Pixels,
+    Positive,
+    Weight,
+)
 
 
 @dataclass(frozen=True)
 class Stage0Config(FrozenEncoderConfig):
     """Decoder alone, on cached features of the frozen encoder."""
 
-    epochs: int = 5
+    epochs: Count = 5
     """Passes over the cache."""
-    batch_size: int = 64
+    batch_size: BatchSize = 64
     """Crops per step."""
-    lr: float = 3e-3
+    lr: Positive = 3e-3
     """Adam's learning rate."""
-    weight_decay: float = 1e-5
+    weight_decay: Weight = 1e-5
     """Adam's L2 penalty."""
-    max_grad_norm: float = 3.0
+    max_grad_norm: MaxNorm = 3.0
     """Gradients are scaled down to this L2 norm."""
-    polyak_decay: float = 0.9
+    polyak_decay: Decay = 0.9
     """Decay per step of the weight average, which replaces the weights after every epoch."""
-    aux_weight: float = 0.15
+    aux_weight: Weight = 0.15
     """Weight of each auxiliary head's loss."""
-    kd_weight: float = 0.3
+    kd_weight: Weight = 0.3
     """Weight of the distillation loss where a teacher is given."""
 
 
 @dataclass(frozen=True)
-class Stage1Config:
+class Stage1Config(Bounded):
     """Encoder and decoder end to end, for candidates that pass the gate."""
 
-    epochs: int = 1
+    epochs: Annotated[int, Bound(0, 10**9)] = 1
     """Passes over the training images; 0 leaves the stage out."""
-    crop: int = 350
+    crop: Pixels = 350
     """Side of a crop, in pixels."""
-    shorter_side: int = 400
+    shorter_side: Pixels = 400
     """Images are enlarged so that their shorter side has at least this many pixels."""
-    batch_size: int = 32
+    batch_size: BatchSize = 32
     """Crops per step."""
-    encoder_lr: float = 1e-3
+    encoder_lr: Positive = 1e-3
     """Learning rate of the encoder's SGD (momentum 0.9)."""
-    decoder_lr: float = 3e-3
+    decoder_lr: Positive = 3e-3
     """Learning rate of the decoder's Adam."""
-    weight_decay: float = 1e-5
+    weight_decay: Weight = 1e-5
     """L2 penalty of both."""
-    max_grad_norm: float = 3.0
+    max_grad_norm: MaxNorm = 3.0
     """Gradients of encoder and of decoder are scaled down to this L2 norm each."""
-    polyak_decay: float = 0.99
+    polyak_decay: Decay = 0.99
     """Decay per step of the weight average, which replaces the weights at the end."""
-    aux_weight: float = 0.15
+    aux_weight: Weight = 0.15
     """Weight of each auxiliary head's loss."""
 
 

@@ -12,55 +12,65 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from nasfast.models.io import MODEL_FILE
+from nasfast.data.checks import Findings
+from nasfast.inference.model import find_model
 from nasfast.report import MethodReport
 from nasfast.searches.base import Search, SearchSettings
 from nasfast.spaces.base import Genotype
 from nasfast.training.loop import Runtime
-from nasfast.utils.config import require_positive
+from nasfast.utils.cli import say
+from nasfast.utils.config import BatchSize, Bound, Bounded, Count, Seed
 from nasfast.utils.interrupt import Interrupt
 
 
 @dataclass(frozen=True)
-class TrainSettings:
+class TrainSettings(Bounded):
     """Settings that every full training has."""
 
     source: Annotated[Path, tyro.conf.Positional]
     """Run directory of a search, or a JSON file with a genotype."""
-    rank: int = 1
+    rank: Count = 1
     """Which architecture of the run's ranking; 1 is the best."""
     data: str | None = None
     """Data as for nasfast search; default: the run's, or synthetic for a genotype file."""
     out: Path | None = None
     """Directory of the result; default: train-N in the run, or beside the genotype file."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides initial weights, crops and order."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Bounded):
     """What to measure, and where."""
 
     model: Annotated[Path, tyro.conf.Positional]
     """model.safetensors, or the directory that holds it."""
     data: str | None = None
     """Data as for nasfast search; default: what the network was trained on."""
-    batch: int = 1
+    batch: BatchSize = 1
     """Images per forward pass, for the latency."""
-    seconds: float = 5.0
+    seconds: Annotated[float, Bound(0, 3600, open="low")] = 5.0
     """How long to measure the latency."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
-    def __post_init__(self) -> None:
-        require_positive(self, "batch")
-
     @property
     def path(self) -> Path:
         """The model file."""
-        return self.model / MODEL_FILE if self.model.is_dir() else self.model
+        return find_model(self.model) if self.model.is_dir() else self.model
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """What to look at, and how a search would read it; methods add their settings."""
+
+    data: str = "synthetic"
+    """Data as for nasfast search."""
+    out: Path | None = None
+    """PNG to draw a dozen of the images on; default: DATA-check.png in the working directory. It is
+    replaced where it exists."""
 
 
 class Training(Protocol):
@@ -107,6 +117,17 @@ class Architecture:
     """Settings of the search that found it, as far as known; empty for a file."""
 
 
+def warn(findings: Findings, console: Console) -> None:
+    """Print the warnings before a search begins.
+
+    Raises:
+        UserError: the data cannot be used.
+    """
+    findings.require()
+    for warning in findings.warnings:
+        say(console, f"warning: {warning}")
+
+
 class Method(ABC):
     """One search method: how it searches, trains what it found, and measures it.
 
@@ -120,6 +141,7 @@ class Method(ABC):
     """Value of "space" in a genotype's JSON form."""
     search_settings: ClassVar[type[SearchSettings]]
     train_settings: ClassVar[type[TrainSettings]]
+    check_settings: ClassVar[type[CheckConfig]]
     model_format: ClassVar[str]
     """Key in the metadata of this method's model files."""
     report: ClassVar[MethodReport]
@@ -152,6 +174,15 @@ class Method(ABC):
         self, settings: Any, interrupt: Interrupt, console: Console
     ) -> tuple[Search, SearchSettings]:
         """Open the data and prepare the search; the settings fit the data then."""
+
+    @abstractmethod
+    def check(self, settings: Any) -> Findings:
+        """What data holds, and what about it would mislead a search of this method.
+
+        Raises:
+            UnknownLayout: it is no data of this method.
+            UserError: it cannot be opened.
+        """
 
     @abstractmethod
     def genotype(self, obj: object) -> Genotype:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nasfast.inference.model import find_model
 from nasfast.methods.base import Method
 from nasfast.methods.restoration import Restoration
 from nasfast.methods.segmentation import Segmentation
@@ -78,13 +79,16 @@ def method_of_source(argv: Sequence[str]) -> tuple[Method, Mapping[str, Any]]:
 
 
 def method_of_model(argv: Sequence[str]) -> Method:
-    """By the first word that is a model file, or a directory with one.
+    """By the first word that is a model file, a training or a run.
 
     Raises:
-        UserError: the file is of no known method.
+        UserError: the file is of no known method, or nothing was trained in the run yet.
     """
     for word in argv:
-        path = Path(word) / MODEL_FILE if Path(word).is_dir() else Path(word)
+        path = Path(word)
+        if (path / "config.toml").is_file():  # of a run or a training; data has none
+            path = find_model(path)
+        path = path / MODEL_FILE if path.is_dir() else path
         if path.is_file() and path.suffix == ".safetensors":
             family, name = model_method(path)
             if name is not None:

@@ -90,6 +90,9 @@ def _describe_restorer(model: Restorer) -> dict[str, Any]:
 def _read_restorer(description: Mapping[str, Any]) -> Restorer:
     genotype = IRNASGenotype.from_json(description["genotype"])
     channels, scale = description["channels"], description["scale"]
+    for name in ("channels", "scale"):
+        if type(description[name]) is not int or description[name] < 1:
+            raise ValueError(f"{name}: expected an integer from 1, got {description[name]!r}")
     return build_restorer(genotype, description["restorer"], channels, scale)
 
 

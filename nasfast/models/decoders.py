@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor, nn
 
 from nasfast.encoders import FeatureInfo, MobileNetV2
 from nasfast.models.layers import ConvBNReLU, build_op, concatenate, largest, resize
 from nasfast.spaces.fast_nas import Cell, FastNASGenotype
-from nasfast.utils.config import require_positive
+from nasfast.utils.config import Bound, Bounded, Channels
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(Bounded):
     """Size of the decoder around a genotype."""
 
-    agg_size: int = 48
+    agg_size: Channels = 48
     """Channels of every cell; the published search uses 48 and its final networks 64."""
-    sep_repeats: int = 1
+    sep_repeats: Annotated[int, Bound(1, 16)] = 1
     """Repeats inside separable convolutions; the published search uses 1, final networks 2."""
     aux_cell: bool = True
     """Auxiliary heads hold a whole cell (the over-parameterised search form) or one convolution."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "agg_size", "sep_repeats")
 
 
 FULL_DECODER = DecoderConfig(agg_size=64, sep_repeats=2, aux_cell=False)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
+import torch
 from safetensors.torch import save
 from torch import nn
 
@@ -16,7 +18,7 @@ from nasfast.encoders import read_metadata, read_weights, tensor_mismatch
 from nasfast.models.build import FAMILIES, Family
 from nasfast.models.decoders import EncoderDecoder
 from nasfast.utils.config import from_mapping
-from nasfast.utils.errors import UserError
+from nasfast.utils.errors import UserError, out_of_memory
 from nasfast.utils.files import atomic_write
 
 MODEL_FILE = "model.safetensors"
@@ -52,7 +54,7 @@ def model_method(path: Path) -> tuple[str, str | None]:
     key = _format(path, metadata, nn.Module)
     try:
         description = json.loads(metadata[key])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
     if not isinstance(description, dict):
         raise _damaged(path, "its description is no JSON object")
@@ -82,14 +84,18 @@ def load_model(path: Path, network: type[nn.Module] = nn.Module) -> tuple[Any, d
         description = json.loads(metadata[key])
         if not isinstance(description, dict):
             raise TypeError("its description is no JSON object")
-        model = _build(path, FAMILIES[key], description)
+        build = _builder(path, FAMILIES[key], description)
+        with torch.device("meta"):  # nothing is allocated before the shapes have been compared
+            problem = tensor_mismatch(build().state_dict(), tensors)
     except KeyError as error:
         raise _damaged(path, f"it lacks {error}") from error
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        if out_of_memory(error):
+            raise
         raise _damaged(path, str(error)) from error
-    problem = tensor_mismatch(model.state_dict(), tensors)
     if problem:
         raise _damaged(path, f"of its weights {problem}")
+    model = build()
     model.load_state_dict(tensors)
     return model.eval(), description
 
@@ -122,7 +128,7 @@ def _format(path: Path, metadata: Mapping[str, str], network: type[nn.Module]) -
     )
 
 
-def _build(path: Path, family: Family, description: Mapping[str, Any]) -> nn.Module:
+def _builder(path: Path, family: Family, description: Mapping[str, Any]) -> Callable[[], nn.Module]:
     version = description.get("version", 1)
     ignored, configs = [], {}
     for key, config in family.configs.items():
@@ -137,7 +143,7 @@ def _build(path: Path, family: Family, description: Mapping[str, Any]) -> nn.Mod
             f"one reads {VERSION}); ignored: {', '.join(ignored) or 'nothing of the network'}",
             stacklevel=3,
         )
-    return family.build({**description, **configs})
+    return functools.partial(family.build, {**description, **configs})
 
 
 def _damaged(path: Path, problem: str) -> UserError:

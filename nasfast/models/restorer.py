@@ -16,23 +16,23 @@ from nasfast.models.layers import (
 )
 from nasfast.models.mixed_op import build_branch
 from nasfast.spaces.ir_nas import IRNASGenotype, Node
-from nasfast.utils.config import require_positive
+from nasfast.utils.config import Bounded, Channels
 
 ATROUS_RATES = (2, 4, 6)
 """Dilations in the head, in pixels."""
 
 
 @dataclass(frozen=True)
-class RestorerConfig:
+class RestorerConfig(Bounded):
     """Size of the network around a genotype; the defaults are the published denoiser."""
 
-    width: int = 20
+    width: Channels = 20
     """Channels F of a state at level 0; levels 1 and 2 have 2 F and 4 F."""
-    stem: int = 64
+    stem: Channels = 64
     """Channels of the stem."""
-    head: int = 128
+    head: Channels = 128
     """Channels of the head, each of its branches and the convolutions behind it."""
-    low_level: int = 48
+    low_level: Channels = 48
     """Channels of the feature of level 0 that the head is joined with."""
     residual: bool = False
     """Predict the degradation, which is subtracted from the image (in super-resolution from its
@@ -43,9 +43,6 @@ class RestorerConfig:
     dead_reduce: bool = False
     """Also build the convolution that stands in for a missing level 0 where no layer misses it. The
     published parameter counts include it; nothing reads it."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "width", "stem", "head", "low_level")
 
 
 class DerivedCell(nn.Module):

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, get_args
+from typing import Annotated, Any, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ from nasfast.spaces.ir_nas import (
     targets,
     viterbi,
 )
-from nasfast.utils.config import require_positive
+from nasfast.utils.config import Bound, Bounded, Channels
 from nasfast.utils.errors import UserError
 
 STEM = 64
@@ -41,14 +41,14 @@ ATROUS_RATE = 16
 
 
 @dataclass(frozen=True)
-class SupernetConfig:
+class SupernetConfig(Bounded):
     """Size of a supernet; the defaults are the published search for denoising."""
 
-    layers: int = 4
+    layers: Annotated[int, Bound(1, 64)] = 4
     """Layers of cells."""
-    nodes: int = 5
+    nodes: Annotated[int, Bound(1, 64)] = 5
     """Nodes of a cell, N."""
-    width: int = 10
+    width: Channels = 10
     """Channels W of a state at level 0; levels 1 and 2 have 2 W and 4 W."""
     memory: Memory = "recompute"
     """Whether backward reads what forward saved, or computes it again from the states of the
@@ -58,7 +58,7 @@ class SupernetConfig:
     against, which keeps all it computes."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "layers", "nodes", "width")
+        super().__post_init__()
         if self.width % 2:
             raise UserError(
                 f"SupernetConfig.width: expected an even number, got {self.width}; half the "

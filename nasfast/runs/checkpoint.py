@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nasfast.utils.errors import UserError, cause
+from nasfast.utils.errors import UserError, text_for_user
 from nasfast.utils.files import atomic_write
+from nasfast.utils.tensors import load_saved
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
@@ -20,8 +22,12 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     atomic_write(path, buffer.getbuffer())
 
 
-def load_checkpoint(path: Path) -> dict[str, Any] | None:
+def load_checkpoint(path: Path, remedy: str) -> dict[str, Any] | None:
     """The state last saved, on the CPU; None where there is no file.
+
+    Args:
+        path: the file.
+        remedy: what to do where it cannot be read.
 
     Raises:
         UserError: the file is damaged or not a checkpoint.
@@ -29,19 +35,35 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        state: object = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # by the damage: of torch, pickle, a builtin or the system
-        if isinstance(error, OSError) and error.filename is not None:
-            raise
-        raise _refuse(path, cause(error)) from error
+        state = load_saved(path)
+    except UserError as error:
+        raise _refuse(path, str(error), remedy) from error
     if not isinstance(state, dict):
-        raise _refuse(path, f"a {type(state).__name__}")
+        raise _refuse(path, f"a {type(state).__name__}", remedy)
     return state
 
 
-def _refuse(path: Path, got: str) -> UserError:
+@contextmanager
+def restoring(path: Path, remedy: str) -> Iterator[None]:
+    """The block puts a loaded state to use: what is wrong with it becomes a UserError.
+
+    Raises:
+        UserError: the state lacks something, or is that of something else.
+    """
+    try:
+        yield
+    except Exception as error:  # whatever a foreign state makes of torch and of Python
+        if text_for_user(error) is not None:
+            raise
+        raise _refuse(path, f"another one ({_described(error)})", remedy) from error
+
+
+def _described(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}"
+
+
+def _refuse(path: Path, got: str, remedy: str) -> UserError:
     return UserError(
-        f"{path}: expected a checkpoint that nasfast wrote, got {got}; restore it from a copy"
+        f"{path}: expected the checkpoint that nasfast wrote there, got {got}; {remedy}"
     )

@@ -20,6 +20,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
@@ -27,7 +28,7 @@ from typing import Any, Literal, Self, get_args
 import tomli_w
 
 from nasfast import __version__
-from nasfast.runs.checkpoint import load_checkpoint, save_checkpoint
+from nasfast.runs.checkpoint import load_checkpoint, restoring, save_checkpoint
 from nasfast.runs.records import VERSION as RECORD_VERSION
 from nasfast.runs.records import Record
 from nasfast.utils.errors import UserError, cause
@@ -202,11 +203,42 @@ class Study:
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Replace checkpoint/state.pt atomically. `state`: tensors and plain Python values only."""
         self._require_lock()
-        save_checkpoint(self.path / "checkpoint" / "state.pt", state)
+        save_checkpoint(self._checkpoint, state)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The state last saved, on the CPU; None when the run has none yet."""
-        return load_checkpoint(self.path / "checkpoint" / "state.pt")
+        """The state last saved, on the CPU; None when the run has none yet.
+
+        Raises:
+            UserError: the file is damaged; the message says how to go on.
+        """
+        return load_checkpoint(self._checkpoint, self._remedy)
+
+    def restoring(self) -> AbstractContextManager[None]:
+        """Around what puts the loaded state to use: a UserError says what is wrong with it."""
+        return restoring(self._checkpoint, self._remedy)
+
+    def require_records(self, count: int) -> None:
+        """Raise UserError unless the records that the checkpoint has seen are there."""
+        if len(self._records) < count:
+            raise UserError(
+                f"{self.path / 'records.jsonl'}: expected the {count} records that the checkpoint "
+                f"has seen, got {len(self._records)}; restore it from a copy{self._otherwise}"
+            )
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.path / "checkpoint" / "state.pt"
+
+    @property
+    def _remedy(self) -> str:
+        """What to do about a damaged checkpoint."""
+        return f"restore it from a copy{self._otherwise}"
+
+    @property
+    def _otherwise(self) -> str:
+        if self._ranking == "last":  # by gradient: the weights are nowhere else
+            return ", or start a new run"
+        return f", or remove {self._checkpoint}: the search then continues from the records"
 
     def close(self) -> None:
         """Release the lock; calling it again does nothing."""

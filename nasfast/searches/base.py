@@ -5,25 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 from rich.console import Console
 
 from nasfast.runs.study import Study
 from nasfast.training.loop import Runtime
+from nasfast.utils.config import Bound, Bounded, Seed
 
 
 @dataclass(frozen=True)
-class SearchSettings:
+class SearchSettings(Bounded):
     """Settings that every search has."""
 
     data: str = "synthetic"
     """"synthetic", or a folder."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides everything that is drawn."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    threads: int | None = None
+    threads: Annotated[int, Bound(1, 1024)] | None = None
     """Threads that a network is computed with; default: as many as there are cores, or that many
     shared out among a batch of candidates."""
     name: str | None = None

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from rich.console import Console
@@ -33,8 +33,16 @@ from nasfast.tasks.restoration.scoring import costs, image_generator, reward
 from nasfast.training.cost import count_parameters
 from nasfast.training.loop import Runtime
 from nasfast.utils.cli import say
-from nasfast.utils.config import require_positive
-from nasfast.utils.errors import UserError
+from nasfast.utils.config import (
+    BatchSize,
+    Bound,
+    Bounded,
+    Count,
+    Pixels,
+    Positive,
+    Weight,
+)
+from nasfast.utils.errors import NothingFoundError, UserError
 from nasfast.utils.seeding import derive_seed
 
 STAGE = "supernet"
@@ -42,22 +50,19 @@ STAGE = "supernet"
 
 
 @dataclass(frozen=True)
-class WeightsConfig:
+class WeightsConfig(Bounded):
     """Training of the supernet's weights."""
 
     optimizer: Literal["sgd", "adam"] = "sgd"
     """sgd: momentum 0.9."""
-    lr: float = 0.025
+    lr: Positive = 0.025
     """Learning rate of the first epoch."""
-    min_lr: float = 0.001
+    min_lr: Positive = 0.001
     """Learning rate of the last one."""
-    cycles: float = 5.0
+    cycles: Annotated[float, Bound(0, 1000, open="low")] = 5.0
     """Periods of the cosine over the epochs; 0.5 falls once."""
-    weight_decay: float = 3e-4
+    weight_decay: Weight = 3e-4
     """L2 penalty."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "lr", "min_lr", "cycles")
 
     def lr_at(self, epoch: int, epochs: int) -> float:
         """Learning rate of epoch 1 to `epochs`: a cosine that a polynomial damps."""
@@ -67,38 +72,35 @@ class WeightsConfig:
 
 
 @dataclass(frozen=True)
-class ArchitectureConfig:
+class ArchitectureConfig(Bounded):
     """Training of alphas and betas (Adam)."""
 
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Learning rate."""
-    weight_decay: float = 1e-3
+    weight_decay: Weight = 1e-3
     """L2 penalty. Logits begin at 1, where the published one exceeds the gradient of the loss
     several times, so that first of all it draws every logit to 0: a short search needs none."""
 
-    def __post_init__(self) -> None:
-        require_positive(self, "lr")
-
 
 @dataclass(frozen=True)
-class BilevelConfig:
+class BilevelConfig(Bounded):
     """A search by gradient; the defaults are published."""
 
-    epochs: int = 100
+    epochs: Count = 100
     """Passes over the images, at most."""
-    warmup: int = 20
+    warmup: Annotated[int, Bound(0, 10**9)] = 20
     """Epochs before the architecture learns."""
-    patience: int = 20
+    patience: Count = 20
     """Stop when the derived architecture has not changed for this many epochs after the warm-up."""
-    batch_size: int = 12
+    batch_size: BatchSize = 12
     """Patches per step, from each of the two halves of the images."""
-    crop: int = 64
+    crop: Pixels = 64
     """Side of a patch, in pixels of the target."""
-    crops: int = 1
+    crops: Annotated[int, Bound(1, 10**4)] = 1
     """Patches of each image in an epoch."""
-    ssim_weight: float = 0.6
+    ssim_weight: Weight = 0.6
     """lambda: weight of log10(1 / SSIM) beside the squared error."""
-    val_crop: int | None = None
+    val_crop: Pixels | None = None
     """Score the supernet on the centre of each validation image, of this side at most; default:
     on whole images."""
     weights: WeightsConfig = field(default_factory=WeightsConfig)
@@ -107,15 +109,12 @@ class BilevelConfig:
     """Training of alphas and betas."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "epochs", "patience", "batch_size", "crop", "crops")
-        if not 0 <= self.warmup < self.epochs:
+        super().__post_init__()
+        if self.warmup >= self.epochs:
             raise UserError(
                 f"warmup: expected fewer epochs than the {self.epochs} in all, got {self.warmup}; "
                 "lower it, or raise epochs"
             )
-        if self.val_crop is not None:
-            require_positive(self, "val_crop")
-        RestorationLoss(self.ssim_weight)
 
 
 @dataclass(frozen=True)
@@ -205,14 +204,17 @@ class SupernetSearch:
     def _restore(self, training: SupernetTraining, study: Study) -> None:
         checkpoint = study.load_checkpoint()
         if checkpoint is not None:
-            training.load_state_dict(checkpoint)
+            with study.restoring():
+                training.load_state_dict(checkpoint)
+                last = Record.from_json(checkpoint["record"], f"{study.path}/checkpoint, record")
             if len(study.records) == training.epoch - 1:
-                study.append(Record.from_json(checkpoint["record"]))
-        if len(study.records) != training.epoch:
+                study.append(last)
+        study.require_records(training.epoch)
+        if len(study.records) > training.epoch:
             raise UserError(
-                f"{study.path}: expected records of {training.epoch} epochs, which the checkpoint "
-                f"has seen, got {len(study.records)}; the records or the checkpoint were edited, "
-                "start a new run"
+                f"{study.path / 'checkpoint'}: expected the state of epoch {len(study.records)}, "
+                f"the last in the records, got {training.epoch or 'none'}; restore state.pt from "
+                "a copy, or start a new run: records do not hold the weights"
             )
 
     def _unchanged(self, study: Study) -> int:
@@ -339,11 +341,14 @@ class SupernetTraining:
         means = {name: torch.stack(values).mean().item() for name, values in losses.items()}
         for name, mean in means.items():
             if not math.isfinite(mean):
-                raise UserError(
-                    f"search: the {name.replace('_', ' ')} is {mean} in epoch {epoch}; lower "
-                    "--bilevel.weights.lr in a new run. The epochs before it are saved"
-                )
+                raise self._diverged(f"the {name.replace('_', ' ')} is {mean}")
         return means
+
+    def _diverged(self, what: str) -> UserError:
+        text = f"search: {what} in epoch {self.epoch}; lower --bilevel.weights.lr in a new run"
+        if self.epoch == 1:
+            return NothingFoundError(text)
+        return UserError(f"{text}. The epochs before it are saved")
 
     def _step(
         self,
@@ -376,7 +381,10 @@ class SupernetTraining:
                 restored = self.model(inputs, mix)
             ratios.append(psnr(restored.float(), target))
             similarities.append(ssim(restored.float(), target))
-        return torch.cat(ratios).mean().item(), torch.cat(similarities).mean().item()
+        means = torch.cat(ratios).mean().item(), torch.cat(similarities).mean().item()
+        if not all(map(math.isfinite, means)):
+            raise self._diverged("what the supernet gives for the validation images is not finite")
+        return means
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next epoch depends on, and the architecture after each so far."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Generic, Literal
+from typing import Annotated, Any, Generic, Literal
 
 import torch
 from rich.console import Console
@@ -21,8 +22,8 @@ from nasfast.spaces.base import Space
 from nasfast.strategies import Strategy
 from nasfast.training.loop import Runtime
 from nasfast.utils.cli import say
-from nasfast.utils.config import require_positive
-from nasfast.utils.errors import UserError
+from nasfast.utils.config import Bound, Count
+from nasfast.utils.errors import NothingFoundError, UserError
 from nasfast.utils.seeding import derive_seed
 from nasfast.workers import Engine, InProcess, Job, WorkerConfig, cores
 
@@ -34,10 +35,10 @@ _MAX_DUPLICATES = 100
 class SamplingSettings(SearchSettings):
     """Settings of a search that evaluates sampled candidates."""
 
-    batch: int = 1
+    batch: Annotated[int, Bound(1, 4096)] = 1
     """Candidates that are sampled from one policy and reported to it together; all share the gate
     of the batch's start. 1 is the published order."""
-    workers: int | None = None
+    workers: Count | None = None
     """Candidates trained in parallel, each in a process of its own; changes no result. Default: as
     many as the batch has and the cores (on CUDA: the devices) keep busy; with ray the whole batch,
     at most that many: Ray schedules them."""
@@ -48,8 +49,7 @@ class SamplingSettings(SearchSettings):
     one."""
 
     def __post_init__(self) -> None:
-        given = [name for name in ("workers", "threads") if getattr(self, name) is not None]
-        require_positive(self, "batch", *given)
+        super().__post_init__()
         if self.devices is not None and self.engine == "ray":
             raise UserError(
                 "devices: expected --engine process, as Ray hands out GPUs itself, got ray; give "
@@ -61,22 +61,31 @@ class SamplingSettings(SearchSettings):
                 f"{self.devices}; leave one out"
             )
 
-    def worker_config(self, workers: int | None = None) -> WorkerConfig:
+    def worker_config(
+        self, workers: int | None = None, note: Callable[[str], None] = lambda text: None
+    ) -> WorkerConfig:
         """The workers that these settings ask for, each with the threads of this process.
 
         Args:
             workers: how many, whatever the settings say.
+            note: is told where they are fewer than the settings say.
 
         Raises:
             UserError: no such device, devices of two kinds, or Ray is not installed.
         """
-        return WorkerConfig.of(
+        made = WorkerConfig.of(
             workers=workers or self.workers,
             devices=self.devices or self.device,
             threads=torch.get_num_threads(),
             engine=self.engine,
             batch=self.batch,
         )
+        if self.workers is not None and made.workers < self.workers:
+            note(
+                f"workers  {made.workers} instead of {self.workers}: no more have work, in batches "
+                f"of {self.batch} candidates and on {cores()} cores"
+            )
+        return made
 
 
 def default_threads(batch: int) -> int:
@@ -145,20 +154,42 @@ class SamplingSearch:
 
         After a crash the strategy continues from its checkpoint, the start of a batch; what is
         recorded of that batch is not evaluated again. So is a batch that the budget ended in.
+        Without a checkpoint it is told all that is recorded, from the first batch on.
 
         Raises:
-            UserError: the last candidates all failed, or all repeated earlier ones.
+            NothingFoundError: all candidates failed.
+            UserError: the last candidates all failed, or all repeated earlier ones; or checkpoint
+                and records do not belong together.
         """
-        checkpoint = study.load_checkpoint() or {}
-        seconds = {"encode": 0.0, "controller": 0.0} | checkpoint.get("seconds", {})
-        if checkpoint.get("phase", 0) > 0:
-            self._enter(checkpoint["phase"], study)
-        told, state = checkpoint.get("told", 0), checkpoint.get("strategy")
+        checkpoint = study.load_checkpoint()
+        told, number, state = 0, 0, None
+        seconds = {"encode": 0.0, "controller": 0.0}
+        if checkpoint is not None:
+            with study.restoring():
+                told, state = checkpoint["told"], checkpoint["strategy"]
+                number = checkpoint.get("phase", 0)  # version 1 has one phase
+                seconds |= checkpoint["seconds"]
+                study.require_records(told)
+                if not 0 <= number <= len(self._then):
+                    raise IndexError(f"phase {number}")
+        if number > 0:
+            self._enter(number, study)
+        evaluated = self._evaluated(study)
+        if evaluated > self._phase.budget:
+            say(
+                console,
+                f"budget   {evaluated} instead of {self._phase.budget}: so many candidates have "
+                "been evaluated, and none is added",
+            )
+            self._phase = dataclasses.replace(self._phase, budget=evaluated)
         while True:
             seconds["encode"] += self._phase.evaluator.seconds["encode"]
             if state is not None:
-                self._phase.strategy.load_state_dict(state)
+                with study.restoring():
+                    self._phase.strategy.load_state_dict(state)
             told = self._run_phase(study, console, told, seconds)
+            if study.best is None:
+                raise _nothing_found(study.records, self._phase.evaluator.remedy)
             if self._number == len(self._then):
                 return
             self._enter(self._number + 1, study)
@@ -172,9 +203,9 @@ class SamplingSearch:
         """Make a phase from the best record of the one before."""
         scored = [r for r in study.records if r.phase == number - 1 and r.score is not None]
         if not scored:
-            raise UserError(
-                f"{study.path}: expected an architecture of phase {number - 1} to continue with, "
-                "got failures alone; records.jsonl has their causes"
+            raise _nothing_found(
+                [record for record in study.records if record.phase == number - 1],
+                self._phase.evaluator.remedy,
             )
         self.close()
         best = max(scored, key=lambda record: record.score or (0, 0, 0.0))
@@ -185,6 +216,9 @@ class SamplingSearch:
     ) -> int:
         """Returns how many records the strategies have been given."""
         phase = self._phase
+        # of a phase with a successor the strategy is only told again, whatever the budget is now
+        end = sum(record.phase <= self._number for record in study.records)
+        over = end < len(study.records)
         while True:
             study.save_checkpoint(
                 {
@@ -195,11 +229,14 @@ class SamplingSearch:
                     "budget": phase.budget,
                 }
             )
-            if told == len(study.records) and self._evaluated(study) >= phase.budget:
+            spent = over or self._evaluated(study) >= phase.budget
+            if told == (end if over else len(study.records)) and spent:
                 return told
             start = time.perf_counter()
             asked = [phase.strategy.ask() for _ in range(phase.batch)]
             seconds["controller"] += time.perf_counter() - start
+            if over and told + len(asked) > end:
+                return end
             self._evaluate(study, told, asked, console)
             if len(study.records) < told + len(asked):
                 return len(study.records)  # the budget ends in the batch
@@ -224,7 +261,8 @@ class SamplingSearch:
                 if phase.space.from_json(study.records[index].genotype) != genotype:
                     raise UserError(
                         f"{study.path}: expected record {index} to be what the strategy asks for, "
-                        "got another; the records or the checkpoint were edited, start a new run"
+                        "got another; the records or the checkpoint were edited, or come from a "
+                        "machine that rounds otherwise: start a new run"
                     )
                 continue
             if spent >= phase.budget:
@@ -281,8 +319,11 @@ def _gate(records: Sequence[Record], feedback: str) -> float | None:
 
 
 def _check_progress(records: Sequence[Record], remedy: str) -> None:
-    failures = [e.failure for e in _fresh(records)[-_MAX_FAILURES:]]
+    evaluations = _fresh(records)
+    failures = [e.failure for e in evaluations[-_MAX_FAILURES:]]
     if len(failures) == _MAX_FAILURES and all(failures):
+        if all(evaluation.failure for evaluation in evaluations):
+            raise _nothing_found(records, remedy)
         raise UserError(
             f"the last {_MAX_FAILURES} candidates failed, the last one: {failures[-1]}; {remedy}"
         )
@@ -291,6 +332,15 @@ def _check_progress(records: Sequence[Record], remedy: str) -> None:
             f"the last {_MAX_DUPLICATES} architectures repeat earlier ones: the strategy has "
             "converged; take the best one found, or let it explore more (--ppo.ent-coef)"
         )
+
+
+def _nothing_found(records: Sequence[Record], remedy: str) -> NothingFoundError:
+    """The causes, the most frequent first."""
+    causes = Counter(evaluation.failure for evaluation in _fresh(records))
+    counted = ", ".join(f"{count} x {cause}" for cause, count in causes.most_common())
+    return NothingFoundError(
+        f"search: all of the {causes.total()} candidates failed ({counted}); {remedy}, in a new run"
+    )
 
 
 def _print_record(study: Study, record: Record, progress: str, console: Console) -> None:

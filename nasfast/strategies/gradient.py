@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nasfast.strategies.base import check_state
+from nasfast.utils.config import Bounded, Count, Positive
 from nasfast.utils.errors import UserError
 
 Active = tuple[tuple[int, ...], ...]
@@ -29,19 +30,13 @@ class Mix:
 
 
 @dataclass(frozen=True)
-class Temperature:
+class Temperature(Bounded):
     """A linear schedule over architecture steps."""
 
-    start: float = 10.0
-    end: float = 0.1
-    steps: int = 1000
+    start: Positive = 10.0
+    end: Positive = 0.1
+    steps: Count = 1000
     """Architecture steps until the end is reached; it stays there."""
-
-    def __post_init__(self) -> None:
-        for field in ("start", "end", "steps"):
-            value = getattr(self, field)
-            if not value > 0:
-                raise UserError(f"Temperature.{field}: expected more than 0, got {value}")
 
     def at(self, step: int) -> float:
         """The temperature of architecture step 0, 1, .."""

@@ -12,41 +12,52 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Generic, Self
+from typing import Annotated, Any, Generic, Self
 
 import torch
 from torch import Tensor, nn
 
 from nasfast.spaces.base import Decision, G, Space
 from nasfast.strategies.base import check_state
+from nasfast.utils.config import (
+    BatchSize,
+    Bound,
+    Bounded,
+    Channels,
+    Count,
+    MaxNorm,
+    Positive,
+    Weight,
+)
 from nasfast.utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class PPOConfig:
+class PPOConfig(Bounded):
     """Settings of the controller and its updates; the defaults are the published ones."""
 
-    clip_coef: float = 0.1
+    clip_coef: Positive = 0.1
     """The probability ratio of an update is clipped to [1 - clip_coef, 1 + clip_coef]."""
-    lr: float = 1e-4
+    lr: Positive = 1e-4
     """Learning rate of Adam."""
-    max_grad_norm: float = 2.0
+    max_grad_norm: MaxNorm = 2.0
     """Gradients are scaled down to this L2 norm."""
-    ent_coef: float = 0.0
+    ent_coef: Weight = 0.0
     """Weight of the policy's entropy in the objective, in units of reward per nat."""
-    update_epochs: int = 1
+    update_epochs: Count = 1
     """Passes over the buffer per update."""
-    batch_size: int = 1
+    batch_size: BatchSize = 1
     """Evaluated candidates between updates; failed ones do not count."""
-    minibatch_size: int = 1
+    minibatch_size: BatchSize = 1
     """Samples per gradient step."""
-    buffer_size: int = 100
+    buffer_size: Count = 100
     """Latest candidates that an update learns from."""
-    baseline_decay: float = 0.95
-    """Decay per candidate of the average of rewards that is subtracted from each reward."""
-    hidden_size: int = 100
+    baseline_decay: Annotated[float, Bound(0, 1, open="low")] = 0.95
+    """Decay per candidate of the average of rewards that is subtracted from each reward; 1 averages
+    the whole buffer."""
+    hidden_size: Channels = 100
     """Width of the LSTM and of its input."""
-    warmup_steps: int = 4
+    warmup_steps: Annotated[int, Bound(0, 1000)] = 4
     """LSTM steps before the first decision; published: one per encoder tap."""
     embed_decisions: bool = False
     """Add an embedding of each sampled decision to the next input of the LSTM.
@@ -61,27 +72,7 @@ class PPOConfig:
         return cls(lr=5e-3, batch_size=4, minibatch_size=20, ent_coef=1e-3)
 
     def __post_init__(self) -> None:
-        positive = (
-            "clip_coef",
-            "lr",
-            "max_grad_norm",
-            "update_epochs",
-            "batch_size",
-            "minibatch_size",
-            "buffer_size",
-            "baseline_decay",
-            "hidden_size",
-        )
-        for field in (*positive, "ent_coef", "warmup_steps"):
-            value = getattr(self, field)
-            if value < 0 or (field in positive and value == 0):
-                least = "above 0" if field in positive else "at least 0"
-                raise UserError(f"PPOConfig.{field}: expected a value {least}, got {value}")
-        if self.baseline_decay > 1:
-            raise UserError(
-                f"PPOConfig.baseline_decay: expected at most 1, got {self.baseline_decay}; "
-                "1 averages the whole buffer"
-            )
+        super().__post_init__()
         if self.buffer_size < max(2, self.batch_size):
             raise UserError(
                 f"PPOConfig.buffer_size: expected at least 2 and at least batch_size="

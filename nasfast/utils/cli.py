@@ -7,13 +7,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, Protocol
 
-from nasfast.utils.errors import DEFECT, text_for_user
+from nasfast.utils.errors import DEFECT, NothingFoundError, text_for_user
 
 P = ParamSpec("P")
 
 
 def reports_errors(main: Callable[P, int]) -> Callable[P, int]:
-    """Decorate an entry point: an error meant for the user is one line on stderr and status 2.
+    """Decorate an entry point: an error meant for the user is one line on stderr and status 2,
+    or 1 where the work was done and came to nothing.
 
     Any other is a defect: it is raised, and what to report follows its traceback. Ctrl-C gives
     status 130.
@@ -32,7 +33,7 @@ def reports_errors(main: Callable[P, int]) -> Callable[P, int]:
                 error.add_note(DEFECT)
                 raise
             print(f"error: {text}", file=sys.stderr)
-            return 2
+            return 1 if isinstance(error, NothingFoundError) else 2
 
     return wrapped
 

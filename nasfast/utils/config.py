@@ -1,17 +1,101 @@
-"""Frozen dataclasses from the plain mappings that they were saved as."""
+"""Settings: frozen dataclasses, the ranges of their numbers, and their form in files."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from nasfast.utils.errors import UserError, about
 
 T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """Values that a number may have, written at its field: ``lr: Annotated[float, Bound(0, 1)]``.
+
+    NaN is none of them, and infinity only where it is said so.
+    """
+
+    low: float
+    high: float = math.inf
+    open: Literal["", "low", "high"] = ""
+    """Which of the two is no value itself."""
+    infinite: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether the value is one of them."""
+        above = value > self.low if self.open == "low" else value >= self.low
+        below = value < self.high if self.open == "high" else value <= self.high
+        return above and below and (self.infinite or math.isfinite(value))
+
+    def __str__(self) -> str:
+        low, high = (f"{side:,}" for side in (self.low, self.high))
+        if self.high == math.inf:
+            return f"above {low}" if self.open == "low" else f"of at least {low}"
+        if self.open == "low":
+            return f"above {low} and at most {high}"
+        return f"from {low} to {'below ' if self.open == 'high' else ''}{high}"
+
+
+Count = Annotated[int, Bound(1, 10**9)]
+"""Epochs, steps, samples."""
+BatchSize = Annotated[int, Bound(1, 2**16)]
+"""Samples that are in memory at once."""
+Pixels = Annotated[int, Bound(2, 2**16)]
+"""A side of an image."""
+Channels = Annotated[int, Bound(1, 2**14)]
+"""Width of a layer."""
+Seed = Annotated[int, Bound(0, 2**63 - 1)]
+Positive = Annotated[float, Bound(0, open="low")]
+"""A learning rate."""
+Weight = Annotated[float, Bound(0)]
+"""Factor of a term of a loss; 0 leaves it out."""
+Decay = Annotated[float, Bound(0, 1, open="high")]
+"""Of a running mean; 1 would never move it."""
+MaxNorm = Annotated[float, Bound(0, open="low", infinite=True)]
+"""Of gradients; infinity clips none."""
+
+
+class Bounded:
+    """Base of a dataclass whose numbers are checked when it is made."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError where a number is out of the `Bound` of its field."""
+        for name, bound in _bounds(type(self)).items():  # type: ignore[arg-type]
+            values = getattr(self, name)
+            for value in values if isinstance(values, tuple) else (values,):
+                if value is not None and not bound.holds(value):
+                    where = f"{type(self).__name__}.{name}"
+                    raise UserError(f"{where}: expected a value {bound}, got {value}")
+
+
+@functools.cache
+def _bounds(cls: type) -> dict[str, Bound]:
+    """The bounds of a class, by the field that has one or whose parts have."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {name: bound for name, hint in hints.items() for bound in _bounds_in(hint)}
+
+
+def _bounds_in(hint: Any) -> list[Bound]:
+    if get_origin(hint) is Annotated:
+        return [part for part in hint.__metadata__ if isinstance(part, Bound)]
+    return [bound for part in get_args(hint) for bound in _bounds_in(part)]
 
 
 def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
@@ -145,12 +229,3 @@ def _checked(value: Any, kind: type | tuple[type, ...], where: str, expected: st
 
 def _refuse(value: Any, where: str, expected: str) -> UserError:
     return UserError(f"{where}: expected {expected}, got {value!r}; correct the value")
-
-
-def require_positive(config: object, *names: str) -> None:
-    """Raise UserError unless these fields are above 0."""
-    for name in names:
-        value = getattr(config, name)
-        if not value > 0:
-            where = f"{type(config).__name__}.{name}"
-            raise UserError(f"{where}: expected a value above 0, got {value}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -12,12 +13,20 @@ DEFECT = (
 )
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A full disk, a used up quota, and a limit on the size of files."""
+
+
 class UserError(ValueError):
     """Something that the user gave or did: an argument, a file, a setting.
 
     The text says what was expected, what came, and what to do. A command prints it as one line and
     exits with status 2; any other error is a defect and keeps its traceback.
     """
+
+
+class NothingFoundError(UserError):
+    """All that was tried failed; the command exits with status 1."""
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -33,6 +42,11 @@ def text_for_user(error: BaseException) -> str | None:
 
     A :class:`UserError` and what the operating system says of a file speak for themselves.
     """
+    if isinstance(error, OSError) and error.errno in _FULL and error.filename is not None:
+        return (
+            f"{error}; make room there: what was saved before is whole, and --resume continues a "
+            "search or a training from it"
+        )
     if isinstance(error, UserError | OSError):
         return str(error)
     if out_of_memory(error):

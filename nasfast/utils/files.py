@@ -15,6 +15,7 @@ from nasfast.utils.errors import UserError, cause
 __all__ = [
     "atomic_file",
     "atomic_write",
+    "expanded",
     "naming",
     "read_json",
     "read_object",
@@ -32,11 +33,12 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with naming(path), open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming(path, instead_of=temporary):
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
@@ -59,15 +61,30 @@ def sync_directory(path: Path) -> None:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Give an error of the system in the block the file's name where it has none: what fails on an
-    open file, such as a full disk, does not know it."""
+def naming(path: Path, instead_of: Path | None = None) -> Iterator[None]:
+    """Give an error of the system in the block the file's name where it has none, or that of a
+    temporary file: what fails on an open file, such as a full disk, does not know it."""
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:
+        known = error.filename is not None and error.filename != str(instead_of)
+        if error.errno is not None and not known:
             error.filename = str(path)
         raise
+
+
+def expanded(path: Path | str) -> Path:
+    """A path with the home directory for its ``~``.
+
+    Raises:
+        UserError: there is none, as in a container without HOME.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f"{path}: expected a home directory for ~, got none; set HOME, or give the whole path"
+        ) from error
 
 
 def read_text(path: Path) -> str:

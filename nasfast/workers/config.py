@@ -48,10 +48,11 @@ class WorkerConfig:
         """The workers of a search's settings.
 
         Args:
-            workers: how many; None for as many as the cores, or on CUDA the devices, keep busy. A
-                GPU runs the kernels of several processes in turns, and each needs memory of its
-                own for context and features: more than one to a device is the user's choice. With
-                Ray None is a whole batch: the cluster decides how many of them run at once.
+            workers: how many at most; no more than the batch has candidates and, on a CPU, the
+                machine has cores. None for as many as the cores, or on CUDA the devices, keep
+                busy. A GPU runs the kernels of several processes in turns, and each needs memory of
+                its own for context and features: more than one to a device is the user's choice.
+                With Ray None is a whole batch: the cluster decides how many of them run at once.
             devices: names, separated by commas.
             threads: of each worker.
             engine: "process", or "ray".
@@ -78,7 +79,8 @@ class WorkerConfig:
             fitting = len(names)
         else:
             fitting = max(1, cores() // threads)
-        made = cls(workers or min(batch, fitting), names, threads, engine)
+        most = min(batch, cores()) if engine == "process" and kinds == ["cpu"] else batch
+        made = cls(min(workers or fitting, most), names, threads, engine)
         if made.workers > 1 and engine == "process":
             start_server()  # it imports while the search opens its data
         return made

@@ -10,14 +10,16 @@ from PIL import Image
 from nasfast.data import TrainTransform, batch, load_splits, open_camvid
 from nasfast.utils.errors import UserError
 
+MASK = np.repeat([3, 9, 11], 16).reshape(6, 8)
+
 
 @pytest.fixture
 def camvid(tmp_path):
-    for split, ids in (("train", "abcd"), ("val", "ef")):
-        for suffix, shape, value in (("", (6, 8, 3), 9), ("annot", (6, 8), 11)):
+    for split, ids in (("train", "abcd"), ("val", "ef"), ("test", "g")):
+        for suffix, pixels in (("", np.full((6, 8, 3), 9)), ("annot", MASK)):
             (tmp_path / (split + suffix)).mkdir()
             for i in ids:
-                image = Image.fromarray(np.full(shape, value, np.uint8))
+                image = Image.fromarray(pixels.astype(np.uint8))
                 image.save(tmp_path / f"{split}{suffix}/{i}.png")
         lines = [f"/SegNet/CamVid/{split}/{i}.png /SegNet/CamVid/{split}annot/{i}.png" for i in ids]
         (tmp_path / f"{split}.txt").write_text("\n".join(lines))
@@ -31,14 +33,17 @@ def test_original_lists_and_standard_classes(camvid):
     assert (len(splits.train.classes), splits.train.ignore_index) == (11, 11)
     assert splits.train.classes[9] == "Pedestrian"
     assert splits.train.colors[8] == (64, 0, 128)
-    assert splits.val[1].mask.tolist() == [[11] * 8] * 6
+    assert splits.val[1].mask.tolist() == MASK.tolist()
+    assert len(splits.test) == 1
+    (camvid / "test.txt").unlink()
+    assert load_splits(camvid).test is None
 
 
 def test_classes_of_the_folder(camvid):
     classes = [{"name": f"class {i}", "color": [i, 2, 3]} for i in range(12)]
     path = camvid / "classes.json"
     path.write_text(json.dumps({"classes": classes, "ignore_index": 255}))
-    train, _ = open_camvid(camvid)
+    train, *_ = open_camvid(camvid)
     assert (train.classes[11], train.colors[11]) == ("class 11", (11, 2, 3))
     assert train.ignore_index == 255
 
@@ -72,6 +77,8 @@ def test_real_camvid(data_root):
     splits = load_splits(data_root / "camvid", cache_in_memory=False)
     sizes = [len(d) for d in (splits.search_train, splits.search_val, splits.train, splits.val)]
     assert sizes == [330, 37, 367, 101]
+    # caches of features and resumed runs depend on it
+    assert splits.search_train.fingerprint()[:16] == "e2f9f4fdb3a8178b"
     described = json.loads((data_root / "camvid/classes.json").read_text())
     assert list(splits.val.classes) == [c["name"] for c in described["classes"]]
     assert [list(c) for c in splits.val.colors] == [c["color"] for c in described["classes"]]

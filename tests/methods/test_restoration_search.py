@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import random
 import re
 import shutil
@@ -20,6 +21,7 @@ from nasfast.methods.restoration.sampled import SizeClass, evaluator_on
 from nasfast.methods.restoration.settings import PRESETS, SearchConfig, parse, parse_range
 from nasfast.methods.restoration.train import TrainingRun
 from nasfast.models.restorer import Restorer, RestorerConfig
+from nasfast.searches import bilevel
 from nasfast.searches.bilevel import WeightsConfig, most_probable
 from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
 from nasfast.tasks.restoration.denoising import Denoising
@@ -263,9 +265,26 @@ def test_tasks_and_their_settings():
 
 def test_a_loss_that_is_not_finite(tiny_bilevel, tmp_path, capsys):
     flags = ["--bilevel.weights.lr", "1e30", "--runs", str(tmp_path)]
-    assert search.main([*tiny_bilevel, *flags]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: search: the loss is nan in epoch 1; lower --bilevel.weights.lr")
+    assert search.main([*tiny_bilevel, *flags]) == 1  # nothing was found
+    assert capsys.readouterr().err == (
+        "error: search: the loss is nan in epoch 1; lower --bilevel.weights.lr in a new run\n"
+    )
+
+
+@pytest.mark.parametrize(("epoch", "status"), [(1, 1), (2, 2)])
+def test_a_score_that_is_not_finite(epoch, status, tiny_bilevel, tmp_path, monkeypatch, capsys):
+    calls = itertools.count(1)
+    monkeypatch.setattr(
+        bilevel, "psnr", lambda a, b: torch.full((1,), math.nan if next(calls) == epoch else 9.0)
+    )
+    assert search.main([*tiny_bilevel, "--bilevel.epochs", "3", "--runs", str(tmp_path)]) == status
+    assert capsys.readouterr().err == (
+        "error: search: what the supernet gives for the validation images is not finite in epoch "
+        f"{epoch}; lower --bilevel.weights.lr in a new run"
+        + (". The epochs before it are saved\n" if epoch > 1 else "\n")
+    )
+    (run,) = tmp_path.iterdir()
+    assert len(outcome(run)) == epoch - 1
 
 
 def test_space_of_the_samples_is_the_space():

@@ -10,8 +10,10 @@ import torch
 from rich.console import Console
 
 from nasfast.data import Sample, SegmentationDataset, Splits
+from nasfast.evaluation.stages import Stage1Config
 from nasfast.methods.segmentation import search as segmentation
 from nasfast.methods.segmentation.settings import PRESETS, SearchConfig, continued, parse
+from nasfast.utils.errors import UserError
 
 
 def splits(*sizes, val=(60, 80)):
@@ -68,8 +70,55 @@ def test_crops_fit_the_data(data, crops, fitted):
     assert same == config
     assert ("crops are at most" in console.file.getvalue()) == (fitted != crops)  # type: ignore[attr-defined]
     assert segmentation.fit_to_data(got, data, console) == got
-    cropped = dataclasses.replace(config, val_crop=32)
+    cropped = dataclasses.replace(got, val_crop=32)
     assert segmentation.fit_to_data(cropped, data, console) == cropped
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"val_crop": 50}, ""),
+        (
+            {"val_crop": 90},
+            "crops    1 of 2 images are enlarged, by up to 1.50, as --val-crop 90 is more than "
+            "their shorter side\n",
+        ),
+    ],
+)
+def test_enlarged_images_are_mentioned(given, said):
+    """They are as the published search has them."""
+    data = dataclasses.replace(splits((900, 900)), search_val=Sizes([(60, 80), (90, 120)]))
+    console = Console(file=io.StringIO(), width=200)
+    config = SearchConfig(**given)
+    assert segmentation.fit_to_data(config, data, console) == config
+    assert console.file.getvalue() == said  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("changed", "flag", "most"),
+    [({"val_crop": 181}, "val-crop", 180), ({"stage1": "crop"}, "stage1.crop", 1800)],
+)
+def test_crops_far_larger_than_images(changed, flag, most):
+    data = dataclasses.replace(splits((900, 900)), search_val=Sizes([(60, 80), (90, 120)]))
+    if "stage1" in changed:
+        changed = {"stage1": Stage1Config(crop=1801), "val_crop": 60}
+    with pytest.raises(UserError) as caught:
+        segmentation.fit_to_data(SearchConfig(**changed), data, Console(quiet=True))
+    count = 2 if flag == "val-crop" else 1
+    assert str(caught.value) == (
+        f"--{flag}: expected at most {most}, twice the shorter side of the largest of the {count} "
+        f"images, got {most + 1}; lower it"
+    )
+
+
+def test_workers_without_work_are_mentioned(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    said = []
+    config = SearchConfig(device="cpu", workers=1000, batch=4)
+    assert config.worker_config(note=said.append).workers == 1
+    assert said == [
+        "workers  1 instead of 1000: no more have work, in batches of 4 candidates and on 1 cores"
+    ]
 
 
 def test_presets():

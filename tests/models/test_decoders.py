@@ -174,7 +174,8 @@ def test_random_genotypes(seed, aux_cell, tall):
     assert aux == []
 
 
-@pytest.mark.parametrize("field", ["agg_size", "sep_repeats"])
-def test_empty_layers(field):
-    with pytest.raises(ValueError, match=f"DecoderConfig.{field}: expected a value above 0, got 0"):
+@pytest.mark.parametrize(("field", "most"), [("agg_size", "16,384"), ("sep_repeats", "16")])
+def test_empty_layers(field, most):
+    message = f"DecoderConfig.{field}: expected a value from 1 to {most}, got 0"
+    with pytest.raises(ValueError, match=message):
         DecoderConfig(**{field: 0})

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
@@ -158,22 +159,55 @@ def change(name, value):
     return change
 
 
+def inner(outer, name, value):
+    def change(tensors, metadata):
+        (key,) = metadata
+        metadata[key][outer][name] = value
+
+    return change
+
+
+def fill(value):
+    def change(tensors, metadata):
+        name = next(name for name, tensor in tensors.items() if tensor.dim() == 4)
+        tensors[name] = torch.full_like(tensors[name], value, dtype=type(value))
+
+    return change
+
+
 def damage(text):
     return lambda tensors, metadata: metadata.update(dict.fromkeys(metadata, text))
 
 
+most = "and at most 10"
 DAMAGES = {
     SEGMENTER: [
         (change("decoder", {"dropout": 0.0}), "decoder: unknown setting 'dropout'; expected some"),
         (change("encoder", {"name": "resnet"}), "encoder: expected mobilenet_v2, got 'resnet'"),
         (change("encoder", None), "'NoneType' object is not subscriptable"),
         (change("outputs", -1), "Trying to create tensor with negative dimension"),
+        (change("outputs", 10**12), "of its weights 8 key(s) of another shape: "),
+        (inner("decoder", "agg_size", 10**7), "of its weights "),
+        (inner("decoder", "sep_repeats", 10**9), "decoder: DecoderConfig.sep_repeats: expected "),
+        *(
+            (
+                inner("encoder", "width", width),
+                f"mobilenet_v2: expected a width above 0 {most}, got",
+            )
+            for width in (-1, math.nan, math.inf, 1e300)
+        ),
+        (inner("encoder", "width", "0.1"), "width: expected a number, got '0.1'"),
+        (inner("encoder", "width", 0.35), "of its weights "),
     ],
     RESTORER: [
         (
             change("restorer", {"width": 0}),
-            "restorer: RestorerConfig.width: expected a value above 0, got 0",
+            "restorer: RestorerConfig.width: expected a value from 1 to 16,384, got 0",
         ),
+        (inner("restorer", "width", math.nan), "restorer, width: expected an integer, got nan"),
+        (inner("restorer", "head", 10**15), ""),
+        (change("channels", 10**9), "of its weights "),
+        (change("scale", -2), "scale: expected an integer from 1, got -2"),
     ],
 }
 for damages in DAMAGES.values():
@@ -181,6 +215,9 @@ for damages in DAMAGES.values():
         (damage("{"), "Expecting property name enclosed in double quotes"),
         (damage("[]"), "its description is no JSON object"),
         (damage('{"version": 2}'), "it lacks '"),
+        (damage("[" * 100_000), "maximum recursion depth exceeded"),
+        (fill(math.nan), "of its weights 1 key(s) not finite: "),
+        (fill(1), "of its weights 1 key(s) of another type: "),
         (change("version", "two"), "'>' not supported between"),
         (change("genotype", {"space": "other"}), "genotype: expected "),
         (drop_tensor, "of its weights 1 key(s) missing: "),

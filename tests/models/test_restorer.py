@@ -150,9 +150,8 @@ def test_residual_and_scale(scale):
 
 @pytest.mark.parametrize("field", ["width", "stem", "head", "low_level"])
 def test_empty_layers(field):
-    with pytest.raises(
-        ValueError, match=f"RestorerConfig.{field}: expected a value above 0, got 0"
-    ):
+    message = f"RestorerConfig.{field}: expected a value from 1 to 16,384, got 0"
+    with pytest.raises(ValueError, match=message):
         RestorerConfig(**{field: 0})
 
 

@@ -267,9 +267,9 @@ def test_memory_of_recomputing():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": 0}, "SupernetConfig.layers: expected a value above 0, got 0"),
-        ({"nodes": 0}, "SupernetConfig.nodes: expected a value above 0, got 0"),
-        ({"width": 0}, "SupernetConfig.width: expected a value above 0, got 0"),
+        ({"layers": 0}, "SupernetConfig.layers: expected a value from 1 to 64, got 0"),
+        ({"nodes": 0}, "SupernetConfig.nodes: expected a value from 1 to 64, got 0"),
+        ({"width": 0}, "SupernetConfig.width: expected a value from 1 to 16,384, got 0"),
         ({"width": 5}, "SupernetConfig.width: expected an even number, got 5; half the channels"),
         ({"memory": "none"}, 'SupernetConfig.memory: expected "save" or "recompute", got \'none\''),
     ],

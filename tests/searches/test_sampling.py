@@ -23,7 +23,7 @@ from nasfast.runs.study import Study
 from nasfast.searches.sampling import Phase, SamplingSearch
 from nasfast.spaces.fast_nas import Cell, FastNASSpace
 from nasfast.training.loop import Runtime
-from nasfast.utils.errors import UserError
+from nasfast.utils.errors import NothingFoundError, UserError
 from nasfast.workers import WorkerConfig
 
 SPACE = FastNASSpace()
@@ -100,7 +100,9 @@ def play(root, genotypes, evaluate, budget, batch=1, scripts=None):
     runs = list(root.glob("*"))
     opened = Study.open(*runs) if runs else Study.create(root, "segmentation", "script", {}, {})
     with opened as study:
-        SamplingSearch(Phase(SPACE, script, script, budget, batch)).run(study, Console(quiet=True))
+        with contextlib.suppress(NothingFoundError):
+            search = SamplingSearch(Phase(SPACE, script, script, budget, batch))
+            search.run(study, Console(quiet=True))
         return script, study.records
 
 
@@ -191,6 +193,42 @@ def test_no_progress_stops(genotypes, evaluate, count, text, tmp_path, monkeypat
     assert str(caught.value) == text
     (run,) = tmp_path.iterdir()
     assert len(records_of(run)) == count
+
+
+@pytest.mark.parametrize(
+    ("budget", "counted"),
+    [
+        (3, "all of the 3 candidates failed (2 x stage0: out of memory (fake), 1 x stage1: out of"),
+        (9, "all of the 5 candidates failed (4 x stage0: out of memory (fake), 1 x stage1: out of"),
+    ],
+)
+def test_nothing_but_failures(budget, counted, tmp_path):
+    """All of them, or the first five."""
+    with Study.create(tmp_path, "segmentation", "failures", {}, {}) as study:
+        script = Script(distinct(), lambda i: HALF if i == 1 else FAILURE)
+        with pytest.raises(NothingFoundError) as caught:
+            SamplingSearch(Phase(SPACE, script, script, budget)).run(study, Console(quiet=True))
+        assert str(caught.value) == (
+            f"search: {counted} memory (fake)); lower the learning rates, in a new run"
+        )
+        script = Script(distinct(), lambda i: FAILURE)
+        with pytest.raises(NothingFoundError, match="all of the "):  # again when it is resumed
+            SamplingSearch(Phase(SPACE, script, script, budget)).run(study, Console(quiet=True))
+
+
+def test_a_smaller_budget_is_mentioned(tmp_path, capsys):
+    play(tmp_path, distinct(), lambda i: success(0.4), budget=3)
+    script = Script(distinct(), lambda i: success(0.4))
+    (run,) = tmp_path.iterdir()
+    search = SamplingSearch(Phase(SPACE, script, script, 2))
+    with Study.open(run) as study:
+        search.run(study, Console())
+        assert len(study.records) == 3
+        assert (study.load_checkpoint() or {})["budget"] == 3
+    assert capsys.readouterr().out == (
+        "budget   3 instead of 2: so many candidates have been evaluated, and none is added\n"
+    )
+    assert search.more == "--budget 6"
 
 
 def test_edited_records_are_noticed(tmp_path):
@@ -330,6 +368,6 @@ def test_a_phase_of_failures_has_no_successor(tmp_path):
     search = SamplingSearch(Phase(SPACE, script, script, 2), lambda best: pytest.fail("made"))
     with (
         Study.create(tmp_path, "segmentation", "failures", {}, {}) as study,
-        pytest.raises(UserError, match="expected an architecture of phase 0 to continue with, got"),
+        pytest.raises(NothingFoundError, match="all of the 2 candidates failed"),
     ):
         search.run(study, Console(quiet=True))

@@ -2,7 +2,6 @@ import copy
 import math
 import random
 import re
-from dataclasses import fields
 
 import pytest
 import torch
@@ -256,16 +255,14 @@ def test_tell_wants_what_was_asked():
         strategy.tell(second, 0.5)
 
 
-NOT_ABOVE_0 = ("ent_coef", "warmup_steps", "embed_decisions")
-
-
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        *((f.name, 0, "a value above 0") for f in fields(PPOConfig) if f.name not in NOT_ABOVE_0),
-        ("ent_coef", -0.1, "a value at least 0"),
-        ("warmup_steps", -1, "a value at least 0"),
-        ("baseline_decay", 1.1, "at most 1"),
+        ("lr", 0, "a value above 0"),
+        ("hidden_size", 0, "a value from 1 to 16,384"),
+        ("ent_coef", -0.1, "a value of at least 0"),
+        ("warmup_steps", -1, "a value from 0 to 1,000"),
+        ("baseline_decay", 1.1, "a value above 0 and at most 1"),
         ("buffer_size", 1, "at least 2 and at least batch_size=1"),
     ],
 )

@@ -1,27 +1,25 @@
 """Dataclasses from mappings: round trips, and each value that does not fit its field."""
 
 import dataclasses
+import math
 import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 import tomli_w
 
-from nasfast.utils.config import from_mapping, require_positive
+from nasfast.utils.config import Bound, Bounded, Count, MaxNorm, from_mapping
 from nasfast.utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class Inner:
+class Inner(Bounded):
     lr: float = 0.1
-    steps: int = 3
-
-    def __post_init__(self):
-        require_positive(self, "steps")
+    steps: Count = 3
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,10 @@ KINDS = ", by, kind: expected one of 'blur', 'noise', got"
             {"inner": {"lrr": 1}},
             f", inner: unknown setting 'lrr'; expected some of lr, steps. {VERSION}",
         ),
-        ({"inner": {"steps": 0}}, ", inner: Inner.steps: expected a value above 0, got 0"),
+        (
+            {"inner": {"steps": 0}},
+            ", inner: Inner.steps: expected a value from 1 to 1,000,000,000, got 0",
+        ),
         ({"by": {"kind": "rain"}}, f"{KINDS} 'rain'; correct the value"),
         ({"by": {"width": 3}}, f"{KINDS} None; correct the value"),
         (
@@ -137,9 +138,36 @@ def test_a_value_of_another_type(mapping, where, expected):
         from_mapping(Outer, {"data": "d"} | mapping, "config.toml")
 
 
-@pytest.mark.parametrize("value", [0, -0.5, float("nan")])
-def test_require_positive(value):
-    require_positive(Inner(lr=value), "steps")
-    message = f"Inner.lr: expected a value above 0, got {value}"
-    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
-        require_positive(Inner(lr=value), "steps", "lr")
+@dataclass(frozen=True)
+class Limited(Bounded):
+    positive: Annotated[float, Bound(0, open="low")] = 1.0
+    share: Annotated[float, Bound(0, 1, open="high")] = 0.0
+    decay: Annotated[float, Bound(0, 1, open="low")] = 1.0
+    norm: MaxNorm = math.inf
+    side: Annotated[int, Bound(2, 99)] | None = None
+    classes: tuple[Annotated[int, Bound(0, 255)], ...] = ()
+    free: float = 0.0
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"positive": 0}, "a value above 0, got 0"),
+        ({"positive": math.inf}, "a value above 0, got inf"),
+        ({"share": 1.0}, "a value from 0 to below 1, got 1.0"),
+        ({"share": math.nan}, "a value from 0 to below 1, got nan"),
+        ({"decay": 0.0}, "a value above 0 and at most 1, got 0.0"),
+        ({"norm": math.nan}, "a value above 0, got nan"),
+        ({"side": 1}, "a value from 2 to 99, got 1"),
+        ({"side": 100}, "a value from 2 to 99, got 100"),
+        ({"classes": (3, 256)}, "a value from 0 to 255, got 256"),
+    ],
+)
+def test_numbers_out_of_their_bounds(given, expected):
+    (name,) = given
+    with pytest.raises(UserError, match=f"^Limited.{name}: expected {expected}$"):
+        Limited(**given)
+
+
+def test_numbers_within_their_bounds():
+    Limited(positive=1e30, share=0.0, decay=1.0, side=2, classes=(0, 255), free=math.nan)

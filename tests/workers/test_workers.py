@@ -242,7 +242,12 @@ def config_on(monkeypatch):
         ((2, 0), {"workers": 1, "devices": "cpu, cpu"}, (1, ("cpu", "cpu"), 1)),
         ((16, 3), {"devices": "cuda:0,cuda:2"}, (2, ("cuda:0", "cuda:2"), 1)),  # one a device
         ((16, 3), {"devices": "auto"}, (1, ("cuda",), 1)),
-        ((16, 3), {"workers": 5, "devices": "cuda"}, (5, ("cuda",), 1)),
+        ((16, 3), {"workers": 5, "devices": "cuda", "batch": 8}, (5, ("cuda",), 1)),
+        # no more than have work
+        ((2, 0), {"workers": 1000}, (2, ("cpu",), 1)),
+        ((16, 0), {"workers": 1000}, (4, ("cpu",), 1)),
+        ((2, 3), {"workers": 1000, "devices": "cuda"}, (4, ("cuda",), 1)),
+        ((2, 0), {"workers": 1000, "engine": "ray"}, (4, ("cpu",), 1, "ray")),
         ((2, 0), {"engine": "ray", "batch": 8}, (8, ("cpu",), 1, "ray")),  # a batch of a cluster
     ],
 )

@@ -10,7 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from nasfast.data.checks import Findings
 from nasfast.methods.base import Architecture, Method
+from nasfast.methods.restoration.check import CheckConfig, check
 from nasfast.methods.restoration.evaluate import EvaluateConfig, evaluate, parse_evaluate
 from nasfast.methods.restoration.report import RestorationReport
 from nasfast.methods.restoration.search import build
@@ -52,6 +54,7 @@ class Restoration(Method):
     space = IRNASSpace().name
     search_settings = SearchConfig
     train_settings = TrainConfig
+    check_settings = CheckConfig
     model_format = RESTORER
     report = RestorationReport()
     zoo = ARCHITECTURES
@@ -71,6 +74,9 @@ class Restoration(Method):
         self, settings: SearchConfig, interrupt: Interrupt, console: Console
     ) -> tuple[Search, SearchConfig]:
         return build(settings, interrupt, console)
+
+    def check(self, settings: CheckConfig) -> Findings:
+        return check(settings)
 
     def genotype(self, obj: object) -> IRNASGenotype:
         return IRNASGenotype.from_json(obj)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.markup import escape
@@ -23,6 +23,7 @@ from nasfast.tasks.restoration.base import Predict
 from nasfast.tasks.restoration.scoring import EvalProtocol, Scores, costs, input_size
 from nasfast.training.cost import measure_latency
 from nasfast.training.loop import Runtime
+from nasfast.utils.config import Bound, Seed
 from nasfast.utils.errors import UserError
 
 TASK_HELP = (
@@ -46,15 +47,10 @@ class EvaluateConfig(base.EvaluateConfig):
     independent noise, which overestimates PSNR; only to compare with figures measured that way."""
     baselines: bool = False
     """Also run the methods without training."""
-    pictures: int = 4
+    pictures: Annotated[int, Bound(0, 1000)] = 4
     """Images to show before and after, from all over the split."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides what the task draws."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.pictures < 0:
-            raise UserError(f"pictures: expected 0 or more, got {self.pictures}")
 
 
 def parse_evaluate(argv: Sequence[str], description: str | None) -> EvaluateConfig:

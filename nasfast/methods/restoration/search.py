@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import torch
 from rich.console import Console
 
+from nasfast.data import folder_of
+from nasfast.data.checks import check_images
 from nasfast.data.restoration import open_images
+from nasfast.methods.base import warn
 from nasfast.methods.restoration.sampled import sampled_search
 from nasfast.methods.restoration.settings import SearchConfig
 from nasfast.searches.bilevel import SupernetSearch
@@ -21,9 +27,14 @@ def build(
     config: SearchConfig, interrupt: Interrupt, console: Console
 ) -> tuple[SupernetSearch | SamplingSearch, SearchConfig]:
     """Open the images and prepare the search of the strategy."""
-    workers = config.worker_config() if config.samples else config.worker_config(1)
+    workers = (
+        config.worker_config(note=functools.partial(say, console))
+        if config.samples
+        else config.worker_config(1)
+    )
     runtime = Runtime(torch.device(workers.devices[0]), interrupt.check)
     data = open_images(config.data, config.channels)
+    warn(check_images(data, folder_of(config.data)), console)
     halves = data.halves()
     space = IRNASSpace(config.supernet.layers, config.supernet.nodes)
     say(
@@ -34,6 +45,7 @@ def build(
         f"device   {workers}, {runtime.precision}\n"
         f"space    {space.size():.2e} networks; strategy {config.strategy}",
     )
+    config = fit_to_scale(config, console)
     if config.samples:
         return sampled_search(config, data, workers, runtime), config
     weights, architecture = (
@@ -53,3 +65,17 @@ def build(
         seed=config.seed,
     )
     return search, config
+
+
+def fit_to_scale(config: SearchConfig, console: Console) -> SearchConfig:
+    """Patches that the task's scale divides."""
+    task, bilevel, recipe = config.task, config.bilevel, config.recipe
+    given = recipe.crop if config.samples else bilevel.crop
+    fitted = task.fitting(given)
+    if fitted != given:
+        say(console, f"patches  {fitted} pixels instead of {given}: a multiple of {task.scale}")
+    return dataclasses.replace(
+        config,
+        bilevel=dataclasses.replace(bilevel, crop=task.fitting(bilevel.crop)),
+        recipe=dataclasses.replace(recipe, crop=task.fitting(recipe.crop)),
+    )

@@ -12,7 +12,6 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -27,8 +26,9 @@ from nasfast.strategies.gradient import Temperature
 from nasfast.tasks.restoration import RestorationTask, task_from_json
 from nasfast.tasks.restoration.denoising import Denoising
 from nasfast.utils.cli import flag_value
-from nasfast.utils.config import require_positive
+from nasfast.utils.config import Count
 from nasfast.utils.errors import UserError
+from nasfast.utils.files import expanded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class SearchConfig(SamplingSettings):
     """Size of the networks that are derived."""
     temperature: Temperature = field(default_factory=Temperature)
     """Of --strategy gumbel."""
-    budget: int = 8
+    budget: Count = 8
     """Architectures to evaluate with --strategy random."""
     params: str | None = None
     """LOW:HIGH, the parameters of the networks that --strategy random samples."""
@@ -69,7 +69,6 @@ class SearchConfig(SamplingSettings):
         super().__post_init__()
         if not isinstance(self.task, RestorationTask):  # its description, from a file
             object.__setattr__(self, "task", task_from_json(self.task))
-        require_positive(self, "budget")
         parse_range(self.params)
         if not self.samples:
             self._refuse_sampling()
@@ -193,8 +192,8 @@ def _finished(config: SearchConfig) -> SearchConfig:
     return dataclasses.replace(
         config,
         threads=threads,
-        data=data if data == "synthetic" else str(Path(data).expanduser().resolve()),
-        runs=config.runs.expanduser().resolve(),
+        data=data if data == "synthetic" else str(expanded(data).resolve()),
+        runs=expanded(config.runs).resolve(),
     )
 
 

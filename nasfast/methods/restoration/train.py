@@ -30,37 +30,42 @@ from nasfast.tasks.restoration.scoring import costs, evaluate, input_size
 from nasfast.training.cost import count_parameters
 from nasfast.training.loop import Group, NonFiniteLossError, Runtime, one_cycle, train_epoch
 from nasfast.utils.cli import flag_value
-from nasfast.utils.config import from_mapping, require_positive
+from nasfast.utils.config import (
+    BatchSize,
+    Bounded,
+    Count,
+    MaxNorm,
+    Pixels,
+    Positive,
+    Weight,
+    from_mapping,
+)
 from nasfast.utils.errors import UserError
 from nasfast.utils.files import atomic_write
 from nasfast.utils.seeding import derive_seed
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Bounded):
     """How a network is trained; the defaults are those of ``quick``."""
 
-    steps: int = 3000
+    steps: Count = 3000
     """Optimisation steps."""
-    batch_size: int = 8
+    batch_size: BatchSize = 8
     """Patches per step."""
-    crop: int = 48
+    crop: Pixels = 48
     """Side of a patch, in pixels of the target."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """adamw: one cycle to zero. sgd: momentum 0.9, polynomial decay of power 0.9, biases at twice
     the learning rate and without weight decay, as published."""
-    lr: float = 0.1
+    lr: Positive = 0.1
     """Learning rate: the peak of adamw, which BatchNorm lets be large; the start of sgd."""
-    weight_decay: float = 1e-4
+    weight_decay: Weight = 1e-4
     """Of adamw decoupled, of sgd an L2 penalty."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: MaxNorm = 1.0
     """Gradients are scaled down to this L2 norm."""
-    ssim_weight: float = 0.0
+    ssim_weight: Weight = 0.0
     """lambda: weight of log10(1 / SSIM) beside the squared error."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "steps", "batch_size", "crop", "lr", "max_grad_norm")
-        RestorationLoss(self.ssim_weight)
 
 
 @dataclass(frozen=True)
@@ -76,14 +81,13 @@ class TrainConfig(Recipe, TrainSettings):
     """1: grey. 3: colour. Default: those of the search."""
     network: RestorerConfig = field(default_factory=RestorerConfig)
     """Size of the network; default: that of the search, or the published one."""
-    round_steps: int = 200
+    round_steps: Count = 200
     """Steps between two checkpoints."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.task, RestorationTask):  # its description, from a file
             object.__setattr__(self, "task", task_from_json(self.task))
-        require_positive(self, "round_steps")
 
 
 PUBLISHED = Recipe(
@@ -238,6 +242,7 @@ class RestorationTraining:
     def __init__(
         self, config: TrainConfig, genotype: IRNASGenotype, out: Path, runtime: Runtime
     ) -> None:
+        config = dataclasses.replace(config, crop=config.task.fitting(config.crop))
         assert config.data is not None
         self.settings, self.genotype, self.out, self.runtime = config, genotype, out, runtime
         self.data = open_images(config.data, config.channels)
@@ -262,6 +267,7 @@ class RestorationTraining:
         return (
             f"task     {self.settings.task.label}\n"
             f"data     {self.settings.data}, {len(self.data.train)} images\n"
+            f"patches  of {self.settings.crop} pixels\n"
             f"size     {count_parameters(self.model):,} parameters"
         )
 

@@ -10,8 +10,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from nasfast.data.checks import Findings
 from nasfast.methods import flags
 from nasfast.methods.base import Architecture, EvaluateConfig, Method
+from nasfast.methods.segmentation.check import CheckConfig, check
 from nasfast.methods.segmentation.evaluate import evaluate
 from nasfast.methods.segmentation.report import SegmentationReport
 from nasfast.methods.segmentation.search import build
@@ -39,6 +41,7 @@ class Segmentation(Method):
     space = FastNASSpace().name
     search_settings = SearchConfig
     train_settings = TrainConfig
+    check_settings = CheckConfig
     model_format = SEGMENTER
     report = SegmentationReport()
     zoo = ARCHITECTURES
@@ -58,6 +61,9 @@ class Segmentation(Method):
         self, settings: SearchConfig, interrupt: Interrupt, console: Console
     ) -> tuple[SamplingSearch, SearchConfig]:
         return build(settings, interrupt, console)
+
+    def check(self, settings: CheckConfig) -> Findings:
+        return check(settings)
 
     def genotype(self, obj: object) -> FastNASGenotype:
         return FastNASSpace().from_json(obj)

@@ -26,7 +26,8 @@ def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
     model, description = load_model(path, EncoderDecoder)
     runtime = Runtime(resolve_device(config.device))
     data = config.data or description["data"]
-    task = SegmentationTask(load_splits(data, cache_in_memory=False))
+    values = description.get("mask_values")
+    task = SegmentationTask(load_splits(data, cache_in_memory=False, mask_values=values))
     val = task.splits.val
     if tuple(description["classes"]) != tuple(val.classes):
         raise UserError(

@@ -10,11 +10,14 @@ from typing import Self, TypeVar
 import torch
 from rich.console import Console
 
-from nasfast.data import Splits, load_splits, shorter_side
+from nasfast.data import Splits, folder_of, load_splits, shorter_side
+from nasfast.data.checks import check_splits
 from nasfast.encoders import MobileNetV2, load_encoder
 from nasfast.evaluation.candidate import CandidateEvaluator
 from nasfast.evaluation.frozen_encoder import Caches, FrozenEncoder
 from nasfast.evaluation.stages import DecoderOnFeatures, EndToEnd, Stage0Config, Stage1Config
+from nasfast.methods.base import warn
+from nasfast.methods.segmentation.crops import enlarging
 from nasfast.methods.segmentation.settings import SearchConfig
 from nasfast.models.build import build_segmenter
 from nasfast.models.decoders import EncoderDecoder
@@ -49,7 +52,7 @@ class Inputs:
     @classmethod
     def open(cls, config: SearchConfig) -> Self:
         """Data, encoder and teacher that the settings name."""
-        splits = load_splits(config.data, seed=config.seed)
+        splits = load_splits(config.data, seed=config.seed, mask_values=config.mask_values)
         teacher = load_teacher(config.teacher, splits.train.classes) if config.teacher else None
         return cls(splits, load_encoder(config.encoder_weights), teacher)
 
@@ -74,7 +77,7 @@ def build(
     config: SearchConfig, interrupt: Interrupt, console: Console
 ) -> tuple[SamplingSearch, SearchConfig]:
     """Open data, encoder and teacher and fill the feature cache; the settings fit the data then."""
-    workers = config.worker_config()
+    workers = config.worker_config(note=functools.partial(say, console))
     if config.placement == "device" and workers.devices[0] == "cpu":
         raise UserError(
             "placement: expected auto, file or ram on a CPU, got device; leave --placement out, or "
@@ -82,6 +85,7 @@ def build(
         )
     runtime = Runtime(torch.device(workers.devices[0]), interrupt.check)
     inputs = Inputs.open(config)
+    warn(check_splits(inputs.splits, folder_of(config.data), config.omit), console)
     config = fit_to_data(config, inputs.splits, console)
     splits, encoder, space = inputs.splits, inputs.encoder, FastNASSpace()
     say(
@@ -160,11 +164,24 @@ def fit_to_data(config: SearchConfig, splits: Splits, console: Console) -> Searc
     """Crops that the data can fill, where candidates are scored on whole images.
 
     A crop larger than the images would enlarge every image in training and none in validation.
+    Where candidates are scored on crops, it is said which images are enlarged for them.
 
     Raises:
-        UserError: whole images of more than one size cannot be scored in batches.
+        UserError: whole images of more than one size cannot be scored in batches; crops that are
+            far larger than the images.
     """
     if config.val_crop is not None:
+        train = splits.search_train
+        for flag, crop, images in (
+            ("--val-crop", config.val_crop, splits.search_val),
+            ("--stage0.crop", config.stage0.crop, train),
+            ("--stage0.shorter-side", config.stage0.shorter_side, train),
+            ("--stage1.crop", config.stage1.crop, train),
+            ("--stage1.shorter-side", config.stage1.shorter_side, train),
+        ):
+            note = enlarging(flag, crop, images)
+            if note is not None:
+                say(console, f"crops    {note}")
         return config
     sizes = sorted({tuple(sample.mask.shape) for sample in splits.search_val})
     if len(sizes) > 1:

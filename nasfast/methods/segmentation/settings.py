@@ -16,8 +16,8 @@ from nasfast.models.decoders import DecoderConfig
 from nasfast.searches.sampling import SamplingSettings, default_threads
 from nasfast.strategies import PPOConfig
 from nasfast.utils.cli import flag_value
-from nasfast.utils.config import override, require_positive
-from nasfast.utils.errors import UserError
+from nasfast.utils.config import Bound, Count, Pixels, override
+from nasfast.utils.files import expanded
 
 DESCRIPTION = """Search a segmentation network: ``nasfast search segmentation``.
 
@@ -38,7 +38,7 @@ class SearchConfig(SamplingSettings):
     preset: Literal["demo", "quick", "paper"] = "demo"
     """demo: a minute on a laptop (default for the synthetic set). quick: about 30 s per candidate
     on two cores (default for other data). paper: the published schedule, for a GPU."""
-    budget: int = 8
+    budget: Count = 8
     """Candidates to evaluate; repeated architectures do not count."""
     strategy: Literal["ppo", "random"] = "ppo"
     """ppo: the recurrent controller; random: uniform sampling, the baseline to beat."""
@@ -58,9 +58,12 @@ class SearchConfig(SamplingSettings):
     does not fit on a device is read from the file."""
     storage: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     """Type of the stored features; auto: that of the activations, or float16."""
-    val_crop: int | None = None
+    val_crop: Pixels | None = None
     """Score candidates on centre crops of this side; default: whole images of one size."""
-    omit: tuple[int, ...] = ()
+    mask_values: str | None = None
+    """Values of the classes in the masks, where they are not 0, 1, ..: 0,255. Pixels of other
+    values are ignored."""
+    omit: tuple[Annotated[int, Bound(0, 255)], ...] = ()
     """Classes left out of the reward: 0, the background, in the paper's search on PASCAL VOC."""
     decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
     """Size of the candidates' decoders."""
@@ -73,11 +76,6 @@ class SearchConfig(SamplingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.budget < 1:
-            raise UserError(f"search: expected a budget of at least 1 candidate, got {self.budget}")
-        for stage in (self.stage0, self.stage1):
-            require_positive(stage, "crop", "shorter_side", "batch_size", "max_grad_norm")
-        require_positive(self.stage0, "samples", "epochs")
         _ = self.cache
 
     @property
@@ -142,13 +140,13 @@ def _preset(name: str | None, data: str | None) -> SearchConfig:
 
 def _finished(config: SearchConfig) -> SearchConfig:
     """With absolute paths, and the threads of a candidate."""
-    paths = {
-        field: getattr(config, field).expanduser().resolve()
+    paths: dict[str, Any] = {
+        field: expanded(getattr(config, field)).resolve()
         for field in ("encoder_weights", "teacher", "runs", "cache_dir")
         if getattr(config, field) is not None
     }
     if config.data != "synthetic":
-        paths["data"] = str(Path(config.data).expanduser().resolve())
+        paths["data"] = str(expanded(config.data).resolve())
     threads = config.threads or default_threads(config.batch)
     return dataclasses.replace(config, threads=threads, **paths)
 

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from nasfast.data import TrainTransform, ValTransform, load_splits, shorter_side
 from nasfast.encoders import load_encoder
 from nasfast.methods.base import Architecture, TrainSettings
+from nasfast.methods.segmentation.crops import enlarging
 from nasfast.models.build import build_segmenter
 from nasfast.models.decoders import FULL_DECODER, DecoderConfig
 from nasfast.models.io import MODEL_FILE, save_model
@@ -23,8 +24,8 @@ from nasfast.tasks.base import Targets
 from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.cost import count_macs, count_parameters
 from nasfast.training.loop import Group, Runtime, epoch_indices, one_cycle, train_epoch
-from nasfast.utils.config import require_positive
-from nasfast.utils.files import atomic_write
+from nasfast.utils.config import BatchSize, Bound, Count, MaxNorm, Pixels, Positive, Weight
+from nasfast.utils.files import atomic_write, expanded
 from nasfast.utils.seeding import derive_seed
 
 
@@ -34,31 +35,28 @@ class TrainConfig(TrainSettings):
 
     encoder_weights: Path | None = None
     """Encoder weights to start from; default: the run's, or the packaged ones."""
-    epochs: int = 30
+    mask_values: str | None = None
+    """Values of the classes in the masks: 0,255; default: the search's."""
+    epochs: Count = 30
     """Passes over the training images."""
-    batch_size: int = 8
+    batch_size: BatchSize = 8
     """Crops per step."""
-    crop: int | None = None
+    crop: Pixels | None = None
     """Side of a crop, in pixels; default: 288, or the shorter side of smaller images."""
-    decoder_lr: float = 3e-3
+    decoder_lr: Positive = 3e-3
     """Peak learning rate of the decoder (AdamW, one cycle to zero)."""
-    encoder_lr: float = 6e-4
+    encoder_lr: Positive = 6e-4
     """Peak learning rate of the encoder."""
-    weight_decay: float = 1e-4
+    weight_decay: Weight = 1e-4
     """Decoupled weight decay."""
-    max_grad_norm: float = 3.0
+    max_grad_norm: MaxNorm = 3.0
     """Gradients of encoder and of decoder are scaled down to this L2 norm each."""
-    aux_weight: float = 0.15
+    aux_weight: Weight = 0.15
     """Weight of each auxiliary head's loss."""
-    class_balance: float = 0.3
+    class_balance: Annotated[float, Bound(0, 2)] = 0.3
     """The loss weighs class k by its frequency to the power of minus this; 0 weighs all alike."""
     decoder: DecoderConfig = FULL_DECODER
     """Size of the decoder; the default is that of the published final networks."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "epochs", "batch_size", "max_grad_norm")
-        if self.crop is not None:
-            require_positive(self, "crop")
 
 
 FIRST = (
@@ -77,11 +75,14 @@ FIRST = (
 
 
 def resolve(config: TrainConfig, architecture: Architecture) -> TrainConfig:
-    """Fill in data and encoder of the search."""
+    """Fill in data, values of masks and encoder of the search."""
     data = config.data or architecture.search.get("data", "synthetic")
     encoder = config.encoder_weights or architecture.search.get("encoder_weights")
     return dataclasses.replace(
-        config, data=data, encoder_weights=Path(encoder).resolve() if encoder else None
+        config,
+        data=data,
+        mask_values=config.mask_values or architecture.search.get("mask_values"),
+        encoder_weights=expanded(encoder).resolve() if encoder else None,
     )
 
 
@@ -93,9 +94,11 @@ class SegmentationTraining:
     ) -> None:
         assert config.data is not None
         self.config, self.genotype, self.out, self.runtime = config, genotype, out, runtime
-        self.task = SegmentationTask(load_splits(config.data, seed=config.seed))
+        splits = load_splits(config.data, seed=config.seed, mask_values=config.mask_values)
+        self.task = SegmentationTask(splits)
         train = self.task.splits.train
         # larger would enlarge every image, where validation takes them as they are
+        self._enlarging = enlarging("--crop", config.crop, train) if config.crop else None
         self.settings = dataclasses.replace(
             config, crop=config.crop or min(288, shorter_side(train))
         )
@@ -165,8 +168,10 @@ class SegmentationTraining:
 
     @property
     def summary(self) -> str:
+        crops = f"{self.settings.crop} pixels" + (f"; {self._enlarging}" if self._enlarging else "")
         return (
             f"data     {self.config.data}, {len(self.task.splits.train)} images\n"
+            f"crops    {crops}\n"
             f"size     {count_parameters(self.model) / 1e6:.2f} M parameters"
         )
 
@@ -208,6 +213,7 @@ class SegmentationTraining:
             "colors": list(splits.val.colors),
             "size": [height, width],
             "data": self.config.data,
+            "mask_values": self.config.mask_values,
             "miou": scores.miou,
             "method": "segmentation",
         }

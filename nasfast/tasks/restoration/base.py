@@ -44,6 +44,11 @@ class RestorationTask(ABC):
     def degrade(self, clean: Tensor, generator: torch.Generator) -> Tensor:
         """A degraded copy of a clean image: float32 ``[c, H, W]`` in [0, 1] to ``[c, h, w]``."""
 
+    def fitting(self, crop: int) -> int:
+        """The largest multiple of the scale in the side of a patch, as the network's input has
+        whole pixels."""
+        return max(self.scale, crop - crop % self.scale)
+
     def baselines(self) -> dict[str, Predict]:
         """Methods without training to compare with, by the name in tables."""
         return {"identity": lambda images: images}

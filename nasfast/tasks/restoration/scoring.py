@@ -16,7 +16,7 @@ from nasfast.data.restoration import ImagePair, ImageSet
 from nasfast.tasks.restoration.base import Predict, RestorationTask
 from nasfast.tasks.restoration.fidelity import psnr, ssim
 from nasfast.training.cost import count_macs, count_parameters
-from nasfast.training.loop import Runtime
+from nasfast.training.loop import NonFiniteLossError, Runtime
 from nasfast.utils.errors import UserError
 
 EvalProtocol = Literal["whole", "overlap"]
@@ -134,6 +134,7 @@ def evaluate(
     Raises:
         UserError: no images, grey where colour is expected or the reverse, or an "overlap" that the
             task or the size of an image does not allow.
+        NonFiniteLossError: a result is NaN or infinite.
         ValueError: a result of another size than the clean image.
     """
     if channels is not None and images.channels != channels:
@@ -161,6 +162,8 @@ def evaluate(
                 f"evaluate: expected a restored image {list(clean.shape)} for {pair.name}, got "
                 f"{list(restored.shape)}"
             )
+        if not restored.isfinite().all():  # infinity would be clamped to white
+            raise NonFiniteLossError(f"the network's output for {pair.name} is not finite")
         restored = restored.clamp(0, 1)
         similarity = ssim(restored[None], clean[None], padding=protocol == "overlap")
         ratio = psnr(restored[None], clean[None])

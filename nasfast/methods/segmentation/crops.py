@@ -1,0 +1,35 @@
+"""Crops, and the images that they are cut from."""
+
+from __future__ import annotations
+
+from nasfast.data import SegmentationDataset
+from nasfast.utils.errors import UserError
+
+MOST = 2
+"""Factor to which images are enlarged for a crop, at most."""
+
+
+def enlarging(flag: str, side: int, images: SegmentationDataset) -> str | None:
+    """Which images are enlarged to fill a square of this side; None where all are large enough.
+
+    Args:
+        flag: that the side was given by.
+        side: in pixels.
+        images: that the crops are cut from.
+
+    Raises:
+        UserError: every image would be enlarged to more than twice its size.
+    """
+    sides = [min(sample.mask.shape) for sample in images]
+    if side > MOST * max(sides):
+        raise UserError(
+            f"{flag}: expected at most {MOST * max(sides)}, twice the shorter side of the largest "
+            f"of the {len(sides)} images, got {side}; lower it"
+        )
+    small = sum(each < side for each in sides)
+    if not small:
+        return None
+    return (
+        f"{small} of {len(sides)} images are enlarged, by up to {side / min(sides):.2f}, as "
+        f"{flag} {side} is more than their shorter side"
+    )
