@@ -10,6 +10,6 @@ COMMANDS = {
     "report": "write the report of a search again, or beside a baseline",
     "cache": "list, verify and remove cached encoder features",
     "pretrain": "train the packaged encoder again",
-    "info": "what is built, and what runs where",
+    "info": "what is built, and what runs where; the zoo",
 }
 """What each does, in the order of use."""

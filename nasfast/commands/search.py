@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import re
 import shlex
 import sys
@@ -24,7 +25,8 @@ from rich.console import Console
 
 from nasfast.device import machine_info
 from nasfast.methods.base import Method
-from nasfast.methods.registry import DEFAULT, method_named
+from nasfast.methods.flags import HELP
+from nasfast.methods.registry import DEFAULT, METHODS, method_named
 from nasfast.report import terminal_table, write_report
 from nasfast.runs.study import Study
 from nasfast.searches.base import Search, SearchSettings
@@ -175,6 +177,21 @@ class Session(contextlib.ExitStack):
         return self.study, report
 
 
+def methods_help() -> str:
+    """Every method, and how to continue a run."""
+    lines = [f"  {name:<14} {inspect.getdoc(m)}" for name, m in METHODS.items()]
+    others = (f"[--{f.name}]" for f in dataclasses.fields(Resume) if f.name != "resume")
+    return "\n".join(
+        [
+            "methods; nasfast search METHOD --help shows the flags of each",
+            *lines,
+            "continue a run",
+            f"  nasfast search --resume RUN {' '.join(others)}",
+            "",
+        ]
+    )
+
+
 @reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status (130 after Ctrl-C)."""
@@ -187,6 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 session.resume(tyro.cli(Resume, args=argv, prog="nasfast search"))
             else:
                 method = method_named(argv[0] if argv and argv[0][:1] != "-" else DEFAULT)
+                if not HELP.isdisjoint(argv):
+                    say(console, methods_help())
                 command = ["nasfast", "search", *argv]
                 session.begin(method, method.parse_search(argv), command)
             study, report = session.run()

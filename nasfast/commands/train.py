@@ -1,8 +1,8 @@
 """Train an architecture in full: ``nasfast train RUN``.
 
 RUN is the run directory of a search (its best architecture is trained on the search's data), a
-JSON file with a genotype, or the name of a published architecture. ``--resume DIR`` continues a
-training.
+JSON file with a genotype, or the name of a published architecture (``nasfast info --models``).
+``--resume DIR`` continues a training. ``nasfast train RUN --help`` shows the flags of RUN's method.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def find(config: TrainSettings, zoo: Mapping[str, Architecture]) -> Architecture
     raise UserError(
         f"train: no run directory and no genotype file at {config.source}"
         f", nor a name of the zoo ({', '.join(list_models())})"
-        f"{did_you_mean(str(config.source), list_models())}; nasfast search makes a run"
+        f"; nasfast search makes a run{did_you_mean(str(config.source), list_models())}"
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import tyro
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -102,6 +103,20 @@ PUBLISHED = Recipe(
     max_grad_norm=math.inf,
     ssim_weight=0.6,
 )
+FIRST = (
+    "source",
+    "rank",
+    "data",
+    "out",
+    "preset",
+    "task",
+    "steps",
+    "batch_size",
+    "lr",
+    "device",
+    "seed",
+)
+"""What ``--help`` describes."""
 PRESETS = {"demo": Recipe(steps=300, batch_size=4), "quick": Recipe(), "paper": PUBLISHED}
 
 
@@ -109,8 +124,8 @@ def parse_train(
     argv: Sequence[str], found: Mapping[str, Any], description: str | None
 ) -> TrainConfig:
     """Settings from a command line; the source's own are the defaults."""
-    default = _default(Path("RUN"), flag_value(argv, "--preset"), found)
-    return parse_with_task(default, argv, "nasfast train", description)
+    default = _default(tyro.MISSING, flag_value(argv, "--preset"), found)
+    return parse_with_task(default, argv, "nasfast train", description, FIRST)
 
 
 def train_with(source: Path, settings: Mapping[str, Any], found: Mapping[str, Any]) -> TrainConfig:

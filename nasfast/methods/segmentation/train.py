@@ -62,6 +62,21 @@ class TrainConfig(TrainSettings):
     """Size of the decoder; the default is that of the published final networks."""
 
 
+FIRST = (
+    "source",
+    "rank",
+    "data",
+    "out",
+    "encoder_weights",
+    "epochs",
+    "batch_size",
+    "crop",
+    "device",
+    "seed",
+)
+"""What ``--help`` describes."""
+
+
 def resolve(config: TrainConfig, architecture: Architecture) -> TrainConfig:
     """Fill in data, values of masks and encoder of the search."""
     data = config.data or architecture.search.get("data", "synthetic")
