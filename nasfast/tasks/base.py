@@ -159,7 +159,9 @@ class DenseTask(ABC, Generic[S]):
             images, targets = self.load_batch(frames, [index], transform)
             with runtime.autocast():
                 output = model(prepare_images(images, runtime))[0]
-            output = resize(output.float(), (images.shape[-2], images.shape[-1]))
+            output = output.float()
+            if self.processor.full_size:
+                output = resize(output, (images.shape[-2], images.shape[-1]))
             expected = {name: target[0] for name, target in targets.items()}
             panels = {
                 "image": images[0],

@@ -65,8 +65,8 @@ class BrightnessProcessor(Processor):
     task = "brightness"
     preprocessing = Preprocessing(IMAGENET_MEAN, IMAGENET_STD)
 
-    def prediction(self, output, image):
-        return BrightnessMap(image, output[0])
+    def result(self, reduced, image):
+        return BrightnessMap(image, reduced[0])
 
 
 class Brightness(DenseTask[Error]):
