@@ -3,8 +3,7 @@
 MODEL is a model.safetensors of ``nasfast train``, a directory that holds it, a run, or a file of
 ``nasfast export``, which is measured as it runs where it is deployed. Reports the task's metrics,
 size and latency; the latency of an export beside that of the network it was made from.
-``nasfast evaluate MODEL --help`` shows the
-flags of MODEL's task.
+``nasfast evaluate MODEL --help`` shows the flags of the task of MODEL.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from nasfast.methods.base import Architecture, Method, Training, TrainSettings
 from nasfast.methods.registry import method_of_genotype, method_of_source, read_genotype
 from nasfast.models.io import MODEL_FILE
 from nasfast.models.zoo import list_models
+from nasfast.report import write_report
 from nasfast.runs.checkpoint import load_checkpoint, restoring, save_checkpoint
 from nasfast.runs.study import Study
 from nasfast.spaces.base import Genotype
@@ -157,7 +158,8 @@ class Session:
             return cls(method, config, method.genotype(form), out)
 
     def run(self, console: Console) -> str:
-        """Train to the end; what to print.
+        """Train to the end; what to print. The report of the run that the training is in shows its
+        network then.
 
         Raises:
             StopRequested: after Ctrl-C; finished epochs are saved.
@@ -176,7 +178,11 @@ class Session:
             about_it = f"training {self.genotype.to_json()}\n{training.summary}"
             say(console, f"{about_it}\nout      {self.out}")
             fit(training, self.out, console)
-            return training.finish()
+            found = training.finish()
+        if self.out.parent == self.config.source:
+            study = Study.open(self.config.source, read_only=True)
+            write_report(study, self.method.report)
+        return found
 
 
 @reports_errors
@@ -200,4 +206,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     model = shlex.quote(str(session.out / MODEL_FILE))
     say(console, f"{scores}; {session.out}\n  nasfast evaluate {model}")
+    if session.out.parent == session.config.source:
+        say(console, f"  open {shlex.quote(str(session.config.source / 'report.html'))}")
     return 0

@@ -158,7 +158,8 @@ class DenseTask(ABC, Generic[S]):
         for index in spread(len(frames), SAMPLES):
             images, targets = self.load_batch(frames, [index], transform)
             with runtime.autocast():
-                output = model(prepare_images(images, runtime))[0].float()
+                output = model(prepare_images(images, runtime))[0]
+            output = output.float()
             if self.processor.full_size:
                 output = resize(output, (images.shape[-2], images.shape[-1]))
             expected = {name: target[0] for name, target in targets.items()}

@@ -219,11 +219,9 @@ class SegmentationTask(DenseTask[SegmentationScores]):
 
     def truth(self, targets: Targets, image: Tensor) -> Segmentation:
         """The labels; black where there is none."""
-        train = self.splits.train
-        black = [(0, 0, 0)] * (256 - len(train.colors))
-        labels = targets["labels"]
-        certain = torch.full_like(labels, 255)
-        return Segmentation(image, labels, certain, train.classes, (*train.colors, *black))
+        train, labels = self.splits.train, targets["labels"]
+        colors = (*train.colors, *[(0, 0, 0)] * (256 - len(train.colors)))
+        return Segmentation(image, labels, torch.full_like(labels, 255), train.classes, colors)
 
     def class_scores(self, scores: SegmentationScores) -> list[ClassScore]:
         """Intersection over union."""
