@@ -196,6 +196,12 @@ class Study:
         if self.best is record:
             self.write_best()
 
+    def move_data(self, data: str) -> None:
+        """Note in config.toml where the data is now."""
+        self._require_lock()
+        self.config = self.config | {"data": data}
+        atomic_write(self.path / "config.toml", tomli_w.dumps(self.config))
+
     def write_best(self) -> None:
         """Write the best record to best.json, atomically, unless it is there already."""
         self._require_lock()
