@@ -231,6 +231,12 @@ class Study:
     def _files_of(self, record: Record) -> Path:
         return self.path / PREDICTIONS / f"architecture-{record.index}"
 
+    def move_data(self, data: str) -> None:
+        """Note in config.toml where the data is now."""
+        self._require_lock()
+        self.config = self.config | {"data": data}
+        atomic_write(self.path / "config.toml", tomli_w.dumps(self.config))
+
     def write_best(self) -> None:
         """Write the best record to best.json, atomically, unless it is there already."""
         self._require_lock()

@@ -18,6 +18,7 @@ __all__ = [
     "atomic_directory",
     "atomic_file",
     "atomic_write",
+    "data_path",
     "expanded",
     "naming",
     "read_json",
@@ -52,6 +53,11 @@ def atomic_write(path: Path, data: bytes | memoryview | str) -> None:
     """Replace `path` by `data` in one step."""
     with atomic_file(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+def data_path(data: str) -> str:
+    """The absolute path of a data set's folder; "synthetic" is none."""
+    return data if data == "synthetic" else str(expanded(data).resolve())
 
 
 def require_place(path: Path, remedy: str) -> None:
