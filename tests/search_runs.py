@@ -1,9 +1,11 @@
 """What tests of whole searches and trainings share: one in a process of its own, what it left."""
 
+import contextlib
 import itertools
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -106,6 +108,17 @@ def crashed(command, runs, arrange):
             search.main(command)
     (run,) = runs.iterdir()
     return run
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file may grow beyond some bytes, which fails like a full disk or a used up quota."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def before_a_checkpoint(monkeypatch):

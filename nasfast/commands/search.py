@@ -61,7 +61,8 @@ def _settings_to_resume(study: Study, arguments: Resume) -> tuple[Method, Search
     """The run's method, and the settings that it goes on by."""
     method = method_named(study.method)
     config = from_mapping(method.search_settings, study.config, str(study.path / "config.toml"))
-    config = method.continued(config, study.load_checkpoint() or {}, arguments.budget)
+    with study.restoring():
+        config = method.continued(config, study.load_checkpoint() or {}, arguments.budget)
     given: dict[str, Any] = {
         name: getattr(arguments, name)
         for name in ("device", "workers", "devices", "engine")

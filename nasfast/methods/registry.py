@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from nasfast.methods.restoration import Restoration
 from nasfast.methods.segmentation import Segmentation
 from nasfast.models.io import MODEL_FILE, model_method
 from nasfast.models.zoo import read_architecture
+from nasfast.utils.config import from_mapping
 from nasfast.utils.errors import UserError, about
 from nasfast.utils.files import read_toml
 
@@ -60,14 +62,20 @@ def method_of_source(argv: Sequence[str]) -> tuple[Method, Mapping[str, Any]]:
     with the settings of its search, as far as known.
 
     Raises:
-        UserError: no word is one of those, or it is of no known method.
+        UserError: it is of no known method, or a setting of its search that a training takes over
+            is damaged.
     """
     for word in argv:
         path = Path(word)
         named = [method for method in METHODS.values() if word in method.zoo]
         if (path / "records.jsonl").is_file() and (path / "config.toml").is_file():
             settings = read_toml(path / "config.toml")
-            return method_named(settings.get("method", DEFAULT)), settings
+            method = method_named(settings.get("method", DEFAULT))
+            taken = {f.name for f in fields(method.train_settings)} & settings.keys()
+            taken &= {f.name for f in fields(method.search_settings)}
+            shared = {name: settings[name] for name in taken}
+            from_mapping(method.search_settings, shared, str(path / "config.toml"))
+            return method, settings
         if path.is_file():
             try:
                 genotype = read_genotype(path)
