@@ -199,8 +199,8 @@ def read_image(path: Path, channels: int = 3) -> Tensor:
 
 def planes(image: Image.Image, channels: int) -> Tensor:
     """Pixels of an image, uint8 ``[channels, H, W]``."""
-    pixels = np.atleast_3d(np.array(image.convert(MODES[channels])))
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    pixels = torch.from_numpy(np.atleast_3d(np.array(image.convert(MODES[channels]))))
+    return pixels.permute(2, 0, 1).contiguous()
 
 
 def identity(path: Path) -> str:
