@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nasfast.device import resolve_device
-from nasfast.inference.exported import EXPORT_SUFFIXES, load_exported
+from nasfast.inference.exported import EXPORT_SUFFIXES, Exported, load_exported
 from nasfast.inference.inputs import SHORTEST, Input, Resize, pixels_of, resized, size_for
 from nasfast.inference.tiles import Axis, output_bands, resized_bands
 from nasfast.models.io import MODEL_FILE, load_model
@@ -72,7 +72,25 @@ class Model(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Outputs at the size of the result: preprocessed images ``[N, c, H, W]`` to float32
-        ``[N, outputs, scale * H, scale * W]``."""
+        ``[N, outputs, scale * H, scale * W]``.
+
+        Sides are padded to multiples of the network's stride: the cells of its coarsest maps would
+        not lie where they are resized to.
+        """
+        if isinstance(self.network, Exported):  # its graph pads
+            return self._resized(images)
+        height, width = images.shape[-2:]
+        scale, stride = self.processor.scale, self.processor.tiling.multiple
+        if stride > 1:
+            images = F.pad(images, (0, -width % stride, 0, -height % stride), mode="replicate")
+        return self.cut(self._resized(images), scale * height, scale * width)
+
+    @staticmethod
+    def cut(output: Tensor, height: int, width: int) -> Tensor:
+        """The top left of an output."""
+        return output[..., :height, :width]
+
+    def _resized(self, images: Tensor) -> Tensor:
         scale = self.processor.scale
         return resize_maps(self.map(images), (scale * images.shape[-2], scale * images.shape[-1]))
 

@@ -35,7 +35,7 @@ class Axis:
         """Length of every tile."""
         limit, multiple = self.fixed or self.tiling.side, self.tiling.multiple
         if self.fixed or self.side <= limit:
-            return self.fixed or self.side
+            return self.fixed or math.ceil(self.side / multiple) * multiple
         return limit // multiple * multiple
 
     @cached_property

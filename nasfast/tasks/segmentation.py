@@ -170,6 +170,12 @@ class SegmentationTask(DenseTask[SegmentationScores]):
         """Nearest labels."""
         return {"labels": resize_labels(targets["labels"], size)}
 
+    def pad_targets(self, targets: Targets, size: tuple[int, int]) -> Targets:
+        """With the ignore index."""
+        labels = targets["labels"]
+        room = (0, size[1] - labels.shape[-1], 0, size[0] - labels.shape[-2])
+        return {"labels": F.pad(labels, room, value=self.ignore_index)}
+
     def criterion(self, output: Tensor, targets: Targets) -> Tensor:
         """Mean cross-entropy at the labels' resolution; a batch without a single labelled pixel
         gives zero, not NaN."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from nasfast.cache import CacheConfig
 from nasfast.data import IMAGENET_MEAN, IMAGENET_STD, SyntheticStreets, batch
@@ -98,6 +99,11 @@ class Brightness(DenseTask[Error]):
     def resize_targets(self, targets, size):
         brightness, valid = (resize(t[:, None].float(), size)[:, 0] for t in targets.values())
         return {"brightness": brightness, "valid": (valid > 0.5).byte()}
+
+    def pad_targets(self, targets, size):
+        height, width = targets["valid"].shape[-2:]
+        room = (0, size[1] - width, 0, size[0] - height)
+        return {name: F.pad(target, room) for name, target in targets.items()}
 
     def criterion(self, output, targets):
         expected, valid = targets["brightness"], targets["valid"]
@@ -211,15 +217,16 @@ def panels(picture):
 def test_targets_keep_their_names_and_sizes(features):
     assert features.val_size == (48, 64)
     batch = features.split(next(features.train_batches([torch.tensor([1, 4, 2])])))
-    assert [tuple(tap.shape[-2:]) for tap in batch.taps] == [(12, 12), (6, 6), (3, 3), (2, 2)]
+    assert [tuple(tap.shape[-2:]) for tap in batch.taps] == [(16, 16), (8, 8), (4, 4), (2, 2)]
     assert {name: tuple(t.shape) for name, t in batch.targets.items()} == {
-        "brightness": (3, 12, 12),
-        "valid": (3, 12, 12),
+        "brightness": (3, 16, 16),
+        "valid": (3, 16, 16),
     }
+    assert not batch.targets["valid"][:, 12:].any()  # crops of 48, padded to 64
     assert batch.teacher is None
     taps, targets = next(features.val_batches())
     assert len(taps) == 4
-    assert targets["brightness"].shape == (3, 48, 64)
+    assert targets["brightness"].shape == (3, 64, 64)
     assert targets["brightness"].dtype == torch.float32  # features alone are rounded
 
 
