@@ -61,11 +61,11 @@ def pixels_of(image: Input, channels: int) -> Tensor:
 
 def _check(image: Tensor | NDArray[Any] | Image.Image, accepted: bool) -> None:
     if isinstance(image, Image.Image):
-        got, accepted = f"a PIL image of mode {image.mode}, {image.size}", accepted
+        got = f"a PIL image of mode {image.mode}, {image.width}x{image.height}"
     else:
-        got = f"{type(image).__name__} {str(image.dtype).removeprefix('torch.')} "
-        got += str(list(image.shape))
-        accepted = accepted and image.dtype in (torch.uint8, np.uint8) and 0 not in image.shape
+        dtype = str(image.dtype).removeprefix("torch.")
+        got = f"{type(image).__name__} {dtype} {list(image.shape)}"
+        accepted = accepted and dtype == "uint8" and 0 not in image.shape
     if not accepted:
         raise _refused(got)
 
