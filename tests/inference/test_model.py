@@ -234,7 +234,9 @@ def test_no_tile_is_larger_than_asked_for(segmenter, denoiser, spy):
 def test_networks_of_one_input_size(denoiser, spy):
     """As an export with a fixed size has."""
     model = Model(
-        denoiser.network, denoiser.processor, {**denoiser.description, "input_size": [40, 60]}
+        denoiser.network,
+        denoiser.processor,
+        {**denoiser.description, "export": {"size": [40, 60], "least": 40}},
     )
     for size in ((40, 60), (7, 9), (100, 90)):
         image = image_of(*size, 1)
@@ -306,7 +308,9 @@ def test_where_a_model_is_loaded_from(place, tmp_path, monkeypatch):
         "file": str(tmp_path / "run" / "train-2" / "model.safetensors"),
         "~": "~/run",
     }
-    assert load(paths[place], "cpu").task == "segmentation"
+    model = load(paths[place], "cpu")
+    assert model.task == "segmentation"
+    assert model.path == tmp_path / "run" / "train-2" / "model.safetensors"
 
 
 @pytest.mark.parametrize(
