@@ -33,15 +33,17 @@ class Model(nn.Module):
     Args:
         network: gives maps ``[N, outputs, h, w]``, alone or first in a tuple.
         processor: what goes in, and what comes out.
-        description: of the model file. "size" is that of the images it was scored on. A network
-            that takes inputs of one size only has that as "input_size", both [H, W].
+        description: of the model file. "size" is the [H, W] of the images it was scored on.
 
     Attributes:
         classes: names of the classes, empty where the task has none.
         preprocessing: what `predict` does to an image's values.
         genotype: the architecture, in its JSON form.
         task: name of the task, such as "segmentation" or "denoising".
+        path: the file that `load` read it from.
     """
+
+    path: Path | None = None
 
     def __init__(
         self, network: nn.Module, processor: Processor, description: Mapping[str, Any]
@@ -61,7 +63,8 @@ class Model(nn.Module):
         if self.processor.scale > 1:
             parts.append(f"scale {self.processor.scale}")
         parts.append({1: "grey", 3: "RGB"}.get(self.preprocessing.channels, "") + " images")
-        parts.append(f"{count_parameters(self):,} parameters")
+        own = f"{count_parameters(self):,} parameters"
+        parts.append(self.network.backend if isinstance(self.network, Exported) else own)
         return f"Model({', '.join([*parts, str(self.device)])})"
 
     @property
@@ -200,7 +203,8 @@ class _Run:
         self.autocast = autocast
         self.resize = self._check_resize(resize)
         self.usual = _pair(model.description.get("size"))
-        self.fixed = _pair(model.description.get("input_size"))
+        export = model.description.get("export", {})
+        self.fixed, self.least = _pair(export.get("size")), int(export.get("least", 1))
         tiling = self.processor.tiling
         if tile is not None and tile < 1:
             raise UserError(f"tile: expected at least 1 pixel, got {tile}")
@@ -240,7 +244,7 @@ class _Run:
         size = self._size(images[0])
         batch = resized(torch.stack(list(images)), size)
         rows, columns = (
-            Axis(side, self.tiling, fixed)
+            Axis(side, self.tiling, fixed, self.least)
             for side, fixed in zip(size, self.fixed or (None, None), strict=True)
         )
         shape = (images[0].shape[-2], images[0].shape[-1])
@@ -330,6 +334,7 @@ def load(path: Path | str, device: str = "auto") -> Model:
             f"{file}: expected the description of a network as nasfast train wrote it, got one "
             f"that cannot be read ({type(error).__name__}: {cause(error)}); restore it from a copy"
         ) from error
+    model.path = file
     return model.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 

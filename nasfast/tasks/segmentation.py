@@ -48,7 +48,7 @@ class Segmentation(Prediction):
     """Index of the class with the greatest logit. No pixel is left out: the ignore index of the
     training data is no class."""
     confidence: Tensor  # uint8 [H, W]
-    """Probability (softmax) of that class, in 255ths."""
+    """Probability (softmax) of that class, in 255ths. An export with ``--argmax`` knows none."""
     classes: tuple[str, ...]
     colors: tuple[tuple[int, int, int], ...]
 
