@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import nasfast.inference.exported
+import nasfast.inference.model
 from nasfast.encoders import FeatureInfo
 from nasfast.inference.export import agrees, check_batches, compare, export, quantize
 from nasfast.inference.model import Model, load
@@ -258,8 +259,8 @@ def test_without_onnxscript(segmentation, monkeypatch, tmp_path):
 
 
 def test_a_gpu_that_onnxruntime_does_not_know(segmentation, monkeypatch):
-    module = nasfast.inference.exported
-    monkeypatch.setattr(module, "resolve_device", lambda _: torch.device("cuda"))
+    for module in (nasfast.inference.exported, nasfast.inference.model):
+        monkeypatch.setattr(module, "resolve_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     assert load(segmentation[1]).device == torch.device("cpu")
     with pytest.raises(UserError) as error:
