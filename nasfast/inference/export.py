@@ -114,7 +114,8 @@ def _description(model: Model, size: tuple[int, int] | None, argmax: bool) -> di
         "least": 1,
         "weights": weights_digest(model),
     }
-    return {**model.description, "export": file}
+    fixed = {"input_size": list(size)} if size else {}
+    return {**model.description, **fixed, "export": file}
 
 
 def weights_digest(model: Model) -> str:
