@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -133,6 +135,22 @@ def tiny_run(tiny_search: list[str], tmp_path_factory: pytest.TempPathFactory) -
     assert search.main([*tiny_search, "--runs", str(runs)]) == 0
     (path,) = runs.iterdir()
     return path
+
+
+@pytest.fixture
+def own_run(tiny_run: Path, tiny_data: Path, tiny_weights: Path, tmp_path: Path) -> Path:
+    """A copy of the run with data and encoder of its own, in data/ and encoder.safetensors."""
+    import tomli_w
+
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    shutil.copytree(tiny_data, tmp_path / "data" / tiny_data.name)
+    shutil.copy(tiny_weights, tmp_path / "encoder.safetensors")
+    settings = tomllib.loads((run / "config.toml").read_text())
+    settings["data"] = str(tmp_path / "data" / tiny_data.name)
+    settings["encoder_weights"] = str(tmp_path / "encoder.safetensors")
+    (run / "config.toml").write_text(tomli_w.dumps(settings))
+    return run
 
 
 @pytest.fixture(scope="session")

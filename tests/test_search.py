@@ -9,13 +9,12 @@ import statistics
 import tomllib
 
 import pytest
-import tomli_w
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from search_runs import outcome
 
-from nasfast.commands import search
+from nasfast.commands import search, train
 from nasfast.data import load_splits
 from nasfast.encoders import MobileNetV2
 from nasfast.methods.segmentation import search as segmentation
@@ -27,20 +26,6 @@ from nasfast.utils.config import from_mapping
 
 SPACE = FastNASSpace()
 WIDTH = '{"width": 0.35}'
-
-
-@pytest.fixture
-def own_run(tiny_run, tiny_data, tiny_weights, tmp_path):
-    """A copy of the run with data and encoder of its own, in data/ and encoder.safetensors."""
-    run = tmp_path / "run"
-    shutil.copytree(tiny_run, run)
-    shutil.copytree(tiny_data, tmp_path / "data" / tiny_data.name)
-    shutil.copy(tiny_weights, tmp_path / "encoder.safetensors")
-    settings = tomllib.loads((run / "config.toml").read_text())
-    settings["data"] = str(tmp_path / "data" / tiny_data.name)
-    settings["encoder_weights"] = str(tmp_path / "encoder.safetensors")
-    (run / "config.toml").write_text(tomli_w.dumps(settings))
-    return run
 
 
 def alter_identity(run, kind, **values):
@@ -94,6 +79,76 @@ def test_resume_takes_the_run_s_threads(own_run, monkeypatch, capsys):
         assert search.main(["--resume", str(own_run)]) == 0
     assert seen == [2, 1]
     assert "note:" not in capsys.readouterr().out
+
+
+def test_resume_with_data_that_moved(own_run, tiny_run, capsys):
+    """Equal content is the same data wherever it is; the run remembers the place."""
+    (data,) = own_run.parent.glob("data/*")
+    moved = data.rename(own_run.parent / "moved")
+    assert search.main(["--resume", str(own_run)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: resume {own_run}: expected its data in {data}, got no such folder; give --data "
+        "DIR where it has moved\n"
+    )
+    assert search.main(["--resume", str(own_run), "--data", str(moved)]) == 0
+    assert outcome(own_run) == outcome(tiny_run)
+    assert tomllib.loads((own_run / "config.toml").read_text())["data"] == str(moved)
+    assert search.main(["--resume", str(own_run)]) == 0
+    for path in shutil.copytree(moved, data).glob("masks/*.png"):
+        Image.new("L", (48, 32), 1).save(path)
+    capsys.readouterr()
+    assert search.main(["--resume", str(own_run), "--data", str(data)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: resume {own_run}: expected the training data, validation data that the run began "
+        f"with, got other content in {data}; restore it or start a new run\n"
+    )
+    assert tomllib.loads((own_run / "config.toml").read_text())["data"] == str(moved)
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--name", "a/b"], "name: expected letters, digits and ._+- (it becomes part of a "),
+        (
+            ["--name", "a" * 250],
+            "PLACE: expected a directory that can be made and written to, got ",
+        ),
+        (["--runs", __file__], "PLACE: expected a directory that can be made and written to, got "),
+        (["--runs", "/proc/runs"], "PLACE: expected a directory that can be made and written to, "),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused_before_data_is_read(
+    flags, text, tiny_search, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(segmentation, "load_splits", lambda *a, **k: pytest.fail("read"))
+    assert search.main([*tiny_search, "--runs", str(tmp_path / "runs"), *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    place = r"\S*/\d{8}-\d{6}-segmentation-[\w .]+"
+    assert re.match("error: " + re.escape(text).replace("PLACE", place), line)
+    if "PLACE" in text:
+        assert line.endswith("; give another --runs or --name")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_candidates_that_all_fail(tiny_search, tmp_path, capsys):
+    flags = ["--stage0.lr", "1e30", "--budget", "2", "--runs", str(tmp_path)]
+    assert search.main([*tiny_search, *flags]) == 1
+    (run,) = tmp_path.iterdir()
+    out, err = capsys.readouterr()
+    assert re.fullmatch(
+        r"error: search: all of the 2 candidates failed \((2|1) x stage0: .*\); make "
+        r"--stage0.batch-size, .*, or lower the learning rates, in a new run\n",
+        err,
+    )
+    assert "nasfast train" not in out
+    assert (run / "report.html").is_file()
+    assert search.main(["--resume", str(run)]) == 1
+    assert "all of the 2 candidates failed" in capsys.readouterr().err
+    assert train.main([str(run)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: train: expected a run that found an architecture, got {run}, where 2 candidates "
+        "failed; look into its report, and search again\n"
+    )
 
 
 def test_fitted_crops_are_the_run_s_settings(tiny_search, tiny_run, tmp_path, capsys):

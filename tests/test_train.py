@@ -5,10 +5,13 @@ import tomllib
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from nasfast.commands import train
 from nasfast.data import SyntheticStreets, split_for_search
+from nasfast.encoders import MobileNetV2
 from nasfast.methods.segmentation import Segmentation
 from nasfast.methods.segmentation import train as segmentation
 from nasfast.methods.segmentation.train import SegmentationTraining, TrainConfig
@@ -95,6 +98,25 @@ def test_a_genotype_file_trains_for_ten_steps(tiny_weights, tmp_path, monkeypatc
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert [schedule["last_epoch"] for schedule in state["schedules"]] == [10, 10]
     assert all(optimizer["param_groups"][0]["lr"] < 1e-9 for optimizer in state["optimizers"])
+
+
+def test_data_that_changed_since_the_search_is_mentioned(own_run, tiny_training, capsys):
+    flags = [*tiny_training[1:], "--epochs", "1"]
+    assert train.main([str(own_run), *flags]) == 0
+    assert "warning" not in capsys.readouterr().out
+    for path in own_run.parent.glob("data/*/images/*.png"):
+        Image.new("RGB", (48, 32), (7, 8, 9)).save(path)
+    torch.manual_seed(1)
+    save_file(
+        MobileNetV2(0.35).state_dict(),
+        own_run.parent / "encoder.safetensors",
+        {"nasfast.encoder": '{"width": 0.35}'},
+    )
+    assert train.main([str(own_run), *flags]) == 0
+    assert (
+        f"warning: {own_run}: the training data, validation data, encoder changed since the search "
+        "read them; the network is trained on what is there now\n" in capsys.readouterr().out
+    )
 
 
 def test_source_run_decides_and_flags_override(tiny_run, tiny_data):

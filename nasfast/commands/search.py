@@ -30,9 +30,10 @@ from nasfast.methods.registry import DEFAULT, METHODS, method_named
 from nasfast.report import terminal_table, write_report
 from nasfast.runs.study import Study
 from nasfast.searches.base import Search, SearchSettings
-from nasfast.utils.cli import flag_value, reports_errors, say
+from nasfast.utils.cli import flag_value, refuse_others, reports_errors, say
 from nasfast.utils.config import from_mapping
 from nasfast.utils.errors import UserError
+from nasfast.utils.files import data_path
 from nasfast.utils.interrupt import Interrupt, StopRequested
 
 
@@ -52,13 +53,16 @@ class Resume:
     """Other devices to distribute the workers over, such as cuda:0,cuda:1."""
     engine: Literal["process", "ray"] | None = None
     """Other workers."""
+    data: str | None = None
+    """Where the data is now, if it has moved; its content has to be the same."""
 
 
 def _settings_to_resume(study: Study, arguments: Resume) -> tuple[Method, SearchSettings]:
     """The run's method, and the settings that it goes on by."""
     method = method_named(study.method)
     config = from_mapping(method.search_settings, study.config, str(study.path / "config.toml"))
-    config = method.continued(config, study.load_checkpoint() or {}, arguments.budget)
+    with study.restoring():
+        config = method.continued(config, study.load_checkpoint() or {}, arguments.budget)
     given: dict[str, Any] = {
         name: getattr(arguments, name)
         for name in ("device", "workers", "devices", "engine")
@@ -68,6 +72,13 @@ def _settings_to_resume(study: Study, arguments: Resume) -> tuple[Method, Search
         given.setdefault("devices", None)
     elif "devices" in given:
         given["device"] = "auto"
+    if arguments.data is not None:
+        given["data"] = data_path(arguments.data)
+    elif config.data != "synthetic" and not Path(config.data).is_dir():
+        raise UserError(
+            f"resume {study.path}: expected its data in {config.data}, got no such folder; give "
+            "--data DIR where it has moved"
+        )
     given["threads"] = int(_recorded_identity(study)["computation"]["threads"])
     return method, dataclasses.replace(config, **given)
 
@@ -103,15 +114,22 @@ def _recorded_identity(study: Study) -> dict[str, dict[str, str]]:
     return found
 
 
-def _check_identity(study: Study, search: Search, console: Console) -> None:
-    """Refuse to continue a run on other data or weights; say where it will not be bit-exact."""
+def _check_identity(study: Study, search: Search, console: Console, where: str) -> None:
+    """Refuse to continue a run on other data or weights; say where it will not be bit-exact.
+
+    Args:
+        study: the run.
+        search: that is to continue it.
+        console: for what is said.
+        where: its data and weights are.
+    """
     now = _identity(search)
     for kind, before in _recorded_identity(study).items():
         changed = [name for name, value in before.items() if now[kind].get(name) != value]
         if changed and kind == "inputs":
             raise UserError(
                 f"resume {study.path}: expected the {', '.join(changed)} that the run began with, "
-                "got other content in the same place; restore it or start a new run"
+                f"got other content in {where}; restore it or start a new run"
             )
         for name in changed:
             say(
@@ -132,18 +150,20 @@ class Session(contextlib.ExitStack):
         self.callback(torch.set_num_threads, torch.get_num_threads())
 
     def begin(self, method: Method, config: SearchSettings, command: Sequence[str]) -> None:
-        """Open the data, then make the run directory: the former may refuse the settings.
+        """Open the data, then make the run directory: the former may refuse the settings. Whether
+        the directory can be made is known before.
 
         Args:
             command: that env.json has.
         """
+        name = config.name or re.sub(r"[^\w.+-]+|^[.+-]+", "_", Path(config.data).name)
+        Study.require_place(config.runs, method.name, name)
         config = self._build(method, config)
         environment = machine_info() | {
             "command": list(command),
             "identity": _identity(self.search),
             **self.search.environment,
         }
-        name = config.name or re.sub(r"[^\w.+-]+|^[.+-]+", "_", Path(config.data).name)
         settings, ranking = dataclasses.asdict(config), self.search.ranking
         study = Study.create(config.runs, method.name, name, settings, environment, ranking=ranking)
         self.study = self.enter_context(study)
@@ -151,8 +171,12 @@ class Session(contextlib.ExitStack):
     def resume(self, arguments: Resume) -> None:
         """Open a run, and the data that it is about."""
         self.study = self.enter_context(Study.open(arguments.resume))
-        self._build(*_settings_to_resume(self.study, arguments))
-        _check_identity(self.study, self.search, self.console)
+        config = self._build(*_settings_to_resume(self.study, arguments))
+        moved = arguments.data is not None
+        where = config.data if moved else "the same place"
+        _check_identity(self.study, self.search, self.console, where)
+        if moved:
+            self.study.move_data(config.data)
 
     def _build(self, method: Method, config: SearchSettings) -> SearchSettings:
         if config.threads is not None:
@@ -192,6 +216,20 @@ def methods_help() -> str:
     )
 
 
+def _parse_resume(argv: Sequence[str]) -> Resume:
+    """What beside --resume may be given; the name of the run's method may come first."""
+    named, words = (argv[0], argv[1:]) if argv[0] in METHODS else (None, argv)
+    refuse_others(Resume, words, "a run keeps its settings: start a new one with others")
+    arguments = tyro.cli(Resume, args=words, prog="nasfast search")
+    method = Study.open(arguments.resume, read_only=True).method if named else None
+    if named != method:
+        raise UserError(
+            f"resume {arguments.resume}: expected a run of {named}, got one of {method}; leave "
+            "the name out"
+        )
+    return arguments
+
+
 @reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status (130 after Ctrl-C)."""
@@ -201,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Session(console) as session:
         try:
             if flag_value(argv, "--resume") is not None:
-                session.resume(tyro.cli(Resume, args=argv, prog="nasfast search"))
+                session.resume(_parse_resume(argv))
             else:
                 method = method_named(argv[0] if argv and argv[0][:1] != "-" else DEFAULT)
                 if not HELP.isdisjoint(argv):

@@ -25,14 +25,15 @@ from nasfast.methods.base import Architecture, Method, Training, TrainSettings
 from nasfast.methods.registry import method_of_genotype, method_of_source, read_genotype
 from nasfast.models.io import MODEL_FILE
 from nasfast.models.zoo import list_models
+from nasfast.report import write_report
 from nasfast.runs.checkpoint import load_checkpoint, restoring, save_checkpoint
 from nasfast.runs.study import Study
 from nasfast.spaces.base import Genotype
 from nasfast.training.loop import Runtime
-from nasfast.utils.cli import flag_value, reports_errors, say
+from nasfast.utils.cli import flag_value, refuse_others, reports_errors, say
 from nasfast.utils.config import from_mapping
 from nasfast.utils.errors import UserError, about, did_you_mean
-from nasfast.utils.files import atomic_write, expanded, read_toml
+from nasfast.utils.files import atomic_write, data_path, expanded, read_toml, require_place
 from nasfast.utils.interrupt import Interrupt, StopRequested
 
 
@@ -42,6 +43,10 @@ class Resume:
 
     resume: Path
     """Directory that a training wrote."""
+    device: str | None = None
+    """Another device than before."""
+    data: str | None = None
+    """Where the data is now, if it has moved; its content has to be the same."""
 
 
 def find(config: TrainSettings, zoo: Mapping[str, Architecture]) -> Architecture:
@@ -49,6 +54,11 @@ def find(config: TrainSettings, zoo: Mapping[str, Architecture]) -> Architecture
     if config.source.is_dir():
         study = Study.open(config.source, read_only=True)
         ranking = study.ranking()
+        if not ranking:
+            raise UserError(
+                f"train: expected a run that found an architecture, got {study.path}, where "
+                f"{len(study.records)} candidates failed; look into its report, and search again"
+            )
         if not 1 <= config.rank <= len(ranking):
             raise UserError(
                 f"train: expected a rank from 1 to {len(ranking)} (the architectures that "
@@ -82,9 +92,7 @@ def resolve(
         dataclasses.replace(
             config,
             source=config.source if named else config.source.resolve(),
-            data=(
-                config.data if config.data == "synthetic" else str(expanded(config.data).resolve())
-            ),
+            data=data_path(config.data),
             out=out.resolve(),
         ),
         genotype,
@@ -99,12 +107,26 @@ def fit(training: Training, out: Path, console: Console) -> None:
         say(console, line)
 
 
-def _write_config(out: Path, config: TrainSettings, genotype: Genotype) -> None:
-    out.mkdir(parents=True)
+def changes(config: TrainSettings, training: Training) -> list[str]:
+    """Names of what the search of the run that is trained read otherwise than the training."""
+    if not (config.source / "records.jsonl").is_file():
+        return []
+    study = Study.open(config.source, read_only=True)
+    before = (study.env.get("identity") or {}).get("inputs", {})
+    now = training.inputs(study.config)
+    return [name for name, value in now.items() if before.get(name, value) != value]
+
+
+def _write_config(out: Path, config: TrainSettings) -> None:
     plain = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     atomic_write(
         out / "config.toml", tomli_w.dumps({k: v for k, v in plain.items() if v is not None})
     )
+
+
+def _make_directory(out: Path, config: TrainSettings, genotype: Genotype) -> None:
+    out.mkdir(parents=True)
+    _write_config(out, config)
     atomic_write(out / "genotype.json", json.dumps(genotype.to_json()) + "\n")
     atomic_write(out / "env.json", json.dumps(machine_info(), indent=2) + "\n")
 
@@ -117,6 +139,8 @@ class Session:
     config: TrainSettings
     genotype: Genotype
     out: Path
+    moved: bool = False
+    """Whether the data is elsewhere than when it began."""
 
     @classmethod
     def begin(
@@ -134,6 +158,7 @@ class Session:
                 f"train: {config.out} exists and is never overwritten; give another --out, or "
                 f"continue it with --resume {config.out}"
             )
+        require_place(config.out, "give another --out")
         return cls(method, config, genotype, config.out)
 
     @classmethod
@@ -143,7 +168,7 @@ class Session:
         Raises:
             UserError: the directory is not that of a training.
         """
-        out = arguments.resume.resolve()
+        out = expanded(arguments.resume).resolve()
         if not (out / "config.toml").is_file() or not (out / "genotype.json").is_file():
             raise UserError(
                 f"train: {out} is not the directory of a training: it has no config.toml and "
@@ -153,11 +178,22 @@ class Session:
         method = method_of_genotype(form)
         settings = read_toml(out / "config.toml")
         config = from_mapping(method.train_settings, settings, str(out / "config.toml"))
+        if arguments.device is not None:
+            config = dataclasses.replace(config, device=arguments.device)
+        if arguments.data is not None:
+            config = dataclasses.replace(config, data=data_path(arguments.data))
+        elif config.data not in (None, "synthetic") and not Path(config.data).is_dir():
+            raise UserError(
+                f"resume {out}: expected its data in {config.data}, got no such folder; give "
+                "--data DIR where it has moved"
+            )
         with about(out / "genotype.json"):
-            return cls(method, config, method.genotype(form), out)
+            genotype = method.genotype(form)
+        return cls(method, config, genotype, out, arguments.data is not None)
 
     def run(self, console: Console) -> str:
-        """Train to the end; what to print.
+        """Train to the end; what to print. The report of the run that the training is in shows its
+        network then.
 
         Raises:
             StopRequested: after Ctrl-C; finished epochs are saved.
@@ -172,11 +208,24 @@ class Session:
                 with restoring(checkpoint, remedy):
                     training.load_state_dict(state)
             if not self.out.exists():  # only now: data or weights may have been refused
-                _write_config(self.out, training.settings, self.genotype)
+                _make_directory(self.out, training.settings, self.genotype)
+                changed = changes(self.config, training)
+                if changed:
+                    say(
+                        console,
+                        f"warning: {self.config.source}: the {', '.join(changed)} changed since "
+                        "the search read them; the network is trained on what is there now",
+                    )
+            elif self.moved:
+                _write_config(self.out, training.settings)
             about_it = f"training {self.genotype.to_json()}\n{training.summary}"
             say(console, f"{about_it}\nout      {self.out}")
             fit(training, self.out, console)
-            return training.finish()
+            found = training.finish()
+        if self.out.parent == self.config.source:
+            study = Study.open(self.config.source, read_only=True)
+            write_report(study, self.method.report)
+        return found
 
 
 @reports_errors
@@ -185,6 +234,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     console = Console()
     if flag_value(argv, "--resume") is not None:
+        refuse_others(
+            Resume,
+            argv,
+            "a training keeps its settings, which its learning rates follow: start a new one",
+        )
         session = Session.resume(tyro.cli(Resume, args=argv, prog="nasfast train"))
     else:
         method, found = method_of_source(argv)
@@ -200,4 +254,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     model = shlex.quote(str(session.out / MODEL_FILE))
     say(console, f"{scores}; {session.out}\n  nasfast evaluate {model}")
+    if session.out.parent == session.config.source:
+        say(console, f"  open {shlex.quote(str(session.config.source / 'report.html'))}")
     return 0

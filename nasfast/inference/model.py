@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from nasfast.data.images import read_image
 from nasfast.device import resolve_device
+from nasfast.inference.exported import EXPORT_SUFFIXES, load_exported
+from nasfast.inference.inputs import SHORTEST, Input, Resize, pixels_of, resized, size_for
+from nasfast.inference.tiles import Axis, output_bands, resized_bands
 from nasfast.models.io import MODEL_FILE, load_model
-from nasfast.models.layers import resize
+from nasfast.models.layers import resize as resize_maps
 from nasfast.tasks.processor import Prediction, Preprocessing, Processor
 from nasfast.tasks.registry import processor_of
-from nasfast.utils.errors import UserError
+from nasfast.training.cost import count_parameters
+from nasfast.training.loop import NonFiniteLossError, Runtime
+from nasfast.utils.errors import UserError, about, cause, out_of_memory
 
 
 class Model(nn.Module):
-    """A trained network in evaluation mode, which predicts on images.
+    """A trained network in evaluation mode, which predicts on images of any size.
 
     Args:
         network: gives maps ``[N, outputs, h, w]``, alone or first in a tuple.
         processor: what goes in, and what comes out.
-        description: of the model file.
+        description: of the model file. "size" is that of the images it was scored on. A network
+            that takes inputs of one size only has that as "input_size", both [H, W].
 
     Attributes:
         classes: names of the classes, empty where the task has none.
@@ -44,41 +54,265 @@ class Model(nn.Module):
         self.task: str = processor.task
         self.eval()
 
+    def __repr__(self) -> str:
+        parts = [self.task]
+        if self.classes:
+            parts.append(f"{len(self.classes)} classes ({', '.join(self.classes)})")
+        if self.processor.scale > 1:
+            parts.append(f"scale {self.processor.scale}")
+        parts.append({1: "grey", 3: "RGB"}.get(self.preprocessing.channels, "") + " images")
+        parts.append(f"{count_parameters(self):,} parameters")
+        return f"Model({', '.join([*parts, str(self.device)])})"
+
     @property
     def device(self) -> torch.device:
         """Where the network is."""
-        return next(self.parameters()).device
+        own = next(self.parameters(), None)
+        return torch.device("cpu") if own is None else own.device
 
     def forward(self, images: Tensor) -> Tensor:
         """Outputs at the size of the result: preprocessed images ``[N, c, H, W]`` to float32
         ``[N, outputs, scale * H, scale * W]``."""
-        output = self.network(images)
-        output = output[0] if isinstance(output, tuple) else output
         scale = self.processor.scale
-        return resize(output.float(), (scale * images.shape[-2], scale * images.shape[-1]))
+        return resize_maps(self.map(images), (scale * images.shape[-2], scale * images.shape[-1]))
 
-    @torch.inference_mode()
-    def predict(self, image: Path | str) -> Prediction:
-        """The task's result for an image, at the image's own size."""
-        pixels = read_image(Path(image), self.preprocessing.channels)
-        output = self(self.preprocessing(pixels[None].to(self.device)))[0]
-        return self.processor.prediction(output, pixels)
+    def map(self, images: Tensor) -> Tensor:
+        """Output of preprocessed images in the network's own resolution, float32."""
+        output = self.network(images)
+        first: Tensor = output[0] if isinstance(output, tuple) else output
+        return first.float()
+
+    @overload  # a str is a sequence of str: it is one path
+    def predict(  # type: ignore[overload-overlap]
+        self,
+        images: Input,
+        *,
+        resize: Resize = ...,
+        tile: int | None = ...,
+        batch: int = ...,
+        autocast: bool = ...,
+    ) -> Prediction: ...
+    @overload
+    def predict(
+        self,
+        images: Sequence[Input],
+        *,
+        resize: Resize = ...,
+        tile: int | None = ...,
+        batch: int = ...,
+        autocast: bool = ...,
+    ) -> list[Prediction]: ...
+    def predict(
+        self,
+        images: Input | Sequence[Input],
+        *,
+        resize: Resize = "auto",
+        tile: int | None = None,
+        batch: int = 8,
+        autocast: bool = False,
+    ) -> Prediction | list[Prediction]:
+        """The task's result for an image, or a list of them for a list, at each image's own size.
+
+        An image larger than a tile goes through the network in tiles, which overlap. Restoration
+        drops of each what its neighbours know better: the result is that of the whole image, but
+        for deformable convolutions that sample far away. Segmentation fades tiles into each other;
+        a class is then decided by what the tile shows, not by the whole image.
+
+        Args:
+            images: a path, an 8-bit PIL image, an array uint8 ``[H, W, 3]`` or ``[H, W]``, a tensor
+                uint8 ``[c, H, W]``, or a list. Colour becomes grey for a network of grey images
+                (ITU-R 601 luma) and grey becomes colour, as in training.
+            resize: "auto" brings an image to the shorter side of the images that the network was
+                scored on where its own is less than 0.7 or more than 1.4 times that; it acts for
+                segmentation only, and where the model file says that size. "none" never resizes;
+                a number is the shorter side for every image. The result has the image's own size.
+            tile: greatest side of what the network sees at once, in pixels; None: 1024, for
+                restoration 512. It decides the memory that is needed.
+            batch: most neighbours of one size that go through the network together. Their pixels
+                are never more than those of a tile.
+            autocast: compute in bfloat16 where the device does natively, as evaluations do.
+                float32 is the default: results agree between machines, up to rounding.
+
+        Raises:
+            UserError: an image in another form, or one that cannot be read; a setting that does not
+                fit; a network whose outputs are not finite.
+        """
+        many = isinstance(images, list | tuple)
+        each: Any = images if many else [images]
+        found = self.predict_each(each, resize=resize, tile=tile, batch=batch, autocast=autocast)
+        return list(found) if many else next(found)
+
+    def predict_each(
+        self,
+        images: Iterable[Input],
+        *,
+        resize: Resize = "auto",
+        tile: int | None = None,
+        batch: int = 8,
+        autocast: bool = False,
+    ) -> Iterator[Prediction]:
+        """The results of :meth:`predict` one by one, in order; images are read as they are
+        needed."""
+        run = _Run(self, resize, tile, autocast)
+        if batch < 1:
+            raise UserError(f"batch: expected at least 1, got {batch}")
+        self.eval()
+        group: list[Tensor] = []
+        for image in images:
+            pixels = pixels_of(image, self.preprocessing.channels)
+            fits = not group or (
+                pixels.shape == group[0].shape
+                and len(group) < batch
+                and run.fits_a_tile(len(group) + 1, pixels)
+            )
+            if not fits:
+                yield from run(group)
+                group = []
+            group.append(pixels)
+        if group:
+            yield from run(group)
+
+
+class _Run:
+    """Predictions of a model under one choice of settings."""
+
+    def __init__(self, model: Model, resize: Resize, tile: int | None, autocast: bool) -> None:
+        self.model, self.processor = model, model.processor
+        self.runtime = Runtime(model.device)
+        self.autocast = autocast
+        self.resize = self._check_resize(resize)
+        self.usual = _pair(model.description.get("size"))
+        self.fixed = _pair(model.description.get("input_size"))
+        tiling = self.processor.tiling
+        if tile is not None and tile < 1:
+            raise UserError(f"tile: expected at least 1 pixel, got {tile}")
+        if tile is not None and self.fixed is not None:
+            raise UserError(
+                f"tile: expected none, as this network takes inputs of {_text(self.fixed)} only, "
+                f"got {tile}; leave it out"
+            )
+        self.tiling = dataclasses.replace(tiling, side=tile or tiling.side)
+
+    def _check_resize(self, resize: Resize) -> Resize:
+        number = isinstance(resize, int) and not isinstance(resize, bool)
+        if not (resize in ("auto", "none") or (number and int(resize) >= SHORTEST)):
+            raise UserError(
+                f"resize: expected 'auto', 'none' or the shorter side in pixels, at least "
+                f"{SHORTEST}, got {resize!r}"
+            )
+        if number and not self.processor.resizes:
+            raise UserError(
+                f"resize: expected 'auto' or 'none' for {self.processor.task}, whose networks take "
+                f"every image as it is, got {resize}; leave it out"
+            )
+        return resize if self.processor.resizes else "none"
+
+    def fits_a_tile(self, count: int, image: Tensor) -> bool:
+        """Whether so many images like this one have no more pixels than a tile."""
+        height, width = self._size(image)
+        limit = math.prod(self.fixed) if self.fixed else self.tiling.side**2
+        return count * height * width <= limit
+
+    def _size(self, image: Tensor) -> tuple[int, int]:
+        return size_for((image.shape[-2], image.shape[-1]), self.usual, self.resize)
+
+    @torch.no_grad()  # results of the inference mode could not be changed in place
+    def __call__(self, images: Sequence[Tensor]) -> list[Prediction]:
+        """Results for images of one size."""
+        size = self._size(images[0])
+        batch = resized(torch.stack(list(images)), size)
+        rows, columns = (
+            Axis(side, self.tiling, fixed)
+            for side, fixed in zip(size, self.fixed or (None, None), strict=True)
+        )
+        shape = (images[0].shape[-2], images[0].shape[-1])
+        try:
+            strips = self._strips(batch, rows, columns, shape)
+            reduced = torch.cat([self.processor.reduce(strip).cpu() for strip in strips], -2)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise UserError(
+                f"out of memory ({cause(error)}) with tiles of {_text((rows.tile, columns.tile))} "
+                f"and {len(images)} images at once; use a smaller tile or batch"
+            ) from error
+        return [self.processor.result(*pair) for pair in zip(reduced, images, strict=True)]
+
+    def _strips(
+        self, images: Tensor, rows: Axis, columns: Axis, shape: tuple[int, int]
+    ) -> Iterator[Tensor]:
+        """The output at the size of the result, from top to bottom."""
+        bands = output_bands(lambda piece: self._map(piece, rows, columns), images, rows, columns)
+        first = next(bands)
+        # outputs of the map for one pixel of the network's input
+        density = [s / axis.tile for s, axis in zip(self._map_size, (rows, columns), strict=True)]
+        if self.processor.full_size:
+            height, width = (side * self.processor.scale for side in shape)
+        else:
+            height, width = (
+                max(1, round(axis.side * each))
+                for axis, each in zip((rows, columns), density, strict=True)
+            )
+        steps = rows.side * density[0] / height, columns.side * density[1] / width
+        return resized_bands(itertools.chain([first], bands), steps, (height, width))
+
+    def _map(self, piece: Tensor, rows: Axis, columns: Axis) -> Tensor:
+        """Output for a piece of images, uint8, padded to a whole tile by its last pixels."""
+        device = self.runtime.device
+        x = self.model.preprocessing(piece.to(device))
+        missing = columns.tile - x.shape[-1], rows.tile - x.shape[-2]
+        if any(missing):
+            x = F.pad(x, (0, missing[0], 0, missing[1]), mode="replicate")
+        x = x.contiguous(memory_format=torch.channels_last)
+        with self.runtime.autocast() if self.autocast else contextlib.nullcontext():
+            output = self.model.map(x)
+        if not output.isfinite().all():
+            raise NonFiniteLossError(
+                "predict: expected finite outputs of the network, got NaN or infinity; train it "
+                "again with a smaller learning rate, or predict without autocast"
+            )
+        self._map_size = (output.shape[-2], output.shape[-1])
+        return output
+
+
+def _pair(value: object) -> tuple[int, int] | None:
+    return (int(value[0]), int(value[1])) if isinstance(value, list | tuple) else None
+
+
+def _text(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]} (height x width)"
 
 
 def load(path: Path | str, device: str = "auto") -> Model:
     """A trained network.
 
     Args:
-        path: a model.safetensors, the directory of a training, or a run.
+        path: a model.safetensors, the directory of a training, a run, whose last training counts,
+            or a file of ``nasfast export``.
         device: "auto", "cpu", "cuda" or "cuda:N".
 
     Raises:
         UserError: there is none, or the file is damaged.
     """
-    file = find_model(Path(path))
-    network, description = load_model(file)
-    model = Model(network, processor_of(description), description)
-    return model.to(resolve_device(device), memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    file = find_model(Path(path).expanduser())
+    where = resolve_device(device)
+    network: nn.Module
+    if file.suffix in EXPORT_SUFFIXES:
+        network, description = exported = load_exported(file, device)
+        where = exported[0].place.device
+    else:
+        network, description = load_model(file)
+    try:
+        with about(file):
+            model = Model(network, processor_of(description), description)
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file}: expected the description of a network as nasfast train wrote it, got one "
+            f"that cannot be read ({type(error).__name__}: {cause(error)}); restore it from a copy"
+        ) from error
+    return model.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 def find_model(path: Path) -> Path:
@@ -89,11 +323,23 @@ def find_model(path: Path) -> Path:
     """
     if path.is_file():
         return path
-    found: Sequence[Path] = [path / MODEL_FILE, *path.glob(f"train-*/{MODEL_FILE}")]
-    found = [file for file in found if file.is_file()]
-    if not found:
+    if not path.exists():
         raise UserError(
-            f"{path}: expected a model.safetensors, a training or a run with one, got none; "
-            f"`nasfast train {path}` makes it"
+            f"{path}: expected a model.safetensors, a training or a run, got no such file or "
+            "folder; give the path that nasfast train printed"
         )
-    return max(found, key=lambda file: file.stat().st_mtime)
+    found = [path / MODEL_FILE, *path.glob(f"train-*/{MODEL_FILE}")]
+    found = [file for file in found if file.is_file()]
+    if found:
+        return max(found, key=lambda file: file.stat().st_mtime)
+    begun = [path, *sorted(path.glob("train-*"))]
+    begun = [folder for folder in begun if (folder / "checkpoint.pt").is_file()]
+    if begun:
+        raise UserError(
+            f"{path}: expected a finished training, got {begun[-1]}, which was stopped; "
+            f"`nasfast train --resume {begun[-1]}` goes on with it"
+        )
+    raise UserError(
+        f"{path}: expected a model.safetensors, a training or a run with one, got none; "
+        f"`nasfast train {path}` makes it"
+    )

@@ -45,6 +45,23 @@ class RestorerConfig(Bounded):
     published parameter counts include it; nothing reads it."""
 
 
+REACH = {"conv3x3": 1, "sep3x3": 2, "dil3x3": 2, "def3x3": 3, "skip": 0}
+"""Pixels that an operation's output depends on, to each side. That of def3x3 has no bound: here are
+the convolution of its offsets, its taps, and offsets of up to a pixel."""
+
+
+def reach(genotype: IRNASGenotype) -> int:
+    """Pixels that an output of a `Restorer` depends on, to each side; with deformable convolutions,
+    those that weigh."""
+    before_last, last = 1, 2  # the stem
+    for _ in genotype.levels:
+        states = [before_last, last]
+        for node in genotype.nodes:
+            states.append(max(states[state] + REACH[op] for op, state in node))
+        before_last, last = last, max(states[2:])
+    return last + max(ATROUS_RATES) + 2  # the head, and two separable convolutions behind it
+
+
 class DerivedCell(nn.Module):
     """A layer: two inputs brought to its width, and nodes that sum two operations each."""
 

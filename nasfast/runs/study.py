@@ -2,7 +2,7 @@
 
     runs/<YYYYmmdd-HHMMSS>-<method>-<name>/
         study.json  config.toml  env.json  records.jsonl  best.json  checkpoint/state.pt
-        report.html  lock
+        predictions/architecture-<index>/  report.html  lock
 
 A record is on the disk when `append` returns; a crash loses at most the one being written.
 """
@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -32,12 +33,23 @@ from nasfast.runs.checkpoint import load_checkpoint, restoring, save_checkpoint
 from nasfast.runs.records import VERSION as RECORD_VERSION
 from nasfast.runs.records import Record
 from nasfast.utils.errors import UserError, cause
-from nasfast.utils.files import atomic_write, naming, read_object, read_toml, sync_directory
+from nasfast.utils.files import (
+    atomic_directory,
+    atomic_write,
+    naming,
+    read_object,
+    read_toml,
+    require_place,
+    sync_directory,
+)
 
 __all__ = ["Ranking", "Study"]
 
 VERSION = 2
 """Of study.json; runs made before it have none."""
+
+PREDICTIONS = "predictions"
+"""Directory of the files of the best record, and in a training's of those of its network."""
 
 Ranking = Literal["score", "last"]
 """What the best architecture is: the one with the highest score, or where the search ended."""
@@ -103,17 +115,11 @@ class Study:
             env: versions, machine and command line, stored as JSON.
             ranking: what the best architecture is.
         """
-        for argument, value in (("method", method), ("name", name)):
-            if not re.fullmatch(r"\w[\w.+-]*", value):
-                raise UserError(
-                    f"{argument}: expected letters, digits and ._+- (it becomes part of a "
-                    f"directory name), got {value!r}"
-                )
+        stem = _stem(method, name)
         toml = tomli_w.dumps({k: _toml(v, k) for k, v in config.items() if v is not None})
         environment = json.dumps(env, indent=2) + "\n"
         description = {"version": VERSION, "method": method, "ranking": ranking}
         root.mkdir(parents=True, exist_ok=True)
-        stem = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{method}-{name}"
         for attempt in itertools.count(1):
             path = root / (stem if attempt == 1 else f"{stem}-{attempt}")
             try:
@@ -129,6 +135,11 @@ class Study:
         sync_directory(root)
         return cls(path)
 
+    @staticmethod
+    def require_place(root: Path, method: str, name: str) -> None:
+        """Raise UserError where `create` could not make a run directory; leaves nothing behind."""
+        require_place(root / _stem(method, name), "give another --runs or --name")
+
     @classmethod
     def open(cls, path: Path, *, read_only: bool = False) -> Self:
         """Open an existing run: to continue it, or with `read_only` just to look.
@@ -142,6 +153,11 @@ class Study:
     def records(self) -> tuple[Record, ...]:
         """Every record so far, in the order of their index."""
         return tuple(self._records)
+
+    @property
+    def ranks_by(self) -> Ranking:
+        """What the best architecture is."""
+        return self._ranking
 
     @property
     def best(self) -> Record | None:
@@ -189,6 +205,37 @@ class Study:
         self._records.append(record)
         if self.best is record:
             self.write_best()
+            for old in self.path.glob(f"{PREDICTIONS}/*"):
+                if old != self._files_of(record):
+                    shutil.rmtree(old)
+
+    def keep_files(self, record: Record, files: Mapping[str, bytes]) -> None:
+        """Keep files, such as pictures, of a record that is about to be appended, where it will be
+        the best. `append` removes those of the best before it: after a crash between the two, that
+        one still has its own."""
+        self._require_lock()
+        best = self.best
+        if not files or record.score is None:
+            return
+        if self._ranking == "score" and best and best.score and record.score <= best.score:
+            return
+        atomic_directory(self._files_of(record), files)
+
+    @property
+    def best_files(self) -> Path:
+        """Directory of the best record's files; older runs, and those before a success, have
+        none."""
+        best = self.best
+        return self._files_of(best) if best is not None else self.path / PREDICTIONS
+
+    def _files_of(self, record: Record) -> Path:
+        return self.path / PREDICTIONS / f"architecture-{record.index}"
+
+    def move_data(self, data: str) -> None:
+        """Note in config.toml where the data is now."""
+        self._require_lock()
+        self.config = self.config | {"data": data}
+        atomic_write(self.path / "config.toml", tomli_w.dumps(self.config))
 
     def write_best(self) -> None:
         """Write the best record to best.json, atomically, unless it is there already."""
@@ -344,6 +391,17 @@ class Study:
             f"{path}: line {number} was torn by a crash while it was written and has been cut off",
             stacklevel=4,
         )
+
+
+def _stem(method: str, name: str) -> str:
+    """Name of a run directory that is made now."""
+    for argument, value in (("method", method), ("name", name)):
+        if not re.fullmatch(r"\w[\w.+-]*", value):
+            raise UserError(
+                f"{argument}: expected letters, digits and ._+- (it becomes part of a "
+                f"directory name), got {value!r}"
+            )
+    return f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{method}-{name}"
 
 
 def _acquire(path: Path) -> int:

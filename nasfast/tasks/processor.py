@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,8 +43,23 @@ class Preprocessing:
         return from_mapping(cls, description, "preprocessing")
 
 
+@dataclass(frozen=True)
+class Tiling:
+    """How a large image is cut into tiles that overlap. All in pixels of the network's input."""
+
+    side: int
+    """Greatest height and width of a tile."""
+    halo: int = 0
+    """What is left out of a tile along the borders to its neighbours: what lies beyond them would
+    have changed the output there."""
+    blend: int = 0
+    """Width over which one tile fades into the next; 0 cuts."""
+    multiple: int = 1
+    """Tiles begin at multiples of this, the stride of the network: all tiles share one grid."""
+
+
 class Prediction(ABC):
-    """A task's result for one image, at the image's own size.
+    """A task's result for one image, at the image's own size. Its tensors are on the CPU.
 
     Attributes:
         image: what was predicted on, uint8 ``[c, H, W]``.
@@ -63,15 +78,26 @@ class Prediction(ABC):
 
     @abstractmethod
     def save(self, folder: Path, stem: str) -> list[Path]:
-        """Write the result as files that begin with ``stem``, atomically; returns them."""
+        """Write the result atomically, as one file for each of ``Processor.suffixes``; returns
+        them."""
 
 
 class Processor(ABC):
     """Turns an image into the input of a network, and what the network gives into a prediction.
 
-    One subclass a task; `describe` is part of a model file, and ``nasfast.tasks.processor_of``
-    makes the processor again from there.
+    One subclass a task; ``nasfast.tasks.registry.processor_of`` makes it from a model file's
+    description. An output goes through `reduce`, part by part where the image is large, and then as
+    a whole through `result`.
     """
+
+    full_size: ClassVar[bool] = True
+    """Whether outputs are first brought to the size of the result. Where not, as for boxes and
+    keypoints, `reduce` gets a map ``[.., h, w]`` at the network's resolution, which covers the
+    image: the centre of its cell (y, x) is at ((y + 0.5) H / h, (x + 0.5) W / w)."""
+    resizes: ClassVar[bool] = True
+    """Whether an image may be enlarged or reduced for the network: objects have a usual size."""
+    suffixes: ClassVar[tuple[str, ...]] = (".png",)
+    """Ends of the names of the files that ``Prediction.save`` writes."""
 
     @property
     @abstractmethod
@@ -93,11 +119,26 @@ class Processor(ABC):
         """Factor from the sides of the image to those of the result."""
         return 1
 
+    @property
+    def tiling(self) -> Tiling:
+        """How large images are cut: as an encoder of stride 32 that looks far needs it."""
+        return Tiling(side=1024, halo=64, blend=128, multiple=32)
+
+    def reduce(self, output: Tensor) -> Tensor:
+        """What is kept of an output, pixel by pixel: float32 ``[.., outputs, h, w]`` to a tensor
+        ``[.., k, h, w]`` of any dtype. Whole outputs of large images would not fit in memory."""
+        return output
+
     @abstractmethod
-    def prediction(self, output: Tensor, image: Tensor) -> Prediction:
+    def result(self, reduced: Tensor, image: Tensor) -> Prediction:
         """What an output means.
 
         Args:
-            output: float32 ``[outputs, scale * H, scale * W]``.
+            reduced: of the whole image, ``[k, scale * H, scale * W]``, on the CPU.
             image: uint8 ``[c, H, W]``.
         """
+
+    def prediction(self, output: Tensor, image: Tensor) -> Prediction:
+        """The result for an output ``[outputs, scale * H, scale * W]``, float32, of an image
+        ``[c, H, W]``, uint8."""
+        return self.result(self.reduce(output).cpu(), image.cpu())

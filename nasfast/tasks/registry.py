@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from nasfast.data.base import default_colors
+from nasfast.models.restorer import reach
+from nasfast.spaces.ir_nas import IRNASGenotype
 from nasfast.tasks.processor import Processor
 from nasfast.tasks.restoration import task_from_json
 from nasfast.tasks.restoration.processor import RestorationProcessor
@@ -20,7 +22,9 @@ def processor_of(description: Mapping[str, Any]) -> Processor:
         UserError: the task is unknown, or has another setting.
     """
     if "task" in description:
-        return RestorationProcessor(task_from_json(description["task"]), description["channels"])
+        genotype = IRNASGenotype.from_json(description["genotype"])
+        task = task_from_json(description["task"])
+        return RestorationProcessor(task, description["channels"], reach(genotype))
     classes = tuple(description["classes"])
     colors = description.get("colors") or default_colors(len(classes))
     return SegmentationProcessor(classes, tuple((r, g, b) for r, g, b in colors))

@@ -21,7 +21,7 @@ from nasfast.data import (
     batch,
 )
 from nasfast.models.layers import resize
-from nasfast.tasks.base import DenseTask, Frames, Targets
+from nasfast.tasks.base import ClassScore, DenseTask, Frames, Targets
 from nasfast.tasks.processor import Prediction, Preprocessing, Processor
 from nasfast.training.loop import NonFiniteLossError, Runtime
 from nasfast.training.metrics import ConfusionMatrix, SegmentationScores
@@ -45,30 +45,45 @@ class Segmentation(Prediction):
 
     image: Tensor  # uint8 [3, H, W]
     mask: Tensor  # uint8 [H, W]
-    """Index of the class."""
+    """Index of the class with the greatest logit. No pixel is left out: the ignore index of the
+    training data is no class."""
+    confidence: Tensor  # uint8 [H, W]
+    """Probability (softmax) of that class, in 255ths."""
     classes: tuple[str, ...]
     colors: tuple[tuple[int, int, int], ...]
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of the pixels that each class has, by its name; classes without any are left
+        out."""
+        counts = torch.bincount(self.mask.flatten(), minlength=len(self.classes)).tolist()
+        pixels = self.mask.numel()
+        return {name: count / pixels for name, count in zip(self.classes, counts) if count}
+
     def draw(self) -> Tensor:
         """The classes' colours over the image."""
-        colors = torch.tensor(self.colors, dtype=torch.float32)[self.mask.long()]  # [H, W, 3]
-        drawn = OPACITY * colors.permute(2, 0, 1) + (1 - OPACITY) * self.image.float()
-        return drawn.round().byte()
+        table = torch.tensor(self.colors, dtype=torch.float32).T  # [3, K]
+        drawn = torch.empty_like(self.image)
+        for row, mask in enumerate(self.mask):  # a whole image of floats would be large
+            colors = table[:, mask.long()]  # [3, W]
+            mixed = OPACITY * colors + (1 - OPACITY) * self.image[:, row].float()
+            drawn[:, row] = mixed.round().byte()
+        return drawn
 
     def to_json(self) -> dict[str, Any]:
-        """Size, and the share of the pixels that each class has, by name."""
-        counts = torch.bincount(self.mask.flatten(), minlength=len(self.classes)).tolist()
-        shares = {
-            name: count / self.mask.numel() for name, count in zip(self.classes, counts) if count
+        """Size, shares of the classes, and the mean of the confidence in 0..1."""
+        return {
+            "size": list(self.mask.shape),
+            "classes": self.shares,
+            "confidence": self.confidence.sum(dtype=torch.int64).item() / 255 / self.mask.numel(),
         }
-        return {"size": list(self.mask.shape), "classes": shares}
 
     def save(self, folder: Path, stem: str) -> list[Path]:
         """``stem.png``, a palette image of class indices, and ``stem-overlay.png``."""
         mask = Image.fromarray(self.mask.numpy())
         mask.putpalette([value for color in self.colors for value in color])
         overlay = Image.fromarray(self.draw().permute(1, 2, 0).contiguous().numpy())
-        paths = [folder / f"{stem}.png", folder / f"{stem}-overlay.png"]
+        paths = [folder / f"{stem}{suffix}" for suffix in SegmentationProcessor.suffixes]
         for path, image in zip(paths, (mask, overlay), strict=True):
             with atomic_file(path) as file:
                 image.save(file, "png")
@@ -82,6 +97,7 @@ class SegmentationProcessor(Processor):
     names: tuple[str, ...]
     colors: tuple[tuple[int, int, int], ...]
 
+    suffixes = (".png", "-overlay.png")
     task = "segmentation"
     preprocessing = Preprocessing(IMAGENET_MEAN, IMAGENET_STD)
 
@@ -89,9 +105,15 @@ class SegmentationProcessor(Processor):
     def classes(self) -> tuple[str, ...]:
         return self.names
 
-    def prediction(self, output: Tensor, image: Tensor) -> Segmentation:
-        """The class with the greatest logit."""
-        return Segmentation(image, output.argmax(0).byte().cpu(), self.classes, self.colors)
+    def reduce(self, output: Tensor) -> Tensor:
+        """The class with the greatest logit, and its probability in 255ths: uint8, k = 2."""
+        best, index = output.max(-3, keepdim=True)
+        confidence = 1 / (output - best).exp_().sum(-3, keepdim=True)
+        return torch.cat([index.byte(), (255 * confidence).round_().byte()], -3)
+
+    def result(self, reduced: Tensor, image: Tensor) -> Segmentation:
+        mask, confidence = reduced
+        return Segmentation(image, mask, confidence, self.classes, self.colors)
 
 
 @dataclass(frozen=True)
@@ -194,3 +216,15 @@ class SegmentationTask(DenseTask[SegmentationScores]):
     def processor(self) -> SegmentationProcessor:
         train = self.splits.train
         return SegmentationProcessor(train.classes, train.colors)
+
+    def truth(self, targets: Targets, image: Tensor) -> Segmentation:
+        """The labels; black where there is none."""
+        train, labels = self.splits.train, targets["labels"]
+        colors = (*train.colors, *[(0, 0, 0)] * (256 - len(train.colors)))
+        return Segmentation(image, labels, torch.full_like(labels, 255), train.classes, colors)
+
+    def class_scores(self, scores: SegmentationScores) -> list[ClassScore]:
+        """Intersection over union."""
+        train = self.splits.train
+        entries = zip(train.classes, scores.class_iou, train.colors, strict=True)
+        return [ClassScore(name, "IoU", iou, color) for name, iou, color in entries]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, Protocol
 
-from nasfast.utils.errors import DEFECT, NothingFoundError, text_for_user
+from nasfast.utils.errors import DEFECT, NothingFoundError, UserError, text_for_user
 
 P = ParamSpec("P")
 
@@ -47,6 +48,24 @@ class TextConsole(Protocol):
 def say(console: TextConsole, text: str) -> None:
     """Print plain text: no markup, no colours, no wrapping of the commands and paths in it."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def refuse_others(settings: type, argv: Sequence[str], remedy: str) -> None:
+    """Raise UserError at a flag of the command line that is no field of the settings.
+
+    Args:
+        settings: dataclass that the command line is parsed to.
+        argv: the command line.
+        remedy: what to do instead.
+    """
+    known = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(settings)]
+    for word in argv:
+        flag = word.partition("=")[0].replace("_", "-")
+        if flag.startswith("--") and flag not in (*known, "--help"):
+            raise UserError(
+                f"resume: expected some of {', '.join(known)}, got {word.partition('=')[0]}; "
+                f"{remedy}"
+            )
 
 
 def flag_value(argv: Sequence[str], flag: str) -> str | None:

@@ -42,7 +42,6 @@ USAGE = {
         ("--stage2.lr 1", "--stage2.lr"),
         ("--stage0.samples 0", "Stage0Config.samples: expected a value from 1"),
         ("--stage1.batch-size 0", "Stage1Config.batch_size: expected a value from 1"),
-        ("--resume there --seed 3", "--seed"),
     ],
     "search restoration": [
         ("--strategy ppo", "ppo"),
@@ -141,11 +140,23 @@ ERRORS = {
             "EMPTY is not a run directory: it has no config.toml, env.json, records.jsonl; give a "
             "directory that a search wrote, such as runs/<date>-<method>-<name>",
         ),
+        (
+            "RUN --seed 3",
+            "resume: expected some of --resume, --budget, --device, --workers, --devices, "
+            "--engine, --data, got --seed; a run keeps its settings: start a new one with others",
+        ),
         ("RUN --budget 0", "SearchConfig.budget: expected a value from 1 to 1,000,000,000, got 0"),
         (
             "BILEVEL --budget 9",
             "resume: expected no --budget, as the learning rate of a search by gradient follows "
             "its number of epochs, got 9; start a new run with another --bilevel.epochs",
+        ),
+    ],
+    "search restoration --resume": [
+        (
+            "RUN",
+            "resume RUN: expected a run of restoration, got one of segmentation; leave the name "
+            "out",
         ),
     ],
     "search restoration": [
@@ -174,12 +185,23 @@ ERRORS = {
         (f"RUN {NO_DEVICE[0]}", NO_DEVICE[1]),
         ("RUN --encoder-weights /no/w.pt", "weights: no file /no/w.pt"),
         (
+            "RUN --out RUN/env.json/train",
+            "RUN/env.json/train: expected a directory that can be made and written to, got not a "
+            "directory; give another --out",
+        ),
+        (
             "RUN --out EMPTY",
             "train: EMPTY exists and is never overwritten; give another --out, or continue it with "
             "--resume EMPTY",
         ),
     ],
     "train --resume": [
+        (
+            "MODEL --epochs 60",
+            "resume: expected some of --resume, --device, --data, got --epochs; a training keeps "
+            "its settings, which its learning rates follow: start a new one",
+        ),
+        ("RESTORER --steps=60", "resume: expected some of --resume, --device, --data, got --steps"),
         ("RUN/checkpoint", "train: RUN/checkpoint is not the directory of a training: it has no "),
         ("RUN", "train: RUN is not the directory of a training: it has no config.toml and genot"),
     ],
@@ -246,7 +268,7 @@ def test_errors_are_one_line_and_leave_nothing(
 
     name, *argv = command.split()
     argv = {"search": tiny_search, "search restoration": tiny_bilevel}.get(command, argv)
-    if command != "evaluate" and argv != ["--resume"]:
+    if command != "evaluate" and "--resume" not in argv:
         out = "--runs" if name == "search" else "--out"
         argv = [*argv, out, str(tmp_path / "out")]
     assert main_of(name)([placed(word) for word in [*argv, *flags.split()]]) == 2

@@ -113,6 +113,18 @@ def test_edited_records_are_noticed(bilevel_run, tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("strategy", ["darts", "random"])
+@pytest.mark.parametrize("name", ["00.png", "07.png"])  # trains, validates
+def test_damaged_images_leave_no_run(strategy, name, tiny_bilevel, tiny_images, tmp_path, capsys):
+    data = shutil.copytree(tiny_images, tmp_path / "edges")
+    path = data / "train" / name
+    path.write_bytes(path.read_bytes()[:-40])
+    flags = ["--data", str(data), "--strategy", strategy, "--runs", str(tmp_path / "runs")]
+    assert search.main([*tiny_bilevel, *flags]) == 2
+    assert capsys.readouterr().err.startswith(f"error: image {path} cannot be read: ")
+    assert not (tmp_path / "runs").exists()
+
+
 # ---- sampled candidates
 
 

@@ -5,11 +5,14 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
+import tomli_w
 from search_runs import (
     Crash,
     assert_same,
@@ -150,6 +153,32 @@ def test_what_a_training_leaves(trained):
     best = json.loads((Path(source) / "best.json").read_text())["genotype"]
     assert json.loads((out / "metrics.json").read_text())["genotype"] == best
     assert json.loads((out / "genotype.json").read_text()) == best
+
+
+def test_a_training_whose_data_moved(trained, tmp_path, capsys):
+    """Equal content is the same data wherever it is; other content is refused."""
+    _, whole = trained
+    out = shutil.copytree(whole, tmp_path / "train")
+    settings = tomllib.loads((out / "config.toml").read_text())
+    here = shutil.copytree(settings["data"], tmp_path / "there" / Path(settings["data"]).name)
+    gone = settings["data"] + "-gone"
+    (out / "config.toml").write_text(tomli_w.dumps(settings | {"data": gone}))
+    assert train.main(["--resume", str(out)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: resume {out}: expected its data in {gone}, got no such folder; give --data DIR "
+        "where it has moved\n"
+    )
+    assert train.main(["--resume", str(out), "--data", str(here)]) == 0
+    assert tomllib.loads((out / "config.toml").read_text())["data"] == str(here)
+    assert_same_training(out, whole, description=False)
+    images = sorted(here.glob("**/*.png"))
+    images[-1].write_bytes(images[-2].read_bytes())
+    capsys.readouterr()
+    assert train.main(["--resume", str(out)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: resume {out}: expected the training images that it began with, got other content "
+        f"in {here}; restore it or start a new training\n"
+    )
 
 
 def test_a_killed_training_gives_the_same_network(trained, tmp_path):

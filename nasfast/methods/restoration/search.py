@@ -35,6 +35,8 @@ def build(
     runtime = Runtime(torch.device(workers.devices[0]), interrupt.check)
     data = open_images(config.data, config.channels)
     warn(check_images(data, folder_of(config.data)), console)
+    for part in (data.val, data.train):
+        part.read_all()  # before a run is made: a file may be damaged
     halves = data.halves()
     space = IRNASSpace(config.supernet.layers, config.supernet.nodes)
     say(

@@ -17,18 +17,21 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from nasfast.data.restoration import open_images
-from nasfast.methods.base import Architecture, TrainSettings
+from nasfast.methods.base import Architecture, TrainSettings, check_same_images
 from nasfast.methods.restoration.task_flags import override_with_task, parse_with_task
 from nasfast.models.io import MODEL_FILE, save_model
 from nasfast.models.restorer import Restorer, RestorerConfig
+from nasfast.runs.study import PREDICTIONS
 from nasfast.spaces.ir_nas import IRNASGenotype
 from nasfast.tasks.restoration import RestorationTask, task_from_json
 from nasfast.tasks.restoration.denoising import Denoising
 from nasfast.tasks.restoration.loss import RestorationLoss
 from nasfast.tasks.restoration.patches import ImagePatches
+from nasfast.tasks.restoration.pictures import before_and_after
 from nasfast.tasks.restoration.scoring import costs, evaluate, input_size
 from nasfast.training.cost import count_parameters
 from nasfast.training.loop import Group, NonFiniteLossError, Runtime, one_cycle, train_epoch
+from nasfast.training.pictures import SAMPLES, drawn, spread
 from nasfast.utils.cli import flag_value
 from nasfast.utils.config import (
     BatchSize,
@@ -41,7 +44,7 @@ from nasfast.utils.config import (
     from_mapping,
 )
 from nasfast.utils.errors import UserError
-from nasfast.utils.files import atomic_write
+from nasfast.utils.files import atomic_directory, atomic_write
 from nasfast.utils.seeding import derive_seed
 
 
@@ -246,6 +249,8 @@ class RestorationTraining:
         assert config.data is not None
         self.settings, self.genotype, self.out, self.runtime = config, genotype, out, runtime
         self.data = open_images(config.data, config.channels)
+        for part in (self.data.val, self.data.train):
+            part.read_all()  # a damaged file is not found out after hours
         patches = ImagePatches(self.data.train, config.task, config.crop)
         torch.manual_seed(derive_seed(config.seed, "train"))
         self.model = Restorer(genotype, config.network, config.channels, config.task.scale)
@@ -267,7 +272,7 @@ class RestorationTraining:
         return (
             f"task     {self.settings.task.label}\n"
             f"data     {self.settings.data}, {len(self.data.train)} images\n"
-            f"patches  of {self.settings.crop} pixels\n"
+            f"patches  {self.settings.crop} pixels\n"
             f"size     {count_parameters(self.model):,} parameters"
         )
 
@@ -288,6 +293,17 @@ class RestorationTraining:
             f"{self.history[-1]['seconds']:.1f} s"
         )
 
+    def inputs(self, search: Mapping[str, Any]) -> dict[str, str]:
+        config, data = self.settings, self.data
+        if (config.data, config.channels) != (search.get("data"), search.get("channels")):
+            return {}
+        halves = zip(("weights", "architecture"), data.halves() if len(data.train) > 1 else ())
+        return {
+            "training images": data.train.fingerprint(),
+            **{f"images of the {name}": half.fingerprint() for name, half in halves},
+            "validation images": data.val.fingerprint(),
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next round depends on."""
         return {
@@ -302,11 +318,7 @@ class RestorationTraining:
         Raises:
             UserError: the training images are others.
         """
-        if state["data"] != self.data.train.fingerprint():
-            raise UserError(
-                f"resume {self.out}: expected the training images that it began with, got other "
-                f"content in {self.settings.data}; restore it or start a new training"
-            )
+        check_same_images(self, state["data"], self.data.train.fingerprint())
         self.training.load_state_dict(state["fitting"])
         self.history = list(state["history"])
 
@@ -315,7 +327,13 @@ class RestorationTraining:
         config, model, val = self.settings, self.model.eval(), self.data.val
         task = config.task
         scores = evaluate(
-            model, task, val, seed=config.seed, channels=config.channels, runtime=self.runtime
+            model,
+            task,
+            val,
+            seed=config.seed,
+            channels=config.channels,
+            runtime=self.runtime,
+            keep=spread(len(val), SAMPLES),
         )
         metrics: dict[str, Any] = {
             "genotype": self.genotype.to_json(),
@@ -336,5 +354,7 @@ class RestorationTraining:
             "method": "restoration",
         }
         save_model(self.out / MODEL_FILE, model, description)
+        files = drawn(lambda: before_and_after(scores.kept))
+        atomic_directory(self.out / PREDICTIONS, files)
         atomic_write(self.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
         return f"PSNR {scores.psnr:.3f} dB, SSIM {scores.ssim:.4f} on {metrics['split']}"

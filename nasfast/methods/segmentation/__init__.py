@@ -9,12 +9,14 @@ from typing import Any
 import tyro
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from nasfast.data.checks import Findings
+from nasfast.inference.model import Model
 from nasfast.methods import flags
-from nasfast.methods.base import Architecture, EvaluateConfig, Method
+from nasfast.methods.base import Architecture, EvaluateConfig, Method, Split
 from nasfast.methods.segmentation.check import CheckConfig, check
-from nasfast.methods.segmentation.evaluate import evaluate
+from nasfast.methods.segmentation.evaluate import evaluate, inputs, score
 from nasfast.methods.segmentation.report import SegmentationReport
 from nasfast.methods.segmentation.search import build
 from nasfast.methods.segmentation.settings import SearchConfig, continued, parse, search_with
@@ -88,6 +90,12 @@ class Segmentation(Method):
 
     def parse_evaluate(self, argv: Sequence[str], description: str | None) -> EvaluateConfig:
         return flags.parse(EvaluateConfig(tyro.MISSING), argv, "nasfast evaluate", description)
+
+    def inputs(self, model: Model, data: str, split: Split, count: int) -> list[Tensor]:
+        return inputs(model, data, split, count)
+
+    def score(self, model: Model, data: str, split: Split, runtime: Runtime) -> dict[str, float]:
+        return score(model, data, split, runtime)
 
     def evaluate(self, settings: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
         return evaluate(settings)

@@ -12,20 +12,23 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from nasfast.data import TrainTransform, ValTransform, load_splits, shorter_side
+from nasfast.cache import tensors_fingerprint
+from nasfast.data import TrainTransform, ValTransform, load_splits, shorter_side, split_for_search
 from nasfast.encoders import load_encoder
-from nasfast.methods.base import Architecture, TrainSettings
+from nasfast.methods.base import Architecture, TrainSettings, check_same_images
 from nasfast.methods.segmentation.crops import enlarging
 from nasfast.models.build import build_segmenter
 from nasfast.models.decoders import FULL_DECODER, DecoderConfig
 from nasfast.models.io import MODEL_FILE, save_model
+from nasfast.runs.study import PREDICTIONS
 from nasfast.spaces.fast_nas import FastNASGenotype
 from nasfast.tasks.base import Targets
 from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.cost import count_macs, count_parameters
 from nasfast.training.loop import Group, Runtime, epoch_indices, one_cycle, train_epoch
+from nasfast.training.pictures import drawn
 from nasfast.utils.config import BatchSize, Bound, Count, MaxNorm, Pixels, Positive, Weight
-from nasfast.utils.files import atomic_write, expanded
+from nasfast.utils.files import atomic_directory, atomic_write, expanded
 from nasfast.utils.seeding import derive_seed
 
 
@@ -103,9 +106,9 @@ class SegmentationTraining:
             config, crop=config.crop or min(288, shorter_side(train))
         )
         torch.manual_seed(derive_seed(config.seed, "train"))
-        self.model = build_segmenter(
-            load_encoder(config.encoder_weights), genotype, self.task.outputs, config.decoder
-        )
+        encoder = load_encoder(config.encoder_weights)
+        self._encoder = tensors_fingerprint(encoder.state_dict())
+        self.model = build_segmenter(encoder, genotype, self.task.outputs, config.decoder)
         self.model.decoder.with_aux = config.aux_weight > 0
         runtime.place(self.model)
         self.history: list[dict[str, float]] = []
@@ -131,8 +134,20 @@ class SegmentationTraining:
         weight = frequency.clamp(min=1e-4) ** -self.config.class_balance
         return (weight / (weight * frequency).sum()).float().to(self.runtime.device)
 
+    def inputs(self, search: Mapping[str, Any]) -> dict[str, str]:
+        config, splits, found = self.config, self.task.splits, {}
+        if (config.data, config.mask_values) == (search.get("data"), search.get("mask_values")):
+            parts = split_for_search(splits.train, splits.val, seed=search["seed"])
+            found["training data"] = parts.search_train.fingerprint()
+            found["validation data"] = parts.search_val.fingerprint()
+        if str(config.encoder_weights) == str(search.get("encoder_weights")):
+            found["encoder"] = self._encoder
+        return found
+
     def state_dict(self) -> dict[str, Any]:
+        """Everything that the next round depends on."""
         return {
+            "data": self.task.splits.train.fingerprint(),
             "model": self.model.state_dict(),
             "optimizers": [group.optimizer.state_dict() for group in self._groups],
             "schedules": [g.schedule.state_dict() for g in self._groups if g.schedule],
@@ -141,7 +156,13 @@ class SegmentationTraining:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`."""
+        """Inverse of `state_dict`.
+
+        Raises:
+            UserError: the training images are others.
+        """
+        now = self.task.splits.train.fingerprint()
+        check_same_images(self, state.get("data", now), now)  # older checkpoints have none
         self.model.load_state_dict(state["model"])
         for group, optimizer, schedule in zip(
             self._groups, state["optimizers"], state["schedules"], strict=True
@@ -218,6 +239,9 @@ class SegmentationTraining:
             "method": "segmentation",
         }
         save_model(self.out / MODEL_FILE, model, description)
+        show, runtime = self.task.show, self.runtime
+        files = drawn(lambda: show(model, scores, splits.val, ValTransform(None), runtime))
+        atomic_directory(self.out / PREDICTIONS, files)
         atomic_write(self.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
         lines = [
             f"  {name:<16} {'absent' if iou is None else f'{iou:.3f}'}"

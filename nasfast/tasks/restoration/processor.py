@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from nasfast.tasks.processor import Prediction, Preprocessing, Processor
+from nasfast.tasks.processor import Prediction, Preprocessing, Processor, Tiling
 from nasfast.tasks.restoration.base import RestorationTask
 from nasfast.utils.files import atomic_file
 
@@ -44,6 +44,10 @@ class RestorationProcessor(Processor):
 
     degradation: RestorationTask
     channels: int
+    reach: int
+    """Pixels that an output depends on, to each side."""
+
+    resizes = False
 
     @property
     def task(self) -> str:
@@ -57,6 +61,14 @@ class RestorationProcessor(Processor):
     def scale(self) -> int:
         return self.degradation.scale
 
-    def prediction(self, output: Tensor, image: Tensor) -> Restored:
+    @property
+    def tiling(self) -> Tiling:
+        """A tile without its halo is what the whole image would have given there."""
+        return Tiling(side=512, halo=self.reach)
+
+    def reduce(self, output: Tensor) -> Tensor:
         """Clamped to 0..1 and rounded to 8 bits."""
-        return Restored(image, (255 * output.clamp(0, 1)).round().byte().cpu())
+        return (255 * output.clamp(0, 1)).round_().byte()
+
+    def result(self, reduced: Tensor, image: Tensor) -> Restored:
+        return Restored(image, reduced)
