@@ -169,7 +169,7 @@ def test_training_gives_a_model(found, tiny_data, tmp_path):
     assert isinstance(model, Model)
     assert model.classes == ("sky", "road", "[post]")
     assert model.genotype == found.best.genotype
-    assert (found.path / "train-1" / "model.safetensors").is_file()
+    assert model.path == found.path / "train-1" / "model.safetensors"
     image = tmp_path / "image.png"
     Image.new("RGB", (48, 32)).save(image)
     assert model.predict(image).mask.shape == (32, 48)

@@ -41,7 +41,10 @@ class Model(nn.Module):
         preprocessing: what `predict` does to an image's values.
         genotype: the architecture, in its JSON form.
         task: name of the task, such as "segmentation" or "denoising".
+        path: the file that `load` read.
     """
+
+    path: Path | None = None
 
     def __init__(
         self, network: nn.Module, processor: Processor, description: Mapping[str, Any]
@@ -312,6 +315,7 @@ def load(path: Path | str, device: str = "auto") -> Model:
             f"{file}: expected the description of a network as nasfast train wrote it, got one "
             f"that cannot be read ({type(error).__name__}: {cause(error)}); restore it from a copy"
         ) from error
+    model.path = file
     return model.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
