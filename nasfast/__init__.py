@@ -46,14 +46,16 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> object:
-    if name in ("models", "ops"):
-        return _importlib.import_module(f"nasfast.{name}")
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(_importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+if not _TYPE_CHECKING:  # so that checkers and editors know every name
+
+    def __getattr__(name: str) -> object:
+        if name in ("models", "ops"):
+            return _importlib.import_module(f"nasfast.{name}")
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(_importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
