@@ -70,9 +70,9 @@ def require_place(path: Path, remedy: str) -> None:
         UserError: a file is in the way, the name is too long, or nothing can be written there.
     """
     try:
-        above = next(folder for folder in (path, *path.parents) if folder.exists())
-        with tempfile.TemporaryDirectory(prefix=".nasfast-", dir=above):
-            pass
+        above = next(parent for parent in (path, *path.parents) if parent.exists())
+        with tempfile.TemporaryDirectory(prefix=".nasfast-", dir=above) as folder:
+            (Path(folder) / path.name).mkdir()
     except OSError as error:
         raise UserError(
             f"{path}: expected a directory that can be made and written to, got "
