@@ -5,6 +5,7 @@ import torch
 
 import nasfast
 from nasfast.encoders import MobileNetV2
+from nasfast.methods.registry import read_genotype
 from nasfast.models.build import build_restorer
 from nasfast.models.decoders import DecoderConfig
 from nasfast.models.io import load_model, save_model
@@ -108,6 +109,7 @@ def test_a_model_file_gives_its_own_sizes_and_its_weights_when_asked(small):
     new = create_model(path).eval()
     assert new.decoder.config == DecoderConfig(**SMALL)
     assert not torch.equal(new(images)[0], trained(images)[0])
+    assert read_genotype(path) == GENOTYPE.to_json()
     for source in (path, path.parent):
         again = create_model(source, pretrained=str(path)).eval()
         assert torch.equal(again(images)[0], trained(images)[0])
