@@ -190,7 +190,7 @@ class DenseTask(ABC, Generic[S]):
                 "prediction": self.processor.prediction(output[0], images[0]).draw(),
             }
             shown = strip({name: thumbnail(panel) for name, panel in panels.items()})
-            files[f"image-{index}.png"] = png(shown, palette=True)
+            files[f"image-{index:04}.png"] = png(shown, palette=True)
         if classes := self.class_scores(scores):
             files[CLASSES] = json.dumps([asdict(each) for each in classes]).encode()
         return files
