@@ -70,8 +70,8 @@ def require_place(path: Path, remedy: str) -> None:
     """
     try:
         above = next(folder for folder in (path, *path.parents) if folder.exists())
-        with tempfile.TemporaryDirectory(prefix=".nasfast-", dir=above):
-            pass
+        with tempfile.TemporaryDirectory(prefix=".nasfast-", dir=above) as made:
+            (Path(made) / path.name).mkdir()
     except OSError as error:
         raise UserError(
             f"{path}: expected a directory that can be made and written to, got "
