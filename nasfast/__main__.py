@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import nasfast
 from nasfast.commands import COMMANDS
 from nasfast.utils.cli import reports_errors
-from nasfast.utils.errors import UserError
+from nasfast.utils.errors import UserError, did_you_mean
 
 
 def usage() -> str:
@@ -41,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"nasfast {nasfast.__version__}")
         return 0
     if first not in COMMANDS:
-        raise UserError(f"nasfast: expected one of {', '.join(COMMANDS)}, got {first!r}")
+        raise UserError(
+            f"nasfast: expected one of {', '.join(COMMANDS)}, got {first!r}"
+            f"{did_you_mean(first, COMMANDS)}"
+        )
     status: int = importlib.import_module(f"nasfast.commands.{first}").main(rest)
     return status
 

@@ -179,13 +179,11 @@ class ModelInfo:
         return "\n".join([f"{self.name}, {self.method}", self.source, genotype, "", *table])
 
 
-def model_info(name: str, *, faithful: bool = False) -> ModelInfo:
+def model_info(name: str) -> ModelInfo:
     """An architecture of the zoo: genotype, size, source, and published figures beside ours.
 
-    Args:
-        name: one of `nasfast.list_models`.
-        faithful: whether the size is that of ``create_model(name, faithful=True)``, which builds
-            what the publication counts.
+    The size is that of ``create_model(name, faithful=True)``, which builds what the publication
+    counts.
 
     Raises:
         UserError: there is none of that name; the message lists them.
@@ -194,7 +192,7 @@ def model_info(name: str, *, faithful: bool = False) -> ModelInfo:
         raise UserError(
             f"model_info: expected one of {', '.join(ZOO)}, got {name!r}{did_you_mean(name, ZOO)}"
         )
-    entry, network = ZOO[name], create_model(name, faithful=faithful)
+    entry, network = ZOO[name], create_model(name, faithful=True)
     parameters = count_parameters(network)
     macs = count_macs(network, entry.size, channels=entry.channels)
     ours = {"parameters": parameters, "multiply-adds": macs}
@@ -214,9 +212,11 @@ def model_info(name: str, *, faithful: bool = False) -> ModelInfo:
 def _number(value: float | None) -> str:
     if value is None:
         return "-"
-    if value < 1e3:
-        return f"{value:g}"
-    return f"{value / 1e9:.3f} G" if value >= 1e9 else f"{value / 1e6:.3f} M"
+    if value >= 1e9:
+        return f"{value / 1e9:.4g} G"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value / 1e6:.3g} M" if value >= 1e3 else f"{value:g}"
 
 
 @contextmanager

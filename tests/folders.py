@@ -22,11 +22,13 @@ def save_mask(path, values, size=SIZE):
     Image.fromarray(np.repeat(rows[:, None], size[1], 1).astype(np.uint8)).save(path)
 
 
-def write_folder(root, stems="abcdefghijkl", values=(0, 1), classes=("no", "yes")) -> Path:
+def write_folder(
+    root, stems="abcdefghijkl", values=(0, 1), classes=("no", "yes"), size=SIZE
+) -> Path:
     """images/, masks/ and classes.txt."""
     for i, stem in enumerate(stems):
-        save_image(root / "images" / f"{stem}.png", i)
-        save_mask(root / "masks" / f"{stem}.png", values)
+        save_image(root / "images" / f"{stem}.png", i, size)
+        save_mask(root / "masks" / f"{stem}.png", values, size)
     (root / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
     return root
 

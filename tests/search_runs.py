@@ -1,9 +1,11 @@
 """What tests of whole searches and trainings share: one in a process of its own, what it left."""
 
+import contextlib
 import itertools
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -24,6 +26,15 @@ def outcome(run):
     for record in records:
         del record["time"], record["evaluation"]["seconds"]
     return records
+
+
+def shown(run):
+    """Content of the files that show what the best of a search, or a training, predicts."""
+    return {
+        str(path.relative_to(run)): path.read_bytes()
+        for path in (run / "predictions").rglob("*")
+        if path.is_file()
+    }
 
 
 def start(command, *, group=False, module="nasfast.search"):
@@ -99,6 +110,17 @@ def crashed(command, runs, arrange):
     return run
 
 
+@contextlib.contextmanager
+def full_disk(size):
+    """No file may grow beyond some bytes, which fails like a full disk or a used up quota."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def before_a_checkpoint(monkeypatch):
     """`Crash` where the third one would be saved, of a batch or of an epoch."""
     save, calls = Study.save_checkpoint, itertools.count(1)
@@ -134,8 +156,9 @@ def assert_equal(one, other, path=""):
 
 
 def assert_same(run, whole):
-    """Both searches decided, measured and learned exactly the same."""
+    """Both searches decided, measured, learned and show exactly the same."""
     assert outcome(run) == outcome(whole)
+    assert shown(run) == shown(whole) != {}
     timed = {"seconds": None, "record": None}  # `outcome` has compared the last record
     assert_equal(checkpoint(run) | timed, checkpoint(whole) | timed)
     first, other = (json.loads((r / "best.json").read_text())["index"] for r in (run, whole))
@@ -143,7 +166,9 @@ def assert_same(run, whole):
 
 
 def assert_same_training(out, whole, description=True):
-    """Both trainings gave the same network, with the same description, and measured the same."""
+    """Both trainings gave the same network, with the same description, and measured and show the
+    same."""
+    assert shown(out) == shown(whole) != {}
     for name in ("model.safetensors", "genotype.json")[not description :]:
         assert (out / name).read_bytes() == (whole / name).read_bytes()
     ours, theirs = (

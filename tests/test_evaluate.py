@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import torch
+
 from nasfast.commands import evaluate
 
 
@@ -17,7 +19,8 @@ def test_it_reproduces_the_training_s_metrics(tiny_model, tmp_path, capsys):
         assert result[name] == metrics[name]
     assert result["images"] == 2
     latency = result["latency_ms"]
-    assert 0 < latency["low"] <= latency["median"] <= latency["high"]
+    assert 0 < latency["median"] <= latency["p95"]
+    assert latency["backend"] == f"torch {torch.__version__}"
     assert latency["runs"] >= 5
     assert (latency["batch"], latency["size"], latency["device"]) == (2, [32, 48], "cpu")
     assert latency["threads"] == 1
@@ -36,3 +39,25 @@ def test_other_data_of_the_same_classes(tiny_model, tiny_data, tmp_path):
     assert evaluate.main([str(tmp_path / "net.safetensors"), *flags]) == 0
     result = json.loads((tmp_path / "evaluation.json").read_text())
     assert (result["images"], result["data"]) == (5, str(other))
+
+
+def test_every_part_of_the_data_or_one_line(tiny_model, tiny_data, tmp_path, capsys):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    flags = ["--device", "cpu", "--seconds", "0.1"]
+    assert evaluate.main([str(model), *flags, "--split", "train"]) == 0
+    result = json.loads((model / "evaluation.json").read_text())
+    assert (result["split"], result["images"]) == ("train", 10)
+    capsys.readouterr()
+    assert evaluate.main([str(model), *flags, "--split", "test"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: split test: expected data with that part, got {tiny_data} without it; use "
+        "another, or --data\n"
+    )
+
+
+def test_a_run_that_was_not_trained_yet(tiny_run, capsys):
+    assert evaluate.main([str(tiny_run)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tiny_run}: expected a model.safetensors, a training or a run with one, got "
+        f"none; `nasfast train {tiny_run}` makes it\n"
+    )

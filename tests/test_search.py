@@ -94,8 +94,8 @@ def test_resume_with_data_that_moved(own_run, tiny_run, capsys):
     assert outcome(own_run) == outcome(tiny_run)
     assert tomllib.loads((own_run / "config.toml").read_text())["data"] == str(moved)
     assert search.main(["--resume", str(own_run)]) == 0
-    for path in shutil.copytree(moved, data).glob("masks/*.png"):
-        Image.new("L", (48, 32), 1).save(path)
+    for path in shutil.copytree(moved, data).glob("images/*.png"):
+        Image.new("RGB", (48, 32), "red").save(path)
     capsys.readouterr()
     assert search.main(["--resume", str(own_run), "--data", str(data)]) == 2
     assert capsys.readouterr().err == (

@@ -5,9 +5,11 @@ COMMANDS = {
     "search": "find an architecture",
     "train": "train an architecture in full",
     "evaluate": "measure a trained network: score, size, latency",
+    "predict": "use a trained network on images",
+    "export": "write a trained network as ONNX or for torch.export, also in int8",
     "report": "write the report of a search again, or beside a baseline",
     "cache": "list, verify and remove cached encoder features",
     "pretrain": "train the packaged encoder again",
-    "info": "what is built, and what runs where",
+    "info": "what is built, and what runs where; the zoo",
 }
 """What each does, in the order of use."""

@@ -42,6 +42,7 @@ def findings_of(argv: Sequence[str]) -> tuple[CheckConfig, Findings]:
         config = tyro.cli(
             method.check_settings, args=argv, description=__doc__, prog="nasfast check"
         )
+        config = dataclasses.replace(config, data=str(folder_of(config.data) or config.data))
         _check_out(config)
         try:
             return config, method.check(config)
@@ -65,7 +66,7 @@ def _methods(argv: Sequence[str]) -> list[Method]:
 
 
 def _sheet(config: CheckConfig) -> Path:
-    name = re.sub(r"[^\w.+-]+|^[.+-]+", "_", Path(config.data).resolve().name)
+    name = re.sub(r"[^\w.+-]+|^[.+-]+", "_", Path(config.data).name)
     return config.out or Path(f"{name}-check.png")
 
 

@@ -1,17 +1,21 @@
-"""``nasfast info``: what is built, what runs where, and why anything is missing."""
+"""``nasfast info``: what is built, what runs where, and why anything is missing; or, of the zoo,
+``--models`` or an architecture."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 from rich.table import Column, Table
 
-import nasfast.ops  # noqa: F401  (every op registers its backends)
+import nasfast
+import nasfast.ops  # every op registers its backends
 from nasfast.device import autocast_dtype, machine_info, resolve_device
+from nasfast.models.zoo import ZOO, list_models
 from nasfast.ops import _native
-from nasfast.utils.cli import reports_errors
+from nasfast.utils.cli import reports_errors, say
 
 
 def extension() -> dict[str, str]:
@@ -50,11 +54,25 @@ def _version(code: int) -> str:
     return f"{code // 1000}.{code % 1000 // 10}"
 
 
-def show() -> None:
-    """Print what is built, what runs where, and why anything is missing."""
+def show(
+    name: Annotated[str | None, tyro.conf.Positional] = None,
+    models: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+) -> None:
+    """Print what is built, what runs where, and why anything is missing.
+
+    Args:
+        name: an architecture of the zoo to describe instead.
+        models: list the zoo instead.
+    """
     console = Console()
-    for table in tables():
-        console.print(table)
+    if name is not None:
+        say(console, str(nasfast.model_info(name)))
+    elif models:
+        for model in list_models():
+            say(console, f"{model:<16} {ZOO[model].method:<14} {ZOO[model].source}")
+    else:
+        for table in tables():
+            console.print(table)
 
 
 @reports_errors

@@ -31,7 +31,7 @@ from nasfast.tasks.base import Targets
 from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.loop import Group, Runtime, epoch_indices, one_cycle, train_epoch
 from nasfast.utils.cli import reports_errors
-from nasfast.utils.config import BatchSize, Bound, Bounded, Count, Pixels, Positive, Seed
+from nasfast.utils.config import Bound, Bounded, Count, Positive, Seed
 from nasfast.utils.errors import UserError
 from nasfast.utils.files import atomic_file, expanded
 
@@ -49,13 +49,13 @@ class PretrainConfig(Bounded):
     """Replace the file if it exists."""
     width: Annotated[float, Bound(0.1, 10)] = 0.35
     """Channel multiplier of MobileNet-v2."""
-    frames: Annotated[int, Bound(2, 10**9)] = 4000
+    frames: Annotated[int, Bound(16, 10**6)] = 4000
     """Generated frames."""
     epochs: Count = 12
     """Passes over the frames."""
-    batch_size: BatchSize = 16
+    batch_size: Annotated[int, Bound(2, 1024)] = 16
     """Frames per step."""
-    crop: Pixels = 96
+    crop: Annotated[int, Bound(32, 1024)] = 96
     """Side of a crop, in pixels."""
     lr: Positive = 3e-3
     """Peak learning rate of Adam, on a cosine to zero."""

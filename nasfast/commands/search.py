@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import re
 import shlex
 import sys
@@ -24,6 +25,7 @@ from rich.console import Console
 
 from nasfast.device import machine_info
 from nasfast.methods.base import Method
+from nasfast.methods.flags import HELP
 from nasfast.methods.registry import DEFAULT, METHODS, method_named
 from nasfast.report import terminal_table, write_report
 from nasfast.runs.study import Study
@@ -59,7 +61,8 @@ def _settings_to_resume(study: Study, arguments: Resume) -> tuple[Method, Search
     """The run's method, and the settings that it goes on by."""
     method = method_named(study.method)
     config = from_mapping(method.search_settings, study.config, str(study.path / "config.toml"))
-    config = method.continued(config, study.load_checkpoint() or {}, arguments.budget)
+    with study.restoring():
+        config = method.continued(config, study.load_checkpoint() or {}, arguments.budget)
     given: dict[str, Any] = {
         name: getattr(arguments, name)
         for name in ("device", "workers", "devices", "engine")
@@ -198,6 +201,21 @@ class Session(contextlib.ExitStack):
         return self.study, report
 
 
+def methods_help() -> str:
+    """Every method, and how to continue a run."""
+    lines = [f"  {name:<14} {inspect.getdoc(m)}" for name, m in METHODS.items()]
+    others = (f"[--{f.name}]" for f in dataclasses.fields(Resume) if f.name != "resume")
+    return "\n".join(
+        [
+            "methods; nasfast search METHOD --help shows the flags of each",
+            *lines,
+            "continue a run",
+            f"  nasfast search --resume RUN {' '.join(others)}",
+            "",
+        ]
+    )
+
+
 def _parse_resume(argv: Sequence[str]) -> Resume:
     """What beside --resume may be given; the name of the run's method may come first."""
     named, words = (argv[0], argv[1:]) if argv[0] in METHODS else (None, argv)
@@ -224,6 +242,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 session.resume(_parse_resume(argv))
             else:
                 method = method_named(argv[0] if argv and argv[0][:1] != "-" else DEFAULT)
+                if not HELP.isdisjoint(argv):
+                    say(console, methods_help())
                 command = ["nasfast", "search", *argv]
                 session.begin(method, method.parse_search(argv), command)
             study, report = session.run()

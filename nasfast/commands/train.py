@@ -1,8 +1,8 @@
 """Train an architecture in full: ``nasfast train RUN``.
 
 RUN is the run directory of a search (its best architecture is trained on the search's data), a
-JSON file with a genotype, or the name of a published architecture. ``--resume DIR`` continues a
-training.
+JSON file with a genotype, or the name of a published architecture (``nasfast info --models``).
+``--resume DIR`` continues a training. ``nasfast train RUN --help`` shows the flags of RUN's method.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from nasfast.methods.base import Architecture, Method, Training, TrainSettings
 from nasfast.methods.registry import method_of_genotype, method_of_source, read_genotype
 from nasfast.models.io import MODEL_FILE
 from nasfast.models.zoo import list_models
+from nasfast.report import write_report
 from nasfast.runs.checkpoint import load_checkpoint, restoring, save_checkpoint
 from nasfast.runs.study import Study
 from nasfast.spaces.base import Genotype
@@ -71,7 +72,7 @@ def find(config: TrainSettings, zoo: Mapping[str, Architecture]) -> Architecture
     raise UserError(
         f"train: no run directory and no genotype file at {config.source}"
         f", nor a name of the zoo ({', '.join(list_models())})"
-        f"{did_you_mean(str(config.source), list_models())}; nasfast search makes a run"
+        f"; nasfast search makes a run{did_you_mean(str(config.source), list_models())}"
     )
 
 
@@ -191,7 +192,8 @@ class Session:
         return cls(method, config, genotype, out, arguments.data is not None)
 
     def run(self, console: Console) -> str:
-        """Train to the end; what to print.
+        """Train to the end; what to print. The report of the run that the training is in shows its
+        network then.
 
         Raises:
             StopRequested: after Ctrl-C; finished epochs are saved.
@@ -219,7 +221,11 @@ class Session:
             about_it = f"training {self.genotype.to_json()}\n{training.summary}"
             say(console, f"{about_it}\nout      {self.out}")
             fit(training, self.out, console)
-            return training.finish()
+            found = training.finish()
+        if self.out.parent == self.config.source:
+            study = Study.open(self.config.source, read_only=True)
+            write_report(study, self.method.report)
+        return found
 
 
 @reports_errors
@@ -248,4 +254,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     model = shlex.quote(str(session.out / MODEL_FILE))
     say(console, f"{scores}; {session.out}\n  nasfast evaluate {model}")
+    if session.out.parent == session.config.source:
+        say(console, f"  open {shlex.quote(str(session.config.source / 'report.html'))}")
     return 0

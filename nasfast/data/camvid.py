@@ -66,6 +66,8 @@ def _read_classes(path: Path) -> tuple[dict[str, Color], int]:
         ignore_index = int(described["ignore_index"])
         if not 2 <= len(dict(named)) == len(named) < 256:
             raise ValueError(f"{len(named)} classes of {len(dict(named))} names")
+        if not 0 <= ignore_index <= 255:
+            raise ValueError(f"the ignore_index {ignore_index}, which is not of 0..255")
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
             f"{path}: expected an object with 'ignore_index' and 'classes', a list of 2 to 255 "

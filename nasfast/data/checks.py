@@ -282,8 +282,8 @@ def _twice(files: Iterable[Path]) -> list[str]:
     if not twice:
         return []
     return [
-        f"{len(twice)} names come with several suffixes: {some(twice)}; if they are the same "
-        "images, a test may hold what was trained on"
+        f"{len(twice)} names come with several suffixes: {some(twice, 4, 60)}; if they are the "
+        "same images, a test may hold what was trained on"
     ]
 
 
@@ -333,9 +333,9 @@ def _unread(root: Path, read: Sequence[Path], aside: Sequence[Path]) -> tuple[li
     ):
         folders_of = {place: names for (why_, place), names in why.items() if why_ == reason}
         if folders_of:
-            counted = [f"{place} ({len(n)}: {some(n[:2])})" for place, n in folders_of.items()]
+            counted = [f"{place} ({len(n)}: {some(n, 2, 60)})" for place, n in folders_of.items()]
             total = sum(map(len, folders_of.values()))
-            warnings.append(f"{total} {text}: {some(counted)}; move or convert them")
+            warnings.append(f"{total} {text}: {some(counted, 4, 200)}; move or convert them")
     return rows, warnings
 
 
@@ -402,12 +402,15 @@ P = TypeVar("P", SegmentationDataset, ImageSet)
 
 
 def _dozen(parts: Mapping[str, P]) -> Iterator[tuple[str, P, int]]:
-    """(part, images, index) of twelve images, as many of each part, from all over it."""
-    left = TILES
-    for i, (part, images) in enumerate(parts.items()):
-        count = min(len(images), max(1, left // (len(parts) - i)))
-        left -= count
-        yield from ((part, images, (2 * k + 1) * len(images) // (2 * count)) for k in range(count))
+    """(part, images, index) of twelve images, as many of each part where it has them, from all over
+    it."""
+    counts: dict[str, int] = {}
+    for part in sorted(parts, key=lambda part: len(parts[part])):
+        share = (TILES - sum(counts.values())) // (len(parts) - len(counts))
+        counts[part] = min(len(parts[part]), share)
+    for part, images in parts.items():
+        step = len(images) / max(1, counts[part])
+        yield from ((part, images, int((k + 0.5) * step)) for k in range(counts[part]))
 
 
 def _parents(paths: Iterable[Path]) -> list[Path]:
@@ -415,7 +418,7 @@ def _parents(paths: Iterable[Path]) -> list[Path]:
 
 
 def _names(paths: Sequence[Path]) -> str:
-    return some([path.name for path in paths], 4)
+    return some([path.name for path in paths], 4, 60)
 
 
 def _is_image(path: Path) -> bool:

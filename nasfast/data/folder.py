@@ -15,6 +15,7 @@ from torch import Tensor
 from nasfast.data.base import Parts, Sample, SegmentationDataset, default_colors, digest
 from nasfast.data.images import (
     IMAGE_SUFFIXES,
+    FaultyFiles,
     by_stem,
     for_each,
     identity,
@@ -80,15 +81,14 @@ class FileDataset(SegmentationDataset):
             sizes = [(image.shape[1], image.shape[2]) for image in self._images]
         else:
             sizes = for_each(_image_size, [image for image, _ in pairs])
-        for (image, mask), (height, width), labels in zip(pairs, sizes, masks, strict=True):
-            if (height, width) != tuple(labels.shape):
-                turned = measure(image).turned
-                raise UserError(
-                    f"image and mask differ in size: {image} is {height}x{width}, "
-                    f"{mask} is {labels.shape[0]}x{labels.shape[1]} (height x width)"
-                    + turned
-                    * "; the image is upright by its EXIF orientation, turn the mask too"
-                )
+        shapes = [(mask.shape[0], mask.shape[1]) for mask in masks]
+        faults = [
+            _misfit(*pair, size, shape)
+            for pair, size, shape in zip(pairs, sizes, shapes, strict=True)
+            if size != shape
+        ]
+        if faults:
+            raise FaultyFiles(faults)
 
     @property
     def _table(self) -> Tensor:
@@ -151,9 +151,11 @@ class FileDataset(SegmentationDataset):
         )
 
 
-def some(items: Sequence[object], most: int = 8) -> str:
-    """The first of a list, each cut to 20 characters, for an error or a warning."""
-    texts = [text if len(text) <= 20 else f"{text[:18]}.." for text in map(str, items[:most])]
+def some(items: Sequence[object], most: int = 8, width: int = 20) -> str:
+    """The first of a list, each cut to a width in characters, for an error or a warning."""
+    texts = [
+        text if len(text) <= width else f"{text[: width - 2]}.." for text in map(str, items[:most])
+    ]
     return ", ".join([*texts, ".."] if len(items) > most else texts)
 
 
@@ -239,7 +241,7 @@ def read_classes(path: Path) -> list[str]:
 
 def read_lines(path: Path) -> list[str]:
     """The stripped lines of a list in UTF-8, without empty ones. UserError for an empty list."""
-    text = read_text(path).removeprefix("\ufeff")
+    text = read_text(path)
     if "\0" in text:
         raise UserError(f"{path}: expected text in UTF-8, got zero bytes, as in UTF-16; save it so")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -302,6 +304,14 @@ def _read_mask(path: Path) -> Tensor:
             "PNG whose pixel values are class indices); replace each colour by its class's index"
         )
     return torch.from_numpy(np.array(image, dtype=np.uint8))  # [H, W]
+
+
+def _misfit(image: Path, mask: Path, size: tuple[int, int], shape: tuple[int, int]) -> str:
+    turned = "; the image is upright by its EXIF orientation, turn the mask too"
+    return (
+        f"image and mask differ in size: {image} is {size[0]}x{size[1]}, {mask} is "
+        f"{shape[0]}x{shape[1]} (height x width){turned if measure(image).turned else ''}"
+    )
 
 
 def _count(mask: Tensor) -> Tensor:

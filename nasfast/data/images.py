@@ -48,7 +48,8 @@ class FaultyFiles(UserError):
     """Files that cannot be used; the text is that of the first and counts the others."""
 
     def __init__(self, faults: Sequence[str]) -> None:
-        more = f" ({len(faults) - 1} more files with a fault)" if len(faults) > 1 else ""
+        count = len(faults) - 1
+        more = f" (and {count} more, which nasfast check lists)" if count else ""
         super().__init__(faults[0] + more)
         self.faults = tuple(faults)
 
@@ -198,8 +199,8 @@ def read_image(path: Path, channels: int = 3) -> Tensor:
 
 def planes(image: Image.Image, channels: int) -> Tensor:
     """Pixels of an image, uint8 ``[channels, H, W]``."""
-    pixels = np.atleast_3d(np.array(image.convert(MODES[channels])))
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    pixels = torch.from_numpy(np.atleast_3d(np.array(image.convert(MODES[channels]))))
+    return pixels.permute(2, 0, 1).contiguous()
 
 
 def identity(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -14,12 +14,14 @@ from nasfast.runs.records import Evaluation
 from nasfast.spaces.base import Genotype
 from nasfast.tasks.base import Scores
 from nasfast.training.loop import NonFiniteLossError, Runtime
+from nasfast.training.pictures import drawn
 from nasfast.utils.errors import cause, out_of_memory
 from nasfast.utils.seeding import derive_seed
 
 G = TypeVar("G", bound=Genotype)
 G_in = TypeVar("G_in", bound=Genotype, contravariant=True)
 M = TypeVar("M", bound=nn.Module)
+S = TypeVar("S", bound=Scores)
 
 SeedOf = Callable[[str], int]
 """Seed of one thing that is drawn for a candidate, by its name, such as "stage0"."""
@@ -56,7 +58,7 @@ class Evaluator(Protocol[G_in]):
         """Costs, "params" and "macs", as an evaluation states them, without training."""
 
 
-class Stage(Protocol[M]):
+class Stage(Protocol[M, S]):
     """One training of a candidate, and its score."""
 
     @property
@@ -66,8 +68,11 @@ class Stage(Protocol[M]):
     def train(self, model: M, seed_of: SeedOf) -> M:
         """Train the candidate, or a copy of it; returns what was trained."""
 
-    def validate(self, model: M) -> Scores:
+    def validate(self, model: M) -> S:
         """Score what was trained."""
+
+    def show(self, model: M, scores: S) -> Mapping[str, bytes]:
+        """Files by name that show what was trained and scored, such as pictures."""
 
 
 class CandidateEvaluator(Generic[G, M]):
@@ -75,7 +80,8 @@ class CandidateEvaluator(Generic[G, M]):
 
     A candidate stops where the first stage's reward does not beat its gate. Running out of memory,
     and a loss or logits that are not finite, are its failure and are recorded beside the rewards of
-    the stages before; any other error is a defect and is raised. All randomness derives from the
+    the stages before; any other error is a defect and is raised. What a success predicts is shown
+    by files of the evaluation, or why it cannot be. All randomness derives from the
     seed and the candidate's index; the caller's generators are left as they were.
 
     Args:
@@ -93,7 +99,7 @@ class CandidateEvaluator(Generic[G, M]):
         self,
         build: Callable[[G], M],
         costs: Callable[[M], dict[str, float]],
-        stages: Sequence[Stage[M]],
+        stages: Sequence[Stage[M, Any]],
         runtime: Runtime,
         *,
         seed: int,
@@ -124,6 +130,7 @@ class CandidateEvaluator(Generic[G, M]):
         metrics: dict[str, dict[str, float]] = {}
         costs: dict[str, float] = {"params": 0, "macs": 0}
         step, failure = "build", None
+        files: Mapping[str, bytes] = {}
         device = self.runtime.device
 
         def seed_of(name: str) -> int:
@@ -143,12 +150,13 @@ class CandidateEvaluator(Generic[G, M]):
                     rewards[step], metrics[step] = scores.reward, scores.as_dict()
                     if gate is not None and rewards[self.feedback] <= gate:
                         break
+                files = drawn(lambda: stage.show(model, scores))
             except (RuntimeError, MemoryError, NonFiniteLossError) as error:
                 reason = failure_cause(error)
                 if reason is None:
                     raise
                 failure = f"{step}: {reason}"
-        return Evaluation(rewards, metrics, costs, gate, seconds, self.feedback, failure)
+        return Evaluation(rewards, metrics, costs, gate, seconds, self.feedback, failure, files)
 
 
 def failure_cause(error: Exception) -> str | None:

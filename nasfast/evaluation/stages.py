@@ -132,6 +132,13 @@ class DecoderOnFeatures:
         )
         return scores
 
+    def show(self, model: EncoderDecoder, scores: Scores) -> dict[str, bytes]:
+        """As `Stage` says."""
+        features, task = self._features, self._features.task
+        return task.show(
+            model.eval(), scores, task.search_val, features.val_transform, features.runtime
+        )
+
 
 class EndToEnd:
     """Trains encoder and decoder together."""
@@ -190,6 +197,11 @@ class EndToEnd:
             model, task.search_val, self._val_transform, self._runtime
         )
         return scores
+
+    def show(self, model: EncoderDecoder, scores: Scores) -> dict[str, bytes]:
+        """As `Stage` says."""
+        task = self._task
+        return task.show(model, scores, task.search_val, self._val_transform, self._runtime)
 
 
 def _adam(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nasfast.device import resolve_device
+from nasfast.inference.exported import EXPORT_SUFFIXES, load_exported
 from nasfast.inference.inputs import SHORTEST, Input, Resize, pixels_of, resized, size_for
 from nasfast.inference.tiles import Axis, output_bands, resized_bands
 from nasfast.models.io import MODEL_FILE, load_model
@@ -286,8 +287,8 @@ def load(path: Path | str, device: str = "auto") -> Model:
     """A trained network.
 
     Args:
-        path: a model.safetensors, the directory of a training, or a run, whose last training
-            counts.
+        path: a model.safetensors, the directory of a training, a run, whose last training counts,
+            or a file of ``nasfast export``.
         device: "auto", "cpu", "cuda" or "cuda:N".
 
     Raises:
@@ -295,7 +296,12 @@ def load(path: Path | str, device: str = "auto") -> Model:
     """
     file = find_model(Path(path).expanduser())
     where = resolve_device(device)
-    network, description = load_model(file)
+    network: nn.Module
+    if file.suffix in EXPORT_SUFFIXES:
+        network, description = exported = load_exported(file, device)
+        where = exported[0].place.device
+    else:
+        network, description = load_model(file)
     try:
         with about(file):
             model = Model(network, processor_of(description), description)

@@ -6,14 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import tyro
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from nasfast.data.checks import Findings
-from nasfast.inference.model import find_model
+from nasfast.inference.exported import EXPORT_SUFFIXES
+from nasfast.inference.model import Model, find_model
 from nasfast.report import MethodReport
 from nasfast.searches.base import Search, SearchSettings
 from nasfast.spaces.base import Genotype
@@ -42,14 +44,20 @@ class TrainSettings(Bounded):
     """auto, cpu, cuda or cuda:N."""
 
 
+Split = Literal["train", "val", "test"]
+"""Part of a data set."""
+
+
 @dataclass(frozen=True)
 class EvaluateConfig(Bounded):
     """What to measure, and where."""
 
     model: Annotated[Path, tyro.conf.Positional]
-    """model.safetensors, or the directory that holds it."""
+    """model.safetensors, a directory with it, a run, or an .onnx or .pt2 of nasfast export."""
     data: str | None = None
     """Data as for nasfast search; default: what the network was trained on."""
+    split: Split = "val"
+    """Which images to score on; searches and trainings never read those of test."""
     batch: BatchSize = 1
     """Images per forward pass, for the latency."""
     seconds: Annotated[float, Bound(0, 3600, open="low")] = 5.0
@@ -59,15 +67,21 @@ class EvaluateConfig(Bounded):
 
     @property
     def path(self) -> Path:
-        """The model file."""
-        return find_model(self.model) if self.model.is_dir() else self.model
+        """The model file; UserError where there is none."""
+        return find_model(self.model)
+
+    @property
+    def label(self) -> str:
+        """What tables call the network."""
+        path = self.path.resolve()
+        return path.name if path.suffix in EXPORT_SUFFIXES else path.parent.name
 
 
 @dataclass(frozen=True)
 class CheckConfig:
     """What to look at, and how a search would read it; methods add their settings."""
 
-    data: str = "synthetic"
+    data: str
     """Data as for nasfast search."""
     out: Path | None = None
     """PNG to draw a dozen of the images on; default: DATA-check.png in the working directory. It is
@@ -230,5 +244,21 @@ class Method(ABC):
         """Settings of an evaluation from a command line and a help text."""
 
     @abstractmethod
+    def inputs(self, model: Model, data: str, split: Split, count: int) -> list[Tensor]:
+        """Up to ``count`` inputs ``[1, c, H, W]`` of a network, preprocessed, from all over a part
+        of the data; UserError where it cannot be read or does not fit."""
+
+    @abstractmethod
+    def score(self, model: Model, data: str, split: Split, runtime: Runtime) -> dict[str, float]:
+        """A network's metrics, more is better, on a part of the data, the first to be named first;
+        errors as above."""
+
+    @abstractmethod
     def evaluate(self, settings: Any) -> tuple[Mapping[str, Any], Table]:
         """Plain JSON for evaluation.json, and the same for a person."""
+
+
+def spread(total: int, count: int) -> list[int]:
+    """Up to ``count`` indices from all over 0 .. total - 1."""
+    count = min(total, count)
+    return [round((i + 0.5) * total / count - 0.5) for i in range(count)]

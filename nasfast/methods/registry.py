@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from nasfast.inference.exported import EXPORT_SUFFIXES, read_description
 from nasfast.inference.model import find_model
 from nasfast.methods.base import Method
 from nasfast.methods.restoration import Restoration
 from nasfast.methods.segmentation import Segmentation
 from nasfast.models.io import MODEL_FILE, model_method
 from nasfast.models.zoo import read_architecture
+from nasfast.utils.config import from_mapping
 from nasfast.utils.errors import UserError, about
 from nasfast.utils.files import read_toml
 
@@ -59,14 +62,20 @@ def method_of_source(argv: Sequence[str]) -> tuple[Method, Mapping[str, Any]]:
     with the settings of its search, as far as known.
 
     Raises:
-        UserError: no word is one of those, or it is of no known method.
+        UserError: it is of no known method, or a setting of its search that a training takes over
+            is damaged.
     """
     for word in argv:
         path = Path(word)
         named = [method for method in METHODS.values() if word in method.zoo]
         if (path / "records.jsonl").is_file() and (path / "config.toml").is_file():
             settings = read_toml(path / "config.toml")
-            return method_named(settings.get("method", DEFAULT)), settings
+            method = method_named(settings.get("method", DEFAULT))
+            taken = {f.name for f in fields(method.train_settings)} & settings.keys()
+            taken &= {f.name for f in fields(method.search_settings)}
+            shared = {name: settings[name] for name in taken}
+            from_mapping(method.search_settings, shared, str(path / "config.toml"))
+            return method, settings
         if path.is_file():
             try:
                 genotype = read_genotype(path)
@@ -79,7 +88,7 @@ def method_of_source(argv: Sequence[str]) -> tuple[Method, Mapping[str, Any]]:
 
 
 def method_of_model(argv: Sequence[str]) -> Method:
-    """By the first word that is a model file, a training or a run.
+    """By the first word that is a model file, an export, a training or a run.
 
     Raises:
         UserError: the file is of no known method, or nothing was trained in the run yet.
@@ -89,12 +98,16 @@ def method_of_model(argv: Sequence[str]) -> Method:
         if (path / "config.toml").is_file():  # of a run or a training; data has none
             path = find_model(path)
         path = path / MODEL_FILE if path.is_dir() else path
-        if path.is_file() and path.suffix == ".safetensors":
+        if path.is_file() and path.suffix in EXPORT_SUFFIXES:
+            family, name = "", read_description(path).get("method")
+        elif path.is_file() and path.suffix == ".safetensors":
             family, name = model_method(path)
-            if name is not None:
-                with about(path):
-                    return method_named(name)
-            return next(m for m in METHODS.values() if m.model_format == family)
+        else:
+            continue
+        if name is not None:
+            with about(path):
+                return method_named(name)
+        return next(m for m in METHODS.values() if m.model_format == family)
     return METHODS[DEFAULT]
 
 

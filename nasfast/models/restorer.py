@@ -45,14 +45,14 @@ class RestorerConfig(Bounded):
     published parameter counts include it; nothing reads it."""
 
 
-REACH = {"conv3x3": 1, "sep3x3": 2, "dil3x3": 2, "def3x3": 2, "skip": 0}
-"""Pixels that an operation's output depends on, to each side. def3x3 has the convolution of its
-offsets and its own taps; offsets of any length come on top."""
+REACH = {"conv3x3": 1, "sep3x3": 2, "dil3x3": 2, "def3x3": 3, "skip": 0}
+"""Pixels that an operation's output depends on, to each side. That of def3x3 has no bound: here are
+the convolution of its offsets, its taps, and offsets of up to a pixel."""
 
 
 def reach(genotype: IRNASGenotype) -> int:
-    """Pixels that an output of a `Restorer` depends on, to each side, where deformable convolutions
-    sample where plain ones would."""
+    """Pixels that an output of a `Restorer` depends on, to each side; with deformable convolutions,
+    those that weigh."""
     before_last, last = 1, 2  # the stem
     for _ in genotype.levels:
         states = [before_last, last]

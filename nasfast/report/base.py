@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 from xml.etree.ElementTree import Element
@@ -23,6 +23,11 @@ class Section:
 
 class MethodReport(Protocol):
     """The part of a report that only the method of the run knows."""
+
+    @property
+    def terms(self) -> Mapping[str, str]:
+        """What "reward", "gate", the stages and the metrics mean, a line each; the report shows
+        those that its records have."""
 
     @property
     def metric(self) -> tuple[str, str]:

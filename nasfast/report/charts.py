@@ -1,4 +1,4 @@
-"""Charts in SVG: lines over a count, heat maps."""
+"""Charts in SVG: lines over a count, points over a cost, heat maps."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
 from nasfast.report.html import element, legend, legend_key
+from nasfast.report.numbers import cost_label, cost_text
 
-__all__ = ["COLORS", "Chart", "heat_map", "line_chart", "sample"]
+__all__ = ["COLORS", "Chart", "CostChart", "heat_map", "line_chart", "sample"]
 
 COLORS = 8  # of series and choices in the style sheet: .c0 to .c7
 WIDTH = 1000  # of a chart, in SVG user units
@@ -40,20 +41,8 @@ class Chart:
         cls, values: Iterable[float], count: int, label: str, first: int = 0, height: int = 340
     ) -> Chart:
         """Axes that hold all finite values."""
-        finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
-        low, high = min(finite), max(finite)
-        raw = max(high - low, 0.01) / 4
-        power = 10.0 ** math.floor(math.log10(raw))
-        step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
-        return cls(
-            count=max(count, 1),
-            label=label,
-            first=first,
-            low=math.floor(low / step) * step,
-            high=math.ceil(high / step + 0.1) * step,
-            step=step,
-            height=height,
-        )
+        low, high, step = _grid(values, 0.01)
+        return cls(max(count, 1), label, first, low, high, step, height=height)
 
     def x(self, index: float) -> float:
         return self.left + 14 + (self.width - self.left - 28) * index / max(self.count - 1, 1)
@@ -61,6 +50,13 @@ class Chart:
     def y(self, value: float) -> float:
         floor = self.height - self.bottom
         return floor - 14 - (floor - 24) * (value - self.low) / (self.high - self.low)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Values and labels of the horizontal axis."""
+        every = max(1, 10 ** math.floor(math.log10(self.count)))
+        if self.count / every < 4:
+            every = max(1, every // 5)
+        return [(i, str(i + self.first)) for i in range(0, self.count, every)]
 
     def axes(self) -> list[Element]:
         marks = []
@@ -72,12 +68,9 @@ class Chart:
             marks.append(element("text", text, x=self.left - 8, y=y, dy=4, text_anchor="end"))
         floor = self.height - self.bottom
         marks.append(element("path", d=f"M{self.left} {floor}H{self.width}", class_="axis"))
-        every = max(1, 10 ** math.floor(math.log10(self.count)))
-        if self.count / every < 4:
-            every = max(1, every // 5)
-        for i in range(0, self.count, every):
-            place = {"x": f"{self.x(i):.1f}", "y": floor + 16, "text_anchor": "middle"}
-            marks.append(element("text", str(i + self.first), **place))
+        for value, text in self.ticks():
+            place = {"x": f"{self.x(value):.1f}", "y": floor + 16, "text_anchor": "middle"}
+            marks.append(element("text", text, **place))
         middle = (self.left + self.width) / 2
         place = {"x": middle, "y": self.height - 4, "text_anchor": "middle"}
         return [*marks, element("text", self.label, **place)]
@@ -111,6 +104,56 @@ class Chart:
             aria_label=title,
         )
         return element("div", svg, class_="wide")
+
+
+@dataclass(frozen=True)
+class CostChart(Chart):
+    """Coordinates of a chart of values over a cost."""
+
+    cost: str = ""
+    """Its name in the records."""
+    cheapest: float = 0.0
+    dearest: float = 1.0
+    cost_step: float = 1.0
+
+    @classmethod
+    def of_costs(cls, cost: str, costs: Sequence[float], values: Iterable[float]) -> CostChart:
+        """Axes that hold all points."""
+        axes = (*_grid(values, 0.01), *_grid(costs, max(costs, default=0.0) / 100 or 1.0))
+        low, high, step, cheapest, dearest, cost_step = axes
+        return cls(
+            1,
+            cost_label(cost),
+            0,
+            low,
+            high,
+            step,
+            height=240,
+            cost=cost,
+            cheapest=cheapest,
+            dearest=dearest,
+            cost_step=cost_step,
+        )
+
+    def x(self, index: float) -> float:
+        share = (index - self.cheapest) / (self.dearest - self.cheapest)
+        return self.left + 14 + (self.width - self.left - 42) * share
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Costs in their unit."""
+        count = round((self.dearest - self.cheapest) / self.cost_step)
+        values = [self.cheapest + i * self.cost_step for i in range(count + 1)]
+        return [(value, cost_text(self.cost, value)) for value in values]
+
+
+def _grid(values: Iterable[float], least: float) -> tuple[float, float, float]:
+    """Ends and step of a grid that holds all finite values; it spans ``least`` at least."""
+    finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+    low, high = min(finite), max(finite)
+    raw = max(high - low, least) / 4
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
+    return math.floor(low / step) * step, math.ceil(high / step + 0.1) * step, step
 
 
 def sample(kind: str) -> tuple[Element, Element]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from xml.etree.ElementTree import Element
 
-__all__ = ["element", "figure", "legend", "legend_key", "table"]
+__all__ = ["element", "figure", "legend", "legend_key", "table", "terms"]
 
 
 def element(tag: str, *children: Element | str, **attributes: object) -> Element:
@@ -33,12 +33,21 @@ def figure(content: Element, caption: str) -> Element:
     return element("figure", element("div", content, class_="wide"), element("figcaption", caption))
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str) -> Element:
+def table(head: Sequence[str], rows: Sequence[Sequence[Element | str]], kind: str) -> Element:
     """A table; without a header row where `head` is empty."""
     content = [element("tbody", *(_cells("td", row) for row in rows))]
     if head:
         content.insert(0, element("thead", _cells("th", head)))
     return element("div", element("table", *content, class_=kind), class_="wide")
+
+
+def terms(meanings: Mapping[str, str]) -> Element:
+    """What words mean, a line each."""
+    lines = (
+        element("div", element("dt", word), element("dd", meaning))
+        for word, meaning in meanings.items()
+    )
+    return element("dl", *lines, class_="terms")
 
 
 def legend(*keys: Element) -> Element:
@@ -51,5 +60,5 @@ def legend_key(text: str, *marks: Element) -> Element:
     return element("li", element("svg", *marks, viewBox="0 0 14 10", width=14, height=10), text)
 
 
-def _cells(tag: str, texts: Sequence[str]) -> Element:
-    return element("tr", *(element(tag, text) for text in texts))
+def _cells(tag: str, contents: Sequence[Element | str]) -> Element:
+    return element("tr", *(element(tag, content) for content in contents))

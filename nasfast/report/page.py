@@ -15,8 +15,10 @@ from xml.etree.ElementTree import Element, tostring
 
 from nasfast.report.base import MethodReport
 from nasfast.report.charts import COLORS, Chart, sample
-from nasfast.report.html import element, legend, legend_key, table
+from nasfast.report.fronts import fronts
+from nasfast.report.html import element, legend, legend_key, table, terms
 from nasfast.report.numbers import cost_label, cost_text, duration, number
+from nasfast.report.predictions import predictions
 from nasfast.report.ranking import Stage, genotype_text, metric_text, ranking_table, stages
 from nasfast.runs.records import Record
 from nasfast.runs.study import Study
@@ -87,16 +89,21 @@ def _parts(study: Study, hook: MethodReport, baseline: Study | None) -> list[Ele
         span = f"{first} to {last} UTC"
     parts = [element("header", element("h1", study.path.name), element("p", span))]
     if best is not None:
-        parts.append(_tiles(_facts(best, hook), "tiles hero"))
+        parts.append(_tiles(_facts(study, best, hook), "tiles hero"))
     parts.append(_tiles(summary.facts(), "tiles"))
     if records:
-        parts.append(_section("Reward over the search", _progress(records, baseline)))
+        content = [*_progress(study, baseline), _terms(records, hook)]
+        parts.append(_section("Reward over the search", content))
     if baseline is not None:
         parts.append(_section("Comparison", [_comparison(study, baseline)]))
-    own = itertools.chain(hook.architecture(best) if best else (), hook.sections(study))
-    parts += [_section(section.title, section.content) for section in own]
+    drawn = hook.architecture(best) if best else ()
+    more = itertools.chain(predictions(study, hook), drawn, hook.sections(study))
+    parts += [_section(section.title, section.content) for section in more]
+    if content := fronts(study):
+        parts.append(_section("Reward against cost", content))
     if best is not None:
-        parts.append(_section("Architectures, best first", _ranking(study, hook)))
+        first = "best" if study.ranks_by == "score" else "last"
+        parts.append(_section(f"Architectures, {first} first", _ranking(study, hook)))
     if summary.failed:
         parts.append(_section("Failures", [_failures(records)]))
     if sum(summary.seconds.values()) > 0:
@@ -121,9 +128,22 @@ def _tiles(facts: Mapping[str, str], kind: str) -> Element:
     return element("dl", *tiles, class_=kind)
 
 
-def _facts(best: Record, hook: MethodReport) -> dict[str, str]:
+def _terms(records: Sequence[Record], hook: MethodReport) -> Element:
+    """Of the method's terms those that the page uses."""
+    used = {"reward"}
+    for record in records:
+        evaluation = record.evaluation
+        used |= evaluation.rewards.keys()
+        used.update(*evaluation.metrics.values())
+        if evaluation.gate is not None:
+            used.add("gate")
+    return terms({word: meaning for word, meaning in hook.terms.items() if word.lower() in used})
+
+
+def _facts(study: Study, best: Record, hook: MethodReport) -> dict[str, str]:
     evaluation, stage = best.evaluation, best.evaluation.last_stage
-    reward = {f"best reward, {stage}": number(evaluation.rewards[stage])} if stage else {}
+    kind = "best" if study.ranks_by == "score" else "last"
+    reward = {f"{kind} reward, {stage}": number(evaluation.rewards[stage])} if stage else {}
     costs = {cost_label(name): cost_text(name, value) for name, value in evaluation.costs.items()}
     return reward | {hook.metric[1]: metric_text(best, hook)} | costs
 
@@ -132,9 +152,13 @@ def _comparison(study: Study, baseline: Study) -> Element:
     both = (study, baseline)
     columns = [_Summary.of(each).facts() for each in both]
     for stage in stages([*study.records, *baseline.records]):
+        last = any(each.ranks_by == "last" and stage.passed(each.records) for each in both)
         for column, each in zip(columns, both, strict=True):
-            rewards = [reward for _, reward in _fresh(stage, each.records)]
-            column[f"best {stage.label} reward"] = number(max(rewards, default=None))
+            rewards = [reward for _, reward in _counted(stage, each)]
+            if last:
+                column[f"last {stage.label} reward"] = number(rewards[-1] if rewards else None)
+            else:
+                column[f"best {stage.label} reward"] = number(max(rewards, default=None))
             mean = statistics.fmean(rewards) if rewards else None
             column[f"mean {stage.label} reward"] = number(mean)
     mine, theirs = columns
@@ -194,9 +218,9 @@ def _commands(study: Study) -> list[Element]:
     ]
 
 
-def _progress(records: Sequence[Record], baseline: Study | None) -> list[Element]:
-    """Chart of reward over candidates, and its legend."""
-    others = baseline.records if baseline else ()
+def _progress(study: Study, baseline: Study | None) -> list[Element]:
+    """Chart of reward over candidates or epochs, and its legend."""
+    records, others = study.records, baseline.records if baseline else ()
     everything = [*records, *others]
     values = [
         value
@@ -205,14 +229,15 @@ def _progress(records: Sequence[Record], baseline: Study | None) -> list[Element
         if value is not None
     ]
     count = max((record.index for record in everything), default=0) + 1
-    chart = Chart.of(values, count, "candidate")
+    epochs = study.ranks_by == "last"
+    chart = Chart.of(values, count, "epoch" if epochs else "candidate", first=int(epochs))
     marks: list[Element] = []
     keys: list[Element] = []
     if baseline is not None:
         feedback = {(record.phase, record.evaluation.feedback) for record in others}
         for stage in stages(others):
             if (stage.phase, stage.name) in feedback:
-                marks += _series(chart, others, stage, "baseline")
+                marks += _series(chart, baseline, stage, "baseline")
                 text = f"{baseline.path.name}, {stage.label}"
                 keys.append(legend_key(text, *sample("baseline")))
     gates = [
@@ -225,8 +250,9 @@ def _progress(records: Sequence[Record], baseline: Study | None) -> list[Element
         keys.append(legend_key("gate of the first stage", sample("gate")[0]))
     for i, stage in enumerate(stages(records)):
         color = f"c{i % COLORS}"
-        marks += _series(chart, records, stage, color)
-        keys.append(legend_key(f"{stage.label}, line: best so far", *sample(color)))
+        marks += _series(chart, study, stage, color)
+        line = "the last epoch is the result" if epochs else "line: best so far"
+        keys.append(legend_key(f"{stage.label}, {line}", *sample(color)))
     if any(record.evaluation.failure is not None for record in records):
         marks += _crosses(chart, records)
         cross = element("path", d="M3 1l8 8m0 -8l-8 8", class_="failed")
@@ -234,13 +260,19 @@ def _progress(records: Sequence[Record], baseline: Study | None) -> list[Element
     return [chart.drawn(marks, "reward over candidates"), legend(*keys)]
 
 
-def _series(chart: Chart, records: Sequence[Record], stage: Stage, kind: str) -> list[Element]:
-    """A dot per reward of one stage, hollow for duplicates, and the best so far as a line."""
-    fresh = _fresh(stage, records)
-    best = list(itertools.accumulate((reward for _, reward in fresh), max))
-    line = list(zip((record.index for record, _ in fresh), best, strict=True))
-    end = max((record.index for record in records if record.phase == stage.phase), default=0)
-    marks = [chart.steps([*line, (end, best[-1])], kind)] if line else []
+def _series(chart: Chart, study: Study, stage: Stage, kind: str) -> list[Element]:
+    """A dot per reward of one stage, hollow for duplicates, and a line: the best so far, or each
+    reward where the last one counts."""
+    records, counted = study.records, _counted(stage, study)
+    indices = [record.index for record, _ in counted]
+    rewards = [reward for _, reward in counted]
+    marks = []
+    if counted and study.ranks_by == "last":
+        marks = [chart.line(list(zip(indices, rewards, strict=True)), kind)]
+    elif counted:
+        best = list(itertools.accumulate(rewards, max))
+        end = max(record.index for record in records if record.phase == stage.phase)
+        marks = [chart.steps([*zip(indices, best, strict=True), (end, best[-1])], kind)]
     for record, reward in stage.passed(records):
         text = f"architecture {record.index}: {stage.label} reward {number(reward)}"
         if record.duplicate_of is not None:
@@ -263,9 +295,11 @@ def _crosses(chart: Chart, records: Sequence[Record]) -> list[Element]:
     return marks
 
 
-def _fresh(stage: Stage, records: Sequence[Record]) -> list[tuple[Record, float]]:
-    """Records and rewards of a stage, without duplicates."""
-    return [found for found in stage.passed(records) if found[0].duplicate_of is None]
+def _counted(stage: Stage, study: Study) -> list[tuple[Record, float]]:
+    """Records and rewards of a stage. Duplicates repeat an evaluation, but for those of a search by
+    gradient, which derived an architecture again from other weights."""
+    found = stage.passed(study.records)
+    return [pair for pair in found if study.ranks_by == "last" or pair[0].duplicate_of is None]
 
 
 def _flat(mapping: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:

@@ -35,6 +35,8 @@ class Evaluation:
     """Stage whose reward the strategy learns from."""
     failure: str | None = None
     """Stage and cause where one failed, e.g. "stage1: out of memory"; None for a success."""
+    files: Mapping[str, bytes] = field(default_factory=dict, compare=False, repr=False)
+    """Pictures and more to keep beside the best record, by name; no part of the record."""
 
     def __post_init__(self) -> None:
         if not self.rewards and self.failure is None:
@@ -59,7 +61,9 @@ class Evaluation:
 
     def to_json(self) -> dict[str, object]:
         """Plain JSON of all fields; the order of the stages has a field of its own."""
-        return {"stages": list(self.rewards)} | asdict(self)
+        fields = asdict(self)
+        del fields["files"]
+        return {"stages": list(self.rewards)} | fields
 
     @classmethod
     def from_json(cls, obj: object, where: str = "evaluation", version: int = VERSION) -> Self:

@@ -2,7 +2,7 @@
 
     runs/<YYYYmmdd-HHMMSS>-<method>-<name>/
         study.json  config.toml  env.json  records.jsonl  best.json  checkpoint/state.pt
-        report.html  lock
+        predictions/architecture-<index>/  report.html  lock
 
 A record is on the disk when `append` returns; a crash loses at most the one being written.
 """
@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ from nasfast.runs.records import VERSION as RECORD_VERSION
 from nasfast.runs.records import Record
 from nasfast.utils.errors import UserError, cause
 from nasfast.utils.files import (
+    atomic_directory,
     atomic_write,
     naming,
     read_object,
@@ -45,6 +47,9 @@ __all__ = ["Ranking", "Study"]
 
 VERSION = 2
 """Of study.json; runs made before it have none."""
+
+PREDICTIONS = "predictions"
+"""Directory of the files of the best record, and in a training's of those of its network."""
 
 Ranking = Literal["score", "last"]
 """What the best architecture is: the one with the highest score, or where the search ended."""
@@ -150,6 +155,11 @@ class Study:
         return tuple(self._records)
 
     @property
+    def ranks_by(self) -> Ranking:
+        """What the best architecture is."""
+        return self._ranking
+
+    @property
     def best(self) -> Record | None:
         """The first of the ranking; None before a success."""
         ranking = self.ranking()
@@ -195,6 +205,31 @@ class Study:
         self._records.append(record)
         if self.best is record:
             self.write_best()
+            for old in self.path.glob(f"{PREDICTIONS}/*"):
+                if old != self._files_of(record):
+                    shutil.rmtree(old)
+
+    def keep_files(self, record: Record, files: Mapping[str, bytes]) -> None:
+        """Keep files, such as pictures, of a record that is about to be appended, where it will be
+        the best. `append` removes those of the best before it: after a crash between the two, that
+        one still has its own."""
+        self._require_lock()
+        best = self.best
+        if not files or record.score is None:
+            return
+        if self._ranking == "score" and best and best.score and record.score <= best.score:
+            return
+        atomic_directory(self._files_of(record), files)
+
+    @property
+    def best_files(self) -> Path:
+        """Directory of the best record's files; older runs, and those before a success, have
+        none."""
+        best = self.best
+        return self._files_of(best) if best is not None else self.path / PREDICTIONS
+
+    def _files_of(self, record: Record) -> Path:
+        return self.path / PREDICTIONS / f"architecture-{record.index}"
 
     def move_data(self, data: str) -> None:
         """Note in config.toml where the data is now."""

@@ -29,9 +29,11 @@ from nasfast.tasks.restoration import RestorationTask
 from nasfast.tasks.restoration.fidelity import psnr, ssim
 from nasfast.tasks.restoration.loss import RestorationLoss
 from nasfast.tasks.restoration.patches import ImagePatches
-from nasfast.tasks.restoration.scoring import costs, image_generator, reward
+from nasfast.tasks.restoration.pictures import before_and_after
+from nasfast.tasks.restoration.scoring import Restored, costs, image_generator, reward
 from nasfast.training.cost import count_parameters
 from nasfast.training.loop import Runtime
+from nasfast.training.pictures import SAMPLES, drawn, spread
 from nasfast.utils.cli import say
 from nasfast.utils.config import (
     BatchSize,
@@ -225,11 +227,12 @@ class SupernetSearch:
         return max(len(learned) - (changed[-1] if changed else 0) - 1, 0)
 
     def _run_epoch(self, training: SupernetTraining, study: Study) -> Record:
+        """Its record, without files, which the study has then."""
         seconds: dict[str, float] = {}
         with timed(seconds, f"{STAGE}_train"):
             losses = training.train_epoch()
         with timed(seconds, f"{STAGE}_validate"):
-            restored, similarity = training.score()
+            restored, similarity, shown = training.score()
         model = training.model
         alpha_entropy, beta_entropy = model.entropies()
         genotype = model.derive()
@@ -243,7 +246,7 @@ class SupernetSearch:
             "alpha_entropy": alpha_entropy,
             "beta_entropy": beta_entropy,
         }
-        return Record(
+        record = Record(
             index=training.epoch - 1,
             genotype=genotype.to_json(),
             canonical=canonical,
@@ -259,6 +262,8 @@ class SupernetSearch:
             duplicate_of=first.index if first else None,
             time=datetime.now(UTC).isoformat(timespec="seconds"),
         )
+        study.keep_files(record, drawn(lambda: before_and_after(shown)))
+        return record
 
     def _line(self, study: Study, record: Record) -> str:
         epochs, metrics = self.bilevel.epochs, record.evaluation.metrics[STAGE]
@@ -285,6 +290,7 @@ class SupernetTraining:
         self.runtime, self._config = search.runtime, search.bilevel
         self._weight_patches, self._architecture_patches = search.halves
         self._val = _centres(search.task, search.val, search.bilevel.val_crop, search.seed)
+        self._names = search.val.names
         self._loss = RestorationLoss(search.bilevel.ssim_weight)
         torch.manual_seed(derive_seed(search.seed, "supernet"))
         self.model = Supernet(search.supernet, search.val.channels, search.task.scale)
@@ -368,23 +374,28 @@ class SupernetTraining:
         return loss.detach()
 
     @torch.inference_mode()
-    def score(self) -> tuple[float, float]:
-        """Mean PSNR (dB) and SSIM on the validation images."""
+    def score(self) -> tuple[float, float, list[Restored]]:
+        """Mean PSNR (dB) and SSIM on the validation images, and some of those to show."""
         self.model.eval()
         alphas = self.model.alphas
         mix = None if isinstance(self._relaxation, Darts) else most_probable(alphas)
-        ratios, similarities = [], []
-        for inputs, target in self._val:
+        ratios, similarities, shown = [], [], []
+        keep = spread(len(self._val), SAMPLES)
+        for index, (inputs, target) in enumerate(self._val):
             self.runtime.heartbeat()
             inputs, target = (image.to(self.runtime.device) for image in (inputs, target))
             with self.runtime.autocast():
                 restored = self.model(inputs, mix)
             ratios.append(psnr(restored.float(), target))
             similarities.append(ssim(restored.float(), target))
+            if index in keep:
+                maps = (images[0].float().cpu() for images in (target, inputs, restored))
+                clean, degraded, output = maps
+                shown.append(Restored(self._names[index], clean, degraded, output.clamp(0, 1)))
         means = torch.cat(ratios).mean().item(), torch.cat(similarities).mean().item()
         if not all(map(math.isfinite, means)):
             raise self._diverged("what the supernet gives for the validation images is not finite")
-        return means
+        return *means, shown
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next epoch depends on, and the architecture after each so far."""

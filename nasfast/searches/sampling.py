@@ -281,16 +281,18 @@ class SamplingSearch:
             evaluations = phase.engine.evaluate(phase.evaluator, new, show)
             for job, origin in entries:
                 fresh = origin == job.index
+                evaluation = next(evaluations) if fresh else study.records[origin].evaluation
                 record = Record(
                     index=job.index,
                     genotype=job.genotype.to_json(),
                     canonical=job.genotype.canonical().to_json(),
                     seed=derive_seed(phase.evaluator.seed, job.index),
-                    evaluation=next(evaluations) if fresh else study.records[origin].evaluation,
+                    evaluation=dataclasses.replace(evaluation, files={}),
                     duplicate_of=None if fresh else origin,
                     time=datetime.now(UTC).isoformat(timespec="seconds"),
                     phase=self._number,
                 )
+                study.keep_files(record, evaluation.files)
                 study.append(record)
                 done = f"{self._evaluated(study):>{len(str(phase.budget))}}/{phase.budget}"
                 _print_record(study, record, f"[{done}]", console)

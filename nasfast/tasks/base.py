@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
@@ -12,8 +14,9 @@ from torch.nn import functional as F
 
 from nasfast.data import normalize
 from nasfast.models.layers import resize
-from nasfast.tasks.processor import Processor
+from nasfast.tasks.processor import Prediction, Processor
 from nasfast.training.loop import Runtime, in_order
+from nasfast.training.pictures import SAMPLES, png, spread, strip, thumbnail
 
 T = TypeVar("T")
 
@@ -33,6 +36,21 @@ class Scores(Protocol):
 
 
 S = TypeVar("S", bound=Scores)
+
+CLASSES = "classes.json"
+"""File beside the pictures: a list of `ClassScore`."""
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """What a network is worth on one class."""
+
+    name: str
+    metric: str
+    score: float | None
+    """None where the class is absent or left out."""
+    color: tuple[int, int, int]
+    """That it is drawn in."""
 
 
 class Frames(Protocol):
@@ -116,6 +134,45 @@ class DenseTask(ABC, Generic[S]):
     @abstractmethod
     def processor(self) -> Processor:
         """How a trained network of this task is used."""
+
+    @abstractmethod
+    def truth(self, targets: Targets, image: Tensor) -> Prediction:
+        """What a network should have predicted, to be drawn beside what it did.
+
+        Args:
+            targets: of one sample, at the size of its image, without the batch's axis.
+            image: uint8 ``[3, H, W]``.
+        """
+
+    def class_scores(self, scores: S) -> list[ClassScore]:
+        """Scores of each class; none where the task has no classes."""
+        return []
+
+    @torch.inference_mode()
+    def show(
+        self, model: nn.Module, scores: S, frames: Frames, transform: Any, runtime: Runtime
+    ) -> dict[str, bytes]:
+        """Files by name, for people to look at: some samples with the truth and with what a network
+        in evaluation mode predicts, and the scores of the classes."""
+        files = {}
+        for index in spread(len(frames), SAMPLES):
+            images, targets = self.load_batch(frames, [index], transform)
+            with runtime.autocast():
+                output = model(prepare_images(images, runtime))[0]
+            output = output.float()
+            if self.processor.full_size:
+                output = resize(output, (images.shape[-2], images.shape[-1]))
+            expected = {name: target[0] for name, target in targets.items()}
+            panels = {
+                "image": images[0],
+                "truth": self.truth(expected, images[0]).draw(),
+                "prediction": self.processor.prediction(output[0], images[0]).draw(),
+            }
+            shown = strip({name: thumbnail(panel) for name, panel in panels.items()})
+            files[f"image-{index}.png"] = png(shown, palette=True)
+        if classes := self.class_scores(scores):
+            files[CLASSES] = json.dumps([asdict(each) for each in classes]).encode()
+        return files
 
     def loss(
         self,

@@ -21,7 +21,7 @@ from nasfast.data import (
     batch,
 )
 from nasfast.models.layers import resize
-from nasfast.tasks.base import DenseTask, Frames, Targets
+from nasfast.tasks.base import ClassScore, DenseTask, Frames, Targets
 from nasfast.tasks.processor import Prediction, Preprocessing, Processor
 from nasfast.training.loop import NonFiniteLossError, Runtime
 from nasfast.training.metrics import ConfusionMatrix, SegmentationScores
@@ -216,3 +216,15 @@ class SegmentationTask(DenseTask[SegmentationScores]):
     def processor(self) -> SegmentationProcessor:
         train = self.splits.train
         return SegmentationProcessor(train.classes, train.colors)
+
+    def truth(self, targets: Targets, image: Tensor) -> Segmentation:
+        """The labels; black where there is none."""
+        train, labels = self.splits.train, targets["labels"]
+        colors = (*train.colors, *[(0, 0, 0)] * (256 - len(train.colors)))
+        return Segmentation(image, labels, torch.full_like(labels, 255), train.classes, colors)
+
+    def class_scores(self, scores: SegmentationScores) -> list[ClassScore]:
+        """Intersection over union."""
+        train = self.splits.train
+        entries = zip(train.classes, scores.class_iou, train.colors, strict=True)
+        return [ClassScore(name, "IoU", iou, color) for name, iou, color in entries]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,34 +67,35 @@ class Latency:
     """Time of one forward pass, in milliseconds."""
 
     median: float
-    low: float
-    """10th percentile."""
-    high: float
-    """90th percentile."""
+    p95: float
+    """95th percentile."""
     runs: int
     batch: int
     size: tuple[int, int]
     """(H, W) of the images."""
     dtype: str
+    backend: str
+    """What computes: a library, its version, and where it has several its provider."""
     device: str
     threads: int
 
 
 @torch.inference_mode()
 def measure_latency(
-    module: nn.Module,
+    modules: Sequence[nn.Module],
     size: tuple[int, int],
     runtime: Runtime,
     *,
     batch: int = 1,
     channels: int = 3,
     seconds: float = 3.0,
-) -> Latency:
-    """Time forward passes for about ``seconds`` after a warm-up of a fifth of that."""
+) -> list[Latency]:
+    """Time forward passes of networks, which take turns, for about ``seconds`` each after a warm-up
+    of a fifth of that."""
     images = torch.rand(batch, channels, *size, device=runtime.device)
     images = images.contiguous(memory_format=torch.channels_last)
 
-    def once() -> float:
+    def once(module: nn.Module) -> float:
         start = time.perf_counter()
         with runtime.autocast():
             module(images)
@@ -102,24 +103,25 @@ def measure_latency(
             torch.cuda.synchronize(runtime.device)
         return (time.perf_counter() - start) * 1e3
 
-    def run_for(budget: float) -> list[float]:
-        times: list[float] = []
-        deadline = time.perf_counter() + budget
-        while time.perf_counter() < deadline or len(times) < 5:
-            times.append(once())
-        return times
+    def run_for(budget: float) -> list[list[float]]:
+        rounds: list[list[float]] = []
+        deadline = time.perf_counter() + budget * len(modules)
+        while time.perf_counter() < deadline or len(rounds) < 5:
+            rounds.append([once(module) for module in modules])
+        return rounds
 
     run_for(seconds / 5)
-    times = run_for(seconds)
-    deciles = statistics.quantiles(times, n=10)
-    return Latency(
-        median=statistics.median(times),
-        low=deciles[0],
-        high=deciles[-1],
-        runs=len(times),
-        batch=batch,
-        size=size,
-        dtype=runtime.precision,
-        device=str(runtime.device),
-        threads=torch.get_num_threads(),
-    )
+    return [
+        Latency(
+            median=statistics.median(times),
+            p95=statistics.quantiles(times, n=20, method="inclusive")[-1],
+            runs=len(times),
+            batch=batch,
+            size=size,
+            dtype=runtime.precision,
+            backend=f"torch {torch.__version__}",
+            device=str(runtime.device),
+            threads=torch.get_num_threads(),
+        )
+        for times in zip(*run_for(seconds), strict=True)
+    ]

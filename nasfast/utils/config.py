@@ -198,7 +198,9 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         kind, expected = (int, "an integer") if hint is int else ((int, float), "a number")
         if isinstance(value, bool):
             raise _refuse(value, where, expected)
-        return hint(_checked(value, kind, where, expected))
+        with suppress(OverflowError):  # an integer of hundreds of digits
+            return hint(_checked(value, kind, where, expected))
+        raise _refuse(value, where, expected)
     if origin is not None and issubclass(origin, Mapping):
         return _checked(value, Mapping, where, "a table")
     return value
@@ -228,4 +230,6 @@ def _checked(value: Any, kind: type | tuple[type, ...], where: str, expected: st
 
 
 def _refuse(value: Any, where: str, expected: str) -> UserError:
-    return UserError(f"{where}: expected {expected}, got {value!r}; correct the value")
+    got = repr(value)
+    got = got if len(got) < 160 else f"{got[:160]} .."
+    return UserError(f"{where}: expected {expected}, got {got}; correct the value")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO
 from nasfast.utils.errors import UserError, cause
 
 __all__ = [
+    "atomic_directory",
     "atomic_file",
     "atomic_write",
     "data_path",
@@ -36,12 +38,11 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with naming(path, instead_of=temporary):
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+        with naming(path, instead_of=temporary), open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
@@ -69,14 +70,28 @@ def require_place(path: Path, remedy: str) -> None:
         UserError: a file is in the way, the name is too long, or nothing can be written there.
     """
     try:
-        above = next(folder for folder in (path, *path.parents) if folder.exists())
-        with tempfile.TemporaryDirectory(prefix=".nasfast-", dir=above) as made:
-            (Path(made) / path.name).mkdir()
+        above = next(parent for parent in (path, *path.parents) if parent.exists())
+        with tempfile.TemporaryDirectory(prefix=".nasfast-", dir=above) as folder:
+            (Path(folder) / path.name).mkdir()
     except OSError as error:
         raise UserError(
             f"{path}: expected a directory that can be made and written to, got "
             f"{(error.strerror or cause(error)).lower()}; {remedy}"
         ) from error
+
+
+def atomic_directory(path: Path, files: Mapping[str, bytes]) -> None:
+    """Make a directory of these files appear in one step; one that is there is replaced."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        for name, data in files.items():
+            atomic_write(temporary / name, data)
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:
@@ -117,9 +132,10 @@ def expanded(path: Path | str) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """Text of a file; UserError where it is not UTF-8."""
+    """Text of a file, without the byte order mark that Windows puts first; UserError where it is
+    not UTF-8."""
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: expected text in UTF-8, got other bytes at {error.start}; save it as UTF-8, "

@@ -67,6 +67,14 @@ def test_classes_that_are_none(camvid, form, got):
         open_camvid(camvid)
 
 
+@pytest.mark.parametrize("index", [-1, 256])
+def test_an_ignore_index_that_no_mask_can_hold(camvid, index):
+    classes = [{"name": name, "color": [1, 2, 3]} for name in "ab"]
+    (camvid / "classes.json").write_text(json.dumps({"classes": classes, "ignore_index": index}))
+    with pytest.raises(UserError, match=f"got ValueError: the ignore_index {index}, which is not"):
+        open_camvid(camvid)
+
+
 def test_missing_parts(camvid):
     (camvid / "val.txt").unlink()
     with pytest.raises(UserError, match=r"val.txt is missing: a CamVid folder is train.txt"):

@@ -146,6 +146,27 @@ def test_errors_name_the_file(folder, spoiled, message):
         load_splits(folder)
 
 
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_photo_that_is_turned(folder, cache):
+    """Its mask is as the photo looks; one as it is stored does not fit, and the error says why."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = np.full((SIZE[1], SIZE[0], 3), 7, np.uint8)
+    for path in (folder / "images").iterdir():
+        Image.fromarray(image).save(path, exif=exif)
+    splits = load_splits(folder, cache_in_memory=cache)
+    assert splits.train[0].image.shape == (3, *splits.train[0].mask.shape) == (3, *SIZE)
+    for path in (folder / "masks").iterdir():
+        Image.fromarray(np.full((SIZE[1], SIZE[0]), 1, np.uint8)).save(path)
+    with pytest.raises(UserError) as caught:
+        open_folder(folder, cache_in_memory=cache)
+    assert len(caught.value.faults) == 8
+    assert caught.value.faults[0].endswith(
+        "f0.png is 24x17 (height x width); the image is upright by its EXIF orientation, turn the "
+        "mask too"
+    )
+
+
 def test_a_lazy_frame_that_breaks_later_is_named(folder):
     train, *_ = open_folder(folder, cache_in_memory=False)
     for path in (folder / "images").iterdir():

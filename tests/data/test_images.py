@@ -34,6 +34,7 @@ def test_photos_are_upright(tmp_path, suffix, orientation):
     assert open_folder(tmp_path, 3).sizes[0] == wanted.shape[1:]
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_a_damaged_orientation_is_none(tmp_path):
     save_image(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + bytes(9))
     assert read_image(tmp_path / "a.jpg").shape == (3, 8, 12)

@@ -1,3 +1,4 @@
+import argparse
 import json
 import pickle
 import re
@@ -44,7 +45,6 @@ class Evil:
         return setattr, (Evil, "ran", True)
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("legacy", [False, True])
 def test_code_in_a_pickle_is_refused(tmp_path, legacy):
     path = tmp_path / "w.pth"
@@ -55,15 +55,15 @@ def test_code_in_a_pickle_is_refused(tmp_path, legacy):
     with pytest.raises(ValueError) as caught:
         read_weights(path)
     assert str(caught.value) == (
-        f"weights: expected a state dict in {path}, got a pickled {EVIL}; save it again with "
+        f"weights: expected a state dict in {path}, got {EVIL[legacy]}; save it again with "
         "torch.save(model.state_dict(), path)"
     )
     assert not Evil.ran
 
 
-EVIL = "setattr"
+EVIL = {False: "a pickled setattr", True: "nothing that torch.save wrote"}
 NO_WIDTH = "weights PATH: expected the metadata .* to be a JSON object with the width .*, got "
-NOT_FLAT = "weights: expected a flat dict of tensors in PATH, got "
+NOT_FLAT = "weights: expected a dict of tensors in PATH, alone or as one of state_dict, .*, got a "
 ALONE = r"; save model.state_dict\(\) alone"
 
 
@@ -72,8 +72,26 @@ ALONE = r"; save model.state_dict\(\) alone"
     [
         ("w.pth", None, "weights: no file PATH; give a .safetensors, .pth or .pt file"),
         ("w.onnx", b"", "weights: expected a .safetensors.* file, got w.onnx; convert it first"),
-        ("w.pth", {"state_dict": {"a": torch.zeros(1)}}, f"{NOT_FLAT}dict{ALONE}"),
+        (
+            "some.pth",
+            "a directory",
+            "weights: expected a .safetensors, .* file, got the directory PATH; give a file in it",
+        ),
+        ("w.pth", {"epoch": 3, "loss": 0.5}, f"{NOT_FLAT}dict of epoch, loss{ALONE}"),
         ("w.pth", [torch.zeros(1)], f"{NOT_FLAT}list{ALONE}"),
+        ("w.pth", torch.nn.ReLU(), r"weights: .* got a pickled torch.nn.modules.*ReLU; save it .*"),
+        (
+            "w.pth",
+            MobileNetV2(0.5).state_dict(),
+            r"mobilenet_v2 weights PATH: \d+ key\(s\) of another shape: features.*, features.* and "
+            r"\d+ more. Expected torchvision's mobilenet_v2 state dict at width 1; convert the .*",
+        ),
+        (
+            "w.safetensors",
+            json.dumps({"width": 1e6}),
+            "mobilenet_v2: expected a width above 0 and at most 10, got 1000000.0; published .*",
+        ),
+        ("w.safetensors", "[" * 100_000, f"{NO_WIDTH}.*; give another file"),
         ("w.safetensors", b"x", r"weights: expected a complete .*, got PATH \(.*\); restore it .*"),
         ("w.safetensors", "{", f"{NO_WIDTH}'{{'; give another file"),
         ("w.safetensors", "[1]", f"{NO_WIDTH}.*; give another file"),
@@ -84,7 +102,9 @@ ALONE = r"; save model.state_dict\(\) alone"
 def test_files_of_another_kind(tmp_path, name, content, message):
     """Absent, or bytes, a pickled object, or a tensor with that description."""
     path = tmp_path / name
-    if isinstance(content, bytes):
+    if content == "a directory":
+        path.mkdir()
+    elif isinstance(content, bytes):
         path.write_bytes(content)
     elif isinstance(content, str):
         save_file({"a": torch.zeros(1)}, path, {"nasfast.encoder": content})
@@ -93,6 +113,51 @@ def test_files_of_another_kind(tmp_path, name, content, message):
     with pytest.raises(UserError) as error:
         load_encoder(path)
     assert re.fullmatch(message.replace("PATH", re.escape(str(path))), str(error.value))
+
+
+def prefixed(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+WRAPPED = {
+    "state_dict": lambda state: {"state_dict": prefixed("module.", state), "epoch": 3},
+    "lightning": lambda state: {"state_dict": prefixed("model.", state), "loops": {"a": [1]}},
+    "torchvision": lambda state: {
+        "model": state,
+        "model_ema": {"n_averaged": torch.tensor(1)},
+        "args": argparse.Namespace(lr=0.1),
+    },
+    "an average": lambda state: {
+        "model_ema": {"n_averaged": torch.tensor(1)} | prefixed("module.", state)
+    },
+    "compiled": lambda state: {"model_state": prefixed("_orig_mod.module.", state)},
+    "half": lambda state: {
+        key: value.half() if value.is_floating_point() else value for key, value in state.items()
+    },
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_checkpoints_of_training_scripts(name, tmp_path):
+    state = {key: value.half().to(value) for key, value in MobileNetV2().state_dict().items()}
+    torch.save(WRAPPED[name](state), tmp_path / "w.pth")
+    encoder = load_encoder(tmp_path / "w.pth")
+    assert_same(encoder, state)
+    assert {p.dtype for p in encoder.parameters()} == {torch.float32}
+
+
+def test_damaged_weights(tmp_path):
+    """Of values, where keys and shapes are right."""
+    state = MobileNetV2(0.1).state_dict()
+    name, weight = next(iter(state.items()))
+    for damaged, text in [
+        (torch.full_like(weight, torch.nan), f"1 key(s) not finite: {name}. "),
+        (weight.to(torch.int8), f"1 key(s) of another type: {name}: expected torch.float32, got "),
+    ]:
+        path = tmp_path / "w.safetensors"
+        save_file(state | {name: damaged}, path, {"nasfast.encoder": '{"width": 0.1}'})
+        with pytest.raises(UserError, match=re.escape(f"mobilenet_v2 weights {path}: {text}")):
+            load_encoder(path)
 
 
 def test_imagenet_file(data_root):

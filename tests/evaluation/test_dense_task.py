@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from nasfast.cache import CacheConfig
-from nasfast.data import SyntheticStreets, batch
+from nasfast.data import IMAGENET_MEAN, IMAGENET_STD, SyntheticStreets, batch
 from nasfast.encoders import load_encoder
 from nasfast.evaluation.candidate import CandidateEvaluator
 from nasfast.evaluation.frozen_encoder import FrozenEncoder
@@ -18,6 +21,7 @@ from nasfast.models.decoders import DecoderConfig
 from nasfast.models.layers import resize
 from nasfast.spaces.fast_nas import FastNASSpace
 from nasfast.tasks.base import DenseTask
+from nasfast.tasks.processor import Prediction, Preprocessing, Processor
 from nasfast.training.loop import NonFiniteLossError, Runtime
 
 GENOTYPE = FastNASSpace().from_json(
@@ -38,6 +42,31 @@ class Error:
 
     def as_dict(self):
         return {"rmse": self.rmse}
+
+
+@dataclass(frozen=True, eq=False)
+class BrightnessMap(Prediction):
+    """The brightness of each pixel."""
+
+    image: torch.Tensor
+    values: torch.Tensor
+
+    def draw(self):
+        return (64 * self.values).clamp(0, 255).byte().expand(3, -1, -1)
+
+    def to_json(self):
+        return {}
+
+    def save(self, folder, stem):
+        return []
+
+
+class BrightnessProcessor(Processor):
+    task = "brightness"
+    preprocessing = Preprocessing(IMAGENET_MEAN, IMAGENET_STD)
+
+    def result(self, reduced, image):
+        return BrightnessMap(image, reduced[0])
 
 
 class Brightness(DenseTask[Error]):
@@ -88,7 +117,10 @@ class Brightness(DenseTask[Error]):
 
     @property
     def processor(self):
-        raise NotImplementedError  # nothing is predicted here
+        return BrightnessProcessor()
+
+    def truth(self, targets, image):
+        return BrightnessMap(image, targets["brightness"])
 
 
 TASK = Brightness()
@@ -145,6 +177,35 @@ def test_it_learns_in_both_stages(features):
     assert evaluation.metrics["stage0"]["rmse"] < 0.75 * untrained.rmse
     assert evaluation.rewards["stage0"] == 1 / (1 + evaluation.metrics["stage0"]["rmse"])
     assert evaluation.params > 0 < evaluation.macs
+    assert list(evaluation.files) == ["image-0.png", "image-1.png", "image-2.png"]
+    with Image.open(io.BytesIO(evaluation.files["image-1.png"])) as picture:
+        assert picture.size == (
+            3 * 4 * 64 + 2 * 6,
+            4 * 48 + 22,
+        )  # three panels, four times as large
+        _, truth, _ = panels(picture.convert("L"))
+    images, targets = TASK.load_batch(TASK.search_val, [1], features.val_transform)
+    expected = TASK.truth({name: target[0] for name, target in targets.items()}, images[0]).draw()
+    assert abs(truth - expected[0].float().mean().item()) < 3
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory (3 GB)"), KeyError("color")])
+def test_what_cannot_be_drawn_costs_no_candidate(error, features, monkeypatch):
+    def show(self, model, scores):
+        raise error
+
+    whole = evaluator(features)(GENOTYPE, 0, None)
+    monkeypatch.setattr(EndToEnd, "show", show)
+    evaluation = evaluator(features)(GENOTYPE, 0, None)
+    assert (evaluation.rewards, evaluation.failure) == (whole.rewards, None)
+    assert evaluation.files == {"failed.txt": f"{type(error).__name__}: {error}".encode()}
+
+
+def panels(picture):
+    """Mean values of the three images of a strip, without their captions."""
+    width = (picture.width - 2 * 6) // 3
+    lefts = (left * (width + 6) for left in range(3))
+    return [np.asarray(picture)[22:, left : left + width].mean() for left in lefts]
 
 
 def test_targets_keep_their_names_and_sizes(features):
@@ -169,8 +230,3 @@ def test_it_learns_from_a_teacher(tmp_path):
     assert batch.teacher is not None
     assert batch.teacher.shape[1] == 1
     assert evaluator(features)(GENOTYPE, 0, None).failure is None
-
-
-def test_a_prediction_is_drawn():
-    image = torch.zeros(3, 8, 10, dtype=torch.uint8)
-    assert torch.equal(TASK.draw(image, torch.full((1, 4, 5), 0.5)), torch.full_like(image, 32))

@@ -187,7 +187,7 @@ DAMAGES = {
         (change("encoder", None), "'NoneType' object is not subscriptable"),
         (change("outputs", -1), "Trying to create tensor with negative dimension"),
         (change("outputs", 10**12), "of its weights 8 key(s) of another shape: "),
-        (inner("decoder", "agg_size", 10**7), "of its weights "),
+        (inner("decoder", "agg_size", 16_000), "of its weights "),
         (inner("decoder", "sep_repeats", 10**9), "decoder: DecoderConfig.sep_repeats: expected "),
         *(
             (

@@ -1,7 +1,10 @@
 """The report of a search by any method: complete, escaped and self-contained."""
 
+import json
 import re
+from html import escape
 from html.parser import HTMLParser
+from types import MappingProxyType
 from xml.etree import ElementTree
 
 import pytest
@@ -9,9 +12,11 @@ from search_runs import start
 
 from nasfast.commands.report import main
 from nasfast.report import Section, terminal_table, write_report
+from nasfast.report.fronts import pareto_front
 from nasfast.report.html import element
 from nasfast.runs.records import Evaluation, Record
 from nasfast.runs.study import Study
+from nasfast.utils.errors import UserError
 
 HOSTILE = "</script><script>alert('x')</script> & \"quoted\" [bold]"
 
@@ -20,6 +25,7 @@ class Made:
     """The report of a made-up method."""
 
     metric = ("depth_error", "depth error")
+    terms = MappingProxyType({"reward": "More is better.", "cold": "Of no stage.", "warm": HOSTILE})
 
     def architecture(self, record):
         return [Section(f"Drawing of architecture {record.index}", [element("p", HOSTILE)])]
@@ -73,8 +79,12 @@ def fill(study):
     study.save_checkpoint({"seconds": {"encode": 60.0, "controller": 4.0}})
 
 
-def tiles(page):
+def described(page):
     return re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", page)
+
+
+def tiles(page):
+    return described(page.partition("<section>")[0])
 
 
 def columns(table):
@@ -98,7 +108,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.values += [value for _, value in attrs if value is not None]
-        if tag != "meta":
+        if tag not in ("meta", "img"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -144,8 +154,11 @@ def test_report_has_the_numbers(study):
         ("2", "0", "0.3100", "0.4321"),
         ("3", "1", "0.2500", "-"),
     ]
+    meanings = described(page.source.partition("<section>")[2])
+    assert meanings == [("reward", "More is better."), ("warm", escape(HOSTILE, quote=False))]
     head = ["rank", "index", "warm", "full", "depth error", "params", "MACs", "time", "genotype"]
-    assert re.findall("<th>([^<]*)</th>", page.source)[:9] == head
+    ranking = page.source.partition("Architectures, best first")[2]
+    assert re.findall("<th>([^<]*)</th>", ranking)[:9] == head
 
 
 def test_chart_marks(study):
@@ -165,11 +178,100 @@ def test_chart_marks(study):
 def test_report_is_escaped_and_self_contained(study):
     fill(study)
     page = Page(write_report(study, MADE))
-    assert page.text.count(HOSTILE.split(" ")[0]) == 5
+    assert page.text.count(HOSTILE.split(" ")[0]) == 6
     assert not {"script", "link", "img"} & set(page.tags)
     assert not [value for value in page.values if "://" in value and "w3.org" not in value]
     assert "url(" not in page.source
     assert "@import" not in page.source
+
+
+def test_front_of_each_cost(study):
+    for reward, params, macs in [(0.3, 1e6, 9e9), (0.4, 2e6, 5e9), (0.35, 3e6, 1e9)]:
+        append(study, success(0.2, reward, params=params, macs=macs))
+    append(study, success(0.9, params=1.0), success(0.4, 0.5), duplicate_of=0)
+    append(study, success(0.2, 0.1, params=3e6, macs=2e9))
+    page = write_report(study, MADE).read_text()
+    section = page.partition("<h2>Reward against cost</h2>")[2].partition("</section>")[0]
+    rows = re.findall("<tr>(.*?)</tr>", section)
+    cells = [re.findall("<t[hd]>(.*?)</t[hd]>", row)[:5] for row in rows]
+    assert cells == [
+        ["index", "full", "params", "MACs", "on the front of"],
+        ["1", "0.4000", "2.00 M", "5.00 G", "params, MACs"],
+        ["2", "0.3500", "3.00 M", "1.00 G", "MACs"],
+        ["0", "0.3000", "1.00 M", "9.00 G", "params"],
+    ]
+    charts = [ElementTree.fromstring(svg) for svg in re.findall("<svg.*?</svg>", section, re.S)[:2]]
+    for chart, cost, last in zip(charts, ("params", "MACs"), ("3.00 M", "2.00 G"), strict=True):
+        assert chart.get("aria-label") == f"full reward against {cost}"
+        kinds = [mark.get("class") for mark in chart.iter("circle")]
+        assert (kinds.count("c0"), kinds.count("c0 hollow")) == (2, 2)
+        titles = [title.text for title in chart.iter("title")]
+        assert titles[-1] == f"architecture 5: full reward 0.1000, {last}"
+
+
+def test_equal_points_are_once_on_a_front():
+    assert pareto_front([(2, 0.5), (1, 0.2), (2, 0.5), (3, 0.5), (1, 0.3), (4, 0.6)]) == [4, 0, 5]
+    assert pareto_front([]) == []
+
+
+def keep(study, record, files):
+    study.keep_files(record, files)
+    study.append(record)
+
+
+def test_pictures_of_the_best_and_of_trainings(study):
+    entry = {"name": HOSTILE, "metric": "IoU", "score": 0.25, "color": [255, 0, 16]}
+    for index, reward in enumerate((0.3, 0.5, 0.4)):
+        evaluation, genotype = success(reward), {"space": "made_up", "layers": [index]}
+        record = Record(index, genotype, genotype, 0, evaluation, None, "2026-01-01T00:00:00+00:00")
+        files = {f"of-{index}.png": b"png", "classes.json": json.dumps([entry]).encode()}
+        keep(study, record, files)
+    metrics = {"genotype": genotype, "depth_error": 0.125, "split": "val of x", "class_iou": {}}
+    metrics["class_iou"] = {HOSTILE: 0.75, "far": None}
+    for name in ("train-10", "train-9"):
+        (study.path / name / "pictures").mkdir(parents=True)
+        (study.path / name / "predictions").mkdir()
+        (study.path / name / "metrics.json").write_text(json.dumps(metrics))
+    (study.path / "train-9" / "predictions" / "of-9.png").write_bytes(b"png")
+    (study.path / "train-9" / "pictures" / "test of-9.png").write_bytes(b"png")
+    (study.path / "train-10" / "predictions" / "failed.txt").write_text(f"OSError: {HOSTILE}")
+    page = Page(write_report(study, MADE))
+    assert re.findall("<figcaption>(.*?)</figcaption>", page.source) == [
+        "train-9: of-9",
+        "train-9: test of-9",
+        "architecture 1, warm: of-1",
+    ]
+    titles = re.findall("<h2>(.*?)</h2>", page.source)
+    assert titles[1:5] == [
+        "Predictions of the trained network, train-9",
+        "Predictions of the trained network, train-10",
+        "Predictions of the best, architecture 1",
+        "Scores of the classes",
+    ]
+    assert "Architecture 2, trained in full; depth error 0.1250 on val of x." in page.text
+    assert f"They could not be drawn: OSError: {HOSTILE}" in page.text
+    rows = re.findall("<tr>(.*?)</tr>", page.source.partition(titles[4])[2])[:3]
+    numbers = [re.findall(">([^<>]*)</t[hd]>", row)[-3:] for row in rows]
+    assert numbers == [
+        ["train-9", "train-10", "architecture 1, warm"],
+        ["0.7500", "0.7500", "0.2500"],
+        ["-", "-", "-"],
+    ]
+    assert "fill: #ff0010" in page.values
+    assert not [value for value in page.values if "://" in value and "w3.org" not in value]
+
+
+def test_damaged_class_scores(study):
+    evaluation = success(0.3)
+    record = Record(0, {}, {}, 0, evaluation, None, "2026-01-01T00:00:00+00:00")
+    keep(study, record, {"classes.json": b'[{"name": "sky"}]'})
+    with pytest.raises(UserError) as error:
+        write_report(study, MADE)
+    assert str(error.value) == (
+        f"{study.path}/predictions/architecture-0/classes.json: expected a list of objects "
+        "with color, metric, name, score, got \"[{'name': 'sky'}]\"; remove it, or restore it from "
+        "a copy"
+    )
 
 
 def test_report_of_nothing_and_of_failures_only(study):

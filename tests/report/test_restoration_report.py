@@ -2,6 +2,7 @@
 
 import random
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -44,8 +45,8 @@ def record(index, genotype, earlier):
 @pytest.fixture
 def study(tmp_path):
     """Four epochs that derived the architectures 0, 1, 1, 2."""
-    environment = {"choice": "last", "command": ["python"]}
-    with Study.create(tmp_path, "restoration", "demo", {}, environment) as study:
+    environment = {"command": ["python"]}
+    with Study.create(tmp_path, "restoration", "demo", {}, environment, ranking="last") as study:
         for index, (which, earlier) in enumerate([(0, None), (1, None), (1, 1), (2, None)]):
             study.append(record(index, GENOTYPES[which], earlier))
         alphas = torch.full((4, 5, 6), 1 / 6)
@@ -85,8 +86,35 @@ def test_the_last_architecture_is_the_choice(study):
     assert list(columns[1].cells) == ["3", "2", "0"]
 
 
+def test_one_rule_for_what_counts(study):
+    """The last epoch is the result, though an earlier one had more reward."""
+    best = study.records[-1].evaluation
+    worse = replace(best, rewards={"supernet": 0.6})
+    study.append(replace(study.records[-1], index=4, evaluation=worse, duplicate_of=3))
+    page = write_report(study, REPORT, baseline=study).read_text()
+    assert "<dt>last reward, supernet</dt><dd>0.6000</dd>" in page
+    assert "<td>last supernet reward</td><td>0.6000</td><td>0.6000</td>" in page
+    assert "best" not in page.partition("<style>")[0] + page.partition("</style>")[2]
+    assert "supernet, the last epoch is the result" in page
+    chart = re.findall(r'<svg[^>]*class="chart".*?</svg>', page, re.DOTALL)[0]
+    (line,) = re.findall(r'd="(M[^"]*)" class="line c0"', chart)
+    heights = [float(point.split()[1]) for point in line[1:].split("L")]
+    assert len(heights) == 5
+    assert heights[4] > heights[0] > heights[3]  # down on the page, up in reward
+
+
+def test_predictions_of_the_supernet(study):
+    last = replace(study.records[-1], index=4)
+    study.keep_files(last, {"boat.png": b"png"})
+    study.append(last)
+    page = write_report(study, REPORT).read_text()
+    assert "<h2>Predictions of the supernet, after epoch 5</h2>" in page
+    assert "<figcaption>supernet, epoch 5: boat</figcaption>" in page
+    assert "The supernet's own output, operations mixed; the derived network is not" in page
+
+
 def test_pictures_are_inside_the_page(study):
-    assert "Before and after" not in write_report(study, REPORT).read_text()
+    assert "Predictions of" not in write_report(study, REPORT).read_text()
     for training in ("train-10", "train-9", "train-9-seed"):
         folder = study.path / training / "pictures"
         folder.mkdir(parents=True)

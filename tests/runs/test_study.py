@@ -396,3 +396,63 @@ def test_forked_child_does_not_hold_the_lock(study):
     finally:
         end.set()
         child.join()
+
+
+# ---- files of the best record
+
+
+def kept(study):
+    return {
+        str(path.relative_to(study.path / "predictions")): path.read_bytes()
+        for path in (study.path / "predictions").rglob("*")
+        if path.is_file()
+    }
+
+
+def test_the_best_record_keeps_its_files(study):
+    """Equal ones, worse ones and failures keep none; a best one without files has none."""
+    found = []
+    for record in (
+        make_record(0, failure="stage0: out of memory"),
+        make_record(1, 0.4),
+        make_record(2, 0.3, 0.2),
+        make_record(3, 0.3, 0.2),
+        make_record(4, 0.3, 0.5),
+        make_record(5, 0.3, 0.1),
+    ):
+        study.keep_files(record, {"of.txt": b"%d" % record.index, "a.png": b"png"})
+        study.append(record)
+        found.append({name: data for name, data in kept(study).items() if name.endswith("txt")})
+    best = [None, 1, 2, 2, 4, 4]
+    assert found == [{} if i is None else {f"architecture-{i}/of.txt": b"%d" % i} for i in best]
+    assert study.best_files == study.path / "predictions" / "architecture-4"
+    last = make_record(6, 0.9, 0.9)
+    study.keep_files(last, {})
+    study.append(last)
+    assert kept(study) == {}
+    assert "files" not in (study.path / "records.jsonl").read_text()
+
+
+def test_the_last_record_keeps_its_files_where_it_is_the_choice(tmp_path):
+    with Study.create(tmp_path, "restoration", "demo", {}, {}, ranking="last") as study:
+        for record in (make_record(0, 0.4), make_record(1, 0.2), make_record(2, 0.4)):
+            study.keep_files(record, {"of.txt": b"%d" % record.index})
+            study.append(record)
+            name = f"architecture-{record.index}/of.txt"
+            assert kept(study) == {name: b"%d" % record.index}
+
+
+def test_a_crash_between_files_and_record_loses_neither(study, monkeypatch):
+    first, second = make_record(0, 0.3), make_record(1, 0.4)
+    study.keep_files(first, {"of.txt": b"0"})
+    study.append(first)
+    study.keep_files(second, {"of.txt": b"torn", "old.txt": b""})
+    assert (study.best_files / "of.txt").read_bytes() == b"0"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            study.keep_files(second, {"of.txt": b"1"})
+    study.keep_files(second, {"of.txt": b"1"})
+    study.append(second)
+    assert kept(study) == {"architecture-1/of.txt": b"1"}
+    assert not list(study.path.glob("predictions/.*"))

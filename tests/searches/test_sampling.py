@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import statistics
 import tempfile
@@ -239,6 +240,46 @@ def test_edited_records_are_noticed(tmp_path):
         play(tmp_path, iter([next(distinct())] * 2), lambda i: success(0.4), budget=2)
 
 
+def test_records_cut_behind_the_checkpoint(tmp_path):
+    _, whole = play(tmp_path, distinct(), lambda i: success(0.1 * i), budget=5, batch=2)
+    (run,) = tmp_path.iterdir()
+    file, checkpoint = run / "records.jsonl", run / "checkpoint" / "state.pt"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]))
+    message = (
+        f"{file}: expected the 4 records that the checkpoint has seen, got 3; restore it from a "
+        f"copy, or remove {checkpoint}: the search then continues from the records"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        play(tmp_path, distinct(), lambda i: success(0.1 * i), budget=5, batch=2)
+    checkpoint.unlink()
+    script, records = play(tmp_path, distinct(), lambda i: success(0.1 * i), budget=5, batch=2)
+    assert script.evaluated == [3, 4]
+    assert untimed(records) == untimed(whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda state: state.pop("told"), "KeyError: 'told'"),
+        (lambda state: state.update(told="x"), "TypeError: '<' not supported between "),
+        (lambda state: state.update(phase=3), "IndexError: phase 3"),
+        (lambda state: state.update(strategy={}), "KeyError: 'asked'"),
+        (lambda state: state.update(seconds=1), "TypeError: "),
+    ],
+)
+def test_a_checkpoint_of_something_else(change, what, tmp_path):
+    play(tmp_path, distinct(), lambda i: success(0.4), budget=1)
+    (run,) = tmp_path.iterdir()
+    path = run / "checkpoint" / "state.pt"
+    state = torch.load(path)
+    change(state)
+    torch.save(state, path)
+    message = f"{path}: expected the checkpoint that nasfast wrote there, got another one ({what}"
+    remedy = f"; restore it from a copy, or remove {path}: the search then continues from the recor"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}.*{re.escape(remedy)}ds$"):
+        play(tmp_path, distinct(), lambda i: success(0.4), budget=1)
+
+
 # ---- batches
 
 
@@ -282,7 +323,7 @@ def test_a_budget_may_end_in_a_batch_and_grow_and_a_search_may_crash(
 
     def asked():
         yield from (pool[name] for name in names)
-        yield from pool  # all of them, in the end
+        yield from pool + pool[:4]  # all of them, in the end, and what fills the last batch
 
     with (
         tempfile.TemporaryDirectory() as whole,
@@ -361,6 +402,17 @@ def test_two_phases_killed_and_resumed(tmp_path, kills):
         assert process.exitcode == -signal.SIGKILL
     records = search_in_phases(tmp_path / "killed")
     assert untimed(records) == untimed(wanted)
+
+
+@pytest.mark.parametrize("kept", [0, 3, 4, 6, 7, 9, 11])
+def test_two_phases_continue_from_records_alone(kept, tmp_path):
+    """Where the checkpoint is gone, and perhaps the last records."""
+    wanted = search_in_phases(tmp_path)
+    (run,) = tmp_path.iterdir()
+    (run / "checkpoint" / "state.pt").unlink()
+    file = run / "records.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:kept]))
+    assert untimed(search_in_phases(tmp_path)) == untimed(wanted)
 
 
 def test_a_phase_of_failures_has_no_successor(tmp_path):

@@ -53,15 +53,18 @@ CPU = Runtime(torch.device("cpu"))
 def test_images_of_other_channels():
     net = nn.Conv2d(1, 4, 3, padding=1, bias=False)
     assert count_macs(net, (5, 6), channels=1) == 5 * 6 * 4 * 9
-    assert measure_latency(net, (5, 6), CPU, channels=1, seconds=0.01).median > 0
+    (latency,) = measure_latency([net], (5, 6), CPU, channels=1, seconds=0.01)
+    assert latency.median > 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_latency_fields(monkeypatch, dtype):
     monkeypatch.setattr("nasfast.training.loop.autocast_dtype", lambda _: getattr(torch, dtype))
     net = Net().eval()
-    latency = measure_latency(net, (16, 12), CPU, batch=2, seconds=0.05)
-    assert 0 < latency.low <= latency.median <= latency.high
-    assert 5 <= latency.runs <= net.calls - 5
+    latency, other = measure_latency([net, nn.Identity()], (16, 12), CPU, batch=2, seconds=0.05)
+    assert 0 < latency.median <= latency.p95
+    assert other.median < latency.median
+    assert 5 <= latency.runs == other.runs <= net.calls - 5
     assert (latency.batch, latency.size, latency.dtype) == (2, (16, 12), dtype)
     assert (latency.device, latency.threads) == ("cpu", torch.get_num_threads())
+    assert latency.backend == f"torch {torch.__version__}"

@@ -22,6 +22,11 @@ def ends_with(error):
     [
         (UserError("lr: expected a number, got 'x'"), "lr: expected a number, got 'x'"),
         (FileNotFoundError(2, "No such file", "a/b"), "[Errno 2] No such file: 'a/b'"),
+        (
+            OSError(28, "No space left on device", "run/checkpoint/state.pt"),
+            "[Errno 28] No space left on device: 'run/checkpoint/state.pt'; make room there: what "
+            "was saved before is whole, and --resume continues a search or a training from it",
+        ),
         (MemoryError(), "out of memory (MemoryError); use fewer --workers, a smaller batch"),
         (torch.OutOfMemoryError("CUDA out of memory.\nmore"), "out of memory (CUDA out of "),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory (DefaultCPU"),

@@ -1,8 +1,13 @@
 import os
+import pwd
+from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from nasfast.utils.files import atomic_file, atomic_write
+from nasfast.cache import default_directory
+from nasfast.utils.errors import UserError
+from nasfast.utils.files import atomic_file, atomic_write, expanded
 
 
 def test_write_and_replace(tmp_path):
@@ -41,3 +46,26 @@ def test_content_is_on_the_disk_before_the_name_and_the_name_before_the_end(tmp_
     atomic_write(tmp_path / "file", "x")
     assert calls == ["fsync", "replace", "fsync"]
     assert len(os.listdir("/proc/self/fd")) == opened
+
+
+def test_an_error_names_the_file_and_not_its_temporary_one(tmp_path):
+    path = tmp_path / "absent" / "file"
+    with pytest.raises(FileNotFoundError) as error:
+        atomic_write(path, "x")
+    assert error.value.filename == str(path)
+
+
+def test_without_a_home_directory(monkeypatch):
+    """As in a container whose user has no name."""
+    monkeypatch.delenv("NASFAST_CACHE", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", mock.Mock(side_effect=KeyError("uid not found")))
+    monkeypatch.setenv("TMPDIR", "/tmp")
+    monkeypatch.setattr("tempfile.tempdir", None)
+    assert default_directory() == Path(f"/tmp/nasfast-{os.getuid()}")
+    message = "~/data: expected a home directory for ~, got none; set HOME, or give the whole path"
+    with pytest.raises(UserError, match=f"^{message}$"):
+        expanded("~/data")
+    monkeypatch.setenv("NASFAST_CACHE", "~/features")
+    with pytest.raises(UserError, match=r"^~/features: expected a home directory"):
+        default_directory()

@@ -57,6 +57,7 @@ def test_deaths(tmp_path):
     assert not ray.is_initialized()
     assert [e.rewards for e in (first, third, last)] == [{"stage0": i} for i in (0.0, 2.0, 3.0)]
     assert first.metrics == {"stage0": {"threads": 1.0}}
+    assert (first.files, last.files) == ({"index.txt": b"0"}, {"index.txt": b"3"})
     assert second.failure is not None
     assert second.failure.startswith(
         "worker died twice: The actor is dead because its worker process has died. Worker exit "

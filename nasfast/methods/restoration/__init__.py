@@ -9,11 +9,19 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from nasfast.data.checks import Findings
-from nasfast.methods.base import Architecture, Method
+from nasfast.inference.model import Model
+from nasfast.methods.base import Architecture, Method, Split
 from nasfast.methods.restoration.check import CheckConfig, check
-from nasfast.methods.restoration.evaluate import EvaluateConfig, evaluate, parse_evaluate
+from nasfast.methods.restoration.evaluate import (
+    EvaluateConfig,
+    evaluate,
+    inputs,
+    parse_evaluate,
+    score,
+)
 from nasfast.methods.restoration.report import RestorationReport
 from nasfast.methods.restoration.search import build
 from nasfast.methods.restoration.settings import SearchConfig, continued, parse, search_with
@@ -101,6 +109,12 @@ class Restoration(Method):
 
     def parse_evaluate(self, argv: Sequence[str], description: str | None) -> EvaluateConfig:
         return parse_evaluate(argv, description)
+
+    def inputs(self, model: Model, data: str, split: Split, count: int) -> list[Tensor]:
+        return inputs(model, data, split, count)
+
+    def score(self, model: Model, data: str, split: Split, runtime: Runtime) -> dict[str, float]:
+        return score(model, data, split, runtime)
 
     def evaluate(self, settings: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
         return evaluate(settings)

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
 from nasfast.data.restoration import ImageSet, open_images
 from nasfast.device import resolve_device
+from nasfast.inference.model import Model, load
+from nasfast.inference.speed import (
+    measure_size,
+    measure_speed,
+    size_rows,
+    speed_json,
+    speed_rows,
+)
 from nasfast.methods import base
+from nasfast.methods.base import Split, spread
 from nasfast.methods.restoration.strips import write_strips
 from nasfast.methods.restoration.task_flags import parse_with_task
-from nasfast.models.io import load_model
-from nasfast.models.restorer import Restorer
 from nasfast.tasks.restoration import RestorationTask, Task, scoring, task_from_json
 from nasfast.tasks.restoration.base import Predict
-from nasfast.tasks.restoration.scoring import EvalProtocol, Scores, costs, input_size
-from nasfast.training.cost import measure_latency
+from nasfast.tasks.restoration.scoring import EvalProtocol, Scores, image_generator, input_size
 from nasfast.training.loop import Runtime
 from nasfast.utils.config import Bound, Seed
 from nasfast.utils.errors import UserError
@@ -40,8 +46,8 @@ class EvaluateConfig(base.EvaluateConfig):
 
     task: Task | None = None
     """Another task than the network was trained for: --task NAME."""
-    split: Literal["val", "test"] = "test"
-    """Which images; searches and trainings never read those of the test."""
+    split: Split = "test"
+    """Which images to score on; searches and trainings never read those of test."""
     protocol: EvalProtocol = "whole"
     """whole: one degraded version of each whole image. overlap: averaged patches with
     independent noise, which overestimates PSNR; only to compare with figures measured that way."""
@@ -66,33 +72,29 @@ def parse_evaluate(argv: Sequence[str], description: str | None) -> EvaluateConf
 def evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], Table]:
     """PSNR and SSIM of the network, and of methods without training, under each condition of the
     task; parameters, multiply-adds and latency. Writes the strips."""
-    model, description = load_model(config.path, Restorer)
-    runtime = Runtime(resolve_device(config.device))
-    source, channels = config.data or description["data"], model.channels
-    task = config.task or task_from_json(description["task"])
-    if task.scale != model.scale:
+    path = config.path
+    model = load(path, config.device)
+    runtime = Runtime(resolve_device(str(model.device)))
+    data, scale = config.data or model.description["data"], model.processor.scale
+    task = config.task or _task(model)
+    if task.scale != scale:
         raise UserError(
-            f"evaluate {config.path}: expected a task of scale {model.scale}, as the network has, "
-            f"got {task.label} of scale {task.scale}; leave --task out"
+            f"evaluate {path}: expected a task of scale {scale}, as the network has, got "
+            f"{task.label} of scale {task.scale}; leave --task out"
         )
-    images = getattr(open_images(source, channels), config.split)
-    runtime.place(model)
+    images = _open_split(model, data, config.split)
     scores: dict[str, dict[str, Scores]] = {}
     notes: list[str] = []
     for condition in task.conditions():
         scores[condition.label], missing = _compare(config, model, condition, images, runtime)
-        write_strips(config.path.with_name(PICTURES), condition, scores[condition.label])
+        write_strips(path.with_name(PICTURES), condition, scores[condition.label])
         notes += missing
-    latency = measure_latency(
-        model,
-        input_size(task, images),
-        runtime,
-        batch=config.batch,
-        seconds=config.seconds,
-        channels=channels,
+    size = input_size(task, images)
+    latencies = measure_speed(
+        path, model, size, runtime, batch=config.batch, seconds=config.seconds
     )
     result = {
-        "data": source,
+        "data": data,
         "split": config.split,
         "images": len(images),
         "task": task.describe(),
@@ -102,25 +104,55 @@ def evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], Table]:
             label: {name: each.to_json() for name, each in by_method.items()}
             for label, by_method in scores.items()
         },
-        **costs(model, task, images),
-        "latency_ms": dataclasses.asdict(latency),
+        **measure_size(path, model, size),
+        **speed_json(latencies),
     }
     title = f"{len(images)} {config.split} images of {images.name}, {config.protocol}"
-    return result, _table(title, notes, scores, result)
+    rows = [*size_rows(result), *speed_rows(latencies)]
+    return result, _table(title, notes, scores, rows)
+
+
+def _task(model: Model) -> RestorationTask:
+    """What the network was trained for."""
+    return task_from_json(model.description["task"])
+
+
+def _open_split(model: Model, data: str, split: Split) -> ImageSet:
+    images: ImageSet = getattr(open_images(data, model.preprocessing.channels), split)
+    return images
+
+
+def inputs(model: Model, data: str, split: Split, count: int) -> list[Tensor]:
+    """See `nasfast.methods.base.Method.inputs`; degraded as the task has it."""
+    task, images = _task(model), _open_split(model, data, split)
+    task.check(images)
+    pairs = (images[index] for index in spread(len(images), count))
+    return [task.pair(pair, image_generator(0, pair.name))[0][None] for pair in pairs]
+
+
+def score(model: Model, data: str, split: Split, runtime: Runtime) -> dict[str, float]:
+    """See `nasfast.methods.base.Method.score`."""
+    images, found = _open_split(model, data, split), {}
+    for condition in _task(model).conditions():
+        scores = scoring.evaluate(
+            model, condition, images, channels=model.preprocessing.channels, runtime=runtime
+        )
+        found[f"PSNR in dB, {condition.label}"] = scores.psnr
+        found[f"SSIM, {condition.label}"] = scores.ssim
+    return found
 
 
 def _compare(
     config: EvaluateConfig,
-    model: Restorer,
+    model: Model,
     condition: RestorationTask,
     images: ImageSet,
     runtime: Runtime,
 ) -> tuple[dict[str, Scores], list[str]]:
     """Scores under one condition, by method, the network's last; and why methods are missing."""
-    count = min(config.pictures, len(images))
-    keep = [round((i + 0.5) * len(images) / count - 0.5) for i in range(count)]
+    keep = spread(len(images), config.pictures)
     methods: dict[str, Predict] = dict(condition.baselines()) if config.baselines else {}
-    methods[config.path.parent.name] = model
+    methods[config.label] = model
     scores, missing = {}, []
     for name, predict in methods.items():
         try:
@@ -130,7 +162,7 @@ def _compare(
                 images,
                 protocol=config.protocol,
                 seed=config.seed,
-                channels=model.channels,
+                channels=model.preprocessing.channels,
                 runtime=runtime if predict is model else None,
                 keep=keep,
             )
@@ -143,7 +175,7 @@ def _table(
     title: str,
     notes: Sequence[str],
     scores: Mapping[str, Mapping[str, Scores]],
-    result: Mapping[str, Any],
+    rows: Sequence[tuple[str, str]],
 ) -> Table:
     table = Table(title=escape(title), caption="\n".join(map(escape, notes)) or None)
     for column in ("method", "PSNR, dB", "SSIM"):
@@ -153,15 +185,7 @@ def _table(
         table.add_row(escape(label), "", "")
         for name, each in by_method.items():
             table.add_row(escape(f"  {name}"), f"{each.psnr:.3f}", f"{each.ssim:.4f}")
-    latency = result["latency_ms"]
-    height, width = latency["size"]
     table.add_section()
-    table.add_row("parameters", f"{result['params']:,}", "")
-    table.add_row(f"multiply-adds, {height}x{width}", f"{result['macs'] / 1e9:.3f} G", "")
-    table.add_row(
-        f"latency, batch {latency['batch']}, {latency['dtype']}, {latency['device']}, "
-        f"{latency['threads']} threads",
-        f"{latency['median']:.1f} ms",
-        "",
-    )
+    for row in rows:
+        table.add_row(*row, "")
     return table

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from types import MappingProxyType
 from xml.etree.ElementTree import Element
 
 from torch import Tensor
@@ -26,10 +25,20 @@ WIDTHS = ("narrower", "same", "wider")
 
 
 class RestorationReport:
-    """The PSNR, the cell and the widths; how a gradient search chose them; images that the trained
-    networks restored."""
+    """The PSNR, the cell and the widths; how a gradient search chose them."""
 
     metric = ("psnr", "PSNR")
+    terms = MappingProxyType(
+        {
+            "reward": "SSIM + PSNR / 100 on images held out to score, more is better.",
+            "PSNR": "Peak signal-to-noise ratio in dB; 3 dB more is half the squared error.",
+            "SSIM": "Structural similarity to the truth, window by window; 1 where they are equal.",
+            "supernet": "One network with every operation of the space, mixed. Its reward says how "
+            "far the weights are trained, not how good the derived architecture is.",
+            "stage0": "A sampled network is trained briefly, from scratch.",
+            "gate": "Mean reward of the networks before.",
+        }
+    )
 
     def architecture(self, record: Record) -> Iterable[Section]:
         """Cell and widths."""
@@ -59,12 +68,10 @@ class RestorationReport:
         )
 
     def sections(self, study: Study) -> Iterable[Section]:
-        """Supernet history of a gradient search, and images before and after."""
+        """Supernet history of a gradient search."""
         state = study.load_checkpoint() or {}
         if study.records and "alphas" in state:
             yield from _supernet_history(study.records, state["alphas"], state["betas"])
-        if images := _images(study.path):
-            yield Section("Before and after", images)
 
 
 def cell_graph(genotype: IRNASGenotype) -> Element:
@@ -152,6 +159,7 @@ def _supernet_history(
         "Supernet history",
         [
             element("h3", "Entropy, nats"),
+            element("p", "How undecided the choices are: 0 where one has all the probability."),
             *chart(
                 {
                     "alpha_entropy": f"operations of an edge (uniform: {uniform:.2f})",
@@ -170,22 +178,3 @@ def _supernet_history(
             ),
         ],
     )
-
-
-def _images(run: Path) -> list[Element]:
-    """The strips that nasfast evaluate made of the networks trained in this run."""
-    figures = []
-    for path in sorted(run.glob("*/pictures/*.png"), key=_order):
-        data = base64.b64encode(path.read_bytes()).decode()
-        caption = f"{path.parent.parent.name}: {path.stem}"
-        figures.append(
-            figure(element("img", src=f"data:image/png;base64,{data}", alt=caption), caption)
-        )
-    return figures
-
-
-def _order(path: Path) -> tuple[int, str, str]:
-    """train-9 before train-10."""
-    training = path.parent.parent.name
-    number = training.rpartition("-")[2]
-    return (int(number) if number.isdigit() else -1, training, path.name)

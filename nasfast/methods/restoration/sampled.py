@@ -17,9 +17,11 @@ from nasfast.searches.sampling import Phase, SamplingSearch
 from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
 from nasfast.strategies import RandomSearch
 from nasfast.tasks.restoration.patches import ImagePatches
+from nasfast.tasks.restoration.pictures import before_and_after
 from nasfast.tasks.restoration.scoring import Scores, costs, evaluate
 from nasfast.training.cost import count_parameters
 from nasfast.training.loop import Runtime
+from nasfast.training.pictures import SAMPLES, spread
 from nasfast.utils.errors import UserError
 from nasfast.workers import WorkerConfig
 
@@ -84,8 +86,13 @@ class ShortTraining:
 
     def validate(self, model: Restorer) -> Scores:
         """PSNR and SSIM on the validation images."""
-        task, seed = self.config.task, self.config.seed
-        return evaluate(model.eval(), task, self.data.val, seed=seed, runtime=self.runtime)
+        task, seed, val = self.config.task, self.config.seed, self.data.val
+        keep = spread(len(val), SAMPLES)
+        return evaluate(model.eval(), task, val, seed=seed, runtime=self.runtime, keep=keep)
+
+    def show(self, model: Restorer, scores: Scores) -> dict[str, bytes]:
+        """Some of the validation images before and after."""
+        return before_and_after(scores.kept)
 
 
 def sampled_search(

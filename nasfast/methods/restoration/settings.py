@@ -111,6 +111,20 @@ def parse_range(text: str | None) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+FIRST = (
+    "method",
+    "data",
+    "preset",
+    "task",
+    "channels",
+    "strategy",
+    "budget",
+    "params",
+    "device",
+    "seed",
+    "name",
+)
+"""What ``--help`` describes."""
 PRESETS = {
     "demo": SearchConfig(
         preset="demo",
@@ -156,7 +170,7 @@ PRESETS = {
 def parse(argv: Sequence[str]) -> SearchConfig:
     """Settings from a command line: the preset's, overridden flag by flag."""
     preset = _preset(flag_value(argv, "--preset"), flag_value(argv, "--data"))
-    return _finished(parse_with_task(preset, argv, "nasfast search", __doc__))
+    return _finished(parse_with_task(preset, argv, "nasfast search", __doc__, FIRST))
 
 
 def search_with(settings: Mapping[str, Any]) -> SearchConfig:

@@ -7,22 +7,24 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-import tyro
-
+from nasfast.methods.flags import parse
 from nasfast.tasks.restoration import task_from_json
 from nasfast.utils.config import override
 
 C = TypeVar("C")
 
 
-def parse_with_task(default: C, argv: Sequence[str], prog: str, description: str | None) -> C:
-    """Settings from a command line; tyro shows the settings of the task that is the default.
+def parse_with_task(
+    default: C, argv: Sequence[str], prog: str, description: str | None, first: Sequence[str] = ()
+) -> C:
+    """Settings from a command line; help shows the settings of the task that is the default.
 
     Args:
         default: a dataclass with a field ``task``, which may be None; flags override it.
         argv: the command line.
         prog: name of the command.
         description: its help.
+        first: fields that ``--help`` describes.
 
     Raises:
         UserError: ``--task`` names no task.
@@ -30,15 +32,7 @@ def parse_with_task(default: C, argv: Sequence[str], prog: str, description: str
     parser = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
     parser.add_argument("--task")
     known, rest = parser.parse_known_args(argv)
-    parsed: C = tyro.cli(
-        type(default),
-        args=rest,
-        default=_with_task(default, known.task),
-        prog=prog,
-        description=description,
-        config=(tyro.conf.AvoidSubcommands,),  # None is no subcommand
-    )
-    return parsed
+    return parse(_with_task(default, known.task), rest, prog, description, first)
 
 
 def override_with_task(default: C, settings: Mapping[str, Any], where: str) -> C:
@@ -56,8 +50,10 @@ def override_with_task(default: C, settings: Mapping[str, Any], where: str) -> C
     return override(default, settings, where)
 
 
-def _with_task(settings: Any, name: str | None) -> Any:
+def _with_task(default: C, name: str | None) -> C:
     """The settings with that task and its defaults, unless they have it already."""
-    if name is None or name == getattr(settings.task, "task", None):
-        return settings
-    return dataclasses.replace(settings, task=task_from_json({"task": name}))
+    settings: Any = default
+    if name is not None and name != getattr(settings.task, "task", None):
+        settings = dataclasses.replace(settings, task=task_from_json({"task": name}))
+    changed: C = settings
+    return changed

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import tyro
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -20,14 +21,17 @@ from nasfast.methods.base import Architecture, TrainSettings, check_same_images
 from nasfast.methods.restoration.task_flags import override_with_task, parse_with_task
 from nasfast.models.io import MODEL_FILE, save_model
 from nasfast.models.restorer import Restorer, RestorerConfig
+from nasfast.runs.study import PREDICTIONS
 from nasfast.spaces.ir_nas import IRNASGenotype
 from nasfast.tasks.restoration import RestorationTask, task_from_json
 from nasfast.tasks.restoration.denoising import Denoising
 from nasfast.tasks.restoration.loss import RestorationLoss
 from nasfast.tasks.restoration.patches import ImagePatches
+from nasfast.tasks.restoration.pictures import before_and_after
 from nasfast.tasks.restoration.scoring import costs, evaluate, input_size
 from nasfast.training.cost import count_parameters
 from nasfast.training.loop import Group, NonFiniteLossError, Runtime, one_cycle, train_epoch
+from nasfast.training.pictures import SAMPLES, drawn, spread
 from nasfast.utils.cli import flag_value
 from nasfast.utils.config import (
     BatchSize,
@@ -40,7 +44,7 @@ from nasfast.utils.config import (
     from_mapping,
 )
 from nasfast.utils.errors import UserError
-from nasfast.utils.files import atomic_write
+from nasfast.utils.files import atomic_directory, atomic_write
 from nasfast.utils.seeding import derive_seed
 
 
@@ -99,6 +103,20 @@ PUBLISHED = Recipe(
     max_grad_norm=math.inf,
     ssim_weight=0.6,
 )
+FIRST = (
+    "source",
+    "rank",
+    "data",
+    "out",
+    "preset",
+    "task",
+    "steps",
+    "batch_size",
+    "lr",
+    "device",
+    "seed",
+)
+"""What ``--help`` describes."""
 PRESETS = {"demo": Recipe(steps=300, batch_size=4), "quick": Recipe(), "paper": PUBLISHED}
 
 
@@ -106,8 +124,8 @@ def parse_train(
     argv: Sequence[str], found: Mapping[str, Any], description: str | None
 ) -> TrainConfig:
     """Settings from a command line; the source's own are the defaults."""
-    default = _default(Path("RUN"), flag_value(argv, "--preset"), found)
-    return parse_with_task(default, argv, "nasfast train", description)
+    default = _default(tyro.MISSING, flag_value(argv, "--preset"), found)
+    return parse_with_task(default, argv, "nasfast train", description, FIRST)
 
 
 def train_with(source: Path, settings: Mapping[str, Any], found: Mapping[str, Any]) -> TrainConfig:
@@ -309,7 +327,13 @@ class RestorationTraining:
         config, model, val = self.settings, self.model.eval(), self.data.val
         task = config.task
         scores = evaluate(
-            model, task, val, seed=config.seed, channels=config.channels, runtime=self.runtime
+            model,
+            task,
+            val,
+            seed=config.seed,
+            channels=config.channels,
+            runtime=self.runtime,
+            keep=spread(len(val), SAMPLES),
         )
         metrics: dict[str, Any] = {
             "genotype": self.genotype.to_json(),
@@ -330,5 +354,7 @@ class RestorationTraining:
             "method": "restoration",
         }
         save_model(self.out / MODEL_FILE, model, description)
+        files = drawn(lambda: before_and_after(scores.kept))
+        atomic_directory(self.out / PREDICTIONS, files)
         atomic_write(self.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
         return f"PSNR {scores.psnr:.3f} dB, SSIM {scores.ssim:.4f} on {metrics['split']}"

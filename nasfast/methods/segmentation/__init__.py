@@ -9,15 +9,18 @@ from typing import Any
 import tyro
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from nasfast.data.checks import Findings
-from nasfast.methods.base import Architecture, EvaluateConfig, Method
+from nasfast.inference.model import Model
+from nasfast.methods import flags
+from nasfast.methods.base import Architecture, EvaluateConfig, Method, Split
 from nasfast.methods.segmentation.check import CheckConfig, check
-from nasfast.methods.segmentation.evaluate import evaluate
+from nasfast.methods.segmentation.evaluate import evaluate, inputs, score
 from nasfast.methods.segmentation.report import SegmentationReport
 from nasfast.methods.segmentation.search import build
 from nasfast.methods.segmentation.settings import SearchConfig, continued, parse, search_with
-from nasfast.methods.segmentation.train import SegmentationTraining, TrainConfig, resolve
+from nasfast.methods.segmentation.train import FIRST, SegmentationTraining, TrainConfig, resolve
 from nasfast.models.build import SEGMENTER
 from nasfast.models.zoo import ZOO
 from nasfast.searches.sampling import SamplingSearch
@@ -70,7 +73,7 @@ class Segmentation(Method):
     def parse_train(
         self, argv: Sequence[str], found: Mapping[str, Any], description: str | None
     ) -> TrainConfig:
-        return tyro.cli(TrainConfig, args=argv, description=description, prog="nasfast train")
+        return flags.parse(TrainConfig(tyro.MISSING), argv, "nasfast train", description, FIRST)
 
     def train_with(
         self, source: Path, settings: Mapping[str, Any], found: Mapping[str, Any]
@@ -86,7 +89,13 @@ class Segmentation(Method):
         return SegmentationTraining(settings, genotype, out, runtime)
 
     def parse_evaluate(self, argv: Sequence[str], description: str | None) -> EvaluateConfig:
-        return tyro.cli(EvaluateConfig, args=argv, description=description, prog="nasfast evaluate")
+        return flags.parse(EvaluateConfig(tyro.MISSING), argv, "nasfast evaluate", description)
+
+    def inputs(self, model: Model, data: str, split: Split, count: int) -> list[Tensor]:
+        return inputs(model, data, split, count)
+
+    def score(self, model: Model, data: str, split: Split, runtime: Runtime) -> dict[str, float]:
+        return score(model, data, split, runtime)
 
     def evaluate(self, settings: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
         return evaluate(settings)

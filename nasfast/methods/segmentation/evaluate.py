@@ -2,56 +2,99 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
-from nasfast.data import ValTransform, load_splits
+from nasfast.data import SegmentationDataset, ValTransform, load_splits
 from nasfast.device import resolve_device
-from nasfast.methods.base import EvaluateConfig
-from nasfast.models.decoders import EncoderDecoder
-from nasfast.models.io import load_model
+from nasfast.inference.model import Model, load
+from nasfast.inference.speed import (
+    measure_size,
+    measure_speed,
+    size_rows,
+    speed_json,
+    speed_rows,
+)
+from nasfast.methods.base import EvaluateConfig, Split, spread
 from nasfast.tasks.segmentation import SegmentationTask
-from nasfast.training.cost import count_macs, count_parameters, measure_latency
-from nasfast.training.loop import Runtime
+from nasfast.training.loop import Runtime, in_order
+from nasfast.training.metrics import SegmentationScores
 from nasfast.utils.errors import UserError
 
 
-def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
-    """mIoU on the validation split, parameters, multiply-adds and latency."""
-    path = config.path
-    model, description = load_model(path, EncoderDecoder)
-    runtime = Runtime(resolve_device(config.device))
-    data = config.data or description["data"]
-    values = description.get("mask_values")
+def open_split(
+    model: Model, data: str, split: Split
+) -> tuple[SegmentationTask, SegmentationDataset]:
+    """A part of the data, which must have the network's classes."""
+    values = model.description.get("mask_values")
     task = SegmentationTask(load_splits(data, cache_in_memory=False, mask_values=values))
-    val = task.splits.val
-    if tuple(description["classes"]) != tuple(val.classes):
+    part = getattr(task.splits, split, None)
+    if part is None:
         raise UserError(
-            f"evaluate {path}: expected data of the classes {', '.join(description['classes'])}, "
-            f"got {', '.join(val.classes)} in {data}"
+            f"split {split}: expected data with that part, got {data} without it; use another, or "
+            "--data"
         )
-    runtime.place(model)
-    scores = task.score_images(model, val, ValTransform(None), runtime, batch_size=1)
-    height, width = val[0].mask.shape
-    latency = measure_latency(
-        model, (height, width), runtime, batch=config.batch, seconds=config.seconds
+    assert isinstance(part, SegmentationDataset)
+    if model.classes != tuple(part.classes):
+        raise UserError(
+            f"evaluate: expected data of the network's classes {', '.join(model.classes)}, got "
+            f"{', '.join(part.classes)} in {data}; give the data it was trained for by --data"
+        )
+    return task, part
+
+
+def inputs(model: Model, data: str, split: Split, count: int) -> list[Tensor]:
+    """See `nasfast.methods.base.Method.inputs`."""
+    _, part = open_split(model, data, split)
+    images = (part[index].image for index in spread(len(part), count))
+    return [model.preprocessing(image[None]) for image in images]
+
+
+def scores_of(
+    model: Model, task: SegmentationTask, part: SegmentationDataset, runtime: Runtime
+) -> SegmentationScores:
+    """Scores on whole images, one at a time."""
+    batches = task.batches(part, in_order(len(part), 1), ValTransform(None), runtime)
+    return task.score(batches, model, runtime)
+
+
+def score(model: Model, data: str, split: Split, runtime: Runtime) -> dict[str, float]:
+    """See `nasfast.methods.base.Method.score`."""
+    scores = scores_of(model, *open_split(model, data, split), runtime)
+    return {
+        "mIoU": scores.miou,
+        "mean accuracy": scores.mean_accuracy,
+        "frequency-weighted IoU": scores.fw_iou,
+    }
+
+
+def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
+    """mIoU on a split, size and latency."""
+    path = config.path
+    model = load(path, config.device)
+    runtime = Runtime(resolve_device(str(model.device)))
+    data = config.data or model.description["data"]
+    task, part = open_split(model, data, config.split)
+    scores = scores_of(model, task, part, runtime)
+    height, width = part[0].mask.shape
+    latencies = measure_speed(
+        path, model, (height, width), runtime, batch=config.batch, seconds=config.seconds
     )
-    class_iou = dict(zip(val.classes, scores.class_iou, strict=True))
-    macs = count_macs(model, (height, width))
+    class_iou = dict(zip(part.classes, scores.class_iou, strict=True))
     result = {
         "data": data,
-        "images": len(val),
+        "split": config.split,
+        "images": len(part),
         **scores.as_dict(),
         "class_iou": class_iou,
-        "params": count_parameters(model),
-        "macs": macs,
-        "latency_ms": dataclasses.asdict(latency),
+        **measure_size(path, model, (height, width)),
+        **speed_json(latencies),
     }
-    table = Table(title=escape(f"{path.parent.name}, {len(val)} validation images of {val.name}"))
+    table = Table(title=escape(f"{config.label}, {len(part)} {config.split} images of {part.name}"))
     table.add_column("measure")
     table.add_column("value", justify="right")
     for name, iou in class_iou.items():
@@ -60,11 +103,6 @@ def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
     table.add_row("mIoU", f"{scores.miou:.4f}")
     table.add_row("mean accuracy", f"{scores.mean_accuracy:.4f}")
     table.add_row("frequency-weighted IoU", f"{scores.fw_iou:.4f}")
-    table.add_row("parameters", f"{result['params']:,}")
-    table.add_row(f"multiply-adds, {height}x{width}", f"{macs / 1e9:.3f} G")
-    table.add_row(
-        f"latency, batch {latency.batch}, {latency.dtype}, {latency.device}, "
-        f"{latency.threads} threads",
-        f"{latency.median:.1f} ms ({latency.low:.1f} to {latency.high:.1f}, {latency.runs} runs)",
-    )
+    for row in [*size_rows(result), *speed_rows(latencies)]:
+        table.add_row(*row)
     return result, table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import MappingProxyType
 from xml.etree.ElementTree import Element
 
 from nasfast.report.base import Section
@@ -19,6 +20,17 @@ class SegmentationReport:
     """The mIoU, the cell and the decoder."""
 
     metric = ("miou", "mIoU")
+    terms = MappingProxyType(
+        {
+            "reward": "Geometric mean of mIoU, mean accuracy and frequency-weighted IoU on "
+            "training images held out to score candidates, 0 to 1.",
+            "mIoU": "Intersection over union of prediction and truth, averaged over the classes.",
+            "stage0": "The decoder alone is trained briefly, on features of the frozen encoder.",
+            "gate": "Mean stage0 reward of the candidates before. One that does not beat it gets "
+            "no stage1.",
+            "stage1": "Encoder and decoder are then trained together, briefly.",
+        }
+    )
 
     def architecture(self, record: Record) -> Iterable[Section]:
         """Cell and decoder."""

@@ -11,6 +11,7 @@ import tyro
 
 from nasfast.cache import CacheConfig
 from nasfast.evaluation.stages import Stage0Config, Stage1Config
+from nasfast.methods import flags
 from nasfast.models.decoders import DecoderConfig
 from nasfast.searches.sampling import SamplingSettings, default_threads
 from nasfast.strategies import PPOConfig
@@ -83,6 +84,20 @@ class SearchConfig(SamplingSettings):
         return CacheConfig(self.cache_dir, self.placement, self.memory, self.storage)
 
 
+FIRST = (
+    "method",
+    "data",
+    "preset",
+    "budget",
+    "strategy",
+    "encoder_weights",
+    "teacher",
+    "workers",
+    "device",
+    "seed",
+    "name",
+)
+"""What ``--help`` describes."""
 PRESETS = {
     "demo": SearchConfig(
         preset="demo",
@@ -108,14 +123,8 @@ PRESETS = {
 
 def parse(argv: Sequence[str]) -> SearchConfig:
     """Settings from a command line: the preset's, overridden flag by flag."""
-    config = tyro.cli(
-        SearchConfig,
-        args=argv,
-        default=_preset(flag_value(argv, "--preset"), flag_value(argv, "--data")),
-        description=DESCRIPTION,
-        prog="nasfast search",
-    )
-    return _finished(config)
+    preset = _preset(flag_value(argv, "--preset"), flag_value(argv, "--data"))
+    return _finished(flags.parse(preset, argv, "nasfast search", DESCRIPTION, FIRST))
 
 
 def search_with(settings: Mapping[str, Any]) -> SearchConfig:

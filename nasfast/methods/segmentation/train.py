@@ -20,13 +20,15 @@ from nasfast.methods.segmentation.crops import enlarging
 from nasfast.models.build import build_segmenter
 from nasfast.models.decoders import FULL_DECODER, DecoderConfig
 from nasfast.models.io import MODEL_FILE, save_model
+from nasfast.runs.study import PREDICTIONS
 from nasfast.spaces.fast_nas import FastNASGenotype
 from nasfast.tasks.base import Targets
 from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.cost import count_macs, count_parameters
 from nasfast.training.loop import Group, Runtime, epoch_indices, one_cycle, train_epoch
+from nasfast.training.pictures import drawn
 from nasfast.utils.config import BatchSize, Bound, Count, MaxNorm, Pixels, Positive, Weight
-from nasfast.utils.files import atomic_write, expanded
+from nasfast.utils.files import atomic_directory, atomic_write, expanded
 from nasfast.utils.seeding import derive_seed
 
 
@@ -58,6 +60,21 @@ class TrainConfig(TrainSettings):
     """The loss weighs class k by its frequency to the power of minus this; 0 weighs all alike."""
     decoder: DecoderConfig = FULL_DECODER
     """Size of the decoder; the default is that of the published final networks."""
+
+
+FIRST = (
+    "source",
+    "rank",
+    "data",
+    "out",
+    "encoder_weights",
+    "epochs",
+    "batch_size",
+    "crop",
+    "device",
+    "seed",
+)
+"""What ``--help`` describes."""
 
 
 def resolve(config: TrainConfig, architecture: Architecture) -> TrainConfig:
@@ -222,6 +239,9 @@ class SegmentationTraining:
             "method": "segmentation",
         }
         save_model(self.out / MODEL_FILE, model, description)
+        show, runtime = self.task.show, self.runtime
+        files = drawn(lambda: show(model, scores, splits.val, ValTransform(None), runtime))
+        atomic_directory(self.out / PREDICTIONS, files)
         atomic_write(self.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
         lines = [
             f"  {name:<16} {'absent' if iou is None else f'{iou:.3f}'}"

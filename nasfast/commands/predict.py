@@ -1,0 +1,245 @@
+"""Use a trained network on images: ``nasfast predict MODEL IMAGES... --out DIR``.
+
+MODEL is a model.safetensors, the directory of a training, or a run. IMAGES are files, folders with
+everything below them, and quoted patterns such as 'photos/**/*.jpg'. DIR gets the task's result for
+each image (a mask as a palette PNG and an overlay, or the restored image) under the image's name,
+in the folders that it came in, and predictions.json, which says what belongs to what.
+
+An image that cannot be read does not stop the others; the exit status is 1 then.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import sys
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from nasfast.data.images import IMAGE_SUFFIXES, read_image
+from nasfast.inference.model import Model, find_model, load
+from nasfast.tasks.processor import Prediction
+from nasfast.utils.cli import reports_errors, say
+from nasfast.utils.errors import UserError, text_for_user
+from nasfast.utils.files import atomic_write
+from nasfast.utils.interrupt import Interrupt, StopRequested
+
+INDEX = "predictions.json"
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """What to predict, and where to."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """model.safetensors, or the directory of a training or of a run."""
+    images: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Image files, folders, patterns."""
+    out: Path
+    """Folder of the results; it may exist."""
+    overwrite: bool = False
+    """Replace results that are there."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    resize: int | Literal["auto", "none"] = "auto"
+    """auto: a segmentation network gets an image at about the size of those it was scored on;
+    none: as it is; a number: its shorter side. The result always has the image's own size."""
+    tile: int | None = None
+    """Greatest side that the network sees at once, in pixels; default: 1024, restoration 512. Less
+    needs less memory."""
+    batch: int = 8
+    """Most images of one size that go through the network together."""
+    autocast: bool = False
+    """Compute in bfloat16 where the device does natively."""
+
+
+@dataclass
+class Sources:
+    """The images that the words of a command line mean."""
+
+    stems: dict[Path, Path] = field(default_factory=dict)
+    """By image: its name among the results, a relative path without the suffix."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """By word or file: why there is nothing."""
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Number of files in folders that are no images, by suffix."""
+
+
+def find_images(words: Sequence[str], out: Path) -> Sources:
+    """Images of files, folders (with all below them, but for hidden files and ``out``) and
+    patterns, each once, in order."""
+    sources, seen = Sources(), set[Path]()
+
+    def add(file: Path, stem: Path) -> None:
+        if file.resolve() not in seen:
+            seen.add(file.resolve())
+            sources.stems[file] = stem
+
+    def add_path(path: Path) -> None:
+        if not path.is_dir():
+            add(path, Path(path.stem))
+            return
+        for file in sorted(path.rglob("*")):
+            within = file.relative_to(path)
+            hidden = any(part.startswith(".") for part in within.parts)
+            if hidden or not file.is_file() or out.resolve() in file.resolve().parents:
+                continue
+            if file.suffix.lower() in IMAGE_SUFFIXES:
+                add(file, within.with_suffix(""))
+            else:
+                sources.ignored[file.suffix.lower() or "without suffix"] += 1
+
+    for word in words:
+        path = Path(word).expanduser()
+        found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+        if not found:
+            sources.failed[word] = "expected a file, a folder or a pattern, found nothing there"
+        for each in found:
+            add_path(each)
+    return sources
+
+
+def name_results(stems: Mapping[Path, Path], suffixes: Sequence[str]) -> dict[Path, Path]:
+    """Stems under which no image's results take the name of another's: "a", then "a-2"."""
+    taken, names = set[str](), {}
+    for image, stem in stems.items():
+        number, name = 1, stem
+        while taken & {f"{name}{suffix}".casefold() for suffix in suffixes}:
+            number += 1
+            name = stem.with_name(f"{stem.name}-{number}")
+        taken |= {f"{name}{suffix}".casefold() for suffix in suffixes}
+        names[image] = name
+    return names
+
+
+def check_free(config: PredictConfig, names: Mapping[Path, Path], suffixes: Sequence[str]) -> None:
+    """UserError where a result would replace an image that is read, or any other file unless
+    asked to."""
+    files = [config.out / f"{name}{suffix}" for name in names.values() for suffix in suffixes]
+    there = [file for file in [*files, config.out / INDEX] if file.exists()]
+    inputs = {image.resolve() for image in names}
+    for file in there:
+        if file.resolve() in inputs:
+            raise UserError(
+                f"predict: expected a folder apart from the images, got --out {config.out}, where "
+                f"the result would replace {file}; give another folder"
+            )
+    if there and not config.overwrite:
+        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+        raise UserError(
+            f"predict: expected no earlier results in {config.out}, got {there[0].name}{more}; "
+            "give another --out, or --overwrite"
+        )
+
+
+class Predictions:
+    """A command at work: what is done, and what failed."""
+
+    def __init__(self, config: PredictConfig, model: Model, sources: Sources) -> None:
+        self.config, self.model = config, model
+        self.names = name_results(sources.stems, model.processor.suffixes)
+        self.failed = dict(sources.failed)
+        self.done: list[dict[str, Any]] = []
+        check_free(config, self.names, model.processor.suffixes)
+
+    def run(self, interrupt: Interrupt, console: Console) -> None:
+        """Predict on all images; StopRequested between two of them after Ctrl-C."""
+        config, reading = self.config, deque[Path]()
+        columns = TextColumn("predict"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal
+        ) as bar:
+            task = bar.add_task("", total=len(self.names))
+            for prediction in self.model.predict_each(
+                self._read(interrupt, reading),
+                resize=config.resize,
+                tile=config.tile,
+                batch=config.batch,
+                autocast=config.autocast,
+            ):
+                self._save(reading.popleft(), prediction)
+                bar.update(task, completed=len(self.done) + len(self.failed))
+
+    def _read(self, interrupt: Interrupt, reading: deque[Path]) -> Iterator[Tensor]:
+        """Pixels of the images that can be read, whose names go to ``reading``."""
+        for image in self.names:
+            interrupt.check()
+            try:
+                pixels = read_image(image, self.model.preprocessing.channels)
+            except Exception as error:
+                text = text_for_user(error)
+                if text is None:
+                    raise
+                self.failed[str(image)] = text
+            else:
+                reading.append(image)
+                yield pixels
+
+    def _save(self, image: Path, prediction: Prediction) -> None:
+        name, out = self.names[image], self.config.out
+        (out / name.parent).mkdir(parents=True, exist_ok=True)
+        files = [str(f.relative_to(out)) for f in prediction.save(out / name.parent, name.name)]
+        self.done.append({"image": str(image), "files": files, **prediction.to_json()})
+
+    def write_index(self) -> None:
+        """predictions.json of what is done."""
+        config, model = self.config, self.model
+        content = {
+            "model": str(find_model(config.model.expanduser()).resolve()),
+            "task": model.task,
+            "classes": list(model.classes),
+            "resize": config.resize,
+            "images": self.done,
+            "failed": self.failed,
+        }
+        config.out.mkdir(parents=True, exist_ok=True)
+        atomic_write(config.out / INDEX, json.dumps(content, indent=2) + "\n")
+
+
+@reports_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status: 1 where an image failed, 130 after Ctrl-C."""
+    config = tyro.cli(PredictConfig, args=argv, prog="nasfast predict", description=__doc__)
+    console, errors = Console(), Console(stderr=True)
+    sources = find_images(config.images, config.out)
+    if not sources.stems:
+        raise UserError(
+            f"predict: expected image files ({', '.join(IMAGE_SUFFIXES)}), a folder with some, or "
+            f"a pattern, found none in {' '.join(config.images) or 'no argument'}"
+        )
+    if config.out.exists() and not config.out.is_dir():
+        raise UserError(f"predict: expected --out to be a folder, got the file {config.out}")
+    model = load(config.model, config.device)
+    say(console, f"{model!r}")
+    if sources.ignored:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sources.ignored.most_common())
+        say(console, f"ignored {sources.ignored.total()} files that are no images: {kinds}")
+    work = Predictions(config, model, sources)
+    stopped = False
+    with Interrupt() as interrupt:
+        try:
+            work.run(interrupt, console)
+        except StopRequested:
+            stopped = True
+        finally:
+            if work.done:
+                work.write_index()
+    for name, text in work.failed.items():
+        say(errors, f"failed: {text if name in text else f'{name}: {text}'}")
+    total = len(work.names) + len(sources.failed)
+    say(console, f"{len(work.done)} of {total} done{', stopped' if stopped else ''}; {config.out}")
+    if stopped:
+        return 130
+    return 1 if work.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,275 @@
+"""Trained networks as files that run without nasfast: ONNX, and archives of ``torch.export``.
+
+A file takes preprocessed images and gives the output at the size of the result. Its metadata says
+how images are preprocessed and what the output means.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nasfast.inference.exported import METADATA, Exported, import_onnxruntime
+from nasfast.inference.model import Model
+from nasfast.ops import DeformConv2d, deform_conv2d_reference, onnx_translation_table
+from nasfast.utils.errors import UserError
+from nasfast.utils.files import atomic_write
+
+Format = Literal["onnx", "pt2"]
+TOLERANCE = 1e-4
+"""Greatest difference from PyTorch that an export may have, in float32."""
+EQUAL = 0.999
+"""Least share of the pixels that must get the class that PyTorch gives them."""
+OPSET, DEFORM_OPSET = 18, 19
+"""18 is the lowest that torch writes and every runtime of the last years reads; DeformConv came
+with 19."""
+VERSION = 1
+"""Of the metadata."""
+_TRACED = 2, (96, 128)  # batch and size; a batch of 1 would be taken for a constant
+
+
+class _Classes(nn.Module):
+    """The class of every pixel, uint8 ``[N, H, W]``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        classes: Tensor = self.model(images).argmax(1).to(torch.uint8)
+        return classes
+
+
+def export(
+    model: Model,
+    path: Path,
+    *,
+    format: Format = "onnx",
+    size: tuple[int, int] | None = None,
+    argmax: bool = False,
+) -> None:
+    """Write a network as a file for other programs, in float32.
+
+    Args:
+        model: of a model.safetensors.
+        path: the file, which is replaced in one step.
+        format: "onnx", or "pt2", an archive of ``torch.export`` that runs with torch alone.
+        size: (H, W) that all images have; None: any. The batch is always free.
+        argmax: give the class of every pixel, uint8 ``[N, H, W]``, in place of logits.
+
+    Raises:
+        UserError: the network is an export itself, has no classes for ``argmax``, or a package is
+            missing.
+    """
+    check_exportable(model, argmax=argmax)
+    # a copy: of the weights of another device, and the memory format of the caller's stays
+    network: nn.Module = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    if argmax:
+        network = _Classes(network)
+    batch, traced = _TRACED
+    images = torch.zeros(batch, model.preprocessing.channels, *(size or traced))
+    write = _onnx if format == "onnx" else _archive
+    with torch.no_grad(), _quiet():
+        atomic_write(path, write(network, images, size, _description(model, size, argmax)))
+
+
+def check_exportable(model: Model, *, argmax: bool = False) -> None:
+    """UserError where `export` cannot write the network."""
+    if isinstance(model.network, Exported):
+        raise UserError(
+            f"export: expected a model.safetensors, got {model.network.path}, which is an export; "
+            "give the file that it was made from"
+        )
+    if argmax and not 0 < len(model.classes) <= 256:
+        raise UserError(
+            f"argmax: expected a network of 1 to 256 classes, got {len(model.classes)} of a "
+            f"network for {model.task}; leave it out"
+        )
+
+
+def _description(model: Model, size: tuple[int, int] | None, argmax: bool) -> dict[str, Any]:
+    """All that a program needs to know, and with it the description of the model file."""
+    file = {
+        "version": VERSION,
+        "task": model.task,
+        "classes": list(model.classes),
+        "preprocessing": model.preprocessing.describe(),
+        "scale": model.processor.scale,
+        "argmax": argmax,
+        "dtype": "float32",
+        "size": size and list(size),
+        "least": 1,
+        "weights": weights_digest(model),
+    }
+    return {**model.description, "export": file}
+
+
+def weights_digest(model: Model) -> str:
+    """SHA-256 (hex) over the weights, by which an export knows the network it was made from."""
+    digest = hashlib.sha256()
+    for name, tensor in model.network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _onnx(
+    network: nn.Module, images: Tensor, size: tuple[int, int] | None, description: dict[str, Any]
+) -> bytes:
+    import_onnxruntime("export --format onnx")
+    try:
+        table = onnx_translation_table()
+    except ModuleNotFoundError as error:
+        raise UserError(str(error)) from error
+    axes = {0: "batch"} if size else {0: "batch", 2: "height", 3: "width"}
+    deformable = any(isinstance(module, DeformConv2d) for module in network.modules())
+    program = torch.onnx.export(
+        network,
+        (images,),
+        dynamo=True,
+        verbose=False,
+        opset_version=DEFORM_OPSET if deformable else OPSET,
+        input_names=["images"],
+        output_names=["classes" if description["export"]["argmax"] else "output"],
+        dynamic_shapes=(axes,),
+        custom_translation_table=table,
+    )
+    assert program is not None
+    program.model.metadata_props[METADATA] = json.dumps(description)
+    data: bytes = program.model_proto.SerializeToString()
+    return data
+
+
+def _archive(
+    network: nn.Module, images: Tensor, size: tuple[int, int] | None, description: dict[str, Any]
+) -> bytes:
+    free = torch.export.Dim.DYNAMIC
+    axes = {0: free} if size else {0: free, 2: free, 3: free}
+    program = torch.export.export(network, (images,), dynamic_shapes=(axes,))
+    ours = torch.ops.nasfast.deform_conv2d.default
+    if any(node.target is ours for node in program.graph.nodes):
+        program = program.run_decompositions({ours: deform_conv2d_reference})
+    if size is None:
+        shape = next(n for n in program.graph.nodes if n.name == "images").meta["val"].shape
+        ranges = [program.range_constraints[side.node.expr] for side in shape[2:]]
+        description["export"]["least"] = max(int(each.lower) for each in ranges)
+    buffer = io.BytesIO()
+    extra = {f"{METADATA}.json": json.dumps(description)}
+    torch.export.save(program, buffer, extra_files=extra)
+    return buffer.getvalue()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch's exporters say to their developers."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def quantize(path: Path, out: Path, images: Sequence[Tensor]) -> None:
+    """Write an ONNX file of `export` with 8-bit integers: weights by channel, activations by their
+    range on the images (static quantisation of onnxruntime, QDQ).
+
+    Args:
+        path: the float32 file.
+        out: the new one, which is replaced in one step.
+        images: preprocessed, ``[1, c, H, W]`` each, of any sizes that the file takes.
+    """
+    import_onnxruntime("export --int8")
+    import onnx
+    from onnxruntime.quantization import (  # type: ignore[import-untyped]
+        CalibrationDataReader,
+        CalibrationMethod,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
+    from onnxruntime.quantization.shape_inference import (  # type: ignore[import-untyped]
+        quant_pre_process,
+    )
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.rest = iter(images)
+
+        def get_next(self) -> dict[str, Any] | None:
+            image = next(self.rest, None)
+            return None if image is None else {"images": image.numpy()}
+
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        prepared, quantized = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
+        quant_pre_process(path, prepared, skip_symbolic_shape=True)
+        quantize_static(
+            prepared,
+            quantized,
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=CalibrationMethod.MinMax,
+        )
+        written = onnx.load(quantized)
+        description = json.loads(
+            next(entry.value for entry in onnx.load(path).metadata_props if entry.key == METADATA)
+        )
+        description["export"]["dtype"] = "int8"
+        onnx.helper.set_model_props(written, {METADATA: json.dumps(description)})
+        atomic_write(out, written.SerializeToString())
+
+
+@torch.inference_mode()
+def compare(
+    model: Model, exported: Model, batches: Iterable[Tensor]
+) -> Iterator[tuple[tuple[int, ...], float]]:
+    """Shape of each batch, and the greatest difference of the outputs on it; of a file that gives
+    classes the share of pixels whose class is the same."""
+    assert isinstance(exported.network, Exported)
+    for images in batches:
+        expected, got = model(images), exported(images)
+        if exported.network.export["argmax"]:
+            value = (expected.argmax(1) == got.argmax(1)).float().mean()
+        else:
+            value = (expected - got).abs().max()
+        yield tuple(images.shape), value.item()
+
+
+def agrees(exported: Model, value: float) -> bool:
+    """Whether a value of `compare` is one of a correct export in float32."""
+    assert isinstance(exported.network, Exported)
+    return value >= EQUAL if exported.network.export["argmax"] else value <= TOLERANCE
+
+
+def check_batches(images: Sequence[Tensor], size: tuple[int, int] | None) -> Iterator[Tensor]:
+    """Batches of 1 and 3 in three sizes, or in the one, made of images ``[1, c, H, W]``."""
+    height, width = size or images[0].shape[-2:]
+    sizes = [(height, width)]
+    if size is None:
+        sizes += [(height * 3 // 4 | 1, width * 2 // 3 | 1), (height // 2 + 3, width)]
+    for side in sizes:
+        some = [
+            F.interpolate(images[i % len(images)], side, mode="bilinear", antialias=True)
+            for i in range(3)
+        ]
+        yield some[0]
+        yield torch.cat(some)

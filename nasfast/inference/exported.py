@@ -1,0 +1,183 @@
+"""Networks in files of ``nasfast export``, run by onnxruntime or as exported programs of torch."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
+from torch.nn import functional as F
+
+from nasfast.device import resolve_device
+from nasfast.utils.errors import UserError, cause
+
+EXPORT_SUFFIXES = (".onnx", ".pt2")
+METADATA = "nasfast"
+"""Key in the metadata of an ONNX file, and with .json the extra file of a torch.export archive."""
+Run = Callable[[Tensor], Tensor]
+
+
+class Exported(nn.Module):
+    """A network of an exported file, in the precision of the file whatever autocast says.
+
+    Args:
+        path: the file, for errors.
+        run: preprocessed images ``[N, c, H, W]`` to what the file gives, on the same device.
+        description: of the file, as `read_description` reads it.
+        device: where `run` computes.
+        backend: what computes, for people.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        run: Run,
+        description: Mapping[str, Any],
+        device: torch.device,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        self.path, self.backend, self._run = path, backend, run
+        self.export: Mapping[str, Any] = description["export"]
+        self.precision: str = self.export["dtype"]
+        self._outputs = len(self.export["classes"])
+        self.place = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
+        """Holds nothing, and says where the network is."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Outputs ``[N, outputs, scale * H, scale * W]``; of a file that gives classes, 1 for the
+        class of a pixel and 0 for the others."""
+        height, width = images.shape[-2:]
+        size, least = self.export["size"], self.export["least"]
+        if size is not None and [height, width] != size:
+            raise UserError(
+                f"{self.path}: expected images of {size[0]}x{size[1]} (height x width), which it "
+                f"was exported for, got {height}x{width}; resize them, or export it with "
+                "--size dynamic"
+            )
+        if min(height, width) < least:
+            raise UserError(
+                f"{self.path}: expected images of at least {least}x{least} pixels, got "
+                f"{height}x{width}; enlarge them, or export it with --format onnx"
+            )
+        with torch.autocast(images.device.type, enabled=False):
+            output = self._run(images.float())
+        if not self.export["argmax"]:
+            return output
+        return F.one_hot(output.long(), self._outputs).movedim(-1, 1).float()
+
+
+def load_exported(path: Path, device: str = "auto") -> tuple[Exported, dict[str, Any]]:
+    """The network of an exported file, and the description of the network it was made from, with
+    that of the file as "export".
+
+    Raises:
+        UserError: the file is damaged or of another program, onnxruntime is missing, or it does
+            not compute on the device.
+    """
+    description = read_description(path)
+    load = _load_onnx if path.suffix == ".onnx" else _load_program
+    run, placed, backend = load(path, device)
+    return Exported(path, run, description, placed, backend), description
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """What `nasfast.inference.export.export` wrote into a file's metadata; errors as above."""
+    try:
+        if path.suffix == ".onnx":
+            text = _session(path, optimize=False).get_modelmeta().custom_metadata_map.get(METADATA)
+        else:
+            with zipfile.ZipFile(path) as archive:
+                names = [n for n in archive.namelist() if n.endswith(f"extra/{METADATA}.json")]
+                text = archive.read(names[0]).decode() if names else None
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise _damaged(path, error) from error
+    if text is None:
+        raise UserError(
+            f"{path}: expected a network that nasfast export wrote, got a file without its "
+            "metadata; export it from the model.safetensors"
+        )
+    try:
+        description: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    return description
+
+
+def _damaged(path: Path, error: BaseException) -> UserError:
+    return UserError(
+        f"{path}: expected a network as nasfast export wrote it, got a damaged file: "
+        f"{cause(error)}; export it again"
+    )
+
+
+def import_onnxruntime(purpose: str) -> Any:
+    """The package; UserError with what to install where it is missing."""
+    try:
+        import onnxruntime  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise UserError(
+            f"{purpose}: expected onnxruntime to be installed, got '{cause(error)}'; "
+            "pip install 'nasfast[export]'"
+        ) from error
+    return onnxruntime
+
+
+def _session(path: Path, providers: tuple[str, ...] = (), *, optimize: bool = True) -> Any:
+    """An inference session, on as many threads as torch has."""
+    runtime = import_onnxruntime(str(path))
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors
+    # waiting threads would hold the cores that whoever calls next needs
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if not optimize:
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        return runtime.InferenceSession(
+            path.read_bytes(), options, providers=[*providers, "CPUExecutionProvider"]
+        )
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:  # onnxruntime has a class for each of its codes
+        raise _damaged(path, error) from error
+
+
+def _load_onnx(path: Path, device: str) -> tuple[Run, torch.device, str]:
+    runtime = import_onnxruntime(str(path))
+    provider, available = "CUDAExecutionProvider", runtime.get_available_providers()
+    placed = resolve_device(device)
+    if placed.type == "cuda" and provider not in available:
+        if device != "auto":
+            raise UserError(
+                f"{path}: expected an onnxruntime that computes on {device}, got one of "
+                f"{', '.join(available)}; pip install onnxruntime-gpu, or use --device cpu"
+            )
+        placed = torch.device("cpu")
+    session = _session(path, (provider,) if placed.type == "cuda" else ())
+    name = session.get_inputs()[0].name
+
+    def run(images: Tensor) -> Tensor:
+        (output,) = session.run(None, {name: images.cpu().contiguous().numpy()})
+        return torch.from_numpy(output).to(images.device)
+
+    return run, placed, f"onnxruntime {runtime.__version__}, {session.get_providers()[0]}"
+
+
+def _load_program(path: Path, device: str) -> tuple[Run, torch.device, str]:
+    placed = resolve_device(device)
+    try:
+        program = torch.export.load(path)
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:  # by the damage: RuntimeError, KeyError, ValueError, ..
+        raise _damaged(path, error) from error
+    if placed.type != "cpu":
+        program = move_to_device_pass(program, placed)
+    module = program.module()
+    return lambda images: module(images), placed, f"torch {torch.__version__}, exported program"

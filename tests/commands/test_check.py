@@ -1,0 +1,136 @@
+"""``nasfast check``: tables, warnings, errors, the sheet and the exit status."""
+
+import pytest
+from folders import save_image, save_mask, write_folder, write_lists
+from PIL import Image
+
+from nasfast.commands import check, search
+from nasfast.methods.restoration import search as restoration
+from nasfast.methods.segmentation import search as segmentation
+from nasfast.utils.errors import UserError
+
+STEMS = [f"{i:02d}" for i in range(24)]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    write_folder(tmp_path / "cats", STEMS)
+    write_lists(tmp_path / "cats", STEMS[:20], STEMS[20:])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path / "cats"
+
+
+def test_good_data(folder, capsys):
+    (folder / "test.txt").write_text("00\n")
+    assert check.main(["--data", "cats"]) == 1  # the test image is one of train
+    out = capsys.readouterr().out
+    assert "train │     20 │ 8x12" in out
+    assert "1 yes │        50.00% │       100.00%" in out
+    assert "warning: 1 images are both in train and in test: 00.png; scores on test" in out
+    assert out.endswith("12 images: cats-check.png\n")
+    (folder / "test.txt").unlink()
+    (folder / "notes.txt").touch()
+    assert check.main(["segmentation", "--data", "cats", "--out", "sheet.png"]) == 0
+    with Image.open("sheet.png") as sheet:
+        assert sheet.width == 1320
+        assert (128, 0, 0) in {color for _, color in sheet.getcolors(10**6)}  # of the legend
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_what_is_not_read(folder, capsys):
+    save_image(folder / "raw/z.png")
+    save_image(folder / "images/z.png")
+    save_mask(folder / "masks/z.png", (0, 1))
+    (folder / "images/._00.png").touch()
+    assert check.main(["--data", "cats"]) == 1
+    out = capsys.readouterr().out
+    for row in (
+        "hidden         │ images │     1",
+        "in no part     │ masks",
+        "another folder │ raw",
+    ):
+        assert row in out
+
+
+def test_errors(folder, capsys):
+    for stem in ("03", "07"):
+        (folder / "images" / f"{stem}.png").write_bytes(b"")
+    assert check.main(["--data", "cats"]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert [line.split(" cannot")[0] for line in err] == [
+        f"error: image {folder}/images/{stem}.png" for stem in ("03", "07")
+    ]
+    for path in folder.glob("masks/*"):
+        save_mask(path, (0, 255))
+    write_folder(folder, ["03", "07"], (0, 255))
+    assert check.main(["--data", "cats"]) == 2
+    assert "if 0,255 mean no, yes, give --mask-values 0,255\n" in capsys.readouterr().err
+    assert check.main(["--data", "cats", "--mask-values", "0,255"]) == 0
+    assert check.main(["--data", "cats", "--mask-values", "0,255", "--out", "cats/a.png"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: out: expected a place outside the data, got {folder}/a.png; give --out, or run "
+        "the command in another directory\n"
+    )
+
+
+def test_images_for_restoration(folder, capsys):
+    """The layout tells whose data it is."""
+    assert check.main(["--data", "cats/images"]) == 1
+    assert "train │     18 │     0 │ 8x12" in capsys.readouterr().out
+    assert check.main(["restoration", "--data", "cats/images", "--channels", "3"]) == 1
+    (folder / "images/03.png").write_bytes((folder / "images/03.png").read_bytes()[:-40])
+    assert check.main(["--data", "cats/images", "--channels", "3"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: image {folder}/images/03.png cannot be read")
+    (folder / "raw").mkdir()
+    assert check.main(["--data", "cats/raw"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(
+        f"error: segmentation: data: {folder}/raw has no known layout: expected CamVid ("
+    )
+    assert f"; restoration: data: {folder}/raw holds no images: expected train/ + test/" in err
+
+
+def test_drawn_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert check.main(["restoration", "--data", "synthetic"]) == 0
+    assert capsys.readouterr().out.endswith("12 images: synthetic-check.png\n")
+
+
+class Stop(UserError):
+    """Instead of the first expensive step."""
+
+
+def stop(*args, **options):
+    raise Stop("stopped")
+
+
+@pytest.mark.parametrize(
+    ("module", "step", "words"),
+    [
+        (segmentation, "_start_workers", "--data cats"),
+        (restoration, "SupernetSearch", "restoration --data cats/images --bilevel.crop 8"),
+        (restoration, "sampled_search", "restoration --data cats/images --strategy random"),
+    ],
+)
+def test_a_search_warns_before_it_begins(folder, module, step, words, monkeypatch, capsys):
+    save_image(folder / "raw/z.png")
+    save_image(folder / "images/more/z.png")
+    monkeypatch.setattr(module, step, stop)
+    assert search.main([*words.split(), "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert err == "error: stopped\n"
+    assert "warning: " in out
+    assert "images lie in folders that are not read: " in out
+
+
+def test_no_search_on_masks_of_one_class(folder, capsys):
+    for path in folder.glob("masks/*"):
+        save_mask(path, (1, 255))
+    assert search.main(["--data", "cats", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.startswith("error: cats: expected at least 2 of the 2 classes")
+    for path in folder.glob("masks/*"):
+        save_mask(path, (0, 1))
+    assert search.main(["--data", "cats", "--device", "cpu", "--omit", "0", "1"]) == 2
+    assert capsys.readouterr().err.startswith("error: omit: expected to leave one of the classes")
+    assert not (folder.parent / "runs").exists()

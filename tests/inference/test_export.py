@@ -1,0 +1,276 @@
+"""Exported networks compute what PyTorch computes, and say what they are."""
+
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import nasfast.inference.exported
+from nasfast.encoders import FeatureInfo
+from nasfast.inference.export import agrees, check_batches, compare, export, quantize
+from nasfast.inference.model import Model, load
+from nasfast.models.decoders import Decoder, DecoderConfig, EncoderDecoder
+from nasfast.models.restorer import Restorer, RestorerConfig
+from nasfast.spaces.fast_nas import Cell, FastNASGenotype
+from nasfast.spaces.ir_nas import IRNASGenotype
+from nasfast.tasks.registry import processor_of
+from nasfast.tasks.restoration import task_from_json
+from nasfast.tasks.segmentation import Segmentation
+from nasfast.utils.errors import UserError
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime")
+SIZES = ((49, 70), (36, 53), (64, 40))
+
+
+class Taps(nn.Module):
+    """An encoder of two convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(c, 8, 3, stride=2, padding=1) for c in (3, 8))
+
+    def forward(self, x):
+        first = self.convs[0](x)
+        return [first, self.convs[1](first)]
+
+
+def segmenter():
+    """Global pooling, dilations, and maps of two sizes that are resized."""
+    genotype = FastNASGenotype(Cell(4, ((0, 1, 7, 5),)), ((0, 1), (1, 2)), num_taps=2)
+    taps = [FeatureInfo("", 8, 2), FeatureInfo("", 8, 4)]
+    decoder = Decoder(genotype, taps, 3, DecoderConfig(4, aux_cell=False))
+    description = {"classes": ["sky", "road", "[post]"], "genotype": genotype.to_json()}
+    return EncoderDecoder(Taps(), decoder), description
+
+
+def restorer(scale):
+    """With a deformable convolution; in super-resolution also a shuffle and an enlargement."""
+    nodes = ((("def3x3", 0), ("sep3x3", 1)),)
+    genotype = IRNASGenotype(nodes, (0,))
+    config = RestorerConfig(4, 4, 4, 4, residual=True, atrous=False)
+    name = "denoising" if scale == 1 else "super-resolution"
+    task = {"task": name} | ({"scale": scale} if scale > 1 else {})
+    description = {
+        "task": task_from_json(task).describe(),
+        "channels": 3,
+        "genotype": genotype.to_json(),
+    }
+    return Restorer(genotype, config, 3, scale), description
+
+
+def model_of(made):
+    network, description = made
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+    return Model(network, processor_of(description), description)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    return tmp_path_factory.mktemp("exports")
+
+
+@pytest.fixture(scope="module")
+def segmentation(folder):
+    """A network, and the path of its ONNX file."""
+    model = model_of(segmenter())
+    export(model, folder / "segmenter.onnx")
+    return model, folder / "segmenter.onnx"
+
+
+@pytest.fixture(scope="module")
+def upscaler(folder):
+    model = model_of(restorer(2))
+    export(model, folder / "restorer.onnx")
+    return model, folder / "restorer.onnx"
+
+
+@pytest.fixture(scope="module")
+def program(folder):
+    """The same for an archive of torch.export."""
+    model = model_of(restorer(1))
+    export(model, folder / "restorer.pt2", format="pt2")
+    return model, folder / "restorer.pt2"
+
+
+@pytest.mark.parametrize("name", ["segmentation", "upscaler", "program"])
+def test_equals_pytorch_in_three_sizes_and_batches_1_and_3(name, request):
+    model, path = request.getfixturevalue(name)
+    exported = load(path, "cpu")
+    batches = [torch.randn(batch, 3, *size) for size in SIZES for batch in (1, 3)]
+    for images, (shape, difference) in zip(batches, compare(model, exported, batches), strict=True):
+        assert shape == images.shape
+        assert difference <= 1e-4
+        scale = model.processor.scale
+        assert exported(images).shape[-2:] == tuple(scale * side for side in shape[-2:])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (exported(images) - model(images).float()).abs().max() > 1e-4
+        assert exported(images).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("name", "opset"), [("segmentation", 18), ("upscaler", 19)])
+def test_standard_operators_of_the_lowest_opset(name, opset, request):
+    written = onnx.load(request.getfixturevalue(name)[1])
+    assert [(entry.domain, entry.version) for entry in written.opset_import] == [("", opset)]
+    assert {node.domain for node in written.graph.node} == {""}
+    assert not written.functions
+    dims = written.graph.input[0].type.tensor_type.shape.dim
+    assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch", 3, "height", "width"]
+
+
+def test_an_archive_needs_torch_alone(program):
+    loaded = torch.export.load(program[1])
+    assert not [node for node in loaded.graph.nodes if "nasfast" in str(node.target)]
+
+
+def test_the_file_says_what_it_is(segmentation):
+    model, path = segmentation
+    text = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map["nasfast"]
+    said = json.loads(text)["export"]
+    assert (said["task"], said["classes"]) == ("segmentation", ["sky", "road", "[post]"])
+    assert said["preprocessing"]["mean"] == [0.485, 0.456, 0.406]
+    assert (said["scale"], said["argmax"], said["dtype"]) == (1, False, "float32")
+    exported = load(path, "cpu")
+    assert (exported.genotype, exported.classes) == (model.genotype, model.classes)
+    assert (exported.task, exported.device) == ("segmentation", torch.device("cpu"))
+
+
+def test_classes_of_one_size(folder):
+    model, path = model_of(segmenter()), folder / "classes.onnx"
+    export(model, path, size=(36, 53), argmax=True)
+    exported = load(path, "cpu")
+    images = torch.randn(2, 3, 36, 53)
+    (_, equal), *_ = compare(model, exported, [images])
+    assert equal > 0.999
+    assert agrees(exported, equal)
+    assert not agrees(exported, 0.99)
+    assert exported(images).shape == (2, 3, 36, 53)
+    session = onnxruntime.InferenceSession(path)
+    (mask,) = session.run(None, {"images": images.numpy()})
+    assert (mask.shape, mask.dtype) == ((2, 36, 53), "uint8")
+    pixels = torch.zeros(3, 36, 53, dtype=torch.uint8)
+    prediction = exported.processor.prediction(exported(images)[0], pixels)
+    assert isinstance(prediction, Segmentation)
+    assert torch.equal(prediction.mask, torch.from_numpy(mask[0]))
+    with pytest.raises(UserError) as error:
+        exported(torch.zeros(1, 3, 36, 52))
+    assert str(error.value) == (
+        f"{path}: expected images of 36x53 (height x width), which it was exported for, got "
+        "36x52; resize them, or export it with --size dynamic"
+    )
+
+
+def test_int8(segmentation, folder):
+    model, path = segmentation
+    small = folder / "int8.onnx"
+    images = [torch.randn(1, 3, 32, 48) for _ in range(3)]
+    quantize(path, small, images)
+    written = onnx.load(small)
+    convolutions = [n for n in written.graph.node if n.op_type == "Conv"]
+    producers = {output: n.op_type for n in written.graph.node for output in n.output}
+    assert all(producers[n.input[1]] == "DequantizeLinear" for n in convolutions)
+    scales = {t.name: t.dims for t in written.graph.initializer if t.name.endswith("weight_scale")}
+    assert any(list(dims) == [8] for dims in scales.values())  # one a channel
+    exported = load(small, "cpu")
+    assert exported.network.precision == "int8"
+    (_, difference), *_ = compare(model, exported, images)
+    spread = model(images[0]).std()
+    assert 1e-4 < difference < spread
+
+
+def test_too_small_for_an_archive(program):
+    exported = load(program[1], "cpu")
+    least = exported.network.export["least"]
+    with pytest.raises(UserError) as error:
+        exported(torch.zeros(1, 3, least - 1, 40))
+    assert str(error.value) == (
+        f"{program[1]}: expected images of at least {least}x{least} pixels, got {least - 1}x40; "
+        "enlarge them, or export it with --format onnx"
+    )
+
+
+def test_what_cannot_be_exported(folder, program):
+    with pytest.raises(UserError) as error:
+        export(program[0], folder / "x.onnx", argmax=True)
+    assert str(error.value) == (
+        "argmax: expected a network of 1 to 256 classes, got 0 of a network for denoising; leave "
+        "it out"
+    )
+    with pytest.raises(UserError) as error:
+        export(load(program[1], "cpu"), folder / "x.onnx")
+    assert str(error.value) == (
+        f"export: expected a model.safetensors, got {program[1]}, which is an export; give the "
+        "file that it was made from"
+    )
+    assert not (folder / "x.onnx").exists()
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_a_damaged_file(suffix, tmp_path):
+    path = tmp_path / f"net.{suffix}"
+    path.write_bytes(b"no network")
+    with pytest.raises(UserError) as error:
+        load(path)
+    start = f"{path}: expected a network as nasfast export wrote it, got a damaged file: "
+    assert str(error.value).startswith(start)
+    assert str(error.value).endswith("; export it again")
+
+
+def test_a_file_of_another_program(segmentation, tmp_path):
+    written = onnx.load(segmentation[1])
+    del written.metadata_props[:]
+    onnx.save(written, tmp_path / "other.onnx")
+    with pytest.raises(UserError) as error:
+        load(tmp_path / "other.onnx")
+    assert str(error.value) == (
+        f"{tmp_path / 'other.onnx'}: expected a network that nasfast export wrote, got a file "
+        "without its metadata; export it from the model.safetensors"
+    )
+
+
+def test_without_onnxruntime(segmentation, monkeypatch, tmp_path):
+    model, path = segmentation
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for call, subject in (
+        (lambda: load(path), path),
+        (lambda: export(model, tmp_path / "net.onnx"), "export --format onnx"),
+    ):
+        with pytest.raises(UserError) as error:
+            call()
+        assert str(error.value).startswith(f"{subject}: expected onnxruntime to be installed, got")
+        assert str(error.value).endswith("; pip install 'nasfast[export]'")
+
+
+def test_without_onnxscript(segmentation, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match=r"pip install 'nasfast\[export\]'$"):
+        export(segmentation[0], tmp_path / "net.onnx")
+
+
+def test_a_gpu_that_onnxruntime_does_not_know(segmentation, monkeypatch):
+    module = nasfast.inference.exported
+    monkeypatch.setattr(module, "resolve_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert load(segmentation[1]).device == torch.device("cpu")
+    with pytest.raises(UserError) as error:
+        load(segmentation[1], "cuda")
+    assert str(error.value) == (
+        f"{segmentation[1]}: expected an onnxruntime that computes on cuda, got one of "
+        "CPUExecutionProvider; pip install onnxruntime-gpu, or use --device cpu"
+    )
+
+
+def test_batches_to_check():
+    images = [torch.rand(1, 3, 40, 60), torch.rand(1, 3, 30, 60)]
+    shapes = [tuple(batch.shape) for batch in check_batches(images, None)]
+    assert {shape[0] for shape in shapes} == {1, 3}
+    assert len({shape[2:] for shape in shapes}) == 3
+    assert {tuple(batch.shape[2:]) for batch in check_batches(images, (8, 9))} == {(8, 9)}

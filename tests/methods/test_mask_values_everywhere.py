@@ -1,0 +1,50 @@
+"""``--mask-values`` goes from the search to the training, the model file and its evaluation."""
+
+import json
+import random
+
+import pytest
+from folders import write_folder
+
+from nasfast.commands import evaluate, train
+from nasfast.methods.base import Architecture
+from nasfast.methods.segmentation.search import Inputs
+from nasfast.methods.segmentation.settings import parse
+from nasfast.methods.segmentation.train import TrainConfig, resolve
+from nasfast.models.io import load_model
+from nasfast.spaces.fast_nas import FastNASSpace
+
+
+@pytest.fixture
+def cells(tmp_path):
+    return write_folder(tmp_path / "cells", "abcdef", (0, 255), size=(32, 48))
+
+
+def test_search(cells, tiny_weights):
+    words = f"--data {cells} --mask-values 0,255 --encoder-weights {tiny_weights}"
+    config = parse(words.split())
+    assert Inputs.open(config).splits.search_val[0].mask.unique().tolist() == [0, 1]
+    assert config.mask_values == "0,255"  # as config.toml holds it
+
+
+def test_training_takes_those_of_the_search(tmp_path):
+    found = Architecture({}, tmp_path, {"data": "cells", "mask_values": "0,255"})
+    assert resolve(TrainConfig(tmp_path), found).mask_values == "0,255"
+    assert resolve(TrainConfig(tmp_path, mask_values="1,2"), found).mask_values == "1,2"
+
+
+def test_evaluation_takes_those_of_the_training(cells, tmp_path, tiny_weights):
+    genotype = FastNASSpace().sample(random.Random(0)).to_json()
+    (tmp_path / "genotype.json").write_text(json.dumps(genotype))
+    out = tmp_path / "train"
+    flags = f"""
+        --data {cells} --mask-values 0,255 --encoder-weights {tiny_weights} --out {out}
+        --device cpu --epochs 1 --batch-size 2 --decoder.agg-size 8
+    """
+    assert train.main([str(tmp_path / "genotype.json"), *flags.split()]) == 0
+    _, description = load_model(out / "model.safetensors")
+    assert description["mask_values"] == "0,255"
+    assert evaluate.main([str(out), "--device", "cpu", "--seconds", "0.01"]) == 0
+    scores = [json.loads((out / f"{name}.json").read_text()) for name in ("metrics", "evaluation")]
+    assert scores[0]["class_iou"] == pytest.approx(scores[1]["class_iou"], abs=1e-3)
+    assert scores[0]["class_iou"]["yes"] is not None
