@@ -105,8 +105,11 @@ class ImageSet(Sequence[ImagePair]):
         return tuple(source.paths for source in self._sources if isinstance(source, _Files))
 
     def read_all(self) -> None:
-        """Read every image and keep none. FaultyFiles names those that cannot be read."""
-        for_each(lambda source: source.read().name, self._sources)
+        """Read every file and keep none. FaultyFiles names those that cannot be read."""
+        for_each(
+            lambda source: source.read().name,
+            [source for source in self._sources if isinstance(source, _Files)],
+        )
 
     @property
     def paired(self) -> bool:

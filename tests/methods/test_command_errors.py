@@ -10,7 +10,7 @@ PRETRAIN = "pretrain --device cpu --width 0.1 --frames 24 --epochs 1 --batch-siz
 
 
 def main_of(command):
-    return importlib.import_module(f"nasfast.{command}").main
+    return importlib.import_module(f"nasfast.commands.{command}").main
 
 
 def rows(tables):
