@@ -107,7 +107,7 @@ class Scale:
 
 
 # to try the benchmarks
-TINY = Scale(8, 3, crop=32, val_crop=48, batch_size=4, epochs=2, agg_size=8, width=0.35, classes=8)
+TINY = Scale(8, 3, crop=32, val_crop=64, batch_size=4, epochs=2, agg_size=8, width=0.35, classes=8)
 
 
 class Streets(SyntheticStreets):

@@ -36,9 +36,8 @@ class Axis:
     def tile(self) -> int:
         """Length of every tile."""
         limit, multiple = self.fixed or self.tiling.side, self.tiling.multiple
-        if self.fixed or self.side <= limit:
-            return self.fixed or math.ceil(max(self.side, self.least) / multiple) * multiple
-        return limit // multiple * multiple
+        whole = math.ceil(max(self.side, self.least) / multiple) * multiple
+        return self.fixed or (whole if whole <= limit else limit // multiple * multiple)
 
     @cached_property
     def starts(self) -> list[int]:
