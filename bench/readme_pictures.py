@@ -1,7 +1,7 @@
 """Make the pictures of README.md: ``python bench/readme_pictures.py [RUN]``.
 
 RUN is the directory of a search; without it the demo is searched, in a minute. Writes
-docs/report.png, the beginning of its report, and docs/prediction.png, the first of its pictures.
+docs/pictures/report.png, the beginning of its report, and docs/pictures/prediction.png, the first of its pictures.
 Needs Chromium or Chrome, which draws the page.
 """
 
@@ -26,7 +26,7 @@ from nasfast.utils.cli import reports_errors  # noqa: E402
 from nasfast.utils.errors import UserError  # noqa: E402
 from nasfast.utils.files import atomic_write  # noqa: E402
 
-DOCS = ROOT / "docs"
+PICTURES = ROOT / "docs" / "pictures"
 SIZE = (1080, 1490)  # of the screenshot, in pixels
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
@@ -56,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         _photograph(browser, run / "report.html", Path(folder) / "page.png")
         page = Image.open(Path(folder) / "page.png").convert("RGB")
-        atomic_write(DOCS / "report.png", png(page, palette=True))
-        atomic_write(DOCS / "prediction.png", pictures[0].read_bytes())
+        atomic_write(PICTURES / "report.png", png(page, palette=True))
+        atomic_write(PICTURES / "prediction.png", pictures[0].read_bytes())
     return 0
 
 
