@@ -74,11 +74,11 @@ USAGE = {
         ("--batch 0", "EvaluateConfig.batch: expected a value from 1"),
         ("--seconds nan", "EvaluateConfig.seconds: expected a value above 0"),
         ("--pictures -1", "EvaluateConfig.pictures: expected a value from 0"),
-        ("--split train", "train"),
+        ("--split all", "all"),
     ],
     PRETRAIN: [
         ("--epochs 0", "PretrainConfig.epochs: expected a value from 1"),
-        ("--frames 0", "PretrainConfig.frames: expected a value from 2"),
+        ("--frames 0", "PretrainConfig.frames: expected a value from 16"),
         ("--epoch 1", "--epoch"),
     ],
 }
@@ -214,10 +214,14 @@ ERRORS = {
     "evaluate": [
         (
             "MODEL --data synthetic",
-            "evaluate MODEL/model.safetensors: expected data of the classes sky, road, [post], got "
-            f"{STREETS} in synthetic",
+            "evaluate: expected data of the network's classes sky, road, [post], got "
+            f"{STREETS} in synthetic; give the data it was trained for by --data",
         ),
-        ("/no/model", "weights: no file /no/model; give a .safetensors, .pth or .pt file"),
+        (
+            "/no/model",
+            "/no/model: expected a model.safetensors, a training or a run, got no such file or "
+            "folder; give the path that nasfast train printed",
+        ),
         ("MODEL/metrics.json", f"{FILE_TYPE} metrics"),
         (
             "ENCODER",
