@@ -7,7 +7,6 @@ Needs Chromium or Chrome, which draws the page.
 
 from __future__ import annotations
 
-import io
 import shutil
 import subprocess
 import sys
@@ -22,12 +21,13 @@ sys.path.insert(0, str(ROOT))  # the checkout is what is shown
 
 from nasfast.commands import report, search  # noqa: E402
 from nasfast.runs.study import Study  # noqa: E402
+from nasfast.training.pictures import png  # noqa: E402
 from nasfast.utils.cli import reports_errors  # noqa: E402
 from nasfast.utils.errors import UserError  # noqa: E402
 from nasfast.utils.files import atomic_write  # noqa: E402
 
 DOCS = ROOT / "docs"
-SIZE = (1080, 1500)  # of the screenshot, in pixels
+SIZE = (1080, 1490)  # of the screenshot, in pixels
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -56,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         _photograph(browser, run / "report.html", Path(folder) / "page.png")
         page = Image.open(Path(folder) / "page.png").convert("RGB")
-        file = io.BytesIO()
-        page.quantize(128, dither=Image.Dither.NONE).save(file, "png", optimize=True)
-        atomic_write(DOCS / "report.png", file.getvalue())
+        atomic_write(DOCS / "report.png", png(page, palette=True))
         atomic_write(DOCS / "prediction.png", pictures[0].read_bytes())
     return 0
 

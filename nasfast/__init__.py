@@ -2,7 +2,7 @@
 
 import importlib as _importlib
 import os as _os
-from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 # By default a waiting OpenMP thread spins 300,000 times before it sleeps. Where another process
 # needs the core, that makes a training step up to 10x slower (docs/results.md); fewer spins cost
@@ -14,7 +14,7 @@ if "OMP_WAIT_POLICY" not in _os.environ:
 # thread pool (two pools in a process cost about 1000x on small parallel regions).
 import torch as _torch  # noqa: F401
 
-if _TYPE_CHECKING:
+if TYPE_CHECKING:
     from nasfast import models, ops
     from nasfast.api import model_info, search, train
     from nasfast.cache import FeatureCache
@@ -46,15 +46,17 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> object:
-    if name in ("models", "ops"):
-        return _importlib.import_module(f"nasfast.{name}")
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(_importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # so that checkers and editors know every name
+
+    def __getattr__(name: str) -> object:
+        if name in ("models", "ops"):
+            return _importlib.import_module(f"nasfast.{name}")
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(_importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return __all__

@@ -13,6 +13,7 @@ from PIL import Image
 import nasfast
 from nasfast import api
 from nasfast.commands import search as search_command
+from nasfast.commands import train as train_command
 from nasfast.inference.model import Model
 from nasfast.methods.registry import METHODS
 from nasfast.models.decoders import DecoderConfig
@@ -169,7 +170,7 @@ def test_training_gives_a_model(found, tiny_data, tmp_path):
     assert isinstance(model, Model)
     assert model.classes == ("sky", "road", "[post]")
     assert model.genotype == found.best.genotype
-    assert (found.path / "train-1" / "model.safetensors").is_file()
+    assert model.path == found.path / "train-1" / "model.safetensors"
     image = tmp_path / "image.png"
     Image.new("RGB", (48, 32)).save(image)
     assert model.predict(image).mask.shape == (32, 48)
@@ -185,17 +186,34 @@ def test_a_name_almost_right():
     )
 
 
-@pytest.mark.parametrize(
-    "source", ["fast_nas_arch1", nasfast.models.zoo.ZOO["fast_nas_arch1"].genotype]
-)
-def test_training_an_architecture_by_name_or_genotype(
-    source, tiny_data, tiny_weights, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("source", ["fast_nas_arch1", api.ZOO["fast_nas_arch1"].genotype])
+def test_training_an_architecture_by_name_or_genotype(source, tiny_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model = nasfast.train(source, data=tiny_data, encoder_weights=tiny_weights, **TRAINING)
-    assert model.genotype == nasfast.model_info("fast_nas_arch1").genotype
-    home = source if isinstance(source, str) else "segmentation"
-    assert (tmp_path / "runs" / home / "train-1" / "model.safetensors").is_file()
+    sessions = []
+
+    def stop(session, console):
+        sessions.append(session)
+        raise StopRequested
+
+    monkeypatch.setattr(train_command.Session, "run", stop)
+    with pytest.raises(KeyboardInterrupt) as error:
+        nasfast.train(source, data=tiny_data, **TRAINING)
+    (session,) = sessions
+    assert session.genotype == api.ZOO["fast_nas_arch1"].genotype
+    assert session.config.data == str(tiny_data)
+    out = tmp_path / "runs" / (source if isinstance(source, str) else "segmentation") / "train-1"
+    assert session.out == out
+    assert str(error.value) == (
+        f"finished epochs are saved; nasfast.train(resume={str(out)!r}) continues"
+    )
+
+
+def test_a_decoder_of_the_zoo_trains_by_name(tiny_data, tiny_weights, tmp_path):
+    flags = f"--epochs 1 --crop 32 --device cpu --decoder.agg-size 8 --out {tmp_path / 'out'}"
+    command = ["fast_nas_arch1", "--encoder-weights", str(tiny_weights), *flags.split()]
+    assert train_command.main([*command, "--data", str(tiny_data)]) == 0
+    genotype = api.ZOO["fast_nas_arch1"].genotype.to_json()
+    assert nasfast.load(tmp_path / "out").genotype == genotype
 
 
 @pytest.mark.parametrize(

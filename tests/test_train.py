@@ -1,7 +1,9 @@
 """Full training of a segmentation network end to end: what it measures, its sources."""
 
 import json
+import shutil
 import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,3 +132,32 @@ def test_source_run_decides_and_flags_override(tiny_run, tiny_data):
         train.resolve(Segmentation(), TrainConfig(tiny_run, data="synthetic"))[0].data
         == "synthetic"
     )
+
+
+class Trained:
+    """A training without a step."""
+
+    done, rounds, summary = 0, 0, "nothing to do"
+
+    def __init__(self, settings, out):
+        self.settings, self.out = settings, out
+
+    def inputs(self, config):
+        return {}
+
+    def finish(self):
+        (self.out / "predictions").mkdir()
+        (self.out / "predictions" / "street.png").write_bytes(b"png")
+        return "finished"
+
+
+def test_a_training_in_a_run_is_shown_by_its_report(tmp_path, monkeypatch, capsys):
+    old = Path(__file__).parent / "fixtures" / "version1" / "segmentation"
+    run = shutil.copytree(old, tmp_path / "a run")
+    monkeypatch.setattr(Segmentation, "training", lambda self, s, genotype, out, r: Trained(s, out))
+    assert train.main([str(run), "--device", "cpu"]) == 0
+    assert f"open '{run}/report.html'\n" in capsys.readouterr().out
+    assert "<figcaption>train-1: street</figcaption>" in (run / "report.html").read_text()
+    (run / "report.html").unlink()
+    assert train.main([str(run), "--device", "cpu", "--out", str(tmp_path / "elsewhere")]) == 0
+    assert not (run / "report.html").exists()

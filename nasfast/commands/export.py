@@ -63,7 +63,8 @@ class ExportConfig:
     """File to write; default: model.onnx or model.pt2 beside the model, with -int8, -argmax and
     the size in its name."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """UserError where flags do not go together."""
         if self.int8 and self.format != "onnx":
             raise UserError(f"int8: expected --format onnx, got {self.format}; leave out either")
         if self.out is not None and self.out.suffix != f".{self.format}":
@@ -71,7 +72,6 @@ class ExportConfig:
                 f"out: expected a name that ends in .{self.format}, got {self.out}; rename it, or "
                 "give another --format"
             )
-        _ = self.fixed
 
     @property
     def fixed(self) -> tuple[int, int] | None:
@@ -99,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line: writes the file and prints how far it is from PyTorch; 1 if it is too far."""
     argv = sys.argv[1:] if argv is None else argv
     config = tyro.cli(ExportConfig, args=argv, description=__doc__, prog="nasfast export")
-    path = find_model(config.model)
+    config.check()
+    path, size = find_model(config.model), config.fixed
     model, method, out = load(path, "cpu"), method_of_model([str(path)]), config.target(path)
     check_exportable(model, argmax=config.argmax)
     if not out.parent.is_dir():
@@ -107,7 +108,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = config.data or model.description.get("data")
     images = _images(config, model, method, data)
     calibration = method.inputs(model, str(data), "train", CALIBRATION) if config.int8 else []
-    size = config.fixed
     if size is not None:
         calibration = [F.interpolate(each, size, mode="bilinear") for each in calibration]
     # beside the target, which it replaces in one step once it is known to be right

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from nasfast.data.images import IMAGE_SUFFIXES, read_image
-from nasfast.inference.model import Model, find_model, load
+from nasfast.inference.model import Model, load
 from nasfast.tasks.processor import Prediction
 from nasfast.utils.cli import reports_errors, say
 from nasfast.utils.errors import UserError, text_for_user
@@ -193,7 +193,7 @@ class Predictions:
         """predictions.json of what is done."""
         config, model = self.config, self.model
         content = {
-            "model": str(find_model(config.model.expanduser()).resolve()),
+            "model": str(model.path and model.path.resolve()),
             "task": model.task,
             "classes": list(model.classes),
             "resize": config.resize,

@@ -16,7 +16,7 @@ from nasfast.data import TrainTransform, ValTransform
 from nasfast.encoders import MobileNetV2
 from nasfast.evaluation.candidate import timed
 from nasfast.models.decoders import EncoderDecoder
-from nasfast.tasks.base import DenseTask, Targets, prepare_images
+from nasfast.tasks.base import STRIDE, DenseTask, Targets, prepare_images
 from nasfast.training.cost import count_macs, count_macs_on, count_parameters
 from nasfast.training.loop import Runtime, in_order
 from nasfast.utils.config import Bounded, Count, Pixels
@@ -109,6 +109,7 @@ class FrozenEncoder:
             "encoder": self.inputs["encoder"],
             "dtype": str(self._dtype).removeprefix("torch."),
             "precision": self.runtime.precision,
+            "padded to": str(STRIDE),
         }
         train_key = key | {
             "data": self.inputs["training data"],
@@ -148,7 +149,7 @@ class FrozenEncoder:
             generator = torch.Generator().manual_seed(derive_seed(self._seed, "crop", index))
             frame = int(self._order[index % len(self._order)])
             frames = self.task.search_train
-            loaded.append(self.task.load_batch(frames, [frame], self._transform, generator))
+            loaded.append(self.task.load_padded(frames, [frame], self._transform, generator))
         images = torch.cat([images for images, _ in loaded])
         targets = {
             name: torch.cat([targets[name] for _, targets in loaded]) for name in loaded[0][1]
@@ -165,7 +166,7 @@ class FrozenEncoder:
     @torch.inference_mode()
     def _encode_val(self, indices: Tensor) -> dict[str, Tensor]:
         frames, chosen = self.task.search_val, indices.tolist()
-        images, targets = self.task.load_batch(frames, chosen, self.val_transform)
+        images, targets = self.task.load_padded(frames, chosen, self.val_transform)
         return self._encode(images) | targets
 
     def _encode(self, images: Tensor) -> dict[str, Tensor]:

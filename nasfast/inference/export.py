@@ -38,7 +38,7 @@ OPSET, DEFORM_OPSET = 18, 19
 with 19."""
 VERSION = 1
 """Of the metadata."""
-_TRACED = 2, (96, 128)  # batch and size; a batch of 1 would be taken for a constant
+_TRACED = 2, (97, 130)  # batch of more than 1, and sides that are padded: others become constants
 
 
 class _Classes(nn.Module):
@@ -114,7 +114,8 @@ def _description(model: Model, size: tuple[int, int] | None, argmax: bool) -> di
         "least": 1,
         "weights": weights_digest(model),
     }
-    return {**model.description, "export": file}
+    fixed = {"input_size": list(size)} if size else {}
+    return {**model.description, **fixed, "export": file}
 
 
 def weights_digest(model: Model) -> str:
@@ -156,6 +157,9 @@ def _onnx(
 def _archive(
     network: nn.Module, images: Tensor, size: tuple[int, int] | None, description: dict[str, Any]
 ) -> bytes:
+    for module in network.modules():
+        if isinstance(module, Model):
+            module.cut = _gathered  # type: ignore[method-assign]
     free = torch.export.Dim.DYNAMIC
     axes = {0: free} if size else {0: free, 2: free, 3: free}
     program = torch.export.export(network, (images,), dynamic_shapes=(axes,))
@@ -170,6 +174,12 @@ def _archive(
     extra = {f"{METADATA}.json": json.dumps(description)}
     torch.export.save(program, buffer, extra_files=extra)
     return buffer.getvalue()
+
+
+def _gathered(output: Tensor, height: int, width: int) -> Tensor:
+    """`Model.cut`; the strides of a slice would become conditions of the archive."""
+    rows, columns = torch.arange(height), torch.arange(width)
+    return output.index_select(-2, rows).index_select(-1, columns)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from nasfast.data.images import read_image
+from nasfast.data.images import WIDE_MODES, planes, read_image
 from nasfast.utils.errors import UserError
 
 Input = Path | str | Image.Image | NDArray[Any] | Tensor
@@ -45,27 +45,24 @@ def pixels_of(image: Input, channels: int) -> Tensor:
         _check(image, image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3))
         pixels = torch.from_numpy(np.ascontiguousarray(np.atleast_3d(image).transpose(2, 0, 1)))
     elif isinstance(image, Image.Image):
-        _check(image, image.mode[0] not in "IF" and min(image.size) > 0)
-        upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-        array = np.atleast_3d(np.array(upright)).transpose(2, 0, 1)
-        return torch.from_numpy(np.ascontiguousarray(array))
+        _check(image, image.mode not in WIDE_MODES and min(image.size) > 0)
+        return planes(ImageOps.exif_transpose(image), channels)
     else:
         raise _refused(type(image).__name__)
     if len(pixels) == channels:
         return pixels.clone()
     if channels == 3:
         return pixels.repeat(3, 1, 1)
-    colour = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    return torch.from_numpy(np.array(colour.convert("L")))[None]
+    return planes(Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()), channels)
 
 
 def _check(image: Tensor | NDArray[Any] | Image.Image, accepted: bool) -> None:
     if isinstance(image, Image.Image):
-        got, accepted = f"a PIL image of mode {image.mode}, {image.size}", accepted
+        got = f"a PIL image of mode {image.mode}, {image.width}x{image.height}"
     else:
-        got = f"{type(image).__name__} {str(image.dtype).removeprefix('torch.')} "
-        got += str(list(image.shape))
-        accepted = accepted and image.dtype in (torch.uint8, np.uint8) and 0 not in image.shape
+        dtype = str(image.dtype).removeprefix("torch.")
+        got = f"{type(image).__name__} {dtype} {list(image.shape)}"
+        accepted = accepted and dtype == "uint8" and 0 not in image.shape
     if not accepted:
         raise _refused(got)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nasfast.device import resolve_device
-from nasfast.inference.exported import EXPORT_SUFFIXES, load_exported
+from nasfast.inference.exported import EXPORT_SUFFIXES, Exported, load_exported
 from nasfast.inference.inputs import SHORTEST, Input, Resize, pixels_of, resized, size_for
 from nasfast.inference.tiles import Axis, output_bands, resized_bands
 from nasfast.models.io import MODEL_FILE, load_model
@@ -33,15 +33,17 @@ class Model(nn.Module):
     Args:
         network: gives maps ``[N, outputs, h, w]``, alone or first in a tuple.
         processor: what goes in, and what comes out.
-        description: of the model file. "size" is that of the images it was scored on. A network
-            that takes inputs of one size only has that as "input_size", both [H, W].
+        description: of the model file. "size" is the [H, W] of the images it was scored on.
 
     Attributes:
         classes: names of the classes, empty where the task has none.
         preprocessing: what `predict` does to an image's values.
         genotype: the architecture, in its JSON form.
         task: name of the task, such as "segmentation" or "denoising".
+        path: the file that `load` read it from.
     """
+
+    path: Path | None = None
 
     def __init__(
         self, network: nn.Module, processor: Processor, description: Mapping[str, Any]
@@ -61,7 +63,8 @@ class Model(nn.Module):
         if self.processor.scale > 1:
             parts.append(f"scale {self.processor.scale}")
         parts.append({1: "grey", 3: "RGB"}.get(self.preprocessing.channels, "") + " images")
-        parts.append(f"{count_parameters(self):,} parameters")
+        own = f"{count_parameters(self):,} parameters"
+        parts.append(self.network.backend if isinstance(self.network, Exported) else own)
         return f"Model({', '.join([*parts, str(self.device)])})"
 
     @property
@@ -72,7 +75,25 @@ class Model(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Outputs at the size of the result: preprocessed images ``[N, c, H, W]`` to float32
-        ``[N, outputs, scale * H, scale * W]``."""
+        ``[N, outputs, scale * H, scale * W]``.
+
+        Sides are padded to multiples of the network's stride: the cells of its coarsest maps would
+        not lie where they are resized to.
+        """
+        if isinstance(self.network, Exported):  # its graph pads
+            return self._resized(images)
+        height, width = images.shape[-2:]
+        scale, stride = self.processor.scale, self.processor.tiling.multiple
+        if stride > 1:
+            images = F.pad(images, (0, -width % stride, 0, -height % stride), mode="replicate")
+        return self.cut(self._resized(images), scale * height, scale * width)
+
+    @staticmethod
+    def cut(output: Tensor, height: int, width: int) -> Tensor:
+        """The top left of an output."""
+        return output[..., :height, :width]
+
+    def _resized(self, images: Tensor) -> Tensor:
         scale = self.processor.scale
         return resize_maps(self.map(images), (scale * images.shape[-2], scale * images.shape[-1]))
 
@@ -182,7 +203,8 @@ class _Run:
         self.autocast = autocast
         self.resize = self._check_resize(resize)
         self.usual = _pair(model.description.get("size"))
-        self.fixed = _pair(model.description.get("input_size"))
+        export = model.description.get("export", {})
+        self.fixed, self.least = _pair(export.get("size")), int(export.get("least", 1))
         tiling = self.processor.tiling
         if tile is not None and tile < 1:
             raise UserError(f"tile: expected at least 1 pixel, got {tile}")
@@ -222,7 +244,7 @@ class _Run:
         size = self._size(images[0])
         batch = resized(torch.stack(list(images)), size)
         rows, columns = (
-            Axis(side, self.tiling, fixed)
+            Axis(side, self.tiling, fixed, self.least)
             for side, fixed in zip(size, self.fixed or (None, None), strict=True)
         )
         shape = (images[0].shape[-2], images[0].shape[-1])
@@ -312,6 +334,7 @@ def load(path: Path | str, device: str = "auto") -> Model:
             f"{file}: expected the description of a network as nasfast train wrote it, got one "
             f"that cannot be read ({type(error).__name__}: {cause(error)}); restore it from a copy"
         ) from error
+    model.path = file
     return model.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 

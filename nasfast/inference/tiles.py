@@ -29,13 +29,15 @@ class Axis:
     tiling: Tiling
     fixed: int | None = None
     """The only side that the network takes; None: any."""
+    least: int = 1
+    """The least side that the network takes."""
 
     @cached_property
     def tile(self) -> int:
         """Length of every tile."""
         limit, multiple = self.fixed or self.tiling.side, self.tiling.multiple
         if self.fixed or self.side <= limit:
-            return self.fixed or self.side
+            return self.fixed or math.ceil(max(self.side, self.least) / multiple) * multiple
         return limit // multiple * multiple
 
     @cached_property

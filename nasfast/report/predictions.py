@@ -57,7 +57,7 @@ def _trained(study: Study, hook: MethodReport) -> Iterator[_Network]:
         file = folder / "metrics.json"
         metrics = read_object(file) if file.is_file() else {}
         genotype = metrics.get("genotype")
-        index = next((r.index for r in study.records if r.genotype == genotype), None)
+        index = next((r.index for r in study.ranking() if r.genotype == genotype), None)
         notes = [f"Architecture {index}, trained in full"] if index is not None else []
         key, label = hook.metric
         if key in metrics and "split" in metrics:

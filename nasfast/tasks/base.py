@@ -20,6 +20,8 @@ from nasfast.training.pictures import SAMPLES, png, spread, strip, thumbnail
 
 T = TypeVar("T")
 
+STRIDE = 32
+"""Of the coarsest maps of encoders."""
 Targets = dict[str, Tensor]
 """What a batch is to be predicted as, by name: the first axis is the batch."""
 
@@ -112,6 +114,23 @@ class DenseTask(ABC, Generic[S]):
         """The targets for a network that is trained at the resolution ``size`` = (h, w)."""
 
     @abstractmethod
+    def pad_targets(self, targets: Targets, size: tuple[int, int]) -> Targets:
+        """The targets with room on the right and at the bottom, up to ``size`` = (H, W), which
+        neither loss nor scores count."""
+
+    def load_padded(
+        self,
+        frames: Frames,
+        indices: Sequence[int],
+        transform: Any,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Targets]:
+        """As `load_batch`, padded as networks need it: see `pad_images`."""
+        images, targets = self.load_batch(frames, indices, transform, generator)
+        images = pad_images(images)
+        return images, self.pad_targets(targets, (images.shape[-2], images.shape[-1]))
+
+    @abstractmethod
     def criterion(self, output: Tensor, targets: Targets) -> Tensor:
         """Loss of an output ``[N, outputs, h, w]`` of any resolution, a float32 scalar."""
 
@@ -157,11 +176,13 @@ class DenseTask(ABC, Generic[S]):
         files = {}
         for index in spread(len(frames), SAMPLES):
             images, targets = self.load_batch(frames, [index], transform)
+            padded = pad_images(images)
             with runtime.autocast():
-                output = model(prepare_images(images, runtime))[0]
+                output = model(prepare_images(padded, runtime))[0]
             output = output.float()
             if self.processor.full_size:
-                output = resize(output, (images.shape[-2], images.shape[-1]))
+                output = resize(output, (padded.shape[-2], padded.shape[-1]))
+                output = output[..., : images.shape[-2], : images.shape[-1]]
             expected = {name: target[0] for name, target in targets.items()}
             panels = {
                 "image": images[0],
@@ -169,7 +190,7 @@ class DenseTask(ABC, Generic[S]):
                 "prediction": self.processor.prediction(output[0], images[0]).draw(),
             }
             shown = strip({name: thumbnail(panel) for name, panel in panels.items()})
-            files[f"image-{index}.png"] = png(shown, palette=True)
+            files[f"image-{index:04}.png"] = png(shown, palette=True)
         if classes := self.class_scores(scores):
             files[CLASSES] = json.dumps([asdict(each) for each in classes]).encode()
         return files
@@ -212,7 +233,7 @@ class DenseTask(ABC, Generic[S]):
     ) -> Iterator[tuple[Tensor, Targets]]:
         """Prepared images ``[N, 3, h, w]`` and targets on the device, batch by batch."""
         for chunk in indices:
-            images, targets = self.load_batch(frames, chunk.tolist(), transform, generator)
+            images, targets = self.load_padded(frames, chunk.tolist(), transform, generator)
             moved = {name: runtime.move(target) for name, target in targets.items()}
             yield prepare_images(images, runtime), moved
 
@@ -228,6 +249,19 @@ class DenseTask(ABC, Generic[S]):
         model.eval()
         batches = self.batches(frames, in_order(len(frames), batch_size), transform, runtime)
         return self.score(batches, lambda images: model(images)[0], runtime)
+
+
+def pad_images(images: Tensor) -> Tensor:
+    """Images ``[N, c, H, W]`` whose last row and column are repeated up to multiples of `STRIDE`.
+
+    The last cell of a coarse map would else reach beyond the image. Where maps are resized to
+    the image it would seem to lie inside, and all cells would be shifted to the left and the top.
+    """
+    rows, columns = (torch.arange(side + -side % STRIDE) for side in images.shape[-2:])
+    height, width = images.shape[-2:]
+    if (len(rows), len(columns)) == (height, width):
+        return images
+    return images[..., rows.clamp(max=height - 1), :][..., columns.clamp(max=width - 1)]
 
 
 def prepare_images(images: Tensor, runtime: Runtime) -> Tensor:

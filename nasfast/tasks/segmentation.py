@@ -48,7 +48,7 @@ class Segmentation(Prediction):
     """Index of the class with the greatest logit. No pixel is left out: the ignore index of the
     training data is no class."""
     confidence: Tensor  # uint8 [H, W]
-    """Probability (softmax) of that class, in 255ths."""
+    """Probability (softmax) of that class, in 255ths. An export with ``--argmax`` knows none."""
     classes: tuple[str, ...]
     colors: tuple[tuple[int, int, int], ...]
 
@@ -169,6 +169,12 @@ class SegmentationTask(DenseTask[SegmentationScores]):
     def resize_targets(self, targets: Targets, size: tuple[int, int]) -> Targets:
         """Nearest labels."""
         return {"labels": resize_labels(targets["labels"], size)}
+
+    def pad_targets(self, targets: Targets, size: tuple[int, int]) -> Targets:
+        """With the ignore index."""
+        labels = targets["labels"]
+        room = (0, size[1] - labels.shape[-1], 0, size[0] - labels.shape[-2])
+        return {"labels": F.pad(labels, room, value=self.ignore_index)}
 
     def criterion(self, output: Tensor, targets: Targets) -> Tensor:
         """Mean cross-entropy at the labels' resolution; a batch without a single labelled pixel

@@ -25,6 +25,8 @@ def load_saved(path: Path) -> object:
                 broken = archive.testzip()  # torch does not look at the checksums
             if broken is not None:
                 raise UserError(f"a damaged file: the checksum of {broken} does not match")
+        elif _is_begun(path):
+            raise UserError("an incomplete file")
         # the first kind of object in others' checkpoints that is no tensor: their arguments
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a pickle's protocol
@@ -43,8 +45,10 @@ def _found(error: Exception) -> str:
     pickled = re.search(r"GLOBAL ([\w.]+)", text)
     if pickled:
         return f"a pickled {pickled[1]}"
-    if "TorchScript" in text:
-        return "a TorchScript archive"
-    return (
-        "an incomplete file" if "PytorchStreamReader" in text else "nothing that torch.save wrote"
-    )
+    return "a TorchScript archive" if "TorchScript" in text else "nothing that torch.save wrote"
+
+
+def _is_begun(path: Path) -> bool:
+    """Whether a file begins as an archive does, whose directory is at its end."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"

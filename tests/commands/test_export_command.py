@@ -20,7 +20,8 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
 
-def make_model(folder, data):
+def make_model(folder, data, seed):
+    torch.manual_seed(seed)
     genotype = IRNASGenotype(((("conv3x3", 0), ("sep3x3", 1)),), (0,))
     network = Restorer(genotype, RestorerConfig(4, 4, 4, 4, residual=True, atrous=False), 1)
     task = task_from_json({"task": "denoising"}).describe()
@@ -33,7 +34,6 @@ def make_model(folder, data):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Folder of a network, and of the images that it was trained on."""
-    torch.manual_seed(0)
     root = tmp_path_factory.mktemp("trained")
     rng = np.random.default_rng(0)
     for part, count in (("train", 4), ("test", 2)):
@@ -41,7 +41,7 @@ def trained(tmp_path_factory):
         for i in range(count):
             pixels = rng.integers(0, 255, (40, 48)).astype(np.uint8)
             Image.fromarray(pixels).save(root / "data" / part / f"{i}.png")
-    return make_model(root / "net", root / "data")
+    return make_model(root / "net", root / "data", seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_evaluate_measures_the_export_beside_its_network(exported, trained, caps
 
 def test_an_export_without_its_network_is_measured_alone(exported, trained, tmp_path):
     shutil.copy(trained / "model.onnx", tmp_path)
-    make_model(tmp_path, trained)  # of other weights
+    make_model(tmp_path, trained, seed=1)  # of other weights
     flags = ["--device", "cpu", "--seconds", "0.05", "--pictures", "0", "--split", "train"]
     assert evaluate.main([str(tmp_path / "model.onnx"), *flags]) == 0
     result = json.loads((tmp_path / "model.onnx.evaluation.json").read_text())
@@ -113,7 +113,7 @@ def test_int8_says_what_is_lost(trained, capsys):
 
 
 def test_no_file_where_it_differs(trained, copied, tmp_path, capsys):
-    other = make_model(tmp_path / "other", trained.parent / "data")
+    other = make_model(tmp_path / "other", trained.parent / "data", seed=1)
     assert export.main([str(other)]) == 1
     error = capsys.readouterr().err
     start = f"error: export {other / 'model.safetensors'}: expected greatest difference from "

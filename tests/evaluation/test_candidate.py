@@ -26,11 +26,11 @@ class Scored:
 
 
 class Stage:
-    """Rewards what it is given; a callable is called in training, or in validation."""
+    """Rewards what it is given; a callable is called in training, in validation or to show."""
 
-    def __init__(self, name, reward, train=None, validate=None):
+    def __init__(self, name, reward, train=None, validate=None, show=None):
         self.name, self.reward = name, reward
-        self._train, self._validate = train, validate
+        self._train, self._validate, self._show = train, validate, show
         self.seeds = []
 
     def train(self, model, seed_of):
@@ -44,6 +44,11 @@ class Stage:
         if self._validate is not None:
             self._validate()
         return Scored(self.reward)
+
+    def show(self, model, scores):
+        if self._show is not None:
+            self._show()
+        return {"reward.txt": f"{self.name} {scores.reward}".encode()}
 
 
 def evaluator(*stages, build=lambda genotype: nn.Linear(2, 3), seed=7):
@@ -87,6 +92,25 @@ def test_what_does_not_beat_the_gate_stops(gate):
     evaluation = evaluator(Stage("first", 0.5), second)(GENOTYPE, 0, gate)
     assert evaluation.rewards == {"first": 0.5}
     assert second.seeds == []
+
+
+@pytest.mark.parametrize(("gate", "text"), [(0.4, b"second 0.9"), (0.6, b"first 0.5")])
+def test_the_last_stage_is_shown(gate, text):
+    stages = Stage("first", 0.5), Stage("second", 0.9)
+    assert evaluator(*stages)(GENOTYPE, 0, gate).files == {"reward.txt": text}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory (3 GB)"), KeyError("color")])
+def test_what_cannot_be_shown_costs_no_candidate_and_says_why(error):
+    stage = Stage("only", 0.5, show=fail_with(error))
+    evaluation = evaluator(stage)(GENOTYPE, 0, None)
+    assert (evaluation.rewards, evaluation.failure) == ({"only": 0.5}, None)
+    assert evaluation.files == {"failed.txt": f"{type(error).__name__}: {error}".encode()}
+
+
+def test_of_a_failure_nothing_is_shown():
+    stages = Stage("first", 0.5), Stage("second", 0.9, train=fail_with(MemoryError()))
+    assert evaluator(*stages)(GENOTYPE, 0, None).files == {}
 
 
 def test_costs_alone():

@@ -74,12 +74,17 @@ USAGE = {
         ("--batch 0", "EvaluateConfig.batch: expected a value from 1"),
         ("--seconds nan", "EvaluateConfig.seconds: expected a value above 0"),
         ("--pictures -1", "EvaluateConfig.pictures: expected a value from 0"),
-        ("--split all", "all"),
+        ("--split all", "--split"),
     ],
     PRETRAIN: [
         ("--epochs 0", "PretrainConfig.epochs: expected a value from 1"),
-        ("--frames 0", "PretrainConfig.frames: expected a value from 16"),
+        ("--frames 0", "PretrainConfig.frames: expected a"),
         ("--epoch 1", "--epoch"),
+        ("--width 99", "PretrainConfig.width: expected a"),
+        ("--batch-size 1", "PretrainConfig.batch_size: expected a"),
+        ("--crop 9999", "PretrainConfig.crop: expected a"),
+        ("--lr nan", "PretrainConfig.lr: expected a value above 0"),
+        ("--seed -1", "PretrainConfig.seed: expected a value from 0"),
     ],
 }
 
@@ -102,6 +107,7 @@ NO_DEVICE = ("--device cuda:99", "resolve_device: expected ")
 BAD_NAME = ("--name a/b", "name: expected letters, digits and ._+- (it becomes part of a")
 BAD_TASK = ("--task dehazing", "task: expected one of denoising, ")
 DEVICES = "resolve_device: expected device 'auto', 'cpu', 'cuda' or"
+DIRECTORY = "weights: expected a .safetensors, .pth or .pt file, got the directory"
 FILE_TYPE = "weights: expected a .safetensors, .pth or .pt file, got"
 STREETS = "sky, building, road, pavement, tree, car, person, pole"
 
@@ -112,6 +118,8 @@ ERRORS = {
         BAD_NAME,
         ("--encoder-weights /no/w.pth", "weights: no file /no/w.pth; give a"),
         ("--encoder-weights RUN/config.toml", FILE_TYPE),
+        ("--encoder-weights EMPTY", f"{DIRECTORY} EMPTY; give a file in it"),
+        ("--teacher EMPTY", f"{DIRECTORY} EMPTY; give a file in it"),
         ("--device auto --devices cpu,gpu", DEVICES),
         ("--device auto --devices cpu,", DEVICES),
         (
@@ -217,11 +225,7 @@ ERRORS = {
             "evaluate: expected data of the network's classes sky, road, [post], got "
             f"{STREETS} in synthetic; give the data it was trained for by --data",
         ),
-        (
-            "/no/model",
-            "/no/model: expected a model.safetensors, a training or a run, got no such file or "
-            "folder; give the path that nasfast train printed",
-        ),
+        ("/no/model", "/no/model: expected a model.safetensors, a training or a run, got no such"),
         ("MODEL/metrics.json", f"{FILE_TYPE} metrics"),
         (
             "ENCODER",

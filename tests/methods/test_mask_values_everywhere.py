@@ -48,3 +48,8 @@ def test_evaluation_takes_those_of_the_training(cells, tmp_path, tiny_weights):
     scores = [json.loads((out / f"{name}.json").read_text()) for name in ("metrics", "evaluation")]
     assert scores[0]["class_iou"] == pytest.approx(scores[1]["class_iou"], abs=1e-3)
     assert scores[0]["class_iou"]["yes"] is not None
+    write_folder(tmp_path / "others", "abcdef", (1, 2), size=(32, 48))
+    flags = f"--device cpu --seconds 0.01 --data {tmp_path / 'others'} --mask-values 1,2"
+    assert evaluate.main([str(out), *flags.split()]) == 0
+    found = json.loads((out / "evaluation.json").read_text())
+    assert found["class_iou"] == pytest.approx(scores[1]["class_iou"], abs=1e-3)

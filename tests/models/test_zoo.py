@@ -5,9 +5,10 @@ import torch
 
 import nasfast
 from nasfast.encoders import MobileNetV2
+from nasfast.methods.registry import read_genotype
 from nasfast.models.build import build_restorer
 from nasfast.models.decoders import DecoderConfig
-from nasfast.models.io import save_model
+from nasfast.models.io import load_model, save_model
 from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.models.zoo import ZOO, create_model, list_models
 from nasfast.spaces import IRNASGenotype, IRNASSpace
@@ -108,9 +109,21 @@ def test_a_model_file_gives_its_own_sizes_and_its_weights_when_asked(small):
     new = create_model(path).eval()
     assert new.decoder.config == DecoderConfig(**SMALL)
     assert not torch.equal(new(images)[0], trained(images)[0])
+    assert read_genotype(path) == GENOTYPE.to_json()
     for source in (path, path.parent):
         again = create_model(source, pretrained=str(path)).eval()
         assert torch.equal(again(images)[0], trained(images)[0])
+
+
+def test_the_published_first_block_is_kept_in_a_file(tmp_path):
+    parts = {"genotype": GENOTYPE.to_json(), "encoder": ENCODER, "decoder": SMALL}
+    model = create_model(parts, faithful=True)
+    save_model(tmp_path / "model.safetensors", model, {})
+    again, description = load_model(tmp_path / "model.safetensors")
+    assert description["encoder"] == ENCODER | {"expand_first": True}
+    assert again.state_dict().keys() == model.state_dict().keys()
+    more = set(model.state_dict()) - set(create_model(parts).state_dict())
+    assert {".".join(name.split(".")[:4]) for name in more} == {"encoder.features.1.conv"}
 
 
 def test_another_number_of_classes_gets_a_new_classifier_only(small):

@@ -119,8 +119,11 @@ def test_prepare_images():
 
 def test_batches():
     batches = list(TASK.batches(TRAIN, in_order(5, 2), ValTransform(None), RUNTIME))
-    assert [tuple(images.shape) for images, _ in batches] == [(2, 3, 32, 48)] * 2 + [(1, 3, 32, 48)]
-    assert torch.equal(batches[2][1]["labels"][0], TRAIN[4].mask)
+    assert [tuple(images.shape) for images, _ in batches] == [(2, 3, 32, 64)] * 2 + [(1, 3, 32, 64)]
+    labels, images = batches[2][1]["labels"][0], batches[2][0]
+    assert torch.equal(labels[:, :48], TRAIN[4].mask)
+    assert (labels[:, 48:] == 255).all()
+    torch.testing.assert_close(images[..., 48:], images[..., 47:48].expand(-1, -1, -1, 16))
 
 
 class Oracle(nn.Module):
@@ -132,7 +135,7 @@ class Oracle(nn.Module):
 
     def forward(self, images):
         assert not self.training
-        labels = torch.stack([self.masks.pop(0) for _ in images]).long()
+        labels = torch.stack([F.pad(self.masks.pop(0), (0, 16)) for _ in images]).long()
         logits = F.one_hot(labels.masked_fill(labels == 255, 0), CLASSES).permute(0, 3, 1, 2)
         return logits.float()[..., ::2, ::2], []
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from nasfast.data.checks import Findings
 from nasfast.inference.model import Model
 from nasfast.methods import flags
-from nasfast.methods.base import Architecture, EvaluateConfig, Method, Split
+from nasfast.methods.base import Architecture, Method, Split
 from nasfast.methods.segmentation.check import CheckConfig, check
-from nasfast.methods.segmentation.evaluate import evaluate, inputs, score
+from nasfast.methods.segmentation.evaluate import EvaluateConfig, evaluate, inputs, score
 from nasfast.methods.segmentation.report import SegmentationReport
 from nasfast.methods.segmentation.search import build
 from nasfast.methods.segmentation.settings import SearchConfig, continued, parse, search_with

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,18 +20,27 @@ from nasfast.inference.speed import (
     speed_json,
     speed_rows,
 )
-from nasfast.methods.base import EvaluateConfig, Split, spread
+from nasfast.methods import base
+from nasfast.methods.base import Split, spread
 from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.loop import Runtime, in_order
 from nasfast.training.metrics import SegmentationScores
 from nasfast.utils.errors import UserError
 
 
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig(base.EvaluateConfig):
+    """What to measure, and where."""
+
+    mask_values: str | None = None
+    """Values of the classes in the masks of other data: 0,255; default: those of the training."""
+
+
 def open_split(
-    model: Model, data: str, split: Split
+    model: Model, data: str, split: Split, mask_values: str | None = None
 ) -> tuple[SegmentationTask, SegmentationDataset]:
     """A part of the data, which must have the network's classes."""
-    values = model.description.get("mask_values")
+    values = mask_values or model.description.get("mask_values")
     task = SegmentationTask(load_splits(data, cache_in_memory=False, mask_values=values))
     part = getattr(task.splits, split, None)
     if part is None:
@@ -78,7 +88,7 @@ def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
     model = load(path, config.device)
     runtime = Runtime(resolve_device(str(model.device)))
     data = config.data or model.description["data"]
-    task, part = open_split(model, data, config.split)
+    task, part = open_split(model, data, config.split, config.mask_values)
     scores = scores_of(model, task, part, runtime)
     height, width = part[0].mask.shape
     latencies = measure_speed(
