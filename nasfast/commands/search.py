@@ -216,7 +216,7 @@ def methods_help() -> str:
     )
 
 
-def _parse_resume(argv: Sequence[str]) -> Resume:
+def parse_resume(argv: Sequence[str]) -> Resume:
     """What beside --resume may be given; the name of the run's method may come first."""
     named, words = (argv[0], argv[1:]) if argv[0] in METHODS else (None, argv)
     refuse_others(Resume, words, "a run keeps its settings: start a new one with others")
@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Session(console) as session:
         try:
             if flag_value(argv, "--resume") is not None:
-                session.resume(_parse_resume(argv))
+                session.resume(parse_resume(argv))
             else:
                 method = method_named(argv[0] if argv and argv[0][:1] != "-" else DEFAULT)
                 if not HELP.isdisjoint(argv):
