@@ -98,7 +98,7 @@ def test_one_damaged_image_does_not_stop_the_others(photos, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["nowhere"], "error: predict: expected image files (.jpg, "),
+        (["nowhere"], "error: predict: expected image files (.bmp, "),
         (["empty"], "found none in empty\n"),
         ([], "found none in no argument\n"),
         (["photos/a.jpg", "--tile", "0"], "error: tile: expected at least 1 pixel, got 0\n"),
@@ -186,5 +186,5 @@ def test_settings_reach_the_network(photos, tmp_path, monkeypatch):
     assert {shape[2:] for shape in seen} == {(50, 50)}
     del seen[:]
     assert run(big, "--out", tmp_path / "2", "--resize", "40", "--autocast") == 0
-    assert seen == [(1, 3, 40, 45)]
+    assert seen == [(1, 3, 64, 64)]  # 40x45, padded to the stride
     assert torch.tensor(Image.open(tmp_path / "2" / "big.png").size).tolist() == [90, 80]
