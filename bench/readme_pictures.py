@@ -1,7 +1,7 @@
 """Make the pictures of README.md: ``python bench/readme_pictures.py [RUN]``.
 
-RUN is the directory of a search; without it the demo is searched, in a minute. Writes
-docs/pictures/report.png, the beginning of its report, and docs/pictures/prediction.png, the first of its pictures.
+RUN is the directory of a search; without it the demo is searched, in a minute. Writes to docs/pictures:
+report.png, the beginning of its report, and prediction.png, the first of its pictures.
 Needs Chromium or Chrome, which draws the page.
 """
 

@@ -35,9 +35,11 @@ class Axis:
     @cached_property
     def tile(self) -> int:
         """Length of every tile."""
-        limit, multiple = self.fixed or self.tiling.side, self.tiling.multiple
+        if self.fixed:
+            return self.fixed
+        limit, multiple = self.tiling.side, self.tiling.multiple
         whole = math.ceil(max(self.side, self.least) / multiple) * multiple
-        return self.fixed or (whole if whole <= limit else limit // multiple * multiple)
+        return whole if whole <= max(limit, self.least) else limit // multiple * multiple
 
     @cached_property
     def starts(self) -> list[int]:

@@ -186,5 +186,5 @@ def test_settings_reach_the_network(photos, tmp_path, monkeypatch):
     assert {shape[2:] for shape in seen} == {(50, 50)}
     del seen[:]
     assert run(big, "--out", tmp_path / "2", "--resize", "40", "--autocast") == 0
-    assert seen == [(1, 3, 64, 64)]
+    assert seen == [(1, 3, 64, 64)]  # 40x45, padded to the stride
     assert torch.tensor(Image.open(tmp_path / "2" / "big.png").size).tolist() == [90, 80]

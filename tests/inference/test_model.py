@@ -203,7 +203,8 @@ def test_resized_images_have_results_of_their_own_size(segmenter, spy):
     assert model.predict(image_of(100, 150)).mask.shape == (100, 150)
     assert model.predict(image_of(100, 150), resize="none").mask.shape == (100, 150)
     assert model.predict(image_of(40, 60), resize=80).mask.shape == (40, 60)
-    assert spy == [(1, 3, 32, 64), (1, 3, 128, 160), (1, 3, 96, 128)]  # whole cells of 32
+    # padded to the stride
+    assert spy == [(1, 3, 32, 64), (1, 3, 128, 160), (1, 3, 96, 128)]
 
 
 def test_neighbours_of_one_size_share_a_batch(segmenter, spy):
@@ -229,6 +230,9 @@ def test_no_tile_is_larger_than_asked_for(segmenter, denoiser, spy):
     assert segmenter.predict(image_of(40, 700), tile=310).mask.shape == (40, 700)
     assert len(spy) > 3
     assert {shape[2:] for shape in spy} == {(64, 288)}
+    del spy[:]
+    segmenter.predict(image_of(310, 20), tile=310)  # padded to 320 it would be larger
+    assert {shape[2:] for shape in spy} == {(288, 32)}
 
 
 def test_networks_of_one_input_size(denoiser, spy):
