@@ -52,7 +52,7 @@ def edit(old, new):
 
 
 def cut(path):
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-2]))
 
 
 def checkpoints(path, foreign, remedy):
@@ -78,11 +78,12 @@ AGAIN = "or remove it: the training then begins again"
 CORRECT = "correct the value"
 ANOTHER = "Was the file written by another version of nasfast?"
 COPY = "restore it from a copy"
-MORE = "expected the 6 records that the checkpoint has seen, got 2; "
+MORE = "expected the 5 records that the checkpoint has seen, got 3; "
 TABLE = {
     ("tiny_run", "search --resume"): [
-        *rows(STATE, checkpoints(f"PLACE/{STATE}", "told", RECORDED)),
-        (RECORDS, cut, f"PLACE/{RECORDS}: {MORE}restore it", RECORDED),
+        *rows(
+            STATE, checkpoints(f"PLACE/{STATE}", "told", RECORDED)[:4]
+        ),  # test_sampling has the last
         (CONFIG, text("budget = "), f"PLACE/{CONFIG}: expected TOML, got 'budget = '", COPY),
         (CONFIG, edit("budget = 6", 'budget = "6"'), f"PLACE/{CONFIG}, budget: expected", CORRECT),
         (CONFIG, edit("budget = 6", "budgets = 6"), f"PLACE/{CONFIG}: unknown setting", ANOTHER),
@@ -94,7 +95,7 @@ TABLE = {
     ("bilevel_run", "search --resume"): [
         *rows(STATE, checkpoints(f"PLACE/{STATE}", "epoch", f"{COPY}, or start a new run")),
         (STATE, lambda path: path.unlink(), "PLACE/checkpoint: expected the state of epoch 5", ""),
-        (RECORDS, cut, f"PLACE/{RECORDS}: {MORE.replace('6', '5')}", f"{COPY}, or start a new run"),
+        (RECORDS, cut, f"PLACE/{RECORDS}: {MORE}", f"{COPY}, or start a new run"),
     ],
     ("tiny_run", "train"): [
         (CONFIG, edit('data = "', 'data = 3 # "'), f"PLACE/{CONFIG}, data: expected a s", CORRECT),
