@@ -135,8 +135,9 @@ class Model(nn.Module):
         """The task's result for an image, or a list of them for a list, at each image's own size.
 
         An image larger than a tile goes through the network in tiles, which overlap. Restoration
-        drops of each what its neighbours know better: the result is that of the whole image, but
-        for deformable convolutions that sample far away. Segmentation fades tiles into each other;
+        drops of each what its neighbours know better: the result is that of the whole image.
+        Deformable convolutions may sample beyond a tile; where they do by many pixels, only a
+        larger ``tile`` helps. Segmentation fades tiles into each other;
         a class is then decided by what the tile shows, not by the whole image.
 
         Args:
