@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ import gpu_report  # noqa: E402
 import harness  # noqa: E402
 import mixed_op_baselines as mixed  # noqa: E402
 import plain  # noqa: E402
+import readme_pictures  # noqa: E402
 import search_cost  # noqa: E402
 from candidates import Scale, Timed  # noqa: E402
 
@@ -118,6 +120,25 @@ def test_a_baseline_that_fails_is_skipped_with_its_reason(monkeypatch: pytest.Mo
     calls, skipped = deform.calls(["conv2d", "torchvision", "nasfast"], PROBLEM, False)
     assert list(calls) == ["conv2d", "nasfast"]
     assert skipped == {"torchvision": "RuntimeError: no kernel"}
+
+
+def test_pictures_of_the_readme_need_a_browser_and_predictions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = ROOT / "tests" / "fixtures" / "version1" / "segmentation"
+    run = str(shutil.copytree(old, tmp_path / "run"))
+    monkeypatch.setattr(shutil, "which", {"chromium": "/bin/false"}.get)
+    assert readme_pictures.main([run]) == 2
+    assert capsys.readouterr().err == (
+        f"error: readme_pictures: expected pictures of the best architecture in {run}, got none; "
+        "search again with this version\n"
+    )
+    monkeypatch.setattr(shutil, "which", {}.get)
+    assert readme_pictures.main([run]) == 2
+    assert capsys.readouterr().err == (
+        "error: readme_pictures: expected one of chromium, chromium-browser, google-chrome, "
+        "google-chrome-stable on the PATH, got none; install Chromium\n"
+    )
 
 
 def test_flops_are_those_that_pytorch_counts() -> None:

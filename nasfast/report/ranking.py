@@ -94,9 +94,10 @@ def terminal_table(study: Study, hook: MethodReport, top: int = 5) -> Table:
     failed = sum(record.evaluation.failure is not None for record in fresh)
     head, rows = ranking_table(study, hook, top)
     best = study.best
+    order = "the best" if study.ranks_by == "score" else "the last first"
     caption = f"architecture {best.index}: {genotype_text(best)}" if best is not None else ""
     table = Table(
-        title=f"{len(fresh)} evaluated, {failed} failed; the best:",
+        title=f"{len(fresh)} evaluated, {failed} failed; {order}:",
         caption=escape(caption),
         caption_justify="left",
         box=SIMPLE_HEAD,

@@ -81,7 +81,9 @@ def test_the_last_architecture_is_the_choice(study):
     assert "The cell, after epoch 4" in page
     assert "<dt>PSNR</dt><dd>23.0000</dd>" in page
     assert "<dt>params</dt><dd>61.24 k</dd>" in page
-    columns = terminal_table(study, REPORT).columns
+    table = terminal_table(study, REPORT)
+    assert table.title == "3 evaluated, 0 failed; the last first:"
+    columns = table.columns
     assert [column.header for column in columns[:4]] == ["rank", "index", "supernet", "PSNR"]
     assert list(columns[1].cells) == ["3", "2", "0"]
 
