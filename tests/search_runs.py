@@ -39,7 +39,7 @@ def shown(run):
 
 def start(command, *, group=False, module="nasfast.search"):
     """`nasfast search` in a process of its own, or in a process group of its own."""
-    root = str(Path(search.__file__).parents[1])
+    root = str(Path(search.__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [sys.executable, "-m", module, *command],
