@@ -1,8 +1,8 @@
 """Make the pictures of README.md: ``python bench/readme_pictures.py [RUN]``.
 
-RUN is the directory of a search; without it the demo is searched, in a minute. Writes report.png,
-the beginning of its report, and prediction.png, the first of its pictures, to docs/pictures. Needs
-Chromium or Chrome, which draws the page.
+RUN is the directory of a search; without it the demo is searched, in a minute. Writes to
+docs/pictures: report.png, the beginning of its report, and prediction.png, the first of its
+pictures. Needs Chromium or Chrome, which draws the page.
 """
 
 from __future__ import annotations
