@@ -331,7 +331,8 @@ def _scratch(
     end += -end % 64
     size = end + x.numel() // g.channels * offsets * ready.sums.itemsize
     if scratch.memory.numel() < size:
-        scratch.memory = torch.empty(size, dtype=torch.uint8)
+        with torch.inference_mode(False):  # later calls may be outside of it
+            scratch.memory = torch.empty(size, dtype=torch.uint8)
     return (
         scratch.map(x, g.channels, ready.dtype, count, 0) if batch_norm else None,
         scratch.map(x, offsets, ready.sums, 1, end) if deform else None,

@@ -108,8 +108,8 @@ def test_edited_records_are_noticed(bilevel_run, tmp_path, capsys):
     (run / "records.jsonl").write_text("".join(lines[:2]))
     assert search.main(["--resume", str(run)]) == 2
     assert capsys.readouterr().err == (
-        f"error: {run}: expected records of 5 epochs, which the checkpoint has seen, got 2; the "
-        "records or the checkpoint were edited, start a new run\n"
+        f"error: {run}/records.jsonl: expected the 5 records that the checkpoint has seen, got 2; "
+        "restore it from a copy, or start a new run\n"
     )
 
 

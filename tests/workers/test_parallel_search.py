@@ -86,15 +86,15 @@ def test_a_run_continues_with_other_workers(tiny_search, tiny_run, tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "status", "message"),
     [
-        (["--name", "a/b"], "name: expected letters, digits and ._+- (it becomes part of a"),
-        (["--stage0.lr", "1e30"], "the last 5 candidates failed, the last one: stage0: training"),
+        (["--name", "a/b"], 2, "name: expected letters, digits and ._+- (it becomes part of a"),
+        (["--stage0.lr", "1e30"], 1, "search: all of the 5 candidates failed (5 x stage0: training"),
     ],
 )
-def test_errors_leave_no_workers(flags, message, tiny_search, tmp_path, capsys):
+def test_errors_leave_no_workers(flags, status, message, tiny_search, tmp_path, capsys):
     argv = [*tiny_search, "--workers", "2", "--runs", str(tmp_path), *flags]
-    assert search.main(argv) == 2
+    assert search.main(argv) == status
     assert capsys.readouterr().err.startswith(f"error: {message}")
     assert multiprocessing.active_children() == []
     for run in tmp_path.glob("*"):
