@@ -114,7 +114,7 @@ class DenseTask(ABC, Generic[S]):
     @abstractmethod
     def pad_targets(self, targets: Targets, size: tuple[int, int]) -> Targets:
         """The targets with room on the right and at the bottom, up to ``size`` = (H, W), which
-        neither loss nor scores count."""
+        neither criterion nor scores count."""
 
     def load_padded(
         self,
