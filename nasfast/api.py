@@ -30,6 +30,7 @@ from nasfast.spaces.base import Genotype
 from nasfast.training.cost import count_macs, count_parameters
 from nasfast.utils.config import from_mapping
 from nasfast.utils.errors import UserError, did_you_mean
+from nasfast.utils.files import expanded
 from nasfast.utils.interrupt import StopRequested
 
 
@@ -111,7 +112,7 @@ def train(
         given = {"resume": resume, **settings}
         session = train_command.Session.resume(from_mapping(train_command.Resume, given, "train"))
     elif isinstance(source, str | Path | Study):
-        path = source.path if isinstance(source, Study) else Path(source)
+        path = source.path if isinstance(source, Study) else expanded(source)
         method, found = method_of_source([str(path)])
         session = train_command.Session.begin(method, method.train_with(path, settings, found))
     elif source is not None:

@@ -176,6 +176,15 @@ def test_training_gives_a_model(found, tiny_data, tmp_path):
     assert model.predict(image).mask.shape == (32, 48)
 
 
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for call in (lambda: nasfast.train("~/none"), lambda: nasfast.search(resume="~/none")):
+        with pytest.raises(UserError) as error:
+            call()
+        assert str(tmp_path / "none") in str(error.value)
+        assert "~" not in str(error.value)
+
+
 def test_a_name_almost_right():
     with pytest.raises(UserError) as error:
         nasfast.train("fast_nas_arc1")

@@ -150,7 +150,9 @@ def _images(config: ExportConfig, model: Model, method: Method, data: str | None
     """Preprocessed images to compare on, ``[1, c, H, W]``; drawn ones where the data is gone."""
     try:
         if data is None:
-            raise UserError("the model file names no data")
+            raise UserError(
+                "data: expected a model file that names its data, got one without; give --data DIR"
+            )
         return method.inputs(model, data, "val", 3)
     except UserError as error:
         if config.data is not None or config.int8:

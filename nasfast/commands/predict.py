@@ -29,7 +29,7 @@ from nasfast.inference.model import Model, load
 from nasfast.tasks.processor import Prediction
 from nasfast.utils.cli import reports_errors, say
 from nasfast.utils.errors import UserError, text_for_user
-from nasfast.utils.files import atomic_write
+from nasfast.utils.files import atomic_write, expanded
 from nasfast.utils.interrupt import Interrupt, StopRequested
 
 INDEX = "predictions.json"
@@ -98,7 +98,7 @@ def find_images(words: Sequence[str], out: Path) -> Sources:
                 sources.ignored[file.suffix.lower() or "without suffix"] += 1
 
     for word in words:
-        path = Path(word).expanduser()
+        path = expanded(word)
         found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
         if not found:
             sources.failed[word] = "expected a file, a folder or a pattern, found nothing there"

@@ -16,7 +16,8 @@ from nasfast.data import TrainTransform, ValTransform
 from nasfast.encoders import MobileNetV2
 from nasfast.evaluation.candidate import timed
 from nasfast.models.decoders import EncoderDecoder
-from nasfast.tasks.base import STRIDE, DenseTask, Targets, prepare_images
+from nasfast.tasks.base import DenseTask, Targets, prepare_images
+from nasfast.tasks.processor import STRIDE
 from nasfast.training.cost import count_macs, count_macs_on, count_parameters
 from nasfast.training.loop import Runtime, in_order
 from nasfast.utils.config import Bounded, Count, Pixels

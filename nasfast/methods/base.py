@@ -256,9 +256,3 @@ class Method(ABC):
     @abstractmethod
     def evaluate(self, settings: Any) -> tuple[Mapping[str, Any], Table]:
         """Plain JSON for evaluation.json, and the same for a person."""
-
-
-def spread(total: int, count: int) -> list[int]:
-    """Up to ``count`` indices from all over 0 .. total - 1."""
-    count = min(total, count)
-    return [round((i + 0.5) * total / count - 0.5) for i in range(count)]

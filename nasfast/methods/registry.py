@@ -99,15 +99,16 @@ def method_of_model(argv: Sequence[str]) -> Method:
             path = find_model(path)
         path = path / MODEL_FILE if path.is_dir() else path
         if path.is_file() and path.suffix in EXPORT_SUFFIXES:
-            family, name = "", read_description(path).get("method")
-        elif path.is_file() and path.suffix == ".safetensors":
+            description = read_description(path)
+            name, genotype = description.get("method"), description.get("genotype")
+            with about(path):
+                return method_of_genotype(genotype) if name is None else method_named(name)
+        if path.is_file() and path.suffix == ".safetensors":
             family, name = model_method(path)
-        else:
-            continue
-        if name is not None:
+            if name is None:
+                return next(m for m in METHODS.values() if m.model_format == family)
             with about(path):
                 return method_named(name)
-        return next(m for m in METHODS.values() if m.model_format == family)
     return METHODS[DEFAULT]
 
 

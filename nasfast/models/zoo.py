@@ -195,26 +195,12 @@ def create_model(
         )
     key, description = describe(source, faithful)
     weights = read_weights(Path(pretrained))[0] if pretrained is not None else {}
+    _check_ends(key, num_classes, channels)
     if key == SEGMENTER:
-        if channels not in (None, 3):
-            raise UserError(
-                f"channels: expected 3 for a segmentation network, got {channels}; leave it out"
-            )
         trained = weights.get("decoder.conv_clf.weight")
-        if num_classes is not None:
-            description["outputs"] = num_classes
-        elif trained is not None:
-            description["outputs"] = len(trained)
-        if description["outputs"] < 1:
-            raise UserError(f"num_classes: expected at least 1, got {num_classes}")
+        outputs = description["outputs"] if trained is None else len(trained)
+        description["outputs"] = outputs if num_classes is None else num_classes
     else:
-        if num_classes is not None:
-            raise UserError(
-                f"num_classes: expected none for a restoration network, got {num_classes}; give "
-                "channels=1 or channels=3"
-            )
-        if channels not in (None, 1, 3):
-            raise UserError(f"channels: expected 1, grey, or 3, colour, got {channels}")
         description["channels"] = channels or description["channels"]
     family = FAMILIES[key]
     configs = {name: from_mapping(c, description[name], name) for name, c in family.configs.items()}
@@ -222,6 +208,24 @@ def create_model(
     if pretrained is not None:
         _load(network, weights, str(pretrained))
     return network.train()
+
+
+def _check_ends(key: str, num_classes: int | None, channels: int | None) -> None:
+    """Raise UserError for inputs or outputs that a family does not have."""
+    if key == SEGMENTER:
+        if channels not in (None, 3):
+            raise UserError(
+                f"channels: expected 3 for a segmentation network, got {channels}; leave it out"
+            )
+        if num_classes is not None and num_classes < 1:
+            raise UserError(f"num_classes: expected at least 1, got {num_classes}")
+    elif num_classes is not None:
+        raise UserError(
+            f"num_classes: expected none for a restoration network, got {num_classes}; give "
+            "channels=1 or channels=3"
+        )
+    elif channels not in (None, 1, 3):
+        raise UserError(f"channels: expected 1, grey, or 3, colour, got {channels}")
 
 
 def describe(source: object, faithful: bool = False) -> tuple[str, dict[str, Any]]:

@@ -36,6 +36,7 @@ from nasfast.utils.errors import UserError, cause
 from nasfast.utils.files import (
     atomic_directory,
     atomic_write,
+    expanded,
     naming,
     read_object,
     read_toml,
@@ -147,7 +148,7 @@ class Study:
         A last line that a crash left torn is cut off the records with a warning. `read_only` needs
         no lock, changes no records, and so works on a run in progress.
         """
-        return cls(path, read_only=read_only)
+        return cls(expanded(path), read_only=read_only)
 
     @property
     def records(self) -> tuple[Record, ...]:

@@ -14,14 +14,12 @@ from torch.nn import functional as F
 
 from nasfast.data import normalize
 from nasfast.models.layers import resize
-from nasfast.tasks.processor import Prediction, Processor
+from nasfast.tasks.processor import STRIDE, Prediction, Processor
 from nasfast.training.loop import Runtime, in_order
 from nasfast.training.pictures import SAMPLES, png, spread, strip, thumbnail
 
 T = TypeVar("T")
 
-STRIDE = 32
-"""Of the coarsest maps of encoders."""
 Targets = dict[str, Tensor]
 """What a batch is to be predicted as, by name: the first axis is the batch."""
 
@@ -116,7 +114,7 @@ class DenseTask(ABC, Generic[S]):
     @abstractmethod
     def pad_targets(self, targets: Targets, size: tuple[int, int]) -> Targets:
         """The targets with room on the right and at the bottom, up to ``size`` = (H, W), which
-        neither loss nor scores count."""
+        neither criterion nor scores count."""
 
     def load_padded(
         self,
@@ -179,10 +177,16 @@ class DenseTask(ABC, Generic[S]):
             padded = pad_images(images)
             with runtime.autocast():
                 output = model(prepare_images(padded, runtime))[0]
-            output = output.float()
+            output, whole = output.float(), (padded.shape[-2], padded.shape[-1])
             if self.processor.full_size:
-                output = resize(output, (padded.shape[-2], padded.shape[-1]))
-                output = output[..., : images.shape[-2], : images.shape[-1]]
+                output = resize(output, whole)
+            rows, columns = (  # of the output that are the image's
+                max(1, round(cells * side / padded_side))
+                for cells, side, padded_side in zip(
+                    output.shape[-2:], images.shape[-2:], whole, strict=True
+                )
+            )
+            output = output[..., :rows, :columns]
             expected = {name: target[0] for name, target in targets.items()}
             panels = {
                 "image": images[0],

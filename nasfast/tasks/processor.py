@@ -13,6 +13,9 @@ from torch import Tensor
 
 from nasfast.utils.config import from_mapping
 
+STRIDE = 32
+"""Of the coarsest maps of encoders: images for them are padded to multiples of it."""
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -121,8 +124,8 @@ class Processor(ABC):
 
     @property
     def tiling(self) -> Tiling:
-        """How large images are cut: as an encoder of stride 32 that looks far needs it."""
-        return Tiling(side=1024, halo=64, blend=128, multiple=32)
+        """How large images are cut: as an encoder that looks far needs it."""
+        return Tiling(side=1024, halo=64, blend=128, multiple=STRIDE)
 
     def reduce(self, output: Tensor) -> Tensor:
         """What is kept of an output, pixel by pixel: float32 ``[.., outputs, h, w]`` to a tensor

@@ -20,6 +20,7 @@ from nasfast.data import (
     Transform,
     batch,
 )
+from nasfast.data.checks import OPACITY
 from nasfast.models.layers import resize
 from nasfast.tasks.base import ClassScore, DenseTask, Frames, Targets
 from nasfast.tasks.processor import Prediction, Preprocessing, Processor
@@ -29,9 +30,6 @@ from nasfast.utils.errors import UserError
 from nasfast.utils.files import atomic_file
 
 T = TypeVar("T")
-
-OPACITY = 0.6
-"""Of the classes' colours over the image."""
 
 
 def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:

@@ -83,6 +83,7 @@ def require_place(path: Path, remedy: str) -> None:
 def atomic_directory(path: Path, files: Mapping[str, bytes]) -> None:
     """Make a directory of these files appear in one step; one that is there is replaced."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same number
     temporary.mkdir(parents=True)
     try:
         for name, data in files.items():

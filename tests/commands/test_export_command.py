@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from nasfast.commands import evaluate, export
-from nasfast.models.io import save_model
+from nasfast.models.io import load_model, save_model
 from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.spaces.ir_nas import IRNASGenotype
 from nasfast.tasks.restoration import task_from_json
@@ -137,6 +137,16 @@ def test_data_that_is_gone(trained, copied, tmp_path, capsys):
         assert capsys.readouterr().err.startswith("error: data: expected 'synthetic' or a folder")
     finally:
         (trained.parent / "moved").rename(gone)
+
+
+def test_a_model_file_without_data(trained, tmp_path, capsys):
+    network, description = load_model(trained / "model.safetensors")
+    description.pop("data")
+    save_model(tmp_path / "model.safetensors", network, description)
+    assert export.main([str(tmp_path), "--int8"]) == 2
+    assert capsys.readouterr().err == (
+        "error: data: expected a model file that names its data, got one without; give --data DIR\n"
+    )
 
 
 @pytest.mark.parametrize(

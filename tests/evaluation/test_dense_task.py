@@ -195,6 +195,22 @@ def test_it_learns_in_both_stages(features):
     assert abs(truth - expected[0].float().mean().item()) < 3
 
 
+def test_a_map_of_cells_is_shown_where_it_lies(features, monkeypatch):
+    shapes = []
+
+    class Cells(BrightnessProcessor):
+        full_size = False
+
+        def reduce(self, output):
+            shapes.append(tuple(output.shape))
+            return output
+
+    monkeypatch.setattr(Brightness, "processor", Cells())
+    model = build(GENOTYPE).eval()
+    TASK.show(model, Error(0.0), TASK.search_val, features.val_transform, RUNTIME)
+    assert shapes == [(1, 6, 8)] * 3  # of 48x64; padded to 64x64 it has 8x8
+
+
 def panels(picture):
     """Mean values of the three images of a strip, without their captions."""
     width = (picture.width - 2 * 6) // 3

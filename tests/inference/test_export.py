@@ -10,16 +10,19 @@ from torch import nn
 
 import nasfast.inference.exported
 import nasfast.inference.model
+from nasfast.data import SyntheticStreets, ValTransform, split_for_search
 from nasfast.encoders import FeatureInfo
 from nasfast.inference.export import agrees, check_batches, compare, export, quantize
 from nasfast.inference.model import Model, load
+from nasfast.methods.segmentation.evaluate import scores_of
 from nasfast.models.decoders import Decoder, DecoderConfig, EncoderDecoder
 from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.spaces.fast_nas import Cell, FastNASGenotype
 from nasfast.spaces.ir_nas import IRNASGenotype
 from nasfast.tasks.registry import processor_of
 from nasfast.tasks.restoration import task_from_json
-from nasfast.tasks.segmentation import Segmentation
+from nasfast.tasks.segmentation import Segmentation, SegmentationTask
+from nasfast.training.loop import Runtime, in_order
 from nasfast.utils.errors import UserError
 
 onnx = pytest.importorskip("onnx")
@@ -169,6 +172,23 @@ def test_classes_of_one_size(folder):
         f"{path}: expected images of 36x53 (height x width), which it was exported for, got "
         "36x52; resize them, or export it with --size dynamic"
     )
+
+
+def test_scores_of_one_size_that_is_no_multiple_of_the_stride(folder):
+    frames = SyntheticStreets(3, size=(36, 53), cache_in_memory=True)
+    task, runtime = (
+        SegmentationTask(split_for_search(frames, frames, seed=0)),
+        Runtime(torch.device("cpu")),
+    )
+    description = {**segmenter()[1], "classes": list(frames.classes), "colors": list(frames.colors)}
+    network = nn.Conv2d(3, len(frames.classes), 3, stride=2, padding=1)
+    made = Model(network, processor_of(description), description)
+    model, _, exported = written(made, folder / "fixed.pt2", format="pt2", size=(36, 53))
+    scores = [scores_of(each, task, frames, runtime).miou for each in (model, exported)]
+    padded = task.batches(frames, in_order(3, 1), ValTransform(None), runtime)
+    scores.append(task.score(padded, model, runtime).miou)
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+    assert scores[0] == pytest.approx(scores[2], abs=1e-3)
 
 
 def test_int8(segmentation, folder):

@@ -1,5 +1,7 @@
 """Who is responsible for a name, a genotype, a run and a model file; never a guess."""
 
+import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,16 @@ def test_a_model_file_says_its_method(name: str, tmp_path: Path) -> None:
     save_model(path, model, description | {"method": "depth"})
     with pytest.raises(UserError, match="expected one of segmentation, restoration, got 'depth'"):
         method_of_model([str(path)])
+
+
+@pytest.mark.parametrize("name", ["restoration", "segmentation"])
+def test_an_export_of_a_network_of_version_1_says_its_genotype_alone(name, tmp_path):
+    _, description = load_model(FIXTURES / f"{name}_training" / "model.safetensors")
+    assert "method" not in description
+    path = tmp_path / "model.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/extra/nasfast.json", json.dumps(description))
+    assert method_of_model([str(path)]).name == name
 
 
 def test_by_the_name_of_an_architecture():

@@ -7,7 +7,7 @@ import pytest
 
 from nasfast.cache import default_directory
 from nasfast.utils.errors import UserError
-from nasfast.utils.files import atomic_file, atomic_write, expanded
+from nasfast.utils.files import atomic_directory, atomic_file, atomic_write, expanded
 
 
 def test_write_and_replace(tmp_path):
@@ -19,6 +19,18 @@ def test_write_and_replace(tmp_path):
         assert path.read_text(encoding="utf-8") == "größe"
     assert path.read_bytes() == b"\x00\xff"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_directory_appears_where_a_killed_process_of_the_same_number_left_its_own(tmp_path):
+    """In a container every process may have the number 1."""
+    left = tmp_path / f".files.{os.getpid()}.tmp"
+    left.mkdir()
+    (left / "half").touch()
+    for content in (b"first", b"second"):
+        atomic_directory(tmp_path / "files", {"a": content})
+        assert (tmp_path / "files" / "a").read_bytes() == content
+        assert os.listdir(tmp_path / "files") == ["a"]
+    assert os.listdir(tmp_path) == ["files"]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

@@ -22,13 +22,14 @@ from nasfast.inference.speed import (
     speed_rows,
 )
 from nasfast.methods import base
-from nasfast.methods.base import Split, spread
+from nasfast.methods.base import Split
 from nasfast.methods.restoration.strips import write_strips
 from nasfast.methods.restoration.task_flags import parse_with_task
 from nasfast.tasks.restoration import RestorationTask, Task, scoring, task_from_json
 from nasfast.tasks.restoration.base import Predict
 from nasfast.tasks.restoration.scoring import EvalProtocol, Scores, image_generator, input_size
 from nasfast.training.loop import Runtime
+from nasfast.training.pictures import spread
 from nasfast.utils.config import Bound, Seed
 from nasfast.utils.errors import UserError
 

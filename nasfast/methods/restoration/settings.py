@@ -28,7 +28,7 @@ from nasfast.tasks.restoration.denoising import Denoising
 from nasfast.utils.cli import flag_value
 from nasfast.utils.config import Count
 from nasfast.utils.errors import UserError
-from nasfast.utils.files import expanded
+from nasfast.utils.files import data_path, expanded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,13 +186,13 @@ def _preset(name: str | None, data: str | None) -> SearchConfig:
 
 def _finished(config: SearchConfig) -> SearchConfig:
     """With absolute paths, and the threads of a sampled network."""
-    data, threads = config.data, config.threads
+    threads = config.threads
     if threads is None and config.samples:
         threads = default_threads(config.batch)
     return dataclasses.replace(
         config,
         threads=threads,
-        data=data if data == "synthetic" else str(expanded(data).resolve()),
+        data=data_path(config.data),
         runs=expanded(config.runs).resolve(),
     )
 

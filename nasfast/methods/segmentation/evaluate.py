@@ -21,10 +21,12 @@ from nasfast.inference.speed import (
     speed_rows,
 )
 from nasfast.methods import base
-from nasfast.methods.base import Split, spread
+from nasfast.methods.base import Split
+from nasfast.tasks.base import prepare_images
 from nasfast.tasks.segmentation import SegmentationTask
-from nasfast.training.loop import Runtime, in_order
+from nasfast.training.loop import Runtime
 from nasfast.training.metrics import SegmentationScores
+from nasfast.training.pictures import spread
 from nasfast.utils.errors import UserError
 
 
@@ -67,8 +69,9 @@ def inputs(model: Model, data: str, split: Split, count: int) -> list[Tensor]:
 def scores_of(
     model: Model, task: SegmentationTask, part: SegmentationDataset, runtime: Runtime
 ) -> SegmentationScores:
-    """Scores on whole images, one at a time."""
-    batches = task.batches(part, in_order(len(part), 1), ValTransform(None), runtime)
+    """Scores on whole images, one at a time; the network pads them itself."""
+    loaded = (task.load_batch(part, [index], ValTransform(None)) for index in range(len(part)))
+    batches = ((prepare_images(images, runtime), targets) for images, targets in loaded)
     return task.score(batches, model, runtime)
 
 

@@ -17,7 +17,7 @@ from nasfast.searches.sampling import SamplingSettings, default_threads
 from nasfast.strategies import PPOConfig
 from nasfast.utils.cli import flag_value
 from nasfast.utils.config import Bound, Count, Pixels, override
-from nasfast.utils.files import expanded
+from nasfast.utils.files import data_path, expanded
 
 DESCRIPTION = """Search a segmentation network: ``nasfast search segmentation``.
 
@@ -145,10 +145,8 @@ def _finished(config: SearchConfig) -> SearchConfig:
         for field in ("encoder_weights", "teacher", "runs", "cache_dir")
         if getattr(config, field) is not None
     }
-    if config.data != "synthetic":
-        paths["data"] = str(expanded(config.data).resolve())
     threads = config.threads or default_threads(config.batch)
-    return dataclasses.replace(config, threads=threads, **paths)
+    return dataclasses.replace(config, data=data_path(config.data), threads=threads, **paths)
 
 
 def continued(
