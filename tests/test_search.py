@@ -60,10 +60,15 @@ def test_resume_elsewhere(own_run, tiny_run, capsys):
     assert search.main(["--resume", str(own_run)]) == 0
     assert outcome(own_run) == outcome(tiny_run)
     assert "note:" not in capsys.readouterr().out
+    environment = json.loads((own_run / "env.json").read_text())
+    del environment["identity"]["inputs"]["padding of the images"]  # of version 0.1.0 and before
+    (own_run / "env.json").write_text(json.dumps(environment))
+    assert search.main(["--resume", str(own_run)]) == 0
+    assert "the run began without padding of the images, which this" in capsys.readouterr().out
     alter_identity(own_run, "computation", torch="1.0", device="cuda:7")
     assert search.main(["--resume", str(own_run)]) == 0
     out = capsys.readouterr().out
-    assert out.count("note: ") == 2
+    assert out.count("note: ") == 3
     assert (
         f"note: the run began with torch 1.0, this is {torch.__version__}; rewards will not be "
         "bit-identical to an uninterrupted run\n" in out
@@ -214,7 +219,8 @@ def test_what_a_run_leaves(tiny_search, tiny_run):
     assert environment["command"][2:-2] == tiny_search
     assert environment["workers"]["workers"] == 1
     inputs, computation = (environment["identity"][kind] for kind in ("inputs", "computation"))
-    assert set(inputs) == {"encoder", "training data", "validation data", "teacher"}
+    names = ("encoder", "training data", "validation data", "teacher", "padding of the images")
+    assert set(inputs) == set(names)
     assert computation["threads"] == "1"
     assert computation["torch"] == torch.__version__
     records = outcome(tiny_run)

@@ -131,6 +131,12 @@ def _check_identity(study: Study, search: Search, console: Console, where: str) 
                 f"resume {study.path}: expected the {', '.join(changed)} that the run began with, "
                 f"got other content in {where}; restore it or start a new run"
             )
+        for name in now[kind].keys() - before.keys():
+            say(
+                console,
+                f"note: the run began without {name}, which this version has; rewards before and "
+                "after are not comparable: a new run is better",
+            )
         for name in changed:
             say(
                 console,

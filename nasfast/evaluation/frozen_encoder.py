@@ -99,6 +99,8 @@ class FrozenEncoder:
             "validation data": task.search_val.fingerprint(),
             "teacher": tensors_fingerprint(teacher.state_dict()) if teacher else "none",
         }
+        if any(side % STRIDE for side in (config.crop, *self.val_size)):
+            self.inputs["padding of the images"] = str(STRIDE)
         self.seconds: dict[str, float] = {}
         with timed(self.seconds, "encode"):
             self._train_cache, self._val_cache = caches or self._fill(cache)

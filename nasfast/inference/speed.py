@@ -107,5 +107,8 @@ def speed_rows(latencies: Sequence[Latency]) -> list[tuple[str, str]]:
         factor = max(ours, theirs) / min(ours, theirs)
         verdict = "as fast" if ours < theirs else "as slow"
         text = f"a tie ({gap:.1%} apart)" if gap < TIE else f"{factor:.2f} times {verdict}"
+        dtypes = [each.dtype for each in latencies]
+        if len(set(dtypes)) > 1:
+            text += f", {' against '.join(dtypes)}"
         rows.append(("the export against torch", text))
     return rows

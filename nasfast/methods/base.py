@@ -70,6 +70,20 @@ class EvaluateConfig(Bounded):
         """The model file; UserError where there is none."""
         return find_model(self.model)
 
+    def source(self, description: Mapping[str, Any]) -> str:
+        """The data to score on.
+
+        Raises:
+            UserError: neither the settings nor the description of the model name any.
+        """
+        data = self.data or description.get("data")
+        if data is None:
+            raise UserError(
+                f"evaluate {self.path}: expected --data DIR, as the file does not say what the "
+                "network was trained on, got none; add it"
+            )
+        return str(data)
+
     @property
     def label(self) -> str:
         """What tables call the network."""

@@ -281,6 +281,7 @@ def test_inputs_are_hashes_of_what_was_read(evaluator, tmp_path):
         "training data": splits.search_train.fingerprint(),
         "validation data": splits.search_val.fingerprint(),
         "teacher": "none",
+        "padding of the images": "32",
     }
     other = make(tmp_path, seed=8)  # other crops of the same
     assert other.inputs == evaluator.inputs

@@ -89,7 +89,11 @@ def test_a_run_continues_with_other_workers(tiny_search, tiny_run, tmp_path, cap
     ("flags", "status", "message"),
     [
         (["--name", "a/b"], 2, "name: expected letters, digits and ._+- (it becomes part of a"),
-        (["--stage0.lr", "1e30"], 1, "search: all of the 5 candidates failed (5 x stage0: training"),
+        (
+            ["--stage0.lr", "1e30"],
+            1,
+            "search: all of the 5 candidates failed (5 x stage0: ",
+        ),
     ],
 )
 def test_errors_leave_no_workers(flags, status, message, tiny_search, tmp_path, capsys):

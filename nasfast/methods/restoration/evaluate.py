@@ -76,7 +76,7 @@ def evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], Table]:
     path = config.path
     model = load(path, config.device)
     runtime = Runtime(resolve_device(str(model.device)))
-    data, scale = config.data or model.description["data"], model.processor.scale
+    data, scale = config.source(model.description), model.processor.scale
     task = config.task or _task(model)
     if task.scale != scale:
         raise UserError(

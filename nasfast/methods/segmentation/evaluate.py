@@ -90,7 +90,7 @@ def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
     path = config.path
     model = load(path, config.device)
     runtime = Runtime(resolve_device(str(model.device)))
-    data = config.data or model.description["data"]
+    data = config.source(model.description)
     task, part = open_split(model, data, config.split, config.mask_values)
     scores = scores_of(model, task, part, runtime)
     height, width = part[0].mask.shape
