@@ -21,6 +21,7 @@ from nasfast.data.folder import FOLDER_LAYOUT, FileDataset, open_folder
 from nasfast.data.synthetic import SyntheticStreets
 from nasfast.data.transforms import TrainTransform, Transform, ValTransform, batch
 from nasfast.utils.errors import UserError
+from nasfast.utils.files import expanded
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -89,4 +90,4 @@ def load_splits(
 
 def folder_of(source: str | Path) -> Path | None:
     """The folder that data lies in; None for data that is drawn."""
-    return None if source == "synthetic" else Path(source).expanduser().resolve()
+    return None if source == "synthetic" else expanded(source).resolve()

@@ -95,6 +95,8 @@ def read_description(path: Path) -> dict[str, Any]:
             with zipfile.ZipFile(path) as archive:
                 names = [n for n in archive.namelist() if n.endswith(f"extra/{METADATA}.json")]
                 text = archive.read(names[0]).decode() if names else None
+                if text is not None and (damaged := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"the checksum of {damaged} is another")
     except (zipfile.BadZipFile, KeyError) as error:
         raise _damaged(path, error) from error
     if text is None:

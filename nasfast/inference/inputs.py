@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from nasfast.data.images import WIDE_MODES, planes, read_image
 from nasfast.utils.errors import UserError
+from nasfast.utils.files import expanded
 
 Input = Path | str | Image.Image | NDArray[Any] | Tensor
 """A file, a PIL image, an array uint8 ``[H, W, 3]`` or ``[H, W]``, a tensor uint8 ``[c, H, W]``
@@ -37,7 +38,7 @@ def pixels_of(image: Input, channels: int) -> Tensor:
         UserError: none of the accepted forms, or a file that cannot be read.
     """
     if isinstance(image, str | Path):
-        return read_image(Path(image).expanduser(), channels)
+        return read_image(expanded(image), channels)
     if isinstance(image, Tensor):
         _check(image, image.dim() == 3 and image.shape[0] in (1, 3))
         pixels = image.detach().cpu()

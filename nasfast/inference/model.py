@@ -25,6 +25,7 @@ from nasfast.tasks.registry import processor_of
 from nasfast.training.cost import count_parameters
 from nasfast.training.loop import NonFiniteLossError, Runtime
 from nasfast.utils.errors import UserError, about, cause, out_of_memory
+from nasfast.utils.files import expanded
 
 
 class Model(nn.Module):
@@ -317,7 +318,7 @@ def load(path: Path | str, device: str = "auto") -> Model:
     Raises:
         UserError: there is none, or the file is damaged.
     """
-    file = find_model(Path(path).expanduser())
+    file = find_model(expanded(path))
     where = resolve_device(device)
     network: nn.Module
     if file.suffix in EXPORT_SUFFIXES:

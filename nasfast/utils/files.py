@@ -118,11 +118,14 @@ def naming(path: Path, instead_of: Path | None = None) -> Iterator[None]:
 
 
 def expanded(path: Path | str) -> Path:
-    """A path with the home directory for its ``~``.
+    """A path with the home directory for its ``~``, unless a file has that name, such as
+    ``~$photo.jpg``.
 
     Raises:
         UserError: there is none, as in a container without HOME.
     """
+    if os.path.lexists(path):
+        return Path(path)
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
