@@ -19,6 +19,8 @@ from nasfast.utils.errors import UserError, cause
 EXPORT_SUFFIXES = (".onnx", ".pt2")
 METADATA = "nasfast"
 """Key in the metadata of an ONNX file, and with .json the extra file of a torch.export archive."""
+NEEDED = ("argmax", "classes", "dtype", "least", "size")
+"""What the description of a file has to say."""
 Run = Callable[[Tensor], Tensor]
 
 
@@ -106,7 +108,10 @@ def read_description(path: Path) -> dict[str, Any]:
         )
     try:
         description: dict[str, Any] = json.loads(text)
-    except ValueError as error:
+        missing = [key for key in NEEDED if key not in description["export"]]
+        if missing:
+            raise KeyError(", ".join(missing))
+    except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from error
     return description
 

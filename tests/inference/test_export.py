@@ -255,6 +255,19 @@ def test_a_damaged_file(suffix, tmp_path):
     assert str(error.value).endswith("; export it again")
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", '{"export": {"argmax": false}}', "{"])
+def test_other_metadata(text, segmentation, tmp_path):
+    other = onnx.load(segmentation[1])
+    onnx.helper.set_model_props(other, {"nasfast": text})
+    path = tmp_path / "other.onnx"
+    onnx.save(other, path)
+    with pytest.raises(UserError) as error:
+        load(path)
+    start = f"{path}: expected a network as nasfast export wrote it, got a damaged file: "
+    assert str(error.value).startswith(start)
+    assert str(error.value).endswith("; export it again")
+
+
 def test_a_file_of_another_program(segmentation, tmp_path):
     written = onnx.load(segmentation[1])
     del written.metadata_props[:]
