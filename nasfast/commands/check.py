@@ -25,7 +25,7 @@ from nasfast.data.images import FaultyFiles
 from nasfast.data.sheet import draw_sheet
 from nasfast.methods.base import CheckConfig, Method
 from nasfast.methods.registry import METHODS
-from nasfast.utils.cli import reports_errors, say
+from nasfast.utils.cli import printable, reports_errors, say
 from nasfast.utils.errors import UserError
 from nasfast.utils.files import atomic_file
 
@@ -92,7 +92,7 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.2%}" if value else "none"
-    return escape(str(value))
+    return escape(printable(str(value)))
 
 
 @reports_errors

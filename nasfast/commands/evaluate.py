@@ -31,6 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = config.path
     exported = f"{model.name}." if model.suffix in EXPORT_SUFFIXES else ""
     path = model.with_name(f"{exported}evaluation.json")
-    atomic_write(path, json.dumps(result, indent=2) + "\n")
     Console().print(table)
+    atomic_write(path, json.dumps(result, indent=2) + "\n")
     return 0

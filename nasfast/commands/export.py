@@ -38,6 +38,7 @@ from nasfast.methods.registry import method_of_model
 from nasfast.training.loop import Runtime
 from nasfast.utils.cli import reports_errors
 from nasfast.utils.errors import UserError
+from nasfast.utils.files import require_place
 
 CALIBRATION = 32
 """Training images that the ranges of activations are taken from."""
@@ -105,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_exportable(model, argmax=config.argmax)
     if not out.parent.is_dir():
         raise UserError(f"out: expected an existing folder, got {out.parent}; make it first")
+    require_place(out.parent, "give another --out")
     data = config.data or model.description.get("data")
     images = _images(config, model, method, data)
     calibration = method.inputs(model, str(data), "train", CALIBRATION) if config.int8 else []

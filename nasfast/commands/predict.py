@@ -10,6 +10,7 @@ An image that cannot be read does not stop the others; the exit status is 1 then
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import json
 import sys
@@ -29,7 +30,7 @@ from nasfast.inference.model import Model, load
 from nasfast.tasks.processor import Prediction
 from nasfast.utils.cli import reports_errors, say
 from nasfast.utils.errors import UserError, text_for_user
-from nasfast.utils.files import atomic_write, expanded
+from nasfast.utils.files import atomic_write, expanded, require_place
 from nasfast.utils.interrupt import Interrupt, StopRequested
 
 INDEX = "predictions.json"
@@ -204,12 +205,24 @@ class Predictions:
         atomic_write(config.out / INDEX, json.dumps(content, indent=2) + "\n")
 
 
+def _holds(out: Path, word: str) -> bool:
+    """Whether a word of the command line is a folder of results, or in one."""
+    path = Path(word)
+    return path.is_dir() and path.resolve().is_relative_to(out.resolve())
+
+
 @reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status: 1 where an image failed, 130 after Ctrl-C."""
     config = tyro.cli(PredictConfig, args=argv, prog="nasfast predict", description=__doc__)
+    config = dataclasses.replace(config, out=expanded(config.out))
     console, errors = Console(), Console(stderr=True)
     sources = find_images(config.images, config.out)
+    if not sources.stems and any(_holds(config.out, word) for word in config.images):
+        raise UserError(
+            f"predict: expected a folder apart from the images, got --out {config.out}, below "
+            "which no image is read; give another folder"
+        )
     if not sources.stems:
         raise UserError(
             f"predict: expected image files ({', '.join(IMAGE_SUFFIXES)}), a folder with some, or "
@@ -217,6 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"predict: expected --out to be a folder, got the file {config.out}")
+    require_place(config.out, "give another --out")
     model = load(config.model, config.device)
     say(console, f"{model!r}")
     if sources.ignored:

@@ -23,6 +23,7 @@ from nasfast.utils.errors import UserError
 NO_IMAGES = {".csv", ".db", ".html", ".ini", ".json", ".md", ".mat", ".txt", ".xml", ".yaml"}
 """Suffixes of files that lie beside images for other reasons than being images."""
 MUCH_VOID = 0.5
+LOSSY = (".jpeg", ".jpg")
 TILES = 12
 OPACITY = 0.6
 """Of the classes' colours over an image."""
@@ -213,6 +214,12 @@ def _labels(part: str, dataset: FileDataset) -> list[str]:
         found.append(_never(part, absent))
     elif counts[dataset.ignore_index] > MUCH_VOID * counts.sum():
         found.append(f"in the masks of {part}, {_void(dataset, counts)}")
+    lossy = [mask for _, mask in dataset.pairs if mask.suffix.lower() in LOSSY]
+    if lossy:
+        found.append(
+            f"{len(lossy)} masks of {part} are JPEG, which changes values to those of other "
+            f"classes: {_names(lossy)}; save them as PNG from their source"
+        )
     if dataset.mask_values is not None:
         values = torch.nonzero(dataset.value_counts.sum(0)).flatten().tolist()
         unlisted = [v for v in values if v not in (*dataset.mask_values, dataset.ignore_index)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -213,7 +214,7 @@ def open_folder(
             stems -= set(read_ids(listed))
         if len(stems) < 2:
             raise UserError(f"{images}: expected at least 2 images, got {len(stems)}; add some")
-        ranked = sorted(stems, key=lambda stem: hashlib.sha256(stem.encode()).hexdigest())
+        ranked = sorted(stems, key=lambda stem: hashlib.sha256(os.fsencode(stem)).hexdigest())
         held_out = max(1, round(0.2 * len(ranked)))
         halves = ranked[held_out:], ranked[:held_out]
         parts = [pair_files(sorted(stems), images, masks) for stems in halves]

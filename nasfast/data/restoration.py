@@ -335,7 +335,7 @@ def _divide(train: ImageSet, test: ImageSet) -> RestorationData:
 
 
 def _hash(name: str) -> str:
-    return hashlib.sha256(name.encode()).hexdigest()
+    return hashlib.sha256(os.fsencode(name)).hexdigest()
 
 
 def _paired(clean: dict[str, Path], degraded: dict[str, Path]) -> list[tuple[Path, ...]]:

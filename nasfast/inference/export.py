@@ -169,11 +169,30 @@ def _archive(
     if size is None:
         shape = next(n for n in program.graph.nodes if n.name == "images").meta["val"].shape
         ranges = [program.range_constraints[side.node.expr] for side in shape[2:]]
-        description["export"]["least"] = max(int(each.lower) for each in ranges)
+        lowest = max(int(each.lower) for each in ranges)
+        description["export"]["least"] = _least_side(program, images.shape[1], lowest)
     buffer = io.BytesIO()
     extra = {f"{METADATA}.json": json.dumps(description)}
     torch.export.save(program, buffer, extra_files=extra)
     return buffer.getvalue()
+
+
+def _least_side(program: torch.export.ExportedProgram, channels: int, lowest: int) -> int:
+    """The least side that an archive takes, beside any other: besides the ranges of its sides it
+    has conditions on both, which only a run shows."""
+    module = program.module()
+    most = max(_TRACED[1])  # which it was traced with
+
+    def takes(side: int) -> bool:
+        try:
+            for other in (side, most):
+                module(torch.zeros(1, channels, side, other))
+                module(torch.zeros(1, channels, other, side))
+        except AssertionError:
+            return False
+        return True
+
+    return next((side for side in range(lowest, most) if takes(side)), most)
 
 
 def _gathered(output: Tensor, height: int, width: int) -> Tensor:

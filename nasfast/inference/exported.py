@@ -19,6 +19,8 @@ from nasfast.utils.errors import UserError, cause
 EXPORT_SUFFIXES = (".onnx", ".pt2")
 METADATA = "nasfast"
 """Key in the metadata of an ONNX file, and with .json the extra file of a torch.export archive."""
+NEEDED = ("argmax", "classes", "dtype", "least", "size")
+"""What the description of a file has to say."""
 Run = Callable[[Tensor], Tensor]
 
 
@@ -95,6 +97,8 @@ def read_description(path: Path) -> dict[str, Any]:
             with zipfile.ZipFile(path) as archive:
                 names = [n for n in archive.namelist() if n.endswith(f"extra/{METADATA}.json")]
                 text = archive.read(names[0]).decode() if names else None
+                if text is not None and (damaged := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"the checksum of {damaged} is another")
     except (zipfile.BadZipFile, KeyError) as error:
         raise _damaged(path, error) from error
     if text is None:
@@ -104,7 +108,10 @@ def read_description(path: Path) -> dict[str, Any]:
         )
     try:
         description: dict[str, Any] = json.loads(text)
-    except ValueError as error:
+        missing = [key for key in NEEDED if key not in description["export"]]
+        if missing:
+            raise KeyError(", ".join(missing))
+    except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from error
     return description
 

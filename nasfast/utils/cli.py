@@ -47,7 +47,12 @@ class TextConsole(Protocol):
 
 def say(console: TextConsole, text: str) -> None:
     """Print plain text: no markup, no colours, no wrapping of the commands and paths in it."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """Text with escapes for the bytes of a file's name that are no UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def refuse_others(settings: type, argv: Sequence[str], remedy: str) -> None:

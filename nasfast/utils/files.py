@@ -55,8 +55,19 @@ def atomic_write(path: Path, data: bytes | memoryview | str) -> None:
 
 
 def data_path(data: str) -> str:
-    """The absolute path of a data set's folder; "synthetic" is none."""
-    return data if data == "synthetic" else str(expanded(data).resolve())
+    """The absolute path of a data set's folder; "synthetic" is none.
+
+    Raises:
+        UserError: its name is not UTF-8, which the files of a run are.
+    """
+    path = data if data == "synthetic" else str(expanded(data).resolve())
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"data: expected a folder whose path is UTF-8, got {path!r}; rename it"
+        ) from error
+    return path
 
 
 def require_place(path: Path, remedy: str) -> None:
@@ -119,11 +130,14 @@ def naming(path: Path, instead_of: Path | None = None) -> Iterator[None]:
 
 
 def expanded(path: Path | str) -> Path:
-    """A path with the home directory for its ``~``.
+    """A path with the home directory for its ``~``, unless a file has that name, such as
+    ``~$photo.jpg``.
 
     Raises:
         UserError: there is none, as in a container without HOME.
     """
+    if os.path.lexists(path):
+        return Path(path)
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

@@ -102,6 +102,16 @@ def test_an_export_without_its_network_is_measured_alone(exported, trained, tmp_
     assert "latency_ms_of_original" not in result
 
 
+def test_a_place_that_cannot_be_written_to_is_known_before(trained, capsys):
+    assert export.main([str(trained), "--out", "/proc/a.onnx"]) == 2
+    printed = capsys.readouterr()
+    assert "exporting" not in printed.out
+    assert printed.err == (
+        "error: /proc: expected a directory that can be made and written to, got no such file or "
+        "directory; give another --out\n"
+    )
+
+
 def test_int8_says_what_is_lost(trained, capsys):
     assert export.main([str(trained), "--int8", "--size", "40x48"]) == 0
     printed = capsys.readouterr().out

@@ -108,6 +108,17 @@ def test_one_damaged_image_does_not_stop_the_others(photos, tmp_path, capsys):
         ),
         (["photos/a.jpg", "--batch", "0"], "error: batch: expected at least 1, got 0\n"),
         (["photos/a.jpg", "--out", "photos/b.png"], "expected --out to be a folder, got the file"),
+        (
+            ["photos/a.jpg", "--out", "/proc/x"],
+            "error: /proc/x: expected a directory that can be made and written to, got no such "
+            "file or directory; give another --out\n",
+        ),
+        (
+            ["photos/trip", "--out", "photos"],
+            "error: predict: expected a folder apart from the images, got --out photos, below "
+            "which no image is read; give another folder\n",
+        ),
+        (["~nobody-here/a.jpg"], "error: ~nobody-here/a.jpg: expected a home directory for ~, got"),
     ],
 )
 def test_what_is_refused(words, text, photos, tmp_path, monkeypatch, capsys):
@@ -145,6 +156,15 @@ def test_an_image_is_never_replaced_by_its_result(photos, capsys):
         capsys.readouterr().err
     )
     assert (photos / "b.png").read_bytes() == before
+
+
+def test_names_that_begin_with_a_tilde(photos, tmp_path, monkeypatch):
+    """Such as those that an open document leaves; and a shell expands none in --out=~/x."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    draw(Path("~$photo.jpg"))
+    assert run("~$photo.jpg", "--out=~/out") == 0
+    assert index_of(tmp_path / "home" / "out")["images"][0]["files"][0] == "~$photo.png"
 
 
 def test_results_in_the_folder_of_the_images_are_no_images(photos):

@@ -68,6 +68,11 @@ def kinds(folder):
     (folder / "images" / "photo.HEIC").touch()
 
 
+def jpeg_masks(folder):
+    for name in ("00", "01"):
+        (folder / "masks" / f"{name}.png").rename(folder / "masks" / f"{name}.jpg")
+
+
 def third_class(folder):
     (folder / "classes.txt").write_text("no\nyes\nedge\n")
 
@@ -129,6 +134,13 @@ KINDS = "bmp, jpeg, jpg, png, tif, tiff, webp"
             [
                 f"1 files beside images are of a kind that is not read ({KINDS}): images (1: "
                 "photo.HEIC); move or convert them"
+            ],
+        ),
+        (
+            jpeg_masks,
+            [
+                "2 masks of train are JPEG, which changes values to those of other classes: "
+                "00.jpg, 01.jpg; save them as PNG from their source"
             ],
         ),
         (third_class, [NEVER + "train", NEVER + "val"]),

@@ -179,3 +179,10 @@ def test_ids():
     assert id_of("0001TP_006690") == "0001TP_006690"
     assert id_of("/SegNet/CamVid/train/x.1.png /SegNet/CamVid/trainannot/x.1.png") == "x.1"
     assert id_of("frame.0001") == "frame.0001"
+
+
+def test_names_in_another_encoding(folder):
+    for part in ("images", "masks"):
+        (folder / part / "f3.png").rename(folder / part / "caf\udce9.png")  # latin-1
+    parts = open_folder(folder)
+    assert len(parts.train) + len(parts.val) == 10

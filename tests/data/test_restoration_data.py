@@ -279,3 +279,9 @@ def test_sources(tmp_path):
     with pytest.raises(ValueError) as caught:
         open_images("synthetic", 2)
     assert str(caught.value) == "channels: expected 1 (grey) or 3 (RGB), got 2"
+
+
+def test_names_in_another_encoding(flat):
+    (flat / "3.png").rename(flat / "caf\udce9.png")  # latin-1
+    data = open_images(flat, 1)
+    assert len(data.train) + len(data.val) + len(data.test) == 10

@@ -220,6 +220,34 @@ def test_too_small_for_an_archive(program):
     )
 
 
+def test_an_archive_takes_its_least_side_beside_any_other(segmentation, folder):
+    """Its encoder pads, which gives the archive conditions on both sides."""
+    model = segmentation[0]
+    _, _, exported = written(model, folder / "segmenter.pt2", format="pt2")
+    least = exported.network.export["least"]
+    assert least <= 33
+    batches = [torch.randn(1, 3, *size) for size in ((least, least), (least, 150), (150, least))]
+    assert all(difference <= 1e-4 for _, difference in compare(model, exported, batches))
+    thin = torch.zeros(3, 3, 150, dtype=torch.uint8)
+    assert exported.predict(thin).mask.shape == (3, 150)
+
+
+def test_an_archive_with_other_bytes_than_were_written(program, tmp_path):
+    data = bytearray(program[1].read_bytes())
+    with zipfile.ZipFile(program[1]) as archive:
+        weights = max(archive.infolist(), key=lambda entry: entry.file_size)
+    middle = weights.header_offset + weights.file_size // 2
+    data[middle : middle + 64] = bytes(255 - byte for byte in data[middle : middle + 64])
+    path = tmp_path / "net.pt2"
+    path.write_bytes(data)
+    with pytest.raises(UserError) as error:
+        load(path)
+    assert str(error.value) == (
+        f"{path}: expected a network as nasfast export wrote it, got a damaged file: the checksum "
+        f"of {weights.filename} is another; export it again"
+    )
+
+
 def test_what_cannot_be_exported(folder, program):
     with pytest.raises(UserError) as error:
         export(program[0], folder / "x.onnx", argmax=True)
@@ -240,6 +268,19 @@ def test_what_cannot_be_exported(folder, program):
 def test_a_damaged_file(suffix, tmp_path):
     path = tmp_path / f"net.{suffix}"
     path.write_bytes(b"no network")
+    with pytest.raises(UserError) as error:
+        load(path)
+    start = f"{path}: expected a network as nasfast export wrote it, got a damaged file: "
+    assert str(error.value).startswith(start)
+    assert str(error.value).endswith("; export it again")
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"export": {"argmax": false}}', "{"])
+def test_other_metadata(text, segmentation, tmp_path):
+    other = onnx.load(segmentation[1])
+    onnx.helper.set_model_props(other, {"nasfast": text})
+    path = tmp_path / "other.onnx"
+    onnx.save(other, path)
     with pytest.raises(UserError) as error:
         load(path)
     start = f"{path}: expected a network as nasfast export wrote it, got a damaged file: "

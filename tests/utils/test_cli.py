@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from nasfast.utils.cli import flag_value, reports_errors
+from nasfast.utils.cli import flag_value, printable, reports_errors
 from nasfast.utils.errors import DEFECT, UserError, about, text_for_user
 
 
@@ -80,3 +80,7 @@ def test_subject_of_an_error():
 )
 def test_flag_value(argv, value):
     assert flag_value(argv, "--data") == value
+
+
+def test_names_in_another_encoding_can_be_printed():
+    assert printable("straße caf\udce9.png") == "straße caf\\udce9.png"

@@ -7,7 +7,13 @@ import pytest
 
 from nasfast.cache import default_directory
 from nasfast.utils.errors import UserError
-from nasfast.utils.files import atomic_directory, atomic_file, atomic_write, expanded
+from nasfast.utils.files import (
+    atomic_directory,
+    atomic_file,
+    atomic_write,
+    data_path,
+    expanded,
+)
 
 
 def test_write_and_replace(tmp_path):
@@ -81,3 +87,11 @@ def test_without_a_home_directory(monkeypatch):
     monkeypatch.setenv("NASFAST_CACHE", "~/features")
     with pytest.raises(UserError, match=r"^~/features: expected a home directory"):
         default_directory()
+
+
+def test_a_data_folder_that_a_run_cannot_record(tmp_path):
+    with pytest.raises(UserError) as error:
+        data_path(f"{tmp_path}/caf\udce9")
+    assert str(error.value) == (
+        f"data: expected a folder whose path is UTF-8, got '{tmp_path}/caf\\udce9'; rename it"
+    )
