@@ -27,7 +27,7 @@ from nasfast.methods.base import CheckConfig, Method
 from nasfast.methods.registry import METHODS
 from nasfast.utils.cli import printable, reports_errors, say
 from nasfast.utils.errors import UserError
-from nasfast.utils.files import atomic_file
+from nasfast.utils.files import atomic_file, require_place
 
 
 def findings_of(argv: Sequence[str]) -> tuple[CheckConfig, Findings]:
@@ -78,6 +78,9 @@ def _check_out(config: CheckConfig) -> None:
             f"out: expected a place outside the data, got {out}; give --out, or run the command "
             "in another directory"
         )
+    if out.is_dir():
+        raise UserError(f"out: expected a PNG to write, got the directory {out}; name a file in it")
+    require_place(out.parent, "give another --out")
 
 
 def _table(title: str, rows: Sequence[Row]) -> Table:
@@ -108,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
     if findings.tiles:
         out = _sheet(config)
+        out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(out) as file:
             draw_sheet(findings.tiles, findings.legend).save(file, "png")
         say(console, f"{len(findings.tiles)} images: {out}")

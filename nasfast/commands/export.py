@@ -21,6 +21,7 @@ import tyro
 from torch import Tensor
 from torch.nn import functional as F
 
+from nasfast.data.images import MAX_PIXELS
 from nasfast.inference.export import (
     EQUAL,
     TOLERANCE,
@@ -84,7 +85,12 @@ class ExportConfig:
             raise UserError(
                 f"size: expected HxW such as 360x480, or dynamic, got {self.size!r}; change it"
             )
-        return int(sides[0]), int(sides[1])
+        height, width = map(int, sides)
+        if height * width > MAX_PIXELS:
+            raise UserError(
+                f"size: expected at most {MAX_PIXELS:,} pixels, got {self.size}; make it smaller"
+            )
+        return height, width
 
     def target(self, model: Path) -> Path:
         """The file to write."""

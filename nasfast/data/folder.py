@@ -134,14 +134,20 @@ class FileDataset(SegmentationDataset):
 
     def meaning(self) -> str:
         """What values that are no indices of classes may mean, as the end of a sentence."""
+        if self.mask_values is not None:
+            return ""
         found = torch.nonzero(self.value_counts.sum(0)).flatten().tolist()
+        indices = range(len(self.classes))
+        others = [value for value in found if value not in (*indices, self.ignore_index)]
+        text = ""
+        if 0 in found and len(others) == 1 and len(set(found) & set(indices)) > 1:
+            text = f"; if {others[0]} is void, give --mask-values {','.join(map(str, indices))}"
         for void in ((), (self.ignore_index,), (0,), (0, self.ignore_index)):
             values = [value for value in found if value not in void]
-            fits = len(values) == len(self.classes) and values != list(range(len(values)))
-            if fits and self.mask_values is None:
+            if len(values) == len(indices) and values != list(indices):
                 meant = ",".join(map(str, values))
-                return f"; if {meant} mean {some(self.classes)}, give --mask-values {meant}"
-        return ""
+                return f"{text}; if {meant} mean {some(self.classes)}, give --mask-values {meant}"
+        return text
 
     def remedy(self) -> str:
         """The same, or else what the masks hold and what to do."""
@@ -257,10 +263,12 @@ def read_ids(path: Path) -> list[str]:
 
 
 def listed_pairs(path: Path, image_folder: Path, mask_folder: Path) -> list[tuple[Path, Path]]:
-    """(image, mask) per line of a list."""
-    ids = read_ids(path)
+    """(image, mask) per line of a list; a mask of another name is in a second column."""
+    lines = read_lines(path)
     with about(path):
-        return pair_files(ids, image_folder, mask_folder)
+        return pair_files(
+            [id_of(line) for line in lines], image_folder, mask_folder, list(map(mask_id_of, lines))
+        )
 
 
 def id_of(line: str) -> str:
@@ -272,17 +280,28 @@ def id_of(line: str) -> str:
     return name[: -len(column[1])] if column[1] else name
 
 
+def mask_id_of(line: str) -> str:
+    """The id of the mask: that of the second column where it is an image's name, else the first."""
+    column = FIRST_COLUMN.match(line)
+    assert column is not None
+    rest = line[column.end() :].strip()
+    second = FIRST_COLUMN.match(rest)
+    return id_of(rest) if second is not None and second[1] else id_of(line)
+
+
 def files_by_stem(folder: Path) -> dict[str, Path]:
     """Stem -> path of the images in a folder."""
     return by_stem(list_folder(folder).images)
 
 
 def pair_files(
-    ids: Sequence[str], image_folder: Path, mask_folder: Path
+    ids: Sequence[str], image_folder: Path, mask_folder: Path, mask_ids: Sequence[str] | None = None
 ) -> list[tuple[Path, Path]]:
-    """(image, mask) per id. UserError names the file that is missing."""
+    """(image, mask) per id; masks have ids of their own where they are given. UserError names the
+    file that is missing."""
     found = []
-    for kind, folder in (("image", image_folder), ("mask", mask_folder)):
+    kinds = (("image", image_folder, ids), ("mask", mask_folder, mask_ids or ids))
+    for kind, folder, ids in kinds:
         files = files_by_stem(folder)
         missing = [i for i in ids if i not in files]
         if missing:

@@ -72,6 +72,13 @@ def test_errors(folder, capsys):
         f"error: out: expected a place outside the data, got {folder}/a.png; give --out, or run "
         "the command in another directory\n"
     )
+    assert check.main(["--data", "cats", "--mask-values", "0,255", "--out", "."]) == 2
+    assert capsys.readouterr().err == (
+        f"error: out: expected a PNG to write, got the directory {folder.parent}; name a file in "
+        "it\n"
+    )
+    assert check.main(["--data", "cats", "--mask-values", "0,255", "--out", "new/a.png"]) == 0
+    assert (folder.parent / "new/a.png").is_file()
 
 
 def test_images_for_restoration(folder, capsys):

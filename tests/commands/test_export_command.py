@@ -171,6 +171,10 @@ def test_a_model_file_without_data(trained, tmp_path, capsys):
             "size: expected HxW such as 360x480, or dynamic, got '360'; change it",
         ),
         (
+            ["--size", "100000x100000"],
+            "size: expected at most 268,435,456 pixels, got 100000x100000; make it smaller",
+        ),
+        (
             ["--size", "0x480"],
             "size: expected HxW such as 360x480, or dynamic, got '0x480'; change it",
         ),

@@ -40,6 +40,14 @@ def test_lines(line, wanted):
     assert id_of(line) == wanted
 
 
+def test_masks_of_other_names(tmp_path):
+    """A second column is the mask where it is an image's name."""
+    write_folder(tmp_path, "abcd")
+    write_lists(tmp_path, ["images/a.png masks/b.png", "b\t0.5", "c.png\tc.png"], ["d"])
+    pairs = load_splits(tmp_path).train.pairs
+    assert [image.stem + mask.stem for image, mask in pairs] == ["ab", "bb", "cc"]
+
+
 def test_names_with_spaces(tmp_path):
     """None of them is the image of another."""
     stems = ["street", *(f"street {i}" for i in range(6))]
