@@ -246,9 +246,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         scores = session.run(console)
     except StopRequested:
+        saved = (session.out / "checkpoint.pt").is_file()
         say(
             console,
-            "\nstopped; finished epochs are saved. Continue with\n"
+            f"\nstopped; {'finished epochs are saved' if saved else 'no epoch was finished'}. "
+            "Continue with\n"
             f"  nasfast train --resume {shlex.quote(str(session.out))}",
         )
         return 130

@@ -77,7 +77,7 @@ class _Summary:
             "evaluated": str(self.evaluated),
             "duplicates": str(self.candidates - self.evaluated),
             "failed": str(self.failed),
-            "time": duration(sum(self.seconds.values())),
+            "time, all workers": duration(sum(self.seconds.values())),
         }
 
 

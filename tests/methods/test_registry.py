@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from nasfast.inference.exported import NEEDED
 from nasfast.methods.registry import (
     METHODS,
     method_named,
@@ -83,7 +84,8 @@ def test_an_export_of_a_network_of_version_1_says_its_genotype_alone(name, tmp_p
     assert "method" not in description
     path = tmp_path / "model.pt2"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("model/extra/nasfast.json", json.dumps(description))
+        export = {"export": dict.fromkeys(NEEDED)}
+        archive.writestr("model/extra/nasfast.json", json.dumps(description | export))
     assert method_of_model([str(path)]).name == name
 
 

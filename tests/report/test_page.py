@@ -146,7 +146,7 @@ def test_report_has_the_numbers(study):
         "evaluated": "4",
         "duplicates": "1",
         "failed": "1",
-        "time": "6 min 10 s",
+        "time, all workers": "6 min 10 s",
     }
     cells = r"<tr><td>(\d+)</td><td>(\d+)</td><td>([^<]*)</td><td>([^<]*)</td>.*?</tr>"
     assert re.findall(cells, page.source) == [

@@ -26,8 +26,8 @@ class SegmentationReport:
             "training images held out to score candidates, 0 to 1.",
             "mIoU": "Intersection over union of prediction and truth, averaged over the classes.",
             "stage0": "The decoder alone is trained briefly, on features of the frozen encoder.",
-            "gate": "Mean stage0 reward of the candidates before. One that does not beat it gets "
-            "no stage1.",
+            "gate": "Mean stage0 reward of the candidates before its batch. One that does not beat "
+            "it gets no stage1; the first batch has no gate.",
             "stage1": "Encoder and decoder are then trained together, briefly.",
         }
     )
