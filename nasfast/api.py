@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,6 +218,17 @@ def _number(value: float | None) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value / 1e6:.3g} M" if value >= 1e3 else f"{value:g}"
+
+
+def make_callable(module: str, function: Callable[..., Any]) -> None:
+    """Let a module be called as the function that has its name, whose place it takes once it is
+    imported."""
+
+    class Function(ModuleType):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+    sys.modules[module].__class__ = Function
 
 
 @contextmanager

@@ -162,7 +162,6 @@ class Session(contextlib.ExitStack):
         Args:
             command: that env.json has.
         """
-        data_path(config.data)  # a run has to be able to record it
         name = config.name or re.sub(r"[^\w.+-]+|^[.+-]+", "_", Path(config.data).name)
         Study.require_place(config.runs, method.name, name)
         config = self._build(method, config)

@@ -170,9 +170,14 @@ def open_image(path: Path, kind: str = "image") -> Image.Image:
         UserError: the file cannot be read, or its image is too large.
     """
     with _opened(path, kind) as image:
-        image.load()
-        turn = _turn(image)
-        return image if turn is None else image.transpose(turn)
+        return upright(image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image turned as its EXIF orientation says; reads its pixels."""
+    image.load()
+    turn = _turn(image)
+    return image if turn is None else image.transpose(turn)
 
 
 def require_eight_bits(path: Path, mode: str) -> None:
@@ -210,8 +215,8 @@ def identity(path: Path) -> str:
         UserError: the file cannot be read.
     """
     with _opened(path, "image") as image:
-        upright = "" if _turn(image) is None else " upright"
-        return hashlib.sha256(path.read_bytes()).hexdigest() + upright
+        turned = "" if _turn(image) is None else " upright"
+        return hashlib.sha256(path.read_bytes()).hexdigest() + turned
 
 
 def for_each(function: Callable[[T], S], items: Iterable[T]) -> list[S]:

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from nasfast.data.images import WIDE_MODES, planes, read_image
+from nasfast.data.images import MAX_PIXELS, WIDE_MODES, planes, read_image, upright
 from nasfast.utils.errors import UserError
 from nasfast.utils.files import expanded
 
@@ -26,8 +26,6 @@ SCALES = 0.7, 1.4
 """A training shows images at these factors of their size (Fast NAS): the network knows them."""
 SHORTEST = 32
 """Least side that images can be brought to on demand."""
-MOST_PIXELS = 1 << 28
-"""Of an image that is enlarged on demand: 0.75 GiB in colour."""
 
 
 def pixels_of(image: Input, channels: int) -> Tensor:
@@ -47,7 +45,7 @@ def pixels_of(image: Input, channels: int) -> Tensor:
         pixels = torch.from_numpy(np.ascontiguousarray(np.atleast_3d(image).transpose(2, 0, 1)))
     elif isinstance(image, Image.Image):
         _check(image, image.mode not in WIDE_MODES and min(image.size) > 0)
-        return planes(ImageOps.exif_transpose(image), channels)
+        return planes(upright(image), channels)
     else:
         raise _refused(type(image).__name__)
     if len(pixels) == channels:
@@ -102,9 +100,9 @@ def size_for(size: tuple[int, int], usual: tuple[int, int] | None, mode: Resize)
         assert isinstance(mode, int)
         factor = mode / min(size)
     height, width = (max(1, round(side * factor)) for side in size)
-    if height * width > max(MOST_PIXELS, size[0] * size[1]):
+    if height * width > max(MAX_PIXELS, size[0] * size[1]):
         raise UserError(
-            f"resize: expected at most {MOST_PIXELS:,} pixels, got {height}x{width} (height x "
+            f"resize: expected at most {MAX_PIXELS:,} pixels, got {height}x{width} (height x "
             f"width) for an image of {size[0]}x{size[1]}; give a smaller number"
         )
     return height, width

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 
 C = TypeVar("C")
 HELP = frozenset({"--help", "-h"})
+
+
+def preset_of(presets: Mapping[str, C], name: str | None, data: str | None) -> C:
+    """The preset of a search that is named; without a name, or with a wrong one, which is refused
+    later, that of the data: "demo" for generated images, else "quick"."""
+    return presets.get(name or "") or presets["demo" if data in (None, "synthetic") else "quick"]
 
 
 def parse(

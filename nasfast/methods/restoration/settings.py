@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from nasfast.methods import flags
 from nasfast.methods.restoration.task_flags import override_with_task, parse_with_task
 from nasfast.methods.restoration.train import Recipe
 from nasfast.models.restorer import RestorerConfig
@@ -169,19 +170,14 @@ PRESETS = {
 
 def parse(argv: Sequence[str]) -> SearchConfig:
     """Settings from a command line: the preset's, overridden flag by flag."""
-    preset = _preset(flag_value(argv, "--preset"), flag_value(argv, "--data"))
+    preset = flags.preset_of(PRESETS, flag_value(argv, "--preset"), flag_value(argv, "--data"))
     return _finished(parse_with_task(preset, argv, "nasfast search", __doc__, FIRST))
 
 
 def search_with(settings: Mapping[str, Any]) -> SearchConfig:
     """Settings by name, over those of the preset."""
-    preset = _preset(settings.get("preset"), settings.get("data"))
+    preset = flags.preset_of(PRESETS, settings.get("preset"), settings.get("data"))
     return _finished(override_with_task(preset, settings, "search"))
-
-
-def _preset(name: str | None, data: str | None) -> SearchConfig:
-    """The one named; without a name, or with a wrong one, which is refused later, the data's."""
-    return PRESETS.get(name or "") or PRESETS["demo" if data in (None, "synthetic") else "quick"]
 
 
 def _finished(config: SearchConfig) -> SearchConfig:

@@ -123,19 +123,14 @@ PRESETS = {
 
 def parse(argv: Sequence[str]) -> SearchConfig:
     """Settings from a command line: the preset's, overridden flag by flag."""
-    preset = _preset(flag_value(argv, "--preset"), flag_value(argv, "--data"))
+    preset = flags.preset_of(PRESETS, flag_value(argv, "--preset"), flag_value(argv, "--data"))
     return _finished(flags.parse(preset, argv, "nasfast search", DESCRIPTION, FIRST))
 
 
 def search_with(settings: Mapping[str, Any]) -> SearchConfig:
     """Settings by name, over those of the preset."""
-    preset = _preset(settings.get("preset"), settings.get("data"))
+    preset = flags.preset_of(PRESETS, settings.get("preset"), settings.get("data"))
     return _finished(override(preset, settings, "search"))
-
-
-def _preset(name: str | None, data: str | None) -> SearchConfig:
-    """The one named; without a name, or with a wrong one, which is refused later, the data's."""
-    return PRESETS.get(name or "") or PRESETS["demo" if data in (None, "synthetic") else "quick"]
 
 
 def _finished(config: SearchConfig) -> SearchConfig:
