@@ -33,7 +33,7 @@ def parts(hint):
 def classes(root):
     """A dataclass and those of its fields."""
     hints = get_type_hints(root)
-    nested = [part for hint in hints.values() for part in parts(hint)]
+    nested = [part for field in dataclasses.fields(root) for part in parts(hints[field.name])]
     return {root}.union(*(classes(part) for part in nested if dataclasses.is_dataclass(part)))
 
 

@@ -19,7 +19,13 @@ from nasfast.methods.segmentation.check import CheckConfig, check
 from nasfast.methods.segmentation.evaluate import EvaluateConfig, evaluate, inputs, score
 from nasfast.methods.segmentation.report import SegmentationReport
 from nasfast.methods.segmentation.search import build
-from nasfast.methods.segmentation.settings import SearchConfig, continued, parse, search_with
+from nasfast.methods.segmentation.settings import (
+    PRESETS,
+    SearchConfig,
+    continued,
+    parse,
+    search_with,
+)
 from nasfast.methods.segmentation.train import FIRST, SegmentationTraining, TrainConfig, resolve
 from nasfast.models.build import SEGMENTER
 from nasfast.models.zoo import ZOO
@@ -52,7 +58,7 @@ class Segmentation(Method):
         return parse(argv)
 
     def search_with(self, settings: Mapping[str, Any]) -> SearchConfig:
-        return search_with(settings)
+        return search_with(PRESETS, settings)
 
     def continued(
         self, settings: SearchConfig, checkpoint: Mapping[str, Any], budget: int | None

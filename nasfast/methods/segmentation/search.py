@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from rich.console import Console
@@ -18,12 +18,10 @@ from nasfast.evaluation.frozen_encoder import Caches, FrozenEncoder
 from nasfast.evaluation.stages import DecoderOnFeatures, EndToEnd, Stage0Config, Stage1Config
 from nasfast.methods.base import warn
 from nasfast.methods.segmentation.crops import enlarging
-from nasfast.methods.segmentation.settings import SearchConfig
-from nasfast.models.build import build_segmenter
+from nasfast.methods.segmentation.settings import DecoderSearchConfig
 from nasfast.models.decoders import EncoderDecoder
 from nasfast.models.io import load_teacher
 from nasfast.searches.sampling import Phase, SamplingSearch
-from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
 from nasfast.strategies import make_strategy
 from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.loop import Runtime
@@ -33,7 +31,8 @@ from nasfast.utils.interrupt import Interrupt
 from nasfast.workers import Engine, WorkerConfig
 
 StageConfig = TypeVar("StageConfig", Stage0Config, Stage1Config)
-Evaluator = CandidateEvaluator[FastNASGenotype, EncoderDecoder]
+Evaluator = CandidateEvaluator[Any, EncoderDecoder]
+Config = TypeVar("Config", bound=DecoderSearchConfig)
 
 REMEDY = (
     "make --stage0.batch-size, --stage1.batch-size or the crops smaller, or lower the "
@@ -50,14 +49,14 @@ class Inputs:
     teacher: EncoderDecoder | None
 
     @classmethod
-    def open(cls, config: SearchConfig) -> Self:
+    def open(cls, config: DecoderSearchConfig) -> Self:
         """Data, encoder and teacher that the settings name."""
         splits = load_splits(config.data, seed=config.seed, mask_values=config.mask_values)
         teacher = load_teacher(config.teacher, splits.train.classes) if config.teacher else None
         return cls(splits, load_encoder(config.encoder_weights), teacher)
 
     def features(
-        self, config: SearchConfig, runtime: Runtime, caches: Caches | None = None
+        self, config: DecoderSearchConfig, runtime: Runtime, caches: Caches | None = None
     ) -> FrozenEncoder:
         """Features of the encoder, in the cache or computed now."""
         return FrozenEncoder(
@@ -73,9 +72,7 @@ class Inputs:
         )
 
 
-def build(
-    config: SearchConfig, interrupt: Interrupt, console: Console
-) -> tuple[SamplingSearch, SearchConfig]:
+def build(config: Config, interrupt: Interrupt, console: Console) -> tuple[SamplingSearch, Config]:
     """Open data, encoder and teacher and fill the feature cache; the settings fit the data then."""
     workers = config.worker_config(note=functools.partial(say, console))
     if config.placement == "device" and workers.devices[0] == "cpu":
@@ -87,7 +84,7 @@ def build(
     inputs = Inputs.open(config)
     warn(check_splits(inputs.splits, folder_of(config.data), config.omit), console)
     config = fit_to_data(config, inputs.splits, console)
-    splits, encoder, space = inputs.splits, inputs.encoder, FastNASSpace()
+    splits, encoder, space = inputs.splits, inputs.encoder, config.decoders.space
     say(
         console,
         f"data     {splits.train.name}: {len(splits.search_train)} frames to train candidates, "
@@ -109,7 +106,9 @@ def build(
     return SamplingSearch(phase, workers=workers), config
 
 
-def evaluator_on(config: SearchConfig, device: str, caches: Caches | None = None) -> Evaluator:
+def evaluator_on(
+    config: DecoderSearchConfig, device: str, caches: Caches | None = None
+) -> Evaluator:
     """A worker's evaluator, from settings that fit the data.
 
     ``caches`` are the features that the search has put on the worker's GPU; without them it
@@ -119,15 +118,15 @@ def evaluator_on(config: SearchConfig, device: str, caches: Caches | None = None
     return make_evaluator(config, features)
 
 
-def make_evaluator(config: SearchConfig, features: FrozenEncoder) -> Evaluator:
+def make_evaluator(config: DecoderSearchConfig, features: FrozenEncoder) -> Evaluator:
     """Trains decoders on the features, and with the encoder where they pass the gate."""
     task = features.task
     stages: list[DecoderOnFeatures | EndToEnd] = [DecoderOnFeatures(config.stage0, features)]
     if config.stage1.epochs > 0:
         stages.append(EndToEnd(config.stage1, task, features.val_transform, features.runtime))
     return CandidateEvaluator(
-        functools.partial(
-            build_segmenter, features.encoder, outputs=task.outputs, config=config.decoder
+        lambda genotype: config.decoders.build(
+            features.encoder, genotype, task.outputs, config.decoder
         ),
         features.costs,
         stages,
@@ -140,8 +139,8 @@ def make_evaluator(config: SearchConfig, features: FrozenEncoder) -> Evaluator:
 
 
 def _start_workers(
-    config: SearchConfig, workers: WorkerConfig, fill: Callable[[], FrozenEncoder]
-) -> tuple[Engine[FastNASGenotype], FrozenEncoder]:
+    config: DecoderSearchConfig, workers: WorkerConfig, fill: Callable[[], FrozenEncoder]
+) -> tuple[Engine[Any], FrozenEncoder]:
     """The workers, and the features, which they fill together with this process. On a GPU they
     share those that this process has put there."""
     build = functools.partial(evaluator_on, config)
@@ -160,7 +159,7 @@ def _start_workers(
         raise
 
 
-def fit_to_data(config: SearchConfig, splits: Splits, console: Console) -> SearchConfig:
+def fit_to_data(config: Config, splits: Splits, console: Console) -> Config:
     """Crops that the data can fill, where candidates are scored on whole images.
 
     A crop larger than the images would enlarge every image in training and none in validation.

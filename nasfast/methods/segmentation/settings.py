@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
 
 from nasfast.cache import CacheConfig
 from nasfast.evaluation.stages import Stage0Config, Stage1Config
 from nasfast.methods import flags
+from nasfast.methods.segmentation.decoders import FAST_NAS, Decoders
 from nasfast.models.decoders import DecoderConfig
 from nasfast.searches.sampling import SamplingSettings, default_threads
 from nasfast.strategies import PPOConfig
@@ -28,11 +29,13 @@ generated street scenes. ``--resume RUN [--budget N]`` continues a run. (Fast NA
 
 
 @dataclasses.dataclass(frozen=True)
-class SearchConfig(SamplingSettings):
-    """Settings of a search; a preset gives the defaults."""
+class DecoderSearchConfig(SamplingSettings):
+    """Settings of every search of segmentation networks, whatever its decoders; a preset gives the
+    defaults."""
 
-    method: Annotated[Literal["segmentation"], tyro.conf.Positional] = "segmentation"
-    """What to search."""
+    decoders: ClassVar[Decoders]
+    """What is searched."""
+
     data: str = "synthetic"
     """"synthetic", a CamVid folder, or a folder with images/, masks/ and classes.txt."""
     preset: Literal["demo", "quick", "paper"] = "demo"
@@ -65,8 +68,8 @@ class SearchConfig(SamplingSettings):
     values are ignored."""
     omit: tuple[Annotated[int, Bound(0, 255)], ...] = ()
     """Classes left out of the reward: 0, the background, in the paper's search on PASCAL VOC."""
-    decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
-    """Size of the candidates' decoders."""
+    decoder: Any = None
+    """Size of the candidates' decoders; each method has a type of its own."""
     stage0: Stage0Config = dataclasses.field(default_factory=Stage0Config)
     """Training of the decoder alone."""
     stage1: Stage1Config = dataclasses.field(default_factory=Stage1Config)
@@ -84,6 +87,19 @@ class SearchConfig(SamplingSettings):
         return CacheConfig(self.cache_dir, self.placement, self.memory, self.storage)
 
 
+@dataclasses.dataclass(frozen=True)
+class SearchConfig(DecoderSearchConfig):
+    """Settings of a search of decoders with cells; a preset gives the defaults."""
+
+    decoders: ClassVar[Decoders] = FAST_NAS
+
+    method: Annotated[Literal["segmentation"], tyro.conf.Positional] = "segmentation"
+    """What to search."""
+    decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
+    """Size of the candidates' decoders."""
+
+
+C = TypeVar("C", bound=DecoderSearchConfig)
 FIRST = (
     "method",
     "data",
@@ -123,17 +139,22 @@ PRESETS = {
 
 def parse(argv: Sequence[str]) -> SearchConfig:
     """Settings from a command line: the preset's, overridden flag by flag."""
-    preset = flags.preset_of(PRESETS, flag_value(argv, "--preset"), flag_value(argv, "--data"))
-    return _finished(flags.parse(preset, argv, "nasfast search", DESCRIPTION, FIRST))
+    return parse_with(PRESETS, DESCRIPTION, argv)
 
 
-def search_with(settings: Mapping[str, Any]) -> SearchConfig:
-    """Settings by name, over those of the preset."""
-    preset = flags.preset_of(PRESETS, settings.get("preset"), settings.get("data"))
+def parse_with(presets: Mapping[str, C], description: str, argv: Sequence[str]) -> C:
+    """Settings from a command line: those of one of the presets, overridden flag by flag."""
+    preset = flags.preset_of(presets, flag_value(argv, "--preset"), flag_value(argv, "--data"))
+    return _finished(flags.parse(preset, argv, "nasfast search", description, FIRST))
+
+
+def search_with(presets: Mapping[str, C], settings: Mapping[str, Any]) -> C:
+    """Settings by name, over those of one of the presets."""
+    preset = flags.preset_of(presets, settings.get("preset"), settings.get("data"))
     return _finished(override(preset, settings, "search"))
 
 
-def _finished(config: SearchConfig) -> SearchConfig:
+def _finished(config: C) -> C:
     """With absolute paths, and the threads of a candidate."""
     paths: dict[str, Any] = {
         field: expanded(getattr(config, field)).resolve()
@@ -144,9 +165,7 @@ def _finished(config: SearchConfig) -> SearchConfig:
     return dataclasses.replace(config, data=data_path(config.data), threads=threads, **paths)
 
 
-def continued(
-    config: SearchConfig, checkpoint: Mapping[str, Any], budget: int | None
-) -> SearchConfig:
+def continued(config: C, checkpoint: Mapping[str, Any], budget: int | None) -> C:
     """The settings with another budget, or with that of the last time."""
     last = checkpoint.get("budget", config.budget)
     return dataclasses.replace(config, budget=last if budget is None else budget)

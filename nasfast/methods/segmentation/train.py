@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,11 +17,11 @@ from nasfast.data import TrainTransform, ValTransform, load_splits, shorter_side
 from nasfast.encoders import load_encoder
 from nasfast.methods.base import Architecture, TrainSettings, check_same_images
 from nasfast.methods.segmentation.crops import enlarging
-from nasfast.models.build import build_segmenter
+from nasfast.methods.segmentation.decoders import FAST_NAS, Decoders
 from nasfast.models.decoders import FULL_DECODER, DecoderConfig
 from nasfast.models.io import MODEL_FILE, save_model
 from nasfast.runs.study import PREDICTIONS
-from nasfast.spaces.fast_nas import FastNASGenotype
+from nasfast.spaces.base import Genotype
 from nasfast.tasks.base import Targets
 from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.cost import count_macs, count_parameters
@@ -33,8 +33,11 @@ from nasfast.utils.seeding import derive_seed
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig(TrainSettings):
-    """Settings of a full training."""
+class DecoderTrainConfig(TrainSettings):
+    """Settings of every full training of a segmentation network, whatever its decoder."""
+
+    decoders: ClassVar[Decoders]
+    """What the network is one of."""
 
     encoder_weights: Path | None = None
     """Encoder weights to start from; default: the run's, or the packaged ones."""
@@ -58,8 +61,21 @@ class TrainConfig(TrainSettings):
     """Weight of each auxiliary head's loss."""
     class_balance: Annotated[float, Bound(0, 2)] = 0.3
     """The loss weighs class k by its frequency to the power of minus this; 0 weighs all alike."""
+    decoder: Any = None
+    """Size of the decoder; each method has a type of its own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(DecoderTrainConfig):
+    """Settings of a full training of a network with cells."""
+
+    decoders: ClassVar[Decoders] = FAST_NAS
+
     decoder: DecoderConfig = FULL_DECODER
     """Size of the decoder; the default is that of the published final networks."""
+
+
+C = TypeVar("C", bound=DecoderTrainConfig)
 
 
 FIRST = (
@@ -77,7 +93,7 @@ FIRST = (
 """What ``--help`` describes."""
 
 
-def resolve(config: TrainConfig, architecture: Architecture) -> TrainConfig:
+def resolve(config: C, architecture: Architecture) -> C:
     """Fill in data, values of masks and encoder of the search."""
     data = config.data or architecture.search.get("data", "synthetic")
     encoder = config.encoder_weights or architecture.search.get("encoder_weights")
@@ -93,7 +109,7 @@ class SegmentationTraining:
     """One full training, which continues from its checkpoint after a stop."""
 
     def __init__(
-        self, config: TrainConfig, genotype: FastNASGenotype, out: Path, runtime: Runtime
+        self, config: DecoderTrainConfig, genotype: Genotype, out: Path, runtime: Runtime
     ) -> None:
         assert config.data is not None
         self.config, self.genotype, self.out, self.runtime = config, genotype, out, runtime
@@ -108,7 +124,7 @@ class SegmentationTraining:
         torch.manual_seed(derive_seed(config.seed, "train"))
         encoder = load_encoder(config.encoder_weights)
         self._encoder = tensors_fingerprint(encoder.state_dict())
-        self.model = build_segmenter(encoder, genotype, self.task.outputs, config.decoder)
+        self.model = config.decoders.build(encoder, genotype, self.task.outputs, config.decoder)
         self.model.decoder.with_aux = config.aux_weight > 0
         runtime.place(self.model)
         self.history: list[dict[str, float]] = []
@@ -236,7 +252,7 @@ class SegmentationTraining:
             "data": self.config.data,
             "mask_values": self.config.mask_values,
             "miou": scores.miou,
-            "method": "segmentation",
+            "method": self.config.decoders.method,
         }
         save_model(self.out / MODEL_FILE, model, description)
         show, runtime = self.task.show, self.runtime
