@@ -390,7 +390,7 @@ class Ours:
     def __call__(self, genotype: FastNASGenotype, index: int) -> Timed:
         start = time.perf_counter()
         with self.variant.patch():
-            evaluation = self.evaluator(genotype, index, None)
+            evaluation = self.evaluator(genotype, index, {})
         total = time.perf_counter() - start
         if evaluation.failure:
             raise RuntimeError(f"candidate {index}: {evaluation.failure}")

@@ -330,7 +330,7 @@ def measure_workers(options: argparse.Namespace, device: torch.device) -> dict[s
         }
 
         def evaluate(workers: int, number: int) -> float:
-            jobs = [Job(index, genotype, None) for index in range(number)]
+            jobs = [Job(index, genotype, {}) for index in range(number)]
             start = time.perf_counter()
             for evaluation in engines[workers].evaluate(evaluator, jobs, lambda _: None):
                 if evaluation.failure:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -52,21 +52,22 @@ class Evaluator(Protocol[G_in]):
     def seconds(self) -> Mapping[str, float]:
         """Wall time of the preparation, by step."""
 
-    def __call__(self, genotype: G_in, index: int, gate: float | None) -> Evaluation: ...
+    def __call__(self, genotype: G_in, index: int, gates: Mapping[str, float]) -> Evaluation: ...
 
     def costs(self, genotype: G_in) -> dict[str, float]:
         """Costs, "params" and "macs", as an evaluation states them, without training."""
 
 
 class Stage(Protocol[M, S]):
-    """One training of a candidate, and its score."""
+    """One training of a candidate, and its scores."""
 
     @property
-    def name(self) -> str:
-        """In records: "stage0"."""
+    def names(self) -> Sequence[str]:
+        """In records: ("stage0",), or one for each time that it is scored in training."""
 
-    def train(self, model: M, seed_of: SeedOf) -> M:
-        """Train the candidate, or a copy of it; returns what was trained."""
+    def train(self, model: M, seed_of: SeedOf) -> Generator[M]:
+        """Train the candidate, or a copy of it; yields what was trained as often as it has names,
+        each time to be scored, or to be stopped there."""
 
     def validate(self, model: M) -> S:
         """Score what was trained."""
@@ -78,7 +79,7 @@ class Stage(Protocol[M, S]):
 class CandidateEvaluator(Generic[G, M]):
     """Builds a candidate and takes it through the stages, as far as it gets.
 
-    A candidate stops where the first stage's reward does not beat its gate. Running out of memory,
+    A candidate stops where a reward, but the last, does not beat its gate. Running out of memory,
     and a loss or logits that are not finite, are its failure and are recorded beside the rewards of
     the stages before; any other error is a defect and is raised. What a success predicts is shown
     by files of the evaluation, or why it cannot be. All randomness derives from the
@@ -110,20 +111,20 @@ class CandidateEvaluator(Generic[G, M]):
         self._build, self._costs, self._stages = build, costs, tuple(stages)
         self.runtime, self.seed, self.inputs = runtime, seed, inputs
         self.remedy, self.seconds = remedy, seconds
-        self.feedback = self._stages[0].name
+        self.feedback = self._stages[0].names[0]
 
     def costs(self, genotype: G) -> dict[str, float]:
         """Costs of a candidate, "params" and "macs", without training it."""
         with torch.random.fork_rng([]):
             return self._costs(self._build(genotype))
 
-    def __call__(self, genotype: G, index: int, gate: float | None) -> Evaluation:
+    def __call__(self, genotype: G, index: int, gates: Mapping[str, float]) -> Evaluation:
         """Evaluate a candidate.
 
         Args:
             genotype: the architecture.
             index: the candidate's number in the search.
-            gate: reward that the first stage has to beat for the next; None passes all.
+            gates: rewards that the stages have to beat for the next, by name; without one all pass.
         """
         seconds: dict[str, float] = {}
         rewards: dict[str, float] = {}
@@ -142,13 +143,17 @@ class CandidateEvaluator(Generic[G, M]):
                 model = self._build(genotype)
                 costs = self._costs(model)
                 for stage in self._stages:
-                    step = stage.name
-                    with timed(seconds, f"{step}_train"):
-                        model = stage.train(model, seed_of)
-                    with timed(seconds, f"{step}_validate"):
-                        scores = stage.validate(model)
-                    rewards[step], metrics[step] = scores.reward, scores.as_dict()
-                    if gate is not None and rewards[self.feedback] <= gate:
+                    with closing(stage.train(model, seed_of)) as trained:
+                        for step in stage.names:
+                            with timed(seconds, f"{step}_train"):
+                                model = next(trained)
+                            with timed(seconds, f"{step}_validate"):
+                                scores = stage.validate(model)
+                            rewards[step], metrics[step] = scores.reward, scores.as_dict()
+                            passed = step not in gates or rewards[step] > gates[step]
+                            if not passed:
+                                break
+                    if not passed:
                         break
                 files = drawn(lambda: stage.show(model, scores))
             except (RuntimeError, MemoryError, NonFiniteLossError) as error:
@@ -156,6 +161,7 @@ class CandidateEvaluator(Generic[G, M]):
                 if reason is None:
                     raise
                 failure = f"{step}: {reason}"
+        gate = gates.get(self.feedback)
         return Evaluation(rewards, metrics, costs, gate, seconds, self.feedback, failure, files)
 
 

@@ -6,8 +6,9 @@ Section 3.3 of Fast NAS (Nekrasov et al., CVPR 2019), for any dense task.
 from __future__ import annotations
 
 import copy
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ class Stage1Config(Bounded):
     batch_size: BatchSize = 32
     """Crops per step."""
     encoder_lr: Positive = 1e-3
-    """Learning rate of the encoder's SGD (momentum 0.9)."""
+    """Learning rate of the encoder."""
     decoder_lr: Positive = 3e-3
     """Learning rate of the decoder's Adam."""
     weight_decay: Weight = 1e-5
@@ -76,20 +77,25 @@ class Stage1Config(Bounded):
     max_grad_norm: MaxNorm = 3.0
     """Gradients of encoder and of decoder are scaled down to this L2 norm each."""
     polyak_decay: Decay = 0.99
-    """Decay per step of the weight average, which replaces the weights at the end."""
+    """Decay per step of the weight average, which replaces the weights wherever they are scored."""
     aux_weight: Weight = 0.15
     """Weight of each auxiliary head's loss."""
+    encoder_optimizer: Literal["sgd", "adam"] = "sgd"
+    """Of the encoder: SGD with momentum 0.9, or Adam as for the decoder."""
+    gate_epochs: bool = False
+    """Whether candidates are scored after every epoch, as stages of their own, and stopped after
+    the first whose reward does not beat the mean of those before; else once, at the end."""
 
 
 class DecoderOnFeatures:
     """Trains the decoder alone, on the features of a frozen encoder."""
 
-    name = "stage0"
+    names = ("stage0",)
 
     def __init__(self, config: Stage0Config, features: FrozenEncoder) -> None:
         self._config, self._features = config, features
 
-    def train(self, model: EncoderDecoder, seed_of: SeedOf) -> EncoderDecoder:
+    def train(self, model: EncoderDecoder, seed_of: SeedOf) -> Generator[EncoderDecoder]:
         """As `Stage` says; the encoder stays as it is."""
         config, features, decoder = self._config, self._features, model.decoder
         runtime, task = features.runtime, features.task
@@ -99,7 +105,7 @@ class DecoderOnFeatures:
         optimizer = _adam(parameters, config.lr, config.weight_decay, runtime)
         average = PolyakAverage(parameters, config.polyak_decay)
         group = Group(parameters, optimizer, config.max_grad_norm)
-        generator = torch.Generator().manual_seed(seed_of(self.name))
+        generator = torch.Generator().manual_seed(seed_of("stage0"))
 
         def loss_of(arrays: dict[str, Tensor]) -> Tensor:
             batch = features.split(arrays)
@@ -122,7 +128,7 @@ class DecoderOnFeatures:
                 train_epoch(batches, loss_of, [group], runtime, average, graph)
                 average.copy_to_parameters()
             optimizer.zero_grad(set_to_none=True)
-        return model
+        yield model
 
     def validate(self, model: EncoderDecoder) -> Scores:
         """As `Stage` says."""
@@ -143,30 +149,34 @@ class DecoderOnFeatures:
 class EndToEnd:
     """Trains encoder and decoder together."""
 
-    name = "stage1"
-
     def __init__(
         self, config: Stage1Config, task: DenseTask[Any], val_transform: Transform, runtime: Runtime
     ) -> None:
         self._config, self._task = config, task
         self._val_transform, self._runtime = val_transform, runtime
+        count = config.epochs if config.gate_epochs else 1
+        self.names = [f"stage1.{k}" for k in range(1, count + 1)] if count > 1 else ["stage1"]
 
-    def train(self, model: EncoderDecoder, seed_of: SeedOf) -> EncoderDecoder:
+    def train(self, model: EncoderDecoder, seed_of: SeedOf) -> Generator[EncoderDecoder]:
         """As `Stage` says, on a copy: the encoder is every candidate's."""
         config, task, runtime = self._config, self._task, self._runtime
         model = copy.deepcopy(model)
         model.decoder.with_aux = config.aux_weight > 0
         model.encoder.requires_grad_(True)
-        generator = torch.Generator().manual_seed(seed_of(self.name))
+        generator = torch.Generator().manual_seed(seed_of("stage1"))
         transform = TrainTransform(config.crop, config.shorter_side)
         decoder, encoder = (list(part.parameters()) for part in (model.decoder, model.encoder))
         adam = _adam(decoder, config.decoder_lr, config.weight_decay, runtime)
-        sgd = torch.optim.SGD(
-            encoder, config.encoder_lr, momentum=0.9, weight_decay=config.weight_decay, fused=True
+        other = (
+            _adam(encoder, config.encoder_lr, config.weight_decay, runtime)
+            if config.encoder_optimizer == "adam"
+            else torch.optim.SGD(
+                encoder, config.encoder_lr, 0.9, weight_decay=config.weight_decay, fused=True
+            )
         )
         groups = [
             Group(decoder, adam, config.max_grad_norm),
-            Group(encoder, sgd, config.max_grad_norm),
+            Group(encoder, other, config.max_grad_norm),
         ]
         average = PolyakAverage(model.parameters(), config.polyak_decay)
 
@@ -178,17 +188,22 @@ class EndToEnd:
             targets = task.resize_targets(targets, (output.shape[-2], output.shape[-1]))
             return task.loss(output, aux, targets, aux_weight=config.aux_weight)
 
+        frames = task.search_train
         with graphed_step(runtime.device) as graph:
-            model.train()
-            frames = task.search_train
-            for _ in range(config.epochs):
-                indices = epoch_indices(len(frames), config.batch_size, generator)
-                pairs = task.batches(frames, indices, transform, runtime, generator)
-                batches = ({"images": images} | targets for images, targets in pairs)
-                train_epoch(batches, loss_of, groups, runtime, average, graph)
-            average.copy_to_parameters()
-            model.zero_grad(set_to_none=True)
-        return model
+            try:
+                for left in reversed(range(config.epochs)):
+                    model.train()
+                    indices = epoch_indices(len(frames), config.batch_size, generator)
+                    pairs = task.batches(frames, indices, transform, runtime, generator)
+                    batches = ({"images": images} | targets for images, targets in pairs)
+                    train_epoch(batches, loss_of, groups, runtime, average, graph)
+                    if config.gate_epochs and left > 0:
+                        average.copy_to_parameters()
+                        yield model
+                average.copy_to_parameters()
+            finally:
+                model.zero_grad(set_to_none=True)  # gradients lie in the graph's memory
+        yield model
 
     def validate(self, model: EncoderDecoder) -> Scores:
         """As `Stage` says."""

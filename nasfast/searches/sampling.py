@@ -250,7 +250,7 @@ class SamplingSearch:
     def _evaluate(self, study: Study, told: int, asked: Sequence[Any], console: Console) -> None:
         """Record what is not yet recorded of a batch, in order, as far as the budget reaches."""
         phase = self._phase
-        gate = _gate(self._records(study.records[:told]), phase.evaluator.feedback)
+        gates = _gates(self._records(study.records[:told]))
         originals = [r for r in self._records(study.records) if r.duplicate_of is None]
         first = {_key(record.canonical): record.index for record in originals}
         spent = len(originals)
@@ -267,7 +267,7 @@ class SamplingSearch:
                 continue
             if spent >= phase.budget:
                 break
-            job = Job(index, genotype, gate)
+            job = Job(index, genotype, gates)
             entries.append((job, first.setdefault(_key(genotype.canonical().to_json()), index)))
             if entries[-1][1] == index:
                 new.append(job)
@@ -314,10 +314,13 @@ def _fresh(records: Sequence[Record]) -> list[Evaluation]:
     return [record.evaluation for record in records if record.duplicate_of is None]
 
 
-def _gate(records: Sequence[Record], feedback: str) -> float | None:
-    """Running mean of the first stage's rewards so far (section 3.3: a candidate must beat it)."""
-    rewards = [e.rewards[feedback] for e in _fresh(records) if feedback in e.rewards]
-    return statistics.fmean(rewards) if rewards else None
+def _gates(records: Sequence[Record]) -> dict[str, float]:
+    """Running means of the rewards so far, by stage (section 3.3: a candidate must beat them)."""
+    rewards: dict[str, list[float]] = {}
+    for evaluation in _fresh(records):
+        for stage, reward in evaluation.rewards.items():
+            rewards.setdefault(stage, []).append(reward)
+    return {stage: statistics.fmean(values) for stage, values in rewards.items()}
 
 
 def _check_progress(records: Sequence[Record], remedy: str) -> None:

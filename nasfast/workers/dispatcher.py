@@ -96,7 +96,7 @@ class Dispatcher(Generic[G]):
                         rewards={},
                         metrics={},
                         costs=evaluator.costs(job.genotype),
-                        gate=job.gate,
+                        gate=job.gates.get(evaluator.feedback),
                         seconds={},
                         feedback=evaluator.feedback,
                         failure=f"worker died twice: {answer.cause}",

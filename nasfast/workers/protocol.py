@@ -29,7 +29,8 @@ class Job(Generic[G_out]):
 
     index: int
     genotype: G_out
-    gate: float | None
+    gates: Mapping[str, float]
+    """Rewards to beat, by stage."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Worker(Generic[G]):
     def run(self, job: Job[G]) -> Evaluation | Defect:
         """Evaluate a candidate."""
         try:
-            return self._evaluate(job.genotype, job.index, job.gate)
+            return self._evaluate(job.genotype, job.index, job.gates)
         except Exception as error:
             return _defect(error)
 
@@ -135,7 +136,7 @@ class InProcess(Generic[G]):
         """As `Engine` says."""
         for job in jobs:
             progress(1)
-            yield evaluator(job.genotype, job.index, job.gate)
+            yield evaluator(job.genotype, job.index, job.gates)
 
     def close(self) -> None:
         """Nothing to end."""

@@ -176,7 +176,7 @@ def evaluator(features):
 
 
 def test_it_learns_in_both_stages(features):
-    evaluation = evaluator(features)(GENOTYPE, 0, None)
+    evaluation = evaluator(features)(GENOTYPE, 0, {})
     assert evaluation.failure is None
     assert list(evaluation.rewards) == ["stage0", "stage1"]
     untrained = TASK.score_images(build(GENOTYPE), TASK.search_val, features.val_transform, RUNTIME)
@@ -240,4 +240,4 @@ def test_it_learns_from_a_teacher(tmp_path):
     batch = features.split(next(features.train_batches([torch.tensor([0])])))
     assert batch.teacher is not None
     assert batch.teacher.shape[1] == 1
-    assert evaluator(features)(GENOTYPE, 0, None).failure is None
+    assert evaluator(features)(GENOTYPE, 0, {}).failure is None

@@ -66,7 +66,7 @@ def outcome(evaluation):
 def evaluate_elsewhere(cache_dir):
     torch.set_num_threads(1)  # as in all tests: sums depend on it
     torch.manual_seed(random.SystemRandom().getrandbits(32))
-    return outcome(make(cache_dir)(GENOTYPE, 4, None))
+    return outcome(make(cache_dir)(GENOTYPE, 4, {}))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def evaluator(cache_dir):
 
 @pytest.fixture(scope="module")
 def evaluation(evaluator):
-    return evaluator(GENOTYPE, 4, None)
+    return evaluator(GENOTYPE, 4, {})
 
 
 def test_evaluation(evaluator, evaluation):
@@ -112,8 +112,8 @@ def test_cost_is_that_of_the_network_in_use_at_the_validation_size(evaluator, ev
 def test_same_index_same_evaluation_after_others(evaluator, evaluation):
     """And no generator of the process is touched."""
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
-    evaluator(OTHER, 5, None)
-    assert outcome(evaluator(GENOTYPE, 4, None)) == outcome(evaluation)
+    evaluator(OTHER, 5, {})
+    assert outcome(evaluator(GENOTYPE, 4, {})) == outcome(evaluation)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     assert np.random.get_state()[1].tolist() == before[2]  # noqa: NPY002
@@ -127,8 +127,20 @@ def test_same_evaluation_in_another_process(cache_dir, evaluation, monkeypatch):
 
 
 def test_without_stage1(cache_dir, evaluation):
-    alone = make(cache_dir, stage1=Stage1Config(epochs=0))(GENOTYPE, 4, None)
+    alone = make(cache_dir, stage1=Stage1Config(epochs=0))(GENOTYPE, 4, {})
     assert alone.rewards == {"stage0": evaluation.rewards["stage0"]}
+
+
+def test_stage1_may_be_scored_and_gated_after_every_epoch(cache_dir, evaluation):
+    """The last epoch gives what it gives without: scoring changes nothing of the training."""
+    whole = make(cache_dir, stage1=dataclasses.replace(STAGE1, epochs=2, polyak_decay=0.0))
+    stage1 = dataclasses.replace(STAGE1, epochs=2, polyak_decay=0.0, gate_epochs=True)
+    gated = make(cache_dir, stage1=stage1)
+    rewards = gated(GENOTYPE, 4, {}).rewards
+    assert list(rewards) == ["stage0", "stage1.1", "stage1.2"]
+    assert rewards["stage1.2"] == whole(GENOTYPE, 4, {}).rewards["stage1"]
+    stopped = gated(GENOTYPE, 4, {"stage1.1": rewards["stage1.1"]}).rewards
+    assert stopped == {name: rewards[name] for name in ("stage0", "stage1.1")}
 
 
 def test_weights_are_replaced_by_their_average(cache_dir):
@@ -139,7 +151,7 @@ def test_weights_are_replaced_by_their_average(cache_dir):
         rates = {"encoder_lr": scale, "decoder_lr": scale}
         stage0 = dataclasses.replace(STAGE0, lr=scale, **one_step)
         stage1 = dataclasses.replace(STAGE1, **rates, **one_step)
-        return outcome(make(cache_dir, stage0, stage1)(GENOTYPE, 4, None))
+        return outcome(make(cache_dir, stage0, stage1)(GENOTYPE, 4, {}))
 
     assert evaluate(0.1) == evaluate(0.001)
 
@@ -152,7 +164,7 @@ def test_encoder_is_left_alone(evaluator, evaluation):
 
 
 def test_a_candidate_of_nothing_is_legal(evaluator):
-    evaluation = evaluator(NOTHING, 0, None)
+    evaluation = evaluator(NOTHING, 0, {})
     assert list(evaluation.rewards) == ["stage0", "stage1"]
 
 
@@ -163,7 +175,7 @@ def test_caches_are_reused(cache_dir, evaluator, evaluation, monkeypatch):
         patch.setattr(FrozenEncoder, "_encode", None)
         again = make(cache_dir)
     assert {path: path.stat().st_mtime_ns for path in cache_dir.iterdir()} == files
-    assert outcome(again(GENOTYPE, 4, None)) == outcome(evaluation)
+    assert outcome(again(GENOTYPE, 4, {})) == outcome(evaluation)
 
 
 def test_a_crop_does_not_depend_on_who_encodes_it(tmp_path, monkeypatch):
@@ -195,7 +207,7 @@ def test_distillation(cache_dir, evaluator, evaluation, tmp_path):
     assert distilled.inputs == evaluator.inputs | {
         "teacher": tensors_fingerprint(teacher.state_dict())
     }
-    assert distilled(GENOTYPE, 4, None).metrics["stage0"] != evaluation.metrics["stage0"]
+    assert distilled(GENOTYPE, 4, {}).metrics["stage0"] != evaluation.metrics["stage0"]
     assert not any(p.requires_grad for p in teacher.parameters())
 
     changed = copy.deepcopy(teacher)
@@ -216,7 +228,7 @@ def test_val_crop(tmp_path):
 def test_a_loss_that_is_not_finite_is_a_failure(cache_dir, stage, loss):
     stages = {"stage0": STAGE0, "stage1": STAGE1}
     stages[stage] = dataclasses.replace(stages[stage], aux_weight=1e300)
-    failed = make(cache_dir, **stages)(GENOTYPE, 4, None)
+    failed = make(cache_dir, **stages)(GENOTYPE, 4, {})
     assert failed.failure == f"{stage}: training loss is {loss} steps"
 
 
@@ -233,7 +245,7 @@ def test_weights_that_the_last_step_made_infinite_are_a_failure(evaluator, monke
                 weight.data.fill_(math.inf)
 
     monkeypatch.setattr(PolyakAverage, "copy_to_parameters", overflow)
-    failed = evaluator(GENOTYPE, 4, None)
+    failed = evaluator(GENOTYPE, 4, {})
     assert failed.failure == f"{stage}: the network's logits are not finite"
     assert list(failed.rewards) == (["stage0"] if stage == "stage1" else [])
 
@@ -248,7 +260,7 @@ def test_auxiliary_heads_rest_at_weight_0(cache_dir, evaluation, monkeypatch, we
         return loss(task, output, aux, targets, **options)
 
     monkeypatch.setattr(SegmentationTask, "loss", spy)
-    done = make(cache_dir, *stages)(GENOTYPE, 4, None)
+    done = make(cache_dir, *stages)(GENOTYPE, 4, {})
     stage0, stage1 = (3 if weight else 0 for weight in weights)
     assert heads == [stage0] * 4 + [stage1]
     assert done.params == evaluation.params
@@ -310,7 +322,7 @@ def test_everything_lives_on_the_device(tmp_path, monkeypatch):
         assert all(array.is_cuda for array in cache.batch(torch.tensor([0])).values())
         assert cache.device.type == "cuda"
     before = torch.cuda.get_rng_state()
-    evaluation = on_cuda(GENOTYPE, 4, None)
+    evaluation = on_cuda(GENOTYPE, 4, {})
     assert list(evaluation.rewards) == ["stage0", "stage1"]
     assert places == {"decoder": {"cuda"}, "labels": {"cuda"}, "counts": {"cuda"}}
     assert torch.equal(torch.cuda.get_rng_state(), before)
@@ -321,7 +333,7 @@ def test_heartbeat_stops_at_any_step(cache_dir, tmp_path):
         return make(folder, runtime=Runtime(RUNTIME.device, beat))
 
     beats = itertools.count()
-    beating(lambda: next(beats))(GENOTYPE, 4, None)
+    beating(lambda: next(beats))(GENOTYPE, 4, {})
     # 2 epochs of 2 steps, 1 batch of validation, 1 step, 1 batch of validation
     assert next(beats) == 4 + 1 + 1 + 1
 
@@ -332,7 +344,7 @@ def test_heartbeat_stops_at_any_step(cache_dir, tmp_path):
         script = itertools.chain([lambda: None] * left, [stop])
         evaluator = beating(lambda script=script: next(script)())
         with pytest.raises(StopRequested):
-            evaluator(GENOTYPE, 4, None)
+            evaluator(GENOTYPE, 4, {})
     with pytest.raises(StopRequested):
         beating(stop, tmp_path)  # while it encodes
     assert list(tmp_path.iterdir()) == []

@@ -185,13 +185,13 @@ def test_sampled_networks_do_not_depend_on_the_number_of_workers(
 def test_an_evaluation_follows_from_its_index(tiny_sampled):
     evaluator = evaluator_on(parse(tiny_sampled), "cpu")
     genotype = IRNASSpace(2, 2).sample(random.Random(0))
-    first = evaluator(genotype, 3, None)
+    first = evaluator(genotype, 3, {})
     torch.manual_seed(99)
-    assert evaluator(genotype, 3, None).rewards == first.rewards
-    assert evaluator(genotype, 4, None).rewards != first.rewards
+    assert evaluator(genotype, 3, {}).rewards == first.rewards
+    assert evaluator(genotype, 4, {}).rewards != first.rewards
     assert evaluator.costs(genotype) == first.costs
     diverging = parse([*tiny_sampled, "--recipe.lr", "1e30", "--recipe.max-grad-norm", "inf"])
-    failure = evaluator_on(diverging, "cpu")(genotype, 3, None).failure
+    failure = evaluator_on(diverging, "cpu")(genotype, 3, {}).failure
     assert failure.startswith("stage0: training loss is ")
 
 

@@ -86,10 +86,10 @@ class Script:
     def costs(self, genotype):
         return COSTS
 
-    def __call__(self, genotype, index, gate):
+    def __call__(self, genotype, index, gates):
         evaluation = self.evaluate(index)
         self.evaluated.append(index)
-        self.gates.append(gate)
+        self.gates.append(gates.get(self.feedback))
         return evaluation
 
 

@@ -53,7 +53,12 @@ class Script:
         self.sent.append(job.index)
         written = self.answers.get(job.index)
         good = Evaluation(
-            {"stage0": float(job.index)}, {"stage0": {}}, COSTS, job.gate, {}, "stage0"
+            {"stage0": float(job.index)},
+            {"stage0": {}},
+            COSTS,
+            job.gates.get("stage0"),
+            {},
+            "stage0",
         )
         self.pending.append((worker, written.pop(0) if written else good))
         self.most = max(self.most, len(self.pending))
@@ -88,7 +93,7 @@ def test_any_order_and_any_death_give_the_same(workers, batches, deaths, idle, s
     dispatcher = Dispatcher(pool, workers)
     indices = itertools.count()
     for size in batches:
-        batch = [Job(next(indices), GENOTYPE, 0.5) for _ in range(size)]
+        batch = [Job(next(indices), GENOTYPE, {"stage0": 0.5}) for _ in range(size)]
         running = []
         for job, evaluation in zip(
             batch, dispatcher.evaluate(Toy({}, Path()), batch, running.append)

@@ -18,8 +18,8 @@ GENOTYPE = FastNASSpace().sample(random.Random(0))
 COSTS = {"params": 123, "macs": 456}
 
 
-def jobs(count, gate=None):
-    return [Job(index, GENOTYPE, gate) for index in range(count)]
+def jobs(count, gates=None):
+    return [Job(index, GENOTYPE, gates or {}) for index in range(count)]
 
 
 class Toy:
@@ -40,7 +40,7 @@ class Toy:
     def costs(self, genotype):
         return COSTS
 
-    def __call__(self, genotype, index, gate):
+    def __call__(self, genotype, index, gates):
         todo, mark = self.plan.get(index, ""), self.place / str(index)
         once, _, after = todo.partition("once: ")
         if after:
@@ -61,7 +61,9 @@ class Toy:
                 time.sleep(60)
         metrics = {"threads": float(torch.get_num_threads())}
         rewards, files = {"stage0": float(index)}, {"index.txt": str(index).encode()}
-        return Evaluation(rewards, {"stage0": metrics}, COSTS, gate, {}, "stage0", files=files)
+        return Evaluation(
+            rewards, {"stage0": metrics}, COSTS, gates.get("stage0"), {}, "stage0", files=files
+        )
 
 
 def toy(plan, place, device):
@@ -77,4 +79,6 @@ def evaluate(plan, place, workers, count=4, show=lambda running: None, **options
     """What the workers return for a plan."""
     engine = workers.engine_for(functools.partial(toy, plan, place))
     with contextlib.closing(engine):
-        return list(engine.evaluate(Toy(plan, place, **options), jobs(count, gate=0.5), show))
+        return list(
+            engine.evaluate(Toy(plan, place, **options), jobs(count, {"stage0": 0.5}), show)
+        )

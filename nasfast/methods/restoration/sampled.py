@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Generator
 from dataclasses import dataclass, field
 
 import torch
@@ -66,7 +67,7 @@ class ShortTraining:
     data: RestorationData
     patches: ImagePatches
     runtime: Runtime
-    name: str = "stage0"
+    names: tuple[str, ...] = ("stage0",)
 
     def build(self, genotype: IRNASGenotype) -> Restorer:
         """The network."""
@@ -77,12 +78,12 @@ class ShortTraining:
         """Parameters and multiply-adds at the size of the validation images."""
         return costs(model, self.config.task, self.data.val)
 
-    def train(self, model: Restorer, seed_of: SeedOf) -> Restorer:
+    def train(self, model: Restorer, seed_of: SeedOf) -> Generator[Restorer]:
         """All steps of the recipe."""
         recipe = self.config.recipe
         self.runtime.place(model)
         TrainingRun(model, self.patches, recipe, self.runtime, seed_of("patches")).run(recipe.steps)
-        return model
+        yield model
 
     def validate(self, model: Restorer) -> Scores:
         """PSNR and SSIM on the validation images."""
