@@ -124,12 +124,13 @@ def _open(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def load_encoder(path: Path | None = None) -> MobileNetV2:
+def load_encoder(path: Path | None = None, rows: int = 7) -> MobileNetV2:
     """Build the encoder that a weight file belongs to and load it strictly.
 
     Args:
         path: torchvision-style MobileNet-v2 weights; ``None`` takes the packaged small encoder.
             The width comes from the file's metadata (``nasfast.encoder``) or is 1.0.
+        rows: of the encoder, whatever the file has of later ones.
 
     Raises:
         UserError: the file cannot be read, or holds another network.
@@ -140,7 +141,7 @@ def load_encoder(path: Path | None = None) -> MobileNetV2:
     try:
         width = json.loads(described).get("width", 1.0)
         with torch.device("meta"):  # nothing is allocated before the shapes have been compared
-            MobileNetV2(width).check(state, str(path))
+            MobileNetV2(width, rows=rows).check(state, str(path))
     except UserError:
         raise
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
@@ -148,6 +149,6 @@ def load_encoder(path: Path | None = None) -> MobileNetV2:
             f"weights {path}: expected the metadata nasfast.encoder to be a JSON object with the "
             f"width of the encoder, got {described[:80]!r}; give another file"
         ) from error
-    encoder = MobileNetV2(width)
+    encoder = MobileNetV2(width, rows=rows)
     encoder.load_strict(state, str(path))
     return encoder.eval()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from nasfast.utils.errors import UserError
@@ -20,7 +22,7 @@ _ROWS = (
     (6, 320, 1, 1),
 )
 _TAPPED_ROWS = (1, 2, 4, 6)
-_HEAD_KEYS = ("features.18.", "classifier.")
+_ROWS_KEYS = re.compile(r"features\.(\d+)\.|classifier\.")
 MAX_WIDTH = 10
 """Of the channel multiplier: what is larger is a slip, or a damaged file."""
 _COUNTER = "num_batches_tracked"
@@ -90,6 +92,8 @@ class MobileNetV2(nn.Module):
         width: channel multiplier; at 1.0 the taps have 24, 32, 96 and 320 channels.
         expand_first: whether the first block, which expands nothing, has the 1x1 convolution of the
             others all the same: so in the networks of Fast NAS, not in torchvision's weights.
+        rows: how many rows of the paper's table 2 there are, from the first; with 3 the taps are
+            those at strides 4 and 8.
 
     Raises:
         UserError: a width that is not above 0 and at most MAX_WIDTH.
@@ -99,7 +103,9 @@ class MobileNetV2(nn.Module):
 
     name = "mobilenet_v2"
 
-    def __init__(self, width: float = 1.0, *, expand_first: bool = False) -> None:
+    def __init__(
+        self, width: float = 1.0, *, expand_first: bool = False, rows: int = len(_ROWS)
+    ) -> None:
         super().__init__()
         if isinstance(width, bool) or not isinstance(width, (int, float)):
             raise TypeError(f"width: expected a number, got {width!r}")
@@ -113,7 +119,7 @@ class MobileNetV2(nn.Module):
         blocks: list[nn.Module] = [_conv_bn_relu6(3, channels, 3, stride=2)]
         info: list[FeatureInfo] = []
         total_stride = 2
-        for row, (expansion, c, repeats, stride) in enumerate(_ROWS):
+        for row, (expansion, c, repeats, stride) in enumerate(_ROWS[:rows]):
             out_channels = _divisible_by_8(c * width)
             total_stride *= stride
             for repeat in range(repeats):
@@ -136,7 +142,9 @@ class MobileNetV2(nn.Module):
         return taps
 
     def load_strict(self, state: Mapping[str, Tensor], source: str) -> None:
-        """Load a torchvision-style state dict; the unused classification head may be present.
+        """Load a torchvision-style state dict; the classification head, and rows that this encoder
+        has not, may be present. Where the weights lack the 1x1 convolution of the first block, it
+        becomes the identity.
 
         Raises:
             UserError: a key is missing, unknown or of another shape; the message names it.
@@ -151,7 +159,9 @@ class MobileNetV2(nn.Module):
             UserError: as that says.
         """
         own = self.state_dict()
-        given = {k: v for k, v in state.items() if not k.startswith(_HEAD_KEYS)}
+        given = {k: v for k, v in state.items() if self._has(k)}
+        if self.expand_first and "features.1.conv.1.weight" in given:
+            given = _with_identity(given)
         needed = {k: v for k, v in own.items() if k in given or not k.endswith(_COUNTER)}
         problem = tensor_mismatch(needed, given)
         if problem:
@@ -162,6 +172,39 @@ class MobileNetV2(nn.Module):
                 "convert the key names or give another file."
             )
         return given
+
+    def _has(self, key: str) -> bool:
+        """Whether a key is of this encoder, and not of the classification head or of later rows."""
+        found = _ROWS_KEYS.match(key)
+        return not found or (found[1] is not None and int(found[1]) < len(self.features))
+
+
+def _with_identity(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of torchvision's form, with a 1x1 convolution and BatchNorm in the first block that
+    change nothing.
+
+    Their input is the stem's, in 0..6, so that the ReLU6 does nothing either. BatchNorm gets the
+    mean and variance that a channel has if it was normally distributed before that ReLU6, and gives
+    them back: in training, where it takes those of the batch, it does not change much either.
+    """
+    first = re.compile(r"features\.1\.conv\.(\d)\.")
+    moved = {
+        first.sub(lambda at: f"features.1.conv.{int(at[1]) + 1}.", key): value
+        for key, value in state.items()
+    }
+    scale, shift = (state.get(f"features.0.1.{name}") for name in ("weight", "bias"))
+    if scale is None or shift is None or scale.shape != shift.shape or scale.dim() != 1:
+        return moved  # the weights lack more
+    normal = torch.special.ndtri(torch.linspace(0, 1, 1026, dtype=torch.float64)[1:-1])
+    values = torch.outer(normal, scale.double()) + shift.double()
+    mean, variance = values.clamp(0, 6).mean(0), values.clamp(0, 6).var(0)
+    return moved | {
+        "features.1.conv.0.0.weight": torch.eye(len(scale))[..., None, None],
+        "features.1.conv.0.1.running_mean": mean,
+        "features.1.conv.0.1.running_var": variance,
+        "features.1.conv.0.1.weight": (variance + nn.BatchNorm2d(1).eps).sqrt(),
+        "features.1.conv.0.1.bias": mean,
+    }
 
 
 def tensor_mismatch(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:

@@ -14,8 +14,10 @@ from torch import nn
 from nasfast.encoders import FeatureInfo, MobileNetV2
 from nasfast.models.decoders import Decoder, DecoderConfig, EncoderDecoder
 from nasfast.models.restorer import Restorer, RestorerConfig
+from nasfast.models.templates import TemplateConfig, TemplateDecoder, TemplateNetwork
 from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
 from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
+from nasfast.spaces.template_nas import TemplateNASGenotype, TemplateNASSpace
 
 
 def build_decoder(
@@ -33,6 +35,14 @@ def build_segmenter(
 ) -> EncoderDecoder:
     """A network on (not a copy of) an encoder."""
     return EncoderDecoder(encoder, build_decoder(genotype, encoder.feature_info, outputs, config))
+
+
+def build_templates(
+    encoder: MobileNetV2, genotype: TemplateNASGenotype, outputs: int, config: TemplateConfig
+) -> TemplateNetwork:
+    """A network on (not a copy of) an encoder of TEMPLATE_ROWS rows."""
+    decoder = TemplateDecoder(genotype, encoder.feature_info, outputs, config)
+    return TemplateNetwork(encoder, decoder)
 
 
 def build_restorer(
@@ -56,7 +66,7 @@ class Family(NamedTuple):
     """The network of a description whose configurations have been read."""
 
 
-def _describe_segmenter(model: EncoderDecoder) -> dict[str, Any]:
+def _describe_dense(model: EncoderDecoder) -> dict[str, Any]:
     encoder, decoder = model.encoder, model.decoder
     return {
         "genotype": decoder.genotype.to_json(),
@@ -67,15 +77,24 @@ def _describe_segmenter(model: EncoderDecoder) -> dict[str, Any]:
     }
 
 
-def _read_segmenter(description: Mapping[str, Any]) -> EncoderDecoder:
+def _encoder(description: Mapping[str, Any], **rows: int) -> MobileNetV2:
     encoder = description["encoder"]
     if encoder["name"] != MobileNetV2.name:
         raise ValueError(f"encoder: expected {MobileNetV2.name}, got {encoder['name']!r}")
+    return MobileNetV2(encoder["width"], expand_first=encoder.get("expand_first", False), **rows)
+
+
+def _read_segmenter(description: Mapping[str, Any]) -> EncoderDecoder:
     # version 1 has the classes alone
     outputs = description.get("outputs") or len(description["classes"])
     genotype = FastNASSpace().from_json(description["genotype"])
-    backbone = MobileNetV2(encoder["width"], expand_first=encoder.get("expand_first", False))
-    return build_segmenter(backbone, genotype, outputs, description["decoder"])
+    return build_segmenter(_encoder(description), genotype, outputs, description["decoder"])
+
+
+def _read_templates(description: Mapping[str, Any]) -> TemplateNetwork:
+    genotype = TemplateNASSpace().from_json(description["genotype"])
+    encoder = _encoder(description, rows=TEMPLATE_ROWS)
+    return build_templates(encoder, genotype, description["outputs"], description["decoder"])
 
 
 def _describe_restorer(model: Restorer) -> dict[str, Any]:
@@ -96,15 +115,25 @@ def _read_restorer(description: Mapping[str, Any]) -> Restorer:
     return build_restorer(genotype, description["restorer"], channels, scale)
 
 
+TEMPLATE_ROWS = 3
+"""Of MobileNet-v2 below the layers of templates."""
 SEGMENTER = "nasfast.segmenter"
+TEMPLATES = "nasfast.templates"
 RESTORER = "nasfast.restorer"
 FAMILIES = {
     SEGMENTER: Family(
         EncoderDecoder,
         FastNASSpace().name,
         {"decoder": DecoderConfig},
-        _describe_segmenter,
+        _describe_dense,
         _read_segmenter,
+    ),
+    TEMPLATES: Family(
+        TemplateNetwork,
+        TemplateNASSpace().name,
+        {"decoder": TemplateConfig},
+        _describe_dense,
+        _read_templates,
     ),
     RESTORER: Family(
         Restorer,
@@ -115,3 +144,8 @@ FAMILIES = {
     ),
 }
 """By the key of the description in a file's metadata."""
+
+
+def family_of(network: nn.Module) -> tuple[str, Family]:
+    """Key and family of a network."""
+    return next(item for item in FAMILIES.items() if type(network) is item[1].network)

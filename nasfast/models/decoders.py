@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
 from nasfast.encoders import FeatureInfo, MobileNetV2
 from nasfast.models.layers import ConvBNReLU, build_op, concatenate, largest, resize
+from nasfast.spaces.base import Genotype
 from nasfast.spaces.fast_nas import Cell, FastNASGenotype
 from nasfast.utils.config import Bound, Bounded, Channels
 
@@ -70,7 +71,25 @@ class FusionBlock(nn.Module):
         return resize(maps[0], size) + resize(maps[1], size)
 
 
-class Decoder(nn.Module):
+class DenseDecoder(nn.Module):
+    """What turns the taps of an encoder into an output, and in training into auxiliary ones.
+
+    Attributes:
+        genotype: what it was built from.
+        config: a dataclass, what else it was built from.
+        with_aux: whether training mode runs the auxiliary heads.
+        conv_clf: gives the output.
+        aux_heads: give the auxiliary outputs; no part of the network's size.
+    """
+
+    genotype: Genotype
+    config: Any
+    with_aux: bool
+    conv_clf: nn.Conv2d
+    aux_heads: nn.ModuleList
+
+
+class Decoder(DenseDecoder):
     """A genotype as a network on the encoder's taps.
 
     Args:
@@ -133,7 +152,7 @@ class Decoder(nn.Module):
 class EncoderDecoder(nn.Module):
     """A network for a dense task; ``forward`` gives what its decoder gives."""
 
-    def __init__(self, encoder: MobileNetV2, decoder: Decoder) -> None:
+    def __init__(self, encoder: MobileNetV2, decoder: DenseDecoder) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import nn
 
 from nasfast.encoders import read_metadata, read_weights, tensor_mismatch
-from nasfast.models.build import FAMILIES, Family
+from nasfast.models.build import FAMILIES, Family, family_of
 from nasfast.models.decoders import EncoderDecoder
 from nasfast.utils.config import from_mapping
 from nasfast.utils.errors import UserError, out_of_memory
@@ -37,7 +37,7 @@ def save_model(path: Path, model: nn.Module, description: Mapping[str, Any]) -> 
         model: a network of a class in FAMILIES.
         description: what else is worth keeping, as plain JSON.
     """
-    key, family = next(item for item in FAMILIES.items() if isinstance(model, item[1].network))
+    key, family = family_of(model)
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     text = json.dumps({"version": VERSION, **description, **family.describe(model)})
     atomic_write(path, save(tensors, {key: text}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,17 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     if (x.shape[-2], x.shape[-1]) == size:
         return x
     return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+def size_of(x: Tensor) -> tuple[int, int]:
+    """Spatial size (H, W) of a map."""
+    return x.shape[-2], x.shape[-1]
+
+
+def pad(x: Tensor, multiple: int) -> Tensor:
+    """Maps ``[N, C, H, W]`` whose last row and column are repeated up to multiples."""
+    height, width = size_of(x)
+    return F.pad(x, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
 
 def largest(maps: list[Tensor]) -> tuple[int, int]:
@@ -43,7 +54,8 @@ def _runs_own_ops(x: Tensor) -> bool:
 
 
 class Conv2d(nn.Conv2d):
-    """Convolution without bias that keeps height and width, safe under bfloat16 on a CPU.
+    """Convolution without bias that keeps height and width, or with a stride gives each side over
+    it, rounded up; safe under bfloat16 on a CPU.
 
     There the weight gradient of a dilated convolution is wrong in torch 2.13 (oneDNN reads memory
     that nothing wrote; the values differ from run to run) if its channels are no multiple of 16.
@@ -52,21 +64,28 @@ class Conv2d(nn.Conv2d):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, dilation: int = 1, groups: int = 1
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        dilation: int = 1,
+        groups: int = 1,
+        stride: int = 1,
     ) -> None:
         padding = dilation * (kernel // 2)
         super().__init__(
             in_channels,
             out_channels,
             kernel,
-            padding=padding,
+            stride,
+            padding,
             dilation=dilation,
             groups=groups,
             bias=False,
         )
         self._sizes = padding, dilation
         ragged = bool(in_channels % 16 or out_channels % 16)
-        self._depthwise = groups == in_channels == out_channels > 1
+        self._depthwise = groups == in_channels == out_channels > 1 and stride == 1
         self._float32_on_cpu = dilation > 1 and (groups > 1 or ragged)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,12 +97,24 @@ class Conv2d(nn.Conv2d):
             return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
+def normalized(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """``norm(x)``. One value a channel has no variance: such a batch of one map ``[1, C, 1, 1]`` is
+    normalised with the running statistics, in training as well."""
+    if norm.training and x.numel() == x.shape[1]:
+        stats = norm.running_mean, norm.running_var
+        return F.batch_norm(x, *stats, norm.weight, norm.bias, eps=norm.eps)
+    y: Tensor = norm(x)
+    return y
+
+
 def norm_relu(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """``relu(norm(x))``; in training on a CPU as the one operation :func:`batch_norm_relu`."""
+    """``relu(normalized(x, norm))``; in training on a CPU as the one operation
+    :func:`batch_norm_relu`."""
     momentum = norm.momentum
     own = norm.training and norm.affine and norm.weight.dtype != torch.bfloat16
+    own = own and x.numel() > x.shape[1]
     if not own or momentum is None or not _runs_own_ops(x):
-        return F.relu(norm(x), inplace=True)
+        return F.relu(normalized(x, norm), inplace=True)
     y, (mean, variance) = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
     if norm.running_mean is not None and norm.running_var is not None:
         pixels = x.numel() // x.shape[1]
@@ -123,15 +154,25 @@ class ConvBNReLU(nn.Sequential):
 
 
 class SepConv(nn.Sequential):
-    """``repeats`` times depthwise, pointwise, BatchNorm, ReLU (nothing between the first two)."""
+    """Depthwise, pointwise, BatchNorm, ReLU (nothing between the first two), once for each stride;
+    the first changes the channels."""
 
-    def __init__(self, channels: int, kernel: int, dilation: int = 1, repeats: int = 1) -> None:
+    def __init__(
+        self,
+        channels: int,
+        kernel: int,
+        dilation: int = 1,
+        strides: Sequence[int] = (1,),
+        out_channels: int | None = None,
+    ) -> None:
         layers: list[nn.Module] = []
-        for _ in range(repeats):
+        out = out_channels or channels
+        for stride in strides:
             layers += [
-                Conv2d(channels, channels, kernel, dilation, groups=channels),
-                ConvBNReLU(channels, channels),
+                Conv2d(channels, channels, kernel, dilation, channels, stride),
+                ConvBNReLU(channels, out),
             ]
+            channels = out
         super().__init__(*layers)
 
 
@@ -171,24 +212,16 @@ def global_mean(x: Tensor) -> Tensor:
 
 
 class GlobalAveragePool(nn.Module):
-    """Global mean, 1x1 convolution, BatchNorm, ReLU, back to the input's size.
+    """Global mean, 1x1 convolution, BatchNorm, ReLU, back to the input's size."""
 
-    A batch of one has no variance over a 1x1 map: such a batch is normalised with the running
-    statistics, in training as well.
-    """
-
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, out_channels: int | None = None) -> None:
         super().__init__()
-        self.conv = Conv2d(channels, channels, 1)
-        self.bn = nn.BatchNorm2d(channels)
+        out = out_channels or channels
+        self.conv = Conv2d(channels, out, 1)
+        self.bn = nn.BatchNorm2d(out)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(global_mean(x))
-        if self.training and len(x) == 1:
-            bn = self.bn
-            y = F.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
-        else:
-            y = self.bn(y)
+        y = normalized(self.conv(global_mean(x)), self.bn)
         everywhere = F.relu(y).expand(-1, -1, x.shape[-2], x.shape[-1])
         # sums of dense maps are fast
         return everywhere.contiguous(memory_format=torch.channels_last)
@@ -204,13 +237,13 @@ class Zero(nn.Module):
 OPS: dict[str, Callable[[int, int], nn.Module]] = {
     "conv1x1": lambda c, repeats: ConvBNReLU(c, c, 1),
     "conv3x3": lambda c, repeats: ConvBNReLU(c, c, 3),
-    "sep3x3": lambda c, repeats: SepConv(c, 3, repeats=repeats),
-    "sep5x5": lambda c, repeats: SepConv(c, 5, repeats=repeats),
+    "sep3x3": lambda c, repeats: SepConv(c, 3, strides=[1] * repeats),
+    "sep5x5": lambda c, repeats: SepConv(c, 5, strides=[1] * repeats),
     "gap": lambda c, repeats: GlobalAveragePool(c),
     "conv3x3_d3": lambda c, repeats: ConvBNReLU(c, c, 3, dilation=3),
     "conv3x3_d12": lambda c, repeats: ConvBNReLU(c, c, 3, dilation=12),
-    "sep3x3_d3": lambda c, repeats: SepConv(c, 3, dilation=3, repeats=repeats),
-    "sep5x5_d6": lambda c, repeats: SepConv(c, 5, dilation=6, repeats=repeats),
+    "sep3x3_d3": lambda c, repeats: SepConv(c, 3, 3, [1] * repeats),
+    "sep5x5_d6": lambda c, repeats: SepConv(c, 5, 6, [1] * repeats),
     "skip": lambda c, repeats: nn.Identity(),
     "none": lambda c, repeats: Zero(),
 }

@@ -3,6 +3,7 @@
 from nasfast.spaces.base import Decision, Genotype, Space
 from nasfast.spaces.fast_nas import PRIMITIVES, Cell, FastNASGenotype, FastNASSpace
 from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
+from nasfast.spaces.template_nas import TemplateNASGenotype, TemplateNASSpace
 
 __all__ = [
     "PRIMITIVES",
@@ -14,4 +15,6 @@ __all__ = [
     "IRNASGenotype",
     "IRNASSpace",
     "Space",
+    "TemplateNASGenotype",
+    "TemplateNASSpace",
 ]
