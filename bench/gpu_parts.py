@@ -16,11 +16,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -275,7 +277,7 @@ def sanitizer(run: Run) -> None:
 
 
 def time_calls(
-    run: Run, calls: Mapping[str, Callable[[], Any]], graphs: bool = True
+    run: Run, calls: Mapping[str, Callable[[], Any]], graphs: bool = True, least: int = 7
 ) -> tuple[Any, dict[str, int], dict[str, str]]:
     """Times, bytes beyond the results, and the reasons why a call is not in a CUDA graph."""
     import harness
@@ -286,7 +288,7 @@ def time_calls(
         if graphs:
             calls, reasons = harness.cuda_graphs(calls)
     rounds = harness.Rounds(calls, clock)
-    for _ in range(rounds.warm_up(run.seconds)):
+    for _ in range(rounds.warm_up(run.seconds, least)):
         rounds.time(*calls)
     return rounds, memory, reasons
 
@@ -422,45 +424,61 @@ def mixed_op(run: Run) -> None:
 
 
 def supernet(run: Run) -> None:
-    """the halves of a search step of the published supernet"""
+    """the halves of a search step of the published supernet, launched and as CUDA graphs"""
     import harness
     import mixed_op_baselines as mixed
 
-    def case(sizes: Sequence[int], precision: str, way: str) -> Callable[[], dict[str, Any]]:
-        *config, batch, size = sizes
+    sizes = (1, 1, 4, 2, 8) if run.rehearse else (*mixed.CONFIG, mixed.BATCH, mixed.SIZE)
+    *config, batch, size = sizes
 
+    def halves(precision: str, way: str) -> dict[str, Callable[[], Any]]:
+        dtype = set_precision(precision)
+        return mixed.search_calls(way, config, batch, size, run.device, dtype)
+
+    def case(precision: str, way: str, graphs: bool) -> Callable[[], dict[str, Any]]:
         def of_case() -> dict[str, Any]:
-            dtype = set_precision(precision)
-            halves = mixed.search_calls(way, config, batch, size, run.device, dtype)
-            if way in ("save", "recompute"):
-                harness.require_kernels(halves["weights"], run.device)
-            rounds, memory, _ = time_calls(run, halves, graphs=False)
+            calls = halves(precision, way)
+            if way != mixed.EAGER:
+                harness.require_kernels(calls["weights"], run.device)
+            rounds, memory, reasons = time_calls(run, calls, graphs, least=3)
             seconds = {name: statistics.median(times) for name, times in rounds.times.items()}
             minutes = sum(seconds[name] * STEPS[name] for name in STEPS) / 60
-            profiles = {name: kernels(run, call) for name, call in halves.items()}
             cells = {f"{name}, ms": f"{1e3 * value:.0f}" for name, value in seconds.items()}
-            for name, profile in profiles.items():
-                if profile:
-                    cells[f"{name}, kernels"] = f"{profile['launches']} in {profile['ms']:.0f} ms"
             cells["whole search, min"] = f"{minutes:.1f}"
             return {
                 "seconds": seconds,
                 "whole search, minutes": minutes,
                 "extra MiB": {name: size / harness.MIB for name, size in memory.items()},
-                "kernels": profiles,
                 "tables": {"half steps": cells},
+                "notes": [f"{name} without a graph: {why}" for name, why in reasons.items()],
             }
 
         return of_case
 
-    published = [(*mixed.CONFIG, mixed.BATCH, mixed.SIZE)]
+    def profile(precision: str, way: str, half: str) -> Callable[[], dict[str, Any]]:
+        def of_case() -> dict[str, Any]:
+            call = halves(precision, way)[half]
+            call()
+            found = kernels(run, call, most=30)
+            if not found:  # on a CPU
+                return {}
+            cells = {"kernels": f"{found['launches']} in {found['ms']:.0f} ms"}
+            return {"kernels": found, "tables": {"kernels of a half step": cells}}
+
+        return of_case
+
+    ways = [
+        *(("bfloat16", way, graphs) for way in ("save", "recompute") for graphs in (True, False)),
+        *((precision, "save", True) for precision in ("tf32", "float32")),
+        ("bfloat16", mixed.EAGER, False),
+    ]
+    name = ",".join(map(str, sizes))
     run.cases(
         {
-            f"{','.join(map(str, sizes))} {precision}, {way}": case(sizes, precision, way)
-            for sizes in run.sizes(published, [(1, 1, 4, 2, 8)])
-            for precision in run.sizes(("bfloat16", "tf32", "float32"), ["bfloat16"])
-            for way in run.sizes(mixed.SEARCH_WAYS, ["save"])
+            f"{name} {precision}, {way}{', graphs' if graphs else ''}": case(precision, way, graphs)
+            for precision, way, graphs in run.sizes(ways, [("bfloat16", "save", False)])
         }
+        | {f"{name} bfloat16, save, weights": profile("bfloat16", "save", "weights")}
     )
 
 
@@ -501,39 +519,100 @@ def gather(run: Run) -> None:
     )
 
 
+class Replays:
+    """Replays of recorded training steps while this is entered."""
+
+    def __init__(self, run: Run, profile: bool) -> None:
+        self._run, self._profile = run, profile
+        self._events: list[tuple[Any, Any]] = []
+        self.kernels: dict[str, Any] = {}
+        """Of the first one, if ``profile``."""
+
+    def __enter__(self) -> Replays:
+        from nasfast.training.graphs import CudaGraph
+
+        repeat = CudaGraph.repeat
+
+        def watched(graph: CudaGraph) -> None:
+            if self._profile and not self.kernels:
+                self.kernels = kernels(self._run, lambda: repeat(graph))
+                return
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            repeat(graph)
+            end.record()
+            self._events.append((start, end))
+
+        self._patch = mock.patch.object(CudaGraph, "repeat", watched)
+        self._patch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.stop()
+
+    @property
+    def ms(self) -> float | None:
+        """Median of those that were not profiled; None: there were none."""
+        times = [start.elapsed_time(end) for start, end in self._events]
+        return statistics.median(times) if times else None
+
+
 def candidate(run: Run) -> None:
-    """a candidate of Fast NAS on 1,000 samples: time and kernels of a step"""
+    """a candidate of Fast NAS on 1,000 samples: time of a step, replays, kernels of one"""
     import candidates
     import harness
 
     scale = candidates.TINY if run.rehearse else candidates.Scale.of(1000)
+    title = f"{scale.samples} samples, {scale.steps} steps"
     with tempfile.TemporaryDirectory() as folder:
         problem = candidates.Problem(scale, torch.device(run.device), Path(folder))
-        ours = candidates.Ours(problem, with_files=False)
-        harness.require_kernels(lambda: ours(candidates.CHEAP, 0), run.device)
+        found: list[Any] = []
 
-        def case(genotype: Any) -> Callable[[], dict[str, Any]]:
+        def features() -> dict[str, Any]:
+            start = time.perf_counter()
+            found.append(candidates.Ours(problem, with_files=False))
+            seconds = time.perf_counter() - start
+            cells = {"seconds": f"{seconds:.1f}"}
+            return {"seconds": seconds, "tables": {"features of the encoder": cells}}
+
+        def first() -> dict[str, Any]:
+            start = time.perf_counter()
+            harness.require_kernels(lambda: found[0](candidates.CHEAP, 0), run.device)
+            seconds = time.perf_counter() - start
+            return {"seconds": seconds, "tables": {title: {"seconds": f"{seconds:.1f}"}}}
+
+        def case(genotype: Any, profile: bool = False) -> Callable[[], dict[str, Any]]:
             def of_case() -> dict[str, Any]:
-                timed = ours(genotype, 1)
-                profile = kernels(run, lambda: ours(genotype, 1))
-                seconds = timed.seconds["stage0_train"]
+                with Replays(run, profile) as replays:
+                    timed = found[0](genotype, 1)
                 cells = {"seconds": f"{timed.total:.1f}", "reward": f"{timed.reward:.3f}"}
-                cells["ms of a step"] = f"{1e3 * seconds / scale.steps:.2f}"
-                if profile:  # scoring included
-                    cells["kernels of a step"] = f"{profile['launches'] / scale.steps:.0f}"
-                tables = {f"{scale.samples} samples, {scale.steps} steps": cells}
-                return asdict(timed) | {"kernels": profile, "tables": tables}
+                for stage, seconds in timed.seconds.items():
+                    cells[f"{stage}, s"] = f"{seconds:.2f}"
+                ms = 1e3 * timed.seconds["stage0_train"] / scale.steps
+                cells["ms of a step"] = f"{ms:.2f}"
+                if replays.ms is not None:
+                    cells["ms of a replay"] = f"{replays.ms:.2f}"
+                if replays.kernels:
+                    launches, ms = replays.kernels["launches"], replays.kernels["ms"]
+                    cells["kernels of a replay"] = f"{launches} in {ms:.2f} ms"
+                result = asdict(timed) | {"replay ms": replays.ms, "kernels": replays.kernels}
+                return result | {"tables": {title: cells}}
 
             return of_case
 
-        count = 1 if run.rehearse else 3
-        genotypes = candidates.architectures(count)
-        run.cases({name: case(genotype) for name, genotype in genotypes.items()})
+        genotypes = candidates.architectures(1 if run.rehearse else 3)
+        name, genotype = next(iter(genotypes.items()))
+        run.cases(
+            {"features": features, "skips alone, the first of the process": first}
+            | {name: case(genotype) for name, genotype in genotypes.items()}
+            | {f"{name} again": case(genotype), f"{name}, profiled": case(genotype, profile=True)}
+        )
 
 
 def search_cost(run: Run) -> None:
-    """bench/search_cost.py: candidates of Fast NAS in full, beside the plain formulation"""
-    methods = [] if run.rehearse else ["segmentation", "--candidates", "2", "--seconds", "1"]
+    """bench/search_cost.py: a candidate of Fast NAS beside the plain formulation"""
+    few = ["--samples", "1000", "--candidates", "1", "--seconds", "1"]
+    methods = [] if run.rehearse else ["segmentation", *few]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "cost.json")
         script = [sys.executable, "bench/search_cost.py", "--device", run.device]

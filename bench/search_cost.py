@@ -197,6 +197,7 @@ def in_turn(
         for case, kinds in cases.items():
             for kind, call in kinds.items():
                 found[case][kind].append(call())
+                print(f"{case}, {kind}: {found[case][kind][-1].total:.1f} s", file=sys.stderr)
         spent = time.perf_counter() - start
         if spent + spent / rounds > seconds:
             return found

@@ -17,8 +17,7 @@ struct RawSink {
     T* raw[2];
     A* parts[2];  // of moments, [tiles, C, 2]; null: not wanted
     int maps, channels;
-    const A* bias;  // of the first
-    A* offset;      // [N, H, W, D * 27]
+    A* offset;  // [N, H, W, D * 27]
     const A* offset_bias;
     int offsets;
 
@@ -30,15 +29,15 @@ struct RawSink {
         T* map;      // from the channel on
         A* offsets;  // likewise, if there is no map
         int step;    // from pixel to pixel
-        A bias;
+        A bias;      // of offsets
         bool is_mask;
 
         __device__ __forceinline__ A store(int64_t pixel, A value) const {
-            value += bias;
             if (map) {
                 const T rounded = map[pixel * step] = narrow(value, T());
                 return widen(rounded);
             }
+            value += bias;
             return offsets[pixel * step] = is_mask ? 1 / (1 + exp(-value)) : value;
         }
     };
@@ -46,7 +45,7 @@ struct RawSink {
         const int number = index / channels;
         if (number < maps) {
             const int c = index - number * channels;
-            return {(number ? raw[1] : raw[0]) + c, nullptr, channels, bias ? bias[c] : 0, false};
+            return {(number ? raw[1] : raw[0]) + c, nullptr, channels, 0, false};
         }
         const int c = index - maps * channels;
         return {nullptr, offset + c, offsets, offset_bias[c], c >= offsets / 3 * 2};
@@ -128,7 +127,8 @@ struct MapList {
 // statistics of the maps, from parts [kMaps, tiles, C, 2]; a warp for each channel.
 template <class A>
 __global__ void __launch_bounds__(kElementThreads)
-    finish_moments_kernel(const Layout l, const MapList list, const A* parts, A* statistics) {
+    finish_moments_kernel(const Layout l, const MapList list, const A* parts, const Normalisation<A> norm,
+                          A* statistics) {
     const int map = list.maps[blockIdx.y];
     const int c = int(blockIdx.x) * (kElementThreads / 32) + int(threadIdx.x) / 32;
     Moments<A> moments{0, 0, 0};
@@ -145,16 +145,17 @@ __global__ void __launch_bounds__(kElementThreads)
         moments.merge({shuffle_xor(moments.count, step), shuffle_xor(moments.mean, step),
                        shuffle_xor(moments.deviation, step)});
     if (threadIdx.x % 32 || c >= l.channels) return;
-    statistics[2 * map * l.channels + c] = moments.mean;
+    statistics[2 * map * l.channels + c] = moments.mean + norm.bias(map, c);
     statistics[(2 * map + 1) * l.channels + c] = moments.count > 0 ? moments.deviation / moments.count : 0;
 }
 
 template <class A>
-void finish_moments(const Layout& l, const MapList& list, const A* parts, A* statistics, void* stream) {
+void finish_moments(const Layout& l, const MapList& list, const A* parts, const Normalisation<A>& norm,
+                    A* statistics, void* stream) {
     dim3 grid((unsigned(l.channels) + kElementThreads / 32 - 1) / (kElementThreads / 32));
     grid.y = unsigned(list.count);
     launch("mixed_op: finish_moments", finish_moments_kernel<A>, grid, kElementThreads, 0, stream, l, list,
-           parts, statistics);
+           parts, norm, statistics);
 }
 
 // ---- output
@@ -425,20 +426,19 @@ private:
         MapList list;
         for (const int map : maps_of)
             if (map == kInner || has(map)) list.add(map);
-        finish_moments(l, list, maps.moments, t.statistics, stream);
+        finish_moments(l, list, maps.moments, norm, t.statistics, stream);
     }
 
     void run_kept(void* stream) {
         Tasks<T, RawSink<T>> tasks;
-        const auto add = [&](Map map, const Source<T>& source, const A* bias) {
+        const auto add = [&](Map map, const Source<T>& source) {
             auto task = raw_task<T>(l);
             task.sink.add(maps.raw[map], maps.moments_of(l, map));
-            task.sink.bias = bias;
             task.add(source);
             add_task(tasks, task, l.channels);
         };
-        if (b.depthwise1) add(kSep, sources_.sep, nullptr);
-        if (b.def) add(kDef, sources_.def, b.def_bias);
+        if (b.depthwise1) add(kSep, sources_.sep);
+        if (b.def) add(kDef, sources_.def);
         multiply(p, l, tasks, stream);
         if (by_batch) finish({kConv, kSep, kDil, kDef}, stream);
         if (!t.output) return;

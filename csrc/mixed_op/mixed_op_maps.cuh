@@ -106,10 +106,12 @@ struct Affine {
     A slope, start;
 };
 
-// What normalises a raw map; statistics null: it is fixed.
+// What normalises a raw map; statistics null: it is fixed. Raw maps are without the bias of def, which the
+// normalisation takes away again: beside it, half precision would round off what differs between pixels.
 template <class A>
 struct Normalisation {
-    const A* statistics;  // [kMaps, 2, C]
+    const A* statistics;  // [kMaps, 2, C]; the mean of def has its bias
+    const A* def_bias;    // null: 0
     const A* scale;       // [kMaps, C]
     const A* shift;
     A eps;
@@ -117,10 +119,14 @@ struct Normalisation {
 
     template <class T>
     static Normalisation make(const Params& p, const Branches<T>& b, const A* statistics) {
-        return {statistics, b.scale, b.shift, A(p.eps), int(p.channels)};
+        return {statistics, b.def_bias, b.scale, b.shift, A(p.eps), int(p.channels)};
     }
+    __device__ __forceinline__ A bias(int map, int c) const {
+        return map == kDef && def_bias ? def_bias[c] : 0;
+    }
+    // Of the raw map.
     __device__ __forceinline__ A mean(int map, int c) const {
-        return statistics ? statistics[2 * map * channels + c] : 0;
+        return statistics ? statistics[2 * map * channels + c] - bias(map, c) : 0;
     }
     __device__ __forceinline__ A inverse_deviation(int map, int c) const {
         return statistics ? 1 / sqrt(statistics[(2 * map + 1) * channels + c] + eps) : 1;

@@ -63,6 +63,16 @@ def test_tf32(mixed: Kernels, case: Case) -> None:
     check(mixed, case, torch.float32, inputs(case, torch.bfloat16).to(torch.float32), tf32=True)
 
 
+@every_dtype
+def test_bias_of_def_costs_no_precision(mixed: Kernels, dtype: torch.dtype) -> None:
+    """Normalisation by the batch removes it; here it is 100 standard deviations."""
+    case = Case("", batch=20, channels=6, size=(1, 1), branches=("def",))
+    i = inputs(case, dtype)
+    assert i.branches.deform_bias is not None
+    i.branches.deform_bias.mul_(100)
+    check(mixed, case, dtype, i)
+
+
 @pytest.mark.parametrize(
     ("dtype", "fixed"),
     [(torch.float64, False), (torch.float32, True), (torch.bfloat16, True)],
