@@ -8,6 +8,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -53,6 +54,10 @@ class SegmentationDataset(ABC):
     def fingerprint(self) -> str:
         """SHA-256 (hex) over all that determines the samples; equal in every process."""
 
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of each sample."""
+        return [(sample.mask.shape[0], sample.mask.shape[1]) for sample in self]
+
     def label_counts(self) -> Tensor:
         """Pixels of each label in each mask, int64 [N, 256]."""
         masks = (sample.mask.flatten() for sample in self)
@@ -78,6 +83,10 @@ class Subset(SegmentationDataset):
     def __getitem__(self, index: int) -> Sample:
         return self._dataset[self._indices[index]]
 
+    def sizes(self) -> list[tuple[int, int]]:
+        sizes = self._dataset.sizes()
+        return [sizes[i] for i in self._indices]
+
     def label_counts(self) -> Tensor:
         return self._dataset.label_counts()[list(self._indices)]
 
@@ -92,6 +101,10 @@ class Parts(NamedTuple):
     val: SegmentationDataset
     open_test: Callable[[], SegmentationDataset] | None = None
     """Reads the test part, where there is one."""
+    aside: tuple[str, ...] = ()
+    """Patterns (`fnmatch`) of paths in the folder that the layout has for other uses."""
+    home: Path | None = None
+    """The folder, where it lies below the one that was given."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +117,9 @@ class Splits:
     train: SegmentationDataset
     val: SegmentationDataset
     open_test: Callable[[], SegmentationDataset] | None = None
+    aside: tuple[str, ...] = ()
+    home: Path | None = None
+    """Both as in `Parts`."""
 
     @functools.cached_property
     def test(self) -> SegmentationDataset | None:
@@ -115,6 +131,8 @@ def split_for_search(
     train: SegmentationDataset,
     val: SegmentationDataset,
     open_test: Callable[[], SegmentationDataset] | None = None,
+    aside: tuple[str, ...] = (),
+    home: Path | None = None,
     *,
     seed: int,
     fraction: float = 0.1,
@@ -134,12 +152,14 @@ def split_for_search(
         train=train,
         val=val,
         open_test=open_test,
+        aside=aside,
+        home=home,
     )
 
 
 def shorter_side(dataset: SegmentationDataset) -> int:
     """The smallest height or width of all samples, in pixels."""
-    return min(min(sample.mask.shape) for sample in dataset)
+    return min(map(min, dataset.sizes()))
 
 
 def digest(*parts: object) -> str:

@@ -8,6 +8,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from nasfast.data.base import SegmentationDataset, Splits
 from nasfast.data.folder import FileDataset, some
 from nasfast.data.images import IMAGE_SUFFIXES, FaultyFiles
+from nasfast.data.reduced import Reduced
 from nasfast.data.restoration import ImageSet, RestorationData
 from nasfast.utils.errors import UserError
 
@@ -70,29 +72,31 @@ def check_splits(
     parts = {"train": train, "val": val}
     if test and splits.test is not None:
         parts["test"] = splits.test
-    errors = _unscorable(splits, omit)
+    errors, broken = _unscorable(splits, omit), list[str]()
     warnings = _few(len(splits.search_val))
     files: dict[str, list[Path]] = {}
-    for part, dataset in parts.items():
-        if isinstance(dataset, FileDataset):
-            files[part] = [image for image, _ in dataset.pairs]
-            warnings += _labels(part, dataset)
+    on_disk = {part: found for part, each in parts.items() if (found := _on_disk(each))}
+    for part, dataset in on_disk.items():
+        files[part] = [image for image, _ in dataset.pairs]
+        warnings += _labels(part, dataset)
     warnings += _overlaps(files)
     facts: dict[str, Sequence[Row]] = {}
     if test:
+        broken = _unreadable(on_disk.values())
         facts["parts"] = [_part(part, dataset) for part, dataset in parts.items()]
         facts["classes"] = _histogram(parts)
+    root = splits.home or root
     if root is not None and files:
-        masks = [m for p in parts.values() if isinstance(p, FileDataset) for _, m in p.pairs]
+        masks = [mask for dataset in on_disk.values() for _, mask in dataset.pairs]
         images = [path for part in files.values() for path in part]
         warnings += _orphans(images, masks)
-        aside = () if test else (root / "test", root / "testannot")
-        unread, more = _unread(root, [*images, *masks], aside)
+        aside = () if test else ("test/*", "testannot/*")
+        unread, more = _unread(root, [*images, *masks], (*splits.aside, *aside))
         warnings += more
         if test and unread:
             facts["not read"] = unread
-    findings = Findings(facts, tuple(warnings), tuple(errors))
-    if not test:
+    findings = Findings(facts, tuple(warnings), (*errors, *broken))
+    if not test or broken:
         return findings
     legend = dict(zip(train.classes, train.colors, strict=True))
     return dataclasses.replace(findings, tiles=_overlays(parts), legend=legend)
@@ -163,6 +167,23 @@ def require_classes(train: SegmentationDataset, val: SegmentationDataset) -> Non
                 f"in the masks of {part}, got {some([dataset.classes[k] for k in present])}"
                 f"{'' if present else 'none'}; {_void(dataset, counts)}{remedy}"
             )
+
+
+def _unreadable(data: Iterable[FileDataset]) -> list[str]:
+    """Errors about frames that cannot be read."""
+    found: list[str] = []
+    for dataset in data:
+        try:
+            dataset.read_all()
+        except FaultyFiles as error:
+            found += error.faults
+    return found
+
+
+def _on_disk(dataset: SegmentationDataset) -> FileDataset | None:
+    """The files behind a data set, as they are; None for drawn ones."""
+    whole = dataset.dataset if isinstance(dataset, Reduced) else dataset
+    return whole if isinstance(whole, FileDataset) else None
 
 
 def _present(dataset: SegmentationDataset, counts: Tensor) -> list[int]:
@@ -296,27 +317,28 @@ def _twice(files: Iterable[Path]) -> list[str]:
 
 def _orphans(images: Sequence[Path], masks: Sequence[Path]) -> list[str]:
     """A warning about masks without an image, in the folders of these."""
-    stems = {path.stem for folder in _parents(images) for path in folder.iterdir()}
+    used, stems = set(masks), {p.stem for folder in _parents(images) for p in folder.iterdir()}
     orphans = [
         path
         for folder in _parents(masks)
         for path in sorted(folder.iterdir())
-        if _is_image(path) and path.stem not in stems
+        if _is_image(path) and path not in used and path.stem not in stems
     ]
     return [f"{len(orphans)} masks have no image: {_names(orphans)}"] if orphans else []
 
 
-def _unread(root: Path, read: Sequence[Path], aside: Sequence[Path]) -> tuple[list[Row], list[str]]:
-    """Files under a folder that no part holds, by why: rows, and warnings about those that look
-    like images."""
+def _unread(root: Path, read: Sequence[Path], aside: Sequence[str]) -> tuple[list[Row], list[str]]:
+    """Files under a folder that no part holds and whose path none of the patterns fits, by why:
+    rows, and warnings about those that look like images."""
     used, folders = set(read), set(_parents(read))
     why: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for place, inner, names in os.walk(root):
         folder = Path(place)
-        inner[:] = sorted(name for name in inner if folder / name not in aside)
+        inner.sort()
         for name in sorted(names):
             path = folder / name
-            if path in used:
+            within = os.path.relpath(path, root)
+            if path in used or any(fnmatch(within, pattern) for pattern in aside):
                 continue
             if name.startswith("."):
                 reason = "hidden"
@@ -351,11 +373,10 @@ _KINDS = ", ".join(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 
 def _part(part: str, dataset: SegmentationDataset) -> Row:
     counts = dataset.label_counts()
-    sizes = [sample.mask.shape for sample in dataset]
     return {
         "part": part,
         "images": len(dataset),
-        "height x width": _sizes([(h, w) for h, w in sizes]),
+        "height x width": _sizes(dataset.sizes()),
         "void": (counts[:, dataset.ignore_index].sum() / counts.sum()).item(),
     }
 
@@ -390,7 +411,8 @@ def _overlays(parts: Mapping[str, SegmentationDataset]) -> dict[str, Tensor]:
         colors[: len(dataset.colors)] = torch.tensor(dataset.colors, dtype=torch.float32)
         drawn = OPACITY * colors[sample.mask.long()].movedim(-1, 0) + (1 - OPACITY) * sample.image
         drawn = drawn.where(sample.mask != dataset.ignore_index, sample.image)
-        name = dataset.pairs[index][0].name if isinstance(dataset, FileDataset) else str(index)
+        files = _on_disk(dataset)
+        name = files.pairs[index][0].name if files else str(index)
         tiles[f"{part}: {name}"] = drawn.round().byte()
     return tiles
 

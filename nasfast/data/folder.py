@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,11 @@ from nasfast.data.images import (
 from nasfast.utils.errors import UserError, about
 from nasfast.utils.files import read_text
 
+KEPT = 2**31
+"""Bytes that a part keeps of its decoded files, at most."""
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+"""Value of each of the 19 classes in the masks ``*_labelIds.png`` of Cityscapes, whose values go
+from 0 to 33."""
 FOLDER_LAYOUT = "images/ + masks/ + classes.txt"
 FIRST_COLUMN = re.compile(
     rf"[^\t]*?({'|'.join(map(re.escape, IMAGE_SUFFIXES))})(?=\s|$)|[^\t]*", re.IGNORECASE
@@ -38,9 +43,10 @@ FIRST_COLUMN = re.compile(
 class FileDataset(SegmentationDataset):
     """Frames and masks in files, `pairs` of (image path, mask path).
 
-    Opening it reads every mask and keeps them; frames are decoded now and kept
-    (`cache_in_memory`), or only measured now and decoded at each access. UserError names the
-    first file that is missing, unreadable or inconsistent, and counts the others.
+    Opening it reads every mask. They are kept, and with `cache_in_memory` the frames too, where
+    all take at most `KEPT` bytes; else frames are only measured now, and both are decoded at each
+    access. UserError names the first file that is missing, unreadable or inconsistent, and counts
+    the others.
 
     Args:
         name: of the data.
@@ -50,6 +56,9 @@ class FileDataset(SegmentationDataset):
         colors: RGB of each class; default: those of PASCAL VOC.
         mask_values: "0,255": the value in the masks of class 0, of class 1, ..; pixels of other
             values are ignored. Default: the indices themselves.
+        labels: the label of every value that masks may hold, where the format says it.
+        hint: what is wrong with masks of other values, where the format says it, as the end of a
+            sentence.
         cache_in_memory: keep decoded frames.
     """
 
@@ -62,86 +71,121 @@ class FileDataset(SegmentationDataset):
         ignore_index: int = 255,
         colors: Sequence[tuple[int, int, int]] | None = None,
         mask_values: str | None = None,
+        labels: Mapping[int, int] | None = None,
+        hint: str = "",
         cache_in_memory: bool = True,
     ) -> None:
         self.name, self.classes, self.ignore_index = name, tuple(classes), ignore_index
         self.colors = default_colors(len(classes)) if colors is None else tuple(colors)
         self.pairs = tuple(pairs)
         self.mask_values = parse_mask_values(mask_values, self.classes)
+        self.hint = hint
+        self._table = self._labels_of_values(labels)
         self._fingerprint: str | None = None
-        masks = for_each(_read_mask, [mask for _, mask in pairs])
-        self.value_counts = torch.stack([_count(mask) for mask in masks])  # int64 [N, 256]
+        images, masks = [image for image, _ in pairs], [mask for _, mask in pairs]
+        self._sizes = for_each(_image_size, images)
+        kept = sum(4 * height * width for height, width in self._sizes) <= KEPT  # RGB and label
+
+        def read(path: Path) -> tuple[Tensor, tuple[int, int], Tensor | None]:
+            mask = _read_mask(path)
+            return _count(mask), (mask.shape[0], mask.shape[1]), self._label(mask) if kept else None
+
+        found = for_each(read, masks)
+        self.value_counts = torch.stack([counts for counts, _, _ in found])  # int64 [N, 256]
         """Pixels of each value in each mask file."""
-        self._check_values()
-        self._masks = [
-            mask if self.mask_values is None else self._table[mask.long()] for mask in masks
-        ]
-        self._images: list[Tensor] | None = None
-        if cache_in_memory:
-            self._images = for_each(read_image, [image for image, _ in pairs])
-            sizes = [(image.shape[1], image.shape[2]) for image in self._images]
-        else:
-            sizes = for_each(_image_size, [image for image, _ in pairs])
-        shapes = [(mask.shape[0], mask.shape[1]) for mask in masks]
+        self._check_values(labels)
         faults = [
             _misfit(*pair, size, shape)
-            for pair, size, shape in zip(pairs, sizes, shapes, strict=True)
+            for pair, size, (_, shape, _) in zip(pairs, self._sizes, found, strict=True)
             if size != shape
         ]
         if faults:
             raise FaultyFiles(faults)
+        self._masks = [mask for _, _, mask in found if mask is not None]
+        self._images = for_each(read_image, images) if kept and cache_in_memory else []
 
-    @property
-    def _table(self) -> Tensor:
-        """Label of each value in a mask, uint8 [256]."""
-        if self.mask_values is None:
-            return torch.arange(256, dtype=torch.uint8)
+    def _labels_of_values(self, labels: Mapping[int, int] | None) -> Tensor | None:
+        """Label of each value in a mask, uint8 [256]; None where they are the same."""
+        if self.mask_values is not None:
+            labels = {value: label for label, value in enumerate(self.mask_values)}
+        if labels is None:
+            return None
         table = torch.full((256,), self.ignore_index, dtype=torch.uint8)
-        table[list(self.mask_values)] = torch.arange(len(self.classes), dtype=torch.uint8)
+        table[list(labels)] = torch.tensor(list(labels.values()), dtype=torch.uint8)
         return table
+
+    def _label(self, mask: Tensor) -> Tensor:
+        return mask if self._table is None else self._table[mask.long()]
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Sample:
-        image = self._images[index] if self._images else read_image(self.pairs[index][0])
-        return Sample(image, self._masks[index])
+        image, mask = self.pairs[index]
+        return Sample(
+            self._images[index] if self._images else read_image(image),
+            self._masks[index] if self._masks else self._label(_read_mask(mask)),
+        )
+
+    def read_all(self) -> None:
+        """Read every frame that is not kept. FaultyFiles names those that cannot be read."""
+        if not self._images:
+            for_each(lambda pair: read_image(pair[0]).shape, self.pairs)
+
+    def sizes(self) -> list[tuple[int, int]]:
+        return self._sizes
 
     def label_counts(self) -> Tensor:
+        if self._table is None:
+            return self.value_counts
         counts = torch.zeros_like(self.value_counts)
         return counts.index_add_(1, self._table.long(), self.value_counts)
 
     def fingerprint(self) -> str:
         if self._fingerprint is None:
-            files = tuple((path.name, identity(path)) for pair in self.pairs for path in pair)
-            values = () if self.mask_values is None else (self.mask_values,)
+            paths = [path for pair in self.pairs for path in pair]
+            files = tuple(zip([path.name for path in paths], for_each(identity, paths)))
+            values: tuple[object, ...] = ()
+            if self.mask_values is not None:
+                values = (self.mask_values,)
+            elif self._table is not None:
+                values = (tuple(self._table.tolist()),)
             self._fingerprint = digest("files", self.classes, self.ignore_index, files, *values)
         return self._fingerprint
 
-    def _check_values(self) -> None:
+    def _check_values(self, labels: Mapping[int, int] | None) -> None:
         if self.mask_values is not None:  # says what every value means
             return
         known = torch.zeros(256, dtype=torch.bool)
-        known[: len(self.classes)] = known[self.ignore_index] = True
+        if labels is None:
+            known[: len(self.classes)] = known[self.ignore_index] = True
+            expected = f"0..{len(self.classes) - 1} or {self.ignore_index} (ignore)"
+        else:
+            known[list(labels)] = True
+            expected = f"{min(labels)}..{max(labels)}"
         for (_, mask), unknown in zip(self.pairs, (self.value_counts > 0) & ~known, strict=True):
             if unknown.any():
                 cause = "; JPEG changes values" * (mask.suffix.lower() in (".jpg", ".jpeg"))
                 raise UserError(
-                    f"mask {mask} has the value {int(unknown.nonzero()[0])}: expected "
-                    f"0..{len(self.classes) - 1} or {self.ignore_index} (ignore)"
+                    f"mask {mask} has the value {int(unknown.nonzero()[0])}: expected {expected}"
                     f"{cause}{self.remedy()}"
                 )
 
     def meaning(self) -> str:
         """What values that are no indices of classes may mean, as the end of a sentence."""
-        if self.mask_values is not None:
+        if self.mask_values is not None or self.hint:
             return ""
         found = torch.nonzero(self.value_counts.sum(0)).flatten().tolist()
         indices = range(len(self.classes))
         others = [value for value in found if value not in (*indices, self.ignore_index)]
+        if others and len(indices) == len(CITYSCAPES_IDS) and max(others) <= max(CITYSCAPES_IDS):
+            ids = ",".join(map(str, CITYSCAPES_IDS))
+            return f"; if the values are label ids of Cityscapes, give --mask-values {ids}"
         text = ""
+        if 0 in found and others and others == list(range(len(indices), others[-1] + 1)):
+            text = f"; if the classes are 0..{others[-1]}, the list of classes lacks names"
         if 0 in found and len(others) == 1 and len(set(found) & set(indices)) > 1:
-            text = f"; if {others[0]} is void, give --mask-values {','.join(map(str, indices))}"
+            text += f"; if {others[0]} is void, give --mask-values {','.join(map(str, indices))}"
         for void in ((), (self.ignore_index,), (0,), (0, self.ignore_index)):
             values = [value for value in found if value not in void]
             if len(values) == len(indices) and values != list(indices):
@@ -152,8 +196,10 @@ class FileDataset(SegmentationDataset):
     def remedy(self) -> str:
         """The same, or else what the masks hold and what to do."""
         found = torch.nonzero(self.value_counts.sum(0)).flatten().tolist()
-        return self.meaning() or (
-            f"; the masks hold {some(found)}: save class indices, or give --mask-values and the "
+        return (
+            self.hint
+            or self.meaning()
+            or f"; the masks hold {some(found)}: save class indices, or give --mask-values and the "
             f"value of each class, {some(self.classes)}"
         )
 

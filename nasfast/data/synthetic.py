@@ -72,6 +72,9 @@ class SyntheticStreets(SegmentationDataset):
     def __len__(self) -> int:
         return self._num_samples
 
+    def sizes(self) -> list[tuple[int, int]]:
+        return [self._size] * self._num_samples
+
     def __getitem__(self, index: int) -> Sample:
         index = range(self._num_samples)[index]
         if self._cache is not None and index in self._cache:

@@ -53,7 +53,7 @@ LISTED = {"train.txt": text("f1\nf3\n"), "val.txt": text("f2\n")}
 def test_round_trip(folder, cache):
     (folder / "train.txt").write_text("f0\nf1\n\nf2.png\n")
     (folder / "val.txt").write_text("images/f4.png masks/f4.png\n")
-    train, val, _ = open_folder(folder, cache_in_memory=cache)
+    train, val, *_ = open_folder(folder, cache_in_memory=cache)
     assert (train.name, train.classes, train.ignore_index) == (folder.name, tuple(CLASSES), 255)
     assert (len(train), len(val), len(train.colors)) == (3, 1, 3)
     for name, sample in zip(("f0", "f1", "f2", "f4"), [*train, *val], strict=True):

@@ -36,14 +36,16 @@ CLASSES = ("no", "yes", "edge", "far")
         (
             (0, 1, 2, 255),
             2,
-            "mask {root}/masks/a.png has the value 2: expected 0..1 or 255 (ignore); if 2 is void, "
-            "give --mask-values 0,1; if 1,2 mean no, yes, give --mask-values 1,2",
+            "mask {root}/masks/a.png has the value 2: expected 0..1 or 255 (ignore); if the "
+            "classes are 0..2, the list of classes lacks names; if 2 is void, give --mask-values "
+            "0,1; if 1,2 mean no, yes, give --mask-values 1,2",
         ),
         (
             (0, 1, 4),
             4,
-            "mask {root}/masks/a.png has the value 4: expected 0..3 or 255 (ignore); if 4 is void, "
-            "give --mask-values 0,1,2,3",
+            "mask {root}/masks/a.png has the value 4: expected 0..3 or 255 (ignore); if the "
+            "classes are 0..4, the list of classes lacks names; if 4 is void, give --mask-values "
+            "0,1,2,3",
         ),
         (
             (0, 1, 60, 70),

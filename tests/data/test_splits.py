@@ -74,7 +74,8 @@ def test_unknown_sources(tmp_path):
     (tmp_path / "frames").mkdir()
     message = (
         r"no known layout: expected CamVid \(train.txt \+ train/ .*\) or a folder pair "
-        r"\(images/ \+ masks/ \+ classes.txt\), found frames"
+        r"\(images/ \+ masks/ \+ classes.txt\) or Cityscapes \(leftImg8bit/ .*\) or PASCAL VOC "
+        r"\(JPEGImages/ \+ .*\), found frames$"
     )
     with pytest.raises(UserError, match=message):
         load_splits(tmp_path)

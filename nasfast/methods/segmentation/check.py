@@ -20,6 +20,8 @@ class CheckConfig(base.CheckConfig):
     """Whose data it is; default: by the layout of the folder."""
     mask_values: str | None = None
     """Values of the classes in the masks, where they are not 0, 1, ..: 0,255."""
+    resize_longer: int | None = None
+    """Longer side that larger images are reduced to."""
     omit: tuple[int, ...] = ()
     """Classes left out of the reward."""
     seed: int = 0
@@ -28,5 +30,10 @@ class CheckConfig(base.CheckConfig):
 
 def check(config: CheckConfig) -> Findings:
     """Files, classes, overlaps, and a dozen images under their masks."""
-    splits = load_splits(config.data, seed=config.seed, mask_values=config.mask_values)
+    splits = load_splits(
+        config.data,
+        seed=config.seed,
+        mask_values=config.mask_values,
+        resize_longer=config.resize_longer,
+    )
     return check_splits(splits, folder_of(config.data), config.omit, test=True)

@@ -20,7 +20,7 @@ def enlarging(flag: str, side: int, images: SegmentationDataset) -> str | None:
     Raises:
         UserError: every image would be enlarged to more than twice its size.
     """
-    sides = [min(sample.mask.shape) for sample in images]
+    sides = [min(size) for size in images.sizes()]
     if side > MOST * max(sides):
         raise UserError(
             f"{flag}: expected at most {MOST * max(sides)}, twice the shorter side of the largest "

@@ -27,6 +27,7 @@ from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.loop import Runtime
 from nasfast.training.metrics import SegmentationScores
 from nasfast.training.pictures import spread
+from nasfast.utils.config import Pixels
 from nasfast.utils.errors import UserError
 
 
@@ -36,14 +37,26 @@ class EvaluateConfig(base.EvaluateConfig):
 
     mask_values: str | None = None
     """Values of the classes in the masks of other data: 0,255; default: those of the training."""
+    resize_longer: Pixels | None = None
+    """Images whose longer side has more pixels are reduced to it, and their labels too; default:
+    as in the training."""
 
 
 def open_split(
-    model: Model, data: str, split: Split, mask_values: str | None = None
+    model: Model,
+    data: str,
+    split: Split,
+    mask_values: str | None = None,
+    resize_longer: int | None = None,
 ) -> tuple[SegmentationTask, SegmentationDataset]:
     """A part of the data, which must have the network's classes."""
-    values = mask_values or model.description.get("mask_values")
-    task = SegmentationTask(load_splits(data, cache_in_memory=False, mask_values=values))
+    splits = load_splits(
+        data,
+        cache_in_memory=False,
+        mask_values=mask_values or model.description.get("mask_values"),
+        resize_longer=resize_longer or model.description.get("resize_longer"),
+    )
+    task = SegmentationTask(splits)
     part = getattr(task.splits, split, None)
     if part is None:
         raise UserError(
@@ -91,7 +104,8 @@ def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
     model = load(path, config.device)
     runtime = Runtime(resolve_device(str(model.device)))
     data = config.source(model.description)
-    task, part = open_split(model, data, config.split, config.mask_values)
+    longer = config.resize_longer or model.description.get("resize_longer")
+    task, part = open_split(model, data, config.split, config.mask_values, longer)
     scores = scores_of(model, task, part, runtime)
     height, width = part[0].mask.shape
     latencies = measure_speed(
@@ -102,12 +116,15 @@ def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
         "data": data,
         "split": config.split,
         "images": len(part),
+        **({"resize_longer": longer} if longer else {}),
         **scores.as_dict(),
         "class_iou": class_iou,
         **measure_size(path, model, (height, width)),
         **speed_json(latencies),
     }
-    table = Table(title=escape(f"{config.label}, {len(part)} {config.split} images of {part.name}"))
+    images = f"{len(part)} {config.split} images of {part.name}"
+    images += f", longer sides at most {longer}" if longer else ""
+    table = Table(title=escape(f"{config.label}, {images}"))
     table.add_column("measure")
     table.add_column("value", justify="right")
     for name, iou in class_iou.items():

@@ -51,7 +51,12 @@ class Inputs:
     @classmethod
     def open(cls, config: DecoderSearchConfig) -> Self:
         """Data, encoder and teacher that the settings name."""
-        splits = load_splits(config.data, seed=config.seed, mask_values=config.mask_values)
+        splits = load_splits(
+            config.data,
+            seed=config.seed,
+            mask_values=config.mask_values,
+            resize_longer=config.resize_longer,
+        )
         teacher = load_teacher(config.teacher, splits.train.classes) if config.teacher else None
         return cls(splits, load_encoder(config.encoder_weights), teacher)
 
@@ -182,7 +187,7 @@ def fit_to_data(config: Config, splits: Splits, console: Console) -> Config:
             if note is not None:
                 say(console, f"crops    {note}")
         return config
-    sizes = sorted({tuple(sample.mask.shape) for sample in splits.search_val})
+    sizes = sorted(set(splits.search_val.sizes()))
     if len(sizes) > 1:
         raise UserError(
             f"search: expected images of one size to score candidates on, got {len(sizes)} sizes "

@@ -66,6 +66,9 @@ class DecoderSearchConfig(SamplingSettings):
     mask_values: str | None = None
     """Values of the classes in the masks, where they are not 0, 1, ..: 0,255. Pixels of other
     values are ignored."""
+    resize_longer: Pixels | None = None
+    """Images whose longer side has more pixels are reduced to it before they are cropped, scaled
+    and scored; --val-crop then cuts the reduced ones. 1024 in the paper's search on Cityscapes."""
     omit: tuple[Annotated[int, Bound(0, 255)], ...] = ()
     """Classes left out of the reward: 0, the background, in the paper's search on PASCAL VOC."""
     decoder: Any = None

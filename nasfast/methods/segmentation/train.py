@@ -43,6 +43,9 @@ class DecoderTrainConfig(TrainSettings):
     """Encoder weights to start from; default: the run's, or the packaged ones."""
     mask_values: str | None = None
     """Values of the classes in the masks: 0,255; default: the search's."""
+    resize_longer: Pixels | None = None
+    """Images whose longer side has more pixels are reduced to it, to train and to score on;
+    default: the search's."""
     epochs: Count = 30
     """Passes over the training images."""
     batch_size: BatchSize = 8
@@ -101,6 +104,7 @@ def resolve(config: C, architecture: Architecture) -> C:
         config,
         data=data,
         mask_values=config.mask_values or architecture.search.get("mask_values"),
+        resize_longer=config.resize_longer or architecture.search.get("resize_longer"),
         encoder_weights=expanded(encoder).resolve() if encoder else None,
     )
 
@@ -113,7 +117,12 @@ class SegmentationTraining:
     ) -> None:
         assert config.data is not None
         self.config, self.genotype, self.out, self.runtime = config, genotype, out, runtime
-        splits = load_splits(config.data, seed=config.seed, mask_values=config.mask_values)
+        splits = load_splits(
+            config.data,
+            seed=config.seed,
+            mask_values=config.mask_values,
+            resize_longer=config.resize_longer,
+        )
         self.task = SegmentationTask(splits)
         train = self.task.splits.train
         # larger would enlarge every image, where validation takes them as they are
@@ -142,9 +151,7 @@ class SegmentationTraining:
 
     def _balance(self) -> Tensor:
         """Class weights from the training masks, 1 on average over pixels."""
-        counts = torch.zeros(256, dtype=torch.int64)
-        for sample in self.task.splits.train:
-            counts += torch.bincount(sample.mask.flatten(), minlength=256)
+        counts = self.task.splits.train.label_counts().sum(0)
         frequency = counts[: self.task.outputs].double()
         frequency /= frequency.sum()
         weight = frequency.clamp(min=1e-4) ** -self.config.class_balance
@@ -152,7 +159,10 @@ class SegmentationTraining:
 
     def inputs(self, search: Mapping[str, Any]) -> dict[str, str]:
         config, splits, found = self.config, self.task.splits, {}
-        if (config.data, config.mask_values) == (search.get("data"), search.get("mask_values")):
+        if all(
+            getattr(config, name) == search.get(name)
+            for name in ("data", "mask_values", "resize_longer")
+        ):
             parts = split_for_search(splits.train, splits.val, seed=search["seed"])
             found["training data"] = parts.search_train.fingerprint()
             found["validation data"] = parts.search_val.fingerprint()
@@ -251,6 +261,7 @@ class SegmentationTraining:
             "size": [height, width],
             "data": self.config.data,
             "mask_values": self.config.mask_values,
+            "resize_longer": self.config.resize_longer,
             "miou": scores.miou,
             "method": self.config.decoders.method,
         }
