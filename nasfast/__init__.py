@@ -16,7 +16,7 @@ import torch as _torch  # noqa: F401
 
 if TYPE_CHECKING:
     from nasfast import models, ops
-    from nasfast.api import model_info, search, train
+    from nasfast.api import model_info, search, study, train
     from nasfast.cache import FeatureCache
     from nasfast.inference.model import load
     from nasfast.models.zoo import create_model, list_models
@@ -32,9 +32,10 @@ __all__ = [
     "models",
     "ops",
     "search",
+    "study",
     "train",
 ]
-# where each is, imported at its first use; nasfast.search and nasfast.train are the functions
+# where each is, imported at its first use; nasfast.search, .study and .train are the functions
 _HOMES = {
     "FeatureCache": "nasfast.cache",
     "create_model": "nasfast.models.zoo",
@@ -42,6 +43,7 @@ _HOMES = {
     "load": "nasfast.inference.model",
     "model_info": "nasfast.api",
     "search": "nasfast.api",
+    "study": "nasfast.api",
     "train": "nasfast.api",
 }
 

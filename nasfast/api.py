@@ -1,4 +1,4 @@
-"""What commands do, as functions: `nasfast.search`, `nasfast.train`, `nasfast.model_info`."""
+"""What commands do, as functions: `nasfast.search`, `nasfast.train`, `nasfast.study` ..."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from nasfast.commands import search as search_command
+from nasfast.commands import study as study_command
 from nasfast.commands import train as train_command
 from nasfast.inference.model import Model, load
 from nasfast.methods.base import Architecture
@@ -132,6 +133,39 @@ def train(
             f"finished epochs are saved; nasfast.train(resume={str(session.out)!r}) continues"
         ) from None
     return load(session.out / MODEL_FILE, session.config.device)
+
+
+def study(run: str | Path | Study, *, quiet: bool = False, **settings: Any) -> dict[str, Any]:
+    """Find out whether the reward of a search predicts, as ``nasfast study`` does.
+
+    Args:
+        run: what `search` returned, or its directory.
+        quiet: whether to print nothing.
+        settings: ``top``, ``others``, ``seeds``, ``workers``, ``control``, ``no_control``, and
+            every setting of `train`, such as ``epochs``.
+
+    Returns:
+        The "summary" of study-results.json: correlations with their intervals, noise of the seeds,
+        and what a random search found.
+
+    Raises:
+        UserError: there is no such run or setting, or the study began with other settings.
+        KeyboardInterrupt: after Ctrl-C; the same call continues.
+    """
+    own = {field.name for field in fields(study_command.StudySettings)} - {"run"}
+    path = run.path if isinstance(run, Study) else expanded(run)
+    given = {name: value for name, value in settings.items() if name in own}
+    options = from_mapping(study_command.StudySettings, {"run": path, **given}, "study")
+    others = {name: value for name, value in settings.items() if name not in own}
+    study_command.require_free(others)
+    with _without_main(), Study.open(options.run) as opened:
+        method, found = method_of_source([str(opened.path)])
+        config = method.train_with(opened.path, others, found)
+        console = Console(quiet=quiet)
+        try:
+            return study_command.Session(opened, options, method, config, console).run()
+        except StopRequested:
+            raise KeyboardInterrupt("what is finished is saved; the same call continues") from None
 
 
 @dataclass(frozen=True)

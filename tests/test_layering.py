@@ -13,7 +13,15 @@ PACKAGE = Path(__file__).parents[1] / "nasfast"
 
 # Top to bottom. A new module or subpackage of nasfast gets its place here.
 LAYERS = (
-    {"search", "train", "evaluate", "pretrain", "info", "__main__"},  # the last of any package
+    {
+        "search",
+        "train",
+        "study",
+        "evaluate",
+        "pretrain",
+        "info",
+        "__main__",
+    },  # the last of any package
     {"commands", "api"},
     {"methods"},
     {"searches", "report"},

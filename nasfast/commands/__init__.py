@@ -4,6 +4,7 @@ COMMANDS = {
     "check": "look at data before a search: what is read, what is wrong",
     "search": "find an architecture",
     "train": "train an architecture in full",
+    "study": "whether a search's rewards predict longer training; a random search beside it",
     "evaluate": "measure a trained network: score, size, latency",
     "predict": "use a trained network on images",
     "export": "write a trained network as ONNX or for torch.export, also in int8",

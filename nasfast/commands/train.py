@@ -199,33 +199,37 @@ class Session:
             StopRequested: after Ctrl-C; finished epochs are saved.
         """
         with Interrupt() as interrupt:
-            runtime = Runtime(resolve_device(self.config.device), interrupt.check)
-            training = self.method.training(self.config, self.genotype, self.out, runtime)
-            checkpoint = self.out / "checkpoint.pt"
-            remedy = "restore it from a copy, or remove it: the training then begins again"
-            state = load_checkpoint(checkpoint, remedy)
-            if state is not None:
-                with restoring(checkpoint, remedy):
-                    training.load_state_dict(state)
-            if not self.out.exists():  # only now: data or weights may have been refused
-                _make_directory(self.out, training.settings, self.genotype)
-                changed = changes(self.config, training)
-                if changed:
-                    say(
-                        console,
-                        f"warning: {self.config.source}: the {', '.join(changed)} changed since "
-                        "the search read them; the network is trained on what is there now",
-                    )
-            elif self.moved:
-                _write_config(self.out, training.settings)
-            about_it = f"training {self.genotype.to_json()}\n{training.summary}"
-            say(console, f"{about_it}\nout      {self.out}")
-            fit(training, self.out, console)
-            found = training.finish()
+            device = resolve_device(self.config.device)
+            found = self.train(Runtime(device, interrupt.check), console)
         if self.out.parent == self.config.source:
             study = Study.open(self.config.source, read_only=True)
             write_report(study, self.method.report)
         return found
+
+    def train(self, runtime: Runtime, console: Console) -> str:
+        """The same on a given device, without a report."""
+        training = self.method.training(self.config, self.genotype, self.out, runtime)
+        checkpoint = self.out / "checkpoint.pt"
+        remedy = "restore it from a copy, or remove it: the training then begins again"
+        state = load_checkpoint(checkpoint, remedy)
+        if state is not None:
+            with restoring(checkpoint, remedy):
+                training.load_state_dict(state)
+        if not self.out.exists():  # only now: data or weights may have been refused
+            _make_directory(self.out, training.settings, self.genotype)
+            changed = changes(self.config, training)
+            if changed:
+                say(
+                    console,
+                    f"warning: {self.config.source}: the {', '.join(changed)} changed since "
+                    "the search read them; the network is trained on what is there now",
+                )
+        elif self.moved:
+            _write_config(self.out, training.settings)
+        about_it = f"training {self.genotype.to_json()}\n{training.summary}"
+        say(console, f"{about_it}\nout      {self.out}")
+        fit(training, self.out, console)
+        return training.finish()
 
 
 @reports_errors

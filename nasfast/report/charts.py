@@ -87,6 +87,14 @@ class Chart:
         path = "L".join(f"{self.x(index):.1f} {self.y(value):.1f}" for index, value in points)
         return element("path", d=f"M{path}", class_=f"line {kind}")
 
+    def band(
+        self, low: Sequence[tuple[float, float]], high: Sequence[tuple[float, float]]
+    ) -> Element:
+        """The area between two polylines through (index, value)."""
+        around = [*low, *reversed(high)]
+        path = "L".join(f"{self.x(index):.1f} {self.y(value):.1f}" for index, value in around)
+        return element("path", d=f"M{path}Z", class_="band")
+
     def vertical_line(self, index: float, kind: str) -> Element:
         """A line from bottom to top."""
         path = f"M{self.x(index):.1f} 0V{self.height - self.bottom}"
@@ -108,7 +116,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class CostChart(Chart):
-    """Coordinates of a chart of values over a cost."""
+    """Coordinates of a chart of values over a cost, or over another quantity such as a reward."""
 
     cost: str = ""
     """Its name in the records."""

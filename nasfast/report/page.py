@@ -15,6 +15,7 @@ from xml.etree.ElementTree import Element, tostring
 
 from nasfast.report.base import MethodReport
 from nasfast.report.charts import COLORS, Chart, sample
+from nasfast.report.correlation import correlation
 from nasfast.report.fronts import fronts
 from nasfast.report.html import element, legend, legend_key, table, terms
 from nasfast.report.numbers import cost_label, cost_text, duration, number
@@ -97,7 +98,9 @@ def _parts(study: Study, hook: MethodReport, baseline: Study | None) -> list[Ele
     if baseline is not None:
         parts.append(_section("Comparison", [_comparison(study, baseline)]))
     drawn = hook.architecture(best) if best else ()
-    more = itertools.chain(predictions(study, hook), drawn, hook.sections(study))
+    more = itertools.chain(
+        correlation(study), predictions(study, hook), drawn, hook.sections(study)
+    )
     parts += [_section(section.title, section.content) for section in more]
     if content := fronts(study):
         parts.append(_section("Reward against cost", content))
