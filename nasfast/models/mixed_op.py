@@ -257,18 +257,25 @@ class MixedOp(PlainMixedOp):
         """Of every map, [5, C]: BatchNorm's own, with the running statistics in evaluation."""
         if not norms or (self.training and not norms[0][1].affine):
             return None, None
-        first = norms[0][1]
-        ones = torch.ones_like(first.running_mean)  # type: ignore[arg-type]
+        bns = [bn for _, bn in norms]
+        ones = torch.ones_like(bns[0].running_mean)  # type: ignore[arg-type]
+        scale, shift = torch.ones_like(ones), torch.zeros_like(ones)
+        if bns[0].affine:
+            scale, shift = (
+                torch.stack([getattr(bn, name) for bn in bns]) for name in ("weight", "bias")
+            )
+        if not self.training:
+            mean, var = (
+                torch.stack([getattr(bn, f"running_{name}") for bn in bns])
+                for name in ("mean", "var")
+            )
+            scale = scale * (var + bns[0].eps).rsqrt()
+            shift = shift - mean * scale
+        if len(norms) == len(MAPS):  # in their order
+            return scale, shift
         scales, shifts = [ones] * len(MAPS), [torch.zeros_like(ones)] * len(MAPS)
-        for at, bn in norms:
-            scale: Tensor = ones if bn.weight is None else bn.weight
-            shift: Tensor = shifts[at] if bn.bias is None else bn.bias
-            if not self.training:
-                assert bn.running_mean is not None
-                assert bn.running_var is not None
-                scale = scale * (bn.running_var + bn.eps).rsqrt()
-                shift = shift - bn.running_mean * scale
-            scales[at], shifts[at] = scale, shift
+        for (at, _), of_map, to in zip(norms, scale.unbind(), shift.unbind(), strict=True):
+            scales[at], shifts[at] = of_map, to
         return torch.stack(scales), torch.stack(shifts)
 
 
@@ -280,13 +287,14 @@ def _update_running_statistics(
     buffers: list[Tensor] = []
     targets: list[Tensor] = []
     momenta: list[float] = []
+    counts: list[Any] = [bn.num_batches_tracked for _, bn in norms]
+    torch._foreach_add_(counts, 1)
     rows = statistics.to(norms[0][1].running_mean.dtype)  # type: ignore[union-attr]
     unbiased = rows[:, 1] * (count / (count - 1))
     for at, bn in norms:
         assert bn.running_mean is not None
         assert bn.running_var is not None
         assert bn.num_batches_tracked is not None
-        bn.num_batches_tracked.add_(1)
         buffers += [bn.running_mean, bn.running_var]
         targets += [rows[at, 0], unbiased[at]]
         momentum = bn.momentum

@@ -118,6 +118,17 @@ def as_like(tensor: Tensor, other: Tensor) -> Tensor:
     return result.copy_(tensor)
 
 
+def convert(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The tensors in a dtype; on CUDA all together, not by a launch for each."""
+    others = [tensor for tensor in tensors if tensor.dtype != dtype]
+    if len(others) < 2 or not all(tensor.is_cuda for tensor in others):
+        return [tensor.to(dtype) for tensor in tensors]
+    made = [torch.empty_like(tensor, dtype=dtype) for tensor in others]
+    torch._foreach_copy_(made, others)
+    rest = iter(made)
+    return [tensor if tensor.dtype == dtype else next(rest) for tensor in tensors]
+
+
 def convolution_settings(tensor: Tensor) -> tuple[bool, bool]:
     """deterministic, tf32: CUDA kernels follow PyTorch's global settings of its convolutions."""
     if not tensor.is_cuda:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from nasfast.ops import _native
+from nasfast.ops import _eager, _native
 from nasfast.ops._checks import HALF
 
 Function = Callable[..., Any]
@@ -74,6 +74,37 @@ def cast(tensor: Any, dtype: torch.dtype) -> Any:
     """As autocast does: float64, integers and None stay."""
     floating = tensor is not None and tensor.dtype in (torch.float32, *HALF)
     return tensor.to(dtype) if floating else tensor
+
+
+class _Together(torch.autograd.Function):
+    """Casts of tensors to a dtype, and of their gradients to that of the tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.dtype = tensors[0].dtype
+        return tuple(_native.convert(tensors, dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        there = [grad for grad in grads if grad is not None]
+        if torch.is_grad_enabled():  # to be differentiated again
+            found = iter([grad.to(ctx.dtype) for grad in there])
+        else:
+            found = iter(_native.convert(there, ctx.dtype))
+        return None, *(None if grad is None else next(found) for grad in grads)
+
+
+def cast_together(op: str, tensors: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+    """:func:`cast` of the arguments of an op, by a launch for all where they are on CUDA."""
+    single = [
+        i for i, t in enumerate(tensors) if t is not None and t.is_cuda and t.dtype == torch.float32
+    ]
+    chosen = [tensors[i] for i in single]
+    if len(chosen) < 2 or dtype == torch.float32 or not _eager.is_eager(op, chosen):
+        return [cast(tensor, dtype) for tensor in tensors]
+    found = dict(zip(single, _Together.apply(dtype, *chosen), strict=True))  # type: ignore[no-untyped-call]
+    return [found[i] if i in found else cast(t, dtype) for i, t in enumerate(tensors)]
 
 
 def second_derivatives(

@@ -416,6 +416,11 @@ def _kernel_backward(*arguments: Any) -> tuple[Tensor, ...]:
         *(dx, dconv, ddil, ddef, ddef_bias, doffset, doffset_bias, *separable, df, dscale, dshift),
     )
     _native.call("mixed_op_backward", ready.dtype, g, tensors)
+    # gradients of weights in half precision come in float32
+    pairs = enumerate(zip(results, sources, strict=True))
+    halves = {i: r for i, (r, t) in pairs if r is not None and r.dtype != t.dtype}
+    for i, result in zip(halves, _native.convert([*halves.values()], input.dtype), strict=True):
+        results[i] = result
     return tuple(
         input.new_empty(0) if result is None else result.to(source.dtype)
         for result, source in zip(results, sources, strict=True)
@@ -497,12 +502,15 @@ def _autocast(device: str) -> Callable[..., tuple[Tensor, ...]]:
 
     def op(*arguments: Any) -> tuple[Tensor, ...]:
         input, factors, *weights, scale, shift, batch_norm, eps, recompute = arguments
-        cast = functools.partial(_register.cast, dtype=torch.get_autocast_dtype(device))
         single = functools.partial(_register.cast, dtype=torch.float32)
-        b = Branches(*map(cast, weights))
-        b = b._replace(deform_bias=single(weights[3]), offset_bias=single(weights[5]))
-        tensors = (cast(input), single(factors), *b, single(scale), single(shift))
+        b = Branches(*weights)
+        halves = [input, *b._replace(deform_bias=None, offset_bias=None)]
         with torch.autocast(device, enabled=False):
+            dtype = torch.get_autocast_dtype(device)
+            x, *weights = _register.cast_together(_OP, halves, dtype)
+            biases = {"deform_bias": single(b.deform_bias), "offset_bias": single(b.offset_bias)}
+            b = Branches(*weights)._replace(**biases)
+            tensors = (x, single(factors), *b, single(scale), single(shift))
             result: tuple[Tensor, ...] = torch.ops.nasfast.mixed_op.default(
                 *tensors, batch_norm, eps, recompute
             )

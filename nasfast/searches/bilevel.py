@@ -7,9 +7,10 @@ the architecture is derived and recorded.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -32,6 +33,7 @@ from nasfast.tasks.restoration.patches import ImagePatches
 from nasfast.tasks.restoration.pictures import before_and_after
 from nasfast.tasks.restoration.scoring import Restored, costs, image_generator, reward
 from nasfast.training.cost import count_parameters
+from nasfast.training.graphs import CudaGraph, GraphedStep
 from nasfast.training.loop import Runtime
 from nasfast.training.pictures import SAMPLES, drawn, spread
 from nasfast.utils.cli import say
@@ -46,6 +48,9 @@ from nasfast.utils.config import (
 )
 from nasfast.utils.errors import NothingFoundError, UserError
 from nasfast.utils.seeding import derive_seed
+
+Batch = tuple[Tensor, ...]
+"""Inputs and targets of a step."""
 
 STAGE = "supernet"
 """Name of the one stage in the records."""
@@ -182,7 +187,11 @@ class SupernetSearch:
         Raises:
             UserError: records and checkpoint do not belong together, or a loss is not finite.
         """
-        training, epochs = SupernetTraining(self), self.bilevel.epochs
+        with contextlib.closing(SupernetTraining(self)) as training:
+            self._run(training, study, console)
+
+    def _run(self, training: SupernetTraining, study: Study, console: Console) -> None:
+        epochs = self.bilevel.epochs
         architecture = sum(p.numel() for p in training.model.architecture())
         say(
             console,
@@ -296,18 +305,38 @@ class SupernetTraining:
         self.model = Supernet(search.supernet, search.val.channels, search.task.scale)
         self.runtime.place(self.model)
         weights, architecture = search.bilevel.weights, search.bilevel.architecture
-        decay = weights.weight_decay
+        device = self.runtime.device
+        graphs = device.type == "cuda"
+        # on the device, where a recorded step reads what it is by then
+        self._rate = torch.tensor(weights.lr, device=device) if graphs else None
+        rate = weights.lr if self._rate is None else self._rate
+        sgd: dict[str, Any] = {"momentum": 0.9, "weight_decay": weights.weight_decay}
+        adam: dict[str, Any] = {}
+        if graphs:
+            sgd["fused"] = True
+            adam = {"fused": True, "capturable": True}
         self._weight_optimizer: torch.optim.Optimizer = (
-            torch.optim.SGD(self.model.weights(), weights.lr, momentum=0.9, weight_decay=decay)
+            torch.optim.SGD(self.model.weights(), rate, **sgd)
             if weights.optimizer == "sgd"
-            else torch.optim.Adam(self.model.weights(), weights.lr, weight_decay=decay)
+            else torch.optim.Adam(
+                self.model.weights(), rate, weight_decay=weights.weight_decay, **adam
+            )
         )
         self._architecture_optimizer = torch.optim.Adam(
-            self.model.architecture(), architecture.lr, weight_decay=architecture.weight_decay
+            self.model.architecture(),
+            architecture.lr,
+            weight_decay=architecture.weight_decay,
+            **adam,
         )
         self._relaxation = make_relaxation(
             search.strategy, derive_seed(search.seed, "relaxation"), search.temperature
         )
+        # where nothing is drawn in a step
+        self._graphs: dict[str, GraphedStep] = {
+            name: GraphedStep(CudaGraph(device))
+            for name in ("weights", "architecture")
+            if graphs and isinstance(self._relaxation, Darts)
+        }
         self._generators = {
             name: torch.Generator().manual_seed(derive_seed(search.seed, name))
             for name in ("weights", "architecture")
@@ -322,10 +351,11 @@ class SupernetTraining:
         In each step the architecture learns on a fresh batch of its own images, then the weights on
         theirs.
         """
-        config, model, relaxation = self._config, self.model, self._relaxation
+        config, model = self._config, self.model
         epoch = self.epoch + 1
+        rate = config.weights.lr_at(epoch, config.epochs)
         for group in self._weight_optimizer.param_groups:
-            group["lr"] = config.weights.lr_at(epoch, config.epochs)
+            group["lr"] = rate if self._rate is None else self._rate.fill_(rate)
         model.train()
         losses: dict[str, list[Tensor]] = {"loss": []}
         for indices in self._weight_patches.epoch(config.batch_size, self._generators["weights"]):
@@ -334,13 +364,10 @@ class SupernetTraining:
                 patches, generator = self._architecture_patches, self._generators["architecture"]
                 drawn = next(patches.epoch(config.batch_size, generator))
                 batch = patches.batch(drawn, generator)
-                mix = relaxation.architecture_step(model.alphas)
-                loss = self._step(batch, mix, self._architecture_optimizer, model.architecture())
-                relaxation.after_architecture_step(model.alphas)
+                loss = self._step("architecture", self._architecture_step, batch)
                 losses.setdefault("architecture_loss", []).append(loss)
-            mix = relaxation.weight_step(model.alphas)
             batch = self._weight_patches.batch(indices, self._generators["weights"])
-            losses["loss"].append(self._step(batch, mix, self._weight_optimizer, model.weights()))
+            losses["loss"].append(self._step("weights", self._weight_step, batch))
         self.epoch = epoch
         self._path["alphas"].append(model.alphas.detach().float().softmax(1).cpu())
         self._path["betas"].append(model.move_probabilities().detach().float().cpu())
@@ -356,15 +383,32 @@ class SupernetTraining:
             return NothingFoundError(text)
         return UserError(f"{text}. The epochs before it are saved")
 
-    def _step(
+    def _step(self, half: str, step: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+        """The loss of one step of a half; on CUDA it is repeated as a graph."""
+        batch = tuple(self.runtime.move(images) for images in batch)
+        graph = self._graphs.get(half)
+        return step(batch) if graph is None else graph(step, batch).clone()
+
+    def _weight_step(self, batch: Batch) -> Tensor:
+        mix = self._relaxation.weight_step(self.model.alphas)
+        return self._train(batch, mix, self._weight_optimizer, self.model.weights())
+
+    def _architecture_step(self, batch: Batch) -> Tensor:
+        model = self.model
+        mix = self._relaxation.architecture_step(model.alphas)
+        loss = self._train(batch, mix, self._architecture_optimizer, model.architecture())
+        self._relaxation.after_architecture_step(model.alphas)
+        return loss
+
+    def _train(
         self,
-        batch: tuple[Tensor, Tensor],
+        batch: Batch,
         mix: Mix,
         optimizer: torch.optim.Optimizer,
         parameters: list[torch.nn.Parameter],
     ) -> Tensor:
         """One step of these parameters; gradients of the others are not computed."""
-        inputs, targets = (images.to(self.runtime.device) for images in batch)
+        inputs, targets = batch
         with self.runtime.autocast():
             restored = self.model(inputs, mix)
         loss = self._loss(restored, targets)
@@ -372,6 +416,12 @@ class SupernetTraining:
         loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
         optimizer.step()
         return loss.detach()
+
+    def close(self) -> None:
+        """Give back the recorded steps and their memory."""
+        self.model.zero_grad(set_to_none=True)
+        for graph in self._graphs.values():
+            graph.close()
 
     @torch.inference_mode()
     def score(self) -> tuple[float, float, list[Restored]]:
@@ -383,7 +433,7 @@ class SupernetTraining:
         keep = spread(len(self._val), SAMPLES)
         for index, (inputs, target) in enumerate(self._val):
             self.runtime.heartbeat()
-            inputs, target = (image.to(self.runtime.device) for image in (inputs, target))
+            inputs, target = (self.runtime.move(image) for image in (inputs, target))
             with self.runtime.autocast():
                 restored = self.model(inputs, mix)
             ratios.append(psnr(restored.float(), target))
@@ -413,12 +463,23 @@ class SupernetTraining:
         """Inverse of `state_dict`."""
         self.epoch = state["epoch"]
         self.model.load_state_dict(state["model"])
-        self._weight_optimizer.load_state_dict(state["weight_optimizer"])
-        self._architecture_optimizer.load_state_dict(state["architecture_optimizer"])
+        _load_optimizer(self._weight_optimizer, state["weight_optimizer"])
+        _load_optimizer(self._architecture_optimizer, state["architecture_optimizer"])
         self._relaxation.load_state_dict(state["relaxation"])
         for name, generator in self._generators.items():
             generator.set_state(state["generators"][name])
         self._path = {name: list(state[name].unbind()) for name in self._path}
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """The state alone: how an optimizer steps is a matter of the device."""
+    own = {
+        name: optimizer.param_groups[0][name]
+        for name in ("fused", "capturable")
+        if name in optimizer.param_groups[0]
+    }
+    groups = [group | own for group in state["param_groups"]]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def most_probable(alphas: Tensor) -> Mix:

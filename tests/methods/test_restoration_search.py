@@ -1,5 +1,6 @@
 """The search for restoration networks end to end: contract, strategies, command line, errors."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -8,6 +9,7 @@ import random
 import re
 import shutil
 import tomllib
+import warnings
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
 from nasfast.tasks.restoration.denoising import Denoising
 from nasfast.tasks.restoration.super_resolution import SuperResolution
 from nasfast.training.cost import count_parameters
+from nasfast.training.graphs import CudaGraph, GraphedStep
 from nasfast.utils.config import from_mapping
 from nasfast.utils.errors import UserError
 
@@ -304,3 +307,61 @@ def test_space_of_the_samples_is_the_space():
     genotype = sizes.sample(random.Random(3))
     assert genotype == space.sample(random.Random(3))
     assert sizes.from_json(genotype.to_json()) == genotype
+
+
+class Repeater:
+    """Stands for a graph: records a step and runs it again."""
+
+    def __init__(self, *_):
+        self.repeated = 0
+
+    def stream(self):
+        return contextlib.nullcontext()
+
+    def record(self, work):
+        self.work = work
+        return torch.full((), math.nan)
+
+    def repeat(self):
+        self.repeated += 1
+        self.graph._loss = self.work()
+
+    def close(self):
+        self.graph = self.work = None
+
+
+def test_recorded_steps_search_the_same(bilevel_run, tiny_bilevel, tmp_path, monkeypatch):
+    """As on CUDA, where both halves of a step are graphs."""
+    recorders = {name: Repeater() for name in ("weights", "architecture")}
+    begin = bilevel.SupernetTraining.__init__
+
+    def with_graphs(self, *arguments):
+        begin(self, *arguments)
+        self._graphs = {name: GraphedStep(recorder) for name, recorder in recorders.items()}
+        for name, recorder in recorders.items():
+            recorder.graph = self._graphs[name]
+
+    monkeypatch.setattr(bilevel.SupernetTraining, "__init__", with_graphs)
+    assert search.main([*tiny_bilevel, "--runs", str(tmp_path)]) == 0
+    (run,) = tmp_path.iterdir()
+    assert_same(run, bilevel_run)
+    assert all(recorder.repeated for recorder in recorders.values())
+
+
+@pytest.mark.cuda
+def test_halves_of_a_step_as_cuda_graphs(tiny_bilevel, tmp_path, monkeypatch):
+    """The learning rate changes in every epoch; a resumed run records anew."""
+    argv = [*tiny_bilevel, "--device", "cuda", "--runs"]
+    repeats, repeat = [], CudaGraph.repeat
+    monkeypatch.setattr(CudaGraph, "repeat", lambda graph: (repeats.append(graph), repeat(graph)))
+    run = crashed([*argv, str(tmp_path / "graphs")], tmp_path / "graphs", before_a_checkpoint)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the training step stays eager")
+        assert search.main(["--resume", str(run)]) == 0
+    assert len({*repeats}) == 4
+    monkeypatch.setattr(GraphedStep, "__call__", lambda graph, step, batch: step(batch))
+    assert search.main([*argv, str(tmp_path / "eager")]) == 0
+    (eager,) = (tmp_path / "eager").iterdir()
+    for graphed, expected in zip(outcome(run), outcome(eager), strict=True):
+        got, wanted = (r["evaluation"]["metrics"]["supernet"] for r in (graphed, expected))
+        assert got == pytest.approx(wanted, rel=0.05)

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
-from nasfast.ops import _native
+from nasfast.ops import _native, _register
 
 OPS = {
     op.name: op
@@ -237,6 +237,24 @@ def test_autocast_brings_tensors_to_one_dtype(op: Op) -> None:
     assert torch.equal(output, op.first.call(cast)[0])
     gradients = torch.autograd.grad(output.sum(), leaves)
     assert [g.dtype for g in gradients] == [t.dtype for t in leaves]
+
+
+def test_casts_together_are_casts() -> None:
+    """To the bit, with their gradients and those of these; on CUDA they share a launch."""
+    tensors = [torch.randn(2, 3), torch.randn(4), torch.randn(5)]
+    leaves = require_grad(tensors)
+
+    def results(cast: Any) -> list[Tensor]:
+        one, two, _ = cast(leaves)
+        loss = (one.float().square().sum() * two.float().sum()).sin()
+        first = torch.autograd.grad(loss, leaves[:2], create_graph=True)
+        plain = torch.autograd.grad(loss, leaves[:2], retain_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves[:2])
+        return [one, two, *first, *plain, *second]
+
+    together = results(lambda tensors: _register._Together.apply(torch.bfloat16, *tensors))
+    apart = results(lambda tensors: [tensor.bfloat16() for tensor in tensors])
+    assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
 
 
 @every("op", values=[op for op in DIFFERENTIABLE if op is not BATCH_NORM_RELU])
