@@ -12,13 +12,14 @@ from drawn import genotypes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nasfast.spaces import FastNASSpace, IRNASSpace
+from nasfast.spaces import FastNASSpace, IRNASSpace, TemplateNASSpace
 from nasfast.utils.errors import UserError
 
 # as it is searched, and one small enough to try everything
 SPACES = {
     "fast_nas": (FastNASSpace(), FastNASSpace(num_layers=1, num_blocks=1, num_taps=2)),
     "ir_nas": (IRNASSpace(layers=4, nodes=5), IRNASSpace(layers=1, nodes=2)),
+    "template_nas": (TemplateNASSpace(), TemplateNASSpace(1, 1, 2)),
 }
 each = pytest.mark.parametrize("name", SPACES)
 
