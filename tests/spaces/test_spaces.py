@@ -84,9 +84,9 @@ def test_samples_and_mutations_are_uniform(name):
         assert max(sampled.values()) < 1.25 * 4000 / decision.size
         if others := [b for b in range(decision.size) if b != before[i]]:
             counts = [changed[i, b] for b in others]
-            variable = sum(d.size > 1 for d in space.decisions)
-            assert sum(counts) == pytest.approx(1000 * len(before) / variable, rel=0.1)
-            assert all(count * len(counts) == pytest.approx(1000, rel=0.4) for count in counts)
+            each = 1000 * len(before) / sum(d.size > 1 for d in space.decisions)
+            assert sum(counts) == pytest.approx(each, rel=0.1)
+            assert all(count * len(counts) == pytest.approx(each, rel=0.4) for count in counts)
 
 
 @each
