@@ -296,7 +296,8 @@ def test_foreign_files(tmp_path, metadata, got, read):
     save_file({"weight": torch.zeros(1)}, path, metadata)
     message = (
         f"{path}: expected a model.safetensors that nasfast train wrote, with "
-        f"'nasfast.segmenter' or 'nasfast.restorer' in its metadata, got {got}; give another file"
+        "'nasfast.segmenter' or 'nasfast.templates' or 'nasfast.restorer' in its metadata, got "
+        f"{got}; give another file"
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         read(path)
@@ -304,7 +305,7 @@ def test_foreign_files(tmp_path, metadata, got, read):
 
 def test_a_network_of_another_family():
     path = VERSION1 / "restoration_training" / "model.safetensors"
-    message = "with 'nasfast.segmenter' in its metadata, got 'nasfast.restorer'; give another file"
+    message = "with 'nasfast.segmenter' or 'nasfast.templates' in its metadata, got 'nasfast.resto"
     with pytest.raises(UserError, match=re.escape(message)):
         load_teacher(path, ("road", "sky"))
 
