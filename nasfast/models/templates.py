@@ -297,6 +297,8 @@ class TemplateDecoder(DenseDecoder):
             times, stride = stride // IMAGE_STRIDE, IMAGE_STRIDE
             output = resize(output, (height * times, width * times))
         rows, columns = (-(-side * self.tap_strides[0] // stride) for side in size_of(tap))
+        if torch.compiler.is_compiling():  # the strides of a slice become conditions of an export
+            return output[..., torch.arange(rows), :][..., torch.arange(columns)]
         return output[..., :rows, :columns]
 
 

@@ -20,7 +20,7 @@ from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.models.templates import TemplateConfig, TemplateDecoder, TemplateNetwork
 from nasfast.spaces.fast_nas import Cell, FastNASGenotype
 from nasfast.spaces.ir_nas import IRNASGenotype
-from nasfast.spaces.template_nas import TemplateNASSpace
+from nasfast.spaces.template_nas import Layer, Template, TemplateNASGenotype
 from nasfast.tasks.registry import processor_of
 from nasfast.tasks.restoration import task_from_json
 from nasfast.tasks.segmentation import Segmentation, SegmentationTask
@@ -57,16 +57,14 @@ def segmenter():
 
 def templates():
     """Maps of stride 64, whose taps are padded and whose output is cut; pooling; both sums."""
-    rows = [(1, 1, 0, 0, 1), (2, 0, 1, 0, 1), (3, 3, 0, 0, 1), (4, 1, 2, 1, 0), (2, 3, 1, 0, 0)]
-    layers = [*rows, (4, 4, 0, 0, 0), (5, 6, 2, 0, 0)]
-    genotype = TemplateNASSpace().from_json([[[0, 3, 0], [4, 2, 1], [5, 1, 0]], layers])
-    taps = [FeatureInfo("", 8, 4), FeatureInfo("", 8, 8)]
+    templates = [Template(0, 3, 0), Template(4, 2, 1), Template(5, 1, 0)]
+    layers = [Layer(1, 0, 0, 0, 1), Layer(2, 0, 1, 1, 0), Layer(3, 1, 2, 0, 0)]
+    genotype = TemplateNASGenotype(tuple(templates), tuple(layers))
+    taps = [FeatureInfo("", 8, 16), FeatureInfo("", 8, 32)]
     decoder = TemplateDecoder(genotype, taps, 3, TemplateConfig(4))
     assert decoder.padded
-    return TemplateNetwork(Taps(4), decoder), {
-        "classes": ["sky", "road", "[post]"],
-        "genotype": genotype.to_json(),
-    }
+    description = {"classes": ["sky", "road", "[post]"], "genotype": genotype.to_json()}
+    return TemplateNetwork(Taps(16), decoder), description
 
 
 def restorer(scale):
