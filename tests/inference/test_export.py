@@ -57,9 +57,8 @@ def segmenter():
 
 def templates():
     """Maps of stride 64, whose taps are padded and whose output is cut; pooling; both sums."""
-    templates = [Template(0, 3, 0), Template(4, 2, 1), Template(5, 1, 0)]
-    layers = [Layer(1, 0, 0, 0, 1), Layer(2, 0, 1, 1, 0), Layer(3, 1, 2, 0, 0)]
-    genotype = TemplateNASGenotype(tuple(templates), tuple(layers))
+    layers = Layer(1, 0, 0, 0, 1), Layer(2, 0, 1, 1, 0)
+    genotype = TemplateNASGenotype((Template(0, 3, 0), Template(4, 2, 1)), layers)
     taps = [FeatureInfo("", 8, 16), FeatureInfo("", 8, 32)]
     decoder = TemplateDecoder(genotype, taps, 3, TemplateConfig(4))
     assert decoder.padded

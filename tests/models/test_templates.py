@@ -146,7 +146,7 @@ def test_a_repeat_reads_the_second_input_and_the_output():
 GENOTYPES = st.integers(0, 10**6).map(lambda seed: SPACE.sample(random.Random(seed)))
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(GENOTYPES, st.booleans(), st.sampled_from([1, 2]))
 def test_canonical_forms_build_networks_of_one_size(genotype, faithful, repeats):
     sizes = set()
