@@ -66,14 +66,16 @@ class MaxPool(nn.Module):
         return F.max_pool2d(normalized(self.conv(x), self.bn), 3, self.stride, 1)
 
 
-class GlobalAverage(nn.Sequential):
+class GlobalAverage(nn.Module):
     """Global mean, 1x1 convolution, BatchNorm, ReLU: what is everywhere, ``[N, C, 1, 1]``."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(ConvBNReLU(in_channels, out_channels))
+        super().__init__()
+        self.conv = ConvBNReLU(in_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(global_mean(x))
+        y: Tensor = self.conv(global_mean(x))
+        return y
 
 
 class Tile(nn.Module):
