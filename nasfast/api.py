@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -198,6 +199,8 @@ class ModelInfo:
     """(H, W) in pixels."""
     figures: tuple[Figure, ...]
     """Published ones beside ours."""
+    note: str
+    """Why ours is another than the published one; empty where there is nothing to say."""
 
     def __str__(self) -> str:
         height, width = self.size
@@ -211,7 +214,8 @@ class ModelInfo:
             f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows
         ]
         genotype = json.dumps(self.genotype)
-        return "\n".join([f"{self.name}, {self.method}", self.source, genotype, "", *table])
+        note = ["", *textwrap.wrap(self.note, 100)] if self.note else []
+        return "\n".join([f"{self.name}, {self.method}", self.source, genotype, "", *table, *note])
 
 
 def model_info(name: str) -> ModelInfo:
@@ -241,6 +245,7 @@ def model_info(name: str) -> ModelInfo:
         macs,
         entry.size,
         tuple(Figure(measure, value, ours.get(measure)) for measure, value in figures.items()),
+        entry.note,
     )
 
 

@@ -253,7 +253,11 @@ def test_model_info_is_typed_and_reads_well():
     lines = str(info).splitlines()
     assert lines[:2] == ["fast_nas_arch1, segmentation", api.ZOO["fast_nas_arch1"].source]
     assert json.loads(lines[2]) == info.genotype
-    assert [line.split() for line in lines[4:]] == [
+    assert lines[8] == ""
+    assert " ".join(lines[9:]) == info.note
+    assert "fewer by 5.9 %, 3.2 % and 2.8 %" in info.note
+    assert nasfast.model_info("irnas-derain").note == ""
+    assert [line.split() for line in lines[4:8]] == [
         ["published", "ours"],
         ["parameters", "2.8", "M", "2,810,133"],
         ["multiply-adds,", "512x512", "2.95", "G", "2.854", "G"],

@@ -69,7 +69,7 @@ def show(
         say(console, str(nasfast.model_info(name)))
     elif models:
         for model in list_models():
-            say(console, f"{model:<16} {ZOO[model].method:<14} {ZOO[model].source}")
+            say(console, f"{model:<18} {ZOO[model].method:<14} {ZOO[model].source}")
     else:
         for table in tables():
             console.print(table)

@@ -17,9 +17,9 @@ from nasfast.models.decoders import DenseDecoder, EncoderDecoder
 from nasfast.models.layers import (
     Conv2d,
     ConvBNReLU,
-    GlobalAveragePool,
     SepConv,
     concatenate,
+    global_mean,
     norm_relu,
     normalized,
     pad,
@@ -66,6 +66,18 @@ class MaxPool(nn.Module):
         return F.max_pool2d(normalized(self.conv(x), self.bn), 3, self.stride, 1)
 
 
+class GlobalAverage(nn.Module):
+    """Global mean, 1x1 convolution, BatchNorm, ReLU: what is everywhere, ``[N, C, 1, 1]``."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = ConvBNReLU(in_channels, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(global_mean(x))
+        return y
+
+
 class Tile(nn.Module):
     """All channels ``times`` times, side by side."""
 
@@ -92,7 +104,7 @@ def build_operation(
     if name == "skip":
         return Tile(out_channels // in_channels), 1
     if name == "gap":
-        return GlobalAveragePool(in_channels, out_channels), 1
+        return GlobalAverage(in_channels, out_channels), 1
     if name == "maxpool3x3":
         return MaxPool(in_channels, out_channels, strides[0]), strides[0]
     kernel, dilation = {"sep3x3": (3, 1), "sep5x5": (5, 1), "sep5x5_d6": (5, 6)}[name]
@@ -134,22 +146,38 @@ class Application(nn.Module):
             nn.Identity() if map.channels == channels else ConvBNReLU(map.channels, channels)
             for map in maps
         )
-        wanted = (max if downsampling else min)(map.stride for map in maps)
-        self.resized = [map.stride != wanted for map in maps]
-        self.join = {"psum": WeightedSum, "cat": Fuse}[AGGREGATIONS[template.aggregation]](channels)
+        strides = [map.stride for map in maps]
+        wanted = (max if downsampling else min)(strides)
+        self.sized = strides.index(wanted)
+        """Branch whose size the result has."""
+        self.resized = [stride != wanted for stride in strides]
+        self.everywhere = [isinstance(op, GlobalAverage) for op in self.ops]
+        name = AGGREGATIONS[template.aggregation]
+        self.join = {"psum": WeightedSum, "cat": Fuse}[name](channels)
+        self.spreads = name == "cat" and not all(self.everywhere)
         self.out = Map(channels, wanted)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        maps = [adapt(op(map)) for op, adapt, map in zip(self.ops, self.adapt, (x, y), strict=True)]
+        inputs = x, y
+        maps = [adapt(op(map)) for op, adapt, map in zip(self.ops, self.adapt, inputs, strict=True)]
+        size = size_of(inputs[self.sized] if self.everywhere[self.sized] else maps[self.sized])
         for i in (0, 1):
-            if self.resized[i]:
-                maps[i] = resize(maps[i], size_of(maps[1 - i]))
+            if self.everywhere[i]:
+                maps[i] = _spread(maps[i], size) if self.spreads else maps[i]
+            elif self.resized[i]:
+                maps[i] = resize(maps[i], size)
         result: Tensor = self.join(*maps)
-        return result
+        return _spread(result, size) if all(self.everywhere) else result
+
+
+def _spread(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """``[N, C, 1, 1]`` everywhere on a map."""
+    return x.expand(-1, -1, *size).contiguous(memory_format=torch.channels_last)
 
 
 class WeightedSum(nn.Module):
-    """Sum of two maps, each channel with a learned weight ("psum"), at first 1."""
+    """Sum of two maps, each channel with a learned weight ("psum"), at first 1. One may be what is
+    everywhere."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -271,6 +299,8 @@ class TemplateDecoder(DenseDecoder):
             times, stride = stride // IMAGE_STRIDE, IMAGE_STRIDE
             output = resize(output, (height * times, width * times))
         rows, columns = (-(-side * self.tap_strides[0] // stride) for side in size_of(tap))
+        if torch.compiler.is_compiling():  # the strides of a slice become conditions of an export
+            return output[..., torch.arange(rows), :][..., torch.arange(columns)]
         return output[..., :rows, :columns]
 
 

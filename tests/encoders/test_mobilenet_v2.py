@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from nasfast.encoders import FeatureInfo, MobileNetV2
 from nasfast.encoders.mobilenet_v2 import InvertedResidual
+from nasfast.utils.errors import UserError
 
 # (input, output, expansion) of features.1 .. features.17
 # (output channels, expansion) of features.1 .. features.17
@@ -109,3 +110,43 @@ def test_load_accepts_the_classification_head_and_half_precision():
     for key, value in encoder.state_dict().items():
         assert value.dtype == own[key].dtype
         assert torch.equal(value, state[key].to(value.dtype))
+
+
+@torch.no_grad()
+def test_the_first_three_rows():
+    whole = MobileNetV2().eval()
+    encoder = MobileNetV2(rows=3).eval()
+    encoder.load_strict(whole.state_dict(), "some.pth")
+    assert encoder.feature_info == whole.feature_info[:2]
+    assert sum(p.numel() for p in encoder.parameters()) == 55_488
+    faithful = MobileNetV2(rows=3, expand_first=True)
+    assert sum(p.numel() for p in faithful.parameters()) == 56_576
+    images = torch.rand(2, 3, 33, 64)
+    for tap, expected in zip(encoder(images), whole(images)[:2], strict=True):
+        assert torch.equal(tap, expected)
+    with pytest.raises(UserError, match=r"1 key\(s\) unknown: features.18x"):
+        encoder.check(whole.state_dict() | {"features.18x": torch.zeros(1)}, "some.pth")
+
+
+@torch.no_grad()
+def test_the_first_convolution_becomes_the_identity():
+    torch.manual_seed(0)
+    plain, faithful = MobileNetV2(rows=3).eval(), MobileNetV2(rows=3, expand_first=True).eval()
+    stem = plain.features[0][1]
+    stem.weight.normal_(0, 3)
+    stem.bias.normal_(0, 3)
+    stem.weight[0] = 0  # a channel that never changes
+    faithful.load_strict(plain.state_dict(), "some.pth")
+    x = torch.linspace(0, 6, 25).view(1, 1, 5, 5).expand(1, 32, 5, 5)
+    expand = faithful.features[1].conv[0]
+    torch.testing.assert_close(expand(x), x, rtol=0, atol=1e-6)
+    images = torch.randn(2, 3, 32, 64)
+    for tap, expected in zip(faithful(images), plain(images), strict=True):
+        torch.testing.assert_close(tap, expected, rtol=1e-5, atol=1e-6)
+    # in training BatchNorm takes mean and variance of the batch, which are alike
+    x = stem.weight[:, None, None] * torch.randn(64, 32, 9, 9) + stem.bias[:, None, None]
+    x = x.clamp(0, 6)
+    assert (expand.train()(x) - x).abs().mean() < 0.05
+    again = MobileNetV2(rows=3, expand_first=True)
+    again.load_strict(faithful.state_dict(), "some.pth")
+    assert torch.equal(again.features[1].conv[0][0].weight, expand[0].weight)

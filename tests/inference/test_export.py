@@ -17,8 +17,10 @@ from nasfast.inference.model import Model, load
 from nasfast.methods.segmentation.evaluate import scores_of
 from nasfast.models.decoders import Decoder, DecoderConfig, EncoderDecoder
 from nasfast.models.restorer import Restorer, RestorerConfig
+from nasfast.models.templates import TemplateConfig, TemplateDecoder, TemplateNetwork
 from nasfast.spaces.fast_nas import Cell, FastNASGenotype
 from nasfast.spaces.ir_nas import IRNASGenotype
+from nasfast.spaces.template_nas import Layer, Template, TemplateNASGenotype
 from nasfast.tasks.registry import processor_of
 from nasfast.tasks.restoration import task_from_json
 from nasfast.tasks.segmentation import Segmentation, SegmentationTask
@@ -32,11 +34,12 @@ SIZES = ((49, 70), (36, 53), (64, 40))
 
 
 class Taps(nn.Module):
-    """An encoder of two convolutions."""
+    """An encoder of two convolutions, the first of a stride."""
 
-    def __init__(self):
+    def __init__(self, stride=2):
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(c, 8, 3, stride=2, padding=1) for c in (3, 8))
+        steps = ((3, stride), (8, 2))
+        self.convs = nn.ModuleList(nn.Conv2d(c, 8, 3, step, 1) for c, step in steps)
 
     def forward(self, x):
         first = self.convs[0](x)
@@ -50,6 +53,17 @@ def segmenter():
     decoder = Decoder(genotype, taps, 3, DecoderConfig(4, aux_cell=False))
     description = {"classes": ["sky", "road", "[post]"], "genotype": genotype.to_json()}
     return EncoderDecoder(Taps(), decoder), description
+
+
+def templates():
+    """Maps of stride 64, whose taps are padded and whose output is cut; pooling; both sums."""
+    layers = Layer(1, 0, 0, 0, 1), Layer(2, 0, 1, 1, 0)
+    genotype = TemplateNASGenotype((Template(0, 3, 0), Template(4, 2, 1)), layers)
+    taps = [FeatureInfo("", 8, 16), FeatureInfo("", 8, 32)]
+    decoder = TemplateDecoder(genotype, taps, 3, TemplateConfig(4))
+    assert decoder.padded
+    description = {"classes": ["sky", "road", "[post]"], "genotype": genotype.to_json()}
+    return TemplateNetwork(Taps(16), decoder), description
 
 
 def restorer(scale):
@@ -105,7 +119,12 @@ def program(folder):
     return written(model_of(restorer(1)), folder / "restorer.pt2", format="pt2")
 
 
-@pytest.mark.parametrize("name", ["segmentation", "upscaler", "program"])
+@pytest.fixture(scope="module")
+def template_graph(folder):
+    return written(model_of(templates()), folder / "templates.onnx")
+
+
+@pytest.mark.parametrize("name", ["segmentation", "upscaler", "program", "template_graph"])
 def test_equals_pytorch_in_three_sizes_and_batches_1_and_3(name, request):
     model, _, exported = request.getfixturevalue(name)
     batches = [torch.randn(batch, 3, *size) for size in SIZES for batch in (1, 3)]
@@ -117,6 +136,13 @@ def test_equals_pytorch_in_three_sizes_and_batches_1_and_3(name, request):
     with torch.autocast("cpu", torch.bfloat16):
         assert (exported(images) - model(images).float()).abs().max() > 1e-4
         assert exported(images).dtype == torch.float32
+
+
+def test_an_archive_of_templates_equals_pytorch(folder):
+    options = {"format": "pt2", "size": SIZES[0]}
+    model, _, exported = written(model_of(templates()), folder / "templates.pt2", **options)
+    batches = [torch.randn(batch, 3, *SIZES[0]) for batch in (1, 3)]
+    assert all(difference <= 1e-4 for _, difference in compare(model, exported, batches))
 
 
 @pytest.mark.parametrize(("name", "opset"), [("segmentation", 18), ("upscaler", 19)])

@@ -230,7 +230,8 @@ ERRORS = {
         (
             "ENCODER",
             "ENCODER: expected a model.safetensors that nasfast train wrote, with "
-            "'nasfast.segmenter' or 'nasfast.restorer' in its metadata, got 'nasfast.encoder'; "
+            "'nasfast.segmenter' or 'nasfast.templates' or 'nasfast.restorer' in its metadata, got "
+            "'nasfast.encoder'; "
             "give another file",
         ),
         (f"MODEL {NO_DATA[0]}", NO_DATA[1]),

@@ -13,10 +13,20 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nasfast.encoders import MobileNetV2
-from nasfast.models.build import FAMILIES, RESTORER, SEGMENTER, build_restorer, build_segmenter
+from nasfast.models.build import (
+    FAMILIES,
+    RESTORER,
+    SEGMENTER,
+    TEMPLATES,
+    build_restorer,
+    build_segmenter,
+    build_templates,
+)
 from nasfast.models.decoders import DecoderConfig, EncoderDecoder
 from nasfast.models.io import load_model, load_teacher, model_method, save_model
 from nasfast.models.restorer import Restorer, RestorerConfig
+from nasfast.models.templates import TemplateConfig
+from nasfast.models.zoo import ZOO
 from nasfast.spaces import FastNASSpace, IRNASGenotype
 from nasfast.training.cost import count_parameters
 from nasfast.utils.errors import UserError
@@ -28,16 +38,25 @@ FAST_NAS = FastNASSpace().from_json(
 )
 IR_NAS = IRNASGenotype(((("conv3x3", 0), ("def3x3", 1)), (("sep3x3", 1), ("skip", 2))), (1, 2))
 DECODER = DecoderConfig(8)
+TEMPLATE_NAS = ZOO["template_nas_arch0"].genotype
+HEADS = TemplateConfig(8, faithful=True, aux_heads=True)
 SMALL = RestorerConfig(4, 6, 5, 3, residual=True)
 
 NETWORKS = {
     SEGMENTER: lambda: build_segmenter(MobileNetV2(0.1), FAST_NAS, 2, DECODER),
+    TEMPLATES: lambda: build_templates(MobileNetV2(0.1, rows=3), TEMPLATE_NAS, 2, HEADS),
     RESTORER: lambda: build_restorer(IR_NAS, SMALL, channels=3, scale=2),
 }
 DESCRIPTIONS = {
     SEGMENTER: {
         "genotype": FAST_NAS.to_json(),
         "decoder": dataclasses.asdict(DECODER),
+        "outputs": 2,
+        "encoder": {"name": "mobilenet_v2", "width": 0.1},
+    },
+    TEMPLATES: {
+        "genotype": TEMPLATE_NAS.to_json(),
+        "decoder": dataclasses.asdict(HEADS),
         "outputs": 2,
         "encoder": {"name": "mobilenet_v2", "width": 0.1},
     },
@@ -199,6 +218,11 @@ DAMAGES = {
         (inner("encoder", "width", "0.1"), "width: expected a number, got '0.1'"),
         (inner("encoder", "width", 0.35), "of its weights "),
     ],
+    TEMPLATES: [
+        (change("encoder", {"name": "resnet"}), "encoder: expected mobilenet_v2, got 'resnet'"),
+        (inner("decoder", "sep_repeats", 2), "of its weights "),
+        (change("genotype", FAST_NAS.to_json()), 'genotype: expected the keys "space", "templates'),
+    ],
     RESTORER: [
         (
             change("restorer", {"width": 0}),
@@ -272,7 +296,8 @@ def test_foreign_files(tmp_path, metadata, got, read):
     save_file({"weight": torch.zeros(1)}, path, metadata)
     message = (
         f"{path}: expected a model.safetensors that nasfast train wrote, with "
-        f"'nasfast.segmenter' or 'nasfast.restorer' in its metadata, got {got}; give another file"
+        "'nasfast.segmenter' or 'nasfast.templates' or 'nasfast.restorer' in its metadata, got "
+        f"{got}; give another file"
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         read(path)
@@ -280,7 +305,7 @@ def test_foreign_files(tmp_path, metadata, got, read):
 
 def test_a_network_of_another_family():
     path = VERSION1 / "restoration_training" / "model.safetensors"
-    message = "with 'nasfast.segmenter' in its metadata, got 'nasfast.restorer'; give another file"
+    message = "with 'nasfast.segmenter' or 'nasfast.templates' in its metadata, got 'nasfast.resto"
     with pytest.raises(UserError, match=re.escape(message)):
         load_teacher(path, ("road", "sky"))
 

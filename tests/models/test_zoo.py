@@ -22,6 +22,8 @@ from nasfast.utils.errors import UserError
         ("fast_nas_arch0", 2_629_909, 4.2082, 1_088),
         ("fast_nas_arch1", 2_810_133, 2.8545, 1_088),
         ("fast_nas_arch2", 2_853_141, 3.3727, 1_088),
+        ("template_nas_arch0", 280_147, 13.7184, 1_088),
+        ("template_nas_arch1", 268_235, 18.7162, 1_088),
         ("irnas-denoise", 661_693, 92.2379, 57_600),
         ("irnas-derain", 591_523, 90.4172, 0),
     ],
@@ -33,6 +35,17 @@ def test_published_counts(name, parameters, gmacs, fewer):
     macs = count_macs(published, entry.size, channels=entry.channels)
     assert macs == pytest.approx(gmacs * 1e9, abs=5e4)
     assert count_parameters(create_model(name)) == parameters - fewer
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "gmacs"),
+    [("template_nas_arch0", 275_531, 1.0818), ("template_nas_arch1", 263_619, 1.4932)],
+)
+def test_published_counts_on_camvid(name, parameters, gmacs):
+    network = create_model(name, num_classes=11, faithful=True)
+    assert count_parameters(network) == parameters
+    assert count_macs(network, (360, 480)) == pytest.approx(gmacs * 1e9, abs=5e4)
+    assert count_parameters(network.encoder) == 56_576
 
 
 @pytest.mark.parametrize(("name", "layers", "nodes"), [("denoise", 4, 5), ("derain", 3, 4)])
@@ -96,6 +109,11 @@ def test_every_form_of_an_architecture_gives_its_network(tmp_path):
         model = create_model(source)
         assert model.decoder.genotype == GENOTYPE
         assert count_parameters(model) == count_parameters(named)
+    genotype = ZOO["template_nas_arch1"].genotype
+    published = [[*map(list, genotype.templates)], [*map(list, genotype.layers)]]
+    for source in (published, genotype, genotype.to_json()):
+        model = create_model(source, 5)
+        assert (model.decoder.genotype, model.decoder.conv_clf.out_channels) == (genotype, 5)
     metrics = {"genotype": CELL.to_json(), "task": {"task": "super-resolution", "scale": 3}}
     restorer = create_model(metrics, channels=3)
     assert isinstance(restorer, Restorer)
@@ -145,10 +163,13 @@ def test_an_encoder_starts_from_its_weights_alone(tmp_path):
     encoder = MobileNetV2()
     path = tmp_path / "mobilenet_v2.pth"
     torch.save(encoder.state_dict(), path)
-    model = create_model("fast_nas_arch0", pretrained=path)
-    assert torch.equal(
-        model.encoder.features[5].conv[0][0].weight, encoder.features[5].conv[0][0].weight
-    )
+    for name in ("fast_nas_arch0", "template_nas_arch0"):
+        for faithful in (False, True):
+            model = create_model(name, pretrained=path, faithful=faithful)
+            assert torch.equal(
+                model.encoder.features[5].conv[0][0].weight, encoder.features[5].conv[0][0].weight
+            )
+    torch.save(encoder.features[:1].state_dict(prefix="features."), path)
     with pytest.raises(UserError, match="at width 1 with a 1x1 convolution in its first"):
         create_model("fast_nas_arch0", pretrained=path, faithful=True)
 
@@ -163,8 +184,8 @@ def test_an_encoder_starts_from_its_weights_alone(tmp_path):
         ),
         (
             {"source": {"space": "depth"}},
-            'create_model: expected a genotype whose "space" is one of fast_nas, ir_nas, got '
-            "'depth'; give a genotype.json or best.json that nasfast wrote",
+            'create_model: expected a genotype whose "space" is one of fast_nas, template_nas, '
+            "ir_nas, got 'depth'; give a genotype.json or best.json that nasfast wrote",
         ),
         ({"source": 3}, "create_model: expected a name, a path or a genotype, got int"),
         (

@@ -7,11 +7,15 @@ import pytest
 
 from nasfast.methods.restoration import report as restoration
 from nasfast.methods.segmentation import report as segmentation
-from nasfast.spaces import FastNASSpace, IRNASSpace
+from nasfast.methods.templates import report as templates
+from nasfast.models.zoo import ZOO
+from nasfast.spaces import FastNASSpace, IRNASSpace, TemplateNASSpace
 from nasfast.spaces.fast_nas import PRIMITIVES
+from nasfast.spaces.template_nas import AGGREGATIONS, OPERATIONS
 
 FAST_NAS = [FastNASSpace().sample(random.Random(i)) for i in range(20)]
 IR_NAS = [IRNASSpace(layers=4, nodes=3 + i % 3).sample(random.Random(i)) for i in range(20)]
+TEMPLATE_NAS = [TemplateNASSpace().sample(random.Random(i)) for i in range(20)]
 
 
 def drawn(svg, kind):
@@ -48,11 +52,35 @@ def test_ir_nas_has_every_node_and_edge(genotype):
     assert drawn(path, "op") == ["stem", *(f"{2**level} W" for level in genotype.levels)]
 
 
+@pytest.mark.parametrize("genotype", TEMPLATE_NAS)
+def test_template_nas_has_every_node_and_edge(genotype):
+    for t, (op1, op2, aggregation) in enumerate(genotype.templates):
+        svg = templates.template_graph(genotype, t)
+        names = [OPERATIONS[op1], OPERATIONS[op2], AGGREGATIONS[aggregation]]
+        assert drawn(svg, "node") == ["input 1", "input 2", *names, "output"]
+        assert len(drawn(svg, "edge")) == 5
+        unused = t not in {layer.template for layer in genotype.layers}
+        assert (len(drawn(svg, "unused")), len(drawn(svg, "faint"))) == (6 * unused, 5 * unused)
+    network, collected = templates.network_graph(genotype), genotype.collected_layers
+    assert len(drawn(network, "node")) == 2 + 7 + 1
+    assert len(drawn(network, "edge")) == 14 + len(collected)
+    assert len(drawn(network, "accent")) == len(collected)
+
+
+def test_template_nas_says_what_a_layer_does():
+    genotype = ZOO["template_nas_arch0"].genotype
+    layers = ["0: T0 /2", "1: T2 x2", "2: T1 x2", "3: T2", "4: T2", "5: T2 x2", "6: T0 x2"]
+    shown = drawn(templates.network_graph(genotype), "node")
+    assert shown == ["tap l1", "tap l2", *layers, "classifier"]
+
+
 @pytest.mark.parametrize(
     ("draw", "genotypes"),
     [
         (segmentation.cell_graph, FAST_NAS),
         (segmentation.decoder_graph, FAST_NAS),
+        (lambda genotype: templates.template_graph(genotype, 0), TEMPLATE_NAS),
+        (templates.network_graph, TEMPLATE_NAS),
         (restoration.cell_graph, IR_NAS),
         (restoration.path_graph, IR_NAS),
     ],

@@ -12,13 +12,14 @@ from drawn import genotypes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nasfast.spaces import FastNASSpace, IRNASSpace
+from nasfast.spaces import FastNASSpace, IRNASSpace, TemplateNASSpace
 from nasfast.utils.errors import UserError
 
 # as it is searched, and one small enough to try everything
 SPACES = {
     "fast_nas": (FastNASSpace(), FastNASSpace(num_layers=1, num_blocks=1, num_taps=2)),
     "ir_nas": (IRNASSpace(layers=4, nodes=5), IRNASSpace(layers=1, nodes=2)),
+    "template_nas": (TemplateNASSpace(), TemplateNASSpace(1, 1, 2)),
 }
 each = pytest.mark.parametrize("name", SPACES)
 
@@ -83,9 +84,9 @@ def test_samples_and_mutations_are_uniform(name):
         assert max(sampled.values()) < 1.25 * 4000 / decision.size
         if others := [b for b in range(decision.size) if b != before[i]]:
             counts = [changed[i, b] for b in others]
-            variable = sum(d.size > 1 for d in space.decisions)
-            assert sum(counts) == pytest.approx(1000 * len(before) / variable, rel=0.1)
-            assert all(count * len(counts) == pytest.approx(1000, rel=0.4) for count in counts)
+            each = 1000 * len(before) / sum(d.size > 1 for d in space.decisions)
+            assert sum(counts) == pytest.approx(each, rel=0.1)
+            assert all(count * len(counts) == pytest.approx(each, rel=0.4) for count in counts)
 
 
 @each

@@ -1,0 +1,1 @@
+"""Search of template networks for segmentation."""
