@@ -6,6 +6,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from nasfast.data.base import Sample, SegmentationDataset, digest
+from nasfast.utils.errors import UserError
+
+SHORTEST = 32
+"""Least longer side that images can be brought to."""
 
 
 class Reduced(SegmentationDataset):
@@ -55,7 +59,13 @@ def reduced_size(size: tuple[int, int], longer: int) -> tuple[int, int]:
 
 
 def reduced(dataset: SegmentationDataset, longer: int | None) -> SegmentationDataset:
-    """The data with no side above `longer`: the data themselves where none is."""
+    """The data with no side above `longer`: the data themselves where none is.
+
+    Raises:
+        UserError: `longer` is too small to leave anything to see.
+    """
+    if longer is not None and longer < SHORTEST:
+        raise UserError(f"resize-longer: expected at least {SHORTEST} pixels, got {longer}")
     if longer is None or max(map(max, dataset.sizes())) <= longer:
         return dataset
     return Reduced(dataset, longer)
