@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -28,7 +30,12 @@ class Reduced(SegmentationDataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Sample:
-        sample = self.dataset[index]
+        return self._reduce(self.dataset[index])
+
+    def load(self, indices: Sequence[int]) -> list[Sample]:
+        return [self._reduce(sample) for sample in self.dataset.load(indices)]
+
+    def _reduce(self, sample: Sample) -> Sample:
         height, width = sample.mask.shape
         size = reduced_size((height, width), self.longer)
         if size == (height, width):

@@ -9,7 +9,7 @@ from folders import save_image, save_mask, write_cityscapes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nasfast.data import folder, load_splits
+from nasfast.data import TrainTransform, batch, folder, load_splits
 from nasfast.data.checks import check_splits
 from nasfast.data.cityscapes import CLASSES, LABELS
 from nasfast.data.folder import CITYSCAPES_IDS, FileDataset
@@ -195,6 +195,10 @@ def test_large_data_are_read_at_each_access(streets, monkeypatch):
     for one, other in zip(read.train, kept.train, strict=True):
         assert torch.equal(one.image, other.image)
         assert torch.equal(one.mask, other.mask)
+    crops = TrainTransform(16, 16)
+    images, _ = batch(read.search_train, [3, 0, 3], crops, torch.Generator().manual_seed(0))
+    wanted, _ = batch(kept.search_train, [3, 0, 3], crops, torch.Generator().manual_seed(0))
+    assert torch.equal(images, wanted)
     frame = streets / f"leftImg8bit/train/{FRAME}_leftImg8bit.png"
     frame.write_bytes(frame.read_bytes()[:-100])
     splits = load_splits(streets)

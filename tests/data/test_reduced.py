@@ -48,6 +48,7 @@ def test_image_and_mask(folder):
     means = sample.image[0, 0].float().view(40, 2).mean(1)
     torch.testing.assert_close(small.image[0, 9].float(), means, atol=1, rtol=0)
     assert torch.equal(small.mask, sample.mask[1::2, 1::2])
+    assert [torch.equal(s.image, small.image) for s in half.train.load([1, 0])] == [True, True]
 
 
 def test_small_images_stay(folder):
