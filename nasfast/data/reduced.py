@@ -22,7 +22,7 @@ class Reduced(SegmentationDataset):
     """
 
     def __init__(self, dataset: SegmentationDataset, longer: int) -> None:
-        self.name, self.classes = dataset.name, dataset.classes
+        self.name, self.classes = f"{dataset.name} reduced to {longer}", dataset.classes
         self.ignore_index, self.colors = dataset.ignore_index, dataset.colors
         self.dataset, self.longer = dataset, longer
 

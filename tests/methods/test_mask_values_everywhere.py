@@ -57,6 +57,7 @@ def test_evaluation_takes_those_of_the_training(cells, tmp_path, tiny_weights):
     assert scores[0]["class_iou"]["yes"] is not None
     assert [score["size"] for score in scores] == [[27, 40], [27, 40]]
     assert scores[1]["resize_longer"] == 40
+    assert scores[0]["split"] == "val of cells reduced to 40, 1 images"
     write_folder(tmp_path / "others", "abcdef", (1, 2), size=(32, 48))
     flags = f"--device cpu --seconds 0.01 --data {tmp_path / 'others'} --mask-values 1,2"
     assert evaluate.main([str(out), *flags.split()]) == 0
