@@ -36,3 +36,29 @@ def write_folder(
 def write_lists(root, train, val):
     for name, stems in (("train", train), ("val", val)):
         (root / f"{name}.txt").write_text("".join(f"{stem}\n" for stem in stems))
+
+
+def write_cityscapes(root, cities, ending="labelIds", values=(7, 26, 0), size=(16, 32)) -> Path:
+    """leftImg8bit/ and gtFine/ with so many frames of each city, by part: {"train": {"ulm": 2}}."""
+    for part, counts in cities.items():
+        for city, count in counts.items():
+            for i in range(count):
+                frame = f"{part}/{city}/{city}_{i:06d}_000019"
+                save_image(root / f"leftImg8bit/{frame}_leftImg8bit.png", [i, *city.encode()], size)
+                for kind in (ending, "color", "instanceIds"):
+                    save_mask(root / f"gtFine/{frame}_gtFine_{kind}.png", values, size)
+                (root / f"gtFine/{frame}_gtFine_polygons.json").touch()
+    return root
+
+
+def write_voc(root, lists, values=(0, 15, 255), masks="SegmentationClass") -> Path:
+    """JPEGImages/, masks and ImageSets/Segmentation/, of lists of ids by their names."""
+    for name, ids in lists.items():
+        path = root / "ImageSets/Segmentation" / f"{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{i}\n" for i in ids))
+        for number, i in enumerate(ids):
+            size = (16 + number, 24)
+            save_image(root / "JPEGImages" / f"{i}.jpg", number, size)
+            save_mask(root / masks / f"{i}.png", values, size)
+    return root

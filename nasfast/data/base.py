@@ -54,6 +54,10 @@ class SegmentationDataset(ABC):
     def fingerprint(self) -> str:
         """SHA-256 (hex) over all that determines the samples; equal in every process."""
 
+    def load(self, indices: Sequence[int]) -> list[Sample]:
+        """The samples at `indices`, in that order; files are read in threads."""
+        return [self[i] for i in indices]
+
     def sizes(self) -> list[tuple[int, int]]:
         """(height, width) of each sample."""
         return [(sample.mask.shape[0], sample.mask.shape[1]) for sample in self]
@@ -82,6 +86,9 @@ class Subset(SegmentationDataset):
 
     def __getitem__(self, index: int) -> Sample:
         return self._dataset[self._indices[index]]
+
+    def load(self, indices: Sequence[int]) -> list[Sample]:
+        return self._dataset.load([self._indices[i] for i in indices])
 
     def sizes(self) -> list[tuple[int, int]]:
         sizes = self._dataset.sizes()

@@ -89,9 +89,9 @@ def check_splits(
     if root is not None and files:
         masks = [mask for dataset in on_disk.values() for _, mask in dataset.pairs]
         images = [path for part in files.values() for path in part]
-        warnings += _orphans(images, masks)
-        aside = () if test else ("test/*", "testannot/*")
-        unread, more = _unread(root, [*images, *masks], (*splits.aside, *aside))
+        aside = (*splits.aside, *(() if test else ("test/*", "testannot/*")))
+        warnings += _orphans(root, images, masks, aside)
+        unread, more = _unread(root, [*images, *masks], aside)
         warnings += more
         if test and unread:
             facts["not read"] = unread
@@ -315,7 +315,14 @@ def _twice(files: Iterable[Path]) -> list[str]:
     ]
 
 
-def _orphans(images: Sequence[Path], masks: Sequence[Path]) -> list[str]:
+def _fits(path: Path, root: Path, patterns: Sequence[str]) -> bool:
+    within = os.path.relpath(path, root)
+    return any(fnmatch(within, pattern) for pattern in patterns)
+
+
+def _orphans(
+    root: Path, images: Sequence[Path], masks: Sequence[Path], aside: Sequence[str]
+) -> list[str]:
     """A warning about masks without an image, in the folders of these."""
     used, stems = set(masks), {p.stem for folder in _parents(images) for p in folder.iterdir()}
     orphans = [
@@ -323,6 +330,7 @@ def _orphans(images: Sequence[Path], masks: Sequence[Path]) -> list[str]:
         for folder in _parents(masks)
         for path in sorted(folder.iterdir())
         if _is_image(path) and path not in used and path.stem not in stems
+        if not _fits(path, root, aside)
     ]
     return [f"{len(orphans)} masks have no image: {_names(orphans)}"] if orphans else []
 
@@ -337,8 +345,7 @@ def _unread(root: Path, read: Sequence[Path], aside: Sequence[str]) -> tuple[lis
         inner.sort()
         for name in sorted(names):
             path = folder / name
-            within = os.path.relpath(path, root)
-            if path in used or any(fnmatch(within, pattern) for pattern in aside):
+            if path in used or _fits(path, root, aside):
                 continue
             if name.startswith("."):
                 reason = "hidden"

@@ -127,6 +127,9 @@ class FileDataset(SegmentationDataset):
             self._masks[index] if self._masks else self._label(_read_mask(mask)),
         )
 
+    def load(self, indices: Sequence[int]) -> list[Sample]:
+        return super().load(indices) if self._images else for_each(self.__getitem__, indices)
+
     def read_all(self) -> None:
         """Read every frame that is not kept. FaultyFiles names those that cannot be read."""
         if not self._images:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from nasfast.data.base import Sample, SegmentationDataset, digest
+from nasfast.utils.errors import UserError
+
+SHORTEST = 32
+"""Least longer side that images can be brought to."""
 
 
 class Reduced(SegmentationDataset):
@@ -16,7 +22,7 @@ class Reduced(SegmentationDataset):
     """
 
     def __init__(self, dataset: SegmentationDataset, longer: int) -> None:
-        self.name, self.classes = dataset.name, dataset.classes
+        self.name, self.classes = f"{dataset.name} reduced to {longer}", dataset.classes
         self.ignore_index, self.colors = dataset.ignore_index, dataset.colors
         self.dataset, self.longer = dataset, longer
 
@@ -24,7 +30,12 @@ class Reduced(SegmentationDataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Sample:
-        sample = self.dataset[index]
+        return self._reduce(self.dataset[index])
+
+    def load(self, indices: Sequence[int]) -> list[Sample]:
+        return [self._reduce(sample) for sample in self.dataset.load(indices)]
+
+    def _reduce(self, sample: Sample) -> Sample:
         height, width = sample.mask.shape
         size = reduced_size((height, width), self.longer)
         if size == (height, width):
@@ -55,7 +66,13 @@ def reduced_size(size: tuple[int, int], longer: int) -> tuple[int, int]:
 
 
 def reduced(dataset: SegmentationDataset, longer: int | None) -> SegmentationDataset:
-    """The data with no side above `longer`: the data themselves where none is."""
+    """The data with no side above `longer`: the data themselves where none is.
+
+    Raises:
+        UserError: `longer` is too small to leave anything to see.
+    """
+    if longer is not None and longer < SHORTEST:
+        raise UserError(f"resize-longer: expected at least {SHORTEST} pixels, got {longer}")
     if longer is None or max(map(max, dataset.sizes())) <= longer:
         return dataset
     return Reduced(dataset, longer)

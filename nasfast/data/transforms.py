@@ -100,7 +100,7 @@ def batch(
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Transformed samples as images uint8 [N, 3, h, w] and masks uint8 [N, h, w]."""
-    samples = [transform(dataset[i], generator) for i in indices]
+    samples = [transform(sample, generator) for sample in dataset.load(indices)]
     sizes = sorted({tuple(s.mask.shape) for s in samples})
     if len(sizes) != 1:
         raise ValueError(

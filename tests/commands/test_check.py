@@ -1,7 +1,14 @@
 """``nasfast check``: tables, warnings, errors, the sheet and the exit status."""
 
 import pytest
-from folders import save_image, save_mask, write_folder, write_lists
+from folders import (
+    save_image,
+    save_mask,
+    write_cityscapes,
+    write_folder,
+    write_lists,
+    write_voc,
+)
 from PIL import Image
 
 from nasfast.commands import check, search
@@ -96,6 +103,26 @@ def test_images_for_restoration(folder, capsys):
         f"error: segmentation: data: {folder}/raw has no known layout: expected CamVid ("
     )
     assert f"; restoration: data: {folder}/raw holds no images: expected train/ + test/" in err
+
+
+@pytest.mark.parametrize("layout", ["cityscapes", "voc"])
+def test_layouts_of_benchmarks(layout, folder, capsys):
+    root = folder.parent / layout
+    if layout == "voc":
+        write_voc(root / "VOC2012", {"train": STEMS, "val": "abcde"})
+    else:
+        write_cityscapes(root, {"train": {"ulm": 20}, "val": {"bonn": 4}})
+    assert check.main(["--data", layout, "--resize-longer", "32"]) == 1
+    out = capsys.readouterr().out
+    wanted = {
+        "voc": ("val   │      5 │ 5 sizes, 16x24 to 20x24", "15 person │ "),
+        "cityscapes": ("val   │      4 │          16x32", "13 car │ "),
+    }
+    for text in wanted[layout]:
+        assert " ".join(text.split()) in " ".join(out.split())
+    assert "never occur in the masks of train" in out
+    assert "not read" not in out
+    assert out.endswith(f"images: {layout}-check.png\n")
 
 
 def test_drawn_data(tmp_path, monkeypatch, capsys):

@@ -24,13 +24,13 @@ def splits(*sizes, val=(60, 80)):
 
 class Sizes(SegmentationDataset):
     def __init__(self, sizes):
-        self.sizes = sizes
+        self._sizes = sizes
 
     def __len__(self):
-        return len(self.sizes)
+        return len(self._sizes)
 
     def __getitem__(self, index):
-        mask = torch.zeros(self.sizes[index], dtype=torch.uint8)
+        mask = torch.zeros(self._sizes[index], dtype=torch.uint8)
         return Sample(mask.expand(3, *mask.shape), mask)
 
     def fingerprint(self):

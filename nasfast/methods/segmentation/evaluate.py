@@ -122,9 +122,7 @@ def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
         **measure_size(path, model, (height, width)),
         **speed_json(latencies),
     }
-    images = f"{len(part)} {config.split} images of {part.name}"
-    images += f", longer sides at most {longer}" if longer else ""
-    table = Table(title=escape(f"{config.label}, {images}"))
+    table = Table(title=escape(f"{config.label}, {len(part)} {config.split} images of {part.name}"))
     table.add_column("measure")
     table.add_column("value", justify="right")
     for name, iou in class_iou.items():

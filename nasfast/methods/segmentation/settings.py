@@ -22,8 +22,9 @@ from nasfast.utils.files import data_path, expanded
 
 DESCRIPTION = """Search a segmentation network: ``nasfast search segmentation``.
 
-``--data DIR`` takes a CamVid folder or a folder with images/, masks/ and classes.txt; without it,
-generated street scenes. ``--resume RUN [--budget N]`` continues a run. (Fast NAS, CVPR 2019)
+``--data DIR`` takes a folder of CamVid, Cityscapes or PASCAL VOC, or one with images/, masks/ and
+classes.txt; without it, generated street scenes. ``--resume RUN [--budget N]`` continues a run.
+(Fast NAS, CVPR 2019)
 ``nasfast search restoration --help`` shows the search of restoration networks.
 """
 
@@ -37,7 +38,8 @@ class DecoderSearchConfig(SamplingSettings):
     """What is searched."""
 
     data: str = "synthetic"
-    """"synthetic", a CamVid folder, or a folder with images/, masks/ and classes.txt."""
+    """"synthetic", a folder of CamVid, Cityscapes or PASCAL VOC, or one with images/, masks/ and
+    classes.txt: see docs/data.md."""
     preset: Literal["demo", "quick", "paper"] = "demo"
     """demo: a minute on a laptop (default for the synthetic set). quick: about 30 s per candidate
     on two cores (default for other data). paper: the published schedule, for a GPU."""
