@@ -123,7 +123,7 @@ class Record:
 
     def to_json(self) -> dict[str, object]:
         """Plain JSON of all fields, and of those that a newer version added."""
-        fields = asdict(self)
+        fields = asdict(self) | {"rejected": list(self.rejected)}
         unknown: dict[str, Any] = fields.pop("unknown")
         evaluation = self.evaluation.to_json() | unknown.pop("evaluation", {})
         return {"version": fields.pop("version"), **fields, "evaluation": evaluation, **unknown}

@@ -79,18 +79,17 @@ _UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def count_of(value: str | int, where: str) -> int:
-    """The number of a count such as "0.3M", "300k", "1.5G" or 300000; what is left of a whole one
-    is cut off.
+    """The number of a count such as "0.3M", "300k", "1.5G" or 300000, rounded down.
 
     Raises:
-        UserError: another form, or less than one.
+        UserError: another form, or a number that is not from 1 to 10^18.
     """
     match = _COUNT.fullmatch(str(value).strip())
     count = int(Decimal(match[1]) * _UNITS[match[2]]) if match else 0
-    if count < 1:
+    if not 1 <= count <= 10**18:
         raise UserError(
-            f"{where}: expected a count of at least 1, such as 300000, 300k, 0.3M or 1.5G, got "
-            f"{value!r}; correct the value"
+            f"{where}: expected a count such as 300000, 300k, 0.3M or 1.5G, got {value!r}; "
+            "correct the value"
         )
     return count
 
