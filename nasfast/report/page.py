@@ -14,7 +14,7 @@ from pathlib import Path
 from xml.etree.ElementTree import Element, tostring
 
 from nasfast.report.base import MethodReport
-from nasfast.report.charts import COLORS, Chart, sample
+from nasfast.report.charts import COLORS, Chart, line_chart, sample
 from nasfast.report.correlation import correlation
 from nasfast.report.fronts import fronts
 from nasfast.report.html import element, legend, legend_key, table, terms
@@ -56,6 +56,7 @@ class _Summary:
     candidates: int
     evaluated: int
     failed: int
+    rejected: int
     seconds: dict[str, float]
     """By step: of the search itself, "seconds" of the checkpoint such as {"controller": 4.2}, then
     of the records."""
@@ -70,6 +71,7 @@ class _Summary:
             candidates=len(study.records),
             evaluated=len(fresh),
             failed=sum(record.evaluation.failure is not None for record in fresh),
+            rejected=sum(len(record.rejected) for record in study.records),
             seconds=dict(spent),
         )
 
@@ -79,6 +81,7 @@ class _Summary:
             "evaluated": str(self.evaluated),
             "duplicates": str(self.candidates - self.evaluated),
             "failed": str(self.failed),
+            **({"beyond the limits": str(self.rejected)} if self.rejected else {}),
             "time, all workers": duration(sum(self.seconds.values())),
         }
 
@@ -109,6 +112,8 @@ def _parts(study: Study, hook: MethodReport, baseline: Study | None) -> list[Ele
     if best is not None:
         first = "best" if study.ranks_by == "score" else "last"
         parts.append(_section(f"Architectures, {first} first", _ranking(study, hook)))
+    if summary.rejected:
+        parts.append(_section("Rejected, beyond the limits", _rejections(records)))
     if summary.failed:
         parts.append(_section("Failures", [_failures(records)]))
     if sum(summary.seconds.values()) > 0:
@@ -177,6 +182,24 @@ def _ranking(study: Study, hook: MethodReport) -> list[Element]:
     if more > 0:
         content.append(element("p", f"{more} more stand in records.jsonl."))
     return content
+
+
+def _rejections(records: Sequence[Record]) -> list[Element]:
+    """How many proposals before each record, and what their costs were that exceeded a limit."""
+    beyond: dict[str, list[float]] = {}
+    for costs in itertools.chain.from_iterable(record.rejected for record in records):
+        for name, value in costs.items():
+            beyond.setdefault(name, []).append(value)
+    rows = []
+    for name, values in beyond.items():
+        spread = (min(values), statistics.median(values), max(values))
+        rows.append((cost_label(name), str(len(values)), *(cost_text(name, v) for v in spread)))
+    counts = [(record.index, len(record.rejected)) for record in records]
+    return [
+        element("p", "Proposals that were not trained and are not of the budget."),
+        table(("above the limit of", "proposals", "least", "median", "most"), rows, "numbers"),
+        *line_chart({"proposals rejected before it": counts}, len(records), "candidate"),
+    ]
 
 
 def _failures(records: Sequence[Record]) -> Element:

@@ -92,12 +92,14 @@ def terminal_table(study: Study, hook: MethodReport, top: int = 5) -> Table:
     the winner's genotype below."""
     fresh = [record for record in study.records if record.duplicate_of is None]
     failed = sum(record.evaluation.failure is not None for record in fresh)
+    rejected = sum(len(record.rejected) for record in study.records)
+    beyond = f", {rejected} beyond the limits" if rejected else ""
     head, rows = ranking_table(study, hook, top)
     best = study.best
     order = "the best" if study.ranks_by == "score" else "the last first"
     caption = f"architecture {best.index}: {genotype_text(best)}" if best is not None else ""
     table = Table(
-        title=f"{len(fresh)} evaluated, {failed} failed; {order}:",
+        title=f"{len(fresh)} evaluated, {failed} failed{beyond}; {order}:",
         caption=escape(caption),
         caption_justify="left",
         box=SIMPLE_HEAD,

@@ -1,8 +1,8 @@
 """What a search records of each architecture: a line of records.jsonl.
 
 A line names the version of its form. Version 1, written before that, had no "version": its last
-stage was the last by name, and "params" and "macs" stood outside "costs". Of a newer version, the
-fields that this one does not know are kept as they are.
+stage was the last by name, and "params" and "macs" stood outside "costs". Version 2 had no
+"rejected". Of a newer version, the fields that this one does not know are kept as they are.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from typing import Any, Self
 from nasfast import __version__
 from nasfast.utils.errors import UserError
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ class Record:
     """End of the evaluation, ISO 8601, UTC."""
     phase: int = 0
     """Which of the search's phases it belongs to; later ones build on the best of the earlier."""
-
+    rejected: tuple[dict[str, float], ...] = ()
+    """The architectures that were proposed between the record before and this one, and not trained
+    because they are beyond the limits: of each the costs that exceed theirs."""
     version: int = VERSION
     """Of its line's form; older ones were brought to today's."""
     unknown: Mapping[str, object] = field(default_factory=dict)
@@ -121,7 +123,7 @@ class Record:
 
     def to_json(self) -> dict[str, object]:
         """Plain JSON of all fields, and of those that a newer version added."""
-        fields = asdict(self)
+        fields = asdict(self) | {"rejected": list(self.rejected)}
         unknown: dict[str, Any] = fields.pop("unknown")
         evaluation = self.evaluation.to_json() | unknown.pop("evaluation", {})
         return {"version": fields.pop("version"), **fields, "evaluation": evaluation, **unknown}
@@ -135,6 +137,8 @@ class Record:
             raise _refuse(version, f"{where}.version", "an integer from 1")
         if version == 1:
             form.setdefault("phase", 0)
+        if version in (1, 2):
+            form.setdefault("rejected", [])
         try:
             fields, unknown = _fields(form, where, _RECORD, version)
             inner = fields["evaluation"]
@@ -255,4 +259,5 @@ _RECORD: dict[str, Reader] = {
     "duplicate_of": _optional(_int),
     "time": _str,
     "phase": _int,
+    "rejected": lambda obj, where: tuple(_list(_mapping(_number))(obj, where)),
 }

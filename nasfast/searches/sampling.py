@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import time
 from collections import Counter
@@ -18,6 +19,7 @@ from nasfast.evaluation.candidate import Evaluator, G
 from nasfast.runs.records import Evaluation, Record
 from nasfast.runs.study import Study
 from nasfast.searches.base import SearchSettings
+from nasfast.searches.limits import Limit, Limits
 from nasfast.spaces.base import Space
 from nasfast.strategies import Strategy
 from nasfast.training.loop import Runtime
@@ -29,6 +31,7 @@ from nasfast.workers import Engine, InProcess, Job, WorkerConfig, cores
 
 _MAX_FAILURES = 5
 _MAX_DUPLICATES = 100
+_MAX_REJECTIONS = 1000
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,17 @@ class SamplingSettings(SearchSettings):
     engine: Literal["process", "ray"] = "process"
     """process: workers of this machine. ray: actors of the cluster at $RAY_ADDRESS, or of a local
     one."""
+    max_params: str | int | None = None
+    """Most parameters of a candidate, such as 0.3M. What exceeds a limit is not trained and does
+    not count in the budget: another is drawn in its place, and the controller is told that it was
+    as bad as the worst of the latest candidates."""
+    max_macs: str | int | None = None
+    """Most multiply-adds of a candidate, such as 1.5G, for an image of the size that candidates are
+    scored on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _ = self.limits
         if self.devices is not None and self.engine == "ray":
             raise UserError(
                 "devices: expected --engine process, as Ray hands out GPUs itself, got ray; give "
@@ -60,6 +71,14 @@ class SamplingSettings(SearchSettings):
                 f"devices: expected --device or --devices, got both, {self.device} and "
                 f"{self.devices}; leave one out"
             )
+
+    @property
+    def limits(self) -> Limits:
+        """What candidates may cost; UserError for a value that is no count."""
+        given = {"params": self.max_params, "macs": self.max_macs}
+        return Limits(
+            tuple(Limit.of(cost, value) for cost, value in given.items() if value is not None)
+        )
 
     def worker_config(
         self, workers: int | None = None, note: Callable[[str], None] = lambda text: None
@@ -107,10 +126,22 @@ class Phase(Generic[G]):
     """Candidates that are sampled and reported together."""
     engine: Engine[G] = field(default_factory=InProcess)
     """Evaluates a batch."""
+    limits: Limits = field(default_factory=Limits)
+    """What is beyond them is rejected: neither evaluated nor recorded, and not of the batch."""
 
 
 NextPhase = Callable[[Record], Phase[Any]]
 """Makes a phase from the best record of the one before: a pure function, called again to resume."""
+
+
+@dataclass(frozen=True)
+class _Proposal(Generic[G]):
+    """What a strategy proposed within the limits, and what it proposed before that was not."""
+
+    genotype: G
+    rejected: tuple[G, ...]
+    exceeded: tuple[dict[str, float], ...]
+    """Of each of those, the costs beyond their limits."""
 
 
 class SamplingSearch:
@@ -158,8 +189,8 @@ class SamplingSearch:
 
         Raises:
             NothingFoundError: all candidates failed.
-            UserError: the last candidates all failed, or all repeated earlier ones; or checkpoint
-                and records do not belong together.
+            UserError: the last candidates all failed, or all repeated earlier ones; nothing keeps
+                to the limits; or checkpoint and records do not belong together.
         """
         checkpoint = study.load_checkpoint()
         told, number, state = 0, 0, None
@@ -233,7 +264,7 @@ class SamplingSearch:
             if told == (end if over else len(study.records)) and spent:
                 return told
             start = time.perf_counter()
-            asked = [phase.strategy.ask() for _ in range(phase.batch)]
+            asked = [self._ask() for _ in range(phase.batch)]
             seconds["controller"] += time.perf_counter() - start
             if over and told + len(asked) > end:
                 return end
@@ -241,13 +272,36 @@ class SamplingSearch:
             if len(study.records) < told + len(asked):
                 return len(study.records)  # the budget ends in the batch
             start = time.perf_counter()
-            for genotype, record in zip(asked, study.records[told:]):
+            for proposal, record in zip(asked, study.records[told:]):
+                for genotype in proposal.rejected:
+                    phase.strategy.reject(genotype)
                 reward = record.evaluation.rewards.get(phase.evaluator.feedback)
-                phase.strategy.tell(genotype, reward)
+                phase.strategy.tell(proposal.genotype, reward)
             seconds["controller"] += time.perf_counter() - start
             told += len(asked)
 
-    def _evaluate(self, study: Study, told: int, asked: Sequence[Any], console: Console) -> None:
+    def _ask(self) -> _Proposal[Any]:
+        """The next proposal within the limits.
+
+        Raises:
+            UserError: too many in a row are beyond.
+        """
+        phase = self._phase
+        rejected, costs = list[Any](), list[dict[str, float]]()
+        while len(rejected) < _MAX_REJECTIONS:
+            genotype = phase.strategy.ask()
+            if phase.limits:
+                phase.evaluator.runtime.heartbeat()
+                costs.append(phase.evaluator.costs(genotype))
+            if not costs or not phase.limits.exceeded(costs[-1]):
+                exceeded = map(phase.limits.exceeded, costs[: len(rejected)])
+                return _Proposal(genotype, tuple(rejected), tuple(exceeded))
+            rejected.append(genotype)
+        raise phase.limits.refusal(costs)
+
+    def _evaluate(
+        self, study: Study, told: int, asked: Sequence[_Proposal[Any]], console: Console
+    ) -> None:
         """Record what is not yet recorded of a batch, in order, as far as the budget reaches."""
         phase = self._phase
         gates = _gates(self._records(study.records[:told]))
@@ -256,7 +310,9 @@ class SamplingSearch:
         spent = len(originals)
         new: list[Job[Any]] = []
         entries: list[tuple[Job[Any], int]] = []  # with the index of its first record
-        for index, genotype in enumerate(asked, told):
+        rejected: dict[int, tuple[dict[str, float], ...]] = {}
+        for index, proposal in enumerate(asked, told):
+            genotype = proposal.genotype
             if index < len(study.records):
                 if phase.space.from_json(study.records[index].genotype) != genotype:
                     raise UserError(
@@ -267,11 +323,13 @@ class SamplingSearch:
                 continue
             if spent >= phase.budget:
                 break
-            job = Job(index, genotype, gates)
+            job, rejected[index] = Job(index, genotype, gates), proposal.exceeded
             entries.append((job, first.setdefault(_key(genotype.canonical().to_json()), index)))
             if entries[-1][1] == index:
                 new.append(job)
                 spent += 1
+        if any(rejected.values()):
+            say(console, phase.limits.summary(itertools.chain(*rejected.values())))
         with console.status("") as status:
 
             def show(running: int) -> None:
@@ -291,6 +349,7 @@ class SamplingSearch:
                     duplicate_of=None if fresh else origin,
                     time=datetime.now(UTC).isoformat(timespec="seconds"),
                     phase=self._number,
+                    rejected=rejected[job.index],
                 )
                 study.keep_files(record, evaluation.files)
                 study.append(record)

@@ -20,6 +20,9 @@ class Strategy(Protocol[G]):
     def tell(self, genotype: G, reward: float | None) -> None:
         """The reward of a genotype, in the order asked; None if its evaluation failed."""
 
+    def reject(self, genotype: G) -> None:
+        """Instead of `tell`: a genotype is beyond the limits and was not evaluated."""
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain Python only: loads with torch.load(weights_only=True)."""
 

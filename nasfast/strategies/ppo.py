@@ -169,6 +169,9 @@ class Controller(nn.Module):
         return logits.log_softmax(-1)
 
 
+_Sample = tuple[tuple[int, ...], float, float | None]
+
+
 class PPO(Generic[G]):
     """Search with a controller updated after every `batch_size` candidates, on the CPU.
 
@@ -178,6 +181,10 @@ class PPO(Generic[G]):
     behaviour is the policy that drew it. The advantage of a sample is its reward minus the
     exponentially weighted mean of the other rewards in the buffer, so never of itself.
     A failed candidate (reward None) leaves the policy and the buffer as they are.
+
+    A rejected candidate has the reward of the worst evaluated one in the buffer, as it is at each
+    update: on the scale of the rewards, so that it moves the baseline no further than they do. Up
+    to `buffer_size` of them are replayed beside the evaluated ones, which they do not displace.
     """
 
     def __init__(self, space: Space[G], config: PPOConfig, seed: int) -> None:
@@ -190,10 +197,8 @@ class PPO(Generic[G]):
         self.controller = Controller(space.decisions, config, self._sampling)
         self._optimizer = torch.optim.Adam(self.controller.parameters(), lr=config.lr, fused=True)
         self._asked: deque[tuple[tuple[int, ...], float]] = deque()  # choices, log-probability
-        self._buffer: deque[tuple[tuple[int, ...], float, float]] = deque(  # and reward
-            maxlen=config.buffer_size
-        )
-        self._new = 0  # samples in the buffer since the last update
+        self._buffer: list[_Sample] = []  # and reward; None where rejected
+        self._new = 0  # evaluated samples in the buffer since the last update
 
     def ask(self) -> G:
         """A sample of the current policy; may be called again before the reward is reported."""
@@ -205,32 +210,49 @@ class PPO(Generic[G]):
 
     def tell(self, genotype: G, reward: float | None) -> None:
         """The reward of the genotype asked longest ago; None if its evaluation failed."""
-        if not self._asked or self._space.decode(self._asked[0][0]) != genotype:
-            expected = self._space.decode(self._asked[0][0]) if self._asked else "no genotype"
-            raise ValueError(
-                f"tell: expected the reward of {expected}, got {genotype}; "
-                "report every genotype of ask() once, in order"
-            )
         if reward is not None and not math.isfinite(reward):
             raise ValueError(
                 f"tell: expected a finite reward, got {reward}; tell None for a failed evaluation"
             )
-        choices, log_prob = self._asked.popleft()
+        choices, log_prob = self._answered(genotype)
         if reward is None:
             return
-        self._buffer.append((choices, log_prob, reward))
+        self._remember((choices, log_prob, reward))
         self._new += 1
         if self._new >= self._config.batch_size:
             self._new = 0
             if len(self._buffer) > 1:  # a single reward has nothing to be compared with
                 self._update()
 
+    def reject(self, genotype: G) -> None:
+        """The genotype asked longest ago was not evaluated, as it is beyond the limits."""
+        self._remember((*self._answered(genotype), None))
+
+    def _remember(self, sample: _Sample) -> None:
+        """Put a sample into the buffer, which keeps the latest evaluated and rejected ones."""
+        self._buffer.append(sample)
+        alike = [i for i, (*_, r) in enumerate(self._buffer) if (r is None) == (sample[2] is None)]
+        if len(alike) > self._config.buffer_size:
+            del self._buffer[alike[0]]
+
+    def _answered(self, genotype: G) -> tuple[tuple[int, ...], float]:
+        """Choices and log-probability of the genotype asked longest ago, which this has to be."""
+        if not self._asked or self._space.decode(self._asked[0][0]) != genotype:
+            expected = self._space.decode(self._asked[0][0]) if self._asked else "no genotype"
+            raise ValueError(
+                f"tell: expected the reward of {expected}, got {genotype}; "
+                "report every genotype of ask() once, in order"
+            )
+        return self._asked.popleft()
+
     def _update(self) -> None:
         config = self._config
         choices = torch.tensor([choices for choices, _, _ in self._buffer])
         behaviour = torch.tensor([log_prob for _, log_prob, _ in self._buffer])
+        worst = min(reward for _, _, reward in self._buffer if reward is not None)
         advantages = leave_one_out_advantages(
-            [reward for _, _, reward in self._buffer], config.baseline_decay
+            [worst if reward is None else reward for _, _, reward in self._buffer],
+            config.baseline_decay,
         )
         with torch.no_grad():
             proximal, _ = self.controller(choices)
@@ -272,7 +294,7 @@ class PPO(Generic[G]):
         self._sampling.set_state(state["sampling"])
         self._permutation.set_state(state["permutation"])
         self._asked = deque(state["asked"])
-        self._buffer = deque(state["buffer"], maxlen=self._config.buffer_size)
+        self._buffer = list(state["buffer"])
         self._new = state["new"]
 
 

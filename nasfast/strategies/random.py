@@ -22,6 +22,10 @@ class RandomSearch(Generic[G]):
     def tell(self, genotype: G, reward: float | None) -> None:
         """Nothing to learn."""
 
+    def reject(self, genotype: G) -> None:
+        """Nothing to learn: the next sample is uniform too, so that those within the limits are
+        uniform among themselves."""
+
     def state_dict(self) -> dict[str, Any]:
         """The state of the generator."""
         return {"strategy": "random", "rng": self._rng.getstate()}

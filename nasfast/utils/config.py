@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Mapping
 from contextlib import suppress
+from decimal import Decimal
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import (
@@ -70,6 +72,26 @@ Decay = Annotated[float, Bound(0, 1, open="high")]
 """Of a running mean; 1 would never move it."""
 MaxNorm = Annotated[float, Bound(0, open="low", infinite=True)]
 """Of gradients; infinity clips none."""
+
+
+_COUNT = re.compile(r"(\d[\d_]*(?:\.\d+)?) *([kKMGT]?)")
+_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def count_of(value: str | int, where: str) -> int:
+    """The number of a count such as "0.3M", "300k", "1.5G" or 300000, rounded down.
+
+    Raises:
+        UserError: another form, or a number that is not from 1 to 10^18.
+    """
+    match = _COUNT.fullmatch(str(value).strip())
+    count = int(Decimal(match[1]) * _UNITS[match[2]]) if match else 0
+    if not 1 <= count <= 10**18:
+        raise UserError(
+            f"{where}: expected a count such as 300000, 300k, 0.3M or 1.5G, got {value!r}; "
+            "correct the value"
+        )
+    return count
 
 
 class Bounded:

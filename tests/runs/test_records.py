@@ -56,6 +56,7 @@ records = st.builds(
     duplicate_of=st.none() | st.integers(0),
     time=words,
     phase=st.integers(0),
+    rejected=st.lists(st.dictionaries(words, st.integers() | numbers)).map(tuple),
 )
 
 
@@ -122,6 +123,13 @@ def test_version_1():
     assert (record.evaluation.params, record.evaluation.macs) == (old["params"], old["macs"])
     assert list(record.evaluation.rewards.items()) == sorted(old["rewards"].items())
     assert Record.from_json(written(record)) == record
+
+
+def test_version_2():
+    form = written(RECORD) | {"version": 2}
+    del form["rejected"]
+    assert Record.from_json(form) == RECORD
+    assert form.keys() == written(RECORD).keys() - {"rejected"}
 
 
 @pytest.mark.parametrize("version", ["2", 0, -1, 2.0, True, None])

@@ -21,7 +21,8 @@ from rich.console import Console
 
 from nasfast.runs.records import Evaluation
 from nasfast.runs.study import Study
-from nasfast.searches.sampling import Phase, SamplingSearch
+from nasfast.searches.limits import Limit, Limits
+from nasfast.searches.sampling import Phase, SamplingSearch, SamplingSettings
 from nasfast.spaces.fast_nas import Cell, FastNASSpace
 from nasfast.training.loop import Runtime
 from nasfast.utils.errors import NothingFoundError, UserError
@@ -29,6 +30,8 @@ from nasfast.workers import WorkerConfig
 
 SPACE = FastNASSpace()
 COSTS = {"params": 1, "macs": 1}
+NONE = Limits()
+QUIET = Console(quiet=True)
 
 
 def success(stage0, stage1=None):
@@ -38,6 +41,12 @@ def success(stage0, stage1=None):
 
 HALF = dataclasses.replace(success(0.8), failure="stage1: out of memory (fake)")
 FAILURE = Evaluation({}, {}, COSTS, None, {}, "stage0", "stage0: out of memory (fake)")
+
+
+def size(genotype):
+    """Costs that a genotype has here: its operations."""
+    ops = [op for layer in genotype.cell.layers for op in layer[2:]]
+    return {"params": 1000 * sum(ops), "macs": max(ops)}
 
 
 def untimed(records):
@@ -75,6 +84,9 @@ class Script:
     def tell(self, genotype, reward):
         self.told.append(reward)
 
+    def reject(self, genotype):
+        self.told.append("rejected")
+
     def state_dict(self):
         return {"asked": self.asked}
 
@@ -84,7 +96,7 @@ class Script:
         self.genotypes = itertools.islice(self.genotypes, self.asked, None)
 
     def costs(self, genotype):
-        return COSTS
+        return size(genotype)
 
     def __call__(self, genotype, index, gates):
         evaluation = self.evaluate(index)
@@ -93,7 +105,7 @@ class Script:
         return evaluation
 
 
-def play(root, genotypes, evaluate, budget, batch=1, scripts=None):
+def play(root, genotypes, evaluate, budget, batch=1, scripts=None, limits=NONE, console=QUIET):
     """A new search, or the one in `root` continued; its script joins `scripts`."""
     script = Script(genotypes, evaluate)
     if scripts is not None:
@@ -102,8 +114,8 @@ def play(root, genotypes, evaluate, budget, batch=1, scripts=None):
     opened = Study.open(*runs) if runs else Study.create(root, "segmentation", "script", {}, {})
     with opened as study:
         with contextlib.suppress(NothingFoundError):
-            search = SamplingSearch(Phase(SPACE, script, script, budget, batch))
-            search.run(study, Console(quiet=True))
+            phase = Phase(SPACE, script, script, budget, batch, limits=limits)
+            SamplingSearch(phase).run(study, console)
         return script, study.records
 
 
@@ -423,3 +435,98 @@ def test_a_phase_of_failures_has_no_successor(tmp_path):
         pytest.raises(NothingFoundError, match="all of the 2 candidates failed"),
     ):
         search.run(study, Console(quiet=True))
+
+
+# ---- limits
+
+
+LIMITS = SamplingSettings(max_params="20k", max_macs=8).limits
+
+
+def within(genotype):
+    return size(genotype)["params"] <= 20_000 and size(genotype)["macs"] <= 8
+
+
+def test_what_is_beyond_the_limits_is_neither_evaluated_nor_of_the_budget(tmp_path, capsys):
+    asked = list(itertools.islice(distinct(), 400))
+    kept = [genotype for genotype in asked if within(genotype)]
+    script, records = play(
+        tmp_path, iter(asked), lambda i: success(0.1 * i), 5, 2, limits=LIMITS, console=Console()
+    )
+    assert [record.genotype for record in records] == [g.to_json() for g in kept[:5]]
+    assert script.evaluated == [0, 1, 2, 3, 4]  # as if the others did not exist
+    sixth = asked.index(kept[5])
+    assert len(script.told) == asked.index(kept[3]) + 1  # whole batches, each in the order asked
+    assert [x for x in script.told if x != "rejected"] == [0.1 * i for i in range(4)]
+    for genotype, told in zip(asked, script.told):
+        assert (told != "rejected") == within(genotype)
+    assert script.asked == sixth + 1
+    beyond = [LIMITS.exceeded(size(g)) for g in asked[: asked.index(kept[4])] if not within(g)]
+    assert [costs for record in records for costs in record.rejected] == beyond
+    counts = [len([costs for costs in beyond if name in costs]) for name in ("params", "macs")]
+    said = re.findall(
+        r"rejected (\d+): (\d+) above --max-params 20k, (\d+) above", capsys.readouterr().out
+    )
+    assert len(said) == 3  # a line for each batch
+    assert min(counts) > 0
+    assert [sum(int(line[i]) for line in said) for i in (1, 2)] == counts
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+@pytest.mark.parametrize("kept", range(6))
+def test_a_search_with_limits_continues_where_it_was_killed(
+    kept, checkpoint, tmp_path, monkeypatch
+):
+    """After any record, with the checkpoint or from the records alone."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    whole, wanted = play(
+        tmp_path / "a", distinct(), lambda i: success(0.1 * i), 5, 2, limits=LIMITS
+    )
+
+    def killed(index):
+        if index == kept:
+            raise KeyboardInterrupt
+        return success(0.1 * index)
+
+    scripts: list[Script] = []
+    with contextlib.suppress(KeyboardInterrupt):
+        play(tmp_path / "b", distinct(), killed, 5, 2, scripts, LIMITS)
+    (run,) = (tmp_path / "b").iterdir()
+    if not checkpoint:
+        (run / "checkpoint" / "state.pt").unlink()
+        scripts.clear()
+    _, records = play(tmp_path / "b", distinct(), lambda i: success(0.1 * i), 5, 2, scripts, LIMITS)
+    assert untimed(records) == untimed(wanted)
+    assert any(record.rejected for record in records)
+    assert [told for script in scripts for told in script.told] == whole.told
+
+
+def test_limits_that_nothing_meets(tmp_path):
+    limits = SamplingSettings(max_params="1k", max_macs=9).limits
+    genotypes = [g for g in itertools.islice(distinct(), 1200) if size(g)["params"] > 1000]
+    least = min(size(g)["params"] for g in genotypes[:1000])
+    smallest = min(size(g)["macs"] for g in genotypes[:1000])
+    message = (
+        "search: expected architectures within --max-params 1k and --max-macs 9, got 1,000 in a "
+        f"row beyond; the smallest had {least:,} params and {smallest} macs: raise --max-params in "
+        "a new run"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        play(tmp_path, iter(genotypes), lambda i: success(0.4), budget=1, limits=limits)
+
+
+def test_one_limit_is_summarised_in_short():
+    limits = Limits((Limit.of("params", "0.3M"),))
+    rejected = [limits.exceeded({"params": 300_000 + i, "macs": 5}) for i in (1, 2)]
+    assert rejected == [{"params": 300_001}, {"params": 300_002}]
+    assert limits.exceeded({"params": 300_000, "macs": 5}) == {}
+    assert limits.summary(rejected) == "rejected 2 above --max-params 0.3M"
+
+
+@pytest.mark.parametrize("name", ["max_params", "max_macs"])
+def test_a_limit_that_is_no_count(name):
+    message = (
+        f"{name}: expected a count such as 300000, 300k, 0.3M or 1.5G, got '0.3X'; correct the"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        SamplingSettings(**{name: "0.3X"})

@@ -165,6 +165,54 @@ def test_failed_candidates_leave_the_policy_untouched():
     assert not torch.equal(parameters(strategy), before)
 
 
+# Rejections
+
+
+def test_a_rejected_sample_has_the_reward_of_the_worst_one(monkeypatch):
+    seen = []
+
+    def advantages(rewards, decay):
+        seen.append(list(rewards))
+        return leave_one_out_advantages(rewards, decay)
+
+    monkeypatch.setattr("nasfast.strategies.ppo.leave_one_out_advantages", advantages)
+    strategy = small(batch_size=2, buffer_size=3)
+    for reward in (None, 0.4, None, 0.2, None, None, 0.6, 0.8):
+        genotype = strategy.ask()
+        strategy.reject(genotype) if reward is None else strategy.tell(genotype, reward)
+    # those before the first reward too; the latest three of either kind stay
+    assert seen == [[0.2, 0.4, 0.2, 0.2], [0.2, 0.2, 0.2, 0.2, 0.6, 0.8]]
+    assert [r for *_, r in strategy.state_dict()["buffer"]] == [None, 0.2, None, None, 0.6, 0.8]
+    with pytest.raises(ValueError, match="tell: expected the reward of no genotype, got Fast"):
+        strategy.reject(genotype)
+
+
+def test_rejections_alone_change_nothing():
+    strategy = small()
+    before = parameters(strategy)
+    for _ in range(3):
+        strategy.reject(strategy.ask())
+    assert torch.equal(parameters(strategy), before)
+
+
+def test_the_controller_learns_to_keep_to_a_limit():
+    """Of a tenth of the space, and although the reward grows with what is limited."""
+    strategy = small(batch_size=4, minibatch_size=50, hidden_size=32)
+    shares, rng = [], random.Random(0)
+    for _ in range(3):
+        rejected = 0
+        for _ in range(100):
+            genotype = strategy.ask()
+            ops = sum(op for layer in genotype.cell.layers for op in layer[2:])
+            if ops > 20:
+                strategy.reject(genotype)
+                rejected += 1
+            else:
+                strategy.tell(genotype, 0.4 + 0.002 * ops + rng.gauss(0, 0.01))
+        shares.append(rejected / 100)
+    assert shares[0] > 0.6 > 0.4 > shares[2]
+
+
 # State
 
 

@@ -22,7 +22,10 @@ def play(strategy, count):
     asked = []
     for i in range(count):
         asked.append(strategy.ask())
-        strategy.tell(asked[-1], None if i % 4 == 2 else random.Random(str(asked[-1])).random())
+        if i % 4 == 3:
+            strategy.reject(asked[-1])
+        else:
+            strategy.tell(asked[-1], None if i % 4 == 2 else random.Random(str(asked[-1])).random())
     return asked
 
 

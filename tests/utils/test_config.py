@@ -11,8 +11,10 @@ from typing import Annotated, Any, Literal
 
 import pytest
 import tomli_w
+from hypothesis import given
+from hypothesis import strategies as st
 
-from nasfast.utils.config import Bound, Bounded, Count, MaxNorm, from_mapping
+from nasfast.utils.config import Bound, Bounded, Count, MaxNorm, count_of, from_mapping
 from nasfast.utils.errors import UserError
 
 
@@ -171,3 +173,24 @@ def test_numbers_out_of_their_bounds(given, expected):
 
 def test_numbers_within_their_bounds():
     Limited(positive=1e30, share=0.0, decay=1.0, side=2, classes=(0, 255), free=math.nan)
+
+
+@given(st.integers(1, 10**6), st.integers(0, 6), st.sampled_from(["", "k", "M", "G", "T"]))
+def test_counts_are_exact(digits, places, unit):
+    """Digits with a point before the last of them, and a unit."""
+    scale = 1000 ** ["", "k", "M", "G", "T"].index(unit)
+    text = f"{digits // 10**places}.{digits % 10**places:0{places}}" if places else f"{digits}"
+    count = digits * scale // 10**places
+    if count:
+        assert count_of(f"{text}{unit}", "size") == count_of(f" {text} {unit} ", "size") == count
+        assert count_of(count, "size") == count_of(f"{count:_}", "size") == count
+
+
+@pytest.mark.parametrize("value", ["", "M", "-1", "0", 0, "0.3", "0.3B", "1e6", "1,000", 10**30])
+def test_no_count(value):
+    message = (
+        "size: expected a count such as 300000, 300k, 0.3M or 1.5G, got "
+        f"{value!r}; correct the value"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        count_of(value, "size")

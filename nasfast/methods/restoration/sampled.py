@@ -116,6 +116,7 @@ def sampled_search(
         config.budget,
         config.batch,
         workers.engine_for(functools.partial(evaluator_on, config)),
+        config.limits,
     )
     return SamplingSearch(phase, workers=workers)
 

@@ -91,6 +91,12 @@ class SearchConfig(SamplingSettings):
                 f"params: expected --strategy random, which samples, got {self.strategy}; a search "
                 "by gradient is not held to a size"
             )
+        if self.limits:
+            raise UserError(
+                "max_params, max_macs: expected --strategy random, which samples, got "
+                f"{self.strategy}; limits are for sampled architectures, a search by gradient is "
+                "held to none"
+            )
         if (self.workers, self.devices, self.engine) != (None, None, "process"):
             raise UserError(
                 "workers, devices, engine: expected --strategy random, which samples, got "

@@ -107,7 +107,7 @@ def build(config: Config, interrupt: Interrupt, console: Console) -> tuple[Sampl
     )
     strategy = make_strategy(config.strategy, space, config.seed, config.ppo)
     evaluator = make_evaluator(config, features)
-    phase = Phase(space, strategy, evaluator, config.budget, config.batch, engine)
+    phase = Phase(space, strategy, evaluator, config.budget, config.batch, engine, config.limits)
     return SamplingSearch(phase, workers=workers), config
 
 

@@ -21,7 +21,7 @@ from nasfast.spaces.base import Genotype
 from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.loop import Runtime
 from nasfast.training.metrics import SegmentationScores
-from nasfast.utils.config import Bound
+from nasfast.utils.config import Bound, Pixels
 
 
 @dataclasses.dataclass(frozen=True)
