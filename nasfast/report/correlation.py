@@ -27,7 +27,7 @@ from nasfast.utils.statistics import best_of_draws
 
 __all__ = ["correlation", "correlation_table"]
 
-HEAD = ("stage", "architectures", "number", "Kendall's tau", "Spearman's rho", "ceiling")
+HEAD = ("stage", "architectures", "n", "Kendall's tau", "Spearman's rho", "ceiling")
 
 
 def correlation(study: Study) -> Iterator[Section]:
@@ -206,7 +206,7 @@ def _random(study: Study, control: Study) -> Iterator[Element]:
         legend_key("95 % of the orders", element("rect", width=14, height=10, class_="band")),
     )
     yield element("h3", f"Share of candidates that reach a {stage} reward")
-    reach = CostChart.of_costs(f"{stage} reward", bounds, [0, 1])
+    reach = CostChart.of_costs(f"{stage} reward", bounds, [0, 0.9])  # to 1
     marks = []
     for rewards, color in ((theirs, "c1"), (ours, "c0")):
         ordered = sorted(rewards)
