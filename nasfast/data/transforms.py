@@ -22,16 +22,19 @@ class Transform(Protocol):
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random scale, mirror and crop; never pads.
+    """Random scale, mirror, crop and colours; never pads.
 
     The scale, drawn from `scale_range`, is raised where the shorter side would fall below
     `shorter_side` or a side below the crop. Sizes are pixels, (height, width) or one number.
+    Brightness, contrast and saturation are multiplied, in this order, by factors from 1 - `jitter`
+    to 1 + `jitter`.
     """
 
     crop: Size
     shorter_side: int
     scale_range: tuple[float, float] = (0.7, 1.4)
     mirror: bool = True
+    jitter: float = 0.0
 
     def __post_init__(self) -> None:
         _check_size("TrainTransform", "crop", self.crop)
@@ -42,6 +45,8 @@ class TrainTransform:
                 f"TrainTransform: expected scale_range (low, high) with 0 < low <= high, "
                 f"got {self.scale_range}"
             )
+        if not 0 <= self.jitter <= 1:
+            raise ValueError(f"TrainTransform: expected jitter from 0 to 1, got {self.jitter}")
 
     def __call__(self, sample: Sample, generator: torch.Generator | None = None) -> Sample:
         if generator is None:
@@ -61,7 +66,11 @@ class TrainTransform:
         top = int(draw[1] * (height - crop_h + 1))
         left = int(draw[2] * (width - crop_w + 1))
         flip = self.mirror and draw[3] < 0.5
-        return _crop(sample, top, left, crop_h, crop_w, flip)
+        sample = _crop(sample, top, left, crop_h, crop_w, flip)
+        if not self.jitter:
+            return sample
+        factors = 1 + self.jitter * (2 * torch.rand(3, generator=generator) - 1)
+        return Sample(_colored(sample.image, *factors.tolist()), sample.mask)
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,19 @@ def _crop(
     window = (..., slice(top, top + height), slice(left, left + width))
     image, mask = sample.image[window], sample.mask[window]
     return Sample(image.flip(-1), mask.flip(-1)) if flip else Sample(image, mask)
+
+
+def _colored(image: Tensor, brightness: float, contrast: float, saturation: float) -> Tensor:
+    """An image uint8 ``[3, H, W]``: distances to black, to its mean grey and to each pixel's grey
+    (ITU-R 601 luma) are multiplied by the factors."""
+
+    def grey(pixels: Tensor) -> Tensor:  # [H, W]
+        return 0.299 * pixels[0] + 0.587 * pixels[1] + 0.114 * pixels[2]
+
+    pixels = (image.float() * brightness).clamp_(0, 255)
+    pixels = torch.lerp(grey(pixels).mean(), pixels, contrast).clamp_(0, 255)
+    pixels = torch.lerp(grey(pixels), pixels, saturation).clamp_(0, 255)
+    return pixels.round_().byte()
 
 
 def _pair(size: Size) -> tuple[int, int]:

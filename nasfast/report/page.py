@@ -21,6 +21,7 @@ from nasfast.report.html import element, legend, legend_key, table, terms
 from nasfast.report.numbers import cost_label, cost_text, duration, number
 from nasfast.report.predictions import predictions
 from nasfast.report.ranking import Stage, genotype_text, metric_text, ranking_table, stages
+from nasfast.report.trainings import trainings
 from nasfast.runs.records import Record
 from nasfast.runs.study import Study
 from nasfast.utils.files import atomic_write
@@ -98,9 +99,8 @@ def _parts(study: Study, hook: MethodReport, baseline: Study | None) -> list[Ele
     if baseline is not None:
         parts.append(_section("Comparison", [_comparison(study, baseline)]))
     drawn = hook.architecture(best) if best else ()
-    more = itertools.chain(
-        correlation(study), predictions(study, hook), drawn, hook.sections(study)
-    )
+    trained = itertools.chain(predictions(study, hook), trainings(study, hook))
+    more = itertools.chain(correlation(study), trained, drawn, hook.sections(study))
     parts += [_section(section.title, section.content) for section in more]
     if content := fronts(study):
         parts.append(_section("Reward against cost", content))

@@ -18,7 +18,7 @@ from nasfast.training.pictures import FAILED
 from nasfast.utils.errors import UserError
 from nasfast.utils.files import read_json, read_object
 
-__all__ = ["predictions"]
+__all__ = ["by_number", "predictions"]
 
 FOLDERS = (PREDICTIONS, "pictures")
 """Of a training's pictures, and of those that `nasfast evaluate` made of it."""
@@ -53,7 +53,7 @@ def predictions(study: Study, hook: MethodReport) -> Iterator[Section]:
 def _trained(study: Study, hook: MethodReport) -> Iterator[_Network]:
     found = {path.parent.parent for name in FOLDERS for path in study.path.glob(f"*/{name}/*")}
     found |= {path.parent for path in study.path.glob("*/metrics.json")}
-    for folder in sorted(found - {study.path / PREDICTIONS}, key=_order):
+    for folder in sorted(found - {study.path / PREDICTIONS}, key=by_number):
         file = folder / "metrics.json"
         metrics = read_object(file) if file.is_file() else {}
         genotype = metrics.get("genotype")
@@ -99,7 +99,7 @@ def _scored(study: Study) -> Iterator[_Network]:
     )
 
 
-def _order(folder: Path) -> tuple[int, str]:
+def by_number(folder: Path) -> tuple[int, str]:
     """train-9 before train-10."""
     number = folder.name.rpartition("-")[2]
     return (int(number) if number.isdigit() else -1, folder.name)

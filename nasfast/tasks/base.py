@@ -132,6 +132,12 @@ class DenseTask(ABC, Generic[S]):
     def criterion(self, output: Tensor, targets: Targets) -> Tensor:
         """Loss of an output ``[N, outputs, h, w]`` of any resolution, a float32 scalar."""
 
+    def weight(self, targets: Targets) -> Tensor:
+        """What `criterion` is a mean over, a float32 scalar: the loss of a batch is the mean of
+        those of its parts, which weigh so much. By default the number of samples."""
+        (target, *_) = targets.values()
+        return torch.full((), len(target), dtype=torch.float32, device=target.device)
+
     @abstractmethod
     def score(
         self, batches: Iterable[tuple[T, Targets]], predict: Callable[[T], Tensor], runtime: Runtime

@@ -186,12 +186,18 @@ class SegmentationTask(DenseTask[SegmentationScores]):
         total = F.cross_entropy(
             rows, labels, weight, ignore_index=self.ignore_index, reduction="sum"
         )
-        counted = labels != self.ignore_index
-        if weight is not None:
-            pixels = (weight[labels.masked_fill(~counted, 0)] * counted).sum()
-        else:
-            pixels = counted.sum()
+        pixels = self._pixels(labels)
         return total / (pixels + (pixels == 0))
+
+    def weight(self, targets: Targets) -> Tensor:
+        """The labelled pixels, by the weights of their classes."""
+        return self._pixels(targets["labels"].long()).float()
+
+    def _pixels(self, labels: Tensor) -> Tensor:
+        counted = labels != self.ignore_index
+        if self.class_weight is None:
+            return counted.sum()
+        return (self.class_weight[labels.masked_fill(~counted, 0)] * counted).sum()
 
     @torch.inference_mode()
     def score(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,11 @@ from nasfast.training.polyak import PolyakAverage
 from nasfast.utils.errors import UserError
 
 T = TypeVar("T")
+
+Precision = Literal["auto", "float32", "bfloat16"]
+"""Of activations; auto: bfloat16 where the device computes it natively."""
+Schedule = Literal["one-cycle", "cosine", "poly"]
+"""How learning rates go down: see `scheduled`."""
 
 
 class NonFiniteLossError(UserError):
@@ -31,11 +36,14 @@ class Runtime:
     """Device of networks, features, labels and metrics."""
     heartbeat: Callable[[], None] = lambda: None
     """Called before every step; may raise to stop (Ctrl-C)."""
+    choice: Precision = "auto"
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of activations under :meth:`autocast`."""
-        return autocast_dtype(self.device) or torch.float32
+        if self.choice == "auto":
+            return autocast_dtype(self.device) or torch.float32
+        return torch.bfloat16 if self.choice == "bfloat16" else torch.float32
 
     @property
     def precision(self) -> str:
@@ -43,7 +51,7 @@ class Runtime:
         return str(self.dtype).removeprefix("torch.")
 
     def autocast(self) -> AbstractContextManager[object]:
-        """bfloat16 where the device computes it natively, else nothing."""
+        """bfloat16 where it is chosen, else nothing."""
         return torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
         )
@@ -71,18 +79,37 @@ class Group:
     """Stepped after the optimizer."""
 
 
-def one_cycle(
-    optimizer: torch.optim.Optimizer, steps: int, warmup: float = 0.1
+def scheduled(
+    optimizer: torch.optim.Optimizer, kind: Schedule, steps: int, warmup: float | None = None
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up to the optimizer's learning rate over a share of the steps, cosine to zero."""
+    """Learning rates of so many steps: a linear rise to the optimizer's own, a fall to zero.
+
+    Args:
+        optimizer: a learning rate that is a tensor is changed in place, as recorded steps need it.
+        kind: the fall is that of a cosine, or of "poly" (1 - t) ** 0.9 over the share t of it.
+        steps: in all.
+        warmup: share of the steps in which it rises; None: 0.1 for "one-cycle", else none.
+    """
+    if warmup is None:
+        warmup = 0.1 if kind == "one-cycle" else 0.0
     rise = max(1, round(warmup * steps))
+    fall = max(1, steps - rise)
 
     def factor(step: int) -> float:
         if step < rise:
             return (step + 1) / rise
-        return (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))) / 2
+        if kind == "poly":
+            return float(max(0.0, 1 - (step - rise) / fall) ** 0.9)
+        return (1 + math.cos(math.pi * (step - rise) / fall)) / 2
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def one_cycle(
+    optimizer: torch.optim.Optimizer, steps: int, warmup: float = 0.1
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up to the optimizer's learning rate over a share of the steps, cosine to zero."""
+    return scheduled(optimizer, "one-cycle", steps, warmup)
 
 
 def in_order(count: int, batch_size: int) -> Iterator[Tensor]:
@@ -99,46 +126,71 @@ def epoch_indices(count: int, batch_size: int, generator: torch.Generator) -> It
 
 def train_epoch(
     batches: Iterable[T],
-    loss_of: Callable[[T], Tensor],
+    loss_of: Callable[[T], Tensor | Iterator[Tensor]],
     groups: Sequence[Group],
     runtime: Runtime,
     average: PolyakAverage | None = None,
     graph: GraphedStep | None = None,
+    *,
+    gathered: Callable[[], None] = lambda: None,
+    after: Callable[[], None] = lambda: None,
 ) -> float:
     """One pass of optimisation steps; returns the mean loss.
 
-    The loss is read from the device once, at the end. ``average`` follows every step. ``graph``
-    repeats the steps of this and later passes, which must be the same: no schedules, and batches of
-    tensors.
+    The loss is read from the device once, at the end.
+
+    Args:
+        batches: one a step.
+        loss_of: the loss of a batch, or those of its parts, whose gradients are summed: each is
+            computed when the gradients of the one before are there.
+        groups: what is trained.
+        runtime: device and precision.
+        average: follows every step.
+        graph: repeats the steps of this and later passes, which must be the same, on batches of
+            tensors.
+        gathered: called when a step's gradients are there, before they are clipped.
+        after: called after every step, outside of what a graph repeats.
 
     Raises:
         NonFiniteLossError: the mean loss is NaN or infinite.
-        ValueError: a graph beside a schedule, whose learning rates it would not follow.
+        ValueError: a graph beside a schedule of a learning rate that is no tensor: the graph would
+            not follow it.
     """
-    if graph is not None and any(group.schedule is not None for group in groups):
-        raise ValueError(
-            "train_epoch: expected groups without a schedule beside a graph, which repeats the "
-            "learning rate that it was recorded with, got one; leave out either"
-        )
+    if graph is not None:
+        for group in groups:
+            rates = [own["lr"] for own in group.optimizer.param_groups]
+            if group.schedule is not None and not all(isinstance(lr, Tensor) for lr in rates):
+                raise ValueError(
+                    "train_epoch: expected learning rates with a schedule to be tensors beside a "
+                    f"graph, which repeats the numbers that it was recorded with, got {rates}; "
+                    "leave out either, or make them tensors"
+                )
 
     def step(batch: T) -> Tensor:
-        loss = loss_of(batch)
+        losses = loss_of(batch)
         for group in groups:
             group.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        total: Tensor | None = None
+        for loss in [losses] if isinstance(losses, Tensor) else losses:
+            loss.backward()  # type: ignore[no-untyped-call]
+            total = loss.detach() if total is None else total + loss.detach()
+        gathered()
         for group in groups:
             nn.utils.clip_grad_norm_(group.parameters, group.max_norm)
             group.optimizer.step()
-            if group.schedule is not None:
-                group.schedule.step()
         if average is not None:
             average.update()
-        return loss.detach()
+        assert total is not None
+        return total
 
     total, steps = torch.zeros((), device=runtime.device), 0
     for batch in batches:
         runtime.heartbeat()
         total += step(batch) if graph is None else graph(step, cast(Batch, batch))
+        for group in groups:
+            if group.schedule is not None:
+                group.schedule.step()
+        after()
         steps += 1
     mean = total.item() / max(steps, 1)
     if not math.isfinite(mean):

@@ -350,3 +350,17 @@ def test_terminal_table(study):
     assert str(table.caption).startswith("architecture 3: [[3,7]]")
     assert columns(table)["full"] == ["0.5200", "0.4321"]
     assert terminal_table(study, MADE).row_count == 3
+
+
+def test_curves_of_trainings(study):
+    points = [{"epoch": 5, "depth_error": 0.3}, {"epoch": 10, "depth_error": 0.25}]
+    for name, validation in (("train-1", points), ("train-2", points[1:]), ("train-10", points)):
+        metrics = {"validation": validation, "epochs": 10, "kept_epoch": 10}
+        (study.path / name).mkdir()
+        (study.path / name / "metrics.json").write_text(json.dumps(metrics))
+    page = write_report(study, MADE).read_text()
+    assert "<h2>depth error while training</h2>" in page
+    assert 'aria-label="train-1, train-10"' in page
+    note = "train-10: the network is that of epoch 10 of 10, depth error 0.2500."
+    assert note in page
+    assert "train-2: the network" not in page

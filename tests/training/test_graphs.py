@@ -129,15 +129,33 @@ def test_a_step_that_cannot_be_recorded_stays_eager():
     torch.testing.assert_close(graphed.state(), eager.state(), rtol=0, atol=0)
 
 
-def test_a_schedule_is_refused():
-    training = Training()
-    schedule = torch.optim.lr_scheduler.ConstantLR(training.group.optimizer)
+def halving(training):
+    """Give the training a learning rate that is halved after every step, as far as it may."""
+    schedule = torch.optim.lr_scheduler.ExponentialLR(training.group.optimizer, 0.5)
     training.group = dataclasses.replace(training.group, schedule=schedule)
+    return training
+
+
+def test_a_schedule_is_followed():
+    eager, graphed = halving(Training()), Training()
+    (own,) = graphed.group.optimizer.param_groups
+    own["lr"] = torch.tensor(own["lr"])
+    recorder = Repeater()
+    losses = halving(graphed).run(GraphedStep(recorder))
+    assert losses == pytest.approx(eager.run(None))
+    assert "repeat" in recorder.log
+    assert graphed.group.schedule.last_epoch == 12
+    torch.testing.assert_close(graphed.state(), eager.state())
+
+
+def test_a_schedule_of_numbers_is_refused():
+    training = halving(Training())
     with pytest.raises(ValueError) as error:
         training.run(GraphedStep(Repeater()))
     assert str(error.value) == (
-        "train_epoch: expected groups without a schedule beside a graph, which repeats the "
-        "learning rate that it was recorded with, got one; leave out either"
+        "train_epoch: expected learning rates with a schedule to be tensors beside a graph, which "
+        "repeats the numbers that it was recorded with, got [0.05]; leave out either, or make them "
+        "tensors"
     )
     assert training.calls == 0
 
