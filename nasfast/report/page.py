@@ -102,10 +102,8 @@ def _parts(study: Study, hook: MethodReport, baseline: Study | None) -> list[Ele
     if baseline is not None:
         parts.append(_section("Comparison", [_comparison(study, baseline)]))
     drawn = hook.architecture(best) if best else ()
-    trained = trainings(study, hook)
-    more = itertools.chain(
-        correlation(study), predictions(study, hook), trained, drawn, hook.sections(study)
-    )
+    trained = itertools.chain(predictions(study, hook), trainings(study, hook))
+    more = itertools.chain(correlation(study), trained, drawn, hook.sections(study))
     parts += [_section(section.title, section.content) for section in more]
     if content := fronts(study):
         parts.append(_section("Reward against cost", content))
