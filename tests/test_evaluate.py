@@ -6,6 +6,7 @@ import shutil
 import torch
 
 from nasfast.commands import evaluate
+from nasfast.methods.segmentation.evaluate import summed
 
 
 def test_it_reproduces_the_training_s_metrics(tiny_model, tmp_path, capsys):
@@ -60,4 +61,35 @@ def test_a_run_that_was_not_trained_yet(tiny_run, capsys):
     assert capsys.readouterr().err == (
         f"error: {tiny_run}: expected a model.safetensors, a training or a run with one, got "
         f"none; `nasfast train {tiny_run}` makes it\n"
+    )
+
+
+def test_several_views_are_named_in_the_result(tiny_model, tmp_path, capsys):
+    model = shutil.copytree(tiny_model, tmp_path / "train")
+    flags = ["--device", "cpu", "--seconds", "0.01", "--scales", "0.75,1,1.25", "--flip"]
+    assert evaluate.main([str(model), *flags]) == 0
+    views = "softmax summed over scales 0.75, 1, 1.25 and mirror images"
+    assert json.loads((model / "evaluation.json").read_text())["views"] == views
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"2 val images of three bands; {views}" in printed
+    assert evaluate.main([str(model), *flags[:4], "--scales", "1,none"]) == 2
+    assert capsys.readouterr().err == (
+        "error: scales: expected factors from 0.05 to 20, such as 0.75,1,1.25, got '1,none'; "
+        "correct them\n"
+    )
+
+
+def test_probabilities_are_summed_where_they_belong():
+    """Of a network without context, mirror images add the same, and scale 1 is the network's."""
+
+    def network(images):
+        return torch.cat([images, -images[:, :1]], 1)
+
+    images = torch.rand(2, 3, 6, 8)
+    once = network(images).softmax(1)
+    torch.testing.assert_close(summed(network, (1,), False, images), once)
+    torch.testing.assert_close(summed(network, (1, 1), True, images), 4 * once)
+    constant = images.mean((2, 3), keepdim=True).expand_as(images)
+    torch.testing.assert_close(
+        summed(network, (0.5, 2), True, constant), 4 * network(constant).softmax(1)
     )

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from search_runs import assert_same_training
 
 from nasfast.commands import train
+from nasfast.methods import dense
 from nasfast.methods.segmentation.train import TrainConfig
 from nasfast.models.io import load_model
 from nasfast.runs.checkpoint import save_checkpoint
@@ -133,3 +135,20 @@ def test_precision_can_be_chosen(choice):
     with runtime.autocast():
         assert torch.nn.Linear(2, 2)(torch.rand(1, 2)).dtype == getattr(torch, choice)
     assert runtime.precision == choice
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_recorded_steps_follow_the_schedule(tiny_training, tmp_path, monkeypatch):
+    """On a GPU, also across a stop and with an average, steps are recorded and train as eager
+    ones do."""
+    more = "--device cuda --epochs 6 --precision float32 --ema 0.9 --freeze-epochs 2 --loaders 2"
+    argv = [*tiny_training, *more.split()]
+    assert train.main([*argv, "--out", str(tmp_path / "recorded")]) == 0
+    shutil.copytree(tmp_path / "recorded", tmp_path / "again")
+    assert train.main(["--resume", str(tmp_path / "again")]) == 0
+    monkeypatch.setattr(dense, "graphed_step", lambda device: nullcontext())
+    assert train.main([*argv, "--out", str(tmp_path / "eager")]) == 0
+    recorded, again, eager = (metrics(tmp_path / name) for name in ("recorded", "again", "eager"))
+    assert recorded["losses"] == pytest.approx(eager["losses"], rel=1e-2)
+    assert again["miou"] == recorded["miou"]
