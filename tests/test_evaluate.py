@@ -3,10 +3,12 @@
 import json
 import shutil
 
+import pytest
 import torch
 
 from nasfast.commands import evaluate
-from nasfast.methods.segmentation.evaluate import summed
+from nasfast.methods.segmentation.evaluate import EvaluateConfig, summed
+from nasfast.utils.errors import UserError
 
 
 def test_it_reproduces_the_training_s_metrics(tiny_model, tmp_path, capsys):
@@ -72,11 +74,9 @@ def test_several_views_are_named_in_the_result(tiny_model, tmp_path, capsys):
     assert json.loads((model / "evaluation.json").read_text())["views"] == views
     printed = " ".join(capsys.readouterr().out.split())
     assert f"2 val images of three bands; {views}" in printed
-    assert evaluate.main([str(model), *flags[:4], "--scales", "1,none"]) == 2
-    assert capsys.readouterr().err == (
-        "error: scales: expected factors from 0.05 to 20, such as 0.75,1,1.25, got '1,none'; "
-        "correct them\n"
-    )
+    message = "scales: expected factors from 0.05 to 20, such as 0.75,1,1.25, got '1,none'; correct"
+    with pytest.raises(UserError, match=message):
+        EvaluateConfig(model, scales="1,none")
 
 
 def test_probabilities_are_summed_where_they_belong():

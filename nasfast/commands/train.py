@@ -2,7 +2,9 @@
 
 RUN is the run directory of a search (its best architecture is trained on the search's data), a
 JSON file with a genotype, or the name of a published architecture (``nasfast info --models``).
-``--resume DIR`` continues a training. ``nasfast train RUN --help`` shows the flags of RUN's method.
+``--resume DIR`` continues a training. ``torchrun --nproc-per-node 2 -m nasfast.train RUN`` divides
+each batch of a segmentation network among processes, one a GPU. ``nasfast train RUN --help`` shows
+the flags of RUN's method.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
@@ -27,8 +30,9 @@ from nasfast.models.io import MODEL_FILE
 from nasfast.models.zoo import list_models
 from nasfast.report import write_report
 from nasfast.runs.checkpoint import load_checkpoint, restoring, save_checkpoint
-from nasfast.runs.study import Study
+from nasfast.runs.study import Study, locked
 from nasfast.spaces.base import Genotype
+from nasfast.training import processes
 from nasfast.training.loop import Runtime
 from nasfast.utils.cli import flag_value, refuse_others, reports_errors, say
 from nasfast.utils.config import from_mapping
@@ -100,11 +104,12 @@ def resolve(
 
 
 def fit(training: Training, out: Path, console: Console) -> None:
-    """Train to the last round; a checkpoint follows every round."""
+    """Train to the last round; a checkpoint follows every round, from the process of rank 0."""
     while training.done < training.rounds:
         line = training.round()
-        save_checkpoint(out / "checkpoint.pt", training.state_dict())
-        say(console, line)
+        if processes.rank() == 0:
+            save_checkpoint(out / "checkpoint.pt", training.state_dict())
+            say(console, line)
 
 
 def changes(config: TrainSettings, training: Training) -> list[str]:
@@ -199,15 +204,23 @@ class Session:
             StopRequested: after Ctrl-C; finished epochs are saved.
         """
         with Interrupt() as interrupt:
-            device = resolve_device(self.config.device)
+            device = resolve_device(processes.device(self.config.device))
             found = self.train(Runtime(device, interrupt.check), console)
-        if self.out.parent == self.config.source:
+        if processes.rank() == 0 and self.out.parent == self.config.source:
             study = Study.open(self.config.source, read_only=True)
             write_report(study, self.method.report)
         return found
 
     def train(self, runtime: Runtime, console: Console) -> str:
         """The same on a given device, without a report."""
+        with ExitStack() as stack:
+            return self._train(runtime, console, stack)
+
+    def _train(self, runtime: Runtime, console: Console, stack: ExitStack) -> str:
+        writes = processes.rank() == 0
+        begun = self.out.exists()
+        if writes and begun:
+            stack.enter_context(locked(self.out))
         training = self.method.training(self.config, self.genotype, self.out, runtime)
         checkpoint = self.out / "checkpoint.pt"
         remedy = "restore it from a copy, or remove it: the training then begins again"
@@ -215,8 +228,9 @@ class Session:
         if state is not None:
             with restoring(checkpoint, remedy):
                 training.load_state_dict(state)
-        if not self.out.exists():  # only now: data or weights may have been refused
+        if writes and not begun:  # only now: data or weights may have been refused
             _make_directory(self.out, training.settings, self.genotype)
+            stack.enter_context(locked(self.out))
             changed = changes(self.config, training)
             if changed:
                 say(
@@ -224,19 +238,23 @@ class Session:
                     f"warning: {self.config.source}: the {', '.join(changed)} changed since "
                     "the search read them; the network is trained on what is there now",
                 )
-        elif self.moved:
+        elif writes and self.moved:
             _write_config(self.out, training.settings)
         about_it = f"training {self.genotype.to_json()}\n{training.summary}"
         say(console, f"{about_it}\nout      {self.out}")
         fit(training, self.out, console)
-        return training.finish()
+        return training.finish() if writes else ""
 
 
 @reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status (130 after Ctrl-C)."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    console = Console()
+    with processes.joined():
+        return _main(sys.argv[1:] if argv is None else list(argv))
+
+
+def _main(argv: list[str]) -> int:
+    console = Console(quiet=processes.rank() > 0)
     if flag_value(argv, "--resume") is not None:
         refuse_others(
             Resume,
@@ -247,6 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         method, found = method_of_source(argv)
         session = Session.begin(method, method.parse_train(argv, found, __doc__))
+        processes.barrier()  # all have found the same free directory before one makes it
     try:
         scores = session.run(console)
     except StopRequested:

@@ -156,9 +156,14 @@ class DenseTraining(ABC):
         torch.manual_seed(derive_seed(settings.seed, "train"))
         self.model = self.network()
         runtime.place(self.model)
+        processes.synchronize(self.model, runtime.device)
         self.teacher = self._load_teacher()
         self.history: list[dict[str, Any]] = []
-        self._stepping = dataclasses.replace(runtime, choice=settings.precision)
+        stop = processes.together(runtime.heartbeat, runtime.device)
+        self._stepping = dataclasses.replace(runtime, heartbeat=stop, choice=settings.precision)
+        # the other processes wait meanwhile, so a stop has to wait for the next step
+        alone = processes.size() == 1
+        self._scoring = runtime if alone else Runtime(runtime.device)
         self._generator = torch.Generator().manual_seed(derive_seed(settings.seed, "order"))
         epochs = {"decoder": settings.epochs, "encoder": settings.epochs - settings.freeze_epochs}
         self._groups = [self._group(part, count) for part, count in epochs.items()]
@@ -195,6 +200,12 @@ class DenseTraining(ABC):
                 f"batch_size: expected at least {parts} crops, one for each of "
                 f"{processes.size()} processes x {self.settings.accumulate} parts (accumulate), "
                 f"got {batch}; raise it, or lower those"
+            )
+
+        if batch % processes.size():
+            raise UserError(
+                f"batch_size: expected a multiple of the {processes.size()} processes, which get "
+                f"equal parts, got {batch}; change it"
             )
 
     def _load_teacher(self) -> nn.Module | None:
@@ -296,11 +307,12 @@ class DenseTraining(ABC):
             self._batches(),
             self._losses,
             groups,
-            self.runtime,
+            self._stepping,
             graph=self._step_of(frozen),
             gathered=lambda: processes.sum_gradients(p for g in groups for p in g.parameters),
             after=self._average.update if self._average else lambda: None,
         )
+        loss = processes.summed(torch.tensor(loss, device=self.runtime.device)).item()
         entry: dict[str, Any] = {"loss": loss}
         line = f"epoch {self.done + 1}/{self.rounds}  loss {loss:.4f}"
         last = self.done + 1 == self.rounds
@@ -398,7 +410,7 @@ class DenseTraining(ABC):
         with self._average.applied() if self._average else nullcontext():
             self.model.eval()
             scores: Scores = self.task.score(
-                self._validation(), lambda images: self.model(images)[0], self.runtime
+                self._validation(), lambda images: self.model(images)[0], self._scoring
             )
             better = self._best is None or scores.reward > self._best["reward"]
             if self.settings.keep == "best" and better:

@@ -116,6 +116,7 @@ def norm_relu(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     :func:`batch_norm_relu`."""
     momentum = norm.momentum
     own = norm.training and norm.affine and norm.weight.dtype != torch.bfloat16
+    own = own and type(norm) is nn.BatchNorm2d  # others take statistics from several processes
     own = own and x.numel() > x.shape[1]
     if not own or momentum is None or not _runs_own_ops(x):
         return F.relu(normalized(x, norm), inplace=True)

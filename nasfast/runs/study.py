@@ -20,8 +20,8 @@ import re
 import shutil
 import warnings
 import weakref
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
@@ -403,6 +403,20 @@ def _stem(method: str, name: str) -> str:
                 f"directory name), got {value!r}"
             )
     return f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{method}-{name}"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside, no other process writes to the folder.
+
+    Raises:
+        UserError: another one does.
+    """
+    descriptor = _acquire(folder / "lock")
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _acquire(path: Path) -> int:

@@ -1,14 +1,46 @@
-"""What the processes of one training share: gradients, sums, and who writes."""
+"""What the processes of one training, which ``torchrun`` started, share.
+
+Their losses are shares of the loss of the whole batch, so gradients are summed. BatchNorm takes
+statistics from the whole batch: on GPUs as torch's SyncBatchNorm, on CPUs, for which torch has
+none, as `SummedBatchNorm`. So they train as one process does, up to rounding.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TypeVar
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, distributed, nn
 
-T = TypeVar("T")
+from nasfast.utils.errors import UserError
+from nasfast.utils.interrupt import StopRequested
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Inside, the processes of ``torchrun`` are one; without it nothing happens.
+
+    Raises:
+        UserError: its variables are there in part: such processes would all write the same files.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count == "1":
+        yield
+        return
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR") if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"train: expected torchrun to set {', '.join(missing)} beside WORLD_SIZE={count}, got "
+            "none: each process would write the same folder; start them by torchrun, or unset "
+            "WORLD_SIZE"
+        )
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 def rank() -> int:
@@ -20,6 +52,53 @@ def size() -> int:
     """Processes of the training; 1 without ``torchrun``."""
     there = distributed.is_available() and distributed.is_initialized()
     return distributed.get_world_size() if there else 1
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    summed(torch.zeros(()))
+
+
+def device(name: str) -> str:
+    """The device of this process: of several, each has a GPU of its own.
+
+    Raises:
+        UserError: one GPU is named for all of them.
+    """
+    if size() == 1 or name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return name
+    if name not in ("auto", "cuda"):
+        raise UserError(
+            f"device: expected auto, cuda or cpu for {size()} processes, each of which takes a GPU "
+            f"of its own, got {name}; leave it out"
+        )
+    return f"cuda:{os.environ['LOCAL_RANK']}"
+
+
+def require_one(what: str) -> None:
+    """Raise UserError where there are several processes."""
+    if size() > 1:
+        raise UserError(
+            f"train: expected one process for {what}, whose trainings are not divided, got "
+            f"{size()}; start it without torchrun"
+        )
+
+
+def together(heartbeat: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """A heartbeat by which all processes stop at the same step, as soon as one is to."""
+    if size() == 1:
+        return heartbeat
+
+    def check() -> None:
+        stop = torch.zeros((), device=device)
+        try:
+            heartbeat()
+        except StopRequested:
+            stop += 1
+        if summed(stop).item():
+            raise StopRequested
+
+    return check
 
 
 def share(items: Tensor) -> Tensor:
@@ -44,3 +123,50 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     parts = torch.split(flat, [gradient.numel() for gradient in gradients])
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+class SummedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the batches of all processes, on any device; sums are in float64."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        wide = x.double()
+        sums = torch.cat([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))])
+        sums = _sum_with_gradient(sums)
+        count = summed(sums.new_tensor(x.numel() / x.shape[1]))
+        mean, square = (sums / count).chunk(2)
+        variance = (square - mean.square()).clamp(min=0)
+        if self.running_mean is not None and self.running_var is not None:
+            momentum = 0.1 if self.momentum is None else self.momentum
+            with torch.no_grad():
+                self.running_mean.lerp_(mean.to(self.running_mean), momentum)
+                unbiased = (variance * count / (count - 1)).to(self.running_var)
+                self.running_var.lerp_(unbiased, momentum)
+                if self.num_batches_tracked is not None:
+                    self.num_batches_tracked.add_(1)
+        scale = (variance + self.eps).rsqrt()
+        y = (wide - mean[:, None, None]) * scale[:, None, None]
+        if self.affine:
+            y = y * self.weight[:, None, None] + self.bias[:, None, None]
+        result: Tensor = y.to(x.dtype)
+        return result
+
+
+def _sum_with_gradient(values: Tensor) -> Tensor:
+    from torch.distributed.nn import functional  # slow to import, and absent from some builds
+
+    total: Tensor = functional.all_reduce(values)  # type: ignore[no-untyped-call]
+    return total
+
+
+def synchronize(model: nn.Module, device: torch.device) -> None:
+    """Let the BatchNorm layers of a network on the device see the batches of all processes."""
+    if size() == 1:
+        return
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        return
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SummedBatchNorm

@@ -1,20 +1,27 @@
 """What every full training of a dense task has beside its epochs."""
 
 import json
+import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from search_runs import assert_same_training
+from torch.nn import functional as F
 
 from nasfast.commands import train
 from nasfast.methods import dense
 from nasfast.methods.segmentation.train import TrainConfig
 from nasfast.models.io import load_model
 from nasfast.runs.checkpoint import save_checkpoint
+from nasfast.runs.study import locked
+from nasfast.training import processes
 from nasfast.training.loop import Runtime
 from nasfast.utils.errors import UserError
 
@@ -43,20 +50,20 @@ def everything(tiny_training, tiny_model, tmp_path_factory):
     return argv, out
 
 
-@pytest.mark.parametrize("epochs", [1, 3])
-def test_stopped_in_either_phase_it_ends_the_same(epochs, everything, tmp_path, monkeypatch):
+def test_stopped_in_both_phases_it_ends_the_same(everything, tmp_path, monkeypatch):
     argv, whole = everything
-
-    def stop(path, state):
-        save_checkpoint(path, state)
-        if len(state["history"]) == epochs:
-            raise Stop
-
     out = tmp_path / "train"
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "save_checkpoint", stop)
-        with pytest.raises(Stop):
-            train.main([*argv, "--out", str(out)])
+    for epochs, words in ((1, [*argv, "--out", str(out)]), (3, ["--resume", str(out)])):
+
+        def stop(path, state, epochs=epochs):
+            save_checkpoint(path, state)
+            if len(state["history"]) == epochs:
+                raise Stop
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "save_checkpoint", stop)
+            with pytest.raises(Stop):
+                train.main(words)
     assert train.main(["--resume", str(out)]) == 0
     assert_same_training(out, whole)
 
@@ -135,6 +142,106 @@ def test_precision_can_be_chosen(choice):
     with runtime.autocast():
         assert torch.nn.Linear(2, 2)(torch.rand(1, 2)).dtype == getattr(torch, choice)
     assert runtime.precision == choice
+
+
+def processes_of(argv, count=2):
+    """What torchrun starts: status, and what each printed on stdout and stderr."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "nasfast.train", *argv],
+            env=os.environ | common | {"OMP_NUM_THREADS": "1", "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in map(str, range(count))
+    ]
+    printed = [process.communicate(timeout=120) for process in started]
+    return [process.returncode for process in started], printed
+
+
+class WideBatchNorm(torch.nn.BatchNorm2d):
+    """In float64: on the nearly constant maps of tiny images, float32 differs by 2e-4."""
+
+    def forward(self, x):
+        tensors = self.running_mean, self.running_var, self.weight, self.bias
+        mean, variance, weight, bias = (tensor.double() for tensor in tensors)
+        y = F.batch_norm(x.double(), mean, variance, weight, bias, self.training, 0.1, self.eps)
+        if self.training:
+            self.running_mean.copy_(mean)
+            self.running_var.copy_(variance)
+            self.num_batches_tracked.add_(1)
+        return y.to(x.dtype)
+
+
+def widen(model, device):
+    for module in model.modules():
+        if type(module) is torch.nn.BatchNorm2d:
+            module.__class__ = WideBatchNorm
+
+
+def test_two_processes_train_as_one(everything, tmp_path, monkeypatch):
+    """BatchNorm, weighted losses, distillation, average and phases are those of whole batches."""
+    argv, _ = everything
+    argv = [*argv, "--accumulate", "1", "--epochs", "2", "--keep", "last"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "synchronize", widen)
+        assert train.main([*argv, "--out", str(one)]) == 0
+    codes, ((first, _), (second, _)) = processes_of([*argv, "--out", str(two)])
+    assert codes == [0, 0]
+    assert "epoch 2/2" in first
+    assert second == ""
+    assert metrics(two)["losses"] == pytest.approx(metrics(one)["losses"], rel=1e-5)
+    ours, theirs = (load_file(out / "model.safetensors") for out in (two, one))
+    off = torch.cat([(ours[name] - theirs[name]).abs().flatten() for name in theirs])
+    # biases that a BatchNorm takes away have gradients of rounding alone, which Adam enlarges
+    assert (off < 1e-5).double().mean() > 0.99
+
+
+def test_processes_without_torchrun_do_not_write_the_same_folder(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train.main(["fast_nas_arch0", "--out", str(tmp_path / "t")]) == 2
+    assert capsys.readouterr().err == (
+        "error: train: expected torchrun to set RANK, LOCAL_RANK, MASTER_ADDR beside WORLD_SIZE=2, "
+        "got none: each process would write the same folder; start them by torchrun, or unset "
+        "WORLD_SIZE\n"
+    )
+
+
+def test_two_trainings_do_not_write_the_same_folder(tiny_model, tmp_path, capsys):
+    out = shutil.copytree(tiny_model, tmp_path / "train")
+    with locked(out):
+        assert train.main(["--resume", str(out)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {out} is being written by process {os.getpid()}; wait for it or stop it first\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("action", "text"),
+    [
+        (
+            lambda: processes.device("cuda:0"),
+            "device: expected auto, cuda or cpu for 2 processes, each of which takes a GPU of its "
+            "own, got cuda:0; leave it out",
+        ),
+        (
+            lambda: processes.require_one("restoration"),
+            "train: expected one process for restoration, whose trainings are not divided, got 2; "
+            "start it without torchrun",
+        ),
+    ],
+)
+def test_what_several_processes_cannot(action, text, monkeypatch):
+    monkeypatch.setattr(processes, "size", lambda: 2)
+    with pytest.raises(UserError) as error:
+        action()
+    assert str(error.value) == text
 
 
 @pytest.mark.cuda

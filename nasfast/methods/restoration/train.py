@@ -29,6 +29,7 @@ from nasfast.tasks.restoration.loss import RestorationLoss
 from nasfast.tasks.restoration.patches import ImagePatches
 from nasfast.tasks.restoration.pictures import before_and_after
 from nasfast.tasks.restoration.scoring import costs, evaluate, input_size
+from nasfast.training import processes
 from nasfast.training.cost import count_parameters
 from nasfast.training.loop import Group, NonFiniteLossError, Runtime, one_cycle, train_epoch
 from nasfast.training.pictures import SAMPLES, drawn, spread
@@ -245,6 +246,7 @@ class RestorationTraining:
     def __init__(
         self, config: TrainConfig, genotype: IRNASGenotype, out: Path, runtime: Runtime
     ) -> None:
+        processes.require_one("restoration")
         config = dataclasses.replace(config, crop=config.task.fitting(config.crop))
         assert config.data is not None
         self.settings, self.genotype, self.out, self.runtime = config, genotype, out, runtime
