@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -132,10 +133,11 @@ class SummedBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         wide = x.double()
-        sums = torch.cat([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))])
-        sums = _sum_with_gradient(sums)
-        count = summed(sums.new_tensor(x.numel() / x.shape[1]))
-        mean, square = (sums / count).chunk(2)
+        own = wide.new_tensor([x.numel() / x.shape[1]])
+        sums = torch.cat([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3)), own])
+        sums = _Sum.apply(sums)  # type: ignore[no-untyped-call]
+        count = sums[-1]
+        mean, square = (sums[:-1] / count).chunk(2)
         variance = (square - mean.square()).clamp(min=0)
         if self.running_mean is not None and self.running_var is not None:
             momentum = 0.1 if self.momentum is None else self.momentum
@@ -153,11 +155,16 @@ class SummedBatchNorm(nn.BatchNorm2d):
         return result
 
 
-def _sum_with_gradient(values: Tensor) -> Tensor:
-    from torch.distributed.nn import functional  # slow to import, and absent from some builds
+class _Sum(torch.autograd.Function):
+    """`summed`, through which gradients flow: each process has its share of the loss."""
 
-    total: Tensor = functional.all_reduce(values)  # type: ignore[no-untyped-call]
-    return total
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return summed(values.clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return summed(grad.clone())
 
 
 def synchronize(model: nn.Module, device: torch.device) -> None:

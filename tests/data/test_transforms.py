@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nasfast.data import Sample, SyntheticStreets, TrainTransform, ValTransform, batch
+from nasfast.data.transforms import _colored
 
 side = st.integers(1, 90)
 wanted_side = st.integers(2, 90)
@@ -71,6 +72,26 @@ def test_mirror():
     flips = [torch.equal(m.mask, frame.mask.flip(-1)) for m in mirrored]
     assert 70 < sum(flips) < 130
     assert all(torch.equal(m.image[0], m.mask) for m in mirrored)
+
+
+def test_jitter_changes_colours_alone():
+    frame = next(iter(SyntheticStreets(1)))
+    plain = TrainTransform(64, 64)
+    for seed in range(20):
+        got, same = (TrainTransform(64, 64, jitter=j)(frame, generator(seed)) for j in (0.4, 0.0))
+        expected = plain(frame, generator(seed))
+        assert torch.equal(same.image, expected.image)
+        assert torch.equal(got.mask, expected.mask)
+        assert not torch.equal(got.image, expected.image)
+        assert got.image.dtype == torch.uint8
+    assert torch.equal(_colored(frame.image, 1, 1, 1), frame.image)
+    assert torch.equal(_colored(frame.image, 0.5, 1, 1), (frame.image * 0.5).round().byte())
+    grey = _colored(frame.image, 1, 1, 0).int()
+    assert (grey - grey[:1]).abs().max() == 0
+    flat = _colored(frame.image, 1, 0, 1)
+    assert len(flat.unique()) == 1
+    with pytest.raises(ValueError, match=r"expected jitter from 0 to 1, got 2$"):
+        TrainTransform(8, 8, jitter=2)
 
 
 def test_crops_reach_every_corner():

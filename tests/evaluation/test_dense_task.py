@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,13 +13,22 @@ from PIL import Image
 from torch.nn import functional as F
 
 from nasfast.cache import CacheConfig
-from nasfast.data import IMAGENET_MEAN, IMAGENET_STD, SyntheticStreets, batch
+from nasfast.data import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    SyntheticStreets,
+    TrainTransform,
+    ValTransform,
+    batch,
+)
 from nasfast.encoders import load_encoder
 from nasfast.evaluation.candidate import CandidateEvaluator
 from nasfast.evaluation.frozen_encoder import FrozenEncoder
 from nasfast.evaluation.stages import DecoderOnFeatures, EndToEnd, Stage0Config, Stage1Config
+from nasfast.methods.dense import DenseTrainConfig, DenseTraining
 from nasfast.models.build import build_segmenter
 from nasfast.models.decoders import DecoderConfig
+from nasfast.models.io import load_model
 from nasfast.models.layers import resize
 from nasfast.spaces.fast_nas import FastNASSpace
 from nasfast.tasks.base import DenseTask
@@ -241,3 +251,37 @@ def test_it_learns_from_a_teacher(tmp_path):
     assert batch.teacher is not None
     assert batch.teacher.shape[1] == 1
     assert evaluator(features)(GENOTYPE, 0, {}).failure is None
+
+
+class BrightnessTraining(DenseTraining):
+    """All that the full training of a new task needs of its own."""
+
+    def network(self):
+        return build(GENOTYPE)
+
+    def inputs(self, search):
+        return {}
+
+    def measured(self, scores):
+        return {"genotype": GENOTYPE.to_json()}
+
+    def described(self, scores):
+        return {"task": self.task.name}
+
+
+def test_it_is_trained_in_full(tmp_path):
+    settings = DenseTrainConfig(
+        tmp_path, epochs=3, batch_size=4, freeze_epochs=1, ema=0.5, val_every=1, jitter=0.2
+    )
+    transforms = TrainTransform(32, 32, jitter=0.2), ValTransform(None)
+    parts = TASK.search_train, TASK.search_val
+    training = BrightnessTraining(settings, TASK, *parts, transforms, tmp_path, RUNTIME)
+    lines = [training.round() for _ in range(training.rounds)]
+    assert lines[-1].startswith("epoch 3/3  loss ")
+    assert training.finish().startswith("rmse ")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    errors = [entry["rmse"] for entry in metrics["validation"]]
+    assert metrics["rmse"] == pytest.approx(errors[-1], rel=1e-3)
+    assert errors[-1] < errors[0]
+    _, description = load_model(tmp_path / "model.safetensors")
+    assert (description["task"], description["outputs"]) == ("brightness", 1)

@@ -14,6 +14,7 @@ from nasfast.training.loop import (
     epoch_indices,
     in_order,
     one_cycle,
+    scheduled,
     train_epoch,
 )
 from nasfast.training.polyak import PolyakAverage
@@ -93,6 +94,20 @@ def test_one_cycle():
     fall = [1 + math.cos(math.pi * i / 90) for i in range(91)]
     assert [*out[10:], after] == pytest.approx(fall)
     assert rates(100, warmup=0.5)[0][49:51] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "half"), [("one-cycle", 0.5), ("cosine", 0.5), ("poly", 0.5**0.9)]
+)
+def test_schedules_fall_to_zero(kind, half):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.tensor(0.0))], 2.0)
+    schedule = scheduled(optimizer, kind, 201, 0.0)
+    factors = [schedule.lr_lambdas[0](step) for step in (0, 1, 101, 201)]
+    assert factors == pytest.approx([1, 1, half, 0])
+    rise = scheduled(optimizer, kind, 200, 0.5).lr_lambdas[0]
+    assert [rise(step) for step in (0, 49, 99)] == pytest.approx([0.01, 0.5, 1])
+    warm = scheduled(optimizer, kind, 200).lr_lambdas[0]
+    assert warm(0) == (0.05 if kind == "one-cycle" else 1)
 
 
 @pytest.mark.parametrize("steps", range(1, 13))

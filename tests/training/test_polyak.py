@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from nasfast.training.polyak import PolyakAverage
+from nasfast.training.polyak import PolyakAverage, WeightAverage
 
 
 def test_recurrence():
@@ -22,3 +22,25 @@ def test_recurrence():
         average.copy_to_parameters()
         torch.testing.assert_close([w.detach() for w in weights], expected)
     assert frozen.tolist() == [7.0, 7.0]
+
+
+def test_average_of_a_network_with_its_statistics():
+    """The first decay is 2 / 11; the network has the average inside the block alone."""
+    net = nn.BatchNorm2d(2)
+    average = WeightAverage(net, 0.5)
+    with torch.no_grad():
+        net.weight.fill_(12.0)
+        net.running_mean.fill_(11.0)
+    average.update()
+    with average.applied():
+        torch.testing.assert_close(net.weight.detach(), torch.full((2,), 1 + 11 * 9 / 11))
+        torch.testing.assert_close(net.running_mean, torch.full((2,), 9.0))
+    assert net.weight.tolist() == [12, 12]
+    again = WeightAverage(net, 0.5)
+    again.load_state_dict(average.state_dict())
+    for _ in range(20):
+        average.update()
+        again.update()
+    with again.applied():
+        torch.testing.assert_close(net.running_mean, torch.full((2,), 11.0), atol=1e-4, rtol=0)
+    assert again.state_dict()["steps"] == average.steps == 21
