@@ -8,6 +8,7 @@ import torch
 
 from nasfast.commands import evaluate
 from nasfast.methods.segmentation.evaluate import EvaluateConfig, summed
+from nasfast.methods.segmentation.evaluate import evaluate as measure
 from nasfast.utils.errors import UserError
 
 
@@ -77,6 +78,17 @@ def test_several_views_are_named_in_the_result(tiny_model, tmp_path, capsys):
     message = "scales: expected factors from 0.05 to 20, such as 0.75,1,1.25, got '1,none'; correct"
     with pytest.raises(UserError, match=message):
         EvaluateConfig(model, scales="1,none")
+
+
+def test_an_export_has_one_view(tmp_path):
+    path = tmp_path / "net.onnx"
+    path.touch()
+    with pytest.raises(UserError) as error:
+        measure(EvaluateConfig(path, flip=True))
+    assert str(error.value) == (
+        "evaluate: expected a model.safetensors beside --scales and --flip, got the export "
+        f"{path}, which is measured as it runs; leave them out"
+    )
 
 
 def test_probabilities_are_summed_where_they_belong():

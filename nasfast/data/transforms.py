@@ -136,7 +136,8 @@ def _colored(image: Tensor, brightness: float, contrast: float, saturation: floa
         return 0.299 * pixels[0] + 0.587 * pixels[1] + 0.114 * pixels[2]
 
     pixels = (image.float() * brightness).clamp_(0, 255)
-    pixels = torch.lerp(grey(pixels).mean(), pixels, contrast).clamp_(0, 255)
+    mean = grey(pixels).mean(dtype=torch.float64).float()  # whatever the number of threads
+    pixels = torch.lerp(mean, pixels, contrast).clamp_(0, 255)
     pixels = torch.lerp(grey(pixels), pixels, saturation).clamp_(0, 255)
     return pixels.round_().byte()
 

@@ -201,7 +201,6 @@ class DenseTraining(ABC):
                 f"{processes.size()} processes x {self.settings.accumulate} parts (accumulate), "
                 f"got {batch}; raise it, or lower those"
             )
-
         if batch % processes.size():
             raise UserError(
                 f"batch_size: expected a multiple of the {processes.size()} processes, which get "

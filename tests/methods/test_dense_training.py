@@ -123,6 +123,25 @@ def test_more_parts_than_crops(tiny_training, tmp_path, capsys):
     assert not (tmp_path / "t").exists()
 
 
+def test_crops_that_are_too_wide(tiny_training, tmp_path, capsys):
+    assert train.main([*tiny_training, "--crop-width", "97", "--out", str(tmp_path / "t")]) == 2
+    assert capsys.readouterr().err == (
+        "error: --crop-width: expected at most 96, twice the width of the largest of the 10 images,"
+        " got 97; lower it\n"
+    )
+
+
+def test_parts_of_processes_are_equal(tiny_training, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(processes, "size", lambda: 2)
+    monkeypatch.setattr(processes, "rank", lambda: 0)
+    monkeypatch.setattr(processes, "barrier", lambda: None)
+    assert train.main([*tiny_training, "--batch-size", "3", "--out", str(tmp_path / "t")]) == 2
+    assert capsys.readouterr().err == (
+        "error: batch_size: expected a multiple of the 2 processes, which get equal parts, got 3; "
+        "change it\n"
+    )
+
+
 def test_a_teacher_that_changed_is_refused(everything, tmp_path, capsys):
     _, whole = everything
     out = shutil.copytree(whole, tmp_path / "train")

@@ -155,6 +155,11 @@ def score(model: Model, data: str, split: Split, runtime: Runtime) -> dict[str, 
 def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
     """mIoU on a split, size and latency."""
     path = config.path
+    if config.views and path.suffix in EXPORT_SUFFIXES:
+        raise UserError(
+            f"evaluate: expected a {MODEL_FILE} beside --scales and --flip, got the export {path}, "
+            "which is measured as it runs; leave them out"
+        )
     model = load(path, config.device)
     runtime = Runtime(resolve_device(str(model.device)))
     data = config.source(model.description)
@@ -162,11 +167,6 @@ def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
     task, part = open_split(model, data, config.split, config.mask_values, longer)
     network: Callable[[Tensor], Tensor] = model
     if config.views:
-        if path.suffix in EXPORT_SUFFIXES:
-            raise UserError(
-                f"evaluate: expected a {MODEL_FILE} beside --scales and --flip, got the export "
-                f"{path}, which is measured as it runs; leave them out"
-            )
         network = functools.partial(summed, model, config.factors, config.flip)
     scores = scores_of(network, task, part, runtime)
     height, width = part[0].mask.shape

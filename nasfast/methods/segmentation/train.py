@@ -100,7 +100,11 @@ class SegmentationTraining(DenseTraining):
         )
         self.splits, train = splits, splits.train
         # larger would enlarge every image, where validation takes them as they are
-        self._enlarging = enlarging("--crop", config.crop, train) if config.crop else None
+        found = [
+            config.crop and enlarging("--crop", config.crop, train),
+            config.crop_width and enlarging("--crop-width", config.crop_width, train, "width"),
+        ]
+        self._enlarging = [text for text in found if text]
         crop = config.crop or min(288, shorter_side(train))
         task = SegmentationTask(splits)
         weight = class_weight(task, config.class_balance).to(runtime.device)
@@ -139,7 +143,7 @@ class SegmentationTraining(DenseTraining):
 
     @property
     def summary(self) -> str:
-        return super().summary + (f"\nwarning: {self._enlarging}" if self._enlarging else "")
+        return "\n".join([super().summary, *(f"warning: {text}" for text in self._enlarging)])
 
     def measured(self, scores: SegmentationScores) -> dict[str, Any]:
         names = self.splits.val.classes
