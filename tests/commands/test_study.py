@@ -15,8 +15,19 @@ from nasfast.runs.correlation import FOLDER, CorrelationStudy, draw
 from nasfast.runs.study import Study
 from nasfast.training.loop import NonFiniteLossError
 
-FLAGS = "--device cpu --epochs 1 --batch-size 4 --crop 32 --decoder.agg-size 8".split()
-SIZE = "--top 2 --others 2 --seeds 2 --no-control".split()
+FLAGS = [
+    "--device",
+    "cpu",
+    "--epochs",
+    "1",
+    "--batch-size",
+    "4",
+    "--crop",
+    "32",
+    "--decoder.agg-size",
+    "8",
+]
+SIZE = ["--top", "2", "--others", "2", "--seeds", "2", "--no-control"]
 
 
 @pytest.fixture

@@ -186,7 +186,6 @@ def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
         **speed_json(latencies),
     }
     images = f"{len(part)} {config.split} images of {part.name}"
-    images += f", longer sides at most {longer}" if longer else ""
     images += f"; {config.views}" if config.views else ""
     table = Table(title=escape(f"{config.label}, {images}"))
     table.add_column("measure")
