@@ -40,6 +40,16 @@ void bind_cuda_kernel(pybind11::module_& m, const std::string& name, Workspace w
 inline void bind_cuda(pybind11::module_& m) {
     NASFAST_BIND_CUDA(deform_conv2d, forward, Forward);
     NASFAST_BIND_CUDA(deform_conv2d, backward, Backward);
+    namespace deform = deform_conv2d;
+    const auto nothing = [](auto, const deform::Part&) { return int64_t(0); };
+    bind_cuda_kernel<deform::Part, deform::ColumnsForward>(
+        m, "deform_conv2d_columns_forward", nothing, [](const auto& p, const auto& t, void*, void* stream) {
+            deform::cuda::columns_forward(p, t, stream);
+        });
+    bind_cuda_kernel<deform::Part, deform::ColumnsBackward>(
+        m, "deform_conv2d_columns_backward", nothing, [](const auto& p, const auto& t, void*, void* stream) {
+            deform::cuda::columns_backward(p, t, stream);
+        });
     NASFAST_BIND_CUDA(feature_gather, forward, Call);
     NASFAST_BIND_CUDA(mixed_op, forward, Forward);
     NASFAST_BIND_CUDA(mixed_op, backward, Backward);

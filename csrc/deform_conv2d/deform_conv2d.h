@@ -53,4 +53,41 @@ struct Backward {
 NASFAST_KERNELS_PER_ISA
 NASFAST_CUDA_KERNELS
 
+// ---- CUDA, with the columns of some output pixels in memory, between which and the weight another library
+// makes the products. There is one weight group, `chunked` channels, and no deterministic sum.
+
+struct Part : Params {
+    int64_t first_pixel, pixels;  // in [N, Ho, Wo]
+};
+
+template <class T>
+struct ColumnsForward {
+    using A = Accumulate<T>;
+    const T* input;  // as in Forward
+    const A* offset;
+    const A* mask;
+    T* columns;  // [pixels, K, C]: the samples, with the mask
+};
+
+// Null pointers: every gradient that is not wanted.
+template <class T>
+struct ColumnsBackward {
+    using A = Accumulate<T>;
+    const T* grad_columns;  // [pixels, K, C]
+    const T* input;         // as in Backward
+    const A* offset;
+    const A* mask;
+    T* columns;      // [pixels, K, C]; may be where grad_columns is
+    A* grad_input;   // [N, H, W, C]; is added to
+    A* grad_offset;  // [N, Ho, Wo, D, K, 2], of which the pixels' are written
+    A* grad_mask;    // [N, Ho, Wo, D, K], likewise
+};
+
+namespace cuda {
+template <class T>
+void columns_forward(const Part&, const ColumnsForward<T>&, void* stream);
+template <class T>
+void columns_backward(const Part&, const ColumnsBackward<T>&, void* stream);
+}  // namespace cuda
+
 }  // namespace nasfast::deform_conv2d

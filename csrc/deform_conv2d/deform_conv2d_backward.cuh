@@ -84,14 +84,20 @@ struct MaskedSample : Sample<A> {
     }
 };
 
+// `t` has offset and mask.
+template <class Tensors, class A = typename Tensors::A>
+__device__ __forceinline__ MaskedSample<A> locate_masked(const Params& p, const Tensors& t, int64_t pixel,
+                                                         int d, int tap) {
+    Sample<A> sample = locate(p, t.offset, pixel, d, tap);
+    sample.corner *= p.channels;
+    return {sample, sample.inside ? mask_at(p, t.mask, pixel, d, tap) : 0};
+}
+
 template <class T, class A = Accumulate<T>>
 __device__ __forceinline__ MaskedSample<A> locate_masked(const Params& p, const Layout& l,
                                                          const Backward<T>& t, int64_t pixel, int position) {
     if (pixel >= l.pixels) return {};
-    const int d = position / l.taps, tap = position % l.taps;
-    Sample<A> sample = locate(p, t.offset, pixel, d, tap);
-    sample.corner *= p.channels;
-    return {sample, sample.inside ? mask_at(p, t.mask, pixel, d, tap) : 0};
+    return locate_masked(p, t, pixel, position / l.taps, position % l.taps);
 }
 
 // ---- gradients of input, offset and mask
@@ -214,33 +220,37 @@ __device__ __forceinline__ void add_dots(A (&dots)[16], const Params& p, const L
     }
 }
 
-// Sums the dots over the lanes and writes grad_offset and grad_mask, with all lanes of the warp.
-template <class T, class A = Accumulate<T>>
-__device__ __forceinline__ void write_position(A (&dots)[16], const Layout& l, const Backward<T>& t,
-                                               const MaskedSample<A>* samples, int64_t first_pixel,
-                                               int position) {
-    const int lane = threadIdx.x % 16;
-    // every turn halves the values and the lanes that hold them
+// Sums `count` values over the lanes that differ in `lanes` and in the bits below it, of which there are as
+// many values: every turn halves the values and the lanes that hold them. The lane whose bits are i gets that
+// of values[i].
+template <int count, class A>
+__device__ __forceinline__ A halving_sum(A (&values)[count], int lanes) {
+    const int lane = threadIdx.x;
 #pragma unroll
-    for (int turn = 0; turn < 4; ++turn) {
-        const int half = 8 >> turn;
-        const bool upper = lane & half;
+    for (int turn = 1; turn < count; turn *= 2) {
+        const int half = count / 2 / turn, step = lanes / turn;
+        const bool upper = lane & step;
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
+        for (int i = 0; i < count / 2; ++i)
             if (i < half)
-                dots[i] =
-                    (upper ? dots[half + i] : dots[i]) + shuffle_xor(upper ? dots[i] : dots[half + i], half);
+                values[i] = (upper ? values[half + i] : values[i]) +
+                            shuffle_xor(upper ? values[i] : values[half + i], step);
     }
-    const int i = lane / 4, corner = lane % 4;  // of dots[0] now
-    const MaskedSample<A>& sample = samples[i];
-    // a corner outside has read zeros, but the gradient may be NaN
-    const A dot = sample.has(corner) ? dots[0] : 0, along_y = sample.along_y(corner),
-            along_x = sample.along_x(corner);
+    return values[0];
+}
+
+// Writes grad_offset and grad_mask of four samples, with all lanes of the warp: lane 4 i + corner of 16 has
+// the dot of sample i. `index`: of the sample in [N, Ho, Wo, D, K]; `t` has both gradients.
+template <class Tensors, class A>
+__device__ __forceinline__ void write_position(A dot, const Tensors& t, const MaskedSample<A>& sample,
+                                               bool exists, int64_t index) {
+    const int corner = threadIdx.x % 4;
+    if (!sample.has(corner)) dot = 0;  // it has read zeros, but the gradient may be NaN
+    const A along_y = sample.along_y(corner), along_x = sample.along_x(corner);
     const A of_y = warp_sum<4>((corner & 2 ? dot : -dot) * along_x * sample.mask);
     const A of_x = warp_sum<4>((corner & 1 ? dot : -dot) * along_y * sample.mask);
     const A of_mask = warp_sum<4>(dot * along_y * along_x);
-    if (first_pixel + i >= l.pixels) return;
-    const int64_t index = (first_pixel + i) * l.positions + position;
+    if (!exists) return;
     if (corner < 2 && t.grad_offset) t.grad_offset[2 * index + corner] = corner ? of_x : of_y;
     if (corner == 2 && t.grad_mask) t.grad_mask[index] = of_mask;
 }
@@ -336,7 +346,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
             if (count > 0 && wants_input)
                 spread<T>(sums, p, l, own_grad, samples + own, slice.begin + channel, count);
         }
-        if (wants_position) write_position(dots, l, t, samples + own, first_pixel + own, position);
+        if (wants_position) {
+            const int row = own + int(threadIdx.x) % 16 / 4;
+            write_position(halving_sum(dots, 8), t, samples[row], first_pixel + row < l.pixels,
+                           (first_pixel + row) * l.positions + position);
+        }
     }
 }
 

@@ -2,9 +2,9 @@
 // buffers have no byte to spare, and what the kernel is to write starts as NaN.
 //
 // File: integers of 64 bits, then bytes. The call (0, 1: forward, backward of deform_conv2d; 2, 3: of
-// mixed_op; 4: feature_gather), dtype, seed of the order, barrier and wait to skip, the fields of Params, and
-// for each pointer the bytes of its buffer, or -1 for null, and whether its content follows. Then the
-// contents. The other buffers are written to the second file.
+// mixed_op; 4: feature_gather; 5, 6: forward, backward of deform_conv2d's columns), dtype, seed of the order,
+// barrier and wait to skip, the fields of Params, and for each pointer the bytes of its buffer, or -1 for
+// null, and whether its content follows. Then the contents. The other buffers are written to the second file.
 #include <cstdio>
 #include <memory>
 
@@ -76,6 +76,12 @@ void replay(File& in, File& out, int64_t dtype, const Workspace& workspace, cons
         in, out, dtype,                                                                                 \
         [](auto type, const auto& p) { return nasfast::op::cuda::way##_workspace<decltype(type)>(p); }, \
         [](const auto& p, const auto& t, void* space) { nasfast::op::cuda::way(p, t, space, nullptr); })
+#define NASFAST_REPLAY_COLUMNS(way, Tensors)                               \
+    replay<nasfast::deform_conv2d::Part, nasfast::deform_conv2d::Tensors>( \
+        in, out, dtype, [](auto, const auto&) { return 0; },               \
+        [](const auto& p, const auto& t, void*) {                          \
+            nasfast::deform_conv2d::cuda::columns_##way(p, t, nullptr);    \
+        })
 
 }  // namespace
 
@@ -99,8 +105,14 @@ int main(int count, char** arguments) try {
         case 3:
             NASFAST_REPLAY(mixed_op, backward, Backward);
             break;
-        default:
+        case 4:
             NASFAST_REPLAY(feature_gather, forward, Call);
+            break;
+        case 5:
+            NASFAST_REPLAY_COLUMNS(forward, ColumnsForward);
+            break;
+        default:
+            NASFAST_REPLAY_COLUMNS(backward, ColumnsBackward);
     }
 } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -410,9 +411,14 @@ def _kernel(
     ready = tensors if sizes else _ready(tensors)
     x, d, w, b, m, _ = ready
     assert x is not None
+    assert d is not None
+    assert w is not None
     y = _native.empty_map(x, (g.batch, g.out_channels, g.out_height, g.out_width), x.dtype)
     sizes = sizes or _sizes(g, ready, _native.convolution_settings(x))
-    _native.call("deform_conv2d_forward", x.dtype, sizes, (x, d, m, w, b, y))
+    if _by_columns(g, sizes, x):
+        _columns_forward(g, sizes, x, d, m, w, b, y)
+    else:
+        _native.call("deform_conv2d_forward", x.dtype, sizes, (x, d, m, w, b, y))
     return _native.as_like(y, input)
 
 
@@ -441,11 +447,148 @@ def _kernel_backward(
     dm = _native.empty_map(x, m.shape, d.dtype) if m is not None and wanted[4] else None
     sizes = sizes or _sizes(g, ready, _native.convolution_settings(x))
     results = (dx, dd, dw, db, dm)
-    _native.call("deform_conv2d_backward", x.dtype, sizes, (dy, x, d, m, w, *results))
+    if _by_columns(g, sizes, x):
+        assert dy is not None
+        _columns_backward(g, sizes, dy, x, d, m, w, *results)
+    else:
+        _native.call("deform_conv2d_backward", x.dtype, sizes, (dy, x, d, m, w, *results))
     return tuple(
         input.new_empty(0) if result is None or like is None else _native.as_like(result, like)
         for result, like in zip(results, (input, offset, weight, input, mask))
     )
+
+
+# ---- columns: the samples of some pixels at a time in memory, and products by cuBLAS
+
+_COLUMNS = 128 << 20
+"""Bytes of columns at a time; at least one pixel's."""
+
+
+def _by_columns(g: Geometry, sizes: tuple[int, ...], x: Tensor) -> bool:
+    """Whether columns are the fastest way of a call on CUDA, and one that its settings allow.
+
+    cuBLAS multiplies float32, tf32 and float64 several times as fast as the fused kernels do; it
+    has no fixed order of sums without a setting of the process. The kernels of columns want
+    chunks of channels with one offset group, and a grid of no more than 2^16 taps.
+    """
+    deterministic = sizes[-2]
+    return (
+        x.is_cuda
+        and x.element_size() >= 4
+        and not deterministic
+        and g.batch > 0
+        and g.groups == 1
+        and g.offset_groups * g.kernel_h * g.kernel_w < 2**16
+        and g.channels // g.offset_groups % max(16 // x.element_size(), 4) == 0
+        and x.data_ptr() % 16 == 0
+    )
+
+
+def _columns_forward(
+    g: Geometry,
+    sizes: tuple[int, ...],
+    x: Tensor,
+    d: Tensor,
+    m: Tensor | None,
+    w: Tensor,
+    b: Tensor | None,
+    y: Tensor,
+) -> None:
+    """The call of the fused kernel, with the same tensors."""
+    output, matrix, bias = (
+        _rows(y),
+        _rows(w, g.out_channels).t(),
+        None if b is None else b.to(x.dtype),
+    )
+    with _precision(sizes):
+        for first, columns in _parts(g, x):
+            _sample(sizes, first, x, d, m, columns)
+            out = output[first : first + len(columns)]
+            if bias is None:
+                torch.mm(columns, matrix, out=out)
+            else:
+                torch.addmm(bias, columns, matrix, out=out)
+
+
+def _columns_backward(
+    g: Geometry,
+    sizes: tuple[int, ...],
+    dy: Tensor,
+    x: Tensor,
+    d: Tensor,
+    m: Tensor | None,
+    w: Tensor,
+    dx: Tensor | None,
+    dd: Tensor | None,
+    dw: Tensor | None,
+    db: Tensor | None,
+    dm: Tensor | None,
+) -> None:
+    """Likewise. The columns take the place of their gradient."""
+    grad, matrix = _rows(dy), _rows(w, g.out_channels)
+    of_weight = None if dw is None else _rows(dw, g.out_channels)
+    sums = dx
+    if dx is not None:
+        sums = dx if dx.dtype == d.dtype else torch.empty_like(dx, dtype=d.dtype)
+        sums.zero_()
+    of_samples = sums is not None or dd is not None or dm is not None
+    with _precision(sizes):
+        for first, columns in _parts(g, x) if of_samples or dw is not None else ():
+            part = grad[first : first + len(columns)]
+            if of_samples:
+                torch.mm(part, matrix, out=columns)
+                pointers = (columns, x, d, m, columns if dw is not None else None, sums, dd, dm)
+                part_sizes = (*sizes, first, len(columns))
+                _native.call("deform_conv2d_columns_backward", x.dtype, part_sizes, pointers)
+            else:
+                _sample(sizes, first, x, d, m, columns)
+            if of_weight is not None:
+                options: Any = {"out": of_weight, "beta": int(first > 0)}
+                if of_weight.dtype != x.dtype:
+                    options["out_dtype"] = of_weight.dtype
+                torch.addmm(of_weight, part.t(), columns, **options)
+    if db is not None:
+        torch.sum(grad, 0, dtype=db.dtype, out=db)
+    if dx is not None and sums is not None and sums is not dx:
+        dx.copy_(sums)
+
+
+def _rows(map: Tensor, count: int = -1) -> Tensor:
+    """A channels-last map as [N * H * W, C], or with ``count`` N as [N, H * W * C]; a view."""
+    last = map.permute(0, 2, 3, 1)
+    return last.view(-1, map.shape[1]) if count < 0 else last.view(count, -1)
+
+
+def _parts(g: Geometry, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The first pixel of each part, all of nearly one size, and memory for its columns."""
+    pixels, depth = g.batch * g.out_height * g.out_width, g.kernel_h * g.kernel_w * g.channels
+    parts = -(-pixels * depth * x.element_size() // _COLUMNS)
+    step = -(-pixels // min(parts, pixels))
+    columns = x.new_empty(step, depth)
+    for first in range(0, pixels, step):
+        yield first, columns[: pixels - first]
+
+
+def _sample(
+    sizes: tuple[int, ...], first: int, x: Tensor, d: Tensor, m: Tensor | None, columns: Tensor
+) -> None:
+    part_sizes = (*sizes, first, len(columns))
+    _native.call("deform_conv2d_columns_forward", x.dtype, part_sizes, (x, d, m, columns))
+
+
+@contextmanager
+def _precision(sizes: tuple[int, ...]) -> Iterator[None]:
+    """Float32 products with or without tf32, as ``sizes`` say, whatever is set for others."""
+    matmul: Any = torch.backends.cuda.matmul
+    before, wanted = matmul.fp32_precision, "tf32" if sizes[-1] else "ieee"
+    if (before == "tf32") == bool(sizes[-1]):
+        yield
+        return
+    matmul.fp32_precision = wanted
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _fake(

@@ -50,7 +50,7 @@ def calls(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return run
 
-    ops = ("deform_conv2d", "mixed_op")
+    ops = ("deform_conv2d", "deform_conv2d_columns", "mixed_op")
     names = [f"{op}_{way}" for op in ops for way in ("forward", "backward")]
     names.append("feature_gather_forward")
     monkeypatch.setattr(_native, "C", SimpleNamespace(**{name: entry(name) for name in names}))
