@@ -106,7 +106,7 @@ class Trainer:
         """Nothing here asks for them."""
         return {"params": 0, "macs": 0}
 
-    def __call__(self, genotype: Genotype, index: int, gate: float | None) -> Evaluation:
+    def __call__(self, genotype: Genotype, index: int, gates: Mapping[str, float]) -> Evaluation:
         """Train, or go on where an earlier call was stopped; what it finished is only read."""
         rewards, failure, seconds = {}, None, 0.0
         out = directory(self.run, *self.planned[index])
@@ -322,7 +322,7 @@ class Session:
             engine: Engine[Any] = workers.engine_for(functools.partial(_in_worker, make))
             try:
                 with self.console.status("") as status:
-                    jobs = [Job(i, genotype, None) for i, genotype in enumerate(genotypes)]
+                    jobs = [Job(i, genotype, {}) for i, genotype in enumerate(genotypes)]
                     for key, evaluation in zip(
                         missing,
                         engine.evaluate(

@@ -12,13 +12,15 @@ from nasfast.inference.model import find_model
 from nasfast.methods.base import Method
 from nasfast.methods.restoration import Restoration
 from nasfast.methods.segmentation import Segmentation
+from nasfast.methods.templates import Templates
 from nasfast.models.io import MODEL_FILE, model_method
 from nasfast.models.zoo import read_architecture
+from nasfast.spaces.template_nas import is_templates
 from nasfast.utils.config import from_mapping
 from nasfast.utils.errors import UserError, about
 from nasfast.utils.files import read_toml
 
-_ALL: tuple[Method, ...] = (Segmentation(), Restoration())
+_ALL: tuple[Method, ...] = (Segmentation(), Templates(), Restoration())
 METHODS = {method.name: method for method in _ALL}
 DEFAULT = "segmentation"
 """The method of a search that names none."""
@@ -39,13 +41,13 @@ def method_named(name: object) -> Method:
 
 
 def method_of_genotype(obj: object) -> Method:
-    """By the genotype's space; the published list form, without a name, is that of Fast NAS.
+    """By the genotype's space; the published list forms, without a name, by their shape.
 
     Raises:
         UserError: no method has that space; the message lists them.
     """
     if isinstance(obj, list):
-        return METHODS["segmentation"]
+        return METHODS["templates" if is_templates(obj) else "segmentation"]
     space = obj.get("space") if isinstance(obj, dict) else obj
     for method in METHODS.values():
         if method.space == space:

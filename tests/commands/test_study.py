@@ -76,9 +76,9 @@ def test_a_killed_study_trains_what_is_missing(run, begun, monkeypatch, capsys):
     found = results(run)
     assert len(found["trainings"]) == found["summary"]["trainings"] == 8
     for name in begun:
-        assert {"model.safetensors", "metrics.json"} <= set(
+        assert {"model.safetensors", "metrics.json"} <= {
             path.name for path in (run / FOLDER / name).iterdir()
-        )
+        }
         assert not (run / FOLDER / name / "checkpoint.pt").exists()
     # nothing is trained again, more seeds are added, and other settings are refused
     before = found["trainings"]

@@ -1,10 +1,10 @@
-"""Decoders of compact segmentation networks (Fast NAS, CVPR 2019)."""
+"""Decoders of compact segmentation networks (Fast NAS, CVPR 2019), and what their kin share."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import tyro
 from rich.console import Console
@@ -20,77 +20,90 @@ from nasfast.methods.segmentation.evaluate import EvaluateConfig, evaluate, inpu
 from nasfast.methods.segmentation.report import SegmentationReport
 from nasfast.methods.segmentation.search import build
 from nasfast.methods.segmentation.settings import (
+    DESCRIPTION,
     PRESETS,
+    DecoderSearchConfig,
     SearchConfig,
     continued,
-    parse,
+    parse_with,
     search_with,
 )
-from nasfast.methods.segmentation.train import FIRST, SegmentationTraining, TrainConfig, resolve
+from nasfast.methods.segmentation.train import (
+    FIRST,
+    DecoderTrainConfig,
+    SegmentationTraining,
+    TrainConfig,
+    resolve,
+)
 from nasfast.models.build import SEGMENTER
 from nasfast.models.zoo import ZOO
 from nasfast.searches.sampling import SamplingSearch
-from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
+from nasfast.spaces.base import Genotype
+from nasfast.spaces.fast_nas import FastNASSpace
 from nasfast.training.loop import Runtime
 from nasfast.utils.config import override
 from nasfast.utils.interrupt import Interrupt
 
-ARCHITECTURES = {
-    name: Architecture(entry.genotype.to_json(), Path("runs") / name, {})
-    for name, entry in ZOO.items()
-    if entry.method == "segmentation"
-}
+
+def architectures(method: str) -> dict[str, Architecture]:
+    """Those of the zoo that a method trains."""
+    return {
+        name: Architecture(entry.genotype.to_json(), Path("runs") / name, {})
+        for name, entry in ZOO.items()
+        if entry.method == method
+    }
 
 
-class Segmentation(Method):
-    """Decoders for a MobileNet-v2 encoder, sampled by a controller."""
+class DecoderMethod(Method):
+    """A search of segmentation networks, whatever its decoders."""
 
-    name = "segmentation"
-    space = FastNASSpace().name
-    search_settings = SearchConfig
-    train_settings = TrainConfig
-    check_settings = CheckConfig
-    model_format = SEGMENTER
-    report = SegmentationReport()
-    zoo = ARCHITECTURES
+    search_settings: ClassVar[type[DecoderSearchConfig]]
+    train_settings: ClassVar[type[DecoderTrainConfig]]
+    presets: ClassVar[Mapping[str, DecoderSearchConfig]]
+    description: ClassVar[str]
+    """Help of the search."""
 
-    def parse_search(self, argv: Sequence[str]) -> SearchConfig:
-        return parse(argv)
+    def parse_search(self, argv: Sequence[str]) -> DecoderSearchConfig:
+        return parse_with(self.presets, self.description, argv)
 
-    def search_with(self, settings: Mapping[str, Any]) -> SearchConfig:
-        return search_with(PRESETS, settings)
+    def search_with(self, settings: Mapping[str, Any]) -> DecoderSearchConfig:
+        return search_with(self.presets, settings)
 
     def continued(
-        self, settings: SearchConfig, checkpoint: Mapping[str, Any], budget: int | None
-    ) -> SearchConfig:
+        self, settings: DecoderSearchConfig, checkpoint: Mapping[str, Any], budget: int | None
+    ) -> DecoderSearchConfig:
         return continued(settings, checkpoint, budget)
 
     def build(
-        self, settings: SearchConfig, interrupt: Interrupt, console: Console
-    ) -> tuple[SamplingSearch, SearchConfig]:
+        self, settings: DecoderSearchConfig, interrupt: Interrupt, console: Console
+    ) -> tuple[SamplingSearch, DecoderSearchConfig]:
         return build(settings, interrupt, console)
 
     def check(self, settings: CheckConfig) -> Findings:
         return check(settings)
 
-    def genotype(self, obj: object) -> FastNASGenotype:
-        return FastNASSpace().from_json(obj)
+    def genotype(self, obj: object) -> Genotype:
+        genotype: Genotype = self.search_settings.decoders.space.from_json(obj)
+        return genotype
 
     def parse_train(
         self, argv: Sequence[str], found: Mapping[str, Any], description: str | None
-    ) -> TrainConfig:
-        return flags.parse(TrainConfig(tyro.MISSING), argv, "nasfast train", description, FIRST)
+    ) -> DecoderTrainConfig:
+        default = self.train_settings(tyro.MISSING)
+        return flags.parse(default, argv, "nasfast train", description, FIRST)
 
     def train_with(
         self, source: Path, settings: Mapping[str, Any], found: Mapping[str, Any]
-    ) -> TrainConfig:
-        return override(TrainConfig(source), settings, "train")
+    ) -> DecoderTrainConfig:
+        return override(self.train_settings(source), settings, "train")
 
-    def resolve(self, settings: TrainConfig, architecture: Architecture) -> TrainConfig:
+    def resolve(
+        self, settings: DecoderTrainConfig, architecture: Architecture
+    ) -> DecoderTrainConfig:
         return resolve(settings, architecture)
 
     def training(
-        self, settings: TrainConfig, genotype: FastNASGenotype, out: Path, runtime: Runtime
+        self, settings: DecoderTrainConfig, genotype: Genotype, out: Path, runtime: Runtime
     ) -> SegmentationTraining:
         return SegmentationTraining(settings, genotype, out, runtime)
 
@@ -105,3 +118,18 @@ class Segmentation(Method):
 
     def evaluate(self, settings: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
         return evaluate(settings)
+
+
+class Segmentation(DecoderMethod):
+    """Decoders for a MobileNet-v2 encoder, sampled by a controller."""
+
+    name = "segmentation"
+    space = FastNASSpace().name
+    search_settings = SearchConfig
+    train_settings = TrainConfig
+    check_settings = CheckConfig
+    presets = PRESETS
+    description = DESCRIPTION
+    model_format = SEGMENTER
+    report = SegmentationReport()
+    zoo = architectures("segmentation")

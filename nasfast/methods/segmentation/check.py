@@ -16,7 +16,7 @@ from nasfast.methods import base
 class CheckConfig(base.CheckConfig):
     """What to look at."""
 
-    method: Annotated[Literal["segmentation"], tyro.conf.Positional] = "segmentation"
+    method: Annotated[Literal["segmentation", "templates"], tyro.conf.Positional] = "segmentation"
     """Whose data it is; default: by the layout of the folder."""
     mask_values: str | None = None
     """Values of the classes in the masks, where they are not 0, 1, ..: 0,255."""

@@ -58,7 +58,8 @@ class Inputs:
             resize_longer=config.resize_longer,
         )
         teacher = load_teacher(config.teacher, splits.train.classes) if config.teacher else None
-        return cls(splits, load_encoder(config.encoder_weights), teacher)
+        encoder = load_encoder(config.encoder_weights, config.decoders.rows)
+        return cls(splits, encoder, teacher)
 
     def features(
         self, config: DecoderSearchConfig, runtime: Runtime, caches: Caches | None = None

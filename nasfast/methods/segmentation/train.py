@@ -121,7 +121,7 @@ class SegmentationTraining(DenseTraining):
 
     def network(self) -> EncoderDecoder:
         settings = self.settings
-        encoder = load_encoder(settings.encoder_weights)
+        encoder = load_encoder(settings.encoder_weights, settings.decoders.rows)
         self._encoder = tensors_fingerprint(encoder.state_dict())
         build, outputs = settings.decoders.build, self.task.outputs
         model = build(encoder, self.genotype, outputs, settings.decoder)
