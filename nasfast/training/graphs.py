@@ -51,7 +51,7 @@ class GraphedStep:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._eager_steps: Counter[object] = Counter()  # by the batch's kind
-        self._batch: tuple[Tensor, ...] | None = None
+        self._batch: Batch | None = None
         self._loss: Tensor | None = None
         self._refused = False
 
@@ -68,7 +68,7 @@ class GraphedStep:
             if self._loss is None or self._batch is None or kind != _kind(self._batch):
                 self._eager_steps[kind] += 1
                 return step(batch)
-            for own, new in zip(self._batch, tensors, strict=True):
+            for own, new in zip(_tensors(self._batch), tensors, strict=True):
                 own.copy_(new, non_blocking=True)
             self._recorder.repeat()
             return self._loss
@@ -83,7 +83,7 @@ class GraphedStep:
             own = tuple(tensor.clone() for tensor in batch)
         try:
             self._loss = self._recorder.record(lambda: step(own))
-            self._batch = _tensors(own)
+            self._batch = own
         except RuntimeError as error:
             self._refused = True
             cause = error.__context__ or error  # ending a failed capture fails as well

@@ -98,17 +98,21 @@ def test_every_step_trains_as_the_eager_one_does():
     assert graph._batch is graph._loss is None
 
 
-def test_a_batch_of_several_tensors():
+@pytest.mark.parametrize("form", [tuple, lambda pair: dict(zip("ab", pair, strict=True))])
+def test_a_batch_of_several_tensors(form):
     seen = []
 
     def step(batch):
-        seen.append([int(tensor.sum()) for tensor in batch])
-        return batch[0].sum() * 1.0
+        first, second = batch.values() if isinstance(batch, dict) else batch
+        seen.append([int(first.sum()), int(second.sum())])
+        return first.sum() * 1.0
 
-    graph = GraphedStep(Repeater())
-    losses = [float(graph(step, (torch.tensor([i, 1]), torch.tensor([[2 * i]])))) for i in range(6)]
-    assert losses == [1, 2, 3, 4, 5, 6]
+    recorder = Repeater()
+    graph = GraphedStep(recorder)
+    batches = [form((torch.tensor([i, 1]), torch.tensor([[2 * i]]))) for i in range(6)]
+    assert [float(graph(step, batch)) for batch in batches] == [1, 2, 3, 4, 5, 6]
     assert seen == [[i + 1, 2 * i] for i in range(6)]
+    assert recorder.log == ["record"] + ["repeat"] * (6 - WARMUP)
 
 
 def test_a_step_that_cannot_be_recorded_stays_eager():
