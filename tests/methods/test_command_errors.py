@@ -181,8 +181,8 @@ ERRORS = {
         (
             "/no/run",
             "train: no run directory and no genotype file at /no/run, nor a name of the zoo "
-            "(fast_nas_arch0, fast_nas_arch1, fast_nas_arch2, irnas-denoise, irnas-derain); "
-            "nasfast search makes a run",
+            "(fast_nas_arch0, fast_nas_arch1, fast_nas_arch2, template_nas_arch0, "
+            "template_nas_arch1, irnas-denoise, irnas-derain); nasfast search makes a run",
         ),
         (
             "RUN/config.toml",
