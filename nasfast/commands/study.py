@@ -105,7 +105,7 @@ class Trainer:
         """Nothing here asks for them."""
         return {"params": 0, "macs": 0}
 
-    def __call__(self, genotype: Genotype, index: int, gate: float | None) -> Evaluation:
+    def __call__(self, genotype: Genotype, index: int, gates: Mapping[str, float]) -> Evaluation:
         """Train, or go on where an earlier call was stopped; what it finished is only read."""
         rewards, failure, seconds = {}, None, 0.0
         out = directory(self.run, *self.planned[index])
@@ -322,7 +322,7 @@ class Session:
             engine: Engine[Any] = workers.engine_for(functools.partial(_in_worker, make))
             try:
                 with self.console.status("") as status:
-                    jobs = [Job(i, genotype, None) for i, genotype in enumerate(genotypes)]
+                    jobs = [Job(i, genotype, {}) for i, genotype in enumerate(genotypes)]
                     for key, evaluation in zip(
                         missing,
                         engine.evaluate(
@@ -355,7 +355,10 @@ class Session:
 
     def _record(self, key: tuple[int, int], evaluation: Evaluation) -> None:
         index, seed = key
-        score, seconds = next(iter(evaluation.rewards.values()), None), evaluation.seconds["train"]
+        score, seconds = (
+            next(iter(evaluation.rewards.values()), None),
+            evaluation.seconds.get("train", 0.0),
+        )
         self.done[key] = Training(index, seed, score, evaluation.failure, seconds)
         self._save()
         outcome = f"{self.found.label} {number(score)}"
