@@ -42,10 +42,9 @@ from nasfast.utils.config import Bound, Bounded, Count, from_mapping
 from nasfast.utils.errors import NothingFoundError, UserError
 from nasfast.utils.files import read_object
 from nasfast.utils.interrupt import Interrupt, StopRequested
+from nasfast.utils.statistics import LEAST
 from nasfast.workers import Engine, Job, WorkerConfig, cores
 
-LEAST = 3
-"""Architectures that a correlation takes."""
 METRICS = "metrics.json"
 DECIDED = ("source", "rank", "out")
 """Settings of a training that the study decides."""
@@ -72,8 +71,8 @@ class StudySettings(Bounded):
     no_control: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Compare with no random search."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def require_sense(self) -> None:
+        """Raise UserError where settings do not go together."""
         if self.top + self.others < LEAST:
             raise UserError(
                 f"study: expected --top and --others of {LEAST} architectures together, which a "
@@ -205,6 +204,7 @@ class Session:
     ) -> None:
         self.study, self.settings, self.method, self.console = study, settings, method, console
         self.folder = study.path / FOLDER
+        settings.require_sense()
         pool = pool_of(study)
         top, sample = draw(pool, settings.top, settings.others)
         self.config, plain = settings_of(study, method, config, pool[0].genotype)
@@ -355,7 +355,10 @@ class Session:
 
     def _record(self, key: tuple[int, int], evaluation: Evaluation) -> None:
         index, seed = key
-        score, seconds = next(iter(evaluation.rewards.values()), None), evaluation.seconds["train"]
+        score, seconds = (
+            next(iter(evaluation.rewards.values()), None),
+            evaluation.seconds.get("train", 0.0),
+        )
         self.done[key] = Training(index, seed, score, evaluation.failure, seconds)
         self._save()
         outcome = f"{self.found.label} {number(score)}"

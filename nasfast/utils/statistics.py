@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Best", "Estimate", "best_of_draws", "ceiling", "noise", "rank_correlations"]
+__all__ = ["LEAST", "Best", "Estimate", "best_of_draws", "ceiling", "noise", "rank_correlations"]
 
 COVERAGE = 0.95
 """Of every interval here."""
 RESAMPLES = 10_000
+LEAST = 3
+"""Pairs that a correlation takes: two always have one of 1 or -1."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,11 @@ def rank_correlations(
         seed: of the resamples.
     """
     count = len(x)
+    if count < LEAST:
+        return Estimate(None, None, None), Estimate(None, None, None)
     pairs = torch.tensor([*zip(x, y, strict=True)], dtype=torch.float64).reshape(count, 2)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(max(count, 1), (resamples, count), generator=generator)
+    drawn = torch.randint(count, (resamples, count), generator=generator)
     counts = torch.zeros(resamples, count, dtype=torch.float64)
     counts.scatter_add_(1, drawn, torch.ones_like(counts))
     weights = torch.cat([torch.ones(1, count, dtype=torch.float64), counts])
