@@ -304,3 +304,12 @@ def test_space_of_the_samples_is_the_space():
     genotype = sizes.sample(random.Random(3))
     assert genotype == space.sample(random.Random(3))
     assert sizes.from_json(genotype.to_json()) == genotype
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_parameters_of_a_sample_are_counted_without_its_network(scale):
+    sizes = SizeClass(3, 3, network=RestorerConfig(8, 16, 16, 8), channels=3, scale=scale)
+    rng = random.Random(0)
+    for genotype in (sizes.sample(rng) for _ in range(8)):
+        network = Restorer(genotype, sizes.network, 3, scale)
+        assert sizes.parameters(genotype) == count_parameters(network)
