@@ -45,7 +45,7 @@ def text_for_user(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in _FULL and error.filename is not None:
         return (
             f"{error}; make room there: what was saved before is whole, and --resume continues a "
-            "search or a training from it"
+            "search or a training from it, the same command a study"
         )
     if isinstance(error, UserError | OSError):
         return str(error)

@@ -1,6 +1,7 @@
 """Architectures of a run trained longer: what is kept, what continues, the figures, the report."""
 
 import json
+import pickle
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ from nasfast.methods.segmentation.train import SegmentationTraining
 from nasfast.runs.correlation import FOLDER, CorrelationStudy, draw
 from nasfast.runs.study import Study
 from nasfast.training.loop import NonFiniteLossError
+from nasfast.workers import WorkerConfig
 
 FLAGS = [
     "--device",
@@ -43,6 +45,19 @@ def keep_records(run, count):
     (run / "records.jsonl").write_text("".join(lines[:count]))
 
 
+class Elsewhere:
+    """Evaluates as a worker does, with what has been pickled."""
+
+    def __init__(self, build):
+        self.trainer = pickle.loads(pickle.dumps(build))("cpu")
+
+    def evaluate(self, trainer, jobs, progress):
+        return (self.trainer(job.genotype, job.index, job.gates) for job in jobs)
+
+    def close(self):
+        pass
+
+
 @pytest.fixture
 def begun(monkeypatch):
     """What `finish` is given: (architecture, seed) of each network that was trained."""
@@ -69,7 +84,8 @@ def test_a_killed_study_trains_what_is_missing(run, begun, monkeypatch, capsys):
         with pytest.raises(Crash):
             study.main([str(run), *ALONE, *FLAGS])
     assert [t["failure"] for t in results(run)["trainings"]] == [None, None]
-    assert study.main([*FLAGS, *ALONE, str(run)]) == 0
+    monkeypatch.setattr(WorkerConfig, "engine_for", lambda config, build: Elsewhere(build))
+    assert study.main([*FLAGS, *ALONE, "--workers", "2", str(run)]) == 0
     assert len(begun) == len(set(begun)) == 6
     found = results(run)
     assert len(found["trainings"]) == found["summary"]["trainings"] == 6
@@ -88,6 +104,12 @@ def test_a_killed_study_trains_what_is_missing(run, begun, monkeypatch, capsys):
         f"error: study {run}: expected epochs 1, as the study began, got 2; give that, or move "
         f"{run / FOLDER} away for another study"
     )
+    changed = results(run)
+    changed["inputs"]["training data"] = "other"
+    (run / FOLDER / "study-results.json").write_text(json.dumps(changed))
+    assert study.main([str(run), *ALONE, *FLAGS, "--seeds", "3"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: study {run}: expected the training data that the study began ")
     page = (run / "report.html").read_text()
     assert "Does the search's reward predict?" in page
     assert "Spearman" in page

@@ -192,7 +192,7 @@ def test_a_full_disk_loses_nothing(argv, whole, command, place, request, tmp_pat
     assert line.startswith(f"error: [Errno 27] File too large: '{made}")
     assert line.endswith(
         "; make room there: what was saved before is whole, and --resume continues"
-        " a search or a training from it"
+        " a search or a training from it, the same command a study"
     )
     assert not list(made.rglob("*.tmp"))
     assert command.main(["--resume", str(made)]) == 0

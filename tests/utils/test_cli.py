@@ -25,7 +25,8 @@ def ends_with(error):
         (
             OSError(28, "No space left on device", "run/checkpoint/state.pt"),
             "[Errno 28] No space left on device: 'run/checkpoint/state.pt'; make room there: what "
-            "was saved before is whole, and --resume continues a search or a training from it",
+            "was saved before is whole, and --resume continues a search or a training from it, "
+            "the same command a study",
         ),
         (MemoryError(), "out of memory (MemoryError); use fewer --workers, a smaller batch"),
         (torch.OutOfMemoryError("CUDA out of memory.\nmore"), "out of memory (CUDA out of "),
