@@ -53,7 +53,7 @@ USAGE = {
         ("--bilevel.warmup 99", "warmup: expected fewer epochs than"),
         ("--bilevel.weights.lr 0", "WeightsConfig.lr: expected a value above"),
         ("--params 1:2", "params: expected --strategy random, which"),
-        ("--max-params 1k", "max_params, max_macs: expected --strategy random, which samples, got"),
+        ("--max-params 1k", "max_params, max_macs: expected --strategy"),
         ("--supernet.width 3", "SupernetConfig.width: expected an even"),
     ],
     "train OLD/segmentation": [

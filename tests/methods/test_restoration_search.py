@@ -365,3 +365,12 @@ def test_halves_of_a_step_as_cuda_graphs(tiny_bilevel, tmp_path, monkeypatch):
     for graphed, expected in zip(outcome(run), outcome(eager), strict=True):
         got, wanted = (r["evaluation"]["metrics"]["supernet"] for r in (graphed, expected))
         assert got == pytest.approx(wanted, rel=0.05)
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_parameters_of_a_sample_are_counted_without_its_network(scale):
+    sizes = SizeClass(3, 3, network=RestorerConfig(8, 16, 16, 8), channels=3, scale=scale)
+    rng = random.Random(0)
+    for genotype in (sizes.sample(rng) for _ in range(8)):
+        network = Restorer(genotype, sizes.network, 3, scale)
+        assert sizes.parameters(genotype) == count_parameters(network)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
 from collections.abc import Generator
@@ -13,6 +14,7 @@ from nasfast.data.restoration import RestorationData, open_images
 from nasfast.evaluation.candidate import CandidateEvaluator, SeedOf
 from nasfast.methods.restoration.settings import SearchConfig
 from nasfast.methods.restoration.train import TrainingRun
+from nasfast.models.mixed_op import build_branch
 from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.searches.sampling import Phase, SamplingSearch
 from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
@@ -48,15 +50,37 @@ class SizeClass(IRNASSpace):
         sizes = []
         for _ in range(MAX_DRAWS):
             genotype = super().sample(rng)
-            with torch.device("meta"):
-                network = Restorer(genotype, self.network, self.channels, self.scale)
-            sizes.append(count_parameters(network))
+            sizes.append(self.parameters(genotype))
             if self.low <= sizes[-1] <= self.high:
                 return genotype
         raise UserError(
             f"params: none of {MAX_DRAWS} architectures has {self.low:,} to {self.high:,} "
             f"parameters; they have {min(sizes):,} to {max(sizes):,}"
         )
+
+    def parameters(self, genotype: IRNASGenotype) -> int:
+        """Those of its network: of its convolutions, and of one of the same widths without any."""
+        edges = (("skip", 0), ("skip", 1))
+        bare = dataclasses.replace(genotype, nodes=(edges,) * len(genotype.nodes))
+        ops = [op for node in genotype.nodes for op, _ in node if op != "skip"]
+        widths = [self.network.width << level for level in genotype.levels]
+        return _network_parameters(bare, self.network, self.channels, self.scale) + sum(
+            _branch_parameters(op, width) for op in ops for width in widths
+        )
+
+
+@functools.cache
+def _network_parameters(
+    genotype: IRNASGenotype, config: RestorerConfig, channels: int, scale: int
+) -> int:
+    with torch.device("meta"):
+        return count_parameters(Restorer(genotype, config, channels, scale))
+
+
+@functools.cache
+def _branch_parameters(op: str, channels: int) -> int:
+    with torch.device("meta"):
+        return count_parameters(build_branch(op, channels))
 
 
 @dataclass(frozen=True)
