@@ -100,7 +100,10 @@ def test_settings_are_those_of_the_command_line():
         ({"stage0.epochs": 1.5}, "search, stage0, epochs: expected an integer, got 1.5; "),
         ({"stage0": 3}, "search, stage0: expected a table, got 3; correct the value"),
         ({"budget.x": 1}, "search, budget: expected an integer, got {'x': 1}; "),
-        ({"method": "depth"}, "method: expected one of segmentation, restoration, got 'depth'; "),
+        (
+            {"method": "depth"},
+            "method: expected one of segmentation, templates, restoration, got 'depth'; ",
+        ),
         ({"method": "restoration", "task": "x"}, "task: expected one of denoising, deraining, "),
         ({"resume": "no", "seed": 1}, "search: unknown setting 'seed'; expected some of budget, "),
     ],

@@ -139,7 +139,7 @@ ERRORS = {
     "search detection": [
         (
             "--budget 1",
-            "method: expected one of segmentation, restoration, got 'detection'; a later version "
+            "method: expected one of segmentation, templates, restoration, got 'detection'; a later version "
             "of nasfast may know it",
         ),
     ],
@@ -189,7 +189,10 @@ ERRORS = {
             "train: expected a run directory or a JSON file with a genotype, got ",
         ),
         ("RUN/checkpoint", "RUN/checkpoint is not a run directory: it has no config.toml"),
-        ("RUN/env.json", 'genotype: expected an object whose "space" is one of fast_nas, ir_nas, '),
+        (
+            "RUN/env.json",
+            'genotype: expected an object whose "space" is one of fast_nas, template_nas, ir_nas, ',
+        ),
         (f"RUN {NO_DATA[0]}", NO_DATA[1]),
         (f"RUN {NO_DEVICE[0]}", NO_DEVICE[1]),
         ("RUN --encoder-weights /no/w.pt", "weights: no file /no/w.pt"),

@@ -33,8 +33,8 @@ def test_unknown_names(name):
     with pytest.raises(UserError) as caught:
         method_named(name)
     assert str(caught.value) == (
-        f"method: expected one of segmentation, restoration, got {name!r}; a later version of "
-        "nasfast may know it"
+        f"method: expected one of segmentation, templates, restoration, got {name!r}; a later "
+        "version of nasfast may know it"
     )
 
 
@@ -52,7 +52,7 @@ def test_by_genotype(genotype, name):
 
 @pytest.mark.parametrize("genotype", [{"space": "darts"}, {}, {"cell": []}, 7, None, "fast_nas_"])
 def test_genotypes_of_no_method(genotype):
-    with pytest.raises(UserError, match='"space" is one of fast_nas, ir_nas, got '):
+    with pytest.raises(UserError, match='"space" is one of fast_nas, template_nas, ir_nas, got '):
         method_of_genotype(genotype)
 
 
@@ -74,7 +74,9 @@ def test_a_model_file_says_its_method(name: str, tmp_path: Path) -> None:
     save_model(path, model, description | {"method": name})
     assert method_of_model([str(path)]).name == name
     save_model(path, model, description | {"method": "depth"})
-    with pytest.raises(UserError, match="expected one of segmentation, restoration, got 'depth'"):
+    with pytest.raises(
+        UserError, match="expected one of segmentation, templates, restoration, got 'depth'"
+    ):
         method_of_model([str(path)])
 
 
@@ -98,8 +100,16 @@ def test_by_the_name_of_an_architecture():
 @pytest.mark.parametrize(
     ("name", "content", "text"),
     [
-        ("config.toml", 'method = "detection"', "segmentation, restoration, got 'detection'"),
-        ("best.json", '{"genotype": {"space": "darts"}}', "fast_nas, ir_nas, got 'darts'"),
+        (
+            "config.toml",
+            'method = "detection"',
+            "segmentation, templates, restoration, got 'detection'",
+        ),
+        (
+            "best.json",
+            '{"genotype": {"space": "darts"}}',
+            "fast_nas, template_nas, ir_nas, got 'darts'",
+        ),
     ],
 )
 def test_runs_and_genotype_files_of_no_method(name, content, text, tmp_path):

@@ -169,4 +169,4 @@ def test_random_damage(reader, tmp_path):
 def test_a_picture_that_is_a_bomb(tmp_path, monkeypatch):
     monkeypatch.setattr("nasfast.data.images.MAX_PIXELS", 500)
     text = outcome(open_folder, folder(tmp_path))
-    assert str(text).startswith(f"mask {tmp_path}/masks/x.png is too large: expected at most")
+    assert str(text).startswith(f"image {tmp_path}/images/x.png is too large: expected at most")
