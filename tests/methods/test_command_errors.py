@@ -139,8 +139,8 @@ ERRORS = {
     "search detection": [
         (
             "--budget 1",
-            "method: expected one of segmentation, templates, restoration, got 'detection'; a later version "
-            "of nasfast may know it",
+            "method: expected one of segmentation, templates, restoration, got 'detection'; a "
+            "later version of nasfast may know it",
         ),
     ],
     "search --resume": [

@@ -124,7 +124,7 @@ def test_a_signal_before_the_first_candidate(tiny_search, tmp_path, monkeypatch,
     monkeypatch.setattr(
         segmentation,
         "load_encoder",
-        lambda path: (os.kill(os.getpid(), signal.SIGTERM), load(path))[1],
+        lambda *given: (os.kill(os.getpid(), signal.SIGTERM), load(*given))[1],
     )
     fresh = ["--cache-dir", str(tmp_path / "cache"), "--runs", str(tmp_path / "runs")]
     assert search.main([*tiny_search, *fresh]) == 130
