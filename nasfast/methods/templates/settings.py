@@ -55,7 +55,7 @@ PRESETS = {
         batch=PPOConfig.short_budget().batch_size,
         budget=24,
         stage0=Stage0Config(
-            samples=320, crop=224, shorter_side=260, epochs=5, batch_size=16, lr=7e-3
+            samples=320, crop=160, shorter_side=240, epochs=4, batch_size=16, lr=7e-3
         ),
         stage1=Stage1Config(crop=224, shorter_side=260, batch_size=16, polyak_decay=0.9),
         ppo=PPOConfig.short_budget(),
