@@ -206,14 +206,11 @@ class Study:
         self._records.append(record)
         if self.best is record:
             self.write_best()
-            for old in self.path.glob(f"{PREDICTIONS}/*"):
-                if old != self._files_of(record):
-                    shutil.rmtree(old)
 
     def keep_files(self, record: Record, files: Mapping[str, bytes]) -> None:
         """Keep files, such as pictures, of a record that is about to be appended, where it will be
         the best. `append` removes those of the best before it: after a crash between the two, that
-        one still has its own."""
+        one still has its own, and those of a record that was never appended are removed."""
         self._require_lock()
         best = self.best
         if not files or record.score is None:
@@ -239,10 +236,14 @@ class Study:
         atomic_write(self.path / "config.toml", tomli_w.dumps(self.config))
 
     def write_best(self) -> None:
-        """Write the best record to best.json, atomically, unless it is there already."""
+        """Write the best record to best.json, atomically, unless it is there already, and remove
+        the files of others."""
         self._require_lock()
         if self.best is None:
             return
+        for old in self.path.glob(f"{PREDICTIONS}/*"):
+            if old != self._files_of(self.best):
+                shutil.rmtree(old)
         path = self.path / "best.json"
         data = (json.dumps(self.best.to_json(), indent=2) + "\n").encode()
         if not path.exists() or path.read_bytes() != data:
