@@ -348,9 +348,9 @@ class DenseTraining(ABC):
         threads = settings.loaders
         if threads is None:
             threads = min(4, os.cpu_count() or 1) if cuda else 0
-        for images, targets in ahead(self._load, plan, threads):
-            moved = {name: self.runtime.move(target) for name, target in targets.items()}
-            yield {IMAGES: prepare_images(images, self.runtime), **moved}
+        for loaded in ahead(self._load, plan, threads):
+            images, targets = self._on_device(*loaded)
+            yield {IMAGES: images, **targets}
 
     def _load(self, batch: Batch) -> tuple[Tensor, Targets]:
         """Augmented samples, images uint8 ``[N, 3, H, W]``, padded, on the CPU."""
