@@ -1,0 +1,103 @@
+"""What a detection dataset is: images with boxes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nasfast.data.base import digest
+
+
+@dataclass(frozen=True, eq=False)
+class BoxSample:
+    """One image and the objects in it."""
+
+    image: Tensor
+    """uint8 ``[3, H, W]``, RGB."""
+    boxes: Tensor
+    """float32 ``[M, 4]``: left, top, right, bottom in pixels; the edges of the image are 0 and W,
+    0 and H."""
+    labels: Tensor
+    """int64 ``[M]``, index of the class."""
+    ignored: Tensor
+    """bool ``[M]``: difficult objects and crowds, which are neither learned nor counted against a
+    network that finds them."""
+    areas: Tensor
+    """float32 ``[M]``, in square pixels of the image: of the object where the data say it, as COCO
+    does, else of its box. Scores divide objects by it in small, medium and large."""
+    image_id: int | str
+    """What the data call the image: COCO's id, or the name of the file without its suffix."""
+
+
+class DetectionDataset(ABC):
+    """A finite, indexable set of samples: `len(d)`, `d[i]`, iteration."""
+
+    name: str
+    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    """Of the classes in the data, for predictions that are written back: COCO's are sparse."""
+    colors: tuple[tuple[int, int, int], ...]
+    """RGB, one per class."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> BoxSample:
+        """Negative indices count from the end; IndexError outside."""
+
+    def __iter__(self) -> Iterator[BoxSample]:
+        return (self[i] for i in range(len(self)))
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over all that determines the samples; equal in every process."""
+
+    @abstractmethod
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of each sample, without reading all of its pixels."""
+
+    @abstractmethod
+    def counts(self) -> list[int]:
+        """Objects in each sample, ignored ones included."""
+
+    def load(self, indices: Sequence[int]) -> list[BoxSample]:
+        """The samples at `indices`, in that order; files are read in threads."""
+        return [self[i] for i in indices]
+
+    def subset(self, indices: Sequence[int]) -> DetectionDataset:
+        """The samples at `indices`, in that order. IndexError outside."""
+        return BoxSubset(self, indices)
+
+
+class BoxSubset(DetectionDataset):
+    """A view of some samples of `dataset`."""
+
+    def __init__(self, dataset: DetectionDataset, indices: Sequence[int]) -> None:
+        self.name, self.classes = dataset.name, dataset.classes
+        self.category_ids, self.colors = dataset.category_ids, dataset.colors
+        self._dataset = dataset
+        self._indices = tuple(range(len(dataset))[i] for i in indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> BoxSample:
+        return self._dataset[self._indices[index]]
+
+    def load(self, indices: Sequence[int]) -> list[BoxSample]:
+        return self._dataset.load([self._indices[i] for i in indices])
+
+    def sizes(self) -> list[tuple[int, int]]:
+        sizes = self._dataset.sizes()
+        return [sizes[i] for i in self._indices]
+
+    def counts(self) -> list[int]:
+        counts = self._dataset.counts()
+        return [counts[i] for i in self._indices]
+
+    def fingerprint(self) -> str:
+        return digest("subset", self._dataset.fingerprint(), self._indices)

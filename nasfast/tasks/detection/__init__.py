@@ -1,0 +1,1 @@
+"""Detection of objects: targets, losses, post-processing, scores."""
