@@ -9,12 +9,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from nasfast.utils.errors import UserError
+
+D = TypeVar("D")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -115,23 +117,44 @@ class Parts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Splits:
+class Division(Generic[D]):
     """The parts of a dataset. `search_train` and `search_val` divide `train`; a search never
     sees `val`, and neither it nor a training reads `test`."""
 
-    search_train: SegmentationDataset
-    search_val: SegmentationDataset
-    train: SegmentationDataset
-    val: SegmentationDataset
-    open_test: Callable[[], SegmentationDataset] | None = None
+    search_train: D
+    search_val: D
+    train: D
+    val: D
+    open_test: Callable[[], D] | None = None
     aside: tuple[str, ...] = ()
     home: Path | None = None
     """Both as in `Parts`."""
 
     @functools.cached_property
-    def test(self) -> SegmentationDataset | None:
+    def test(self) -> D | None:
         """Read when first asked for; None where the data has no test part."""
         return self.open_test and self.open_test()
+
+
+class Splits(Division[SegmentationDataset]):
+    """The parts of a segmentation dataset."""
+
+
+def hold_out(name: str, count: int, *, seed: int, fraction: float) -> tuple[list[int], list[int]]:
+    """Indices of `count` samples to learn from, and the seeded `fraction` of them, at least one, to
+    validate candidates on.
+
+    Raises:
+        UserError: less than two samples cannot be divided.
+    """
+    if count < 2:
+        raise UserError(
+            f"{name}: expected at least 2 training samples, which a search divides in two, "
+            f"got {count}; add samples"
+        )
+    held_out = min(max(1, round(fraction * count)), count - 1)
+    order = random.Random(seed).sample(range(count), count)
+    return sorted(order[held_out:]), sorted(order[:held_out])
 
 
 def split_for_search(
@@ -146,16 +169,10 @@ def split_for_search(
 ) -> Splits:
     """Keep a seeded `fraction` of `train` (at least one sample) to validate candidates on:
     90/10 in Fast NAS (CVPR 2019)."""
-    if len(train) < 2:
-        raise UserError(
-            f"{train.name}: expected at least 2 training samples, which a search divides in two, "
-            f"got {len(train)}; add samples"
-        )
-    held_out = max(1, round(fraction * len(train)))
-    order = random.Random(seed).sample(range(len(train)), len(train))
+    learned, held_out = hold_out(train.name, len(train), seed=seed, fraction=fraction)
     return Splits(
-        search_train=train.subset(sorted(order[held_out:])),
-        search_val=train.subset(sorted(order[:held_out])),
+        search_train=train.subset(learned),
+        search_val=train.subset(held_out),
         train=train,
         val=val,
         open_test=open_test,

@@ -37,8 +37,8 @@ class TrainTransform:
     jitter: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_size("TrainTransform", "crop", self.crop)
-        _check_size("TrainTransform", "shorter_side", self.shorter_side)
+        check_size("TrainTransform", "crop", self.crop)
+        check_size("TrainTransform", "shorter_side", self.shorter_side)
         low, high = self.scale_range
         if not 0 < low <= high < float("inf"):
             raise ValueError(
@@ -53,7 +53,7 @@ class TrainTransform:
             raise ValueError("TrainTransform: expected a torch.Generator, got None")
         draw = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
         low, high = self.scale_range
-        crop_h, crop_w = _pair(self.crop)
+        crop_h, crop_w = pair(self.crop)
         height, width = sample.mask.shape
         scale = max(
             low + (high - low) * draw[0],
@@ -70,7 +70,7 @@ class TrainTransform:
         if not self.jitter:
             return sample
         factors = 1 + self.jitter * (2 * torch.rand(3, generator=generator) - 1)
-        return Sample(_colored(sample.image, *factors.tolist()), sample.mask)
+        return Sample(colored(sample.image, *factors.tolist()), sample.mask)
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,12 @@ class ValTransform:
 
     def __post_init__(self) -> None:
         if self.size is not None:
-            _check_size("ValTransform", "size", self.size)
+            check_size("ValTransform", "size", self.size)
 
     def __call__(self, sample: Sample, generator: torch.Generator | None = None) -> Sample:
         if self.size is None:
             return sample
-        crop_h, crop_w = _pair(self.size)
+        crop_h, crop_w = pair(self.size)
         height, width = sample.mask.shape
         sample = _resize(sample, max(1.0, crop_h / height, crop_w / width))
         height, width = sample.mask.shape
@@ -128,7 +128,7 @@ def _crop(
     return Sample(image.flip(-1), mask.flip(-1)) if flip else Sample(image, mask)
 
 
-def _colored(image: Tensor, brightness: float, contrast: float, saturation: float) -> Tensor:
+def colored(image: Tensor, brightness: float, contrast: float, saturation: float) -> Tensor:
     """An image uint8 ``[3, H, W]``: distances to black, to its mean grey and to each pixel's grey
     (ITU-R 601 luma) are multiplied by the factors."""
 
@@ -142,10 +142,10 @@ def _colored(image: Tensor, brightness: float, contrast: float, saturation: floa
     return pixels.round_().byte()
 
 
-def _pair(size: Size) -> tuple[int, int]:
+def pair(size: Size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def _check_size(owner: str, argument: str, size: Size) -> None:
-    if min(_pair(size)) < 2:  # torch resizes no uint8 image to 1x1
+def check_size(owner: str, argument: str, size: Size) -> None:
+    if min(pair(size)) < 2:  # torch resizes no uint8 image to 1x1
         raise UserError(f"{owner}: expected {argument} of at least 2 pixels, got {size}")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nasfast.data import Sample, SyntheticStreets, TrainTransform, ValTransform, batch
-from nasfast.data.transforms import _colored
+from nasfast.data.transforms import colored
 
 side = st.integers(1, 90)
 wanted_side = st.integers(2, 90)
@@ -84,11 +84,11 @@ def test_jitter_changes_colours_alone():
         assert torch.equal(got.mask, expected.mask)
         assert not torch.equal(got.image, expected.image)
         assert got.image.dtype == torch.uint8
-    assert torch.equal(_colored(frame.image, 1, 1, 1), frame.image)
-    assert torch.equal(_colored(frame.image, 0.5, 1, 1), (frame.image * 0.5).round().byte())
-    grey = _colored(frame.image, 1, 1, 0).int()
+    assert torch.equal(colored(frame.image, 1, 1, 1), frame.image)
+    assert torch.equal(colored(frame.image, 0.5, 1, 1), (frame.image * 0.5).round().byte())
+    grey = colored(frame.image, 1, 1, 0).int()
     assert (grey - grey[:1]).abs().max() == 0
-    flat = _colored(frame.image, 1, 0, 1)
+    flat = colored(frame.image, 1, 0, 1)
     assert len(flat.unique()) == 1
     with pytest.raises(ValueError, match=r"expected jitter from 0 to 1, got 2$"):
         TrainTransform(8, 8, jitter=2)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
-from nasfast.data.base import digest
+from nasfast.data.base import Division, digest, hold_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,3 +103,26 @@ class BoxSubset(DetectionDataset):
 
     def fingerprint(self) -> str:
         return digest("subset", self._dataset.fingerprint(), self._indices)
+
+
+class DetectionParts(NamedTuple):
+    """What a folder is divided in; as `nasfast.data.base.Parts`."""
+
+    train: DetectionDataset
+    val: DetectionDataset
+    open_test: Callable[[], DetectionDataset] | None = None
+    aside: tuple[str, ...] = ()
+    home: Path | None = None
+
+
+class DetectionSplits(Division[DetectionDataset]):
+    """The parts of a detection dataset."""
+
+
+def divide(parts: DetectionParts, *, seed: int, fraction: float) -> DetectionSplits:
+    """Keep a seeded `fraction` of `train`, at least one sample, to validate candidates on."""
+    train, val, open_test, aside, home = parts
+    learned, held_out = hold_out(train.name, len(train), seed=seed, fraction=fraction)
+    return DetectionSplits(
+        train.subset(learned), train.subset(held_out), train, val, open_test, aside, home
+    )
