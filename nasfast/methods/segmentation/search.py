@@ -10,7 +10,14 @@ from typing import Any, Self, TypeVar
 import torch
 from rich.console import Console
 
-from nasfast.data import Splits, folder_of, load_splits, shorter_side
+from nasfast.data import (
+    Splits,
+    TrainTransform,
+    ValTransform,
+    folder_of,
+    load_splits,
+    shorter_side,
+)
 from nasfast.data.checks import check_splits
 from nasfast.encoders import MobileNetV2, load_encoder
 from nasfast.evaluation.candidate import CandidateEvaluator
@@ -68,8 +75,11 @@ class Inputs:
         return FrozenEncoder(
             SegmentationTask(self.splits, config.omit),
             self.encoder,
-            config.stage0,
-            config.val_crop,
+            config.stage0.samples,
+            (
+                TrainTransform(config.stage0.crop, config.stage0.shorter_side),
+                ValTransform(config.val_crop),
+            ),
             runtime,
             seed=config.seed,
             cache=config.cache,
@@ -126,8 +136,11 @@ def evaluator_on(
 
 def make_evaluator(config: DecoderSearchConfig, features: FrozenEncoder) -> Evaluator:
     """Trains decoders on the features, and with the encoder where they pass the gate."""
-    task = features.task
-    stages: list[DecoderOnFeatures | EndToEnd] = [DecoderOnFeatures(config.stage0, features)]
+    task, weights = features.task, config.stage0
+    alone = DecoderOnFeatures(
+        weights, features, aux_weight=weights.aux_weight, kd_weight=weights.kd_weight
+    )
+    stages: list[DecoderOnFeatures | EndToEnd] = [alone]
     if config.stage1.epochs > 0:
         stages.append(EndToEnd(config.stage1, task, features.val_transform, features.runtime))
     return CandidateEvaluator(
