@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 import nasfast.evaluation.stages
 import nasfast.models.layers
 from nasfast.cache import CacheConfig, FeatureCache
-from nasfast.data import Splits, SyntheticStreets
+from nasfast.data import Splits, SyntheticStreets, TrainTransform, ValTransform
 from nasfast.encoders import MobileNetV2
 from nasfast.evaluation.candidate import CandidateEvaluator
 from nasfast.evaluation.frozen_encoder import FrozenEncoder
@@ -330,8 +330,11 @@ def make_features(problem: Problem, variant: Variant) -> FrozenEncoder:
     return FrozenEncoder(
         variant.task(problem.splits),
         problem.encoder,
-        scale.stage0,
-        scale.val_crop,
+        scale.samples,
+        (
+            TrainTransform(scale.stage0.crop, scale.stage0.shorter_side),
+            ValTransform(scale.val_crop),
+        ),
         variant.runtime(problem.device),
         seed=SEED,
         cache=CacheConfig(problem.folder / "cache"),
@@ -349,7 +352,14 @@ def make_evaluator(scale: Scale, features: FrozenEncoder) -> Evaluator:
             config=scale.decoder,
         ),
         features.costs,
-        [DecoderOnFeatures(scale.stage0, features)],
+        [
+            DecoderOnFeatures(
+                scale.stage0,
+                features,
+                aux_weight=scale.stage0.aux_weight,
+                kd_weight=scale.stage0.kd_weight,
+            )
+        ],
         features.runtime,
         seed=SEED,
         inputs=features.inputs,

@@ -41,18 +41,19 @@ class BatchMemory:
             raise ValueError(f"feature cache: expected maps as one of {names}, got {dtype}")
         self._layout, self._device = layout, device
         self._dtypes = [
-            (dtype or spec.dtype) if spec.is_map and spec.dtype.is_floating_point else spec.dtype
-            for spec in layout.arrays
+            (dtype or spec.dtype) if spec.is_map and spec.dtype.is_floating_point else field.dtype
+            for spec, field in zip(layout.arrays, layout.fields, strict=True)
         ]
         self._arrays: list[Tensor] = []
 
     def first(self, rows: int) -> list[Tensor]:
-        """Memory for ``rows`` samples: maps ``[rows, H, W, C]``, labels ``[rows, H, W]``."""
+        """Memory for ``rows`` samples: maps ``[rows, H, W, C]``, labels ``[rows, H, W]``, and
+        integers of several bytes as uint8 ``[rows, nbytes]``."""
         if not self._arrays or len(self._arrays[0]) < rows:
             with torch.inference_mode(False):  # what comes after may train on the same memory
                 self._arrays = [
-                    torch.empty(rows, *spec.shape, dtype=dtype, device=self._device)
-                    for spec, dtype in zip(self._layout.arrays, self._dtypes, strict=True)
+                    torch.empty(rows, *field.shape, dtype=dtype, device=self._device)
+                    for field, dtype in zip(self._layout.fields, self._dtypes, strict=True)
                 ]
         if len(self._arrays[0]) == rows:
             return self._arrays
@@ -60,10 +61,12 @@ class BatchMemory:
 
     def named(self, arrays: Sequence[Tensor]) -> Batch:
         """The same memory as a batch: maps ``[rows, C, H, W]`` in channels last."""
-        return {
-            spec.name: array.permute(0, 3, 1, 2) if spec.is_map else array
-            for spec, array in zip(self._layout.arrays, arrays, strict=True)
-        }
+        batch = {}
+        for spec, array in zip(self._layout.arrays, arrays, strict=True):
+            if spec.raw:
+                array = array.view(spec.dtype).view(len(array), *spec.shape)
+            batch[spec.name] = array.permute(0, 3, 1, 2) if spec.is_map else array
+        return batch
 
 
 class HostSamples:

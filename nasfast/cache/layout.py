@@ -18,7 +18,10 @@ ALIGN = 64  # bytes: blocks and arrays start at multiples, for whole vector and 
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
+    for dtype in (
+        *(torch.uint8, torch.float16, torch.bfloat16, torch.float32),
+        *(torch.int16, torch.int32, torch.int64),
+    )
 }
 STORAGES = ("auto", "float16", "bfloat16", "float32")
 
@@ -53,6 +56,11 @@ class ArraySpec:
     def is_map(self) -> bool:
         return len(self.shape) == 3
 
+    @property
+    def raw(self) -> bool:
+        """Whether batches are gathered as bytes: the kernels know integers of one byte alone."""
+        return self.dtype in (torch.int16, torch.int32, torch.int64)
+
 
 @dataclass(frozen=True)
 class BlockLayout:
@@ -65,7 +73,12 @@ class BlockLayout:
     @cached_property
     def fields(self) -> list[Field]:
         """The arrays as :func:`nasfast.ops.gather_fields` takes them."""
-        return [Field(spec.offset, spec.shape, spec.dtype) for spec in self.arrays]
+        return [
+            Field(spec.offset, (spec.nbytes,), torch.uint8)
+            if spec.raw
+            else Field(spec.offset, spec.shape, spec.dtype)
+            for spec in self.arrays
+        ]
 
     def view(self, data: Tensor, spec: ArraySpec) -> Tensor:
         """An array of all samples of ``data`` (uint8 ``[n, sample_bytes]``), zero-copy."""

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from nasfast.cache import CacheConfig, FeatureCache, tensors_fingerprint
-from nasfast.data import TrainTransform, ValTransform
 from nasfast.encoders import MobileNetV2
 from nasfast.evaluation.candidate import timed
 from nasfast.models.decoders import EncoderDecoder
@@ -27,6 +26,8 @@ Caches = tuple[FeatureCache, FeatureCache]
 """Features that candidates are trained on, and that they are scored on."""
 
 TEACHER = "teacher"
+FINEST = 4
+"""Stride of the maps at whose resolution the targets of training are kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +58,10 @@ class FrozenEncoder:
     Args:
         task: data and targets.
         encoder: gives the features; it is frozen and placed on the device.
-        config: crops to train on.
-        val_crop: side of the centre crop that candidates are scored on; None takes whole images,
-            which must then share one size.
+        samples: how many crops there are to train on.
+        transforms: to crops to train on, with the side or (height, width) of them as ``crop``, and
+            of the images that candidates are scored on, which must then share one size;
+            dataclasses, whose text says what they do.
         runtime: device and precision.
         seed: decides the crops.
         cache: where and how the features are kept; its bound holds for those of training and of
@@ -76,8 +78,8 @@ class FrozenEncoder:
         self,
         task: DenseTask[Any],
         encoder: MobileNetV2,
-        config: FrozenEncoderConfig,
-        val_crop: int | None,
+        samples: int,
+        transforms: tuple[Any, Any],
         runtime: Runtime,
         *,
         seed: int,
@@ -86,9 +88,9 @@ class FrozenEncoder:
         teacher: nn.Module | None = None,
     ) -> None:
         self.task, self.runtime = task, runtime
-        self.encoder = encoder.eval().requires_grad_(False)
-        self.val_transform = ValTransform(val_crop)
-        self._crops, self._seed, self._teacher = config, seed, teacher
+        self.encoder = encoder
+        self.train_transform, self.val_transform = transforms
+        self._samples, self._seed, self._teacher = samples, seed, teacher
         for network in (self.encoder, teacher):
             if network is not None:
                 runtime.place(network).eval().requires_grad_(False)
@@ -99,7 +101,9 @@ class FrozenEncoder:
             "validation data": task.search_val.fingerprint(),
             "teacher": tensors_fingerprint(teacher.state_dict()) if teacher else "none",
         }
-        if any(side % STRIDE for side in (config.crop, *self.val_size)):
+        crop = self.train_transform.crop
+        sides = (crop,) if isinstance(crop, int) else crop
+        if any(side % STRIDE for side in (*sides, *self.val_size)):
             self.inputs["padding of the images"] = str(STRIDE)
         self.seconds: dict[str, float] = {}
         with timed(self.seconds, "encode"):
@@ -114,10 +118,12 @@ class FrozenEncoder:
             "precision": self.runtime.precision,
             "padded to": str(STRIDE),
         }
+        if self.task.assignment:
+            key["assignment"] = self.task.assignment
         train_key = key | {
             "data": self.inputs["training data"],
             "preprocessing": (
-                f"{self._crops.samples} frames drawn, {self._transform}, seed {self._seed}"
+                f"{self._samples} frames drawn, {self.train_transform}, seed {self._seed}"
             ),
             "teacher": self.inputs["teacher"],
         }
@@ -131,12 +137,8 @@ class FrozenEncoder:
         if cache.memory_bytes is not None:  # the rest is for the training features
             rest = max(0, cache.memory_bytes - val.resident_bytes)
             cache = dataclasses.replace(cache, memory=f"{rest}B")
-        train = load(train_key, self._crops.samples, self._encode_train, cache, beat).to(device)
+        train = load(train_key, self._samples, self._encode_train, cache, beat).to(device)
         return train, val
-
-    @functools.cached_property
-    def _transform(self) -> TrainTransform:
-        return TrainTransform(self._crops.crop, self._crops.shorter_side)
 
     @functools.cached_property
     def _order(self) -> Tensor:
@@ -152,14 +154,15 @@ class FrozenEncoder:
             generator = torch.Generator().manual_seed(derive_seed(self._seed, "crop", index))
             frame = int(self._order[index % len(self._order)])
             frames = self.task.search_train
-            loaded.append(self.task.load_padded(frames, [frame], self._transform, generator))
+            loaded.append(self.task.load_padded(frames, [frame], self.train_transform, generator))
         images = torch.cat([images for images, _ in loaded])
         targets = {
             name: torch.cat([targets[name] for _, targets in loaded]) for name in loaded[0][1]
         }
         arrays = self._encode(images)
-        size = (arrays["tap0"].shape[-2], arrays["tap0"].shape[-1])
-        arrays |= self.task.resize_targets(targets, size)
+        height, width = arrays["tap0"].shape[-2:]
+        scale = self.encoder.feature_info[0].stride // FINEST
+        arrays |= self.task.resize_targets(targets, (height * scale, width * scale))
         if self._teacher is not None:
             with self.runtime.autocast():
                 output, _ = self._teacher(prepare_images(images, self.runtime))
@@ -170,7 +173,7 @@ class FrozenEncoder:
     def _encode_val(self, indices: Tensor) -> dict[str, Tensor]:
         frames, chosen = self.task.search_val, indices.tolist()
         images, targets = self.task.load_padded(frames, chosen, self.val_transform)
-        return self._encode(images) | targets
+        return self._encode(images) | self.task.uniform_targets(frames, targets)
 
     def _encode(self, images: Tensor) -> dict[str, Tensor]:
         self.runtime.heartbeat()

@@ -35,8 +35,8 @@ from nasfast.utils.config import (
 
 
 @dataclass(frozen=True)
-class Stage0Config(FrozenEncoderConfig):
-    """Decoder alone, on cached features of the frozen encoder."""
+class FeatureTrainingConfig(FrozenEncoderConfig):
+    """A training on cached features of a frozen encoder."""
 
     epochs: Count = 5
     """Passes over the cache."""
@@ -50,6 +50,12 @@ class Stage0Config(FrozenEncoderConfig):
     """Gradients are scaled down to this L2 norm."""
     polyak_decay: Decay = 0.9
     """Decay per step of the weight average, which replaces the weights after every epoch."""
+
+
+@dataclass(frozen=True)
+class Stage0Config(FeatureTrainingConfig):
+    """Decoder alone, on cached features of the frozen encoder."""
+
     aux_weight: Weight = 0.15
     """Weight of each auxiliary head's loss."""
     kd_weight: Weight = 0.3
@@ -92,14 +98,22 @@ class DecoderOnFeatures:
 
     names = ("stage0",)
 
-    def __init__(self, config: Stage0Config, features: FrozenEncoder) -> None:
+    def __init__(
+        self,
+        config: FeatureTrainingConfig,
+        features: FrozenEncoder,
+        *,
+        aux_weight: float = 0.0,
+        kd_weight: float = 0.0,
+    ) -> None:
         self._config, self._features = config, features
+        self._aux_weight, self._kd_weight = aux_weight, kd_weight
 
     def train(self, model: EncoderDecoder, seed_of: SeedOf) -> Generator[EncoderDecoder]:
         """As `Stage` says; the encoder stays as it is."""
         config, features, decoder = self._config, self._features, model.decoder
         runtime, task = features.runtime, features.task
-        decoder.with_aux = config.aux_weight > 0
+        decoder.with_aux = self._aux_weight > 0
         runtime.place(decoder)
         parameters = list(decoder.parameters())
         optimizer = _adam(parameters, config.lr, config.weight_decay, runtime)
@@ -115,9 +129,9 @@ class DecoderOnFeatures:
                 output,
                 aux,
                 batch.targets,
-                aux_weight=config.aux_weight,
+                aux_weight=self._aux_weight,
                 teacher=batch.teacher,
-                kd_weight=config.kd_weight,
+                kd_weight=self._kd_weight,
             )
 
         with graphed_step(runtime.device) as graph:

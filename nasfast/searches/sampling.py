@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Any, Generic, Literal
 
 import torch
@@ -130,8 +131,9 @@ class Phase(Generic[G]):
     """What is beyond them is rejected: neither evaluated nor recorded, and not of the batch."""
 
 
-NextPhase = Callable[[Record], Phase[Any]]
-"""Makes a phase from the best record of the one before: a pure function, called again to resume."""
+NextPhase = Callable[[Sequence[Record], Path], Phase[Any]]
+"""Makes a phase from the ranking of the one before, best first: a pure function, called again to
+resume. What it takes long for it may keep in the folder, which is the run's and the phase's own."""
 
 
 @dataclass(frozen=True)
@@ -231,16 +233,16 @@ class SamplingSearch:
         self._phase.engine.close()
 
     def _enter(self, number: int, study: Study) -> None:
-        """Make a phase from the best record of the one before."""
-        scored = [r for r in study.records if r.phase == number - 1 and r.score is not None]
-        if not scored:
+        """Make a phase from the ranking of the one before."""
+        ranking = [record for record in study.ranking() if record.phase == number - 1]
+        if not ranking:
             raise _nothing_found(
                 [record for record in study.records if record.phase == number - 1],
                 self._phase.evaluator.remedy,
             )
         self.close()
-        best = max(scored, key=lambda record: record.score or (0, 0, 0.0))
-        self._phase, self._number = self._then[number - 1](best), number
+        folder = study.path / "checkpoint" / f"phase-{number}"
+        self._phase, self._number = self._then[number - 1](ranking, folder), number
 
     def _run_phase(
         self, study: Study, console: Console, told: int, seconds: dict[str, float]

@@ -116,6 +116,16 @@ class DenseTask(ABC, Generic[S]):
         """The targets with room on the right and at the bottom, up to ``size`` = (H, W), which
         neither criterion nor scores count."""
 
+    def uniform_targets(self, frames: Frames, targets: Targets) -> Targets:
+        """The padded targets of some of the frames in tensors whose size, but for the first axis,
+        is the same for all of them, as a feature cache keeps them."""
+        return targets
+
+    @property
+    def assignment(self) -> str:
+        """Settings that `resize_targets` depends on, for the key of a feature cache."""
+        return ""
+
     def load_padded(
         self,
         frames: Frames,

@@ -21,6 +21,7 @@ from nasfast.cache import CacheConfig, FeatureCache, default_directory, places, 
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "feature_cache.md"
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+INTEGERS = [torch.int16, torch.int32, torch.int64]
 
 
 @pytest.fixture(params=["file", "ram"])
@@ -53,7 +54,7 @@ def contents(draw):
     out = {}
     for i in range(draw(st.integers(1, 3))):
         shape = (n, *draw(st.lists(st.integers(1, 6), max_size=3)))
-        out[f"a{i}"] = torch.randn(shape).to(draw(st.sampled_from(DTYPES)))
+        out[f"a{i}"] = (99 * torch.randn(shape)).to(draw(st.sampled_from([*DTYPES, *INTEGERS])))
     return out
 
 

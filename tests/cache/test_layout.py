@@ -69,9 +69,9 @@ def test_blocks_are_aligned_and_zero_elsewhere(arrays):
         ),
         ({"tap": torch.zeros(3, 2, 2)}, "feature cache: expected 2 samples of tap, got 3"),
         (
-            {"labels": torch.zeros(2, 2, 2, dtype=torch.int64)},
-            "feature cache: expected labels as one of uint8, float16, bfloat16, float32, got "
-            "int64; convert it",
+            {"labels": torch.zeros(2, 2, 2, dtype=torch.float64)},
+            "feature cache: expected labels as one of uint8, float16, bfloat16, float32, "
+            "int16, int32, int64, got float64; convert it",
         ),
     ],
 )

@@ -142,7 +142,7 @@ def stop(*args, **options):
 @pytest.mark.parametrize(
     ("module", "step", "words"),
     [
-        (segmentation, "_start_workers", "--data cats"),
+        (segmentation, "start_workers", "--data cats"),
         (restoration, "SupernetSearch", "restoration --data cats/images --bilevel.crop 8"),
         (restoration, "sampled_search", "restoration --data cats/images --strategy random"),
     ],

@@ -151,8 +151,8 @@ def features_in(folder, teacher=None):
     return FrozenEncoder(
         TASK,
         load_encoder(),
-        STAGE0,
-        None,
+        STAGE0.samples,
+        (TrainTransform(STAGE0.crop, STAGE0.shorter_side), ValTransform(None)),
         RUNTIME,
         seed=0,
         cache=CacheConfig(folder),
@@ -174,7 +174,7 @@ def evaluator(features):
         build,
         features.costs,
         [
-            DecoderOnFeatures(STAGE0, features),
+            DecoderOnFeatures(STAGE0, features, aux_weight=STAGE0.aux_weight),
             EndToEnd(STAGE1, TASK, features.val_transform, RUNTIME),
         ],
         RUNTIME,

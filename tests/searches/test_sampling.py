@@ -387,8 +387,12 @@ class Sampled(Script):
 def search_in_phases(root, stop_at=None):
     """Two phases: the second's space is sampled by, and its rewards rest on, the first's best."""
 
-    def second(best):
-        assert best.phase == 0
+    def second(ranking, folder):
+        best = ranking[0]
+        assert {record.phase for record in ranking} == {0}
+        assert best.score == max(record.score for record in ranking)
+        assert len({record.duplicate_of or record.index for record in ranking}) == len(ranking)
+        assert folder.name == "phase-1"
         script = Sampled(best.index, 1 + best.evaluation.rewards["stage0"], stop_at)
         return Phase(SPACE, script, script, budget=5, batch=2)
 
@@ -429,7 +433,7 @@ def test_two_phases_continue_from_records_alone(kept, tmp_path):
 
 def test_a_phase_of_failures_has_no_successor(tmp_path):
     script = Script(distinct(), lambda i: FAILURE)
-    search = SamplingSearch(Phase(SPACE, script, script, 2), lambda best: pytest.fail("made"))
+    search = SamplingSearch(Phase(SPACE, script, script, 2), lambda *_: pytest.fail("made"))
     with (
         Study.create(tmp_path, "segmentation", "failures", {}, {}) as study,
         pytest.raises(NothingFoundError, match="all of the 2 candidates failed"),

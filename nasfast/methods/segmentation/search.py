@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
 import torch
 from rich.console import Console
 
-from nasfast.data import Splits, folder_of, load_splits, shorter_side
+from nasfast.data import (
+    Splits,
+    TrainTransform,
+    ValTransform,
+    folder_of,
+    load_splits,
+    shorter_side,
+)
 from nasfast.data.checks import check_splits
 from nasfast.encoders import MobileNetV2, load_encoder
 from nasfast.evaluation.candidate import CandidateEvaluator
 from nasfast.evaluation.frozen_encoder import Caches, FrozenEncoder
 from nasfast.evaluation.stages import DecoderOnFeatures, EndToEnd, Stage0Config, Stage1Config
 from nasfast.methods.base import warn
+from nasfast.methods.features import check_placement, start_workers
 from nasfast.methods.segmentation.crops import enlarging
 from nasfast.methods.segmentation.settings import DecoderSearchConfig
 from nasfast.models.decoders import EncoderDecoder
@@ -28,7 +35,6 @@ from nasfast.training.loop import Runtime
 from nasfast.utils.cli import say
 from nasfast.utils.errors import UserError
 from nasfast.utils.interrupt import Interrupt
-from nasfast.workers import Engine, WorkerConfig
 
 StageConfig = TypeVar("StageConfig", Stage0Config, Stage1Config)
 Evaluator = CandidateEvaluator[Any, EncoderDecoder]
@@ -68,8 +74,11 @@ class Inputs:
         return FrozenEncoder(
             SegmentationTask(self.splits, config.omit),
             self.encoder,
-            config.stage0,
-            config.val_crop,
+            config.stage0.samples,
+            (
+                TrainTransform(config.stage0.crop, config.stage0.shorter_side),
+                ValTransform(config.val_crop),
+            ),
             runtime,
             seed=config.seed,
             cache=config.cache,
@@ -81,11 +90,7 @@ class Inputs:
 def build(config: Config, interrupt: Interrupt, console: Console) -> tuple[SamplingSearch, Config]:
     """Open data, encoder and teacher and fill the feature cache; the settings fit the data then."""
     workers = config.worker_config(note=functools.partial(say, console))
-    if config.placement == "device" and workers.devices[0] == "cpu":
-        raise UserError(
-            "placement: expected auto, file or ram on a CPU, got device; leave --placement out, or "
-            "give --device cuda"
-        )
+    check_placement(config.placement, workers)
     runtime = Runtime(torch.device(workers.devices[0]), interrupt.check)
     inputs = Inputs.open(config)
     warn(check_splits(inputs.splits, folder_of(config.data), config.omit), console)
@@ -101,7 +106,9 @@ def build(config: Config, interrupt: Interrupt, console: Console) -> tuple[Sampl
         f"space    {space.size():.2e} decoders; strategy {config.strategy}, "
         f"{config.budget} candidates",
     )
-    engine, features = _start_workers(config, workers, lambda: inputs.features(config, runtime))
+    engine, features = start_workers(
+        workers, functools.partial(evaluator_on, config), lambda: inputs.features(config, runtime)
+    )
     say(
         console,
         f"features of the frozen encoder ready in {features.seconds['encode']:.1f} s: {features}",
@@ -126,8 +133,11 @@ def evaluator_on(
 
 def make_evaluator(config: DecoderSearchConfig, features: FrozenEncoder) -> Evaluator:
     """Trains decoders on the features, and with the encoder where they pass the gate."""
-    task = features.task
-    stages: list[DecoderOnFeatures | EndToEnd] = [DecoderOnFeatures(config.stage0, features)]
+    task, weights = features.task, config.stage0
+    alone = DecoderOnFeatures(
+        weights, features, aux_weight=weights.aux_weight, kd_weight=weights.kd_weight
+    )
+    stages: list[DecoderOnFeatures | EndToEnd] = [alone]
     if config.stage1.epochs > 0:
         stages.append(EndToEnd(config.stage1, task, features.val_transform, features.runtime))
     return CandidateEvaluator(
@@ -142,27 +152,6 @@ def make_evaluator(config: DecoderSearchConfig, features: FrozenEncoder) -> Eval
         remedy=REMEDY,
         seconds=features.seconds,
     )
-
-
-def _start_workers(
-    config: DecoderSearchConfig, workers: WorkerConfig, fill: Callable[[], FrozenEncoder]
-) -> tuple[Engine[Any], FrozenEncoder]:
-    """The workers, and the features, which they fill together with this process. On a GPU they
-    share those that this process has put there."""
-    build = functools.partial(evaluator_on, config)
-    if workers.shares_devices:
-        features = fill()
-        on_device = {
-            name: functools.partial(build, caches=features.caches_on(torch.device(name)))
-            for name in workers.devices[: workers.workers]
-        }
-        return workers.engine_for(build, on_device), features
-    engine = workers.engine_for(build)
-    try:
-        return engine, fill()
-    except BaseException:
-        engine.close()
-        raise
 
 
 def fit_to_data(config: Config, splits: Splits, console: Console) -> Config:

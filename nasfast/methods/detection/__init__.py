@@ -1,0 +1,1 @@
+"""Anchor-free detectors: pyramids and heads (NAS-FCOS, CVPR 2020)."""
