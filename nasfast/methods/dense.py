@@ -72,9 +72,12 @@ class DenseTrainConfig(TrainSettings):
     encoder_lr: Positive = 6e-4
     """Peak learning rate of the encoder."""
     schedule: Schedule = "one-cycle"
-    """Fall of the learning rates to zero: one-cycle and cosine, a cosine; poly, (1 - t) ** 0.9."""
+    """Fall of the learning rates to zero: one-cycle and cosine, a cosine; poly, (1 - t) ** 0.9. Or
+    steps: a tenth from 2/3 and a hundredth from 8/9 of the training."""
     warmup: Annotated[float, Bound(0, 1)] | None = None
     """Share of the steps in which they rise before; default: 0.1 for one-cycle, else 0."""
+    warmup_from: Annotated[float, Bound(0, 1)] = 0.0
+    """Share of the peak that they rise from."""
     freeze_epochs: Annotated[int, Bound(0, 10**9)] = 0
     """First epochs in which the decoder learns alone, on the encoder as it is given."""
     weight_decay: Weight = 1e-4
@@ -215,19 +218,26 @@ class DenseTraining(ABC):
         return self.runtime.place(teacher.requires_grad_(False))
 
     def _group(self, part: str, epochs: int) -> Group:
-        settings, cuda = self.settings, self.runtime.device.type == "cuda"
-        parameters = list(self.model.get_submodule(part).parameters())
+        settings, device = self.settings, self.runtime.device
+        cuda = device.type == "cuda"
+        parameters = [p for p in self.model.get_submodule(part).parameters() if p.requires_grad]
         lr: Any = settings.decoder_lr if part == "decoder" else settings.encoder_lr
-        optimizer = torch.optim.AdamW(
-            parameters,
-            torch.tensor(lr, device=self.runtime.device) if cuda else lr,
-            weight_decay=settings.weight_decay,
-            fused=True,
-            capturable=cuda,
-        )
+        optimizer = self.optimizer(parameters, torch.tensor(lr, device=device) if cuda else lr)
         steps = epochs * max(len(self.train) // settings.batch_size, 1)
-        schedule = scheduled(optimizer, settings.schedule, max(steps, 1), settings.warmup)
+        schedule = scheduled(
+            optimizer, settings.schedule, max(steps, 1), settings.warmup, settings.warmup_from
+        )
         return Group(parameters, optimizer, settings.max_grad_norm, schedule)
+
+    def optimizer(self, parameters: list[nn.Parameter], lr: Any) -> torch.optim.Optimizer:
+        """That of an encoder or a decoder.
+
+        Args:
+            parameters: that it moves.
+            lr: a tensor on CUDA, where steps are recorded.
+        """
+        cuda, decay = self.runtime.device.type == "cuda", self.settings.weight_decay
+        return torch.optim.AdamW(parameters, lr, weight_decay=decay, fused=True, capturable=cuda)
 
     # ---- what a training continues from
 
@@ -298,9 +308,10 @@ class DenseTraining(ABC):
         """One pass over the training images, and at times a validation."""
         start, settings = time.perf_counter(), self.settings
         frozen = self.done < settings.freeze_epochs
-        encoder = self.model.get_submodule("encoder")
         self.model.train()
-        encoder.train(not frozen).requires_grad_(not frozen)
+        self.model.get_submodule("encoder").train(not frozen)
+        for parameter in self._groups[1].parameters:
+            parameter.requires_grad_(not frozen)
         groups = self._groups[:1] if frozen else self._groups
         loss = train_epoch(
             self._batches(),
@@ -350,7 +361,11 @@ class DenseTraining(ABC):
             threads = min(4, os.cpu_count() or 1) if cuda else 0
         for loaded in ahead(self._load, plan, threads):
             images, targets = self._on_device(*loaded)
-            yield {IMAGES: images, **targets}
+            yield {IMAGES: images, **self.prepared(images, targets)}
+
+    def prepared(self, images: Tensor, targets: Targets) -> Targets:
+        """The targets of a step's images as the criterion takes them, on the device."""
+        return targets
 
     def _load(self, batch: Batch) -> tuple[Tensor, Targets]:
         """Augmented samples, images uint8 ``[N, 3, H, W]``, padded, on the CPU."""
@@ -360,9 +375,10 @@ class DenseTraining(ABC):
             )
             for index, seed in zip(batch.indices, batch.seeds, strict=True)
         ]
-        return self._joined(loaded)
+        return self.joined(loaded)
 
-    def _joined(self, loaded: list[tuple[Tensor, Targets]]) -> tuple[Tensor, Targets]:
+    def joined(self, loaded: list[tuple[Tensor, Targets]]) -> tuple[Tensor, Targets]:
+        """One batch, padded, of loaded samples."""
         images = pad_images(torch.cat([images for images, _ in loaded]))
         names = loaded[0][1]
         targets = {name: torch.cat([targets[name] for _, targets in loaded]) for name in names}
@@ -426,10 +442,10 @@ class DenseTraining(ABC):
         for index in range(len(self.val)):
             images, targets = self.task.load_batch(self.val, [index], self._val_transform)
             if group and (len(group) == most or images.shape != group[0][0].shape):
-                yield self._on_device(*self._joined(group))
+                yield self._on_device(*self.joined(group))
                 group = []
             group.append((images, targets))
-        yield self._on_device(*self._joined(group))
+        yield self._on_device(*self.joined(group))
 
     def _on_device(self, images: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
         moved = {name: self.runtime.move(target) for name, target in targets.items()}

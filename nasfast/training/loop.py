@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 Precision = Literal["auto", "float32", "bfloat16"]
 """Of activations; auto: bfloat16 where the device computes it natively."""
-Schedule = Literal["one-cycle", "cosine", "poly"]
+Schedule = Literal["one-cycle", "cosine", "poly", "steps"]
 """How learning rates go down: see `scheduled`."""
 
 
@@ -80,15 +80,21 @@ class Group:
 
 
 def scheduled(
-    optimizer: torch.optim.Optimizer, kind: Schedule, steps: int, warmup: float | None = None
+    optimizer: torch.optim.Optimizer,
+    kind: Schedule,
+    steps: int,
+    warmup: float | None = None,
+    warmup_from: float = 0.0,
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Learning rates of so many steps: a linear rise to the optimizer's own, a fall to zero.
 
     Args:
         optimizer: a learning rate that is a tensor is changed in place, as recorded steps need it.
-        kind: the fall is that of a cosine, or of "poly" (1 - t) ** 0.9 over the share t of it.
+        kind: the fall is that of a cosine, or of "poly" (1 - t) ** 0.9 over the share t of it;
+            "steps" divides by 10 at 2/3 and at 8/9 of all steps, and goes to no zero.
         steps: in all.
         warmup: share of the steps in which it rises; None: 0.1 for "one-cycle", else none.
+        warmup_from: share of the optimizer's own that it rises from.
     """
     if warmup is None:
         warmup = 0.1 if kind == "one-cycle" else 0.0
@@ -97,7 +103,9 @@ def scheduled(
 
     def factor(step: int) -> float:
         if step < rise:
-            return (step + 1) / rise
+            return warmup_from + (1 - warmup_from) * (step + 1) / rise
+        if kind == "steps":
+            return 0.1 ** ((step >= steps * 2 / 3) + (step >= steps * 8 / 9))
         if kind == "poly":
             return float(max(0.0, 1 - (step - rise) / fall) ** 0.9)
         return (1 + math.cos(math.pi * (step - rise) / fall)) / 2
