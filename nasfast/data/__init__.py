@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from nasfast.data.base import (
     IMAGENET_MEAN,
@@ -55,6 +55,21 @@ __all__ = [
 ]
 
 
+class AnyLayout(Protocol):
+    """A kind of folder, whatever the data."""
+
+    @property
+    def text(self) -> str:
+        """What it holds, for errors."""
+
+    @property
+    def fits(self) -> Callable[[Path], bool]:
+        """Whether a folder is of this kind; it may lack something still."""
+
+
+L = TypeVar("L", bound=AnyLayout)
+
+
 class Opener(Protocol):
     """Reads the parts of a folder."""
 
@@ -64,12 +79,10 @@ class Opener(Protocol):
 
 
 class Layout(NamedTuple):
-    """A kind of folder."""
+    """A kind of folder; as `AnyLayout`, and what reads it."""
 
     text: str
-    """What it holds, for errors."""
     fits: Callable[[Path], bool]
-    """Whether a folder is of this kind; it may lack something still."""
     open: Opener
 
 
@@ -124,9 +137,9 @@ def load_splits(
         raise UserError(
             f"data: expected 'synthetic' or a folder, got {str(source)!r}; give an existing folder"
         )
-    layout = _layout_of(root)
+    layout = layout_of(root, LAYOUTS)
     if layout is None:
-        raise _unknown(root)
+        raise unknown_layout(root, LAYOUTS)
     parts = layout.open(root, cache_in_memory=cache_in_memory, mask_values=mask_values)
     require_classes(parts.train, parts.val)
     open_test = parts.open_test
@@ -140,17 +153,18 @@ def load_splits(
     )
 
 
-def _layout_of(root: Path) -> Layout | None:
-    return next((layout for layout in LAYOUTS.values() if layout.fits(root)), None)
+def layout_of(root: Path, layouts: Mapping[str, L]) -> L | None:
+    """The first of the layouts that a folder fits."""
+    return next((layout for layout in layouts.values() if layout.fits(root)), None)
 
 
-def _unknown(root: Path) -> UnknownLayout:
+def unknown_layout(root: Path, layouts: Mapping[str, AnyLayout]) -> UnknownLayout:
     """Says what is known, what is there, and which folder nearby is of a known kind."""
     inside = sorted(root.iterdir())
-    known = " or ".join(f"{name} ({layout.text})" for name, layout in LAYOUTS.items())
+    known = " or ".join(f"{name} ({layout.text})" for name, layout in layouts.items())
     found = ", ".join(path.name for path in inside[:8]) or "nothing"
     folders = [p for p in (root.resolve().parent, *inside) if p.is_dir() and os.access(p, os.X_OK)]
-    near = [path for path in folders if _layout_of(path)]
+    near = [path for path in folders if layout_of(path, layouts)]
     hint = f"; give {near[0]}, which is of a known kind" if near else ""
     return UnknownLayout(f"data: {root} has no known layout: expected {known}, found {found}{hint}")
 

@@ -91,16 +91,48 @@ class SyntheticStreets(SegmentationDataset):
         return digest("synthetic streets", VERSION, identity)
 
 
-class _Scene:
-    """One scene: `mask` [H, W] and `light` [3, H, W], painted far to near.
+class Canvas:
+    """Light of a scene, `light` [3, H, W], and what is drawn at random for it."""
+
+    def __init__(self, rng: np.random.Generator, height: int, width: int) -> None:
+        self.rng, self.height, self.width = rng, height, width
+        self.y, self.x = np.ogrid[:height, :width]
+        self.light = np.empty((3, height, width), np.float32)
+
+    def photograph(self) -> NDArray[np.uint8]:
+        """Exposure, colour cast, vignette, blur and sensor noise. uint8 [3, H, W]"""
+        rng, light = self.rng, self.light
+        if rng.random() < 0.3:
+            light[:, 1:] = (light[:, 1:] + light[:, :-1]) / 2
+            light[:, :, 1:] = (light[:, :, 1:] + light[:, :, :-1]) / 2
+        light *= (rng.uniform(0.55, 1.25) * rng.uniform(0.92, 1.08, (3, 1, 1))).astype(np.float32)
+        light *= 1 + 0.12 * self.smooth(2, 3)
+        noise = rng.standard_normal(light.shape, np.float32)
+        noise *= rng.uniform(2, 9)
+        light += noise
+        return np.clip(light, 0, 255, out=light).astype(np.uint8)
+
+    def smooth(self, rows: int, columns: int) -> Array:
+        """Smooth noise in [-1, 1] with that many control points. [H, W]"""
+        points = self.rng.uniform(-1, 1, (rows, columns)).astype(np.float32)
+        return _hat(self.height, rows) @ points @ _hat(self.width, columns).T
+
+    def color(self, low: float, high: float, tint: float) -> Array:
+        """A grey of `low`..`high` with channels varied by the factor 1 +- `tint`. [3]"""
+        rng = self.rng
+        grey, cast = rng.uniform(low, high), rng.uniform(1 - tint, 1 + tint, 3)
+        return np.asarray(grey * cast, np.float32)
+
+
+class _Scene(Canvas):
+    """One scene: `light` and `mask` [H, W], painted far to near.
 
     Metres: X to the right, Z ahead, ground `camera` metres below the eye. A thing at distance Z
     measures focal / Z pixels per metre.
     """
 
     def __init__(self, rng: np.random.Generator, height: int, width: int) -> None:
-        self.rng, self.height, self.width = rng, height, width
-        self.y, self.x = np.ogrid[:height, :width]
+        super().__init__(rng, height, width)
         self.focal = rng.uniform(0.75, 1.1) * width
         self.camera = rng.uniform(1.6, 3.2)
         self.horizon = rng.uniform(0.38, 0.52) * height
@@ -111,41 +143,16 @@ class _Scene:
             self.road[1] + rng.uniform(1.5, 4.5),
         )
         self.sun = rng.uniform(0.55, 1.0, 2)  # brightness of the fronts left and right
-        self.haze_color = self._color(150, 230, 0.08)
+        self.haze_color = self.color(150, 230, 0.08)
         self.haze = rng.uniform(60, 300)  # metres until 63 % haze
-        self.light = np.empty((3, height, width), np.float32)
         self.mask = np.empty((height, width), np.uint8)
-        self.grain = self._smooth(24, 32)
+        self.grain = self.smooth(24, 32)
         self._sky()
         self._ground()
         self._fronts()
         self._things()
         if rng.random() < 0.5:
             self._leave_outlines()
-
-    def photograph(self) -> NDArray[np.uint8]:
-        """Exposure, colour cast, vignette, blur and sensor noise. uint8 [3, H, W]"""
-        rng, light = self.rng, self.light
-        if rng.random() < 0.3:
-            light[:, 1:] = (light[:, 1:] + light[:, :-1]) / 2
-            light[:, :, 1:] = (light[:, :, 1:] + light[:, :, :-1]) / 2
-        light *= (rng.uniform(0.55, 1.25) * rng.uniform(0.92, 1.08, (3, 1, 1))).astype(np.float32)
-        light *= 1 + 0.12 * self._smooth(2, 3)
-        noise = rng.standard_normal(light.shape, np.float32)
-        noise *= rng.uniform(2, 9)
-        light += noise
-        return np.clip(light, 0, 255, out=light).astype(np.uint8)
-
-    def _smooth(self, rows: int, columns: int) -> Array:
-        """Smooth noise in [-1, 1] with that many control points. [H, W]"""
-        points = self.rng.uniform(-1, 1, (rows, columns)).astype(np.float32)
-        return _hat(self.height, rows) @ points @ _hat(self.width, columns).T
-
-    def _color(self, low: float, high: float, tint: float) -> Array:
-        """A grey of `low`..`high` with channels varied by the factor 1 +- `tint`. [3]"""
-        rng = self.rng
-        grey, cast = rng.uniform(low, high), rng.uniform(1 - tint, 1 + tint, 3)
-        return np.asarray(grey * cast, np.float32)
 
     def _paint(
         self, where: Mask, color: Array, label: int, distance: float, top: int = 0, left: int = 0
@@ -162,9 +169,9 @@ class _Scene:
     def _sky(self) -> None:
         rng = self.rng
         overcast = rng.random() < 0.5
-        zenith = self._color(140, 235, 0.03) if overcast else np.array([80, 130, 210], np.float32)
+        zenith = self.color(140, 235, 0.03) if overcast else np.array([80, 130, 210], np.float32)
         fall = np.clip(self.y / self.horizon, 0, 1).astype(np.float32)
-        clouds = np.clip(self._smooth(4, 5) + rng.uniform(-0.7, 0.3), 0, 1) * rng.uniform(20, 110)
+        clouds = np.clip(self.smooth(4, 5) + rng.uniform(-0.7, 0.3), 0, 1) * rng.uniform(20, 110)
         self.light[:] = zenith[:, None, None] * (1 - fall) + self.haze_color[:, None, None] * fall
         self.light += clouds
         self.mask[:] = SKY
@@ -176,7 +183,7 @@ class _Scene:
         z = np.float32(self.focal * self.camera) / below
         x = (self.x - np.float32(self.vanishing)) * (z / np.float32(self.focal))  # [h, W]
         is_road = (x > left) & (x < right)
-        asphalt, stone = self._color(60, 130, 0.05), self._color(85, 175, 0.1)
+        asphalt, stone = self.color(60, 130, 0.05), self.color(85, 175, 0.1)
         color = np.where(is_road, asphalt[:, None, None], stone[:, None, None])
         near = np.clip(below / self.height * 4, 0, 1)  # details fade out with distance
         slabs = ((x % 1.0 < 0.12) | (z % 1.0 < 0.12)) & ~is_road
@@ -190,7 +197,7 @@ class _Scene:
         reach = rng.uniform(-0.6, 0.8) * (right - left)  # the houses' shadow on the ground
         shadow = x < left + reach if self.sun[0] < self.sun[1] else x > right - reach
         color *= np.where(shadow, np.float32(0.6), np.float32(1))
-        color += 10 * self.grain[first:] + 8 * self._smooth(5, 5)[first:]
+        color += 10 * self.grain[first:] + 8 * self.smooth(5, 5)[first:]
         haze = 1 - np.exp(-z / self.haze)
         self.light[:, first:] = color + (self.haze_color[:, None, None] - color) * haze
         self.mask[first:] = np.where(is_road, ROAD, PAVEMENT)
@@ -200,7 +207,7 @@ class _Scene:
         rng = self.rng
         skyline = np.repeat(rng.uniform(0, 0.12, 16), -(-self.width // 16))[: self.width]
         end = (self.y > self.horizon - skyline * self.height) & (self.y < self.horizon + 1)
-        self._paint(end, self._color(60, 170, 0.1), BUILDING, 90)
+        self._paint(end, self.color(60, 170, 0.1), BUILDING, 90)
         count = 24  # plots on each side
         side = (self.x[0] > self.vanishing).astype(np.intp)  # [W]
         lateral = np.abs(np.asarray(self.front, np.float32))[side]
@@ -214,14 +221,14 @@ class _Scene:
         scale = (self.focal / z).astype(np.float32)  # [W], pixels per metre
         up = self.camera + (np.float32(self.horizon) - self.y) / scale  # [H, W], metres
         bushy = np.where(kind == 1, 0.25 * tall, 0).astype(np.float32)
-        wall = (up > 0) & (up < tall + bushy * (self.grain + self._smooth(12, 40)))
+        wall = (up > 0) & (up < tall + bushy * (self.grain + self.smooth(12, 40)))
 
         def per_plot(low: float, high: float) -> Array:
             values = rng.uniform(low, high, (2, count)).astype(np.float32)
             return np.asarray(values[side, plot])
 
         paint = per_plot(70, 200) * np.stack([per_plot(0.82, 1.12) for _ in range(3)])  # [3, W]
-        leaf = self._color(40, 110, 0.1) * np.array([0.75, 1.15, 0.55], np.float32)
+        leaf = self.color(40, 110, 0.1) * np.array([0.75, 1.15, 0.55], np.float32)
         paint = np.where(kind == 1, leaf[:, None], paint)[:, None]
         storey, bay = per_plot(2.6, 3.6), per_plot(1.4, 3.2)
         glass = (up % storey > per_plot(0.25, 0.5) * storey) & (
@@ -296,9 +303,9 @@ class _Scene:
         )
         distance = np.hypot(across, (up - centre) * 0.85) / radius
         crown = distance + 0.3 * grain < 1
-        leaf = self._color(45, 120, 0.15) * np.array([0.8, 1.15, 0.5], np.float32)
+        leaf = self.color(45, 120, 0.15) * np.array([0.8, 1.15, 0.5], np.float32)
         sunny = 1 + 0.3 * (up - centre) / radius
-        self._paint(trunk, self._color(35, 85, 0.15), TREE, z, top, left)
+        self._paint(trunk, self.color(35, 85, 0.15), TREE, z, top, left)
         self._paint(crown, leaf[:, None, None] * sunny + 28 * grain, TREE, z, top, left)
 
     def _car(self, up: Array, across: Array, z: float, top: int, left: int) -> None:
@@ -315,13 +322,13 @@ class _Scene:
         glass = cabin & (up > waist + 0.08) & (up < roof - 0.12)
         glass &= across_abs < half * 0.82 - slope * (up - waist)
         lamps = body & (across_abs > half * 0.7) & (up > 0.5) & (up < 0.7) & (not long)
-        color = self._color(30, 225, 0.05 if rng.random() < 0.6 else 0.55)
+        color = self.color(30, 225, 0.05 if rng.random() < 0.6 else 0.55)
         self._shade(up, across, half * 1.15, top, left)
-        self._paint(wheels, self._color(15, 40, 0.05), CAR, z, top, left)
+        self._paint(wheels, self.color(15, 40, 0.05), CAR, z, top, left)
         self._paint(
             body | cabin, color[:, None, None] * (0.75 + 0.25 * (up / roof)), CAR, z, top, left
         )
-        self._paint(glass, self._color(25, 150, 0.1), CAR, z, top, left)
+        self._paint(glass, self.color(25, 150, 0.1), CAR, z, top, left)
         lamp = LAMPS[rng.integers(len(LAMPS))]
         self._paint(lamps, lamp, CAR, z, top, left)
 
@@ -334,8 +341,8 @@ class _Scene:
         torso = (np.abs(across) < 0.2 + 0.06 * (up - hip)) & (up >= hip) & (up < neck)
         head = np.hypot(across, up - 0.92 * tall) < 0.08 * tall
         self._shade(up, across, 0.4, top, left)
-        self._paint(legs, self._color(20, 110, 0.25), PERSON, z, top, left)
-        self._paint(torso, self._color(30, 210, 0.5), PERSON, z, top, left)
+        self._paint(legs, self.color(20, 110, 0.25), PERSON, z, top, left)
+        self._paint(torso, self.color(30, 210, 0.5), PERSON, z, top, left)
         skin = np.array([1.15, 0.9, 0.75], np.float32) * rng.uniform(70, 200)
         self._paint(head, skin, PERSON, z, top, left)
 
@@ -343,7 +350,7 @@ class _Scene:
         rng = self.rng
         tall, half = rng.uniform(3.5, 6.8), max(rng.uniform(0.05, 0.1), 0.45 * z / self.focal)
         pole = (np.abs(across) < half) & (up > 0) & (up < tall)
-        color = self._color(40, 190, 0.06)
+        color = self.color(40, 190, 0.06)
         self._paint(pole, color, POLE, z, top, left)
         if rng.random() < 0.5:
             arm = (np.abs(up - tall) < half) & (across * rng.choice([-1, 1]) > 0)

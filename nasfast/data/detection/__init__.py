@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+from nasfast.data import layout_of, unknown_layout
 from nasfast.data.detection.base import (
     BoxSample,
     BoxSubset,
@@ -12,6 +15,8 @@ from nasfast.data.detection.base import (
     DetectionSplits,
     divide,
 )
+from nasfast.data.detection.coco import COCO_LAYOUT, is_coco, open_coco
+from nasfast.data.detection.files import require_boxes
 from nasfast.data.detection.synthetic import SyntheticShapes
 from nasfast.data.detection.transforms import (
     FILL,
@@ -22,6 +27,8 @@ from nasfast.data.detection.transforms import (
     BoxValTransform,
     batch,
 )
+from nasfast.data.detection.voc import BOXES_LAYOUT, box_folders, open_boxes_voc
+from nasfast.utils.errors import UserError
 
 __all__ = [
     "FILL",
@@ -39,6 +46,21 @@ __all__ = [
     "batch",
     "load_detection_splits",
 ]
+
+
+class Layout(NamedTuple):
+    """A kind of folder; as of `nasfast.data`."""
+
+    text: str
+    fits: Callable[[Path], bool]
+    open: Callable[[Path, bool], DetectionParts]
+    """With whether decoded images are kept."""
+
+
+LAYOUTS = {
+    "COCO": Layout(COCO_LAYOUT, is_coco, open_coco),
+    "PASCAL VOC": Layout(BOXES_LAYOUT, lambda root: bool(box_folders(root)), open_boxes_voc),
+}
 
 
 def load_detection_splits(
@@ -60,4 +82,14 @@ def load_detection_splits(
             for count, stream in ((512, "train"), (128, "val"))
         )
         return divide(DetectionParts(train, val), seed=seed, fraction=held_out)
-    raise NotImplementedError
+    root = Path(source)
+    if not root.is_dir():
+        raise UserError(
+            f"data: expected 'synthetic' or a folder, got {str(source)!r}; give an existing folder"
+        )
+    layout = layout_of(root, LAYOUTS)
+    if layout is None:
+        raise unknown_layout(root, LAYOUTS)
+    parts = layout.open(root, cache_in_memory)
+    require_boxes(parts.train, parts.val)
+    return divide(parts, seed=seed, fraction=held_out)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from nasfast.data.base import Division, digest, hold_out
@@ -32,6 +33,18 @@ class BoxSample:
     does, else of its box. Scores divide objects by it in small, medium and large."""
     image_id: int | str
     """What the data call the image: COCO's id, or the name of the file without its suffix."""
+
+
+class Objects(NamedTuple):
+    """The objects of a data set, image by image."""
+
+    sample: Tensor
+    """int64 ``[T]``, index of the image's sample; ascending."""
+    boxes: Tensor
+    """float32 ``[T, 4]``, as of `BoxSample`; so are the others."""
+    labels: Tensor
+    ignored: Tensor
+    areas: Tensor
 
 
 class DetectionDataset(ABC):
@@ -62,9 +75,21 @@ class DetectionDataset(ABC):
     def sizes(self) -> list[tuple[int, int]]:
         """(height, width) of each sample, without reading all of its pixels."""
 
-    @abstractmethod
+    def objects(self) -> Objects:
+        """Of all samples; files are not read for them."""
+        samples = list(self)
+        counts = torch.tensor([len(sample.labels) for sample in samples])
+        return Objects(
+            torch.arange(len(samples)).repeat_interleave(counts),
+            torch.cat([sample.boxes for sample in samples]),
+            torch.cat([sample.labels for sample in samples]),
+            torch.cat([sample.ignored for sample in samples]),
+            torch.cat([sample.areas for sample in samples]),
+        )
+
     def counts(self) -> list[int]:
         """Objects in each sample, ignored ones included."""
+        return torch.bincount(self.objects().sample, minlength=len(self)).tolist()
 
     def load(self, indices: Sequence[int]) -> list[BoxSample]:
         """The samples at `indices`, in that order; files are read in threads."""
@@ -96,6 +121,18 @@ class BoxSubset(DetectionDataset):
     def sizes(self) -> list[tuple[int, int]]:
         sizes = self._dataset.sizes()
         return [sizes[i] for i in self._indices]
+
+    def objects(self) -> Objects:
+        found = self._dataset.objects()
+        counts = torch.bincount(found.sample, minlength=len(self._dataset))
+        ends = counts.cumsum(0)
+        chosen = list(self._indices)
+        each = [torch.arange(int(ends[i] - counts[i]), int(ends[i])) for i in chosen]
+        rows = torch.cat(each) if each else torch.zeros(0, dtype=torch.int64)
+        return Objects(
+            torch.arange(len(chosen)).repeat_interleave(counts[chosen]),
+            *(values[rows] for values in found[1:]),
+        )
 
     def counts(self) -> list[int]:
         counts = self._dataset.counts()
