@@ -1,5 +1,6 @@
 """Small folders of images and masks, as people have them."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -62,3 +63,42 @@ def write_voc(root, lists, values=(0, 15, 255), masks="SegmentationClass") -> Pa
             save_image(root / "JPEGImages" / f"{i}.jpg", number, size)
             save_mask(root / masks / f"{i}.png", values, size)
     return root
+
+
+def write_boxes(root, lists, objects, folder="", size=(40, 60)) -> Path:
+    """A folder of VOC with boxes: `objects`, the text of XML by id, default: one box of a cat."""
+    cat = voc_object("cat", 11, 6, 30, 25)
+    for name, ids in lists.items():
+        path = root / folder / "ImageSets/Main" / f"{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{i}\n" for i in ids))
+        for number, i in enumerate(ids):
+            save_image(root / folder / "JPEGImages" / f"{i}.jpg", number, size)
+            xml = root / folder / "Annotations" / f"{i}.xml"
+            xml.parent.mkdir(exist_ok=True)
+            xml.write_text(f"<annotation>{objects.get(i, cat)}</annotation>")
+    return root / folder
+
+
+def voc_object(name, xmin, ymin, xmax, ymax, more="") -> str:
+    edges = zip(("ymax", "xmin", "ymin", "xmax"), (ymax, xmin, ymin, xmax), strict=True)
+    box = "".join(f"<{edge}>{value}</{edge}>" for edge, value in edges)
+    return f"<object><bndbox>{box}</bndbox>{more}<name> {name} </name></object>"
+
+
+CATEGORIES = ({"id": 3, "name": "cell"}, {"id": 70, "name": "plate", "supercategory": "none"})
+
+
+def coco_content(ids=(1, 2), annotations=(), categories=CATEGORIES, name="{}.png"):
+    """Annotations of images of 40x60."""
+    images = [{"id": i, "file_name": name.format(i), "height": 40, "width": 60} for i in ids]
+    boxes = [{"bbox": [10, 5, 20, 20], "category_id": 3, "id": k, **a} for k, a in annotations]
+    return {"images": images, "annotations": boxes, "categories": list(categories)}
+
+
+def write_coco(path, images, content, size=(40, 60)):
+    """A file of annotations, and its images in a folder; nothing where it is None."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    for number, image in enumerate(content["images"]):
+        save_image(images / image["file_name"].replace("\\", "/"), number, size)

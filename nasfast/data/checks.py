@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -73,13 +73,13 @@ def check_splits(
     if test and splits.test is not None:
         parts["test"] = splits.test
     errors, broken = _unscorable(splits, omit), list[str]()
-    warnings = _few(len(splits.search_val))
+    warnings = few(len(splits.search_val))
     files: dict[str, list[Path]] = {}
     on_disk = {part: found for part, each in parts.items() if (found := _on_disk(each))}
     for part, dataset in on_disk.items():
         files[part] = [image for image, _ in dataset.pairs]
         warnings += _labels(part, dataset)
-    warnings += _overlaps(files)
+    warnings += overlaps(files)
     facts: dict[str, Sequence[Row]] = {}
     if test:
         broken = _unreadable(on_disk.values())
@@ -91,7 +91,7 @@ def check_splits(
         images = [path for part in files.values() for path in part]
         aside = (*splits.aside, *(() if test else ("test/*", "testannot/*")))
         warnings += _orphans(root, images, masks, aside)
-        unread, more = _unread(root, [*images, *masks], aside)
+        unread, more = unread_files(root, [*images, *masks], aside)
         warnings += more
         if test and unread:
             facts["not read"] = unread
@@ -113,9 +113,9 @@ def check_images(
         test: read every image, count everything and draw some, for facts and tiles.
     """
     parts = {"train": data.train, "val": data.val, "test": data.test}
-    warnings = _few(len(data.val))
+    warnings = few(len(data.val))
     files = {part: [paths[0] for paths in images.files] for part, images in parts.items()}
-    warnings += _overlaps(files)
+    warnings += overlaps(files)
     both = [paths for images in parts.values() for paths in images.files]
     read = [path for paths in both for path in paths]
     if len(both) == len(read):
@@ -133,7 +133,7 @@ def check_images(
                 "part": part,
                 "images": len(images),
                 "pairs": sum(len(paths) > 1 for paths in images.files),
-                "height x width": _sizes(images.sizes),
+                "height x width": range_of_sizes(images.sizes),
             }
             for part, images in parts.items()
         ]
@@ -143,7 +143,7 @@ def check_images(
             except FaultyFiles as error:
                 errors += error.faults
     if root is not None:
-        unread, more = _unread(root, read, ())
+        unread, more = unread_files(root, read, ())
         warnings += more
         if test and unread:
             facts["not read"] = unread
@@ -213,7 +213,7 @@ def _unscorable(splits: Splits, omit: Sequence[int]) -> list[str]:
     return []
 
 
-def _few(count: int) -> list[str]:
+def few(count: int) -> list[str]:
     if count > 1:
         return []
     return ["candidates are scored on one image, so that rewards say little; add images"]
@@ -239,7 +239,7 @@ def _labels(part: str, dataset: FileDataset) -> list[str]:
     if lossy:
         found.append(
             f"{len(lossy)} masks of {part} are JPEG, which changes values to those of other "
-            f"classes: {_names(lossy)}; save them as PNG from their source"
+            f"classes: {file_names(lossy)}; save them as PNG from their source"
         )
     if dataset.mask_values is not None:
         values = torch.nonzero(dataset.value_counts.sum(0)).flatten().tolist()
@@ -261,15 +261,15 @@ def _never(part: str, absent: Sequence[str]) -> str:
     )
 
 
-def _overlaps(files: Mapping[str, Sequence[Path]]) -> list[str]:
+def overlaps(files: Mapping[str, Sequence[Path]]) -> list[str]:
     """Warnings about images that are in two parts, or twice in one."""
     found, names = [], list(files)
     for part in names:
         twice = [path for path, count in Counter(files[part]).items() if count > 1]
         if twice:
             found.append(
-                f"{len(twice)} images are in {part} more than once: {_names(twice)}; a search may "
-                "score candidates on what they were trained on"
+                f"{len(twice)} images are in {part} more than once: {file_names(twice)}; a search "
+                "may score candidates on what they were trained on"
             )
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
@@ -279,7 +279,7 @@ def _overlaps(files: Mapping[str, Sequence[Path]]) -> list[str]:
                 if paths:
                     found.append(
                         f"{len(paths)} images are both in {first} and in {second}{how}: "
-                        f"{_names(sorted(paths))}; scores on {second} will be too good"
+                        f"{file_names(sorted(paths))}; scores on {second} will be too good"
                     )
     return found
 
@@ -332,10 +332,12 @@ def _orphans(
         if _is_image(path) and path not in used and path.stem not in stems
         if not _fits(path, root, aside)
     ]
-    return [f"{len(orphans)} masks have no image: {_names(orphans)}"] if orphans else []
+    return [f"{len(orphans)} masks have no image: {file_names(orphans)}"] if orphans else []
 
 
-def _unread(root: Path, read: Sequence[Path], aside: Sequence[str]) -> tuple[list[Row], list[str]]:
+def unread_files(
+    root: Path, read: Sequence[Path], aside: Sequence[str]
+) -> tuple[list[Row], list[str]]:
     """Files under a folder that no part holds and whose path none of the patterns fits, by why:
     rows, and warnings about those that look like images."""
     used, folders = set(read), set(_parents(read))
@@ -383,7 +385,7 @@ def _part(part: str, dataset: SegmentationDataset) -> Row:
     return {
         "part": part,
         "images": len(dataset),
-        "height x width": _sizes(dataset.sizes()),
+        "height x width": range_of_sizes(dataset.sizes()),
         "void": (counts[:, dataset.ignore_index].sum() / counts.sum()).item(),
     }
 
@@ -403,7 +405,7 @@ def _histogram(parts: Mapping[str, SegmentationDataset]) -> list[Row]:
     return list(rows)
 
 
-def _sizes(sizes: Sequence[tuple[int, int]]) -> str:
+def range_of_sizes(sizes: Sequence[tuple[int, int]]) -> str:
     each = sorted(set(sizes), key=lambda size: (size[0] * size[1], size))
     first, last = (f"{height}x{width}" for height, width in (each[0], each[-1]))
     return first if len(each) == 1 else f"{len(each)} sizes, {first} to {last}"
@@ -412,7 +414,7 @@ def _sizes(sizes: Sequence[tuple[int, int]]) -> str:
 def _overlays(parts: Mapping[str, SegmentationDataset]) -> dict[str, Tensor]:
     """A dozen images with the colours of their classes; void is left as it is."""
     tiles = {}
-    for part, dataset, index in _dozen(parts):
+    for part, dataset, index in dozen(parts):
         sample = dataset[index]
         colors = torch.zeros(256, 3)
         colors[: len(dataset.colors)] = torch.tensor(dataset.colors, dtype=torch.float32)
@@ -427,17 +429,17 @@ def _overlays(parts: Mapping[str, SegmentationDataset]) -> dict[str, Tensor]:
 def _pairs(parts: Mapping[str, ImageSet]) -> dict[str, Tensor]:
     """A dozen images, a degraded one to the left of its clean one."""
     tiles = {}
-    for part, images, index in _dozen(parts):
+    for part, images, index in dozen(parts):
         pair = images[index]
         both = [pair.clean] if pair.degraded is None else [pair.degraded, pair.clean]
         tiles[f"{part}: {pair.name}"] = torch.cat(both, -1).expand(3, -1, -1)
     return tiles
 
 
-P = TypeVar("P", SegmentationDataset, ImageSet)
+P = TypeVar("P", bound=Sized)
 
 
-def _dozen(parts: Mapping[str, P]) -> Iterator[tuple[str, P, int]]:
+def dozen(parts: Mapping[str, P]) -> Iterator[tuple[str, P, int]]:
     """(part, images, index) of twelve images, as many of each part where it has them, from all over
     it."""
     counts: dict[str, int] = {}
@@ -453,7 +455,7 @@ def _parents(paths: Iterable[Path]) -> list[Path]:
     return sorted({path.parent for path in paths})
 
 
-def _names(paths: Sequence[Path]) -> str:
+def file_names(paths: Sequence[Path]) -> str:
     return some([path.name for path in paths], 4, 60)
 
 

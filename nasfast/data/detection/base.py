@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -140,6 +141,13 @@ class BoxSubset(DetectionDataset):
 
     def fingerprint(self) -> str:
         return digest("subset", self._dataset.fingerprint(), self._indices)
+
+
+def box_colors(count: int) -> tuple[tuple[int, int, int], ...]:
+    """RGB of classes whose boxes are drawn: bright, and neighbours are far apart in hue."""
+    hues = (k * (5**0.5 - 1) / 2 for k in range(count))
+    bright = [colorsys.hsv_to_rgb(hue % 1, 0.85, 1) for hue in hues]
+    return tuple((round(255 * r), round(255 * g), round(255 * b)) for r, g, b in bright)
 
 
 class DetectionParts(NamedTuple):

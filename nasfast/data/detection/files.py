@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nasfast.data.base import default_colors, digest
-from nasfast.data.detection.base import BoxSample, DetectionDataset, Objects
+from nasfast.data.base import digest
+from nasfast.data.detection.base import BoxSample, DetectionDataset, Objects, box_colors
 from nasfast.data.folder import KEPT, some
 from nasfast.data.images import (
     FaultyFiles,
@@ -84,7 +84,7 @@ class BoxFiles(DetectionDataset):
     ) -> None:
         self.name, self.classes = name, tuple(classes)
         self.category_ids = tuple(category_ids or range(1, len(classes) + 1))
-        self.colors = default_colors(len(classes) + 1)[1:]  # without that of background
+        self.colors = box_colors(len(classes))
         self.annotated = tuple(annotated)
         self._fingerprint: str | None = None
         self._sizes = for_each(self._size, self.annotated)

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from nasfast.data.base import default_colors, digest
-from nasfast.data.detection.base import BoxSample, DetectionDataset
+from nasfast.data.base import digest
+from nasfast.data.detection.base import BoxSample, DetectionDataset, box_colors
 from nasfast.data.synthetic import STREAMS, Array, Canvas, Mask
 from nasfast.utils.errors import UserError
 
@@ -56,7 +56,7 @@ class SyntheticShapes(DetectionDataset):
             raise ValueError(f"SyntheticShapes: expected stream of {STREAMS}, got {stream!r}")
         self.name, self.classes = "synthetic", CLASSES
         self.category_ids = tuple(range(1, len(CLASSES) + 1))
-        self.colors = default_colors(len(CLASSES) + 1)[1:]  # without that of background
+        self.colors = box_colors(len(CLASSES))
         self._num_samples, self._seed, self._size, self._stream = num_samples, seed, size, stream
         self._cache: dict[int, BoxSample] | None = {} if cache_in_memory else None
 
