@@ -1,0 +1,133 @@
+"""Losses of FCOS: focal loss of the classes, IoU of the boxes, centre-ness.
+
+Tian et al., ICCV 2019, arXiv 1904.01355; focal loss: Lin et al., ICCV 2017; GIoU: Rezatofighi et
+al., CVPR 2019.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nasfast.tasks.detection.assign import NOT_COUNTED
+from nasfast.utils.config import Bound, Bounded, Positive
+
+LOSSES = ("classes", "boxes", "centerness")
+"""The terms, in the order of `loss_sums` and `normalizers`."""
+_ALPHA = 0.25  # weight of positives in the focal loss; its exponent is 2
+
+
+@dataclass(frozen=True)
+class DetectionLoss(Bounded):
+    """What a detector learns by. The defaults are those of the released code of NAS-FCOS; "giou",
+    a radius of 1.5 and no images in the normaliser are FCOS "with improvements"."""
+
+    box_loss: Literal["iou", "giou"] = "iou"
+    """Of boxes: -log IoU, whose areas have 1 square pixel added, or 1 - GIoU, without."""
+    center_radius: Annotated[float, Bound(0)] = 0.0
+    """Only points less than so many strides from the centre of a box learn it; 0: all inside."""
+    size_scale: Positive = 1.0
+    """Factor of the sizes of objects that divide the levels, which are 64 to 512 pixels. For
+    crops, their side / 800."""
+    count_images: bool = True
+    """Whether the focal loss is divided by positive points + images, or by positive points."""
+
+
+def loss_sums(output: Tensor, classes: Tensor, distances: Tensor, loss: DetectionLoss) -> Tensor:
+    """Sums of the three losses over the points of a batch, float32 ``[3]``, see `LOSSES`.
+
+    That of boxes is weighted by the targets of centre-ness. They and their gradients are finite
+    for any finite output, without a positive point too; half precision is computed in float32.
+
+    Args:
+        output: ``[N, K + 5, P]``.
+        classes: int64 ``[N, P]``, of `assign`.
+        distances: float32 ``[N, P, 4]``, likewise.
+        loss: settings.
+    """
+    logits, sides, center = output.split([output.shape[1] - 5, 4, 1], 1)
+    positive = classes >= 0
+    focal: Tensor = _Focal.apply(logits, classes)  # type: ignore[no-untyped-call]
+    # points without a box compare equal boxes: masks of infinite numbers would give NaN gradients
+    wanted = distances.transpose(1, 2)
+    sides = torch.where(positive[:, None], sides.float(), 1.0)
+    target = centerness(distances) * positive
+    boxes = (_box_losses(sides, wanted, loss.box_loss) * target).sum()
+    ness = F.binary_cross_entropy_with_logits(
+        center[:, 0].float(), target, weight=positive.float(), reduction="sum"
+    )
+    return torch.stack([focal, boxes, ness])
+
+
+def normalizers(classes: Tensor, distances: Tensor, loss: DetectionLoss) -> Tensor:
+    """What the sums of `loss_sums` are divided by, float32 ``[3]``: positive points (+ images),
+    the sum of the targets of centre-ness, positive points."""
+    positive = classes >= 0
+    count = positive.sum().float()
+    images = len(classes) if loss.count_images else 0
+    return torch.stack([count + images, (centerness(distances) * positive).sum(), count])
+
+
+def normalized(sums: Tensor, weight: Tensor) -> Tensor:
+    """Sums over what they are means over; where that is nothing they stay."""
+    return sums / torch.where(weight > 0, weight, 1.0)
+
+
+def centerness(distances: Tensor) -> Tensor:
+    """1 at the centre of a box to 0 at its edges: positive ``[.., 4]`` to ``[..]``."""
+    left, top, right, bottom = distances.unbind(-1)
+    across = torch.minimum(left, right) / torch.maximum(left, right)
+    down = torch.minimum(top, bottom) / torch.maximum(top, bottom)
+    return (across * down).sqrt()
+
+
+def _box_losses(sides: Tensor, wanted: Tensor, kind: str) -> Tensor:
+    """Losses ``[N, P]`` of distances ``[N, 4, P]``, of which the wanted are positive."""
+    inner = torch.minimum(sides, wanted)
+    area, goal, both = (
+        (each[:, 0] + each[:, 2]) * (each[:, 1] + each[:, 3]) for each in (sides, wanted, inner)
+    )
+    union = area + goal - both
+    if kind == "iou":
+        return (union + 1).log() - (both + 1).log()
+    outer = torch.maximum(sides, wanted)
+    hull = (outer[:, 0] + outer[:, 2]) * (outer[:, 1] + outer[:, 3])
+    return 1 - both / union + (hull - union) / hull
+
+
+class _Focal(torch.autograd.Function):
+    """Sum of the sigmoid focal losses of logits ``[N, K, P]`` at the points that are counted.
+
+    Value and gradient are computed together, by few passes over the logits: all are taken as
+    negatives, and the one of its class at each positive point is exchanged.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, classes: Tensor) -> Tensor:
+        x = logits.float()
+        p, ahead = x.sigmoid(), F.softplus(x)  # probability, -log(1 - p)
+        square = p * p
+        grad = square * ahead  # the loss, then d loss / d x = p^2 (2 (1 - p) ahead + p)
+        counted = classes != NOT_COUNTED
+        total = (1 - _ALPHA) * (grad.sum(1) * counted).sum()
+        grad.mul_(1 - p).mul_(2).addcmul_(square, p)
+        grad.mul_((1 - _ALPHA) * counted[:, None])
+
+        positive, index = classes >= 0, classes.clamp(min=0)[:, None]
+        p, back = p.gather(1, index), F.softplus(-x.gather(1, index))  # [N, 1, P]
+        rest = (1 - p).square()
+        own = _ALPHA * rest * back
+        slope = -_ALPHA * rest * (2 * p * back + 1 - p)
+        total += ((own - (1 - _ALPHA) * p * p * ahead.gather(1, index))[:, 0] * positive).sum()
+        grad.scatter_(1, index, torch.where(positive[:, None], slope, grad.gather(1, index)))
+        ctx.save_for_backward(grad.to(logits.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        (grad,) = ctx.saved_tensors
+        return grad * grad_output, None
