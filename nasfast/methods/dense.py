@@ -295,11 +295,17 @@ class DenseTraining(ABC):
         return self.settings.epochs
 
     @property
+    def seen(self) -> str:
+        """What the network sees of the images in training, as a line of `summary`."""
+        settings = self.settings
+        return f"crops    {settings.crop} x {settings.crop_width or settings.crop} pixels"
+
+    @property
     def summary(self) -> str:
         settings = self.settings
         lines = [
             f"data     {settings.data}, {len(self.train)} images",
-            f"crops    {settings.crop} x {settings.crop_width or settings.crop} pixels",
+            self.seen,
             f"size     {count_parameters(self.model) / 1e6:.2f} M parameters",
         ]
         return "\n".join(lines)
@@ -308,10 +314,7 @@ class DenseTraining(ABC):
         """One pass over the training images, and at times a validation."""
         start, settings = time.perf_counter(), self.settings
         frozen = self.done < settings.freeze_epochs
-        self.model.train()
-        self.model.get_submodule("encoder").train(not frozen)
-        for parameter in self._groups[1].parameters:
-            parameter.requires_grad_(not frozen)
+        self.learning(frozen)
         groups = self._groups[:1] if frozen else self._groups
         loss = train_epoch(
             self._batches(),
@@ -332,6 +335,13 @@ class DenseTraining(ABC):
         entry["seconds"] = time.perf_counter() - start
         self.history.append(entry)
         return f"{line}  {entry['seconds']:.1f} s"
+
+    def learning(self, frozen: bool) -> None:
+        """Put the network into training mode, its encoder only where it is not frozen."""
+        self.model.train()
+        self.model.get_submodule("encoder").train(not frozen)
+        for parameter in self._groups[1].parameters:
+            parameter.requires_grad_(not frozen)
 
     def _step_of(self, frozen: bool) -> GraphedStep | None:
         """What repeats the steps of a phase; a phase has its own."""

@@ -110,6 +110,14 @@ def test_schedules_fall_to_zero(kind, half):
     assert warm(0) == (0.05 if kind == "one-cycle" else 1)
 
 
+def test_the_published_schedule_of_detectors():
+    """90,000 steps: a rise from 1/3 in the first 500, a tenth from 60,000 and from 80,000."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.tensor(0.0))], 2.0)
+    factor = scheduled(optimizer, "steps", 90_000, 500 / 90_000, 1 / 3).lr_lambdas[0]
+    found = [factor(step) for step in (249, 499, 59_999, 60_000, 80_000, 89_999)]
+    assert found == pytest.approx([2 / 3, 1, 1, 0.1, 0.01, 0.01])
+
+
 @pytest.mark.parametrize("steps", range(1, 13))
 def test_one_cycle_of_few_steps(steps):
     out, _ = rates(steps)
