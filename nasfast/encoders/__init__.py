@@ -12,12 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nasfast.encoders.mobilenet_v2 import FeatureInfo, MobileNetV2, tensor_mismatch
+from nasfast.encoders.base import Encoder, FeatureInfo
+from nasfast.encoders.mobilenet_v2 import MobileNetV2, tensor_mismatch
 from nasfast.utils.errors import UserError, cause, out_of_memory
 from nasfast.utils.tensors import load_saved
 
 __all__ = [
     "PACKAGED_WEIGHTS",
+    "Encoder",
     "FeatureInfo",
     "MobileNetV2",
     "load_encoder",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nasfast.encoders.base import Encoder, FeatureInfo
 from nasfast.utils.errors import UserError
 
 # expansion t, channels c, repeats n, stride s: table 2 of the paper
@@ -26,18 +27,6 @@ _ROWS_KEYS = re.compile(r"features\.(\d+)\.|classifier\.")
 MAX_WIDTH = 10
 """Of the channel multiplier: what is larger is a slip, or a damaged file."""
 _COUNTER = "num_batches_tracked"
-
-
-@dataclass(frozen=True)
-class FeatureInfo:
-    """One tap of an encoder."""
-
-    module: str
-    """Name of the submodule whose output is tapped."""
-    channels: int
-    """Channels of the feature map."""
-    stride: int
-    """Input pixels per feature-map pixel, along each axis."""
 
 
 def _divisible_by_8(channels: float) -> int:
@@ -85,7 +74,7 @@ class InvertedResidual(nn.Module):
         return x + y if self.residual else y
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(Encoder):
     """MobileNet-v2 as an encoder: taps at strides 4, 8, 16 and 32.
 
     Args:
@@ -133,13 +122,20 @@ class MobileNetV2(nn.Module):
         self.feature_info = tuple(info)
         self._taps = frozenset(int(tap.module.split(".")[1]) for tap in info)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        taps = []
+    def forward(self, images: Tensor) -> list[Tensor]:
+        taps, x = [], images
         for index, block in enumerate(self.features):
             x = block(x)
             if index in self._taps:
                 taps.append(x)
         return taps
+
+    def describe(self) -> dict[str, Any]:
+        expand = {"expand_first": True} if self.expand_first else {}
+        return {"name": self.name, "width": self.width} | expand
+
+    def first(self) -> list[nn.Module]:
+        return list(self.features[:2])
 
     def load_strict(self, state: Mapping[str, Tensor], source: str) -> None:
         """Load a torchvision-style state dict; the classification head, and rows that this encoder

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from torch import Tensor, nn
 
-from nasfast.encoders import FeatureInfo, MobileNetV2
+from nasfast.encoders import Encoder, FeatureInfo
 from nasfast.models.layers import ConvBNReLU, build_op, concatenate, largest, resize
 from nasfast.spaces.base import Genotype
 from nasfast.spaces.fast_nas import Cell, FastNASGenotype
@@ -152,7 +152,7 @@ class Decoder(DenseDecoder):
 class EncoderDecoder(nn.Module):
     """A network for a dense task; ``forward`` gives what its decoder gives."""
 
-    def __init__(self, encoder: MobileNetV2, decoder: DenseDecoder) -> None:
+    def __init__(self, encoder: Encoder, decoder: DenseDecoder) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder

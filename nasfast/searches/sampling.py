@@ -129,6 +129,8 @@ class Phase(Generic[G]):
     """Evaluates a batch."""
     limits: Limits = field(default_factory=Limits)
     """What is beyond them is rejected: neither evaluated nor recorded, and not of the batch."""
+    valid: Callable[[G], bool] = lambda genotype: True
+    """What is not valid, no network, is rejected as well."""
 
 
 NextPhase = Callable[[Sequence[Record], Path], Phase[Any]]
@@ -143,7 +145,7 @@ class _Proposal(Generic[G]):
     genotype: G
     rejected: tuple[G, ...]
     exceeded: tuple[dict[str, float], ...]
-    """Of each of those, the costs beyond their limits."""
+    """Of each of those, the costs beyond their limits; none of what is no network."""
 
 
 class SamplingSearch:
@@ -289,16 +291,23 @@ class SamplingSearch:
             UserError: too many in a row are beyond.
         """
         phase = self._phase
-        rejected, costs = list[Any](), list[dict[str, float]]()
+        rejected, exceeded, costs = list[Any](), list[dict[str, float]](), list[dict[str, float]]()
         while len(rejected) < _MAX_REJECTIONS:
-            genotype = phase.strategy.ask()
-            if phase.limits:
+            genotype, beyond = phase.strategy.ask(), dict[str, float]()
+            valid = phase.valid(genotype)
+            if valid and phase.limits:
                 phase.evaluator.runtime.heartbeat()
                 costs.append(phase.evaluator.costs(genotype))
-            if not costs or not phase.limits.exceeded(costs[-1]):
-                exceeded = map(phase.limits.exceeded, costs[: len(rejected)])
+                beyond = phase.limits.exceeded(costs[-1])
+            if valid and not beyond:
                 return _Proposal(genotype, tuple(rejected), tuple(exceeded))
             rejected.append(genotype)
+            exceeded.append(beyond)
+        if not costs:
+            raise UserError(
+                f"search: expected networks, got {len(rejected):,} proposals in a row that are "
+                "none; start a new run with --strategy random"
+            )
         raise phase.limits.refusal(costs)
 
     def _evaluate(
@@ -330,8 +339,9 @@ class SamplingSearch:
             if entries[-1][1] == index:
                 new.append(job)
                 spent += 1
-        if any(rejected.values()):
-            say(console, phase.limits.summary(itertools.chain(*rejected.values())))
+        beyond = [costs for costs in itertools.chain(*rejected.values()) if costs]
+        if beyond:
+            say(console, phase.limits.summary(beyond))
         with console.status("") as status:
 
             def show(running: int) -> None:
