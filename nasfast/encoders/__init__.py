@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nasfast.encoders.base import Encoder, FeatureInfo
-from nasfast.encoders.mobilenet_v2 import MobileNetV2, tensor_mismatch
+from nasfast.encoders.base import Encoder, FeatureInfo, tensor_mismatch
+from nasfast.encoders.mobilenet_v2 import MobileNetV2
+from nasfast.encoders.resnet import ResNet, size_of
 from nasfast.utils.errors import UserError, cause, out_of_memory
 from nasfast.utils.tensors import load_saved
 
@@ -22,6 +24,8 @@ __all__ = [
     "Encoder",
     "FeatureInfo",
     "MobileNetV2",
+    "ResNet",
+    "encoder_of",
     "load_encoder",
     "read_metadata",
     "read_weights",
@@ -126,13 +130,19 @@ def _open(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def load_encoder(path: Path | None = None, rows: int = 7) -> MobileNetV2:
+def load_encoder(
+    path: Path | None = None, rows: int = 7, *, stride_in_1x1: bool | None = None
+) -> Encoder:
     """Build the encoder that a weight file belongs to and load it strictly.
 
     Args:
-        path: torchvision-style MobileNet-v2 weights; ``None`` takes the packaged small encoder.
-            The width comes from the file's metadata (``nasfast.encoder``) or is 1.0.
-        rows: of the encoder, whatever the file has of later ones.
+        path: torchvision-style weights of MobileNet-v2, a ResNet or a ResNeXt of
+            `nasfast.encoders.resnet.FORMS`, which their names and shapes tell; ``None`` takes the
+            packaged small MobileNet-v2. A file's metadata (``nasfast.encoder``) may say the width
+            of a MobileNet-v2, else 1.0, and ``stride_in_1x1`` of a ResNet, else false.
+        rows: of MobileNet-v2, whatever the file has of later ones; other encoders have none to
+            leave out.
+        stride_in_1x1: of a ResNet, whatever the file says.
 
     Raises:
         UserError: the file cannot be read, or holds another network.
@@ -140,10 +150,24 @@ def load_encoder(path: Path | None = None, rows: int = 7) -> MobileNetV2:
     path = path or PACKAGED_WEIGHTS
     state, metadata = read_weights(path)
     described = metadata.get("nasfast.encoder", "{}")
+    size = size_of(state)
+    if size is not None and rows < 7:
+        raise UserError(
+            f"weights {path}: expected a MobileNet-v2, whose first {rows} rows the networks have, "
+            f"got {size}; give weights of MobileNet-v2"
+        )
+    build: Callable[[], MobileNetV2 | ResNet]
     try:
-        width = json.loads(described).get("width", 1.0)
+        known = json.loads(described)
         with torch.device("meta"):  # nothing is allocated before the shapes have been compared
-            MobileNetV2(width, rows=rows).check(state, str(path))
+            if size is None:
+                width = known.get("width", 1.0)
+                build = functools.partial(MobileNetV2, width, rows=rows)
+            else:
+                strided = known.get("stride_in_1x1", False)
+                strided = strided if stride_in_1x1 is None else stride_in_1x1
+                build = functools.partial(ResNet, size, stride_in_1x1=bool(strided))
+            build().check(state, str(path))
     except UserError:
         raise
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
@@ -151,6 +175,23 @@ def load_encoder(path: Path | None = None, rows: int = 7) -> MobileNetV2:
             f"weights {path}: expected the metadata nasfast.encoder to be a JSON object with the "
             f"width of the encoder, got {described[:80]!r}; give another file"
         ) from error
-    encoder = MobileNetV2(width, rows=rows)
+    encoder = build()
     encoder.load_strict(state, str(path))
     return encoder.eval()
+
+
+def encoder_of(description: Mapping[str, Any], **rows: int) -> Encoder:
+    """The encoder of `Encoder.describe`, with random weights.
+
+    Raises:
+        ValueError: it is none that is known.
+        KeyError: the description lacks something.
+    """
+    name = description["name"]
+    if name == MobileNetV2.name:
+        expand = description.get("expand_first", False)
+        return MobileNetV2(description["width"], expand_first=expand, **rows)
+    if name == ResNet.name:
+        options = {key: description[key] for key in ("stride_in_1x1", "frozen_norm")}
+        return ResNet(description["size"], **options)
+    raise ValueError(f"encoder: expected {MobileNetV2.name} or {ResNet.name}, got {name!r}")

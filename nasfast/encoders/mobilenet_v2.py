@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nasfast.encoders.base import Encoder, FeatureInfo
+from nasfast.encoders.base import Encoder, FeatureInfo, tensor_mismatch
 from nasfast.utils.errors import UserError
 
 # expansion t, channels c, repeats n, stride s: table 2 of the paper
@@ -130,12 +130,16 @@ class MobileNetV2(Encoder):
                 taps.append(x)
         return taps
 
+    @property
+    def label(self) -> str:
+        return f"{self.name} x{self.width:g}"
+
     def describe(self) -> dict[str, Any]:
         expand = {"expand_first": True} if self.expand_first else {}
         return {"name": self.name, "width": self.width} | expand
 
     def first(self) -> list[nn.Module]:
-        return list(self.features[:2])
+        return [self.features[0], self.features[1]]
 
     def load_strict(self, state: Mapping[str, Tensor], source: str) -> None:
         """Load a torchvision-style state dict; the classification head, and rows that this encoder
@@ -201,29 +205,3 @@ def _with_identity(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "features.1.conv.0.1.weight": (variance + nn.BatchNorm2d(1).eps).sqrt(),
         "features.1.conv.0.1.bias": mean,
     }
-
-
-def tensor_mismatch(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
-    """Which tensors of a state dict are missing, unknown, of another shape or kind, or have values
-    that are not finite; None if none is. ``own`` may be on the meta device."""
-    # a checkpoint with BatchNorm folded away or renamed must not leave random weights behind
-    problems = {
-        "missing": [key for key in own if key not in given],
-        "unknown": [key for key in given if key not in own],
-        "of another shape": [
-            f"{key}: expected {list(own[key].shape)}, got {list(value.shape)}"
-            for key, value in given.items()
-            if key in own and value.shape != own[key].shape
-        ],
-        "of another type": [
-            f"{key}: expected {own[key].dtype}, got {value.dtype}"
-            for key, value in given.items()
-            if key in own and own[key].is_floating_point() and not value.is_floating_point()
-        ],
-        "not finite": [key for key, value in given.items() if not value.isfinite().all()],
-    }
-    for problem, keys in problems.items():
-        if keys:
-            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-            return f"{len(keys)} key(s) {problem}: {', '.join(keys[:5])}{more}"
-    return None

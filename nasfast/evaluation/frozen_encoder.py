@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nasfast.cache import CacheConfig, FeatureCache, tensors_fingerprint
-from nasfast.encoders import MobileNetV2
+from nasfast.encoders import Encoder
 from nasfast.evaluation.candidate import timed
 from nasfast.models.decoders import EncoderDecoder
 from nasfast.tasks.base import DenseTask, Targets, prepare_images
@@ -77,7 +77,7 @@ class FrozenEncoder:
     def __init__(
         self,
         task: DenseTask[Any],
-        encoder: MobileNetV2,
+        encoder: Encoder,
         samples: int,
         transforms: tuple[Any, Any],
         runtime: Runtime,

@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from nasfast.encoders import FeatureInfo, MobileNetV2
+from nasfast.encoders import Encoder, FeatureInfo, MobileNetV2, encoder_of
 from nasfast.models.decoders import Decoder, DecoderConfig, EncoderDecoder
+from nasfast.models.detector import EXTRA, Detector, DetectorConfig, build_detector
 from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.models.templates import TemplateConfig, TemplateDecoder, TemplateNetwork
 from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
 from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
+from nasfast.spaces.nas_fcos import NASFCOSSpace
 from nasfast.spaces.template_nas import TemplateNASGenotype, TemplateNASSpace
 
 
@@ -31,14 +33,14 @@ def build_decoder(
 
 
 def build_segmenter(
-    encoder: MobileNetV2, genotype: FastNASGenotype, outputs: int, config: DecoderConfig
+    encoder: Encoder, genotype: FastNASGenotype, outputs: int, config: DecoderConfig
 ) -> EncoderDecoder:
     """A network on (not a copy of) an encoder."""
     return EncoderDecoder(encoder, build_decoder(genotype, encoder.feature_info, outputs, config))
 
 
 def build_templates(
-    encoder: MobileNetV2, genotype: TemplateNASGenotype, outputs: int, config: TemplateConfig
+    encoder: Encoder, genotype: TemplateNASGenotype, outputs: int, config: TemplateConfig
 ) -> TemplateNetwork:
     """A network on (not a copy of) an encoder of TEMPLATE_ROWS rows."""
     decoder = TemplateDecoder(genotype, encoder.feature_info, outputs, config)
@@ -72,28 +74,48 @@ def _describe_dense(model: EncoderDecoder) -> dict[str, Any]:
         "genotype": decoder.genotype.to_json(),
         "decoder": asdict(decoder.config),
         "outputs": decoder.conv_clf.out_channels,
-        "encoder": {"name": encoder.name, "width": encoder.width}
-        | ({"expand_first": True} if encoder.expand_first else {}),
+        "encoder": encoder.describe(),
     }
 
 
-def _encoder(description: Mapping[str, Any], **rows: int) -> MobileNetV2:
-    encoder = description["encoder"]
-    if encoder["name"] != MobileNetV2.name:
-        raise ValueError(f"encoder: expected {MobileNetV2.name}, got {encoder['name']!r}")
-    return MobileNetV2(encoder["width"], expand_first=encoder.get("expand_first", False), **rows)
+def _describe_detector(model: Detector) -> dict[str, Any]:
+    decoder = model.decoder
+    return {
+        "genotype": decoder.genotype.to_json(),
+        "decoder": asdict(decoder.config),
+        "outputs": decoder.outputs,
+        "encoder": model.encoder.describe(),
+    }
+
+
+def _read_detector(description: Mapping[str, Any]) -> Detector:
+    genotype = NASFCOSSpace().from_json(description["genotype"])
+    outputs = description["outputs"]
+    if type(outputs) is not int or outputs <= EXTRA:
+        raise ValueError(f"outputs: expected an integer above {EXTRA}, got {outputs!r}")
+    encoder = encoder_of(description["encoder"])
+    return build_detector(encoder, genotype, outputs, description["decoder"])
+
+
+def _mobilenet(description: Mapping[str, Any], **rows: int) -> MobileNetV2:
+    encoder = encoder_of(description["encoder"], **rows)
+    if not isinstance(encoder, MobileNetV2):
+        raise ValueError(f"encoder: expected {MobileNetV2.name}, got {encoder.name!r}")
+    return encoder
 
 
 def _read_segmenter(description: Mapping[str, Any]) -> EncoderDecoder:
     # version 1 has the classes alone
     outputs = description.get("outputs") or len(description["classes"])
     genotype = FastNASSpace().from_json(description["genotype"])
-    return build_segmenter(_encoder(description), genotype, outputs, description["decoder"])
+    return build_segmenter(
+        encoder_of(description["encoder"]), genotype, outputs, description["decoder"]
+    )
 
 
 def _read_templates(description: Mapping[str, Any]) -> TemplateNetwork:
     genotype = TemplateNASSpace().from_json(description["genotype"])
-    encoder = _encoder(description, rows=TEMPLATE_ROWS)
+    encoder = _mobilenet(description, rows=TEMPLATE_ROWS)
     return build_templates(encoder, genotype, description["outputs"], description["decoder"])
 
 
@@ -120,6 +142,7 @@ TEMPLATE_ROWS = 3
 SEGMENTER = "nasfast.segmenter"
 TEMPLATES = "nasfast.templates"
 RESTORER = "nasfast.restorer"
+DETECTOR = "nasfast.detector"
 FAMILIES = {
     SEGMENTER: Family(
         EncoderDecoder,
@@ -141,6 +164,13 @@ FAMILIES = {
         {"restorer": RestorerConfig},
         _describe_restorer,
         _read_restorer,
+    ),
+    DETECTOR: Family(
+        Detector,
+        NASFCOSSpace().name,
+        {"decoder": DetectorConfig},
+        _describe_detector,
+        _read_detector,
     ),
 }
 """By the key of the description in a file's metadata."""

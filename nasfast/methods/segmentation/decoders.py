@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from nasfast.encoders import MobileNetV2
+from nasfast.encoders import Encoder
 from nasfast.models.build import build_segmenter
 from nasfast.models.decoders import EncoderDecoder
 from nasfast.spaces.base import Space
@@ -20,7 +20,7 @@ class Decoders:
     method: str
     """Name of the search method."""
     space: Space[Any]
-    build: Callable[[MobileNetV2, Any, int, Any], EncoderDecoder]
+    build: Callable[[Encoder, Any, int, Any], EncoderDecoder]
     """A network of encoder, genotype, outputs and the decoder's configuration."""
     rows: int = 7
     """Rows of MobileNet-v2 that the encoder has."""

@@ -18,7 +18,7 @@ from nasfast.data import (
     shorter_side,
 )
 from nasfast.data.checks import check_splits
-from nasfast.encoders import MobileNetV2, load_encoder
+from nasfast.encoders import Encoder, load_encoder
 from nasfast.evaluation.candidate import CandidateEvaluator
 from nasfast.evaluation.frozen_encoder import Caches, FrozenEncoder
 from nasfast.evaluation.stages import DecoderOnFeatures, EndToEnd, Stage0Config, Stage1Config
@@ -51,7 +51,7 @@ class Inputs:
     """What a search reads."""
 
     splits: Splits
-    encoder: MobileNetV2
+    encoder: Encoder
     teacher: EncoderDecoder | None
 
     @classmethod
@@ -100,7 +100,7 @@ def build(config: Config, interrupt: Interrupt, console: Console) -> tuple[Sampl
         console,
         f"data     {splits.train.name}: {len(splits.search_train)} frames to train candidates, "
         f"{len(splits.search_val)} to score them, {len(splits.train.classes)} classes\n"
-        f"encoder  {encoder.name} x{encoder.width:g}, "
+        f"encoder  {encoder.label}, "
         f"{config.encoder_weights or 'packaged weights (trained on generated scenes)'}\n"
         f"device   {workers}, {runtime.precision}\n"
         f"space    {space.size():.2e} decoders; strategy {config.strategy}, "
