@@ -26,9 +26,9 @@ class DetectionLoss(Bounded):
     """What a detector learns by. The defaults are those of the released code of NAS-FCOS; "giou",
     a radius of 1.5 and no images in the normaliser are FCOS "with improvements"."""
 
-    box_loss: Literal["iou", "giou"] = "iou"
+    box: Literal["iou", "giou"] = "iou"
     """Of boxes: -log IoU, whose areas have 1 square pixel added, or 1 - GIoU, without."""
-    center_radius: Annotated[float, Bound(0)] = 0.0
+    center_sampling: Annotated[float, Bound(0)] = 0.0
     """Only points less than so many strides from the centre of a box learn it; 0: all inside."""
     size_scale: Positive = 1.0
     """Factor of the sizes of objects that divide the levels, which are 64 to 512 pixels. For
@@ -49,14 +49,14 @@ def loss_sums(output: Tensor, classes: Tensor, distances: Tensor, loss: Detectio
         distances: float32 ``[N, P, 4]``, likewise.
         loss: settings.
     """
-    logits, sides, center = output.split([output.shape[1] - 5, 4, 1], 1)
+    logits, sides, center = torch.split(output, [output.shape[1] - 5, 4, 1], 1)
     positive = classes >= 0
     focal: Tensor = _Focal.apply(logits, classes)  # type: ignore[no-untyped-call]
     # points without a box compare equal boxes: masks of infinite numbers would give NaN gradients
     wanted = distances.transpose(1, 2)
     sides = torch.where(positive[:, None], sides.float(), 1.0)
     target = centerness(distances) * positive
-    boxes = (_box_losses(sides, wanted, loss.box_loss) * target).sum()
+    boxes = (_box_losses(sides, wanted, loss.box) * target).sum()
     ness = F.binary_cross_entropy_with_logits(
         center[:, 0].float(), target, weight=positive.float(), reduction="sum"
     )
