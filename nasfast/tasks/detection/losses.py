@@ -108,22 +108,24 @@ class _Focal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, classes: Tensor) -> Tensor:
-        x = logits.float()
-        p, ahead = x.sigmoid(), F.softplus(x)  # probability, -log(1 - p)
-        square = p * p
-        grad = square * ahead  # the loss, then d loss / d x = p^2 (2 (1 - p) ahead + p)
-        counted = classes != NOT_COUNTED
-        total = (1 - _ALPHA) * (grad.sum(1) * counted).sum()
-        grad.mul_(1 - p).mul_(2).addcmul_(square, p)
-        grad.mul_((1 - _ALPHA) * counted[:, None])
+        x, index = logits.float(), classes.clamp(min=0)[:, None]
+        positive, counted = (classes >= 0)[:, None], (classes != NOT_COUNTED)[:, None]
 
-        positive, index = classes >= 0, classes.clamp(min=0)[:, None]
-        p, back = p.gather(1, index), F.softplus(-x.gather(1, index))  # [N, 1, P]
-        rest = (1 - p).square()
-        own = _ALPHA * rest * back
-        slope = -_ALPHA * rest * (2 * p * back + 1 - p)
-        total += ((own - (1 - _ALPHA) * p * p * ahead.gather(1, index))[:, 0] * positive).sum()
-        grad.scatter_(1, index, torch.where(positive[:, None], slope, grad.gather(1, index)))
+        def exchange(values: Tensor, own: Tensor) -> Tensor:
+            """With the values of the positives in place of those as negatives."""
+            return values.scatter_(1, index, torch.where(positive, own, values.gather(1, index)))
+
+        p, ahead = x.sigmoid(), F.softplus(x)  # probability, -log(1 - p)
+        own = p.gather(1, index)  # [N, 1, P]
+        rest, back = (1 - own).square(), F.softplus(-x.gather(1, index))
+        square = p * p
+        grad = square * ahead  # is the loss first: p^2 ahead
+        losses = exchange(grad, _ALPHA / (1 - _ALPHA) * rest * back)
+        total = (1 - _ALPHA) * (losses.sum(1, keepdim=True) * counted).sum()
+        # d loss / d x = p^2 (2 (1 - p) ahead + p)
+        torch.mul(square, ahead, out=grad).mul_(1 - p).mul_(2).addcmul_(square, p)
+        grad.mul_((1 - _ALPHA) * counted)
+        grad = exchange(grad, -_ALPHA * rest * (2 * own * back + 1 - own))
         ctx.save_for_backward(grad.to(logits.dtype))
         return total
 

@@ -59,7 +59,7 @@ class Detections(Prediction):
             canvas = canvas.resize(size, Image.Resampling.NEAREST)
         draw = ImageDraw.Draw(canvas)
         side = max(canvas.size)
-        line, font = max(1, round(side / 300)), min(28, max(10, round(side / 45)))
+        line, font = max(2, round(side / 300)), min(28, max(10, round(side / 45)))
         for i in reversed(range(len(self.boxes))):
             score = float(self.scores[i])
             if score < DRAWN:
