@@ -140,10 +140,11 @@ class DenseTask(ABC, Generic[S]):
 
     @abstractmethod
     def criterion(self, output: Tensor, targets: Targets) -> Tensor:
-        """Loss of an output ``[N, outputs, h, w]`` of any resolution, a float32 scalar."""
+        """Loss of an output ``[N, outputs, h, w]`` of any resolution, a float32 scalar, or ``[k]``,
+        the terms of a sum that are means over different things."""
 
     def weight(self, targets: Targets) -> Tensor:
-        """What `criterion` is a mean over, a float32 scalar: the loss of a batch is the mean of
+        """What `criterion` is a mean over, in the same form: the loss of a batch is the mean of
         those of its parts, which weigh so much. By default the number of samples."""
         (target, *_) = targets.values()
         return torch.full((), len(target), dtype=torch.float32, device=target.device)
@@ -189,31 +190,37 @@ class DenseTask(ABC, Generic[S]):
         in evaluation mode predicts, and the scores of the classes."""
         files = {}
         for index in spread(len(frames), SAMPLES):
-            images, targets = self.load_batch(frames, [index], transform)
-            padded = pad_images(images)
-            with runtime.autocast():
-                output = model(prepare_images(padded, runtime))[0]
-            output, whole = output.float(), (padded.shape[-2], padded.shape[-1])
-            if self.processor.full_size:
-                output = resize(output, whole)
-            rows, columns = (  # of the output that are the image's
-                max(1, round(cells * side / padded_side))
-                for cells, side, padded_side in zip(
-                    output.shape[-2:], images.shape[-2:], whole, strict=True
-                )
-            )
-            output = output[..., :rows, :columns]
-            expected = {name: target[0] for name, target in targets.items()}
-            panels = {
-                "image": images[0],
-                "truth": self.truth(expected, images[0]).draw(),
-                "prediction": self.processor.prediction(output[0], images[0]).draw(),
-            }
+            panels = self.panels(model, frames, index, transform, runtime)
             shown = strip({name: thumbnail(panel) for name, panel in panels.items()})
             files[f"image-{index:04}.png"] = png(shown, palette=True)
         if classes := self.class_scores(scores):
             files[CLASSES] = json.dumps([asdict(each) for each in classes]).encode()
         return files
+
+    def panels(
+        self, model: nn.Module, frames: Frames, index: int, transform: Any, runtime: Runtime
+    ) -> dict[str, Tensor]:
+        """Pictures of a sample by their captions: the image, the truth, the prediction."""
+        images, targets = self.load_batch(frames, [index], transform)
+        padded = pad_images(images)
+        with runtime.autocast():
+            output = model(prepare_images(padded, runtime))[0]
+        output, whole = output.float(), (padded.shape[-2], padded.shape[-1])
+        if self.processor.full_size:
+            output = resize(output, whole)
+        rows, columns = (  # of the output that are the image's
+            max(1, round(cells * side / padded_side))
+            for cells, side, padded_side in zip(
+                output.shape[-2:], images.shape[-2:], whole, strict=True
+            )
+        )
+        output = output[..., :rows, :columns]
+        expected = {name: target[0] for name, target in targets.items()}
+        return {
+            "image": images[0],
+            "truth": self.truth(expected, images[0]).draw(),
+            "prediction": self.processor.prediction(output[0], images[0]).draw(),
+        }
 
     def loss(
         self,
@@ -222,13 +229,15 @@ class DenseTask(ABC, Generic[S]):
         targets: Targets,
         *,
         aux_weight: float,
+        shares: Tensor | None = None,
         teacher: Tensor | None = None,
         kd_weight: float = 0.0,
     ) -> Tensor:
         """The criterion + ``aux_weight`` * the auxiliary heads' + ``kd_weight`` * distillation.
 
         Distillation is the mean squared error between output and the teacher's output, without
-        softmax or temperature (section 3.3 of Fast NAS).
+        softmax or temperature (section 3.3 of Fast NAS). ``shares`` are those of a part of a batch,
+        in the form of `weight`, by which the criterion counts in the loss of the whole.
         """
         student = output
         if teacher is not None:
@@ -239,6 +248,7 @@ class DenseTask(ABC, Generic[S]):
         loss = self.criterion(output, targets)
         for head in aux:
             loss = loss + aux_weight * self.criterion(head, targets)
+        loss = (loss if shares is None else shares * loss).sum()
         if teacher is not None:
             loss = loss + kd_weight * F.mse_loss(student, teacher.float())
         return loss

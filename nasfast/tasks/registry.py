@@ -8,6 +8,7 @@ from typing import Any
 from nasfast.data.base import default_colors
 from nasfast.models.restorer import reach
 from nasfast.spaces.ir_nas import IRNASGenotype
+from nasfast.tasks.detection.processor import DetectionProcessor
 from nasfast.tasks.processor import Processor
 from nasfast.tasks.restoration import task_from_json
 from nasfast.tasks.restoration.processor import RestorationProcessor
@@ -21,10 +22,14 @@ def processor_of(description: Mapping[str, Any]) -> Processor:
         KeyError: the description lacks what the task needs.
         UserError: the task is unknown, or has another setting.
     """
+    classes = tuple(description.get("classes", ()))
+    colors = description.get("colors") or default_colors(len(classes))
+    colors = tuple((r, g, b) for r, g, b in colors)
+    if "detection" in (description.get("task"), description.get("method")):
+        ids = description.get("category_ids") or range(1, len(classes) + 1)
+        return DetectionProcessor(classes, colors, tuple(int(each) for each in ids))
     if "task" in description:
         genotype = IRNASGenotype.from_json(description["genotype"])
         task = task_from_json(description["task"])
         return RestorationProcessor(task, description["channels"], reach(genotype))
-    classes = tuple(description["classes"])
-    colors = description.get("colors") or default_colors(len(classes))
-    return SegmentationProcessor(classes, tuple((r, g, b) for r, g, b in colors))
+    return SegmentationProcessor(tuple(description["classes"]), colors)

@@ -28,7 +28,7 @@ def assign(
     size: tuple[int, int],
     *,
     size_scale: float = 1.0,
-    center_radius: float = 0.0,
+    center_sampling: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Classes and distances that the points of images have to give.
 
@@ -42,8 +42,8 @@ def assign(
         labels: int64, see `PADDING`.
         size: (H, W) of the padded images.
         size_scale: factor of `SIZES`.
-        center_radius: points must also lie less than so many strides from the centre of their box,
-            horizontally and vertically; 0 leaves it out.
+        center_sampling: points must also lie less than so many strides from the centre of their
+            box, horizontally and vertically; 0 leaves it out.
 
     Returns:
         Classes, int64 ``[N, P]``, -1 is background and -2 not counted; and the distances from the
@@ -52,7 +52,7 @@ def assign(
     """
     boxes = boxes.float()
     if boxes.device.type == "cpu":  # rows that are padding in all images
-        used = int((labels != PADDING).any(0).nonzero().max() + 1) if (labels != PADDING).any() else 0
+        used = max((labels != PADDING).any(0).nonzero().flatten().tolist(), default=-1) + 1
         boxes, labels = boxes[:, :used], labels[:, :used]
     areas = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
     order = areas.argsort(dim=1, stable=True)  # the smallest box that takes a point is the first
@@ -60,7 +60,7 @@ def assign(
     labels = labels.gather(1, order)
     bounds = [-math.inf, *(size_scale * bound for bound in SIZES), math.inf]
     found = [
-        _owners(boxes, labels, level, stride, (bounds[i], bounds[i + 1]), center_radius)
+        _owners(boxes, labels, level, stride, (bounds[i], bounds[i + 1]), center_sampling)
         for i, (stride, level) in enumerate(zip(STRIDES, level_sizes(*size), strict=True))
     ]
     owners, unclear = (torch.cat(each, 1) for each in zip(*found, strict=True))  # [N, P]
@@ -94,7 +94,11 @@ def _owners(
     learned, ignored = ((labels >= 0)[..., None], (labels < PADDING)[..., None])
     far_y, in_y, near_y = _along(rows, stride, boxes[..., 1], boxes[..., 3], radius)
     far_x, in_x, near_x = _along(columns, stride, boxes[..., 0], boxes[..., 2], radius)
-    far_x, near_x, in_x = far_x[:, :, None], (near_x & learned)[:, :, None], (in_x & ignored)[:, :, None]
+    far_x, near_x, in_x = (
+        far_x[:, :, None],
+        (near_x & learned)[:, :, None],
+        (in_x & ignored)[:, :, None],
+    )
     owners, unclear = [], []
     step = max(1, _CHUNK // (len(labels) * count * columns))
     for first in range(0, rows, step):

@@ -26,9 +26,9 @@ class DetectionLoss(Bounded):
     """What a detector learns by. The defaults are those of the released code of NAS-FCOS; "giou",
     a radius of 1.5 and no images in the normaliser are FCOS "with improvements"."""
 
-    box_loss: Literal["iou", "giou"] = "iou"
+    box: Literal["iou", "giou"] = "iou"
     """Of boxes: -log IoU, whose areas have 1 square pixel added, or 1 - GIoU, without."""
-    center_radius: Annotated[float, Bound(0)] = 0.0
+    center_sampling: Annotated[float, Bound(0)] = 0.0
     """Only points less than so many strides from the centre of a box learn it; 0: all inside."""
     size_scale: Positive = 1.0
     """Factor of the sizes of objects that divide the levels, which are 64 to 512 pixels. For
@@ -49,14 +49,14 @@ def loss_sums(output: Tensor, classes: Tensor, distances: Tensor, loss: Detectio
         distances: float32 ``[N, P, 4]``, likewise.
         loss: settings.
     """
-    logits, sides, center = output.split([output.shape[1] - 5, 4, 1], 1)
+    logits, sides, center = torch.split(output, [output.shape[1] - 5, 4, 1], 1)
     positive = classes >= 0
     focal: Tensor = _Focal.apply(logits, classes)  # type: ignore[no-untyped-call]
     # points without a box compare equal boxes: masks of infinite numbers would give NaN gradients
     wanted = distances.transpose(1, 2)
     sides = torch.where(positive[:, None], sides.float(), 1.0)
     target = centerness(distances) * positive
-    boxes = (_box_losses(sides, wanted, loss.box_loss) * target).sum()
+    boxes = (_box_losses(sides, wanted, loss.box) * target).sum()
     ness = F.binary_cross_entropy_with_logits(
         center[:, 0].float(), target, weight=positive.float(), reduction="sum"
     )
@@ -108,22 +108,24 @@ class _Focal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, classes: Tensor) -> Tensor:
-        x = logits.float()
-        p, ahead = x.sigmoid(), F.softplus(x)  # probability, -log(1 - p)
-        square = p * p
-        grad = square * ahead  # the loss, then d loss / d x = p^2 (2 (1 - p) ahead + p)
-        counted = classes != NOT_COUNTED
-        total = (1 - _ALPHA) * (grad.sum(1) * counted).sum()
-        grad.mul_(1 - p).mul_(2).addcmul_(square, p)
-        grad.mul_((1 - _ALPHA) * counted[:, None])
+        x, index = logits.float(), classes.clamp(min=0)[:, None]
+        positive, counted = (classes >= 0)[:, None], (classes != NOT_COUNTED)[:, None]
 
-        positive, index = classes >= 0, classes.clamp(min=0)[:, None]
-        p, back = p.gather(1, index), F.softplus(-x.gather(1, index))  # [N, 1, P]
-        rest = (1 - p).square()
-        own = _ALPHA * rest * back
-        slope = -_ALPHA * rest * (2 * p * back + 1 - p)
-        total += ((own - (1 - _ALPHA) * p * p * ahead.gather(1, index))[:, 0] * positive).sum()
-        grad.scatter_(1, index, torch.where(positive[:, None], slope, grad.gather(1, index)))
+        def exchange(values: Tensor, own: Tensor) -> Tensor:
+            """With the values of the positives in place of those as negatives."""
+            return values.scatter_(1, index, torch.where(positive, own, values.gather(1, index)))
+
+        p, ahead = x.sigmoid(), F.softplus(x)  # probability, -log(1 - p)
+        own = p.gather(1, index)  # [N, 1, P]
+        rest, back = (1 - own).square(), F.softplus(-x.gather(1, index))
+        square = p * p
+        grad = square * ahead  # is the loss first: p^2 ahead
+        losses = exchange(grad, _ALPHA / (1 - _ALPHA) * rest * back)
+        total = (1 - _ALPHA) * (losses.sum(1, keepdim=True) * counted).sum()
+        # d loss / d x = p^2 (2 (1 - p) ahead + p)
+        torch.mul(square, ahead, out=grad).mul_(1 - p).mul_(2).addcmul_(square, p)
+        grad.mul_((1 - _ALPHA) * counted)
+        grad = exchange(grad, -_ALPHA * rest * (2 * own * back + 1 - own))
         ctx.save_for_backward(grad.to(logits.dtype))
         return total
 

@@ -40,7 +40,7 @@ def candidates(
     output: Tensor,  # [N, K + 5, P]
     size: tuple[int, int],
     sizes: Tensor,  # [N, 2]
-    settings: PostProcessing = PostProcessing(),  # noqa: B008 - it is frozen
+    settings: PostProcessing = PostProcessing(),
     *,
     fixed: bool = False,
 ) -> Boxes:
@@ -64,14 +64,14 @@ def candidates(
     lengths = [rows * columns for rows, columns in level_sizes(*size)]
     output = output.float()
     scores = output[:, :count].sigmoid()
-    scores = torch.where(
-        scores > settings.score_threshold, scores * output[:, -1:].sigmoid(), -1.0
-    )
+    scores = torch.where(scores > settings.score_threshold, scores * output[:, -1:].sigmoid(), -1.0)
     found, first = [], 0
-    for level, length in zip(scores.split(lengths, 2), lengths, strict=True):
+    for level, length in zip(torch.split(scores, lengths, 2), lengths, strict=True):
         flat = level.flatten(1)  # [N, K * P_l]
         if fixed:
-            best, index = F.pad(flat, (0, settings.candidates), value=-1.0).topk(settings.candidates)
+            best, index = F.pad(flat, (0, settings.candidates), value=-1.0).topk(
+                settings.candidates
+            )
             index = index.clamp(max=count * length - 1)
         else:
             best, index = _top(flat, min(settings.candidates, count * length))
@@ -92,7 +92,7 @@ def detections(
     output: Tensor,
     size: tuple[int, int],
     sizes: Tensor,
-    settings: PostProcessing = PostProcessing(),  # noqa: B008
+    settings: PostProcessing = PostProcessing(),
 ) -> Boxes:
     """The detections of images by falling score: `candidates` and the suppression, on the device of
     the output, without a copy to the host on a GPU. ``limit`` rows an image."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -19,6 +21,7 @@ from nasfast.utils.files import atomic_file, atomic_write
 
 DRAWN = 0.3
 """Least score of a box in a picture."""
+LEAST_SIDE = 200  # pixels of a picture, the longer side
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,23 +37,80 @@ class Detections(Prediction):
     category_ids: tuple[int, ...]
     """Of the classes, in the data that the network learned from."""
     colors: tuple[tuple[int, int, int], ...]
+    scored: bool = True
+    """Whether scores are drawn; those of a truth say nothing."""
+
+    def on(self, image: Tensor) -> Detections:
+        """The same objects on the image in another size."""
+        (old, new) = (
+            torch.tensor([each.shape[2], each.shape[1]], dtype=torch.float32)
+            for each in (self.image, image)
+        )
+        return replace(self, image=image, boxes=self.boxes * (new / old).repeat(2))
 
     def draw(self) -> Tensor:
-        """The boxes with a score of at least `DRAWN` over the image, the best on top."""
-        raise NotImplementedError
+        """The boxes with a score of at least `DRAWN` over the image, the best on top, with the name
+        of the class and the score. Small images are enlarged, for the text."""
+        factor = math.ceil(LEAST_SIDE / max(self.image.shape[1:]))
+        pixels = self.image.permute(1, 2, 0).contiguous().numpy()
+        canvas = Image.fromarray(pixels)
+        if factor > 1:
+            size = (factor * canvas.width, factor * canvas.height)
+            canvas = canvas.resize(size, Image.Resampling.NEAREST)
+        draw = ImageDraw.Draw(canvas)
+        side = max(canvas.size)
+        line, font = max(2, round(side / 300)), min(28, max(10, round(side / 45)))
+        for i in reversed(range(len(self.boxes))):
+            score = float(self.scores[i])
+            if score < DRAWN:
+                continue
+            label = int(self.labels[i])
+            color = self.colors[label]
+            left, top, right, bottom = (factor * self.boxes[i]).tolist()
+            right, bottom = max(left, right), max(top, bottom)
+            draw.rectangle((left, top, right, bottom), outline=color, width=line)
+            text = f"{self.classes[label]} {score:.2f}" if self.scored else self.classes[label]
+            _, _, width, height = draw.textbbox((0, 0), text, font_size=font)
+            # above the box, or inside where there is no room
+            x = max(0, min(left, canvas.width - width - 3))
+            y = top - height - 2 if top >= height + 2 else top
+            draw.rectangle((x, y, x + width + 3, y + height + 2), fill=color)
+            bright = 299 * color[0] + 587 * color[1] + 114 * color[2] > 128_000
+            draw.text((x + 2, y), text, fill="black" if bright else "white", font_size=font)
+        return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
 
     def coco_results(self, image_id: int | str | None = None) -> list[dict[str, Any]]:
         """The objects as in COCO's result files: category id, box as left, top, width and height,
         and score, with the id of the image where one is given."""
-        raise NotImplementedError
+        named = {} if image_id is None else {"image_id": image_id}
+        return [
+            {
+                **named,
+                "category_id": self.category_ids[label],
+                "bbox": [round(v, 3) for v in (left, top, right - left, bottom - top)],
+                "score": round(score, 6),
+            }
+            for (left, top, right, bottom), label, score in zip(
+                self.boxes.tolist(), self.labels.tolist(), self.scores.tolist(), strict=True
+            )
+        ]
 
     def to_json(self) -> dict[str, Any]:
-        """Size of the image, and the objects: COCO's entries with the name of the class."""
-        raise NotImplementedError
+        """Size of the image, and its objects: COCO's entries with the name of the class."""
+        objects = [
+            {"class": self.classes[label], **entry}
+            for label, entry in zip(self.labels.tolist(), self.coco_results(), strict=True)
+        ]
+        return {"size": list(self.image.shape[1:]), "objects": objects}
 
     def save(self, folder: Path, stem: str) -> list[Path]:
-        """``stem.json``, the objects by `coco_results`, and ``stem-boxes.png``."""
-        raise NotImplementedError
+        """``stem.json``, the objects as `coco_results` gives them, and ``stem-boxes.png``."""
+        results, picture = (folder / f"{stem}{end}" for end in DetectionProcessor.suffixes)
+        atomic_write(results, json.dumps(self.coco_results(), indent=1) + "\n")
+        drawn = Image.fromarray(self.draw().permute(1, 2, 0).contiguous().numpy())
+        with atomic_file(picture) as file:
+            drawn.save(file, "png")
+        return [results, picture]
 
 
 @dataclass(frozen=True)
@@ -84,14 +144,31 @@ class DetectionProcessor(Processor):
             sizes: ``[N, 2]``, height and width in the input of each image, which may be resized.
             images: uint8 ``[3, H, W]``, in their own size.
         """
-        raise NotImplementedError
+        return self.detections(detections(output, size, sizes, self.settings), sizes, images)
 
-    def detections(
-        self, found: Boxes, sizes: Tensor, images: Sequence[Tensor]
-    ) -> list[Detections]:
+    def detections(self, found: Boxes, sizes: Tensor, images: Sequence[Tensor]) -> list[Detections]:
         """As `detect`, of what `postprocess.detections` or an exported file found."""
-        raise NotImplementedError
+        results = []
+        boxes, scores, labels = (each.cpu() for each in found)
+        for i, (image, (height, width)) in enumerate(zip(images, sizes.tolist(), strict=True)):
+            there = scores[i] >= 0
+            across, down = image.shape[2] / width, image.shape[1] / height
+            own = boxes[i][there] * torch.tensor([across, down, across, down])
+            results.append(
+                Detections(
+                    image.cpu(),
+                    own,
+                    scores[i][there],
+                    labels[i][there],
+                    self.names,
+                    self.category_ids,
+                    self.colors,
+                )
+            )
+        return results
 
     def result(self, reduced: Tensor, image: Tensor) -> Detections:
         """The objects by an output ``[K + 5, P]`` of an image that was padded, but not resized."""
-        raise NotImplementedError
+        height, width = image.shape[1:]
+        padded = (height + -height % STRIDE, width + -width % STRIDE)
+        return self.detect(reduced[None], padded, torch.tensor([[height, width]]), [image])[0]
