@@ -233,7 +233,9 @@ def _boxes(
         if not isinstance(image, int | str) or image not in images:
             wrong = f"the id of one of the {len(images)} images, got image_id {image!r}"
         elif not isinstance(category, int) or category not in categories:
-            wrong = f"a category of {some(list(categories))}, got category_id {category!r}"
+            wrong = (
+                f"a category of {some(list(categories)) or 'none'}, got category_id {category!r}"
+            )
         elif not isinstance(edges, list) or len(edges) != 4 or not all(map(_is_number, edges)):
             wrong = f"bbox [left, top, width, height], got {str(edges)[:40]}"
         else:
