@@ -62,8 +62,7 @@ def test_findings(tmp_path):
         "1 images lie in folders that are not read: old (1: a.png); move or convert them",
     ):
         assert text in said
-    print(said)
-    assert len(findings.warnings) == 13
+    assert len(findings.warnings) == 12
     rows = {row["part"]: row for row in findings.facts["parts"]}
     assert [rows["train"][key] for key in ("images", "without a box", "boxes")] == [4, 2, 3]
     assert (rows["val"]["ignored"], rows["test"]["boxes"]) == (1, 2)
