@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nasfast.data.detection.base import DetectionDataset, DetectionParts
-from nasfast.data.detection.files import Annotated, Box, BoxFiles, part_by_hash
+from nasfast.data.detection.files import PARTS, Annotated, Box, BoxFiles, part_by_hash
 from nasfast.data.folder import some
 from nasfast.data.images import FaultyFiles
 from nasfast.utils.errors import UserError
@@ -20,8 +20,6 @@ COCO_LAYOUT = (
     "annotations/instances_train*.json and instances_val*.json, train.json and val.json, or "
     "train/_annotations.coco.json and valid/_annotations.coco.json, images beside or in images/"
 )
-PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
-"""What files and folders of each part are called."""
 PATTERNS = (
     "annotations/instances_{}[0-9]*.json",
     "annotations/instances_{}.json",

@@ -29,6 +29,8 @@ from nasfast.data.images import (
 from nasfast.utils.errors import UserError, did_you_mean
 
 T = TypeVar("T")
+PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+"""What files and folders of each part are called."""
 
 
 class Box(NamedTuple):
