@@ -72,8 +72,8 @@ def write_boxes(root, lists, objects, folder="", size=(40, 60)) -> Path:
         path = root / folder / "ImageSets/Main" / f"{name}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(f"{i}\n" for i in ids))
-        for number, i in enumerate(ids):
-            save_image(root / folder / "JPEGImages" / f"{i}.jpg", number, size)
+        for i in ids:
+            save_image(root / folder / "JPEGImages" / f"{i}.jpg", [*i.encode()], size)
             xml = root / folder / "Annotations" / f"{i}.xml"
             xml.parent.mkdir(exist_ok=True)
             xml.write_text(f"<annotation>{objects.get(i, cat)}</annotation>")

@@ -26,7 +26,7 @@ from nasfast.data.folder import FOLDER_LAYOUT, FileDataset, open_folder
 from nasfast.data.reduced import reduced
 from nasfast.data.synthetic import SyntheticStreets
 from nasfast.data.transforms import TrainTransform, Transform, ValTransform, batch
-from nasfast.data.voc import VOC_LAYOUT, open_voc, voc_folders
+from nasfast.data.voc import MASK_FOLDERS, VOC_LAYOUT, open_voc, voc_folders
 from nasfast.utils.errors import UserError
 from nasfast.utils.files import expanded
 
@@ -102,7 +102,13 @@ LAYOUTS = {
         lambda root: any((root / name).is_dir() for name in (IMAGES, MASKS)),
         open_cityscapes,
     ),
-    "PASCAL VOC": Layout(VOC_LAYOUT, lambda root: bool(voc_folders(root)), open_voc),
+    "PASCAL VOC": Layout(
+        VOC_LAYOUT,
+        lambda root: any(
+            (voc / name).is_dir() for voc in voc_folders(root) for name in MASK_FOLDERS
+        ),
+        open_voc,
+    ),
 }
 
 

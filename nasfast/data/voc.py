@@ -34,6 +34,8 @@ CLASSES = (
 )
 AUGMENTED = ("train_aug.txt", "trainaug.txt")
 """Lists that name the photos with labels of SBD (Hariharan et al., ICCV 2011) too: 10,582."""
+MASK_FOLDERS = ("SegmentationClass", "SegmentationClassAug", "ImageSets/Segmentation")
+"""One of which a folder has that is not of boxes alone."""
 ASIDE = ("SegmentationObject/*", "SegmentationClass/*", "SegmentationClassAug/*")
 
 

@@ -28,6 +28,7 @@ from nasfast.data.detection.transforms import (
     batch,
 )
 from nasfast.data.detection.voc import BOXES_LAYOUT, box_folders, open_boxes_voc
+from nasfast.data.detection.yolo import YOLO_LAYOUT, open_yolo, yolo_folders
 from nasfast.utils.errors import UserError
 
 __all__ = [
@@ -60,6 +61,7 @@ class Layout(NamedTuple):
 LAYOUTS = {
     "COCO": Layout(COCO_LAYOUT, is_coco, open_coco),
     "PASCAL VOC": Layout(BOXES_LAYOUT, lambda root: bool(box_folders(root)), open_boxes_voc),
+    "YOLO": Layout(YOLO_LAYOUT, lambda root: "train" in yolo_folders(root), open_yolo),
 }
 
 

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from nasfast.data.base import Division, digest, hold_out
 
+LEAST = 0.01
+"""Pixels: a box with a shorter side has no area. Smaller ones get lost in float32."""
+
 
 @dataclass(frozen=True, eq=False)
 class BoxSample:

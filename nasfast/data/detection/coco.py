@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nasfast.data.detection.base import DetectionDataset, DetectionParts
-from nasfast.data.detection.files import Annotated, Box, BoxFiles, part_by_hash
+from nasfast.data.detection.files import PARTS, Annotated, Box, BoxFiles, part_by_hash
 from nasfast.data.folder import some
 from nasfast.data.images import FaultyFiles
 from nasfast.utils.errors import UserError
@@ -20,8 +20,6 @@ COCO_LAYOUT = (
     "annotations/instances_train*.json and instances_val*.json, train.json and val.json, or "
     "train/_annotations.coco.json and valid/_annotations.coco.json, images beside or in images/"
 )
-PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
-"""What files and folders of each part are called."""
 PATTERNS = (
     "annotations/instances_{}[0-9]*.json",
     "annotations/instances_{}.json",
@@ -233,7 +231,9 @@ def _boxes(
         if not isinstance(image, int | str) or image not in images:
             wrong = f"the id of one of the {len(images)} images, got image_id {image!r}"
         elif not isinstance(category, int) or category not in categories:
-            wrong = f"a category of {some(list(categories))}, got category_id {category!r}"
+            wrong = (
+                f"a category of {some(list(categories)) or 'none'}, got category_id {category!r}"
+            )
         elif not isinstance(edges, list) or len(edges) != 4 or not all(map(_is_number, edges)):
             wrong = f"bbox [left, top, width, height], got {str(edges)[:40]}"
         else:

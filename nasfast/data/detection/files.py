@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nasfast.data.base import digest
-from nasfast.data.detection.base import BoxSample, DetectionDataset, Objects, box_colors
+from nasfast.data.detection.base import LEAST, BoxSample, DetectionDataset, Objects, box_colors
 from nasfast.data.folder import KEPT, some
 from nasfast.data.images import (
     FaultyFiles,
@@ -29,6 +29,8 @@ from nasfast.data.images import (
 from nasfast.utils.errors import UserError, did_you_mean
 
 T = TypeVar("T")
+PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+"""What files and folders of each part are called."""
 
 
 class Box(NamedTuple):
@@ -117,9 +119,9 @@ class BoxFiles(DetectionDataset):
         sides = edges[:, 2:] - edges[:, :2]
         finite = np.isfinite(edges).all(1)
         inverted = finite & (sides < 0).any(1)
-        empty = finite & ~inverted & (sides == 0).any(1)
+        empty = finite & ~inverted & (sides < LEAST).any(1)
         inside = np.clip(edges, 0, limits)
-        outside = finite & ~inverted & ~empty & (inside[:, 2:] <= inside[:, :2]).any(1)
+        outside = finite & ~inverted & ~empty & (inside[:, 2:] - inside[:, :2] < LEAST).any(1)
         faults = [
             f"{self._where(owners[k], boxes[k])}: expected {expected}, got {_edges(boxes[k])} in "
             f"an image of {_sized(self._sizes[owners[k]])}; correct it or remove it"

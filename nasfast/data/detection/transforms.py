@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from nasfast.data.base import IMAGENET_MEAN
-from nasfast.data.detection.base import BoxSample
+from nasfast.data.detection.base import LEAST, BoxSample
 from nasfast.data.transforms import Size, check_size, colored, pair
 
 FILL = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
@@ -154,10 +154,11 @@ def resized(sample: BoxSample, size: tuple[int, int]) -> BoxSample:
         return sample
     image = interpolate(sample.image[None], size, mode="bilinear", antialias=True)[0]
     x, y = size[1] / width, size[0] / height
+    edges = torch.tensor([size[1], size[0], size[1], size[0]], dtype=torch.float32)
     return replace(
         sample,
         image=image,
-        boxes=sample.boxes * torch.tensor([x, y, x, y]),
+        boxes=torch.minimum(sample.boxes * torch.tensor([x, y, x, y]), edges),  # as rounded
         areas=sample.areas * (x * y),
     )
 
@@ -203,7 +204,7 @@ def _cropped(
         [boxes[:, 0::2].clamp(0, shape[1]), boxes[:, 1::2].clamp(0, shape[0])], 2
     ).flatten(1)
     share = _area(boxes) / _area(sample.boxes)
-    kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    kept = (boxes[:, 2:] - boxes[:, :2] >= LEAST).all(1)
     return replace(
         sample,
         image=image,

@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 from nasfast.data.detection.base import DetectionDataset, DetectionParts
-from nasfast.data.detection.files import Annotated, Box, BoxFiles, label_of, part_by_hash
+from nasfast.data.detection.files import PARTS, Annotated, Box, BoxFiles, label_of, part_by_hash
 from nasfast.data.folder import files_by_stem, read_ids, read_lines
 from nasfast.data.images import for_each
 from nasfast.data.voc import CLASSES as WITH_BACKGROUND
 from nasfast.utils.errors import UserError, about
 
-BOXES_LAYOUT = "Annotations/*.xml + JPEGImages/ + ImageSets/Main/, here or in VOC20??/"
+BOXES_LAYOUT = (
+    "Annotations/*.xml + JPEGImages/ + ImageSets/Main/, here or in VOC20??/, or images with their "
+    "*.xml beside them, in train/ and valid/"
+)
 CLASSES = WITH_BACKGROUND[1:]
 NAMES = ("classes.txt", "labels.txt")
 """Lists of classes, a name a line, in the folder or in the one of the lists."""
-IMAGES, ANNOTATIONS = ("JPEGImages", "images"), ("Annotations", "annotations")
+IMAGES, ANNOTATIONS = ("JPEGImages", "images"), ("Annotations", "annotations", "images", "")
+LISTS = "ImageSets/Main"
 ASIDE = ("SegmentationObject/*", "SegmentationClass/*", "SegmentationClassAug/*")
 EDGES = ("xmin", "ymin", "xmax", "ymax")
 NO, YES = ("", "0", "false", "no"), ("1", "true", "yes")
@@ -38,24 +43,28 @@ class _File:
     size: tuple[int, int] | None
 
 
+class _Part(NamedTuple):
+    """Images and annotations by id, and the ids that are meant."""
+
+    images: Path
+    annotations: Path
+    ids: Sequence[str]
+
+
 def box_folders(root: Path) -> list[Path]:
     """The folders with boxes in a folder: itself, or those of years in it or in its VOCdevkit."""
     found = [root, *sorted(root.glob("VOC20??")), *sorted(root.glob("VOCdevkit/VOC20??"))]
-    return [
-        folder
-        for folder in found
-        if _first(folder, IMAGES) is not None
-        and any(next((folder / name).glob("*.xml"), None) for name in ANNOTATIONS)
-    ]
+    return [folder for folder in found if _beside(folder) or _places(folder)]
 
 
 def open_boxes_voc(root: Path, cache_in_memory: bool = True) -> DetectionParts:
     """The parts of a VOC folder, or of the folder that it is in.
 
     Lists of ImageSets/Main divide the images: train.txt, else trainval.txt without those of
-    val.txt; val.txt; test.txt, where its annotations are there. Without val.txt, or without lists,
-    20 % of the images, by a hash of the name, validate. An id of a list is the name of the image
-    and of the annotation; what the annotation says of names and folders is not read.
+    val.txt; val.txt; test.txt, where its annotations are there. Or folders do, train/, valid/ and
+    test/, of images and annotations. Without a val, 20 % of the images, by a hash of the name,
+    validate. An id of a list is the name of the image and of the annotation; what the annotation
+    says of names and folders is not read.
 
     Classes are those of classes.txt or labels.txt, else the 20 of VOC, where all boxes are of them,
     else the names in the annotations of train, sorted.
@@ -68,21 +77,17 @@ def open_boxes_voc(root: Path, cache_in_memory: bool = True) -> DetectionParts:
         )
     home = folders[0] if folders[0] != root else None
     root = folders[0]
-    images, annotations = _first(root, IMAGES), _first(root, ANNOTATIONS)
-    assert images is not None
-    assert annotations is not None
-    lists = root / "ImageSets/Main"
-    pictures, marks = files_by_stem(images), {path.stem: path for path in annotations.glob("*.xml")}
-    train_ids, val_ids = _divided(lists, marks, annotations)
-    read = _read(annotations, marks, [*train_ids, *val_ids])
-    classes, origin = _classes((root, lists), train_ids, read)
+    train, val, test = _divided(root)
+    read = _read(train), _read(val)
+    classes, origin = _classes((root, root / LISTS), *read)
 
-    def part(ids: Sequence[str], read: Mapping[str, _File]) -> DetectionDataset:
-        missing = [i for i in ids if i not in pictures]
+    def dataset(part: _Part, read: Mapping[str, _File]) -> DetectionDataset:
+        pictures = files_by_stem(part.images)
+        missing = [i for i in part.ids if i not in pictures]
         if missing:
             raise UserError(
-                f"{marks[missing[0]]}: expected its image in {images}, got none of the name "
-                f"{missing[0]!r} ({len(missing)} of {len(ids)} missing); add it"
+                f"{read[missing[0]].path}: expected its image in {part.images}, got none of the "
+                f"name {missing[0]!r} ({len(missing)} of {len(part.ids)} missing); add it"
             )
 
         def annotated(i: str) -> Annotated:
@@ -96,63 +101,95 @@ def open_boxes_voc(root: Path, cache_in_memory: bool = True) -> DetectionParts:
         return BoxFiles(
             root.resolve().name,
             classes,
-            for_each(annotated, ids),
+            for_each(annotated, part.ids),
             cache_in_memory=cache_in_memory,
         )
 
-    def open_test() -> DetectionDataset:
-        ids = read_ids(test)
-        return part(ids, _read(annotations, marks, ids))
-
-    test = lists / "test.txt"
-    tested = test.is_file() and read_ids(test)[0] in marks
     return DetectionParts(
-        part(train_ids, read), part(val_ids, read), open_test if tested else None, ASIDE, home
+        dataset(train, read[0]),
+        dataset(val, read[1]),
+        None if test is None else lambda: dataset(test, _read(test)),
+        ASIDE,
+        home,
     )
 
 
-def _first(root: Path, names: Sequence[str]) -> Path | None:
-    return next((root / name for name in names if (root / name).is_dir()), None)
+def _places(root: Path) -> tuple[Path, Path] | None:
+    """The folders of images and of annotations in a folder."""
+    images = next((root / name for name in IMAGES if (root / name).is_dir()), root)
+    annotations = next((root / n for n in ANNOTATIONS if any((root / n).glob("*.xml"))), None)
+    return None if annotations is None else (images, annotations)
 
 
-def _divided(
-    lists: Path, marks: Mapping[str, Path], annotations: Path
-) -> tuple[Sequence[str], Sequence[str]]:
-    """Ids of train and of val."""
-    ids = {
-        name: read_ids(lists / f"{name}.txt")
-        for name in ("train", "trainval", "val", "test")
-        if (lists / f"{name}.txt").is_file()
+def _beside(root: Path) -> dict[str, Path]:
+    """The folders of parts that hold images and annotations side by side."""
+    found = {
+        part: root / word
+        for part, words in PARTS.items()
+        for word in words
+        if any((root / word).glob("*.xml"))
     }
-    both = ids.get("train") or ids.get("trainval")
-    if both is None:
-        if "val" in ids:
-            raise UserError(
-                f"{lists}: expected train.txt or trainval.txt beside val.txt, got neither; add one"
-            )
-        tested = set(ids.get("test", ()))
-        both = sorted(set(marks) - tested)
-        if tested and not both:
-            raise UserError(f"{lists}: expected train.txt or trainval.txt, got test.txt; add one")
-    if "val" not in ids:
-        return part_by_hash(both, both, annotations)
-    val = ids["val"]
-    return (both if "train" in ids else [i for i in both if i not in set(val)]), val
+    return found if "train" in found else {}
 
 
-def _read(folder: Path, marks: Mapping[str, Path], ids: Sequence[str]) -> dict[str, _File]:
-    """What the annotations of some ids say. UserError where one is missing or cannot be read."""
-    missing = [i for i in ids if i not in marks]
+def _ids(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.xml"))
+
+
+def _divided(root: Path) -> tuple[_Part, _Part, _Part | None]:
+    """Train, val and, where there is one, test."""
+    beside = _beside(root)
+    if beside:
+        parts = {part: _Part(folder, folder, _ids(folder)) for part, folder in beside.items()}
+        train, val = parts["train"], parts.get("val")
+        if val is None:
+            train, val = _halves(train)
+        return train, val, parts.get("test")
+    places = _places(root)
+    assert places is not None
+    lists = {
+        name: read_ids(root / LISTS / f"{name}.txt")
+        for name in ("train", "trainval", "val", "test")
+        if (root / LISTS / f"{name}.txt").is_file()
+    }
+    every = _ids(places[1])
+    tested = lists.get("test", [])
+    test = _Part(*places, tested) if tested and tested[0] in set(every) else None
+    if "val" in lists and "train" not in lists and "trainval" not in lists:
+        raise UserError(
+            f"{root / LISTS}: expected train.txt or trainval.txt beside val.txt, got neither; add "
+            "one"
+        )
+    rest = [i for i in every if i not in set(tested)]
+    train = _Part(*places, lists.get("train") or lists.get("trainval") or rest)
+    if "val" not in lists:
+        return *_halves(train), test
+    val = _Part(*places, lists["val"])
+    if "train" not in lists:
+        train = train._replace(ids=[i for i in train.ids if i not in set(val.ids)])
+    return train, val, test
+
+
+def _halves(part: _Part) -> tuple[_Part, _Part]:
+    train, val = part_by_hash(part.ids, part.ids, part.annotations)
+    return part._replace(ids=train), part._replace(ids=val)
+
+
+def _read(part: _Part) -> dict[str, _File]:
+    """What the annotations say. UserError where one is missing or cannot be read."""
+    there = set(_ids(part.annotations))
+    missing = [i for i in part.ids if i not in there]
     if missing:
         raise UserError(
-            f"no annotation for id {missing[0]!r}: expected {folder / missing[0]}.xml "
-            f"({len(missing)} of {len(ids)} missing); add it, or take the id out of the list"
+            f"no annotation for id {missing[0]!r}: expected {part.annotations / missing[0]}.xml "
+            f"({len(missing)} of {len(part.ids)} missing); add it, or take the id out of the list"
         )
-    return dict(zip(ids, for_each(lambda i: _parsed(marks[i]), ids), strict=True))
+    found = for_each(lambda i: _parsed(part.annotations / f"{i}.xml"), part.ids)
+    return dict(zip(part.ids, found, strict=True))
 
 
 def _classes(
-    folders: Sequence[Path], train_ids: Sequence[str], read: Mapping[str, _File]
+    folders: Sequence[Path], train: Mapping[str, _File], val: Mapping[str, _File]
 ) -> tuple[Sequence[str], str]:
     """Names of classes, and where they are from."""
     listed = [folder / name for folder in folders for name in NAMES]
@@ -165,9 +202,12 @@ def _classes(
                     f"{path}: expected each class once, got {twice!r} twice; remove one"
                 )
             return names, str(path)
-    if all(o.name in CLASSES for file in read.values() for o in file.objects):
+    trained, scored = (
+        {o.name for file in read.values() for o in file.objects} for read in (train, val)
+    )
+    if trained | scored <= set(CLASSES):
         return CLASSES, "PASCAL VOC"
-    return sorted({o.name for i in train_ids for o in read[i].objects}), "the boxes of train"
+    return sorted(trained), "the boxes of train"
 
 
 def _parsed(path: Path) -> _File:

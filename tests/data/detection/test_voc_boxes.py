@@ -74,6 +74,22 @@ def test_parts(tmp_path):
     assert sorted(ids(splits.train) + ids(splits.val)) == ["a", "b", "c", "d", "e"]
 
 
+def test_annotations_beside_images(tmp_path):
+    """In folders of parts, as some tools export them, or all in one."""
+    for word, stems in {"train": "abc", "valid": "de", "test": "f"}.items():
+        for stem in stems:
+            save_image(tmp_path / word / f"{stem}.png", size=(40, 60))
+            box = voc_object("cat", 11, 6, 30, 25)
+            (tmp_path / word / f"{stem}.xml").write_text(f"<annotation>{box}</annotation>")
+    splits = load_detection_splits(tmp_path)
+    assert [ids(splits.train), ids(splits.val), ids(splits.test)] == ["abc", "de", "f"]
+    splits = load_detection_splits(tmp_path / "train")
+    assert (sorted(ids(splits.train) + ids(splits.val)), splits.test) == (["a", "b", "c"], None)
+    (tmp_path / "train").rename(tmp_path / "images")
+    splits = load_detection_splits(tmp_path)
+    assert sorted(ids(splits.train) + ids(splits.val)) == ["a", "b", "c"]
+
+
 def test_classes(tmp_path):
     cell = {"a": voc_object("cell", 1, 1, 9, 9), "d": voc_object("Cell", 1, 1, 9, 9)}
     root = write_boxes(tmp_path, LISTS, cell)
@@ -122,7 +138,7 @@ def test_faults_of_an_annotation(tmp_path, objects, text):
         ),
         (
             "Annotations/b.xml",
-            r"no annotation for id 'b': expected .*b.xml \(1 of 5 missing\); add",
+            r"no annotation for id 'b': expected .*b.xml \(1 of 3 missing\); add",
         ),
         ("ImageSets/Main/train.txt", "expected train.txt or trainval.txt beside val.txt, got neit"),
     ],
