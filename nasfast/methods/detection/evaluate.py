@@ -122,3 +122,65 @@ class Detecting(nn.Module):
         size = (self.images.shape[-2], self.images.shape[-1])
         sizes = torch.tensor([size] * len(self.images), device=self.images.device)
         return detections(self.model.map(self.images), size, sizes, self.settings).boxes
+
+
+def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
+    """AP on a split, size and latency, without and with post-processing."""
+    path = config.path
+    model = load(path, config.device)
+    runtime = Runtime(resolve_device(str(model.device)))
+    data = config.source(model.description)
+    task, part = open_split(model, data, config.split, config.post)
+    transform = transform_of(model, config.shorter_side, config.longer_side)
+    scores = scores_of(model, task, part, transform, runtime)
+    images, _ = task.load_padded(part, [0], transform)
+    size = (images.shape[-2], images.shape[-1])
+    latencies = measure_speed(
+        path, model, size, runtime, batch=config.batch, seconds=config.seconds
+    )
+    shown = prepare_images(images, runtime).expand(config.batch, -1, -1, -1)
+    (whole,) = measure_latency(
+        [Detecting(model, shown, config.post)],
+        size,
+        runtime,
+        batch=config.batch,
+        seconds=config.seconds,
+    )
+    classes = {
+        name: {"ap": ap, "ap50": ap50}
+        for name, ap, ap50 in zip(part.classes, scores.class_ap, scores.class_ap50, strict=True)
+    }
+    intervals = bootstrap(scores, config.resamples)
+    result = {
+        "data": data,
+        "split": config.split,
+        "images": len(part),
+        "shorter_side": transform.shorter_side,
+        "longer_side": transform.longer_side,
+        "post": dataclasses.asdict(config.post),
+        **scores.as_dict(),
+        "intervals": {name: dataclasses.asdict(each) for name, each in intervals.items()},
+        "classes": classes,
+        **measure_size(path, model, size),
+        **speed_json(latencies),
+        "latency_ms_with_post_processing": dataclasses.asdict(whole),
+    }
+    table = Table(title=escape(f"{config.label}, {len(part)} {config.split} images of {part.name}"))
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    for name, found in classes.items():
+        ap, ap50 = ("absent" if v is None else f"{v:.3f}" for v in found.values())
+        table.add_row(escape(f"AP50, AP of {name}"), f"{ap50}, {ap}")
+    table.add_section()
+    for key, label in MEASURES.items():
+        if key in scores.ap:
+            interval = intervals.get(key)
+            about = f" (95 %: {interval.low:.3f} to {interval.high:.3f})" if interval else ""
+            table.add_row(label, f"{scores.ap[key]:.4f}{about}")
+    table.add_section()
+    post = f"latency with post-processing, of an image with {len(part[0].labels)} objects"
+    rows = [*size_rows(result), *speed_rows(latencies)]
+    rows.append((post, f"{whole.median:.1f} ms (95 % below {whole.p95:.1f}, {whole.runs} runs)"))
+    for row in rows:
+        table.add_row(*row)
+    return result, table
