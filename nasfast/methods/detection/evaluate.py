@@ -25,12 +25,26 @@ from nasfast.methods import base
 from nasfast.methods.base import Split
 from nasfast.tasks.base import prepare_images
 from nasfast.tasks.detection import DetectionScores, DetectionTask, PostProcessing
+from nasfast.tasks.detection.intervals import ap_intervals
 from nasfast.tasks.detection.postprocess import detections
+from nasfast.tasks.detection.scores import voc_ap
 from nasfast.training.cost import measure_latency
-from nasfast.training.loop import Runtime
+from nasfast.training.loop import Runtime, in_order
 from nasfast.training.pictures import spread
 from nasfast.utils.config import Bound, Pixels
 from nasfast.utils.errors import UserError
+from nasfast.utils.statistics import Estimate
+
+MEASURES = {
+    "ap50": "AP50",
+    "ap": "AP",
+    "ap75": "AP75",
+    "ap_small": "AP of small objects, below 32x32 pixels",
+    "ap_medium": "AP of medium objects, below 96x96",
+    "ap_large": "AP of large objects",
+    "voc_ap50": "VOC AP50",
+}
+"""What a table calls the figures that it shows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +63,12 @@ class EvaluateConfig(base.EvaluateConfig):
     """Draws of as many images, with replacement, for 95 % intervals of AP and AP50; 0: none."""
 
 
-def open_split(model: Model, data: str, split: Split) -> tuple[DetectionTask, DetectionDataset]:
+def open_split(
+    model: Model,
+    data: str,
+    split: Split,
+    post: PostProcessing = PostProcessing(),  # noqa: B008 - it is frozen
+) -> tuple[DetectionTask, DetectionDataset]:
     """A part of the data, which must have the network's classes."""
     splits = load_detection_splits(data, cache_in_memory=False)
     part = getattr(splits, split, None)
@@ -64,7 +83,7 @@ def open_split(model: Model, data: str, split: Split) -> tuple[DetectionTask, De
             f"evaluate: expected data of the network's classes {', '.join(model.classes)}, got "
             f"{', '.join(part.classes)} in {data}; give the data it was trained for by --data"
         )
-    return DetectionTask(splits), part
+    return DetectionTask(splits, settings=post), part
 
 
 def transform_of(
@@ -100,8 +119,8 @@ def scores_of(
 def score(model: Model, data: str, split: Split, runtime: Runtime) -> dict[str, float]:
     """See `nasfast.methods.base.Method.score`."""
     task, part = open_split(model, data, split)
-    found = scores_of(model, task, part, transform_of(model), runtime).ap
-    return {"AP50": found["ap50"], "AP": found["ap"]}
+    found = scores_of(model, task, part, transform_of(model), runtime)
+    return {"AP50": found.ap50, "AP": found.ap}
 
 
 class Detecting(nn.Module):
@@ -146,11 +165,17 @@ def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
         batch=config.batch,
         seconds=config.seconds,
     )
-    classes = {
-        name: {"ap": ap, "ap50": ap50}
+    classes: dict[str, dict[str, float | None]] = {
+        name: {"ap50": ap50, "ap": ap}
         for name, ap, ap50 in zip(part.classes, scores.class_ap, scores.class_ap50, strict=True)
     }
-    intervals = bootstrap(scores, config.resamples)
+    intervals: dict[str, Estimate] = {}
+    if config.resamples:
+        intervals = ap_intervals(scores.images, len(part.classes), config.resamples)
+    if config.voc:
+        found = voc_ap(scores.images, len(part.classes))
+        for name, value in zip(part.classes, found, strict=True):
+            classes[name]["voc_ap50"] = value
     result = {
         "data": data,
         "split": config.split,
@@ -168,15 +193,18 @@ def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
     table = Table(title=escape(f"{config.label}, {len(part)} {config.split} images of {part.name}"))
     table.add_column("measure")
     table.add_column("value", justify="right")
-    for name, found in classes.items():
-        ap, ap50 = ("absent" if v is None else f"{v:.3f}" for v in found.values())
-        table.add_row(escape(f"AP50, AP of {name}"), f"{ap50}, {ap}")
+    for name, each in classes.items():
+        shown = ("absent" if value is None else f"{value:.3f}" for value in each.values())
+        labels = ", ".join(MEASURES[key] for key in each)
+        table.add_row(escape(f"{labels} of {name}"), ", ".join(shown))
     table.add_section()
-    for key, label in MEASURES.items():
-        if key in scores.ap:
-            interval = intervals.get(key)
-            about = f" (95 %: {interval.low:.3f} to {interval.high:.3f})" if interval else ""
-            table.add_row(label, f"{scores.ap[key]:.4f}{about}")
+    for key, value in scores.as_dict().items():
+        if key in MEASURES:
+            about = f" (95 %: {_text(intervals[key])})" if key in intervals else ""
+            table.add_row(MEASURES[key], f"{value:.4f}{about}")
+    means = [each["voc_ap50"] for each in classes.values() if each.get("voc_ap50") is not None]
+    if means:
+        table.add_row(f"mean of {MEASURES['voc_ap50']}", f"{sum(means) / len(means):.4f}")
     table.add_section()
     post = f"latency with post-processing, of an image with {len(part[0].labels)} objects"
     rows = [*size_rows(result), *speed_rows(latencies)]
@@ -184,3 +212,8 @@ def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
     for row in rows:
         table.add_row(*row)
     return result, table
+
+
+def _text(interval: Estimate) -> str:
+    low, high = interval.low, interval.high
+    return "not known" if low is None or high is None else f"{low:.3f} to {high:.3f}"
