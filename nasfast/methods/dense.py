@@ -409,27 +409,22 @@ class DenseTraining(ABC):
             yield self._loss(part, self._weight(targets) / whole)
 
     def _weight(self, targets: Targets) -> Tensor:
-        """[T + 1]: what the terms of the task's criterion and the distillation are means over."""
-        weight = self.task.weight(targets).reshape(-1)
-        return torch.cat([weight, weight.new_tensor([len(next(iter(targets.values())))])])
+        """[2]: what the task's criterion and the distillation are means over."""
+        weight = self.task.weight(targets)
+        return torch.stack([weight, torch.full_like(weight, len(next(iter(targets.values()))))])
 
     def _loss(self, batch: Targets, shares: Tensor | None) -> Tensor:
         settings = self.settings
         targets = {name: target for name, target in batch.items() if name != IMAGES}
         with self._stepping.autocast():
             output, aux = self.model(batch[IMAGES])
-        loss = self.task.loss(
-            output,
-            aux,
-            targets,
-            aux_weight=settings.aux_weight,
-            shares=1.0 if shares is None else shares[:-1],
-        )
+        loss = self.task.loss(output, aux, targets, aux_weight=settings.aux_weight)
+        loss = loss if shares is None else shares[0] * loss
         if self.teacher is not None:
             with torch.no_grad(), self._stepping.autocast():
                 wanted = self.teacher(batch[IMAGES])[0].float()
             student = resize(output.float(), (wanted.shape[-2], wanted.shape[-1]))
-            weight = settings.kd_weight if shares is None else settings.kd_weight * shares[-1]
+            weight = settings.kd_weight if shares is None else settings.kd_weight * shares[1]
             loss = loss + weight * F.mse_loss(student, wanted)
         return loss
 

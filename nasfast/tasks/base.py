@@ -140,12 +140,11 @@ class DenseTask(ABC, Generic[S]):
 
     @abstractmethod
     def criterion(self, output: Tensor, targets: Targets) -> Tensor:
-        """Loss of an output ``[N, outputs, h, w]`` of any resolution, a float32 scalar; or its
-        terms, float32 ``[T]``."""
+        """Loss of an output ``[N, outputs, h, w]`` of any resolution, a float32 scalar."""
 
     def weight(self, targets: Targets) -> Tensor:
-        """What `criterion`, or each of its terms, is a mean over, float32: the loss of a batch is
-        the mean of those of its parts, which weigh so much. By default the number of samples."""
+        """What `criterion` is a mean over, a float32 scalar: the loss of a batch is the mean of
+        those of its parts, which weigh so much. By default the number of samples."""
         (target, *_) = targets.values()
         return torch.full((), len(target), dtype=torch.float32, device=target.device)
 
@@ -225,13 +224,11 @@ class DenseTask(ABC, Generic[S]):
         aux_weight: float,
         teacher: Tensor | None = None,
         kd_weight: float = 0.0,
-        shares: Tensor | float = 1.0,
     ) -> Tensor:
         """The criterion + ``aux_weight`` * the auxiliary heads' + ``kd_weight`` * distillation.
 
         Distillation is the mean squared error between output and the teacher's output, without
-        softmax or temperature (section 3.3 of Fast NAS). The terms of the criterion are multiplied
-        by ``shares``, those of a part in the loss of its whole batch, and summed.
+        softmax or temperature (section 3.3 of Fast NAS).
         """
         student = output
         if teacher is not None:
@@ -242,7 +239,6 @@ class DenseTask(ABC, Generic[S]):
         loss = self.criterion(output, targets)
         for head in aux:
             loss = loss + aux_weight * self.criterion(head, targets)
-        loss = (shares * loss).sum()
         if teacher is not None:
             loss = loss + kd_weight * F.mse_loss(student, teacher.float())
         return loss
