@@ -76,7 +76,7 @@ class TrainConfig(DenseTrainConfig):
         return dataclasses.replace(
             self,
             loss=dataclasses.replace(
-                self.loss, box_loss="giou", center_radius=1.5, count_images=False
+                self.loss, box="giou", center_sampling=1.5, count_images=False
             ),
             detector=dataclasses.replace(self.detector, centerness="reg", normalized=True),
         )
