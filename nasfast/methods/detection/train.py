@@ -50,6 +50,9 @@ class TrainConfig(DenseTrainConfig):
     """Range of the factors that images are resized by, one drawn for each image."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """sgd: with momentum 0.9; biases learn at twice the rate, without weight decay."""
+    freeze_first: bool = True
+    """The encoder's layers nearest to the image keep their weights: of MobileNet-v2 the first two,
+    of ResNets the stem and the first stage."""
     freeze_norm: bool = False
     """The encoder's BatchNorm keeps its statistics, as ResNets' always does; for small batches."""
     improvements: bool = False
@@ -148,6 +151,9 @@ class DetectionTraining(DenseTraining):
         settings = self.settings
         encoder = load_encoder(settings.encoder_weights)
         self._encoder = tensors_fingerprint(encoder.state_dict())
+        if settings.freeze_first:
+            for layer in encoder.first():
+                layer.requires_grad_(False)
         return build_detector(encoder, self.genotype, self.task.outputs, settings.detector)
 
     def optimizer(self, parameters: list[nn.Parameter], lr: Any) -> torch.optim.Optimizer:
