@@ -9,7 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["LEAST", "Best", "Estimate", "best_of_draws", "ceiling", "noise", "rank_correlations"]
+__all__ = [
+    "LEAST",
+    "Best",
+    "Estimate",
+    "best_of_draws",
+    "ceiling",
+    "estimate",
+    "noise",
+    "rank_correlations",
+]
 
 COVERAGE = 0.95
 """Of every interval here."""
@@ -51,7 +60,7 @@ def rank_correlations(
     counts.scatter_add_(1, drawn, torch.ones_like(counts))
     weights = torch.cat([torch.ones(1, count, dtype=torch.float64), counts])
     tau, rho = _weighted(pairs[:, 0], pairs[:, 1], weights)
-    return _estimate(tau), _estimate(rho)
+    return estimate(tau), estimate(rho)
 
 
 def _weighted(x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,8 +85,9 @@ def _weighted(x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return tau, covariance / (first * second).sqrt()
 
 
-def _estimate(values: Tensor) -> Estimate:
-    """Of a figure [1 + resamples], the sample's own first."""
+def estimate(values: Tensor) -> Estimate:
+    """Of a figure [1 + resamples], the sample's own first; the interval is that of percentiles.
+    Resamples without the figure (NaN) are left out."""
     value, resampled = values[0].item(), values[1:]
     resampled = resampled[resampled.isfinite()]
     if not math.isfinite(value) or not len(resampled):

@@ -25,12 +25,26 @@ from nasfast.methods import base
 from nasfast.methods.base import Split
 from nasfast.tasks.base import prepare_images
 from nasfast.tasks.detection import DetectionScores, DetectionTask, PostProcessing
+from nasfast.tasks.detection.intervals import ap_intervals
 from nasfast.tasks.detection.postprocess import detections
+from nasfast.tasks.detection.scores import voc_ap
 from nasfast.training.cost import measure_latency
-from nasfast.training.loop import Runtime
+from nasfast.training.loop import Runtime, in_order
 from nasfast.training.pictures import spread
 from nasfast.utils.config import Bound, Pixels
 from nasfast.utils.errors import UserError
+from nasfast.utils.statistics import Estimate
+
+MEASURES = {
+    "ap50": "AP50",
+    "ap": "AP",
+    "ap75": "AP75",
+    "ap_small": "AP of small objects, below 32x32 pixels",
+    "ap_medium": "AP of medium objects, below 96x96",
+    "ap_large": "AP of large objects",
+    "voc_ap50": "VOC AP50",
+}
+"""What a table calls the figures that it shows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +63,12 @@ class EvaluateConfig(base.EvaluateConfig):
     """Draws of as many images, with replacement, for 95 % intervals of AP and AP50; 0: none."""
 
 
-def open_split(model: Model, data: str, split: Split) -> tuple[DetectionTask, DetectionDataset]:
+def open_split(
+    model: Model,
+    data: str,
+    split: Split,
+    post: PostProcessing = PostProcessing(),  # noqa: B008 - it is frozen
+) -> tuple[DetectionTask, DetectionDataset]:
     """A part of the data, which must have the network's classes."""
     splits = load_detection_splits(data, cache_in_memory=False)
     part = getattr(splits, split, None)
@@ -64,7 +83,7 @@ def open_split(model: Model, data: str, split: Split) -> tuple[DetectionTask, De
             f"evaluate: expected data of the network's classes {', '.join(model.classes)}, got "
             f"{', '.join(part.classes)} in {data}; give the data it was trained for by --data"
         )
-    return DetectionTask(splits), part
+    return DetectionTask(splits, settings=post), part
 
 
 def transform_of(
@@ -100,8 +119,8 @@ def scores_of(
 def score(model: Model, data: str, split: Split, runtime: Runtime) -> dict[str, float]:
     """See `nasfast.methods.base.Method.score`."""
     task, part = open_split(model, data, split)
-    found = scores_of(model, task, part, transform_of(model), runtime).ap
-    return {"AP50": found["ap50"], "AP": found["ap"]}
+    found = scores_of(model, task, part, transform_of(model), runtime)
+    return {"AP50": found.ap50, "AP": found.ap}
 
 
 class Detecting(nn.Module):
@@ -122,3 +141,79 @@ class Detecting(nn.Module):
         size = (self.images.shape[-2], self.images.shape[-1])
         sizes = torch.tensor([size] * len(self.images), device=self.images.device)
         return detections(self.model.map(self.images), size, sizes, self.settings).boxes
+
+
+def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
+    """AP on a split, size and latency, without and with post-processing."""
+    path = config.path
+    model = load(path, config.device)
+    runtime = Runtime(resolve_device(str(model.device)))
+    data = config.source(model.description)
+    task, part = open_split(model, data, config.split, config.post)
+    transform = transform_of(model, config.shorter_side, config.longer_side)
+    scores = scores_of(model, task, part, transform, runtime)
+    images, _ = task.load_padded(part, [0], transform)
+    size = (images.shape[-2], images.shape[-1])
+    latencies = measure_speed(
+        path, model, size, runtime, batch=config.batch, seconds=config.seconds
+    )
+    shown = prepare_images(images, runtime).expand(config.batch, -1, -1, -1)
+    (whole,) = measure_latency(
+        [Detecting(model, shown, config.post)],
+        size,
+        runtime,
+        batch=config.batch,
+        seconds=config.seconds,
+    )
+    classes: dict[str, dict[str, float | None]] = {
+        name: {"ap50": ap50, "ap": ap}
+        for name, ap, ap50 in zip(part.classes, scores.class_ap, scores.class_ap50, strict=True)
+    }
+    intervals: dict[str, Estimate] = {}
+    if config.resamples:
+        intervals = ap_intervals(scores.images, len(part.classes), config.resamples)
+    if config.voc:
+        found = voc_ap(scores.images, len(part.classes))
+        for name, value in zip(part.classes, found, strict=True):
+            classes[name]["voc_ap50"] = value
+    result = {
+        "data": data,
+        "split": config.split,
+        "images": len(part),
+        "shorter_side": transform.shorter_side,
+        "longer_side": transform.longer_side,
+        "post": dataclasses.asdict(config.post),
+        **scores.as_dict(),
+        "intervals": {name: dataclasses.asdict(each) for name, each in intervals.items()},
+        "classes": classes,
+        **measure_size(path, model, size),
+        **speed_json(latencies),
+        "latency_ms_with_post_processing": dataclasses.asdict(whole),
+    }
+    table = Table(title=escape(f"{config.label}, {len(part)} {config.split} images of {part.name}"))
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    for name, each in classes.items():
+        shown = ("absent" if value is None else f"{value:.3f}" for value in each.values())
+        labels = ", ".join(MEASURES[key] for key in each)
+        table.add_row(escape(f"{labels} of {name}"), ", ".join(shown))
+    table.add_section()
+    for key, value in scores.as_dict().items():
+        if key in MEASURES:
+            about = f" (95 %: {_text(intervals[key])})" if key in intervals else ""
+            table.add_row(MEASURES[key], f"{value:.4f}{about}")
+    means = [each["voc_ap50"] for each in classes.values() if each.get("voc_ap50") is not None]
+    if means:
+        table.add_row(f"mean of {MEASURES['voc_ap50']}", f"{sum(means) / len(means):.4f}")
+    table.add_section()
+    post = f"latency with post-processing, of an image with {len(part[0].labels)} objects"
+    rows = [*size_rows(result), *speed_rows(latencies)]
+    rows.append((post, f"{whole.median:.1f} ms (95 % below {whole.p95:.1f}, {whole.runs} runs)"))
+    for row in rows:
+        table.add_row(*row)
+    return result, table
+
+
+def _text(interval: Estimate) -> str:
+    low, high = interval.low, interval.high
+    return "not known" if low is None or high is None else f"{low:.3f} to {high:.3f}"

@@ -9,12 +9,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nasfast.cache import tensors_fingerprint
 from nasfast.data.detection import (
     FILL,
-    PADDING,
     BoxTrainTransform,
     BoxValTransform,
     load_detection_splits,
@@ -26,7 +24,6 @@ from nasfast.models.detector import Detector, DetectorConfig, build_detector
 from nasfast.spaces.nas_fcos import NASFCOSGenotype
 from nasfast.tasks.base import Targets
 from nasfast.tasks.detection import DetectionLoss, DetectionScores, DetectionTask
-from nasfast.tasks.processor import STRIDE
 from nasfast.training.loop import Runtime
 from nasfast.utils.config import Pixels
 from nasfast.utils.errors import UserError
@@ -53,11 +50,14 @@ class TrainConfig(DenseTrainConfig):
     """Range of the factors that images are resized by, one drawn for each image."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """sgd: with momentum 0.9; biases learn at twice the rate, without weight decay."""
+    freeze_first: bool = True
+    """The encoder's layers nearest to the image keep their weights: of MobileNet-v2 the first two,
+    of ResNets the stem and the first stage."""
     freeze_norm: bool = False
     """The encoder's BatchNorm keeps its statistics, as ResNets' always does; for small batches."""
     improvements: bool = False
-    """Those of FCOS: GIoU loss, centre sampling, normalised by positive points, distances in strides,
-    centre-ness by the tower of the boxes; sets these of --loss and --detector."""
+    """Those of FCOS: GIoU loss, centre sampling, normalised by positive points alone, distances in
+    strides, centre-ness by the tower of the boxes. Sets these of --loss and --detector."""
     loss: DetectionLoss = dataclasses.field(default_factory=DetectionLoss)
     """Losses, and what a point learns."""
     detector: DetectorConfig = dataclasses.field(default_factory=DetectorConfig)
@@ -79,7 +79,7 @@ class TrainConfig(DenseTrainConfig):
         return dataclasses.replace(
             self,
             loss=dataclasses.replace(
-                self.loss, box_loss="giou", center_radius=1.5, count_images=False
+                self.loss, box="giou", center_sampling=1.5, count_images=False
             ),
             detector=dataclasses.replace(self.detector, centerness="reg", normalized=True),
         )
@@ -139,7 +139,7 @@ class DetectionTraining(DenseTraining):
         val = BoxValTransform(None, config.shorter_side, config.longer_side)
         super().__init__(
             config,
-            DetectionTask(self.splits, config.loss),
+            DetectionTask(self.splits, config.loss, judge="ap"),
             self.splits.train,
             self.splits.val,
             (train, val),
@@ -151,6 +151,9 @@ class DetectionTraining(DenseTraining):
         settings = self.settings
         encoder = load_encoder(settings.encoder_weights)
         self._encoder = tensors_fingerprint(encoder.state_dict())
+        if settings.freeze_first:
+            for layer in encoder.first():
+                layer.requires_grad_(False)
         return build_detector(encoder, self.genotype, self.task.outputs, settings.detector)
 
     def optimizer(self, parameters: list[nn.Parameter], lr: Any) -> torch.optim.Optimizer:
@@ -176,19 +179,13 @@ class DetectionTraining(DenseTraining):
         return self.task.resize_targets(targets, (height // 4, width // 4))
 
     def joined(self, loaded: list[tuple[Tensor, Targets]]) -> tuple[Tensor, Targets]:
-        """Padded at the right and at the bottom to the largest image, and to the most boxes."""
+        """Padded at the right and at the bottom to the largest image."""
         height, width = (max(images.shape[axis] for images, _ in loaded) for axis in (-2, -1))
         colour = torch.tensor(FILL, dtype=torch.uint8).view(1, 3, 1, 1)
         canvas = colour.repeat(len(loaded), 1, height, width)
         for place, (images, _) in zip(canvas, loaded, strict=True):
             place[:, : images.shape[-2], : images.shape[-1]] = images[0]
         same = [(canvas[i : i + 1], targets) for i, (_, targets) in enumerate(loaded)]
-        most = max(targets["labels"].shape[1] for _, targets in loaded)
-        for _, targets in same:
-            missing = most - targets["labels"].shape[1]
-            targets["labels"] = F.pad(targets["labels"], (0, missing), value=PADDING)
-            targets["areas"] = F.pad(targets["areas"], (0, missing))
-            targets["boxes"] = F.pad(targets["boxes"], (0, 0, 0, missing))
         return super().joined(same)
 
     def inputs(self, search: Mapping[str, Any]) -> dict[str, str]:
@@ -216,6 +213,7 @@ class DetectionTraining(DenseTraining):
         names = self.splits.val.classes
         return {
             "genotype": self.genotype.to_json(),
+            "class_ap50": dict(zip(names, scores.class_ap50, strict=True)),
             "class_ap": dict(zip(names, scores.class_ap, strict=True)),
         }
 
