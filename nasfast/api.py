@@ -25,6 +25,7 @@ from nasfast.methods.registry import (
     method_of_genotype,
     method_of_source,
 )
+from nasfast.models.detector import Detector
 from nasfast.models.io import MODEL_FILE
 from nasfast.models.zoo import ZOO, create_model, describe
 from nasfast.runs.study import Study
@@ -235,6 +236,10 @@ def model_info(name: str) -> ModelInfo:
     parameters = count_parameters(network)
     macs = count_macs(network, entry.size, channels=entry.channels)
     ours = {"parameters": parameters, "multiply-adds": macs}
+    if isinstance(network, Detector):
+        ours["trainable parameters"] = parameters - sum(
+            count_parameters(layer) for layer in network.encoder.first()
+        )
     figures = {**dict.fromkeys(ours), **entry.published}
     return ModelInfo(
         name,

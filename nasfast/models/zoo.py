@@ -1,7 +1,8 @@
 """The zoo: named architectures of all methods, and networks of any architecture.
 
-Fast NAS published its three decoders and Template-NAS two networks; they are here as they are.
-Their figures are those of the whole network without auxiliary heads.
+Fast NAS published its three decoders, Template-NAS two networks and NAS-FCOS one pyramid with a
+head, on several encoders and with several widths; they are here as they are, beside the FCOS that
+the last were compared with. Figures are those of the whole network without auxiliary heads.
 
 No genotype, log or checkpoint of the published IR-NAS searches is public. `irnas-denoise`
 and `irnas-derain` are **reconstructions**, not the published networks.
@@ -27,15 +28,17 @@ from typing import Any
 
 from torch import nn
 
-from nasfast.encoders import MobileNetV2, read_weights, tensor_mismatch
-from nasfast.models.build import FAMILIES, RESTORER, SEGMENTER, TEMPLATES, family_of
+from nasfast.encoders import MobileNetV2, ResNet, read_weights, tensor_mismatch
+from nasfast.models.build import DETECTOR, FAMILIES, RESTORER, SEGMENTER, TEMPLATES, family_of
 from nasfast.models.decoders import FULL_DECODER, DecoderConfig, EncoderDecoder
+from nasfast.models.detector import EXTRA, DetectorConfig
 from nasfast.models.io import MODEL_FILE, load_model
 from nasfast.models.restorer import RestorerConfig
 from nasfast.models.templates import FULL_TEMPLATES, TemplateConfig
 from nasfast.spaces.base import Genotype
 from nasfast.spaces.fast_nas import FastNASGenotype, FastNASSpace
 from nasfast.spaces.ir_nas import IRNASGenotype
+from nasfast.spaces.nas_fcos import FOUND, STOCK, NASFCOSGenotype, is_nas_fcos
 from nasfast.spaces.template_nas import TemplateNASGenotype, TemplateNASSpace, is_templates
 from nasfast.utils.config import from_mapping
 from nasfast.utils.errors import UserError, about, did_you_mean
@@ -44,11 +47,14 @@ from nasfast.utils.files import read_json
 FAST_NAS = "Fast NAS: Nekrasov et al., CVPR 2019, arXiv 1810.10804"
 TEMPLATE_NAS = "Template-NAS: Nekrasov et al., WACV 2020, arXiv 1904.02365"
 IR_NAS = "IR-NAS: Zhang et al., CVPR 2020, arXiv 1909.08228; a reconstruction"
+NAS_FCOS = "NAS-FCOS: Wang et al., CVPR 2020, arXiv 1906.04423"
+FCOS = "FCOS: Tian et al., ICCV 2019, arXiv 1904.01355; as the baseline of NAS-FCOS"
 ENCODER = {"name": MobileNetV2.name, "width": 1.0}
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     SEGMENTER: {"decoder": asdict(FULL_DECODER), "outputs": 21, "encoder": ENCODER},
     TEMPLATES: {"decoder": asdict(FULL_TEMPLATES), "outputs": 19, "encoder": ENCODER},
     RESTORER: {"restorer": asdict(RestorerConfig()), "channels": 1, "scale": 1},
+    DETECTOR: {"decoder": asdict(DetectorConfig()), "outputs": 80 + EXTRA, "encoder": ENCODER},
 }
 """What a genotype alone leaves open, by family of `nasfast.models.build`: the published sizes."""
 
@@ -59,8 +65,8 @@ class ZooEntry:
 
     method: str
     """Search method that trains and evaluates it."""
-    genotype: FastNASGenotype | TemplateNASGenotype | IRNASGenotype
-    network: DecoderConfig | TemplateConfig | RestorerConfig
+    genotype: FastNASGenotype | TemplateNASGenotype | IRNASGenotype | NASFCOSGenotype
+    network: DecoderConfig | TemplateConfig | RestorerConfig | DetectorConfig
     """Size of the network around the genotype."""
     task: Mapping[str, Any]
     """Name as "task", and settings other than the defaults."""
@@ -74,6 +80,8 @@ class ZooEntry:
     """Figures by measure: "parameters", "multiply-adds" at that size, scores."""
     note: str = ""
     """Why a figure of ours is another than the published one."""
+    encoder: Mapping[str, Any] = field(default_factory=lambda: ENCODER)
+    """Of a network that has one, as `Encoder.describe` says it."""
 
 
 def _decoder(published: object, figures: Sequence[float]) -> ZooEntry:
@@ -112,6 +120,59 @@ def _templates(published: object, figures: Sequence[float]) -> ZooEntry:
         source=TEMPLATE_NAS,
         size=(1024, 2048),
         published=dict(zip(measures, figures, strict=True)),
+    )
+
+
+_COCO = ("AP, COCO minival", "AP, COCO test-dev")
+_DETECTORS: Mapping[str, tuple[Any, ...]] = {
+    # encoder, width of the pyramid, of the head: multiply-adds, trainable parameters, AP of two
+    "fpn_fcos_mnv2_128": ("mnv2", 128, None),
+    "fpn_fcos_mnv2_256": ("mnv2", 256, None, 105.4e9, 9.8e6),
+    "fpn_fcos_r50_128": ("r50", 128, None),
+    "fpn_fcos_r50_256": ("r50", 256, None, 169.9e9, 32.0e6),
+    "fpn_fcos_r101_256": ("r101", 256, None, 234.3e9, 50.9e6),
+    "fpn_fcos_x101_64x4d_256": ("x101_64x4d", 256, None, 371.2e9, 89.6e6),
+    "nas_fcos_mnv2_128": ("mnv2", 128, None, 39.3e9, 5.9e6),
+    "nas_fcos_r50_128": ("r50", 128, None, 104.0e9, 27.8e6),
+    "nas_fcos_mnv2_256": ("mnv2", 256, None, 121.8e9, 16.1e6, 0.344, 0.347),
+    "nas_fcos_r50_256": ("r50", 256, None, 189.6e9, 38.4e6, 0.395, 0.398),
+    "nas_fcos_r101_256": ("r101", 256, None, 254.0e9, 57.3e6, 0.428, 0.430),
+    "nas_fcos_mnv2_128_256": ("mnv2", 128, 256, 95.6e9, 9.9e6),
+    "nas_fcos_r50_128_256": ("r50", 128, 256, 160.4e9, 31.8e6),
+    "nas_fcos_x101_64x4d_128_256": ("x101_64x4d", 128, 256, 361.6e9, 89.4e6),
+}
+_ENCODERS: Mapping[str, Mapping[str, Any]] = {
+    "mnv2": ENCODER,
+    **{
+        name: {"name": ResNet.name, "size": size, "stride_in_1x1": caffe, "frozen_norm": True}
+        for name, size, caffe in (
+            ("r50", "resnet50", True),
+            ("r101", "resnet101", True),
+            ("x101_64x4d", "resnext101_64x4d", False),
+        )
+    },
+}
+
+
+def _detector(
+    encoder: str, width: int, head_width: int | None, *figures: float, searched: bool
+) -> ZooEntry:
+    """Of NAS-FCOS or of its baseline, from widths and (multiply-adds, parameters, AP of two)."""
+    measures = ("multiply-adds", "trainable parameters", *_COCO)
+    return ZooEntry(
+        method="detection",
+        genotype=FOUND if searched else STOCK,
+        network=DetectorConfig(width, head_width),
+        task={"task": "detection"},
+        channels=3,
+        source=NAS_FCOS if searched else FCOS,
+        size=(800, 1088),
+        published=dict(zip(measures, figures)),
+        note="Published figures count biases, BatchNorm and ReLU too, ours convolutions alone: "
+        "they are fewer by 0.03 to 1.2 %."
+        if figures
+        else "Not published: the baseline at the width of the searched network.",
+        encoder=_ENCODERS[encoder],
     )
 
 
@@ -192,6 +253,10 @@ ZOO = {
         source=IR_NAS,
         size=(321, 481),
     ),
+    **{
+        name: _detector(*entry, searched=name.startswith("nas_fcos"))
+        for name, entry in _DETECTORS.items()
+    },
 }
 """By name."""
 
@@ -213,14 +278,16 @@ def create_model(
 
     For a segmentation architecture it is an `EncoderDecoder`: images ``[N, 3, H, W]`` to
     ``(output [N, num_classes, h, w], auxiliary outputs)``, normalised as for torchvision's weights.
+    For a detection architecture it is a `Detector`, whose output is ``[N, num_classes + 5, P]``.
     For a restoration architecture it is a `Restorer`: images ``[N, channels, H, W]`` in 0..1 to
     restored images. `nasfast.load` gives a trained network that predicts on files.
 
     Args:
         source: a name of the zoo; a best.json, genotype.json, metrics.json or model.safetensors, or
             the directory with one; a genotype or its JSON form.
-        num_classes: outputs of a segmentation network; default: those of ``pretrained`` or of the
-            model file, else those of the publication: 21 for Fast NAS, 19 for Template-NAS.
+        num_classes: of a segmentation or detection network; default: those of ``pretrained`` or of
+            the model file, else those of the publication: 21 for Fast NAS, 19 for Template-NAS, 80
+            for NAS-FCOS.
         channels: 1 or 3, of the images of a restoration network; default: those of the
             architecture, else 1.
         pretrained: a model.safetensors of this network, loaded strictly; a classifier of another
@@ -229,7 +296,8 @@ def create_model(
         faithful: build what the publication counts and this library has otherwise by default: the
             1x1 convolution of MobileNet-v2's first block, which is the identity after torchvision's
             weights, which lack it, have been loaded; the strides of Template-NAS that its code
-            repeats; the convolution of IR-NAS that nothing may read.
+            repeats; the convolution of IR-NAS that nothing may read; the adapter of an input that
+            no block of NAS-FCOS reads.
 
     Raises:
         UserError: there is no such architecture, it lacks what is asked for, or the weights are of
@@ -244,9 +312,9 @@ def create_model(
     weights = read_weights(Path(pretrained))[0] if pretrained is not None else {}
     _check_ends(key, num_classes, channels)
     if key != RESTORER:
-        trained = weights.get("decoder.conv_clf.weight")
-        outputs = description["outputs"] if trained is None else len(trained)
-        description["outputs"] = outputs if num_classes is None else num_classes
+        trained, extra = weights.get(_classifier(key) + "weight"), _extra(key)
+        outputs = description["outputs"] if trained is None else len(trained) + extra
+        description["outputs"] = outputs if num_classes is None else num_classes + extra
     else:
         description["channels"] = channels or description["channels"]
     family = FAMILIES[key]
@@ -255,6 +323,16 @@ def create_model(
     if pretrained is not None:
         _load(network, weights, str(pretrained))
     return network.train()
+
+
+def _classifier(key: str) -> str:
+    """Of the names of the classifier's tensors, in a family with classes."""
+    return "decoder.head.classify." if key == DETECTOR else "decoder.conv_clf."
+
+
+def _extra(key: str) -> int:
+    """Outputs beside those of the classes."""
+    return EXTRA if key == DETECTOR else 0
 
 
 def _check_ends(key: str, num_classes: int | None, channels: int | None) -> None:
@@ -281,7 +359,9 @@ def describe(source: object, faithful: bool = False) -> tuple[str, dict[str, Any
     if isinstance(source, str) and source in ZOO:
         entry = ZOO[source]
         content: object = entry.genotype.to_json()
-        found: Mapping[str, Any] = {"channels": entry.channels}
+        found: Mapping[str, Any] = {"channels": entry.channels, "encoder": entry.encoder}
+        if isinstance(entry.network, DetectorConfig):
+            found = {**found, "decoder": asdict(entry.network)}
         if isinstance(entry.network, RestorerConfig):
             found = {**found, "restorer": asdict(replace(entry.network, dead_reduce=False))}
     elif isinstance(source, str | Path):
@@ -303,6 +383,7 @@ def describe(source: object, faithful: bool = False) -> tuple[str, dict[str, Any
             SEGMENTER: {"encoder": {"expand_first": True}},
             TEMPLATES: {"encoder": {"expand_first": True}, "decoder": {"faithful": True}},
             RESTORER: {"restorer": {"dead_reduce": True}},
+            DETECTOR: {"decoder": {"faithful": True}},
         }[key]
         description |= {part: {**description[part], **changed} for part, changed in more.items()}
     return key, {"genotype": genotype, **description}
@@ -331,7 +412,9 @@ def read_architecture(path: Path) -> object:
 
 
 def _json(genotype: object) -> object:
-    if isinstance(genotype, FastNASGenotype | TemplateNASGenotype | IRNASGenotype):
+    if isinstance(
+        genotype, FastNASGenotype | TemplateNASGenotype | IRNASGenotype | NASFCOSGenotype
+    ):
         return genotype.to_json()
     raise UserError(
         f"create_model: expected a name, a path or a genotype, got {type(genotype).__name__}"
@@ -341,6 +424,8 @@ def _json(genotype: object) -> object:
 def _family(genotype: object) -> tuple[str, object]:
     """By the genotype's space, which a published list form does not name."""
     if isinstance(genotype, list | tuple):
+        if is_nas_fcos(genotype):
+            return DETECTOR, genotype
         return TEMPLATES if is_templates(genotype) else SEGMENTER, genotype
     space = genotype.get("space") if isinstance(genotype, Mapping) else genotype
     for key, family in FAMILIES.items():
@@ -372,14 +457,15 @@ def _with_own_head(
     network: EncoderDecoder, weights: Mapping[str, Any], source: str
 ) -> Mapping[str, Any]:
     """The weights, but for classifiers of another number of classes those of the network."""
-    trained = weights.get("decoder.conv_clf.weight")
-    classes = network.decoder.conv_clf.out_channels
+    prefix = _classifier(family_of(network)[0])
+    trained = weights.get(f"{prefix}weight")
+    classes = len(network.state_dict()[f"{prefix}weight"])
     if trained is None or len(trained) == classes:
         return weights
     heads = {
         name: own
         for name, own in network.state_dict().items()
-        if name.startswith(("decoder.conv_clf.", "decoder.aux_heads."))
+        if name.startswith((prefix, "decoder.aux_heads."))
         and name in weights
         and (len(own), len(weights[name])) == (classes, len(trained))
         and own.shape[1:] == weights[name].shape[1:]
