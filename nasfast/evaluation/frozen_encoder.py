@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nasfast.cache import CacheConfig, FeatureCache, tensors_fingerprint
 from nasfast.encoders import Encoder
 from nasfast.evaluation.candidate import timed
-from nasfast.models.decoders import EncoderDecoder
+from nasfast.models.decoders import DenseNetwork
 from nasfast.tasks.base import DenseTask, Targets, prepare_images
 from nasfast.tasks.processor import STRIDE
 from nasfast.training.cost import count_macs, count_macs_on, count_parameters
@@ -221,7 +221,7 @@ class FrozenEncoder:
         taps: list[Tensor] = copy.deepcopy(self.encoder).to("meta")(image)
         return taps
 
-    def costs(self, model: EncoderDecoder) -> dict[str, float]:
+    def costs(self, model: DenseNetwork) -> dict[str, float]:
         """Costs of a network on this encoder, "params" and "macs", at `val_size`."""
         return {
             "params": count_parameters(self.encoder) + count_parameters(model.decoder),

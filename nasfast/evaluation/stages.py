@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nasfast.data import TrainTransform, Transform
 from nasfast.evaluation.candidate import SeedOf
 from nasfast.evaluation.frozen_encoder import FrozenEncoder, FrozenEncoderConfig
-from nasfast.models.decoders import EncoderDecoder
+from nasfast.models.decoders import DenseNetwork
 from nasfast.tasks.base import DenseTask, Scores, Targets
 from nasfast.training.graphs import graphed_step
 from nasfast.training.loop import Group, Runtime, epoch_indices, train_epoch
@@ -109,7 +109,7 @@ class DecoderOnFeatures:
         self._config, self._features = config, features
         self._aux_weight, self._kd_weight = aux_weight, kd_weight
 
-    def train(self, model: EncoderDecoder, seed_of: SeedOf) -> Generator[EncoderDecoder]:
+    def train(self, model: DenseNetwork, seed_of: SeedOf) -> Generator[DenseNetwork]:
         """As `Stage` says; the encoder stays as it is."""
         config, features, decoder = self._config, self._features, model.decoder
         runtime, task = features.runtime, features.task
@@ -144,7 +144,7 @@ class DecoderOnFeatures:
             optimizer.zero_grad(set_to_none=True)
         yield model
 
-    def validate(self, model: EncoderDecoder) -> Scores:
+    def validate(self, model: DenseNetwork) -> Scores:
         """As `Stage` says."""
         decoder, features = model.decoder.eval(), self._features
         scores: Scores = features.task.score(
@@ -152,7 +152,7 @@ class DecoderOnFeatures:
         )
         return scores
 
-    def show(self, model: EncoderDecoder, scores: Scores) -> dict[str, bytes]:
+    def show(self, model: DenseNetwork, scores: Scores) -> dict[str, bytes]:
         """As `Stage` says."""
         features, task = self._features, self._features.task
         return task.show(
@@ -171,7 +171,7 @@ class EndToEnd:
         count = config.epochs if config.gate_epochs else 1
         self.names = [f"stage1.{k}" for k in range(1, count + 1)] if count > 1 else ["stage1"]
 
-    def train(self, model: EncoderDecoder, seed_of: SeedOf) -> Generator[EncoderDecoder]:
+    def train(self, model: DenseNetwork, seed_of: SeedOf) -> Generator[DenseNetwork]:
         """As `Stage` says, on a copy: the encoder is every candidate's."""
         config, task, runtime = self._config, self._task, self._runtime
         model = copy.deepcopy(model)
@@ -219,7 +219,7 @@ class EndToEnd:
                 model.zero_grad(set_to_none=True)  # gradients lie in the graph's memory
         yield model
 
-    def validate(self, model: EncoderDecoder) -> Scores:
+    def validate(self, model: DenseNetwork) -> Scores:
         """As `Stage` says."""
         task = self._task
         scores: Scores = task.score_images(
@@ -227,7 +227,7 @@ class EndToEnd:
         )
         return scores
 
-    def show(self, model: EncoderDecoder, scores: Scores) -> dict[str, bytes]:
+    def show(self, model: DenseNetwork, scores: Scores) -> dict[str, bytes]:
         """As `Stage` says."""
         task = self._task
         return task.show(model, scores, task.search_val, self._val_transform, self._runtime)

@@ -149,8 +149,9 @@ class Decoder(DenseDecoder):
         return output, [head(x) for head, x in zip(self.aux_heads, blocks, strict=True)]
 
 
-class EncoderDecoder(nn.Module):
-    """A network for a dense task; ``forward`` gives what its decoder gives."""
+class DenseNetwork(nn.Module):
+    """An encoder and what makes an output of its taps; ``forward`` gives what the latter gives: the
+    output and, in training, auxiliary ones."""
 
     def __init__(self, encoder: Encoder, decoder: DenseDecoder) -> None:
         super().__init__()
@@ -160,3 +161,7 @@ class EncoderDecoder(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         output, aux = self.decoder(self.encoder(images))
         return output, aux
+
+
+class EncoderDecoder(DenseNetwork):
+    """A network whose outputs are maps."""

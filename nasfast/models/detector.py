@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from nasfast.encoders import Encoder, FeatureInfo
-from nasfast.models.decoders import DenseDecoder, EncoderDecoder
+from nasfast.models.decoders import DenseDecoder, DenseNetwork
 from nasfast.models.heads import GROUPS, FCOSHead
 from nasfast.models.points import STRIDES
 from nasfast.models.pyramids import FPN, Pyramid, SearchedFPN
@@ -159,7 +159,7 @@ class FrozenPyramid(Encoder):
         return [self]
 
 
-class Detector(EncoderDecoder):
+class Detector(DenseNetwork):
     """An encoder with a `DetectorDecoder`, or a `FrozenPyramid` with a `HeadOnPyramid`."""
 
     def __init__(self, encoder: Encoder, decoder: DetectorDecoder | HeadOnPyramid) -> None:

@@ -29,6 +29,17 @@ PRIOR = 0.01
 Tower = Literal["cls", "reg"]
 
 
+class GroupNorm(nn.GroupNorm):
+    """With 32 groups; one value a group, as of a map of one pixel, becomes the shift, where torch's
+    refuses it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(GROUPS, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 def build_head_op(op: int, channels: int) -> nn.Module:
     """An operation of `HEAD_OPS`, ``[N, C, H, W]`` to the same."""
     conv: nn.Module
@@ -47,7 +58,7 @@ def build_head_op(op: int, channels: int) -> nn.Module:
             )
         case _:
             conv = ModulatedDeformConv(channels, channels)
-    return nn.Sequential(conv, nn.GroupNorm(GROUPS, channels), nn.ReLU(inplace=True))
+    return nn.Sequential(conv, GroupNorm(channels), nn.ReLU(inplace=True))
 
 
 class StockTower(nn.Sequential):
@@ -58,7 +69,7 @@ class StockTower(nn.Sequential):
         for _ in range(4):
             conv = nn.Conv2d(channels, channels, 3, padding=1)
             _initialise(conv)
-            layers += [conv, nn.GroupNorm(GROUPS, channels), nn.ReLU(inplace=True)]
+            layers += [conv, GroupNorm(channels), nn.ReLU(inplace=True)]
         super().__init__(*layers)
 
     def of_levels(self, maps: Sequence[Tensor]) -> list[Tensor]:

@@ -30,7 +30,7 @@ from torch import nn
 
 from nasfast.encoders import MobileNetV2, ResNet, read_weights, tensor_mismatch
 from nasfast.models.build import DETECTOR, FAMILIES, RESTORER, SEGMENTER, TEMPLATES, family_of
-from nasfast.models.decoders import FULL_DECODER, DecoderConfig, EncoderDecoder
+from nasfast.models.decoders import FULL_DECODER, DecoderConfig, DenseNetwork
 from nasfast.models.detector import EXTRA, DetectorConfig
 from nasfast.models.io import MODEL_FILE, load_model
 from nasfast.models.restorer import RestorerConfig
@@ -439,7 +439,7 @@ def _family(genotype: object) -> tuple[str, object]:
 
 
 def _load(network: nn.Module, weights: Mapping[str, Any], source: str) -> None:
-    if isinstance(network, EncoderDecoder):
+    if isinstance(network, DenseNetwork):
         if not any(key.startswith("decoder.") for key in weights):
             network.encoder.load_strict(weights, source)
             return
@@ -454,7 +454,7 @@ def _load(network: nn.Module, weights: Mapping[str, Any], source: str) -> None:
 
 
 def _with_own_head(
-    network: EncoderDecoder, weights: Mapping[str, Any], source: str
+    network: DenseNetwork, weights: Mapping[str, Any], source: str
 ) -> Mapping[str, Any]:
     """The weights, but for classifiers of another number of classes those of the network."""
     prefix = _classifier(family_of(network)[0])

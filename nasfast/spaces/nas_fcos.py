@@ -280,7 +280,8 @@ def is_nas_fcos(obj: Sequence[Any]) -> bool:
 
 def read_genotype(obj: object) -> NASFCOSGenotype:
     """As `NASFCOSSpace.from_json`."""
-    if isinstance(obj, dict):
+    keys = {"space", "fpn", "head"}
+    if isinstance(obj, dict) and obj.keys() == keys and obj["space"] == NASFCOSSpace.name:
         fpn, head = obj.get("fpn"), obj.get("head")
         if head is not None and not isinstance(head, dict):
             raise _wrong("head", 'an object with "share" and "ops", or null', head)
@@ -291,8 +292,9 @@ def read_genotype(obj: object) -> NASFCOSGenotype:
         pair = (share, rest[1]) if rest else None
     else:
         raise UserError(
-            f"genotype: expected an object with fpn and head, or a list of {BLOCKS} blocks, alone "
-            f"or with [share] and [operations], got {_short(obj)}; give a best.json or genotype"
+            f'genotype: expected the keys "space" ("{NASFCOSSpace.name}"), "fpn" and "head", or a '
+            f"list of {BLOCKS} blocks, alone or with [share] and [operations], got {_short(obj)}; "
+            "give a best.json or genotype that nasfast wrote"
         )
     genotype = NASFCOSGenotype(
         None if fpn is None else _read_fpn(fpn), None if pair is None else _read_head(*pair)

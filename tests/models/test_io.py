@@ -14,20 +14,24 @@ from safetensors.torch import save_file
 
 from nasfast.encoders import MobileNetV2
 from nasfast.models.build import (
+    DETECTOR,
     FAMILIES,
     RESTORER,
     SEGMENTER,
     TEMPLATES,
+    build_detector,
     build_restorer,
     build_segmenter,
     build_templates,
 )
 from nasfast.models.decoders import DecoderConfig, EncoderDecoder
+from nasfast.models.detector import DetectorConfig
 from nasfast.models.io import load_model, load_teacher, model_method, save_model
 from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.models.templates import TemplateConfig
 from nasfast.models.zoo import ZOO
 from nasfast.spaces import FastNASSpace, IRNASGenotype
+from nasfast.spaces.nas_fcos import FOUND
 from nasfast.training.cost import count_parameters
 from nasfast.utils.errors import UserError
 
@@ -40,12 +44,14 @@ IR_NAS = IRNASGenotype(((("conv3x3", 0), ("def3x3", 1)), (("sep3x3", 1), ("skip"
 DECODER = DecoderConfig(8)
 TEMPLATE_NAS = ZOO["template_nas_arch0"].genotype
 HEADS = TemplateConfig(8, faithful=True, aux_heads=True)
+WIDTHS = DetectorConfig(32, normalized=True)
 SMALL = RestorerConfig(4, 6, 5, 3, residual=True)
 
 NETWORKS = {
     SEGMENTER: lambda: build_segmenter(MobileNetV2(0.1), FAST_NAS, 2, DECODER),
     TEMPLATES: lambda: build_templates(MobileNetV2(0.1, rows=3), TEMPLATE_NAS, 2, HEADS),
     RESTORER: lambda: build_restorer(IR_NAS, SMALL, channels=3, scale=2),
+    DETECTOR: lambda: build_detector(MobileNetV2(0.1), FOUND, 7, WIDTHS),
 }
 DESCRIPTIONS = {
     SEGMENTER: {
@@ -65,6 +71,12 @@ DESCRIPTIONS = {
         "restorer": dataclasses.asdict(SMALL),
         "channels": 3,
         "scale": 2,
+    },
+    DETECTOR: {
+        "genotype": FOUND.to_json(),
+        "decoder": dataclasses.asdict(WIDTHS),
+        "outputs": 7,
+        "encoder": {"name": "mobilenet_v2", "width": 0.1},
     },
 }
 
@@ -202,7 +214,7 @@ most = "and at most 10"
 DAMAGES = {
     SEGMENTER: [
         (change("decoder", {"dropout": 0.0}), "decoder: unknown setting 'dropout'; expected some"),
-        (change("encoder", {"name": "resnet"}), "encoder: expected mobilenet_v2, got 'resnet'"),
+        (change("encoder", {"name": "vgg"}), "encoder: expected mobilenet_v2 or resnet, got 'vgg'"),
         (change("encoder", None), "'NoneType' object is not subscriptable"),
         (change("outputs", -1), "Trying to create tensor with negative dimension"),
         (change("outputs", 10**12), "of its weights 8 key(s) of another shape: "),
@@ -219,7 +231,7 @@ DAMAGES = {
         (inner("encoder", "width", 0.35), "of its weights "),
     ],
     TEMPLATES: [
-        (change("encoder", {"name": "resnet"}), "encoder: expected mobilenet_v2, got 'resnet'"),
+        (change("encoder", {"name": "vgg"}), "encoder: expected mobilenet_v2 or resnet, got 'vgg'"),
         (inner("decoder", "sep_repeats", 2), "of its weights "),
         (change("genotype", FAST_NAS.to_json()), 'genotype: expected the keys "space", "templates'),
     ],
@@ -232,6 +244,12 @@ DAMAGES = {
         (inner("restorer", "head", 10**15), ""),
         (change("channels", 10**9), "of its weights "),
         (change("scale", -2), "scale: expected an integer from 1, got -2"),
+    ],
+    DETECTOR: [
+        (change("outputs", 5), "outputs: expected an integer above 5, got 5"),
+        (change("encoder", {"name": "resnet"}), "it lacks '"),
+        (inner("decoder", "width", 33), "decoder: width: expected a multiple of 32"),
+        (inner("decoder", "cat", "full"), "of its weights "),
     ],
 }
 for damages in DAMAGES.values():
@@ -296,7 +314,7 @@ def test_foreign_files(tmp_path, metadata, got, read):
     save_file({"weight": torch.zeros(1)}, path, metadata)
     message = (
         f"{path}: expected a model.safetensors that nasfast train wrote, with "
-        "'nasfast.segmenter' or 'nasfast.templates' or 'nasfast.restorer' in its metadata, got "
+        "'nasfast.segmenter' or 'nasfast.templates' or 'nasfast.restorer' or "
         f"{got}; give another file"
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):

@@ -26,7 +26,7 @@ from nasfast.methods.base import warn
 from nasfast.methods.features import check_placement, start_workers
 from nasfast.methods.segmentation.crops import enlarging
 from nasfast.methods.segmentation.settings import DecoderSearchConfig
-from nasfast.models.decoders import EncoderDecoder
+from nasfast.models.decoders import DenseNetwork, EncoderDecoder
 from nasfast.models.io import load_teacher
 from nasfast.searches.sampling import Phase, SamplingSearch
 from nasfast.strategies import make_strategy
@@ -37,7 +37,7 @@ from nasfast.utils.errors import UserError
 from nasfast.utils.interrupt import Interrupt
 
 StageConfig = TypeVar("StageConfig", Stage0Config, Stage1Config)
-Evaluator = CandidateEvaluator[Any, EncoderDecoder]
+Evaluator = CandidateEvaluator[Any, DenseNetwork]
 Config = TypeVar("Config", bound=DecoderSearchConfig)
 
 REMEDY = (
