@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nasfast.encoders.base import Encoder, FeatureInfo, tensor_mismatch
 from nasfast.encoders.mobilenet_v2 import MobileNetV2
-from nasfast.encoders.resnet import ResNet, size_of
+from nasfast.encoders.resnet import FORMS, ResNet, size_of
 from nasfast.utils.errors import UserError, cause, out_of_memory
 from nasfast.utils.tensors import load_saved
 
@@ -137,7 +137,7 @@ def load_encoder(
 
     Args:
         path: torchvision-style weights of MobileNet-v2, a ResNet or a ResNeXt of
-            `nasfast.encoders.resnet.FORMS`, which their names and shapes tell; ``None`` takes the
+            `nasfast.encoders.resnet.FORMS`, which their keys and shapes tell; ``None`` takes the
             packaged small MobileNet-v2. A file's metadata (``nasfast.encoder``) may say the width
             of a MobileNet-v2, else 1.0, and ``stride_in_1x1`` of a ResNet, else false.
         rows: of MobileNet-v2, whatever the file has of later ones; other encoders have none to
@@ -151,6 +151,11 @@ def load_encoder(
     state, metadata = read_weights(path)
     described = metadata.get("nasfast.encoder", "{}")
     size = size_of(state)
+    if size is not None and size not in FORMS:
+        raise UserError(
+            f"weights {path}: expected those of {', '.join((MobileNetV2.name, *FORMS))}, got "
+            f"{size}; give another file"
+        )
     if size is not None and rows < 7:
         raise UserError(
             f"weights {path}: expected a MobileNet-v2, whose first {rows} rows the networks have, "

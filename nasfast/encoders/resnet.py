@@ -51,7 +51,7 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         shift = self.bias - self.running_mean * scale
         shape = (1, -1, 1, 1)
-        return x * scale.view(shape).to(x.dtype) + shift.view(shape).to(x.dtype)
+        return (x * scale.view(shape).to(x.dtype)).add_(shift.view(shape).to(x.dtype))
 
 
 class Bottleneck(nn.Module):
@@ -166,18 +166,19 @@ class ResNet(Encoder):
 
 
 def size_of(state: Mapping[str, Tensor]) -> str | None:
-    """The name in FORMS of the network whose weights these are, by depth and shapes; None for
-    another network."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    for size, form in FORMS.items():
-        width = form.base * form.groups
-        last = f"layer3.{form.blocks[2] - 1}.conv3.weight"
-        deeper = f"layer3.{form.blocks[2]}.conv3.weight"
-        grouped = (width, width // form.groups, 3, 3)
-        if (
-            shapes.get("layer1.0.conv2.weight") == grouped
-            and last in shapes
-            and deeper not in shapes
-        ):
-            return size
-    return None
+    """The name in FORMS of the network whose weights these are, by depth and shapes; of another
+    ResNet its blocks and groups in words; None of what is no ResNet."""
+    if not any(key.startswith("layer1.") for key in state):
+        return None
+    blocks = tuple(
+        len({key.split(".")[1] for key in state if key.startswith(f"layer{layer}.")})
+        for layer in range(1, 5)
+    )
+    counts = ", ".join(map(str, blocks))
+    weight = state.get("layer1.0.conv2.weight")
+    if weight is None or weight.dim() != 4 or "layer1.0.conv3.weight" not in state:
+        return f"a ResNet of {counts} basic blocks"
+    base = max(1, weight.shape[1])
+    groups = weight.shape[0] // base
+    found = (size for size, form in FORMS.items() if form == (blocks, groups, base))
+    return next(found, f"a ResNet of {counts} blocks with {groups} groups of {base} channels")
