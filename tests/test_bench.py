@@ -23,6 +23,7 @@ if not BENCH.is_dir():
     pytest.skip("needs the folder bench of the checkout", allow_module_level=True)
 sys.path.insert(0, str(BENCH))
 
+import bench_nms  # noqa: E402
 import candidates  # noqa: E402
 import deform_conv2d_baselines as deform  # noqa: E402
 import feature_cache_baselines as features  # noqa: E402
@@ -37,6 +38,7 @@ from candidates import Scale, Timed  # noqa: E402
 
 from nasfast.models.decoders import Decoder  # noqa: E402
 from nasfast.models.supernet import SupernetConfig  # noqa: E402
+from nasfast.tasks.detection.nms import nms  # noqa: E402
 
 PROBLEM = deform.Problem(2, 6, 7, 9, 4, spread=3.0)
 
@@ -670,3 +672,12 @@ def test_a_benchmark_requires_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError) as info:
         harness.require_kernels(deform.nasfast(PROBLEM).call(False), "cpu")
     assert str(info.value) == f"{start}mixed_op: reference: no nvcc{remedy}"
+
+
+@pytest.mark.parametrize("scene", bench_nms.SCENES)
+def test_the_plain_loop_suppresses_the_same(scene: str) -> None:
+    boxes, scores, labels = found = bench_nms.SCENES[scene](500)
+    kept = bench_nms.loop(boxes[0], scores[0], labels[0], bench_nms.THRESHOLD)
+    assert 0 < len(kept) < 500
+    ours = nms(*found, bench_nms.THRESHOLD, None)[0, : len(kept) + 1]
+    assert ours.tolist() == [*kept.tolist(), -1]
