@@ -80,7 +80,7 @@ class DetectionDataset(ABC):
         """(height, width) of each sample, without reading all of its pixels."""
 
     def objects(self) -> Objects:
-        """Of all samples; files are not read for them."""
+        """Of all samples, in their order."""
         samples = list(self)
         counts = torch.tensor([len(sample.labels) for sample in samples])
         return Objects(
