@@ -17,7 +17,7 @@ from nasfast.data.detection.base import BoxSample, DetectionDataset, box_colors
 from nasfast.data.synthetic import STREAMS, Array, Canvas, Mask
 from nasfast.utils.errors import UserError
 
-VERSION = 1  # part of the fingerprint: raise it with every change of what is drawn
+VERSION = 2  # part of the fingerprint: raise it with every change of what is drawn
 CLASSES = ("disc", "ring", "square", "triangle")
 FEWEST, MOST = 2, 9
 """Objects in a scene."""
