@@ -7,6 +7,7 @@ that the outline alone tells them apart.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -76,6 +77,10 @@ class SyntheticShapes(DetectionDataset):
         return [self._size] * self._num_samples
 
     def counts(self) -> list[int]:
+        return self._counts
+
+    @functools.cached_property
+    def _counts(self) -> list[int]:
         return [_count(self._generator(index)) for index in range(self._num_samples)]
 
     def fingerprint(self) -> str:
