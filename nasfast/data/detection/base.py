@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class DetectionDataset(ABC):
         """(height, width) of each sample, without reading all of its pixels."""
 
     def objects(self) -> Objects:
-        """Of all samples; files are not read for them."""
+        """Of all samples, in their order."""
         samples = list(self)
         counts = torch.tensor([len(sample.labels) for sample in samples])
         return Objects(
@@ -139,6 +140,10 @@ class BoxSubset(DetectionDataset):
         )
 
     def counts(self) -> list[int]:
+        return self._counts
+
+    @functools.cached_property
+    def _counts(self) -> list[int]:
         counts = self._dataset.counts()
         return [counts[i] for i in self._indices]
 

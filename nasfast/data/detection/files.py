@@ -99,8 +99,8 @@ class BoxFiles(DetectionDataset):
         self._objects, dropped, clipped = self._settled()
         self.dropped, self.clipped = tuple(dropped), tuple(clipped)
         """Boxes without an area, and those that cross the border by more than a pixel."""
-        self._counts = torch.bincount(self._objects.sample, minlength=len(self.annotated))
-        self._ends = self._counts.cumsum(0).tolist()
+        counts = torch.bincount(self._objects.sample, minlength=len(self.annotated))
+        self._counts, self._ends = counts.tolist(), counts.cumsum(0).tolist()
         kept = cache_in_memory and sum(3 * h * w for h, w in self._sizes) <= KEPT
         self._images = for_each(self._read, range(len(self))) if kept else []
 
@@ -165,7 +165,7 @@ class BoxFiles(DetectionDataset):
     def __getitem__(self, index: int) -> BoxSample:
         index = range(len(self))[index]
         end = self._ends[index]
-        rows = slice(end - int(self._counts[index]), end)
+        rows = slice(end - self._counts[index], end)
         _, boxes, labels, ignored, areas = self._objects
         return BoxSample(
             self._images[index] if self._images else self._read(index),
@@ -191,7 +191,7 @@ class BoxFiles(DetectionDataset):
         return self._objects
 
     def counts(self) -> list[int]:
-        return self._counts.tolist()
+        return self._counts
 
     def fingerprint(self) -> str:
         if self._fingerprint is None:

@@ -7,6 +7,7 @@ that the outline alone tells them apart.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -17,7 +18,7 @@ from nasfast.data.detection.base import BoxSample, DetectionDataset, box_colors
 from nasfast.data.synthetic import STREAMS, Array, Canvas, Mask
 from nasfast.utils.errors import UserError
 
-VERSION = 1  # part of the fingerprint: raise it with every change of what is drawn
+VERSION = 2  # part of the fingerprint: raise it with every change of what is drawn
 CLASSES = ("disc", "ring", "square", "triangle")
 FEWEST, MOST = 2, 9
 """Objects in a scene."""
@@ -76,6 +77,10 @@ class SyntheticShapes(DetectionDataset):
         return [self._size] * self._num_samples
 
     def counts(self) -> list[int]:
+        return self._counts
+
+    @functools.cached_property
+    def _counts(self) -> list[int]:
         return [_count(self._generator(index)) for index in range(self._num_samples)]
 
     def fingerprint(self) -> str:
@@ -125,29 +130,20 @@ class _Shapes(Canvas):
         radius = least * (most / least) ** rng.random()
         x, y = rng.uniform(0.05, 0.95, 2) * (self.width, self.height)
         turn = rng.uniform(0, 2 * np.pi)
-        kind = CLASSES[self.labels[index]]
-        if kind in ("disc", "ring"):
-            reach = np.array([-radius, -radius, radius, radius])
-        else:
-            corners = 3 if kind == "triangle" else 4
-            angles = (
-                turn + 2 * np.pi * (np.arange(corners) + (0.5 if corners == 4 else 0)) / corners
-            )
-            points = radius * np.stack([np.cos(angles), np.sin(angles)], 1)
-            points *= np.sqrt(2) * SIDE if corners == 4 else 1
-            reach = np.concatenate([points.min(0), points.max(0)])
-        box = np.clip(reach + np.array([x, y, x, y]), 0, [self.width, self.height] * 2)
-        left, top = box[:2].astype(int)
-        right, bottom = np.ceil(box[2:]).astype(int)
-        across = (self.x[:, left:right] + 0.5 - x) / radius
-        down = (self.y[top:bottom] + 0.5 - y) / radius
+        reach = np.sqrt(2) * SIDE * radius  # of the corners of a square
+        left, top = np.maximum(0, [x - reach, y - reach]).astype(int)
+        window = (slice(top, int(y + reach) + 1), slice(left, int(x + reach) + 1))
+        across = (self.x[:, window[1]] + 0.5 - x) / radius
+        down = (self.y[window[0]] + 0.5 - y) / radius
         u = across * np.cos(turn) + down * np.sin(turn)
         v = down * np.cos(turn) - across * np.sin(turn)
-        where = OUTLINES[kind](u, v)
-        window = (slice(top, bottom), slice(left, right))
+        where = OUTLINES[CLASSES[self.labels[index]]](u, v)
         self._fill(where, window, 1 + 0.25 * u * rng.uniform(-1, 1))
         self.seen[window][where] = index
-        self.boxes[index], self.areas[index] = box, max(1, where.sum())
+        rows, columns = np.nonzero(where)
+        rows, columns = rows + top, columns + left
+        self.boxes[index] = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+        self.areas[index] = len(rows)
 
     def _clutter(self) -> None:
         """A bar, or a blot without an edge."""

@@ -214,9 +214,10 @@ def _parsed(path: Path) -> _File:
     """An annotation. UserError names the file and what of it is not as the format has it."""
     try:
         tree = ElementTree.parse(path).getroot()
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last two: encodings
         raise UserError(
-            f"{path}: expected XML, got a fault in it ({error}); restore it from a copy"
+            f"{path}: expected XML, got a fault in it ({error}); restore it from a copy, "
+            "or save it as UTF-8"
         ) from error
     with about(path):
         objects = [_object(each) for each in tree.findall("object")]

@@ -7,18 +7,20 @@ from folders import coco_content, voc_object, write_boxes, write_coco
 
 from nasfast.data import load_splits
 from nasfast.data.base import UnknownLayout
-from nasfast.data.detection import load_detection_splits
+from nasfast.data.detection import DetectionParts, SyntheticShapes, load_detection_splits
+from nasfast.data.detection.base import divide
 from nasfast.data.detection.checks import check_detection
 
 LISTS = {"train": "abcd", "val": "ef", "test": "gh"}
 
 
 def test_drawn_data():
-    findings = check_detection(load_detection_splits("synthetic"), test=True)
+    parts = DetectionParts(SyntheticShapes(30), SyntheticShapes(9, stream="val"))
+    findings = check_detection(divide(parts, seed=0, fraction=0.1), test=True)
     assert (findings.warnings, findings.errors, len(findings.tiles)) == ((), (), 12)
     assert list(findings.legend) == ["disc", "ring", "square", "triangle", "ignored"]
     train = findings.facts["parts"][0]
-    assert (train["part"], train["images"], train["height x width"]) == ("train", 512, "128x160")
+    assert (train["part"], train["images"], train["height x width"]) == ("train", 30, "128x160")
     assert [row["class"] for row in findings.facts["classes"]] == [
         "0 disc",
         "1 ring",

@@ -159,10 +159,12 @@ def test_what_is_cut_or_empty_is_said(tmp_path):
     with pytest.raises(UserError, match=r"val.txt is empty: expected one entry per line; add them"):
         load_detection_splits(root)
     xml = root / "Annotations/a.xml"
-    xml.write_text(xml.read_text()[:50])
     (root / "ImageSets/Main/val.txt").write_text("a\n")
-    with pytest.raises(UserError, match=r"a.xml: expected XML, got a fault in it \(.*; restore it"):
-        load_detection_splits(root)
+    whole = xml.read_text()
+    for text in (whole[:50], f'<?xml version="1.0" encoding="gb2312"?>{whole}'):
+        xml.write_text(text)
+        with pytest.raises(UserError, match=r"a.xml: expected XML, got a fault in it \(.*; restor"):
+            load_detection_splits(root)
 
 
 def test_unknown_folders(tmp_path):
