@@ -29,6 +29,14 @@ PRIOR = 0.01
 Tower = Literal["cls", "reg"]
 
 
+class GroupNorm(nn.GroupNorm):
+    """Also of groups of one value, which torch's refuses: one image of up to 128 pixels at width 32
+    has them on P7. They become the bias."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
 def build_head_op(op: int, channels: int) -> nn.Module:
     """An operation of `HEAD_OPS`, ``[N, C, H, W]`` to the same."""
     conv: nn.Module
@@ -47,7 +55,7 @@ def build_head_op(op: int, channels: int) -> nn.Module:
             )
         case _:
             conv = ModulatedDeformConv(channels, channels)
-    return nn.Sequential(conv, nn.GroupNorm(GROUPS, channels), nn.ReLU(inplace=True))
+    return nn.Sequential(conv, GroupNorm(GROUPS, channels), nn.ReLU(inplace=True))
 
 
 class StockTower(nn.Sequential):
@@ -58,7 +66,7 @@ class StockTower(nn.Sequential):
         for _ in range(4):
             conv = nn.Conv2d(channels, channels, 3, padding=1)
             _initialise(conv)
-            layers += [conv, nn.GroupNorm(GROUPS, channels), nn.ReLU(inplace=True)]
+            layers += [conv, GroupNorm(GROUPS, channels), nn.ReLU(inplace=True)]
         super().__init__(*layers)
 
     def of_levels(self, maps: Sequence[Tensor]) -> list[Tensor]:
