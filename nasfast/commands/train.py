@@ -123,10 +123,9 @@ def changes(config: TrainSettings, training: Training) -> list[str]:
 
 
 def _write_config(out: Path, config: TrainSettings) -> None:
-    plain = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    atomic_write(
-        out / "config.toml", tomli_w.dumps({k: v for k, v in plain.items() if v is not None})
-    )
+    text = json.dumps(dataclasses.asdict(config), default=str)
+    plain = json.loads(text, object_hook=lambda o: {k: v for k, v in o.items() if v is not None})
+    atomic_write(out / "config.toml", tomli_w.dumps(plain))
 
 
 def _make_directory(out: Path, config: TrainSettings, genotype: Genotype) -> None:

@@ -82,8 +82,8 @@ class AveragePrecision:
     class_ap50: tuple[float | None, ...]
 
 
-def coco_ap(images: Sequence[ImageBoxes], classes: int) -> AveragePrecision:
-    """COCO's figures; those that the data do not define are left out.
+def coco_evaluation(images: Sequence[ImageBoxes], classes: int, **options: Any) -> Any:
+    """faster-coco-eval's COCOeval_faster of the boxes, with options of its own, yet to be run.
 
     An ignored object is a crowd: detections that lie in it count as nothing. Images without objects
     count, by their wrong detections.
@@ -129,7 +129,12 @@ def coco_ap(images: Sequence[ImageBoxes], classes: int) -> AveragePrecision:
         )
     ]
     expected = COCO(truth)
-    evaluation = COCOeval_faster(expected, expected.loadRes(found), "bbox")
+    return COCOeval_faster(expected, expected.loadRes(found), "bbox", **options)
+
+
+def coco_ap(images: Sequence[ImageBoxes], classes: int) -> AveragePrecision:
+    """COCO's figures, see `coco_evaluation`; those that the data do not define are left out."""
+    evaluation = coco_evaluation(images, classes)
     evaluation.run()
     figures = dict(zip(FIGURES, evaluation.stats[: len(FIGURES)].tolist(), strict=True))
     # [thresholds, recalls, classes, areas, counts], -1 where there is no object
