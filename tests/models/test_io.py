@@ -315,7 +315,7 @@ def test_foreign_files(tmp_path, metadata, got, read):
     message = (
         f"{path}: expected a model.safetensors that nasfast train wrote, with "
         "'nasfast.segmenter' or 'nasfast.templates' or 'nasfast.restorer' or "
-        f"{got}; give another file"
+        f"'nasfast.detector' in its metadata, got {got}; give another file"
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         read(path)
