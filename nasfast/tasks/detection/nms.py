@@ -85,7 +85,7 @@ def _kernel() -> Callable[..., None] | None:
     """The compiled loop over sorted boxes; None without numba."""
     try:
         import numba
-    except ModuleNotFoundError:
+    except ImportError:  # it is not installed, or not for this numpy
         return None
     try:
         return numba.njit(cache=True, nogil=True)(_suppress)

@@ -179,7 +179,8 @@ class DetectionTask(DenseTask[DetectionScores]):
             boxes = detections(
                 output.nan_to_num(), _padded(targets), targets["size"], self.settings
             )
-            found.append((boxes, targets))
+            # a copy: a feature cache writes the next batch over this one
+            found.append((boxes, {name: target.clone() for name, target in targets.items()}))
         if not finite.item():
             raise NonFiniteLossError("the network's outputs are not finite")
         losses = normalized(*sums.unbind()).tolist()

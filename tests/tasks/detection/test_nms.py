@@ -1,5 +1,8 @@
 """Suppression and what goes into it, against loops."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +10,8 @@ from hypothesis import strategies as st
 
 from nasfast.models.points import points
 from nasfast.tasks.detection import nms as module
+from nasfast.tasks.detection.assign import assign
+from nasfast.tasks.detection.losses import DetectionLoss, loss_sums, normalized, normalizers
 from nasfast.tasks.detection.nms import nms
 from nasfast.tasks.detection.postprocess import PostProcessing, candidates, detections
 
@@ -101,6 +106,22 @@ def test_refuses_nan(where):
     assert str(error.value) == "nms: expected boxes and scores that are numbers, got NaN"
 
 
+def test_without_numba_or_a_place_for_what_it_compiles(monkeypatch):
+    compiled = module._kernel.__wrapped__
+
+    def njit(cache=False, nogil=False):
+        if cache:
+            raise RuntimeError("cannot cache function '_suppress': no locator available")
+        return lambda function: function
+
+    monkeypatch.setitem(sys.modules, "numba", SimpleNamespace(njit=njit))
+    monkeypatch.setattr(module, "_kernel", compiled)
+    found = some(40)
+    assert torch.equal(nms(*found), module.nms_reference(*found, 0.6, 100))
+    monkeypatch.setitem(sys.modules, "numba", None)
+    assert compiled() is None
+
+
 def output_of(size, classes=3, images=2):
     """Of a detector; logits are rounded, so that scores are equal here and there."""
     count = len(points(*size)[0])
@@ -189,3 +210,15 @@ def test_an_empty_result_of_an_untrained_network():
     found = detections(output, (32, 32), torch.tensor([[32, 32]] * 2))
     assert (found.labels == -1).all()
     assert not found.boxes.any()
+
+
+def test_no_step_waits_for_the_data():
+    """On the device without data none could: from boxes and an output to losses and detections."""
+    boxes, labels = torch.empty(2, 3, 4, device="meta"), torch.empty(2, 3, device="meta").long()
+    classes, distances = assign(boxes, labels, (64, 96), center_sampling=1.5)
+    output = torch.empty(2, 8, classes.shape[1], device="meta", requires_grad=True)
+    weight = normalizers(classes, distances, DetectionLoss())
+    normalized(loss_sums(output, classes, distances, DetectionLoss()), weight).sum().backward()
+    assert output.grad.shape == output.shape
+    found = detections(output.detach(), (64, 96), torch.empty(2, 2, device="meta"))
+    assert found.boxes.shape == (2, 100, 4)
