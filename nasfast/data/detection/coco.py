@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from nasfast.data.detection.base import DetectionDataset, DetectionParts
 from nasfast.data.detection.files import PARTS, Annotated, Box, BoxFiles, part_by_hash
@@ -200,7 +200,7 @@ def _read(root: Path, path: Path) -> _File:
             for each in content["categories"]
         }
         images = {each["id"]: (str(each["file_name"]), each) for each in content["images"]}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path}: expected images with 'id' and 'file_name' and categories with 'id' and "
             f"'name', got {type(error).__name__}: {error}; correct it"
@@ -238,9 +238,9 @@ def _boxes(
             wrong = f"bbox [left, top, width, height], got {str(edges)[:40]}"
         else:
             left, top, width, height = edges
-            area = known.get("area")
+            area = _number(known.get("area"))
             ignored = any(known.get(key) in (1, "1") for key in ("iscrowd", "ignore"))
-            area = float(area) if area is not None and _is_number(area) and area > 0 else math.nan
+            area = area if area > 0 else math.nan
             box = Box(left, top, left + width, top + height, category, ignored, area)
             boxes.setdefault(image, []).append(box)
             continue
@@ -292,11 +292,15 @@ def _places(folders: Sequence[Path], name: str) -> Iterator[Path]:
 
 
 def _size(image: Mapping[str, Any]) -> tuple[int, int] | None:
-    height, width = image.get("height"), image.get("width")
-    if not (_is_number(height) and _is_number(width) and height and width):
-        return None
-    return round(height), round(width)
+    sides = [_number(image.get(side)) for side in ("height", "width")]
+    height, width = (side if 0 < side < math.inf else 0 for side in sides)
+    return (round(height), round(width)) if height and width else None
 
 
-def _is_number(value: object) -> bool:
+def _number(value: object) -> float:
+    """NaN for what is no number."""
+    return float(value) if _is_number(value) else math.nan
+
+
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)

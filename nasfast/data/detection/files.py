@@ -116,8 +116,9 @@ class BoxFiles(DetectionDataset):
         boxes = [box for each in self.annotated for box in each.boxes]
         edges = np.array([box[:4] for box in boxes], np.float64).reshape(-1, 4)
         limits = np.array(self._sizes, np.float64).reshape(-1, 2)[owners][:, [1, 0, 1, 0]]
-        sides = edges[:, 2:] - edges[:, :2]
         finite = np.isfinite(edges).all(1)
+        with np.errstate(invalid="ignore"):
+            sides = edges[:, 2:] - edges[:, :2]
         inverted = finite & (sides < 0).any(1)
         empty = finite & ~inverted & (sides < LEAST).any(1)
         inside = np.clip(edges, 0, limits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,7 +224,9 @@ def _parsed(path: Path) -> _File:
         objects = [_object(each) for each in tree.findall("object")]
         sides = [_text(tree, f"size/{side}") for side in ("height", "width")]
         height, width = (_number("size", side) if side else 0 for side in sides)
-    known = height > 0 and width > 0  # tools that do not know the size write 0
+    known = (
+        0 < height < math.inf and 0 < width < math.inf
+    )  # tools that do not know the size write 0
     return _File(path, objects, (round(height), round(width)) if known else None)
 
 

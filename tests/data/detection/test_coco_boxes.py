@@ -136,6 +136,7 @@ def test_faults_of_an_annotation(tmp_path, change, text):
         ({"categories": None}, "expected the lists images, annotations, categories, got no 'categ"),
         ({"images": [{"id": 1}]}, "with 'id' and 'name', got KeyError: 'file_name'; correct it"),
         ({"images": [{"id": 1, "file_name": "1.png"}] * 2}, "different ids of images, got 1 of 2;"),
+        ({"categories": [{"id": 1e999, "name": "a"}]}, "'name', got OverflowError: cannot convert"),
         ({"categories": []}, "annotation 5: expected a category of none, got category_id 3; corr"),
         (
             {"categories": [{"id": 3, "name": "cell"}, {"id": 4, "name": "cell"}]},

@@ -31,8 +31,9 @@ def test_what_an_annotation_says(tmp_path):
         voc_object("cat", 8, 8, 8, 8),  # no area
     ]
     leftovers = "<folder>x</folder><filename>y.png</filename><path>/home/z.jpg</path>"
+    unknown = "<size><width>inf</width><height>0</height></size>"
     size = "<size><width>60</width><height>30</height></size>"
-    root = write_boxes(tmp_path, LISTS, {"b": leftovers + size + "".join(objects), "c": ""})
+    root = write_boxes(tmp_path, LISTS, {"b": leftovers + size + "".join(objects), "c": unknown})
     train = load_detection_splits(root).train
     sample = train[1]
     assert sample.boxes.tolist() == [
