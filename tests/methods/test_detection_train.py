@@ -7,16 +7,15 @@ import re
 import pytest
 import torch
 from folders import voc_object, write_boxes
-from search_runs import assert_same_training
 from safetensors.torch import load_file
-from torch import nn
+from search_runs import assert_same_training
 
 from nasfast.commands import evaluate, train
+from nasfast.inference.model import load
 from nasfast.methods.detection.evaluate import inputs, score
 from nasfast.methods.detection.train import DetectionTraining, TrainConfig
 from nasfast.models.detector import DetectorConfig
 from nasfast.models.io import load_model
-from nasfast.inference.model import load
 from nasfast.runs.checkpoint import save_checkpoint
 from nasfast.spaces.nas_fcos import NASFCOSGenotype
 from nasfast.training.loop import Runtime
@@ -28,6 +27,7 @@ EVERYTHING = """
     --val-every 1 --optimizer sgd --schedule steps --warmup 0.5 --warmup-from 0.3 --freeze-norm
     --precision float32
 """
+CELL, PLATE = voc_object("cell", 11, 6, 30, 25), voc_object("plate", 20, 10, 55, 39)
 
 
 class Stop(Exception):
@@ -36,10 +36,9 @@ class Stop(Exception):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Images of cats and dogs, one without either."""
+    """Images of cells and plates, one without either."""
     parts = {"train": "abcd", "val": "ef", "test": "gh"}
-    dog = voc_object("dog", 20, 10, 55, 39)
-    objects = {"a": dog, "b": "", "e": dog + voc_object("cat", 2, 2, 20, 20), "g": dog}
+    objects = {"abcdefgh"[i]: CELL if i % 2 else PLATE for i in range(8)} | {"b": ""}
     return write_boxes(tmp_path_factory.mktemp("boxes"), parts, objects)
 
 
@@ -97,10 +96,10 @@ def test_stopped_it_ends_the_same(words, trained, tmp_path, monkeypatch):
 
 def test_what_a_training_leaves(trained, tiny_weights):
     found = json.loads((trained / "metrics.json").read_text())
-    assert set(found["class_ap50"]) == {"cat", "dog"}
+    assert set(found["class_ap50"]) == {"cell", "plate"}
     assert {"ap50", "ap", "macs", "params", "losses"} < set(found)
     model, description = load_model(trained / "model.safetensors")
-    assert description["classes"] == ["cat", "dog"]
+    assert description["classes"] == ["cell", "plate"]
     assert description["category_ids"] == [1, 2]
     assert description["shorter_side"] == 64
     assert description["decoder"]["centerness"] == "reg"  # of --improvements
@@ -129,12 +128,12 @@ def test_parts_of_a_batch_have_the_loss_of_the_whole(settings, improvements):
         one = training(settings, accumulate=parts, improvements=improvements, crop=64)
         one.model.eval()  # BatchNorm sees a part at a time
         (batch,) = one._batches()
-        assert (batch["classes"] >= 0).any((1)).tolist().count(False) > 0  # one without a positive
+        assert (batch["classes"] >= 0).any(1).tolist().count(False) > 0  # one without a positive
         losses = list(one._losses(batch))
         assert len(losses) == parts
         total = torch.stack(losses).sum()
         found.append((total, torch.autograd.grad(total, list(one.model.decoder.parameters()))))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
 
 
 def test_biases_learn_twice_as_fast_without_decay(settings):
@@ -173,7 +172,7 @@ def test_measures(trained, capsys):
     found = json.loads((trained / "evaluation.json").read_text())
     assert (found["split"], found["images"], found["shorter_side"]) == ("test", 2, 64)
     assert found["post"]["limit"] == 7
-    assert set(found["classes"]["dog"]) == {"ap50", "ap", "voc_ap50"}
+    assert set(found["classes"]["plate"]) == {"ap50", "ap", "voc_ap50"}
     assert found["intervals"]["ap50"]["value"] == pytest.approx(found["ap50"], abs=1e-6)
     for name in ("latency_ms", "latency_ms_with_post_processing"):
         assert found[name]["size"] == [64, 96]
@@ -190,7 +189,7 @@ def test_inputs_and_scores_for_exports(trained, data):
 
 
 def test_data_of_other_classes(trained, tmp_path, capsys):
-    other = write_boxes(tmp_path / "x", {"train": "ab", "val": "c"}, {})
+    other = write_boxes(tmp_path / "x", {"train": "ab", "val": "c"}, dict.fromkeys("abc", CELL))
     assert evaluate.main([str(trained), "--data", str(other)]) == 2
-    text = f"expected data of the network's classes cat, dog, got cat in {other}"
+    text = f"expected data of the network's classes cell, plate, got cell in {other}"
     assert text in capsys.readouterr().err.replace("\n", " ")

@@ -113,7 +113,7 @@ def scores_of(
 ) -> DetectionScores:
     """Scores on whole images, one at a time."""
     batches = task.batches(part, in_order(len(part), 1), transform, runtime)
-    return task.score(batches, model.map, runtime)
+    return task.score(batches, model, runtime)
 
 
 def score(model: Model, data: str, split: Split, runtime: Runtime) -> dict[str, float]:
@@ -140,7 +140,7 @@ class Detecting(nn.Module):
     def forward(self, _: Tensor) -> Tensor:
         size = (self.images.shape[-2], self.images.shape[-1])
         sizes = torch.tensor([size] * len(self.images), device=self.images.device)
-        return detections(self.model.map(self.images), size, sizes, self.settings).boxes
+        return detections(self.model(self.images), size, sizes, self.settings).boxes
 
 
 def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
