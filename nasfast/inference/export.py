@@ -1,7 +1,8 @@
 """Trained networks as files that run without nasfast: ONNX, and archives of ``torch.export``.
 
-A file takes preprocessed images and gives the output at the size of the result. Its metadata says
-how images are preprocessed and what the output means.
+A file takes preprocessed images and gives the output at the size of the result, or of a detector
+that of its points or the objects. Its metadata says how images are preprocessed and what the output
+means.
 """
 
 from __future__ import annotations
@@ -24,15 +25,23 @@ from torch.nn import functional as F
 
 from nasfast.inference.exported import METADATA, Exported, import_onnxruntime
 from nasfast.inference.model import Model
+from nasfast.inference.suppression import Detecting, suppression_table
 from nasfast.ops import DeformConv2d, deform_conv2d_reference, onnx_translation_table
+from nasfast.tasks.detection.postprocess import Boxes
 from nasfast.utils.errors import UserError
 from nasfast.utils.files import atomic_write
 
 Format = Literal["onnx", "pt2"]
+Suppression = Literal["inside", "outside"]
+"""Whether the file of a detector gives objects, or the output of its network."""
 TOLERANCE = 1e-4
-"""Greatest difference from PyTorch that an export may have, in float32."""
+"""Greatest difference from PyTorch that an export may have, in float32; relative where outputs of
+a detector are greater than 1, as distances are."""
 EQUAL = 0.999
 """Least share of the pixels that must get the class that PyTorch gives them."""
+FOUND, NEAR = 0.98, 1e-2
+"""Least share of the objects that must be found as in PyTorch: their class, their box within so
+many times its longer side, their score within 0.01."""
 OPSET, DEFORM_OPSET = 18, 19
 """18 is the lowest that torch writes and every runtime of the last years reads; DeformConv came
 with 19."""
@@ -60,6 +69,7 @@ def export(
     format: Format = "onnx",
     size: tuple[int, int] | None = None,
     argmax: bool = False,
+    nms: Suppression = "outside",
 ) -> None:
     """Write a network as a file for other programs, in float32.
 
@@ -69,38 +79,58 @@ def export(
         format: "onnx", or "pt2", an archive of ``torch.export`` that runs with torch alone.
         size: (H, W) that all images have; None: any. The batch is always free.
         argmax: give the class of every pixel, uint8 ``[N, H, W]``, in place of logits.
+        nms: "inside": the file of a detector gives "boxes" ``[N, 100, 4]`` (left, top, right, bottom
+            in pixels of the input), "scores" and "labels" ``[N, 100]``, -1 after the last object,
+            in place of the output of its network.
 
     Raises:
-        UserError: the network is an export itself, has no classes for ``argmax``, or a package is
-            missing.
+        UserError: the network is an export itself, has no classes for ``argmax`` or no boxes for
+            ``nms``, or a package is missing.
     """
-    check_exportable(model, argmax=argmax)
+    check_exportable(model, format, argmax=argmax, nms=nms)
     # a copy: of the weights of another device, and the memory format of the caller's stays
     network: nn.Module = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     if argmax:
         network = _Classes(network)
+    if nms == "inside":
+        assert isinstance(network, Model)
+        network = Detecting(network)
     batch, traced = _TRACED
     images = torch.zeros(batch, model.preprocessing.channels, *(size or traced))
     write = _onnx if format == "onnx" else _archive
     with torch.no_grad(), _quiet():
-        atomic_write(path, write(network, images, size, _description(model, size, argmax)))
+        atomic_write(path, write(network, images, size, _description(model, size, argmax, nms)))
 
 
-def check_exportable(model: Model, *, argmax: bool = False) -> None:
+def check_exportable(
+    model: Model, format: Format, *, argmax: bool = False, nms: Suppression = "outside"
+) -> None:
     """UserError where `export` cannot write the network."""
     if isinstance(model.network, Exported):
         raise UserError(
             f"export: expected a model.safetensors, got {model.network.path}, which is an export; "
             "give the file that it was made from"
         )
-    if argmax and not 0 < len(model.classes) <= 256:
+    if argmax and (model.processor.whole or not 0 < len(model.classes) <= 256):
         raise UserError(
-            f"argmax: expected a network of 1 to 256 classes, got {len(model.classes)} of a "
-            f"network for {model.task}; leave it out"
+            f"argmax: expected a network of 1 to 256 classes of pixels, got {len(model.classes)} "
+            f"of a network for {model.task}; leave it out"
+        )
+    if nms == "inside" and not model.processor.whole:
+        raise UserError(
+            f"nms: expected inside for a network for detection only, got one for {model.task}; "
+            "leave it out"
+        )
+    if nms == "inside" and format != "onnx":
+        raise UserError(
+            f"nms: expected outside for --format {format}, as torch alone has no suppression, got "
+            "inside; leave it out, or use --format onnx"
         )
 
 
-def _description(model: Model, size: tuple[int, int] | None, argmax: bool) -> dict[str, Any]:
+def _description(
+    model: Model, size: tuple[int, int] | None, argmax: bool, nms: Suppression
+) -> dict[str, Any]:
     """All that a program needs to know, and with it the description of the model file."""
     file = {
         "version": VERSION,
@@ -114,6 +144,8 @@ def _description(model: Model, size: tuple[int, int] | None, argmax: bool) -> di
         "least": 1,
         "weights": weights_digest(model),
     }
+    if model.processor.whole:
+        file["nms"] = nms
     fixed = {"input_size": list(size)} if size else {}
     return {**model.description, **fixed, "export": file}
 
@@ -132,7 +164,7 @@ def _onnx(
 ) -> bytes:
     import_onnxruntime("export --format onnx")
     try:
-        table = onnx_translation_table()
+        table = onnx_translation_table() | suppression_table()
     except ModuleNotFoundError as error:
         raise UserError(str(error)) from error
     axes = {0: "batch"} if size else {0: "batch", 2: "height", 3: "width"}
@@ -144,7 +176,7 @@ def _onnx(
         verbose=False,
         opset_version=DEFORM_OPSET if deformable else OPSET,
         input_names=["images"],
-        output_names=["classes" if description["export"]["argmax"] else "output"],
+        output_names=_names(description["export"]),
         dynamic_shapes=(axes,),
         custom_translation_table=table,
     )
@@ -152,6 +184,13 @@ def _onnx(
     program.model.metadata_props[METADATA] = json.dumps(description)
     data: bytes = program.model_proto.SerializeToString()
     return data
+
+
+def _names(export: dict[str, Any]) -> list[str]:
+    """Of the outputs of a file."""
+    if export.get("nms") == "inside":
+        return ["boxes", "scores", "labels"]
+    return ["classes" if export["argmax"] else "output"]
 
 
 def _archive(
@@ -272,20 +311,52 @@ def compare(
     model: Model, exported: Model, batches: Iterable[Tensor]
 ) -> Iterator[tuple[tuple[int, ...], float]]:
     """Shape of each batch, and the greatest difference of the outputs on it; of a file that gives
-    classes the share of pixels whose class is the same."""
-    assert isinstance(exported.network, Exported)
+    classes the share of pixels whose class is the same, and of one that gives objects the share of
+    those that both find."""
+    network = exported.network
+    assert isinstance(network, Exported)
     for images in batches:
-        expected, got = model(images), exported(images)
-        if exported.network.export["argmax"]:
-            value = (expected.argmax(1) == got.argmax(1)).float().mean()
+        if network.suppresses:
+            value = _same(Boxes(*Detecting(model)(images)), network.detect(images))
         else:
-            value = (expected - got).abs().max()
-        yield tuple(images.shape), value.item()
+            expected, got = model(images), exported(images)
+            if network.export["argmax"]:
+                value = (expected.argmax(1) == got.argmax(1)).float().mean().item()
+            else:
+                unit = expected.abs().clamp(min=1) if model.processor.whole else 1.0
+                value = ((expected - got).abs() / unit).max().item()
+        yield tuple(images.shape), value
+
+
+def _same(expected: Boxes, got: Boxes) -> float:
+    """The share of the objects of either that the other has too; 1 where there are none."""
+    side = (expected.boxes[..., 2:] - expected.boxes[..., :2]).amax(-1)[..., None]
+    far = (expected.boxes[:, :, None] - got.boxes[:, None]).abs().amax(-1)  # [N, C, C]
+    same = (far <= NEAR * side) & (expected.labels[:, :, None] == got.labels[:, None])
+    same &= (expected.scores[:, :, None] - got.scores[:, None]).abs() <= 0.01
+    there = (expected.scores >= 0, got.scores >= 0)
+    same &= there[0][:, :, None] & there[1][:, None]
+    shares = [
+        (same.any(axis) & each).sum().item() / max(each.sum().item(), 1)
+        for axis, each in zip((2, 1), there, strict=True)
+        if each.any()
+    ]
+    return min(shares, default=1.0)
+
+
+def measure_of(exported: Model) -> str:
+    """What `compare` yields, in words."""
+    assert isinstance(exported.network, Exported)
+    if exported.network.suppresses:
+        return "equal objects"
+    return "equal pixels" if exported.network.export["argmax"] else "greatest difference"
 
 
 def agrees(exported: Model, value: float) -> bool:
     """Whether a value of `compare` is one of a correct export in float32."""
     assert isinstance(exported.network, Exported)
+    if exported.network.suppresses:
+        return value >= FOUND
     return value >= EQUAL if exported.network.export["argmax"] else value <= TOLERANCE
 
 

@@ -14,6 +14,7 @@ from torch.export.passes import move_to_device_pass
 from torch.nn import functional as F
 
 from nasfast.device import resolve_device
+from nasfast.tasks.detection.postprocess import Boxes
 from nasfast.utils.errors import UserError, cause
 
 EXPORT_SUFFIXES = (".onnx", ".pt2")
@@ -21,7 +22,7 @@ METADATA = "nasfast"
 """Key in the metadata of an ONNX file, and with .json the extra file of a torch.export archive."""
 NEEDED = ("argmax", "classes", "dtype", "least", "size")
 """What the description of a file has to say."""
-Run = Callable[[Tensor], Tensor]
+Run = Callable[[Tensor], Any]
 
 
 class Exported(nn.Module):
@@ -29,7 +30,8 @@ class Exported(nn.Module):
 
     Args:
         path: the file, for errors.
-        run: preprocessed images ``[N, c, H, W]`` to what the file gives, on the same device.
+        run: preprocessed images ``[N, c, H, W]`` to what the file gives, a tensor or a tuple, on
+            the same device.
         description: of the file, as `read_description` reads it.
         device: where `run` computes.
         backend: what computes, for people.
@@ -47,13 +49,30 @@ class Exported(nn.Module):
         self.path, self.backend, self._run = path, backend, run
         self.export: Mapping[str, Any] = description["export"]
         self.precision: str = self.export["dtype"]
+        self.suppresses = self.export.get("nms") == "inside"
+        """Whether it gives boxes, see `detect`, in place of the output of a detector."""
         self._outputs = len(self.export["classes"])
         self.place = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
         """Holds nothing, and says where the network is."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """Outputs ``[N, outputs, scale * H, scale * W]``; of a file that gives classes, 1 for the
-        class of a pixel and 0 for the others."""
+        """Outputs ``[N, outputs, scale * H, scale * W]``, of a detector ``[N, K + 5, P]``; of a
+        file that gives classes, 1 for the class of a pixel and 0 for the others."""
+        if self.suppresses:
+            raise UserError(
+                f"{self.path}: expected a file that gives the output of its network, got one that "
+                "gives boxes; export it with --nms outside"
+            )
+        output: Tensor = self._computed(images)
+        if not self.export["argmax"]:
+            return output
+        return F.one_hot(output.long(), self._outputs).movedim(-1, 1).float()
+
+    def detect(self, images: Tensor) -> Boxes:
+        """What a file with the suppression inside finds, in pixels of the images."""
+        return Boxes(*self._computed(images))
+
+    def _computed(self, images: Tensor) -> Any:
         height, width = images.shape[-2:]
         size, least = self.export["size"], self.export["least"]
         if size is not None and [height, width] != size:
@@ -68,10 +87,7 @@ class Exported(nn.Module):
                 f"{height}x{width}; enlarge them, or export it with --format onnx"
             )
         with torch.autocast(images.device.type, enabled=False):
-            output = self._run(images.float())
-        if not self.export["argmax"]:
-            return output
-        return F.one_hot(output.long(), self._outputs).movedim(-1, 1).float()
+            return self._run(images.float())
 
 
 def load_exported(path: Path, device: str = "auto") -> tuple[Exported, dict[str, Any]]:
@@ -169,9 +185,10 @@ def _load_onnx(path: Path, device: str) -> tuple[Run, torch.device, str]:
     session = _session(path, (provider,) if placed.type == "cuda" else ())
     name = session.get_inputs()[0].name
 
-    def run(images: Tensor) -> Tensor:
-        (output,) = session.run(None, {name: images.cpu().contiguous().numpy()})
-        return torch.from_numpy(output).to(images.device)
+    def run(images: Tensor) -> Any:
+        found = session.run(None, {name: images.cpu().contiguous().numpy()})
+        outputs = [torch.from_numpy(output).to(images.device) for output in found]
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     return run, placed, f"onnxruntime {runtime.__version__}, {session.get_providers()[0]}"
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -14,25 +15,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nasfast.data.detection import scaled_size
 from nasfast.device import resolve_device
 from nasfast.inference.exported import EXPORT_SUFFIXES, Exported, load_exported
 from nasfast.inference.inputs import SHORTEST, Input, Resize, pixels_of, resized, size_for
 from nasfast.inference.tiles import Axis, output_bands, resized_bands
 from nasfast.models.io import MODEL_FILE, load_model
 from nasfast.models.layers import resize as resize_maps
-from nasfast.tasks.processor import Prediction, Preprocessing, Processor
+from nasfast.tasks.detection import DetectionProcessor
+from nasfast.tasks.detection.nms import nms
+from nasfast.tasks.detection.postprocess import Boxes, detections
+from nasfast.tasks.processor import STRIDE, Prediction, Preprocessing, Processor, Tiling
 from nasfast.tasks.registry import processor_of
 from nasfast.training.cost import count_parameters
 from nasfast.training.loop import NonFiniteLossError, Runtime
 from nasfast.utils.errors import UserError, about, cause, out_of_memory
 from nasfast.utils.files import expanded
 
+CUT = 4
+"""A box that ends less than so many pixels from a border between tiles is cut by it."""
+
 
 class Model(nn.Module):
     """A trained network in evaluation mode, which predicts on images of any size.
 
     Args:
-        network: gives maps ``[N, outputs, h, w]``, alone or first in a tuple.
+        network: gives maps ``[N, outputs, h, w]``, or of a detector ``[N, K + 5, P]``, alone or
+            first in a tuple.
         processor: what goes in, and what comes out.
         description: of the model file. "size" is the [H, W] of the images it was scored on.
 
@@ -76,17 +85,21 @@ class Model(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Outputs at the size of the result: preprocessed images ``[N, c, H, W]`` to float32
-        ``[N, outputs, scale * H, scale * W]``.
+        ``[N, outputs, scale * H, scale * W]``; of a detector ``[N, K + 5, P]``, the points of the
+        padded image.
 
         Sides are padded to multiples of the network's stride: the cells of its coarsest maps would
         not lie where they are resized to.
         """
+        whole = self.processor.whole
         if isinstance(self.network, Exported):  # its graph pads
-            return self._resized(images)
+            return self.map(images) if whole else self._resized(images)
         height, width = images.shape[-2:]
         scale, stride = self.processor.scale, self.processor.tiling.multiple
         if stride > 1:
             images = F.pad(images, (0, -width % stride, 0, -height % stride), mode="replicate")
+        if whole:
+            return self.map(images)
         return self.cut(self._resized(images), scale * height, scale * width)
 
     @staticmethod
@@ -139,18 +152,23 @@ class Model(nn.Module):
         drops of each what its neighbours know better: the result is that of the whole image.
         Deformable convolutions may sample beyond a tile; where they do by many pixels, only a
         larger ``tile`` helps. Segmentation fades tiles into each other;
-        a class is then decided by what the tile shows, not by the whole image.
+        a class is then decided by what the tile shows, not by the whole image. Detection uses tiles
+        only where ``tile`` is given. They overlap by a quarter: objects that are larger may be
+        found in parts. What a tile's border cuts and a neighbour sees whole is dropped; what is
+        left is suppressed as the boxes of one image are.
 
         Args:
             images: a path, an 8-bit PIL image, an array uint8 ``[H, W, 3]`` or ``[H, W]``, a tensor
                 uint8 ``[c, H, W]``, or a list. Colour becomes grey for a network of grey images
                 (ITU-R 601 luma) and grey becomes colour, as in training.
             resize: "auto" brings an image to the shorter side of the images that the network was
-                scored on where its own is less than 0.7 or more than 1.4 times that; it acts for
-                segmentation only, and where the model file says that size. "none" never resizes;
-                a number is the shorter side for every image. The result has the image's own size.
+                scored on where its own is less than 0.7 or more than 1.4 times that, where the
+                model file says that size; restoration never resizes. A detector that was scored at
+                a shorter or a longer side gets every image so. "none" never resizes; a number is
+                the shorter side for every image. The result has the image's own size.
             tile: greatest side of what the network sees at once, in pixels; None: 1024, for
-                restoration 512. It decides the memory that is needed.
+                restoration 512, and for detection the whole image. It decides the memory that is
+                needed.
             batch: most neighbours of one size that go through the network together. Their pixels
                 are never more than those of a tile.
             autocast: compute in bfloat16 where the device does natively, as evaluations do.
@@ -176,7 +194,8 @@ class Model(nn.Module):
     ) -> Iterator[Prediction]:
         """The results of :meth:`predict` one by one, in order; images are read as they are
         needed."""
-        run = _Run(self, resize, tile, autocast)
+        kind = _DetectionRun if self.processor.whole else _Run
+        run = kind(self, resize, tile, autocast)
         if batch < 1:
             raise UserError(f"batch: expected at least 1, got {batch}")
         self.eval()
@@ -216,6 +235,7 @@ class _Run:
                 f"got {tile}; leave it out"
             )
         self.tiling = dataclasses.replace(tiling, side=tile or tiling.side)
+        self.pixels = math.prod(self.fixed) if self.fixed else self.tiling.side**2
 
     def _check_resize(self, resize: Resize) -> Resize:
         number = isinstance(resize, int) and not isinstance(resize, bool)
@@ -234,8 +254,7 @@ class _Run:
     def fits_a_tile(self, count: int, image: Tensor) -> bool:
         """Whether so many images like this one have no more pixels than a tile."""
         height, width = self._size(image)
-        limit = math.prod(self.fixed) if self.fixed else self.tiling.side**2
-        return count * height * width <= limit
+        return count * height * width <= self.pixels
 
     def _size(self, image: Tensor) -> tuple[int, int]:
         return size_for((image.shape[-2], image.shape[-1]), self.usual, self.resize)
@@ -244,15 +263,12 @@ class _Run:
     def __call__(self, images: Sequence[Tensor]) -> list[Prediction]:
         """Results for images of one size."""
         size = self._size(images[0])
-        batch = resized(torch.stack(list(images)), size)
         rows, columns = (
             Axis(side, self.tiling, fixed, self.least)
             for side, fixed in zip(size, self.fixed or (None, None), strict=True)
         )
-        shape = (images[0].shape[-2], images[0].shape[-1])
         try:
-            strips = self._strips(batch, rows, columns, shape)
-            reduced = torch.cat([self.processor.reduce(strip).cpu() for strip in strips], -2)
+            return self._results(images, resized(torch.stack(list(images)), size), rows, columns)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -260,6 +276,14 @@ class _Run:
                 f"out of memory ({cause(error)}) with tiles of {_text((rows.tile, columns.tile))} "
                 f"and {len(images)} images at once; use a smaller tile or batch"
             ) from error
+
+    def _results(
+        self, images: Sequence[Tensor], batch: Tensor, rows: Axis, columns: Axis
+    ) -> list[Prediction]:
+        """Of images, which were resized to a batch."""
+        shape = (images[0].shape[-2], images[0].shape[-1])
+        strips = self._strips(batch, rows, columns, shape)
+        reduced = torch.cat([self.processor.reduce(strip).cpu() for strip in strips], -2)
         return [self.processor.result(*pair) for pair in zip(reduced, images, strict=True)]
 
     def _strips(
@@ -282,21 +306,100 @@ class _Run:
 
     def _map(self, piece: Tensor, rows: Axis, columns: Axis) -> Tensor:
         """Output for a piece of images, uint8, padded to a whole tile by its last pixels."""
-        device = self.runtime.device
-        x = self.model.preprocessing(piece.to(device))
-        missing = columns.tile - x.shape[-1], rows.tile - x.shape[-2]
-        if any(missing):
-            x = F.pad(x, (0, missing[0], 0, missing[1]), mode="replicate")
-        x = x.contiguous(memory_format=torch.channels_last)
-        with self.runtime.autocast() if self.autocast else contextlib.nullcontext():
-            output = self.model.map(x)
-        if not output.isfinite().all():
-            raise NonFiniteLossError(
-                "predict: expected finite outputs of the network, got NaN or infinity; train it "
-                "again with a smaller learning rate, or predict without autocast"
-            )
+        x = self._prepared(piece, (rows.tile, columns.tile))
+        with self._precision():
+            output = _finite(self.model.map(x))
         self._map_size = (output.shape[-2], output.shape[-1])
         return output
+
+    def _prepared(self, piece: Tensor, size: tuple[int, int]) -> Tensor:
+        """Input of the network for a piece of images, uint8, no smaller than a size."""
+        x = self.model.preprocessing(piece.to(self.runtime.device))
+        missing = max(size[1] - x.shape[-1], 0), max(size[0] - x.shape[-2], 0)
+        if any(missing):
+            x = F.pad(x, (0, missing[0], 0, missing[1]), mode="replicate")
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def _precision(self) -> contextlib.AbstractContextManager[None]:
+        return self.runtime.autocast() if self.autocast else contextlib.nullcontext()
+
+
+class _DetectionRun(_Run):
+    """The same of a detector, whose boxes are those of the whole image, or of large tiles."""
+
+    processor: DetectionProcessor
+
+    def __init__(self, model: Model, resize: Resize, tile: int | None, autocast: bool) -> None:
+        super().__init__(model, resize, tile, autocast)
+        side = tile or sys.maxsize
+        overlap = max(side // 4 // STRIDE, 1) * STRIDE
+        self.tiling = Tiling(side, blend=overlap, multiple=STRIDE)
+
+    def _size(self, image: Tensor) -> tuple[int, int]:
+        own = (image.shape[-2], image.shape[-1])
+        scored = [self.model.description.get(f"{name}_side") for name in ("shorter", "longer")]
+        if self.resize == "auto" and any(scored):
+            size = scaled_size(own, *scored)
+        else:
+            size = size_for(own, self.usual, self.resize)
+        if self.fixed is None:
+            return size
+        factor = min(1.0, *(most / side for most, side in zip(self.fixed, size, strict=True)))
+        return max(1, int(size[0] * factor)), max(1, int(size[1] * factor))
+
+    def _results(
+        self, images: Sequence[Tensor], batch: Tensor, rows: Axis, columns: Axis
+    ) -> list[Prediction]:
+        sizes = torch.tensor([batch.shape[-2:]] * len(images))
+        tiles = itertools.product(range(len(rows.starts)), range(len(columns.starts)))
+        found = [self._of_tile(batch, rows, columns, *tile) for tile in tiles]
+        boxes = Boxes(*(torch.cat(each, 1) for each in zip(*found, strict=True)))
+        settings = self.processor.settings
+        kept = boxes.chosen(nms(*boxes, settings.nms_threshold, settings.limit))
+        return list(self.processor.detections(kept, sizes, images))
+
+    def _found(self, piece: Tensor) -> Boxes:
+        """The boxes in a piece of images, uint8, in its pixels."""
+        network, settings = self.model.network, self.processor.settings
+        height, width = piece.shape[-2:]
+        x = self._prepared(piece, self.fixed or (self.least, self.least))
+        sizes = torch.tensor([[height, width]] * len(piece), device=x.device)
+        if isinstance(network, Exported) and network.suppresses:
+            return network.detect(x).clipped(sizes)
+        with self._precision():
+            output = _finite(self.model(x))
+        padded = (x.shape[-2] + -x.shape[-2] % STRIDE, x.shape[-1] + -x.shape[-1] % STRIDE)
+        return detections(output, padded, sizes, settings)
+
+    def _of_tile(self, batch: Tensor, rows: Axis, columns: Axis, i: int, j: int) -> Boxes:
+        """The boxes in a tile, in the pixels of the image, but for those that the tile's border
+        cuts and a neighbour sees whole."""
+        top, left = rows.starts[i], columns.starts[j]
+        found = self._found(batch[..., top : top + rows.tile, left : left + columns.tile])
+        shift = torch.tensor([left, top, left, top], device=found.boxes.device)
+        boxes = found.boxes + shift
+        cut = torch.zeros_like(found.labels, dtype=torch.bool)
+        for axis, index, low, high in (
+            (columns, j, boxes[..., 0], boxes[..., 2]),
+            (rows, i, boxes[..., 1], boxes[..., 3]),
+        ):
+            start, tile = axis.starts[index], axis.tile
+            if index > 0:
+                before = axis.starts[index - 1] + tile
+                cut |= (low < start + CUT) & (high < before - CUT)
+            if index + 1 < len(axis.starts):
+                after = axis.starts[index + 1]
+                cut |= (high > start + tile - CUT) & (low > after + CUT)
+        return Boxes(boxes, found.scores.masked_fill(cut, -1.0), found.labels)
+
+
+def _finite(output: Tensor) -> Tensor:
+    if not output.isfinite().all():
+        raise NonFiniteLossError(
+            "predict: expected finite outputs of the network, got NaN or infinity; train it "
+            "again with a smaller learning rate, or predict without autocast"
+        )
+    return output
 
 
 def _pair(value: object) -> tuple[int, int] | None:

@@ -94,11 +94,14 @@ class Processor(ABC):
     """
 
     full_size: ClassVar[bool] = True
-    """Whether outputs are first brought to the size of the result. Where not, as for boxes and
+    """Whether outputs are first brought to the size of the result. Where not, as for
     keypoints, `reduce` gets a map ``[.., h, w]`` at the network's resolution, which covers the
     image: the centre of its cell (y, x) is at ((y + 0.5) H / h, (x + 0.5) W / w)."""
     resizes: ClassVar[bool] = True
     """Whether an image may be enlarged or reduced for the network: objects have a usual size."""
+    whole: ClassVar[bool] = False
+    """Whether outputs are of whole images, as boxes are: then `DetectionProcessor.detections` has
+    the part of `reduce` and `result`."""
     suffixes: ClassVar[tuple[str, ...]] = (".png",)
     """Ends of the names of the files that ``Prediction.save`` writes."""
 

@@ -26,6 +26,7 @@ from nasfast.data.detection.transforms import (
     BoxTransform,
     BoxValTransform,
     batch,
+    scaled_size,
 )
 from nasfast.data.detection.voc import BOXES_LAYOUT, box_folders, open_boxes_voc
 from nasfast.data.detection.yolo import YOLO_LAYOUT, open_yolo, yolo_folders
@@ -46,6 +47,7 @@ __all__ = [
     "SyntheticShapes",
     "batch",
     "load_detection_splits",
+    "scaled_size",
 ]
 
 

@@ -178,11 +178,19 @@ def _scaled(
     sample: BoxSample, shorter_side: int | None, longer_side: int | None, factor: float
 ) -> BoxSample:
     height, width = sample.image.shape[1:]
-    scale = factor if shorter_side is None else factor * shorter_side / min(height, width)
+    return resized(sample, scaled_size((height, width), shorter_side, longer_side, factor))
+
+
+def scaled_size(
+    size: tuple[int, int], shorter_side: int | None, longer_side: int | None, factor: float = 1.0
+) -> tuple[int, int]:
+    """(H, W) of an image with its shorter side at `shorter_side` times a factor, as far as the
+    longer one stays within `longer_side`."""
+    scale = factor if shorter_side is None else factor * shorter_side / min(size)
     if longer_side is not None:
-        scale = min(scale, longer_side / max(height, width))
+        scale = min(scale, longer_side / max(size))
     # torch resizes no uint8 image to 1x1
-    return resized(sample, (max(2, round(height * scale)), max(2, round(width * scale))))
+    return max(2, round(size[0] * scale)), max(2, round(size[1] * scale))
 
 
 def _cropped(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nasfast.models.points import level_sizes, points
 from nasfast.tasks.detection.nms import nms
@@ -35,14 +35,39 @@ class Boxes(NamedTuple):
     scores: Tensor  # float32 [N, C]
     labels: Tensor  # int64 [N, C]
 
+    def chosen(self, index: Tensor) -> Boxes:
+        """The rows that `nms` has kept, ``[N, limit]``."""
+        none, index = index < 0, index.clamp(min=0)
+        return Boxes(
+            self.boxes.gather(1, index[..., None].expand(-1, -1, 4)).masked_fill(none[..., None], 0),
+            self.scores.gather(1, index).masked_fill(none, -1),
+            self.labels.gather(1, index).masked_fill(none, -1),
+        )
+
+    def clipped(self, sizes: Tensor) -> Boxes:
+        """Within images of sizes ``[N, 2]``, height and width; boxes without area have the score
+        and the label -1."""
+        most = sizes.to(self.boxes).flip(1).repeat(1, 2)[:, None]
+        boxes = self.boxes.clamp(min=0).minimum(most)
+        none = (boxes[..., 2:] <= boxes[..., :2]).any(-1)
+        return Boxes(boxes, self.scores.masked_fill(none, -1), self.labels.masked_fill(none, -1))
+
+
+class Pairs(NamedTuple):
+    """Pairs of a point and a class."""
+
+    scores: Tensor  # float32 [N, C]
+    labels: Tensor  # int64 [N, C]
+    points: Tensor  # int64 [N, C]
+    places: Tensor  # float32 [N, C, 2]: x and y of the points
+
 
 def candidates(
     output: Tensor,  # [N, K + 5, P]
     size: tuple[int, int],
     sizes: Tensor,  # [N, 2]
     settings: PostProcessing = PostProcessing(),
-    *,
-    fixed: bool = False,
+    best: Callable[[Tensor, tuple[int, int], int], Pairs] | None = None,
 ) -> Boxes:
     """What goes on to the suppression: of each level the best pairs of a point and a class, not in
     order. No step depends on the data.
@@ -55,37 +80,32 @@ def candidates(
         size: (H, W) of the padded images.
         sizes: height and width of each image before the padding.
         settings: of this and of the suppression.
-        fixed: give ``settings.candidates`` rows of every level, even where it has fewer pairs, so
-            that a traced graph holds for other sizes too. Equal scores are then kept in the order
-            that the runtime's top-k has; ONNX defines the one that is used here.
+        best: in place of `best_pairs`, for graphs.
     """
     count = output.shape[1] - 5
-    places, _ = points(*size, output.device)
-    lengths = [rows * columns for rows, columns in level_sizes(*size)]
     output = output.float()
     scores = output[:, :count].sigmoid()
     scores = torch.where(scores > settings.score_threshold, scores * output[:, -1:].sigmoid(), -1.0)
+    score, label, point, place = (best or best_pairs)(scores, size, settings.candidates)
+    sides = output[:, count : count + 4].gather(2, point[:, None].expand(-1, 4, -1)).mT
+    found = Boxes(torch.cat([place - sides[..., :2], place + sides[..., 2:]], 2), score, label)
+    found = found.clipped(sizes)
+    return found._replace(labels=found.labels.masked_fill(found.scores < 0, -1))
+
+
+def best_pairs(scores: Tensor, size: tuple[int, int], count: int) -> Pairs:
+    """Up to ``count`` pairs of a point and a class with the greatest scores ``[N, K, P]`` of each
+    level of images of a size; of equal ones the first."""
+    places, _ = points(*size, scores.device)
+    lengths = [rows * columns for rows, columns in level_sizes(*size)]
     found, first = [], 0
     for level, length in zip(torch.split(scores, lengths, 2), lengths, strict=True):
         flat = level.flatten(1)  # [N, K * P_l]
-        if fixed:
-            best, index = F.pad(flat, (0, settings.candidates), value=-1.0).topk(
-                settings.candidates
-            )
-            index = index.clamp(max=count * length - 1)
-        else:
-            best, index = _top(flat, min(settings.candidates, count * length))
+        best, index = _top(flat, min(count, flat.shape[1]))
         found.append((best, index // length, first + index % length))
         first += length
-    score, label, point = (torch.cat(each, 1) for each in zip(*found, strict=True))  # [N, C]
-    sides = output[:, count : count + 4].gather(2, point[:, None].expand(-1, 4, -1))
-    place = places[point].movedim(-1, 1)  # [N, 2, C]
-    most = sizes.to(output.device, torch.float32).flip(1)[..., None]  # width and height
-    low = (place - sides[:, :2]).clamp(min=0).minimum(most)
-    high = (place + sides[:, 2:]).clamp(min=0).minimum(most)
-    real = (score >= 0) & (high > low).all(1)
-    boxes = torch.cat([low, high], 1).transpose(1, 2)
-    return Boxes(boxes, torch.where(real, score, -1.0), torch.where(real, label, -1))
+    score, label, point = (torch.cat(each, 1) for each in zip(*found, strict=True))
+    return Pairs(score, label, point, places[point])
 
 
 def detections(
@@ -97,14 +117,7 @@ def detections(
     """The detections of images by falling score: `candidates` and the suppression, on the device of
     the output, without a copy to the host on a GPU. ``limit`` rows an image."""
     found = candidates(output, size, sizes, settings)
-    index = nms(*found, settings.nms_threshold, settings.limit)
-    none, index = index < 0, index.clamp(min=0)
-    boxes = found.boxes.gather(1, index[..., None].expand(-1, -1, 4))
-    return Boxes(
-        boxes.masked_fill(none[..., None], 0.0),
-        found.scores.gather(1, index).masked_fill(none, -1.0),
-        found.labels.gather(1, index).masked_fill(none, -1),
-    )
+    return found.chosen(nms(*found, settings.nms_threshold, settings.limit))
 
 
 def _top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:

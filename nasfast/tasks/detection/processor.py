@@ -125,6 +125,7 @@ class DetectionProcessor(Processor):
     settings: PostProcessing = PostProcessing()  # noqa: RUF009 - it is frozen
 
     full_size = False
+    whole = True
     suffixes = (".json", "-boxes.png")
     task = "detection"
     preprocessing = Preprocessing(IMAGENET_MEAN, IMAGENET_STD)

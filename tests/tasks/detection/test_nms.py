@@ -181,29 +181,6 @@ def test_a_class_counts_before_centerness():
     assert 0 < found.scores.max() < 0.05
 
 
-def test_fixed_candidates_are_the_same():
-    size, sizes = (64, 96), torch.tensor([[64, 96], [40, 70]])
-    settings = PostProcessing(candidates=200)
-    output = output_of(size) + 1e-3 * torch.rand(1, 8, 1)
-    output += 1e-3 * torch.rand_like(output)  # no equal scores
-    own = candidates(output, size, sizes, settings)
-    fixed = candidates(output, size, sizes, settings, fixed=True)
-    assert fixed.scores.shape == (2, 1000)
-    for i in range(2):
-        sets = [
-            {
-                (score, label, *box)
-                for score, label, box in zip(
-                    *(e[i].tolist() for e in (f.scores, f.labels, f.boxes))
-                )
-                if score >= 0
-            }
-            for f in (own, fixed)
-        ]
-        assert sets[0] == sets[1]
-        assert sets[0]
-
-
 def test_an_empty_result_of_an_untrained_network():
     output = output_of((32, 32))
     output[:, :3] = -5.0
