@@ -10,6 +10,7 @@ from typing import Any
 from nasfast.inference.exported import EXPORT_SUFFIXES, read_description
 from nasfast.inference.model import find_model
 from nasfast.methods.base import Method
+from nasfast.methods.detection import Detection
 from nasfast.methods.restoration import Restoration
 from nasfast.methods.segmentation import Segmentation
 from nasfast.methods.templates import Templates
@@ -20,7 +21,7 @@ from nasfast.utils.config import from_mapping
 from nasfast.utils.errors import UserError, about
 from nasfast.utils.files import read_toml
 
-_ALL: tuple[Method, ...] = (Segmentation(), Templates(), Restoration())
+_ALL: tuple[Method, ...] = (Segmentation(), Templates(), Detection(), Restoration())
 METHODS = {method.name: method for method in _ALL}
 DEFAULT = "segmentation"
 """The method of a search that names none."""
