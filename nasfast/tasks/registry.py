@@ -22,14 +22,15 @@ def processor_of(description: Mapping[str, Any]) -> Processor:
         KeyError: the description lacks what the task needs.
         UserError: the task is unknown, or has another setting.
     """
-    classes = tuple(description.get("classes", ()))
-    colors = description.get("colors") or default_colors(len(classes))
-    colors = tuple((r, g, b) for r, g, b in colors)
-    if "detection" in (description.get("task"), description.get("method")):
-        ids = description.get("category_ids") or range(1, len(classes) + 1)
-        return DetectionProcessor(classes, colors, tuple(int(each) for each in ids))
-    if "task" in description:
+    detects = "detection" in (description.get("task"), description.get("method"))
+    if "task" in description and not detects:
         genotype = IRNASGenotype.from_json(description["genotype"])
         task = task_from_json(description["task"])
         return RestorationProcessor(task, description["channels"], reach(genotype))
-    return SegmentationProcessor(tuple(description["classes"]), colors)
+    classes = tuple(description["classes"])
+    colors = description.get("colors") or default_colors(len(classes))
+    colors = tuple((r, g, b) for r, g, b in colors)
+    if detects:
+        ids = description.get("category_ids") or range(1, len(classes) + 1)
+        return DetectionProcessor(classes, colors, tuple(int(each) for each in ids))
+    return SegmentationProcessor(classes, colors)

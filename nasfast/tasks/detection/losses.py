@@ -19,6 +19,7 @@ from nasfast.utils.config import Bound, Bounded, Positive
 LOSSES = ("classes", "boxes", "centerness")
 """The terms, in the order of `loss_sums` and `normalizers`."""
 _ALPHA = 0.25  # weight of positives in the focal loss; its exponent is 2
+_FARTHEST = 1e6  # pixels; areas of larger boxes would leave float32
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class DetectionLoss(Bounded):
 def loss_sums(output: Tensor, classes: Tensor, distances: Tensor, loss: DetectionLoss) -> Tensor:
     """Sums of the three losses over the points of a batch, float32 ``[3]``, see `LOSSES`.
 
-    That of boxes is weighted by the targets of centre-ness. They and their gradients are finite
-    for any finite output, without a positive point too; half precision is computed in float32.
+    That of boxes is weighted by the targets of centre-ness. They and their gradients are finite for
+    outputs up to 1e30, without a positive point too; half precision is computed in float32.
 
     Args:
         output: ``[N, K + 5, P]``.
@@ -54,7 +55,7 @@ def loss_sums(output: Tensor, classes: Tensor, distances: Tensor, loss: Detectio
     focal: Tensor = _Focal.apply(logits, classes)  # type: ignore[no-untyped-call]
     # points without a box compare equal boxes: masks of infinite numbers would give NaN gradients
     wanted = distances.transpose(1, 2)
-    sides = torch.where(positive[:, None], sides.float(), 1.0)
+    sides = torch.where(positive[:, None], sides.float().clamp(0, _FARTHEST), 1.0)
     target = centerness(distances) * positive
     boxes = (_box_losses(sides, wanted, loss.box) * target).sum()
     ness = F.binary_cross_entropy_with_logits(

@@ -130,6 +130,14 @@ class DetectionProcessor(Processor):
     task = "detection"
     preprocessing = Preprocessing(IMAGENET_MEAN, IMAGENET_STD)
 
+    def __post_init__(self) -> None:
+        for name in ("colors", "category_ids"):
+            count = len(getattr(self, name))
+            if count != len(self.names):
+                raise ValueError(
+                    f"{name}: expected one for each of {len(self.names)} classes, got {count}"
+                )
+
     @property
     def classes(self) -> tuple[str, ...]:
         return self.names

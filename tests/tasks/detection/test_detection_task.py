@@ -263,6 +263,9 @@ def test_a_processor_by_its_description(tmp_path):
     assert processor == task.processor
     plain = processor_of({"method": "detection", "classes": ["a", "b"]})
     assert plain.category_ids == (1, 2)
+    with pytest.raises(ValueError) as error:
+        processor_of({**description, "category_ids": [7]})
+    assert str(error.value) == "category_ids: expected one for each of 2 classes, got 1"
     large = torch.zeros(3, 128, 192, dtype=torch.uint8)
     (found,) = processor.detect(output, (64, 96), targets["size"], [large])
     same = processor.prediction(output[0], Scenes()[0].image)
