@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from nasfast.utils.errors import UserError
@@ -98,13 +99,13 @@ def coco_evaluation(images: Sequence[ImageBoxes], classes: int, **options: Any) 
         {
             "image_id": number,
             "category_id": label,
-            "bbox": _corner_and_sides(box),
+            "bbox": box,
             "area": area,
             "iscrowd": int(ignored),
         }
         for number, image in enumerate(images, 1)
         for box, label, area, ignored in zip(
-            image.boxes.tolist(),
+            _corners_and_sides(image.boxes),
             image.labels.tolist(),
             image.areas.tolist(),
             image.ignored.tolist(),
@@ -120,12 +121,15 @@ def coco_evaluation(images: Sequence[ImageBoxes], classes: int, **options: Any) 
         {
             "image_id": number,
             "category_id": label,
-            "bbox": _corner_and_sides(box),
+            "bbox": box,
             "score": score,
         }
         for number, image in enumerate(images, 1)
         for box, label, score in zip(
-            image.found.tolist(), image.found_labels.tolist(), image.scores.tolist(), strict=True
+            _corners_and_sides(image.found),
+            image.found_labels.tolist(),
+            image.scores.tolist(),
+            strict=True,
         )
     ]
     expected = COCO(truth)
@@ -147,9 +151,10 @@ def coco_ap(images: Sequence[ImageBoxes], classes: int) -> AveragePrecision:
     return AveragePrecision(defined, class_ap, class_ap50)
 
 
-def _corner_and_sides(box: list[float]) -> list[float]:
-    left, top, right, bottom = box
-    return [left, top, right - left, bottom - top]
+def _corners_and_sides(boxes: Tensor) -> list[list[float]]:
+    corners, ends = boxes.double().split(2, 1)  # type: ignore[no-untyped-call]
+    sides: list[list[float]] = torch.cat([corners, ends - corners], 1).tolist()
+    return sides
 
 
 def _mean(precision: Any) -> float | None:
