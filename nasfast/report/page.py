@@ -56,7 +56,10 @@ class _Summary:
     candidates: int
     evaluated: int
     failed: int
-    rejected: int
+    beyond: int
+    """Proposals that were rejected for their costs."""
+    invalid: int
+    """Proposals that were no network."""
     seconds: dict[str, float]
     """By step: of the search itself, "seconds" of the checkpoint such as {"controller": 4.2}, then
     of the records."""
@@ -67,11 +70,13 @@ class _Summary:
         spent: Counter[str] = Counter((study.load_checkpoint() or {}).get("seconds", {}))
         for record in fresh:
             spent.update(record.evaluation.seconds)
+        rejected = [costs for record in study.records for costs in record.rejected]
         return cls(
             candidates=len(study.records),
             evaluated=len(fresh),
             failed=sum(record.evaluation.failure is not None for record in fresh),
-            rejected=sum(len(record.rejected) for record in study.records),
+            beyond=sum(map(bool, rejected)),
+            invalid=len(rejected) - sum(map(bool, rejected)),
             seconds=dict(spent),
         )
 
@@ -81,7 +86,8 @@ class _Summary:
             "evaluated": str(self.evaluated),
             "duplicates": str(self.candidates - self.evaluated),
             "failed": str(self.failed),
-            **({"beyond the limits": str(self.rejected)} if self.rejected else {}),
+            **({"beyond the limits": str(self.beyond)} if self.beyond else {}),
+            **({"proposals that were no network": str(self.invalid)} if self.invalid else {}),
             "time, all workers": duration(sum(self.seconds.values())),
         }
 
@@ -110,7 +116,7 @@ def _parts(study: Study, hook: MethodReport, baseline: Study | None) -> list[Ele
     if best is not None:
         first = "best" if study.ranks_by == "score" else "last"
         parts.append(_section(f"Architectures, {first} first", _ranking(study, hook)))
-    if summary.rejected:
+    if summary.beyond:
         parts.append(_section("Rejected, beyond the limits", _rejections(records)))
     if summary.failed:
         parts.append(_section("Failures", [_failures(records)]))
@@ -192,7 +198,7 @@ def _rejections(records: Sequence[Record]) -> list[Element]:
     for name, values in beyond.items():
         spread = (min(values), statistics.median(values), max(values))
         rows.append((cost_label(name), str(len(values)), *(cost_text(name, v) for v in spread)))
-    counts = [(record.index, len(record.rejected)) for record in records]
+    counts = [(record.index, sum(map(bool, record.rejected))) for record in records]
     return [
         element("p", "Proposals that were not trained and are not of the budget."),
         table(("above the limit of", "proposals", "least", "median", "most"), rows, "numbers"),

@@ -92,7 +92,7 @@ def terminal_table(study: Study, hook: MethodReport, top: int = 5) -> Table:
     the winner's genotype below."""
     fresh = [record for record in study.records if record.duplicate_of is None]
     failed = sum(record.evaluation.failure is not None for record in fresh)
-    rejected = sum(len(record.rejected) for record in study.records)
+    rejected = sum(bool(costs) for record in study.records for costs in record.rejected)
     beyond = f", {rejected} beyond the limits" if rejected else ""
     head, rows = ranking_table(study, hook, top)
     best = study.best

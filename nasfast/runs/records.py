@@ -104,7 +104,8 @@ class Record:
     """Which of the search's phases it belongs to; later ones build on the best of the earlier."""
     rejected: tuple[dict[str, float], ...] = ()
     """The architectures that were proposed between the record before and this one, and not trained
-    because they are beyond the limits: of each the costs that exceed theirs."""
+    because they are beyond the limits: of each the costs that exceed theirs. Empty for a proposal
+    that is no network."""
     version: int = VERSION
     """Of its line's form; older ones were brought to today's."""
     unknown: Mapping[str, object] = field(default_factory=dict)

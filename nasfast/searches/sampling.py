@@ -128,9 +128,8 @@ class Phase(Generic[G]):
     engine: Engine[G] = field(default_factory=InProcess)
     """Evaluates a batch."""
     limits: Limits = field(default_factory=Limits)
-    """What is beyond them is rejected: neither evaluated nor recorded, and not of the batch."""
-    valid: Callable[[G], bool] = lambda genotype: True
-    """What is not valid, no network, is rejected as well."""
+    """What is beyond them, or not valid in the space, is rejected: neither evaluated nor recorded,
+    and not of the batch."""
 
 
 NextPhase = Callable[[Sequence[Record], Path], Phase[Any]]
@@ -140,12 +139,13 @@ resume. What it takes long for it may keep in the folder, which is the run's and
 
 @dataclass(frozen=True)
 class _Proposal(Generic[G]):
-    """What a strategy proposed within the limits, and what it proposed before that was not."""
+    """A network within the limits that a strategy proposed, and what it proposed before that was
+    none, or beyond them."""
 
     genotype: G
     rejected: tuple[G, ...]
     exceeded: tuple[dict[str, float], ...]
-    """Of each of those, the costs beyond their limits; none of what is no network."""
+    """Of each of those, the costs beyond their limits; empty for what is no network."""
 
 
 class SamplingSearch:
@@ -294,7 +294,7 @@ class SamplingSearch:
         rejected, exceeded, costs = list[Any](), list[dict[str, float]](), list[dict[str, float]]()
         while len(rejected) < _MAX_REJECTIONS:
             genotype, beyond = phase.strategy.ask(), dict[str, float]()
-            valid = phase.valid(genotype)
+            valid = phase.space.valid(genotype)
             if valid and phase.limits:
                 phase.evaluator.runtime.heartbeat()
                 costs.append(phase.evaluator.costs(genotype))

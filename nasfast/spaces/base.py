@@ -36,7 +36,7 @@ G = TypeVar("G", bound=Genotype)
 
 
 class Space(Protocol[G]):
-    """The set of genotypes a search chooses from."""
+    """The set of genotypes a search chooses from; spaces are subclasses."""
 
     @property
     def name(self) -> str: ...
@@ -54,11 +54,17 @@ class Space(Protocol[G]):
     def encode(self, genotype: G) -> tuple[int, ...]:
         """The choices that decode to `genotype`; UserError if it is not of this space."""
 
+    def valid(self, genotype: G) -> bool:
+        """Whether it is a network. `decode` may give what is none: the decisions do not show it. A
+        search rejects it as it does what is beyond the limits."""
+        return True
+
     def sample(self, rng: random.Random) -> G:
-        """Uniform over ordered genotypes."""
+        """Uniform over ordered genotypes that are valid."""
 
     def mutate(self, genotype: G, rng: random.Random) -> G:
-        """Exactly one decision changes, to one of its other choices, uniformly."""
+        """Exactly one decision changes, to one of its other choices, uniformly among the changes
+        that are valid."""
 
     def from_json(self, obj: object) -> G:
         """Read `Genotype.to_json`, or the list form of the publication."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from nasfast.spaces.base import Decision, check_choices, mutate_choices, sample_choices
+from nasfast.spaces.base import Decision, Space, check_choices, mutate_choices, sample_choices
 from nasfast.utils.errors import UserError
 
 PRIMITIVES = (
@@ -126,7 +126,7 @@ class FastNASGenotype:
 
 
 @dataclass(frozen=True)
-class FastNASSpace:
+class FastNASSpace(Space[FastNASGenotype]):
     """Cells of op0 and `num_layers` layers; decoders of `num_blocks` blocks over `num_taps` taps.
 
     The 2, 5, 8, .. nodes that layers 1, 2, 3, .. may read follow the publication's first code.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
-from nasfast.spaces.base import Decision, check_choices, mutate_choices, sample_choices
+from nasfast.spaces.base import Decision, Space, check_choices, mutate_choices, sample_choices
 from nasfast.utils.errors import UserError
 
 PRIMITIVES = ("conv3x3", "sep3x3", "dil3x3", "def3x3", "skip", "none")
@@ -105,7 +105,7 @@ class IRNASGenotype:
 
 
 @dataclass(frozen=True)
-class IRNASSpace:
+class IRNASSpace(Space[IRNASGenotype]):
     """Networks of `layers` layers whose cell has `nodes` nodes."""
 
     layers: int = 4

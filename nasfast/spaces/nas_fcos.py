@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from functools import cached_property
+from typing import Any, ClassVar, Literal, NamedTuple
 
-from nasfast.spaces.base import Decision, check_choices, mutate_choices, sample_choices
+from nasfast.spaces.base import Decision, Space, check_choices, mutate_choices, sample_choices
 from nasfast.utils.errors import UserError
 
 FPN_OPS = (
@@ -96,11 +97,13 @@ class NASFCOSGenotype:
 
     def canonical(self) -> NASFCOSGenotype:
         """One representative of the genotypes that differ in the order of the two halves of a
-        block, and in where the layers of a head that do nothing are.
+        block, in the order of the blocks, and in where the layers of a head that do nothing are.
 
-        A sum does not depend on the order. The published concatenation does: its 1x1 convolution
-        has a group a channel, so that one input makes the first half of the channels and the other
-        the second. The order is free where every reader of the block weighs all channels.
+        A sum does not depend on the order of its halves. The published concatenation does: its 1x1
+        convolution has a group a channel, so that one input makes the first half of the channels
+        and the other the second. Their order is free where only convolutions read the block, which
+        weigh all its channels, and no level is made of it. The order of blocks is free where they
+        do not read each other, but for those that give P5, P4 and P3.
         """
         head = self.head
         if head is not None:
@@ -108,17 +111,39 @@ class NASFCOSGenotype:
             kept = [(op, k < head.share) for k, op in enumerate(head.ops) if op != skip]
             ops = (*(op for op, _ in kept), *[skip] * (len(head.ops) - len(kept)))
             head = HeadGenotype(sum(own for _, own in kept), ops)
-        if self.fpn is None:
-            return NASFCOSGenotype(None, head)
-        free, skip = set(range(len(self.fpn))) - set(self.loose), FPN_OPS.index(SKIP)
-        for a, b, x, y, _ in self.fpn:
-            free -= {source - TAPS for source, op in ((a, x), (b, y)) if op == skip}
-        blocks = []
-        for t, (a, b, x, y, aggregator) in enumerate(self.fpn):
-            turns = AGGREGATORS[aggregator] == "psum" or t in free
-            (a, x), (b, y) = sorted([(a, x), (b, y)]) if turns else [(a, x), (b, y)]
-            blocks.append(Block(a, b, x, y, aggregator))
-        return NASFCOSGenotype(tuple(blocks), head)
+        fpn = None if self.fpn is None else min(self._block_orders(self.fpn))
+        return NASFCOSGenotype(fpn, head)
+
+    def _block_orders(self, blocks: tuple[Block, ...]) -> Iterator[tuple[Block, ...]]:
+        """The blocks in an order in which each is the smallest that may come next; several orders
+        where such blocks are equal."""
+        skip, loose = FPN_OPS.index(SKIP), self.loose
+        mixed = set(range(len(blocks))) - set(loose)
+        before: list[set[int]] = []  # the blocks that each has to follow
+        for a, b, x, y, _ in blocks:
+            mixed -= {source - TAPS for source, op in ((a, x), (b, y)) if op == skip}
+            before.append({source - TAPS for source in (a, b) if source >= TAPS})
+        for t in loose[-OUTPUTS:]:
+            before[t] |= {other for other in loose if other < t}
+
+        def placed(order: tuple[int, ...], done: tuple[Block, ...]) -> Iterator[tuple[Block, ...]]:
+            if len(order) == len(blocks):
+                yield done
+            new = {TAPS + old: TAPS + k for k, old in enumerate(order)}
+            ready: dict[int, Block] = {}
+            for t in set(range(len(blocks))) - set(order):
+                if before[t] <= set(order):
+                    a, b, x, y, aggregator = blocks[t]
+                    halves = [(new.get(a, a), x), (new.get(b, b), y)]
+                    if AGGREGATORS[aggregator] == "psum" or t in mixed:
+                        halves.sort()
+                    (a, x), (b, y) = halves
+                    ready[t] = Block(a, b, x, y, aggregator)
+            for t, block in ready.items():
+                if block == min(ready.values()):
+                    yield from placed((*order, t), (*done, block))
+
+        return placed((), ())
 
     def to_json(self) -> dict[str, object]:
         """{"space": .., "fpn": [[input0, input1, op0, op1, aggregator], ..] or null,
@@ -151,36 +176,41 @@ STOCK = NASFCOSGenotype()
 """FCOS with FPN."""
 
 
-class NASFCOSSpace:
-    """Pyramids, heads, or both.
+@dataclass(frozen=True)
+class NASFCOSSpace(Space[NASFCOSGenotype]):
+    """Pyramids, heads, or both."""
 
-    A pyramid with fewer than three loose blocks is no network: `sample` and `mutate` never give
-    one, `decode` does, and a search rejects it (`Phase.valid`).
+    name: ClassVar[str] = "nas_fcos"
+    part: Part = "joint"
+    """What is searched."""
+    fixed: NASFCOSGenotype = STOCK
+    """Has the other part."""
+    primitives: Literal["all", "plain"] = "all"
+    """plain: without the deformable convolution."""
 
-    Args:
-        part: what is searched.
-        fixed: the other part.
-        primitives: "plain" leaves the deformable convolution out.
-    """
+    @property
+    def _fpn(self) -> bool:
+        return self.part in ("fpn", "joint")
 
-    name = "nas_fcos"
+    @property
+    def _head(self) -> bool:
+        return self.part in ("head", "joint")
 
-    def __init__(
-        self,
-        part: Part = "joint",
-        fixed: NASFCOSGenotype = STOCK,
-        primitives: Literal["all", "plain"] = "all",
-    ) -> None:
-        self.part, self.fixed, self.primitives = part, fixed, primitives
-        self._fpn, self._head = part in ("fpn", "joint"), part in ("head", "joint")
-        plain = primitives == "plain"
-        self._fpn_ops, self._head_ops = (
-            [i for i, name in enumerate(names) if not (plain and name == DEFORMABLE)]
-            for names in (FPN_OPS, HEAD_OPS)
-        )
-        self.decisions = tuple(self._decisions())
+    @cached_property
+    def _fpn_ops(self) -> list[int]:
+        return self._searched(FPN_OPS)
 
-    def _decisions(self) -> list[Decision]:
+    @cached_property
+    def _head_ops(self) -> list[int]:
+        return self._searched(HEAD_OPS)
+
+    def _searched(self, names: Sequence[str]) -> list[int]:
+        plain = self.primitives == "plain"
+        return [i for i, name in enumerate(names) if not (plain and name == DEFORMABLE)]
+
+    @cached_property
+    def decisions(self) -> tuple[Decision, ...]:
+        """The blocks of the pyramid, then share index and operations of the head."""
         found: list[Decision] = []
         ops, aggregators = len(self._fpn_ops), len(AGGREGATORS)
         for t in range(BLOCKS if self._fpn else 0):
@@ -192,13 +222,20 @@ class NASFCOSSpace:
             found.append(Decision("share", "share", LAYERS + 1))
             size = len(self._head_ops)
             found += (Decision(f"head.op{k}", "head op", size) for k in range(LAYERS))
-        return found
+        return tuple(found)
+
+    def valid(self, genotype: NASFCOSGenotype) -> bool:
+        """Whether three blocks are loose, one for each level."""
+        return genotype.valid
 
     def size(self) -> int:
-        """As `Space` says; pyramids with too few loose blocks are counted, as published."""
+        """Exact number of ordered genotypes: 2.858e23 pyramids, also those with too few loose
+        blocks, and 326,592 heads."""
         return math.prod(decision.size for decision in self.decisions)
 
     def decode(self, choices: Sequence[int]) -> NASFCOSGenotype:
+        """The genotype of one choice per decision, which may have too few loose blocks; UserError
+        names a decision out of range."""
         check_choices(self.decisions, choices)
         fpn, head = self.fixed.fpn, self.fixed.head
         rest = list(choices)
@@ -213,6 +250,7 @@ class NASFCOSSpace:
         return NASFCOSGenotype(fpn, head)
 
     def encode(self, genotype: NASFCOSGenotype) -> tuple[int, ...]:
+        """The choices that decode to `genotype`; UserError if it is not of this space."""
         choices: list[int] = []
         for searched, own, fixed, what in (
             (self._fpn, genotype.fpn, self.fixed.fpn, "pyramid"),
@@ -247,7 +285,7 @@ class NASFCOSSpace:
         return allowed.index(op)
 
     def sample(self, rng: random.Random) -> NASFCOSGenotype:
-        """Uniform over ordered genotypes that are networks."""
+        """Uniform over ordered genotypes that are valid: 91 % are."""
         while True:
             genotype = self.decode(sample_choices(self.decisions, rng))
             if genotype.valid:
@@ -255,8 +293,8 @@ class NASFCOSSpace:
 
     def mutate(self, genotype: NASFCOSGenotype, rng: random.Random) -> NASFCOSGenotype:
         """Exactly one decision changes, to one of its other choices, uniformly among the changes
-        that give a network."""
-        choices = self.encode(genotype)
+        that are valid; UserError if `genotype` is not."""
+        choices = self.encode(_checked(genotype))
         while True:
             changed = self.decode(mutate_choices(self.decisions, choices, rng))
             if changed.valid:
@@ -283,22 +321,29 @@ def read_genotype(obj: object) -> NASFCOSGenotype:
     keys = {"space", "fpn", "head"}
     if isinstance(obj, dict) and obj.keys() == keys and obj["space"] == NASFCOSSpace.name:
         fpn, head = obj.get("fpn"), obj.get("head")
-        if head is not None and not isinstance(head, dict):
+        if head is not None and not (isinstance(head, dict) and head.keys() == {"share", "ops"}):
             raise _wrong("head", 'an object with "share" and "ops", or null', head)
-        pair = (head.get("share"), head.get("ops")) if head is not None else None
-    elif isinstance(obj, list) and len(obj) in (BLOCKS, BLOCKS + 2):
+        pair = None if head is None else (head["share"], head["ops"])
+    elif isinstance(obj, list | tuple) and len(obj) in (BLOCKS, BLOCKS + 2):
         fpn, rest = obj[:BLOCKS], [_unwrapped(each) for each in obj[BLOCKS:]]
-        share = rest[0][0] if rest and isinstance(rest[0], list) and len(rest[0]) == 1 else None
-        pair = (share, rest[1]) if rest else None
+        if rest and isinstance(rest[0], list | tuple) and len(rest[0]) == 1:
+            rest[0] = rest[0][0]
+        pair = (rest[0], rest[1]) if rest else None
     else:
         raise UserError(
             f'genotype: expected the keys "space" ("{NASFCOSSpace.name}"), "fpn" and "head", or a '
             f"list of {BLOCKS} blocks, alone or with [share] and [operations], got {_short(obj)}; "
             "give a best.json or genotype that nasfast wrote"
         )
-    genotype = NASFCOSGenotype(
-        None if fpn is None else _read_fpn(fpn), None if pair is None else _read_head(*pair)
+    return _checked(
+        NASFCOSGenotype(
+            None if fpn is None else _read_fpn(fpn), None if pair is None else _read_head(*pair)
+        )
     )
+
+
+def _checked(genotype: NASFCOSGenotype) -> NASFCOSGenotype:
+    """The genotype itself; UserError if it is not valid."""
     if not genotype.valid:
         raise UserError(
             f"genotype: expected at least {OUTPUTS} blocks that no other reads, for P3 to P5, got "
@@ -308,7 +353,7 @@ def read_genotype(obj: object) -> NASFCOSGenotype:
 
 
 def _read_fpn(value: object) -> tuple[Block, ...]:
-    if not isinstance(value, list) or len(value) != BLOCKS:
+    if not isinstance(value, list | tuple) or len(value) != BLOCKS:
         raise _wrong("fpn", f"a list of {BLOCKS} blocks", value)
     blocks = []
     for t, wrapped in enumerate(value):
@@ -324,7 +369,7 @@ def _read_fpn(value: object) -> tuple[Block, ...]:
 
 def _read_head(share: object, ops: object) -> HeadGenotype:
     _check("head share", share, LAYERS + 1)
-    if not isinstance(ops, list) or len(ops) != LAYERS:
+    if not isinstance(ops, list | tuple) or len(ops) != LAYERS:
         raise _wrong("head ops", f"a list of {LAYERS} operations", ops)
     for k, op in enumerate(ops):
         _check(f"head op {k}", op, len(HEAD_OPS))
@@ -334,12 +379,15 @@ def _read_head(share: object, ops: object) -> HeadGenotype:
 
 def _unwrapped(block: Any) -> Any:
     """Without the list around it that the published files have."""
-    inner = isinstance(block, list) and len(block) == 1 and isinstance(block[0], list)
+    inner = isinstance(block, list | tuple) and len(block) == 1
+    inner = inner and isinstance(block[0], list | tuple)
     return block[0] if inner else block
 
 
 def _is_block(block: Any) -> bool:
-    return isinstance(block, list) and len(block) == 5 and all(type(i) is int for i in block)
+    return (
+        isinstance(block, list | tuple) and len(block) == 5 and all(type(i) is int for i in block)
+    )
 
 
 def _check(what: str, number: object, size: int) -> None:

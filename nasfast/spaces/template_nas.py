@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from nasfast.spaces.base import Decision, check_choices, mutate_choices, sample_choices
+from nasfast.spaces.base import Decision, Space, check_choices, mutate_choices, sample_choices
 from nasfast.utils.errors import UserError
 
 OPERATIONS = ("sep3x3", "sep5x5", "gap", "maxpool3x3", "sep5x5_d6", "skip")
@@ -143,7 +143,7 @@ def _orders(
 
 
 @dataclass(frozen=True)
-class TemplateNASSpace:
+class TemplateNASSpace(Space[TemplateNASGenotype]):
     """`num_templates` templates and `num_layers` layers over `num_taps` taps: 44 integers.
 
     The first `num_layers // 2` layers may have a stride.

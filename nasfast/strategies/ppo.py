@@ -225,7 +225,7 @@ class PPO(Generic[G]):
                 self._update()
 
     def reject(self, genotype: G) -> None:
-        """The genotype asked longest ago was not evaluated, as it is beyond the limits."""
+        """The genotype asked longest ago was not evaluated: see `Strategy`."""
         self._remember((*self._answered(genotype), None))
 
     def _remember(self, sample: _Sample) -> None:

@@ -166,12 +166,13 @@ def test_rejected_proposals(study):
     assert "beyond the limits" not in write_report(study, MADE).read_text()
     assert "beyond the limits" not in str(terminal_table(study, MADE).title)
     genotype = {"space": "made_up", "layers": [1, 7]}
-    rejected = ({"params": 412_345}, {"params": 512_345, "macs": 2e9}, {"params": 400_000})
+    rejected = ({"params": 412_345}, {"params": 512_345, "macs": 2e9}, {}, {"params": 400_000})
     study.append(
         Record(1, genotype, genotype, 1, success(0.4), None, "2026-01-01", rejected=rejected)
     )
     page = write_report(study, MADE)
     assert dict(tiles(page.read_text()))["beyond the limits"] == "3"
+    assert dict(tiles(page.read_text()))["proposals that were no network"] == "1"
     section = page.read_text().partition("Rejected, beyond the limits")[2]
     assert re.findall("<td>([^<]*)</td>", section)[:10] == [
         *("params", "3", "400.00 k", "412.35 k", "512.35 k"),

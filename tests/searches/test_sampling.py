@@ -476,6 +476,35 @@ def test_what_is_beyond_the_limits_is_neither_evaluated_nor_of_the_budget(tmp_pa
     assert [sum(int(line[i]) for line in said) for i in (1, 2)] == counts
 
 
+class Picky(FastNASSpace):
+    """Of whose genotypes those alone are networks that keep to LIMITS."""
+
+    def valid(self, genotype):
+        return within(genotype)
+
+
+def test_what_is_no_network_is_rejected_as_what_is_beyond_the_limits(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("test_sampling.SPACE", Picky())
+    asked = list(itertools.islice(distinct(), 400))
+    plain = play(tmp_path / "a", iter(asked), lambda i: success(0.1 * i), 5, 2, limits=LIMITS)
+    spoken = Console()
+    script, records = play(
+        tmp_path / "b", iter(asked), lambda i: success(0.1 * i), 5, 2, console=spoken
+    )
+    assert script.told == plain[0].told
+    assert [r.genotype for r in records] == [r.genotype for r in plain[1]]
+    assert [len(r.rejected) for r in records] == [len(r.rejected) for r in plain[1]]
+    assert not any(costs for record in records for costs in record.rejected)
+    assert "rejected" not in capsys.readouterr().out
+    never = (genotype for genotype in distinct() if not within(genotype))
+    message = (
+        "search: expected networks, got 1,000 proposals in a row that are none; start a new run "
+        "with --strategy random"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        play(tmp_path / "c", never, lambda i: success(0.4), 1)
+
+
 @pytest.mark.parametrize("checkpoint", [True, False])
 @pytest.mark.parametrize("kept", range(6))
 def test_a_search_with_limits_continues_where_it_was_killed(
