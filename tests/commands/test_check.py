@@ -4,6 +4,8 @@ import pytest
 from folders import (
     save_image,
     save_mask,
+    voc_object,
+    write_boxes,
     write_cityscapes,
     write_folder,
     write_lists,
@@ -168,3 +170,21 @@ def test_no_search_on_masks_of_one_class(folder, capsys):
     assert search.main(["--data", "cats", "--device", "cpu", "--omit", "0", "1"]) == 2
     assert capsys.readouterr().err.startswith("error: omit: expected to leave one of the classes")
     assert not (folder.parent / "runs").exists()
+
+
+def test_boxes(folder, capsys):
+    """The layout says that it is data for detection; every fault is listed."""
+    write_boxes(folder.parent / "boxes", {"train": "abcdefghijklmnopqrst", "val": "uv"}, {})
+    assert check.main(["--data", "boxes"]) == 1  # VOC's other classes
+    out = capsys.readouterr().out
+    assert "train │     20 │             0 │ 40x60          │    20 │" in out
+    assert "7 cat          │           20 │       100.00% │          2 │" in out
+    assert "12 images: boxes-check.png" in out
+    outside = voc_object("cat", 70, 1, 80, 9)
+    write_boxes(folder.parent / "boxes", {"val": "uv"}, {"u": outside, "v": outside})
+    assert check.main(["--data", "boxes"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    for error, stem in zip(errors, "uv", strict=True):
+        assert error.startswith(
+            f"error: {folder.parent}/boxes/Annotations/{stem}.xml: box of 'cat'"
+        )
