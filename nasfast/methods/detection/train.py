@@ -261,3 +261,10 @@ class DetectionTraining(DenseTraining):
             "ap": scores.ap,
             "method": "detection",
         }
+
+    def text(self, scores: DetectionScores, split: str) -> str:
+        lines = [
+            f"  {name:<16} {'absent' if ap50 is None else f'{ap50:.3f}'}"
+            for name, ap50 in zip(self.splits.val.classes, scores.class_ap50, strict=True)
+        ]
+        return "\n".join([*lines, f"AP50 {scores.ap50:.4f}, AP {scores.ap:.4f} on {split}"])
