@@ -3,8 +3,8 @@
 RUN is the run directory of a search (its best architecture is trained on the search's data), a
 JSON file with a genotype, or the name of a published architecture (``nasfast info --models``).
 ``--resume DIR`` continues a training. ``torchrun --nproc-per-node 2 -m nasfast.train RUN`` divides
-each batch of a segmentation network among processes, one a GPU. ``nasfast train RUN --help`` shows
-the flags of RUN's method.
+each batch of a segmentation network or a detector among processes, one a GPU. ``nasfast train RUN
+--help`` shows the flags of RUN's method.
 """
 
 from __future__ import annotations

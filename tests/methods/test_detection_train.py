@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,13 @@ from search_runs import assert_same_training
 from nasfast.commands import evaluate, train
 from nasfast.inference.model import load
 from nasfast.methods.detection.evaluate import inputs, score
-from nasfast.methods.detection.train import DetectionTraining, TrainConfig
+from nasfast.methods.detection.train import (
+    DetectionTraining,
+    TrainConfig,
+    defaults,
+    published,
+    resolve,
+)
 from nasfast.models.detector import DetectorConfig
 from nasfast.models.io import load_model
 from nasfast.runs.checkpoint import save_checkpoint
@@ -131,8 +139,9 @@ def test_parts_of_a_batch_have_the_loss_of_the_whole(settings, improvements):
         assert (batch["classes"] >= 0).any(1).tolist().count(False) > 0  # one without a positive
         losses = list(one._losses(batch))
         assert len(losses) == parts
-        total = torch.stack(losses).sum()
-        found.append((total, torch.autograd.grad(total, list(one.model.decoder.parameters()))))
+        weights = list(one.model.decoder.parameters())
+        each = [torch.autograd.grad(loss, weights) for loss in losses]  # of all in every part
+        found.append((sum(losses), [sum(grads) for grads in zip(*each, strict=True)]))
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
 
 
@@ -161,6 +170,25 @@ def test_biases_learn_twice_as_fast_without_decay(settings):
 def test_settings_that_do_not_go_together(settings, changes, text):
     with pytest.raises(UserError, match=re.escape(text)):
         training(settings, **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("nas_fcos_mnv2_128", None),
+        (
+            "nas_fcos_r50_256",
+            "encoder_weights: expected those of resnet50, which nas_fcos_r50_256 has, got none: "
+            "the packaged ones are of mobilenet_v2 x0.35; give --encoder-weights FILE",
+        ),
+    ],
+)
+def test_published_detectors_have_their_size_and_encoder(name, text):
+    architecture = published()[name]
+    settings = defaults(Path(name), architecture.search)
+    assert settings.detector.width == int(name[-3:])
+    with pytest.raises(UserError, match=re.escape(text)) if text else nullcontext():
+        assert resolve(settings, architecture).data == "synthetic"
 
 
 # ---- measuring

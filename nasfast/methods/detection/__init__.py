@@ -20,8 +20,14 @@ from nasfast.methods.detection.evaluate import EvaluateConfig, evaluate, inputs,
 from nasfast.methods.detection.report import DetectionReport
 from nasfast.methods.detection.search import build
 from nasfast.methods.detection.settings import SearchConfig, continued, parse, search_with
-from nasfast.methods.detection.train import FIRST, DetectionTraining, TrainConfig, resolve
-from nasfast.methods.segmentation import architectures
+from nasfast.methods.detection.train import (
+    FIRST,
+    DetectionTraining,
+    TrainConfig,
+    defaults,
+    published,
+    resolve,
+)
 from nasfast.models.build import DETECTOR
 from nasfast.searches.sampling import SamplingSearch
 from nasfast.spaces.nas_fcos import NASFCOSGenotype, NASFCOSSpace
@@ -40,7 +46,7 @@ class Detection(Method):
     check_settings = CheckConfig
     model_format = DETECTOR
     report = DetectionReport()
-    zoo = architectures("detection")
+    zoo = published()
 
     def parse_search(self, argv: Sequence[str]) -> SearchConfig:
         return parse(argv)
@@ -67,12 +73,12 @@ class Detection(Method):
     def parse_train(
         self, argv: Sequence[str], found: Mapping[str, Any], description: str | None
     ) -> TrainConfig:
-        return flags.parse(TrainConfig(tyro.MISSING), argv, "nasfast train", description, FIRST)
+        return flags.parse(defaults(tyro.MISSING, found), argv, "nasfast train", description, FIRST)
 
     def train_with(
         self, source: Path, settings: Mapping[str, Any], found: Mapping[str, Any]
     ) -> TrainConfig:
-        return override(TrainConfig(source), settings, "train")
+        return override(defaults(source, found), settings, "train")
 
     def resolve(self, settings: TrainConfig, architecture: Architecture) -> TrainConfig:
         return resolve(settings, architecture)

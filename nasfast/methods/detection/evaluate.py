@@ -157,9 +157,9 @@ def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
     latencies = measure_speed(
         path, model, size, runtime, batch=config.batch, seconds=config.seconds
     )
-    shown = prepare_images(images, runtime).expand(config.batch, -1, -1, -1)
+    repeated = prepare_images(images, runtime).expand(config.batch, -1, -1, -1)
     (whole,) = measure_latency(
-        [Detecting(model, shown, config.post)],
+        [Detecting(model, repeated, config.post)],
         size,
         runtime,
         batch=config.batch,
@@ -198,18 +198,18 @@ def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
         labels = ", ".join(MEASURES[key] for key in each)
         table.add_row(escape(f"{labels} of {name}"), ", ".join(shown))
     table.add_section()
-    for key, value in scores.as_dict().items():
+    for key, figure in scores.as_dict().items():
         if key in MEASURES:
             about = f" (95 %: {_text(intervals[key])})" if key in intervals else ""
-            table.add_row(MEASURES[key], f"{value:.4f}{about}")
-    means = [each["voc_ap50"] for each in classes.values() if each.get("voc_ap50") is not None]
+            table.add_row(MEASURES[key], f"{figure:.4f}{about}")
+    means = [ap for each in classes.values() if (ap := each.get("voc_ap50")) is not None]
     if means:
         table.add_row(f"mean of {MEASURES['voc_ap50']}", f"{sum(means) / len(means):.4f}")
     table.add_section()
     for row in [*size_rows(result), *speed_rows(latencies)]:
         table.add_row(*row)
-    ((label, value),) = speed_rows([whole])
-    table.add_row(f"with post-processing, {len(part[0].labels)} objects: {label}", value)
+    ((label, speed),) = speed_rows([whole])
+    table.add_row(f"with post-processing, {len(part[0].labels)} objects: {label}", speed)
     return result, table
 
 

@@ -21,6 +21,7 @@ from nasfast.encoders import load_encoder
 from nasfast.methods.base import Architecture
 from nasfast.methods.dense import DenseTrainConfig, DenseTraining, located
 from nasfast.models.detector import Detector, DetectorConfig, build_detector
+from nasfast.models.zoo import ZOO
 from nasfast.spaces.nas_fcos import NASFCOSGenotype
 from nasfast.tasks.base import Targets
 from nasfast.tasks.detection import DetectionLoss, DetectionScores, DetectionTask
@@ -103,10 +104,42 @@ FIRST = (
 """What ``--help`` describes."""
 
 
+def published() -> dict[str, Architecture]:
+    """The detectors of the zoo; in place of settings of a search they have their own sizes."""
+    return {
+        name: Architecture(
+            entry.genotype.to_json(),
+            Path("runs") / name,
+            {"network": dataclasses.asdict(entry.network), "encoder": entry.encoder},
+        )
+        for name, entry in ZOO.items()
+        if entry.method == "detection"
+    }
+
+
+def defaults(source: Any, found: Mapping[str, Any]) -> TrainConfig:
+    """Settings of a training by default, with the size of an architecture of the zoo."""
+    return TrainConfig(source, detector=DetectorConfig(**found.get("network", {})))
+
+
 def resolve(config: TrainConfig, architecture: Architecture) -> TrainConfig:
-    """Fill in data and encoder of the search."""
+    """Fill in data and encoder of the search.
+
+    Raises:
+        UserError: the weights are of another encoder than a published detector has.
+    """
     search = architecture.search
     resolved: TrainConfig = located(config, search.get("encoder_weights"))
+    if "encoder" in search:
+        given = load_encoder(resolved.encoder_weights)
+        keys = {"name", "size"} & search["encoder"].keys()
+        if any(given.describe().get(key) != search["encoder"][key] for key in keys):
+            wanted = search["encoder"].get("size", search["encoder"]["name"])
+            raise UserError(
+                f"encoder_weights: expected those of {wanted}, which {config.source} has, got "
+                f"{resolved.encoder_weights or 'none: the packaged ones are'} of {given.label}; "
+                "give --encoder-weights FILE"
+            )
     return dataclasses.replace(resolved, data=config.data or search.get("data", "synthetic"))
 
 
@@ -119,8 +152,8 @@ class DetectionTraining(DenseTraining):
     def __init__(
         self, config: TrainConfig, genotype: NASFCOSGenotype, out: Path, runtime: Runtime
     ) -> None:
-        assert config.data is not None
         self.genotype, config = genotype, config.improved
+        assert config.data is not None
         self.splits = load_detection_splits(config.data, seed=config.seed)
         if config.view == "crop":
             config = dataclasses.replace(config, crop=config.crop or CROP)
@@ -190,7 +223,7 @@ class DetectionTraining(DenseTraining):
 
     def inputs(self, search: Mapping[str, Any]) -> dict[str, str]:
         config, found = self.settings, {}
-        if config.data == search.get("data"):
+        if config.data is not None and config.data == search.get("data"):
             parts = load_detection_splits(
                 config.data, seed=search["seed"], held_out=search["held_out"]
             )
@@ -228,3 +261,10 @@ class DetectionTraining(DenseTraining):
             "ap": scores.ap,
             "method": "detection",
         }
+
+    def text(self, scores: DetectionScores, split: str) -> str:
+        lines = [
+            f"  {name:<16} {'absent' if ap50 is None else f'{ap50:.3f}'}"
+            for name, ap50 in zip(self.splits.val.classes, scores.class_ap50, strict=True)
+        ]
+        return "\n".join([*lines, f"AP50 {scores.ap50:.4f}, AP {scores.ap:.4f} on {split}"])
