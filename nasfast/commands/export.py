@@ -24,13 +24,16 @@ from torch.nn import functional as F
 from nasfast.data.images import MAX_PIXELS
 from nasfast.inference.export import (
     EQUAL,
+    FOUND,
     TOLERANCE,
     Format,
+    Suppression,
     agrees,
     check_batches,
     check_exportable,
     compare,
     export,
+    measure_of,
     quantize,
 )
 from nasfast.inference.model import Model, find_model, load
@@ -57,13 +60,16 @@ class ExportConfig:
     """Weights and activations of 8 bits, with ranges from training images (onnx only)."""
     argmax: bool = False
     """Give the class of every pixel, uint8, instead of logits (segmentation only)."""
+    nms: Suppression = "outside"
+    """inside: give boxes, scores and labels of objects, after non-maximum suppression, instead of
+    the output of the network, which `nasfast evaluate` needs (detection and onnx only)."""
     size: str = "dynamic"
     """HxW in pixels, such as 360x480, where all images have one size. The batch is always free."""
     data: str | None = None
     """Data to check and calibrate on; default: what the network was trained on."""
     out: Path | None = None
-    """File to write; default: model.onnx or model.pt2 beside the model, with -int8, -argmax and
-    the size in its name."""
+    """File to write; default: model.onnx or model.pt2 beside the model, with -int8,
+    -argmax, -nms and the size in its name."""
 
     def check(self) -> None:
         """UserError where flags do not go together."""
@@ -96,7 +102,12 @@ class ExportConfig:
         """The file to write."""
         if self.out is not None:
             return self.out
-        flags = [("int8", self.int8), ("argmax", self.argmax), (self.size, self.fixed is not None)]
+        flags = [
+            ("int8", self.int8),
+            ("argmax", self.argmax),
+            ("nms", self.nms == "inside"),
+            (self.size, self.fixed is not None),
+        ]
         marks = "".join(f"-{mark}" for mark, given in flags if given)
         return model.with_name(f"{model.stem}{marks}.{self.format}")
 
@@ -109,7 +120,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     config.check()
     path, size = find_model(config.model), config.fixed
     model, method, out = load(path, "cpu"), method_of_model([str(path)]), config.target(path)
-    check_exportable(model, argmax=config.argmax)
+    check_exportable(model, config.format, argmax=config.argmax, nms=config.nms)
+    if config.int8 and model.processor.whole:
+        raise UserError(
+            f"int8: expected a network of maps, got one for {model.task}, whose logits and "
+            "distances do not fit one range of 8 bits; leave it out"
+        )
     if not out.parent.is_dir():
         raise UserError(f"out: expected an existing folder, got {out.parent}; make it first")
     require_place(out.parent, "give another --out")
@@ -122,17 +138,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         file = Path(folder) / out.name
         print(f"exporting {path} as {config.format}, which takes up to a minute", flush=True)
-        export(model, file, format=config.format, size=size, argmax=config.argmax)
+        export(model, file, format=config.format, size=size, argmax=config.argmax, nms=config.nms)
         exported = load(file, "cpu")
-        measure = "equal pixels" if config.argmax else "greatest difference from PyTorch"
+        measure, share = measure_of(exported), config.argmax or config.nms == "inside"
         values = []
         for shape, value in compare(model, exported, check_batches(images, size)):
             values.append(value)
-            shown = f"{value:.3%}" if config.argmax else f"{value:.1e}"
+            shown = f"{value:.3%}" if share else f"{value:.1e}"
             print(f"  {'x'.join(map(str, shape)):<14}  {measure} {shown}", flush=True)
-        worst = min(values) if config.argmax else max(values)
+        worst = min(values) if share else max(values)
         if not agrees(exported, worst):
-            expected = f"at least {EQUAL:.1%}" if config.argmax else f"at most {TOLERANCE:.0e}"
+            least = EQUAL if config.argmax else FOUND
+            expected = f"at least {least:.1%}" if share else f"at most {TOLERANCE:.0e}"
             print(
                 f"error: export {path}: expected {measure} of {expected}, got {worst:.3g}; no file "
                 "was written; please report it",

@@ -2,8 +2,10 @@
 
 MODEL is a model.safetensors, the directory of a training, or a run. IMAGES are files, folders with
 everything below them, and quoted patterns such as 'photos/**/*.jpg'. DIR gets the task's result for
-each image (a mask as a palette PNG and an overlay, or the restored image) under the image's name,
-in the folders that it came in, and predictions.json, which says what belongs to what.
+each image (a mask as a palette PNG and an overlay, the restored image, or the objects as JSON and
+drawn) under the image's name, in the folders that it came in, and predictions.json, which says what
+belongs to what. Detection also writes coco-results.json, the objects of all images with the
+category ids of the training data; an image's id is its name there, or the number that this is.
 
 An image that cannot be read does not stop the others; the exit status is 1 then.
 """
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from nasfast.data.images import IMAGE_SUFFIXES, read_image
 from nasfast.inference.model import Model, load
+from nasfast.tasks.detection import Detections
 from nasfast.tasks.processor import Prediction
 from nasfast.utils.cli import reports_errors, say
 from nasfast.utils.errors import UserError, text_for_user
@@ -34,6 +37,7 @@ from nasfast.utils.files import atomic_write, expanded, require_place
 from nasfast.utils.interrupt import Interrupt, StopRequested
 
 INDEX = "predictions.json"
+COCO_RESULTS = "coco-results.json"
 
 
 @dataclass(frozen=True)
@@ -51,15 +55,18 @@ class PredictConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     resize: int | Literal["auto", "none"] = "auto"
-    """auto: a segmentation network gets an image at about the size of those it was scored on;
+    """auto: a network gets an image at about the size of those it was scored on (no restoration);
     none: as it is; a number: its shorter side. The result always has the image's own size."""
     tile: int | None = None
-    """Greatest side that the network sees at once, in pixels; default: 1024, restoration 512. Less
-    needs less memory."""
+    """Greatest side that the network sees at once, in pixels; default: 1024, restoration 512,
+    detection the whole image. Less needs less memory."""
     batch: int = 8
     """Most images of one size that go through the network together."""
     autocast: bool = False
     """Compute in bfloat16 where the device does natively."""
+    threshold: float | None = None
+    """Detection: least score of an object that is written and drawn; default: all are written,
+    those from 0.3 are drawn."""
 
 
 @dataclass
@@ -121,11 +128,16 @@ def name_results(stems: Mapping[Path, Path], suffixes: Sequence[str]) -> dict[Pa
     return names
 
 
-def check_free(config: PredictConfig, names: Mapping[Path, Path], suffixes: Sequence[str]) -> None:
+def check_free(
+    config: PredictConfig,
+    names: Mapping[Path, Path],
+    suffixes: Sequence[str],
+    lists: Sequence[str],
+) -> None:
     """UserError where a result would replace an image that is read, or any other file unless
-    asked to."""
+    asked to. ``lists`` are those files that hold something of all images."""
     files = [config.out / f"{name}{suffix}" for name in names.values() for suffix in suffixes]
-    there = [file for file in [*files, config.out / INDEX] if file.exists()]
+    there = [f for f in [*files, *(config.out / name for name in lists)] if f.exists()]
     inputs = {image.resolve() for image in names}
     for file in there:
         if file.resolve() in inputs:
@@ -146,10 +158,20 @@ class Predictions:
 
     def __init__(self, config: PredictConfig, model: Model, sources: Sources) -> None:
         self.config, self.model = config, model
+        self.whole = model.processor.whole
+        if config.threshold is not None and not self.whole:
+            raise UserError(
+                f"threshold: expected none for {model.task}, which gives no objects, got "
+                f"{config.threshold}; leave it out"
+            )
+        if config.threshold is not None and not 0 <= config.threshold <= 1:
+            raise UserError(f"threshold: expected 0 to 1, got {config.threshold}; change it")
         self.names = name_results(sources.stems, model.processor.suffixes)
         self.failed = dict(sources.failed)
         self.done: list[dict[str, Any]] = []
-        check_free(config, self.names, model.processor.suffixes)
+        self.found: dict[Path, Detections] = {}
+        lists = [INDEX, COCO_RESULTS] if self.whole else [INDEX]
+        check_free(config, self.names, model.processor.suffixes, lists)
 
     def run(self, interrupt: Interrupt, console: Console) -> None:
         """Predict on all images; StopRequested between two of them after Ctrl-C."""
@@ -186,6 +208,10 @@ class Predictions:
 
     def _save(self, image: Path, prediction: Prediction) -> None:
         name, out = self.names[image], self.config.out
+        if isinstance(prediction, Detections):
+            if self.config.threshold is not None:
+                prediction = prediction.above(self.config.threshold)
+            self.found[name] = prediction
         (out / name.parent).mkdir(parents=True, exist_ok=True)
         files = [str(f.relative_to(out)) for f in prediction.save(out / name.parent, name.name)]
         self.done.append({"image": str(image), "files": files, **prediction.to_json()})
@@ -203,6 +229,16 @@ class Predictions:
         }
         config.out.mkdir(parents=True, exist_ok=True)
         atomic_write(config.out / INDEX, json.dumps(content, indent=2) + "\n")
+        if self.whole:
+            atomic_write(config.out / COCO_RESULTS, json.dumps(self._coco(), indent=1) + "\n")
+
+    def _coco(self) -> list[dict[str, Any]]:
+        """The objects of all images, as in COCO's result files."""
+        names = [name.as_posix() for name in self.found]
+        numbers = [int(n) if n.isascii() and n.isdecimal() else n for n in names]
+        ids = numbers if len(set(numbers)) == len(numbers) else names
+        pairs = zip(ids, self.found.values(), strict=True)
+        return [entry for id_, found in pairs for entry in found.coco_results(id_)]
 
 
 def _holds(out: Path, word: str) -> bool:

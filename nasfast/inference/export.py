@@ -47,7 +47,8 @@ OPSET, DEFORM_OPSET = 18, 19
 with 19."""
 VERSION = 1
 """Of the metadata."""
-_TRACED = 2, (97, 130)  # batch of more than 1, and sides that are padded: others become constants
+# batch of more than 1, and sides that are padded, of which no level has 1: others become constants
+_BATCH, _SIDES, _DETECTOR_SIDES = 2, (97, 130), (270, 390)
 
 
 class _Classes(nn.Module):
@@ -79,8 +80,8 @@ def export(
         format: "onnx", or "pt2", an archive of ``torch.export`` that runs with torch alone.
         size: (H, W) that all images have; None: any. The batch is always free.
         argmax: give the class of every pixel, uint8 ``[N, H, W]``, in place of logits.
-        nms: "inside": the file of a detector gives "boxes" ``[N, 100, 4]`` (left, top, right, bottom
-            in pixels of the input), "scores" and "labels" ``[N, 100]``, -1 after the last object,
+        nms: "inside": the file of a detector gives "boxes" ``[N, 100, 4]`` (left, top, right and
+            bottom in pixels of the input), "scores" and "labels" ``[N, 100]``, -1 after the last,
             in place of the output of its network.
 
     Raises:
@@ -95,8 +96,8 @@ def export(
     if nms == "inside":
         assert isinstance(network, Model)
         network = Detecting(network)
-    batch, traced = _TRACED
-    images = torch.zeros(batch, model.preprocessing.channels, *(size or traced))
+    traced = _DETECTOR_SIDES if model.processor.whole else _SIDES
+    images = torch.zeros(_BATCH, model.preprocessing.channels, *(size or traced))
     write = _onnx if format == "onnx" else _archive
     with torch.no_grad(), _quiet():
         atomic_write(path, write(network, images, size, _description(model, size, argmax, nms)))
@@ -209,18 +210,18 @@ def _archive(
         shape = next(n for n in program.graph.nodes if n.name == "images").meta["val"].shape
         ranges = [program.range_constraints[side.node.expr] for side in shape[2:]]
         lowest = max(int(each.lower) for each in ranges)
-        description["export"]["least"] = _least_side(program, images.shape[1], lowest)
+        description["export"]["least"] = _least_side(program, images, lowest)
     buffer = io.BytesIO()
     extra = {f"{METADATA}.json": json.dumps(description)}
     torch.export.save(program, buffer, extra_files=extra)
     return buffer.getvalue()
 
 
-def _least_side(program: torch.export.ExportedProgram, channels: int, lowest: int) -> int:
+def _least_side(program: torch.export.ExportedProgram, images: Tensor, lowest: int) -> int:
     """The least side that an archive takes, beside any other: besides the ranges of its sides it
-    has conditions on both, which only a run shows."""
+    has conditions on both, which only a run shows. It was traced with ``images``."""
     module = program.module()
-    most = max(_TRACED[1])  # which it was traced with
+    channels, most = images.shape[1], max(images.shape[2:])
 
     def takes(side: int) -> bool:
         try:
@@ -349,7 +350,9 @@ def measure_of(exported: Model) -> str:
     assert isinstance(exported.network, Exported)
     if exported.network.suppresses:
         return "equal objects"
-    return "equal pixels" if exported.network.export["argmax"] else "greatest difference"
+    if exported.network.export["argmax"]:
+        return "equal pixels"
+    return "greatest difference from PyTorch"
 
 
 def agrees(exported: Model, value: float) -> bool:

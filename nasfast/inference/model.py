@@ -320,7 +320,7 @@ class _Run:
             x = F.pad(x, (0, missing[0], 0, missing[1]), mode="replicate")
         return x.contiguous(memory_format=torch.channels_last)
 
-    def _precision(self) -> contextlib.AbstractContextManager[None]:
+    def _precision(self) -> contextlib.AbstractContextManager[object]:
         return self.runtime.autocast() if self.autocast else contextlib.nullcontext()
 
 
@@ -337,9 +337,9 @@ class _DetectionRun(_Run):
 
     def _size(self, image: Tensor) -> tuple[int, int]:
         own = (image.shape[-2], image.shape[-1])
-        scored = [self.model.description.get(f"{name}_side") for name in ("shorter", "longer")]
-        if self.resize == "auto" and any(scored):
-            size = scaled_size(own, *scored)
+        shorter, longer = map(self.model.description.get, ("shorter_side", "longer_side"))
+        if self.resize == "auto" and (shorter or longer):
+            size = scaled_size(own, shorter, longer)
         else:
             size = size_for(own, self.usual, self.resize)
         if self.fixed is None:

@@ -12,14 +12,15 @@ from nasfast.inference.model import Model
 from nasfast.models.points import STRIDES
 from nasfast.tasks.detection import DetectionProcessor
 from nasfast.tasks.detection.nms import nms
-from nasfast.tasks.detection.postprocess import Boxes, Pairs, best_pairs, candidates
+from nasfast.tasks.detection.postprocess import Pairs, best_pairs, boxes_of
 from nasfast.tasks.processor import STRIDE
 
 # Two operations that are written in ONNX by hand: traced, sizes of levels that depend on those of
 # the image would be slow, and there is no operator of torch for the suppression.
 torch.library.define(
     "nasfast::best_pairs",
-    "(Tensor scores, SymInt height, SymInt width, int count) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor output, SymInt height, SymInt width, float threshold, int count)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "nasfast::kept_boxes", "(Tensor boxes, Tensor scores, float threshold, int limit) -> Tensor"
@@ -27,15 +28,15 @@ torch.library.define(
 
 
 @torch.library.impl("nasfast::best_pairs", "CompositeExplicitAutograd")
-def _best_pairs(scores: Tensor, height: int, width: int, count: int) -> Pairs:
-    return best_pairs(scores, (height, width), count)
+def _best_pairs(output: Tensor, height: int, width: int, threshold: float, count: int) -> Pairs:
+    return best_pairs(output, (height, width), threshold, count)
 
 
-@torch.library.register_fake("nasfast::best_pairs")
-def _(scores: Tensor, height: int, width: int, count: int) -> Pairs:
-    shape = (scores.shape[0], len(STRIDES) * count)  # in ONNX each level is filled up
-    whole = scores.new_empty(shape, dtype=torch.int64)
-    return Pairs(scores.new_empty(shape), whole, whole.clone(), scores.new_empty((*shape, 2)))
+@torch.library.register_fake("nasfast::best_pairs")  # type: ignore[untyped-decorator]
+def _(output: Tensor, height: int, width: int, threshold: float, count: int) -> Pairs:
+    shape = (output.shape[0], len(STRIDES) * count)  # in ONNX each level is filled up
+    scores, sides, places = (output.new_empty((*shape, *last)) for last in ((), (4,), (2,)))
+    return Pairs(scores, scores.new_empty(shape, dtype=torch.int64), sides, places)
 
 
 @torch.library.impl("nasfast::kept_boxes", "CompositeExplicitAutograd")
@@ -53,7 +54,7 @@ def kept_boxes(boxes: Tensor, scores: Tensor, threshold: float, limit: int) -> T
     return kept.scatter_(1, index % kept.shape[1], 1.0)[:, :-1].contiguous()
 
 
-@torch.library.register_fake("nasfast::kept_boxes")
+@torch.library.register_fake("nasfast::kept_boxes")  # type: ignore[untyped-decorator]
 def _(boxes: Tensor, scores: Tensor, threshold: float, limit: int) -> Tensor:
     return boxes.new_empty(boxes.shape[:2])
 
@@ -67,12 +68,18 @@ def suppression_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         return op.Constant(value_ints=list(values))
 
     def real(value: float) -> Any:
-        return op.Constant(value=ir.tensor([value], dtype=ir.DataType.FLOAT))
+        return op.Constant(value_floats=[value])
 
-    def best_pairs(scores: Any, height: Any, width: Any, count: int) -> Any:
-        batch, classes = op.Shape(scores, start=0, end=1), op.Shape(scores, start=1, end=2)
+    def best_pairs(output: Any, height: Any, width: Any, threshold: float, count: int) -> Any:
+        batch = op.Shape(output, start=0, end=1)
+        classes = op.Sub(op.Shape(output, start=1, end=2), whole(5))
+        scores = op.Sigmoid(op.Slice(output, whole(0), classes, whole(1)))
+        center = op.Sigmoid(op.Slice(output, whole(-1), whole(2**31), whole(1)))
+        sides = op.Slice(output, whole(-5), whole(-1), whole(1))
+        counts = op.Greater(scores, real(threshold))
+        scores = op.Where(counts, op.Mul(scores, center), real(-1.0))
         filling = op.Expand(real(-1.0), op.Concat(batch, whole(count), axis=0))
-        first, parts = whole(0), []
+        first, levels = whole(0), []
         for stride in STRIDES:
             rows, columns = (
                 op.Div(op.Add(op.Reshape(side, whole(1)), whole(stride - 1)), whole(stride))
@@ -80,17 +87,20 @@ def suppression_table() -> dict[Callable[..., Any], Callable[..., Any]]:
             )
             length = op.Mul(rows, columns)
             last = op.Add(first, length)
-            level = op.Slice(scores, first, last, whole(2))
-            level = op.Concat(op.Flatten(level, axis=1), filling, axis=1)
-            best, index = op.TopK(level, whole(count), axis=1)
+            flat = op.Flatten(op.Slice(scores, first, last, whole(2)), axis=1)
+            best, index = op.TopK(op.Concat(flat, filling, axis=1), whole(count), axis=1)
             index = op.Min(index, op.Sub(op.Mul(classes, length), whole(1)))
             label, point = op.Div(index, length), op.Mod(index, length)
-            grid = [op.Mod(point, columns), op.Div(point, columns)]
-            place = [op.Unsqueeze(op.Add(op.Mul(each, whole(stride)), whole(stride // 2)), whole(2)) for each in grid]
-            places = op.Cast(op.Concat(*place, axis=2), to=ir.DataType.FLOAT)
-            parts.append((best, label, op.Add(point, first), places))
+            places = [
+                op.Unsqueeze(op.Add(op.Mul(at, whole(stride)), whole(stride // 2)), whole(2))
+                for at in (op.Mod(point, columns), op.Div(point, columns))
+            ]
+            levels.append((best, label, op.Add(point, first), op.Concat(*places, axis=2)))
             first = last
-        return tuple(op.Concat(*each, axis=1) for each in zip(*parts, strict=True))
+        score, label, point, place = (op.Concat(*e, axis=1) for e in zip(*levels, strict=True))
+        index = op.Expand(op.Unsqueeze(point, whole(1)), whole(1, 4, 1))
+        own = op.Transpose(op.GatherElements(sides, index, axis=2), perm=[0, 2, 1])
+        return score, label, own, op.Cast(place, to=ir.DataType.FLOAT)
 
     def kept_boxes(boxes: Any, scores: Any, threshold: float, limit: int) -> Any:
         found = op.NonMaxSuppression(boxes, scores, whole(limit), real(threshold), real(0.0))
@@ -119,7 +129,10 @@ class Detecting(nn.Module):
         padded = (height + -height % STRIDE, width + -width % STRIDE)
         one = output[:, 0, 0]
         sizes = torch.stack([torch.full_like(one, height), torch.full_like(one, width)], 1)
-        found = candidates(output, padded, sizes, settings, _pairs)
+        pairs = torch.ops.nasfast.best_pairs(
+            output, *padded, settings.score_threshold, settings.candidates
+        )
+        found = boxes_of(Pairs(*pairs), sizes)
         classes = torch.arange(output.shape[1] - 5)[:, None]
         scores = torch.where(found.labels[:, None] == classes, found.scores[:, None], -1.0)
         kept = torch.ops.nasfast.kept_boxes(
@@ -128,7 +141,3 @@ class Detecting(nn.Module):
         scores = torch.where(kept > 0, found.scores, -1.0)
         best, index = scores.topk(min(settings.limit, scores.shape[1]))
         return tuple(found.chosen(torch.where(best > 0, index, -1)))  # type: ignore[return-value]
-
-
-def _pairs(scores: Tensor, size: tuple[int, int], count: int) -> Pairs:
-    return Pairs(*torch.ops.nasfast.best_pairs(scores, *size, count))

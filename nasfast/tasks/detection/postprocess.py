@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
@@ -56,12 +55,12 @@ class Boxes(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Pairs of a point and a class."""
+    """Pairs of a point and a class, and what the network says of the point."""
 
     scores: Tensor  # float32 [N, C]
     labels: Tensor  # int64 [N, C]
-    points: Tensor  # int64 [N, C]
-    places: Tensor  # float32 [N, C, 2]: x and y of the points
+    sides: Tensor  # float32 [N, C, 4]: distances to left, top, right, bottom
+    places: Tensor  # float32 [N, C, 2]: x and y
 
 
 def candidates(
@@ -69,7 +68,6 @@ def candidates(
     size: tuple[int, int],
     sizes: Tensor,  # [N, 2]
     settings: PostProcessing = PostProcessing(),
-    best: Callable[[Tensor, tuple[int, int], int], Pairs] | None = None,
 ) -> Boxes:
     """What goes on to the suppression: of each level the best pairs of a point and a class, not in
     order. No step depends on the data.
@@ -82,33 +80,34 @@ def candidates(
         size: (H, W) of the padded images.
         sizes: height and width of each image before the padding.
         settings: of this and of the suppression.
-        best: in place of `best_pairs`, for graphs.
     """
-    count = output.shape[1] - 5
-    output = output.float()
-    scores = output[:, :count].sigmoid()
-    low = ~(scores > settings.score_threshold)
-    scores = (scores * output[:, -1:].sigmoid()).masked_fill(low, -1.0)
-    score, label, point, place = (best or best_pairs)(scores, size, settings.candidates)
-    sides = output[:, count : count + 4].gather(2, point[:, None].expand(-1, 4, -1)).mT
-    found = Boxes(torch.cat([place - sides[..., :2], place + sides[..., 2:]], 2), score, label)
-    found = found.clipped(sizes)
-    return found._replace(labels=found.labels.masked_fill(found.scores < 0, -1))
+    pairs = best_pairs(output.float(), size, settings.score_threshold, settings.candidates)
+    return boxes_of(pairs, sizes)
 
 
-def best_pairs(scores: Tensor, size: tuple[int, int], count: int) -> Pairs:
-    """Up to ``count`` pairs of a point and a class with the greatest scores ``[N, K, P]`` of each
-    level of images of a size; of equal ones the first."""
-    places, _ = points(*size, scores.device)
+def best_pairs(output: Tensor, size: tuple[int, int], threshold: float, count: int) -> Pairs:
+    """Up to ``count`` pairs with the greatest scores of each level; of equal ones the first."""
+    places, _ = points(*size, output.device)
     lengths = [rows * columns for rows, columns in level_sizes(*size)]
+    logits, sides, center = torch.split(output, [output.shape[1] - 5, 4, 1], 1)
+    scores = logits.sigmoid()
+    scores = torch.where(scores > threshold, scores * center.sigmoid(), -1.0)
     found, first = [], 0
     for level, length in zip(torch.split(scores, lengths, 2), lengths, strict=True):
         flat = level.flatten(1)  # [N, K * P_l]
         best, index = _top(flat, min(count, flat.shape[1]))
         found.append((best, index // length, first + index % length))
         first += length
-    score, label, point = (torch.cat(each, 1) for each in zip(*found, strict=True))
-    return Pairs(score, label, point, places[point])
+    score, label, point = (torch.cat(each, 1) for each in zip(*found, strict=True))  # [N, C]
+    own = sides.gather(2, point[:, None].expand(-1, 4, -1)).mT
+    return Pairs(score, label, own, places[point])
+
+
+def boxes_of(pairs: Pairs, sizes: Tensor) -> Boxes:
+    """The boxes of pairs, clipped to images of ``sizes``."""
+    scores, labels, sides, places = pairs
+    boxes = torch.cat([places - sides[..., :2], places + sides[..., 2:]], 2)
+    return Boxes(boxes, scores, labels.masked_fill(scores < 0, -1)).clipped(sizes)
 
 
 def detections(
@@ -124,23 +123,9 @@ def detections(
 
 
 def _top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The greatest of each row, and where; of equal ones the first, which come in their order."""
-    if values.device.type == "cpu":  # keys take three times as long, and are seldom needed
-        best, index = values.topk(count, dim=1, sorted=False)
-        least = best.amin(1, keepdim=True)
-        if (least < 0).all() or not _left_out(values, best, least):
-            index = index.sort(1)[0]
-            return values.gather(1, index), index
+    """The greatest of each row, and where; of equal ones the first, on every device."""
     # floats of 0 and more are ordered as their bits are; -1 comes before all of them
     bits = values.contiguous().view(torch.int32).clamp(min=-1).long()
     place = torch.arange(values.shape[1], device=values.device)
     _, index = ((bits << 32) - place).topk(count, dim=1)
     return values.gather(1, index), index
-
-
-def _left_out(values: Tensor, best: Tensor, least: Tensor) -> bool:
-    """Whether a value is not among the best that is equal to the least of them."""
-    return any(
-        low >= 0 and (row == low).sum() > (some == low).sum()
-        for row, some, low in zip(values, best, least, strict=True)
-    )

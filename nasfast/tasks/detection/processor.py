@@ -39,6 +39,14 @@ class Detections(Prediction):
     colors: tuple[tuple[int, int, int], ...]
     scored: bool = True
     """Whether scores are drawn; those of a truth say nothing."""
+    drawn: float = DRAWN
+    """Least score of a box that is drawn."""
+
+    def above(self, threshold: float) -> Detections:
+        """The objects with a score of at least ``threshold``, all of them drawn."""
+        kept = self.scores >= threshold
+        boxes, scores, labels = (e[kept] for e in (self.boxes, self.scores, self.labels))
+        return replace(self, boxes=boxes, scores=scores, labels=labels, drawn=threshold)
 
     def on(self, image: Tensor) -> Detections:
         """The same objects on the image in another size."""
@@ -49,7 +57,7 @@ class Detections(Prediction):
         return replace(self, image=image, boxes=self.boxes * (new / old).repeat(2))
 
     def draw(self) -> Tensor:
-        """The boxes with a score of at least `DRAWN` over the image, the best on top, with the name
+        """The boxes with a score of at least `drawn` over the image, the best on top, with the name
         of the class and the score. Small images are enlarged, for the text."""
         factor = math.ceil(LEAST_SIDE / max(self.image.shape[1:]))
         pixels = self.image.permute(1, 2, 0).contiguous().numpy()
@@ -62,7 +70,7 @@ class Detections(Prediction):
         line, font = max(2, round(side / 300)), min(28, max(10, round(side / 45)))
         for i in reversed(range(len(self.boxes))):
             score = float(self.scores[i])
-            if score < DRAWN:
+            if score < self.drawn:
                 continue
             label = int(self.labels[i])
             color = self.colors[label]
