@@ -20,7 +20,6 @@ from nasfast.spaces.nas_fcos import (
     HEAD_OPS,
     Block,
     HeadGenotype,
-    NASFCOSGenotype,
     NASFCOSSpace,
 )
 from nasfast.utils.statistics import Estimate, rank_correlations

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from rich.console import Console
@@ -35,6 +35,7 @@ from nasfast.models.decoders import DenseNetwork
 from nasfast.models.detector import (
     Detector,
     DetectorConfig,
+    DetectorDecoder,
     FrozenPyramid,
     HeadOnPyramid,
     build_detector,
@@ -42,7 +43,7 @@ from nasfast.models.detector import (
 from nasfast.report.numbers import number
 from nasfast.runs.records import Record
 from nasfast.searches.sampling import Phase, SamplingSearch
-from nasfast.spaces.nas_fcos import NASFCOSGenotype, NASFCOSSpace
+from nasfast.spaces.nas_fcos import NASFCOSGenotype, NASFCOSSpace, Part
 from nasfast.strategies import make_strategy
 from nasfast.tasks.base import Scores
 from nasfast.tasks.detection import DetectionTask
@@ -96,9 +97,11 @@ class Inputs:
         task = DetectionTask(self.splits, config.loss)
         encoder = self.encoder
         if pyramid is not None:
-            model = build_detector(encoder, pyramid.genotype, task.outputs, second_config(config))
-            model.decoder.fpn.load_state_dict(load(pyramid.weights))
-            encoder = FrozenPyramid(encoder, model.decoder.fpn)
+            fpn = DetectorDecoder(
+                pyramid.genotype, encoder.feature_info, task.outputs, second_config(config)
+            ).fpn
+            fpn.load_state_dict(load(pyramid.weights))
+            encoder = FrozenPyramid(encoder, fpn)
         return FrozenEncoder(
             task,
             encoder,
@@ -120,7 +123,7 @@ def space_of(config: SearchConfig, fixed: NASFCOSGenotype | None = None) -> NASF
     """Of the first phase; of the second one, with its pyramid."""
     if fixed is not None:
         return NASFCOSSpace("head", fixed, primitives=config.primitives)
-    part = "joint" if config.mode == "joint" else "fpn"
+    part: Part = "joint" if config.mode == "joint" else "fpn"
     return NASFCOSSpace(part, primitives=config.primitives)
 
 

@@ -104,6 +104,9 @@ class SearchConfig(SamplingSettings):
         return CacheConfig(self.cache_dir, self.placement, self.memory, self.storage)
 
 
+IMPROVED = DetectorConfig(width=32, centerness="reg", normalized=True)
+IMPROVED_LOSS = DetectionLoss(box="giou", center_sampling=1.5, count_images=False)
+"""FCOS with the improvements of its authors, which learns faster."""
 FIRST = (
     "method",
     "data",
@@ -122,7 +125,8 @@ PRESETS = {
         preset="demo",
         batch=PPOConfig.short_budget().batch_size,
         budget=4,
-        detector=DetectorConfig(width=32),
+        detector=IMPROVED,
+        loss=dataclasses.replace(IMPROVED_LOSS, size_scale=0.25),
         head_phase=HeadPhase(budget=4, width=32, pyramid_epochs=8),
         stage0=FeatureTrainingConfig(
             samples=192, crop=96, shorter_side=96, epochs=4, batch_size=16
@@ -134,7 +138,8 @@ PRESETS = {
         batch=PPOConfig.short_budget().batch_size,
         budget=16,
         held_out=0.3,
-        detector=DetectorConfig(width=32),
+        detector=IMPROVED,
+        loss=dataclasses.replace(IMPROVED_LOSS, size_scale=0.5),
         head_phase=HeadPhase(budget=8, width=64, pyramids=2, pyramid_epochs=12),
         stage0=FeatureTrainingConfig(
             samples=320, crop=256, shorter_side=256, epochs=4, batch_size=16
@@ -146,6 +151,7 @@ PRESETS = {
         batch=8,
         budget=2800,
         held_out=0.3,
+        loss=DetectionLoss(size_scale=0.48),
         head_phase=HeadPhase(budget=600, width=128, pyramids=20, pyramid_epochs=60),
         stage0=FeatureTrainingConfig(
             samples=4000,

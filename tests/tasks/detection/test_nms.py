@@ -13,7 +13,7 @@ from nasfast.tasks.detection import nms as module
 from nasfast.tasks.detection.assign import assign
 from nasfast.tasks.detection.losses import DetectionLoss, loss_sums, normalized, normalizers
 from nasfast.tasks.detection.nms import nms
-from nasfast.tasks.detection.postprocess import PostProcessing, candidates, detections
+from nasfast.tasks.detection.postprocess import PostProcessing, detections
 
 BOX = st.tuples(*[st.integers(-3, 12).map(float)] * 4)  # turned ones and empty ones, too
 ROW = st.tuples(BOX, st.integers(-1, 4).map(lambda n: n / 4), st.integers(0, 2))
