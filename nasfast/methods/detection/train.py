@@ -19,7 +19,7 @@ from nasfast.data.detection import (
 )
 from nasfast.encoders import load_encoder
 from nasfast.methods.base import Architecture
-from nasfast.methods.dense import DenseTrainConfig, DenseTraining, located
+from nasfast.methods.dense import DenseTrainConfig, DenseTraining, Scale, located
 from nasfast.models.detector import Detector, DetectorConfig, build_detector
 from nasfast.models.zoo import ZOO
 from nasfast.spaces.nas_fcos import NASFCOSGenotype
@@ -47,7 +47,7 @@ class TrainConfig(DenseTrainConfig):
     """Train on random crops, or on whole images, padded to the largest of a batch."""
     crop: Pixels | None = None
     """Height of a crop, in pixels; default: 256."""
-    scales: tuple[float, float] = (0.75, 1.25)
+    scales: tuple[Scale, Scale] = (0.75, 1.25)
     """Range of the factors that images are resized by, one drawn for each image."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """sgd: with momentum 0.9; biases learn at twice the rate, without weight decay."""
