@@ -363,13 +363,17 @@ def agrees(exported: Model, value: float) -> bool:
     return value >= EQUAL if exported.network.export["argmax"] else value <= TOLERANCE
 
 
-def check_batches(images: Sequence[Tensor], size: tuple[int, int] | None) -> Iterator[Tensor]:
-    """Batches of 1 and 3 in three sizes, or in the one, made of images ``[1, c, H, W]``."""
+def check_batches(
+    images: Sequence[Tensor], size: tuple[int, int] | None, least: int = 1
+) -> Iterator[Tensor]:
+    """Batches of 1 and 3 in three sizes, or in the one, made of images ``[1, c, H, W]``; no side is
+    smaller than the ``least`` that the file takes."""
     height, width = size or images[0].shape[-2:]
     sizes = [(height, width)]
     if size is None:
         sizes += [(height * 3 // 4 | 1, width * 2 // 3 | 1), (height // 2 + 3, width)]
-    for side in sizes:
+    for rows, columns in sizes:
+        side = max(rows, least), max(columns, least)
         some = [
             F.interpolate(images[i % len(images)], side, mode="bilinear", antialias=True)
             for i in range(3)

@@ -126,7 +126,7 @@ class Detecting(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         settings, (height, width) = self.settings, images.shape[-2:]
         output = self.model(images)
-        padded = (height + -height % STRIDE, width + -width % STRIDE)
+        padded = ((side + STRIDE - 1) // STRIDE * STRIDE for side in (height, width))
         one = output[:, 0, 0]
         sizes = torch.stack([torch.full_like(one, height), torch.full_like(one, width)], 1)
         pairs = torch.ops.nasfast.best_pairs(
