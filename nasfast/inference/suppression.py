@@ -113,7 +113,7 @@ def suppression_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {ops.best_pairs.default: best_pairs, ops.kept_boxes.default: kept_boxes}
 
 
-class Detecting(nn.Module):
+class SuppressedDetector(nn.Module):
     """A detector with its post-processing: preprocessed images ``[N, 3, H, W]`` to boxes
     ``[N, limit, 4]``, in pixels of the images and clipped to them, scores ``[N, limit]`` and labels
     ``[N, limit]``, by falling score; both are -1 after the last."""

@@ -181,7 +181,9 @@ def test_the_output_is_that_of_the_padded_image():
     count = sum(rows * columns for rows, columns in level_sizes(64, 96))
     with torch.no_grad():
         assert model(torch.rand(2, 3, 50, 70)).shape == (2, 7, count)
-    assert repr(model) == "Model(detection, 2 classes (cat, dog), RGB images, 196 parameters, cpu)"
+    assert (
+        repr(model) == "Model(detection, 2 classes (cat, dog), RGB images, 1,708 parameters, cpu)"
+    )
 
 
 def test_objects_above_a_threshold():
