@@ -140,16 +140,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"exporting {path} as {config.format}, which takes up to a minute", flush=True)
         export(model, file, format=config.format, size=size, argmax=config.argmax, nms=config.nms)
         exported = load(file, "cpu")
+        least = 1 if size else exported.description["export"]["least"]
         measure, share = measure_of(exported), config.argmax or config.nms == "inside"
         values = []
-        for shape, value in compare(model, exported, check_batches(images, size)):
+        for shape, value in compare(model, exported, check_batches(images, size, least)):
             values.append(value)
             shown = f"{value:.3%}" if share else f"{value:.1e}"
             print(f"  {'x'.join(map(str, shape)):<14}  {measure} {shown}", flush=True)
         worst = min(values) if share else max(values)
         if not agrees(exported, worst):
-            least = EQUAL if config.argmax else FOUND
-            expected = f"at least {least:.1%}" if share else f"at most {TOLERANCE:.0e}"
+            equal = EQUAL if config.argmax else FOUND
+            expected = f"at least {equal:.1%}" if share else f"at most {TOLERANCE:.0e}"
             print(
                 f"error: export {path}: expected {measure} of {expected}, got {worst:.3g}; no file "
                 "was written; please report it",

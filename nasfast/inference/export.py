@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from nasfast.inference.exported import METADATA, Exported, import_onnxruntime
 from nasfast.inference.model import Model
-from nasfast.inference.suppression import Detecting, suppression_table
+from nasfast.inference.suppression import SuppressedDetector, suppression_table
 from nasfast.ops import DeformConv2d, deform_conv2d_reference, onnx_translation_table
 from nasfast.tasks.detection.postprocess import Boxes
 from nasfast.utils.errors import UserError
@@ -95,7 +95,7 @@ def export(
         network = _Classes(network)
     if nms == "inside":
         assert isinstance(network, Model)
-        network = Detecting(network)
+        network = SuppressedDetector(network)
     traced = _DETECTOR_SIDES if model.processor.whole else _SIDES
     images = torch.zeros(_BATCH, model.preprocessing.channels, *(size or traced))
     write = _onnx if format == "onnx" else _archive
@@ -318,7 +318,7 @@ def compare(
     assert isinstance(network, Exported)
     for images in batches:
         if network.suppresses:
-            value = _same(Boxes(*Detecting(model)(images)), network.detect(images))
+            value = _same(Boxes(*SuppressedDetector(model)(images)), network.detect(images))
         else:
             expected, got = model(images), exported(images)
             if network.export["argmax"]:
@@ -363,13 +363,17 @@ def agrees(exported: Model, value: float) -> bool:
     return value >= EQUAL if exported.network.export["argmax"] else value <= TOLERANCE
 
 
-def check_batches(images: Sequence[Tensor], size: tuple[int, int] | None) -> Iterator[Tensor]:
-    """Batches of 1 and 3 in three sizes, or in the one, made of images ``[1, c, H, W]``."""
+def check_batches(
+    images: Sequence[Tensor], size: tuple[int, int] | None, least: int = 1
+) -> Iterator[Tensor]:
+    """Batches of 1 and 3 in three sizes, or in the one, made of images ``[1, c, H, W]``; no side is
+    smaller than the ``least`` that the file takes."""
     height, width = size or images[0].shape[-2:]
     sizes = [(height, width)]
     if size is None:
         sizes += [(height * 3 // 4 | 1, width * 2 // 3 | 1), (height // 2 + 3, width)]
-    for side in sizes:
+    for rows, columns in sizes:
+        side = max(rows, least), max(columns, least)
         some = [
             F.interpolate(images[i % len(images)], side, mode="bilinear", antialias=True)
             for i in range(3)

@@ -97,7 +97,8 @@ class Model(nn.Module):
         height, width = images.shape[-2:]
         scale, stride = self.processor.scale, self.processor.tiling.multiple
         if stride > 1:
-            images = F.pad(images, (0, -width % stride, 0, -height % stride), mode="replicate")
+            rows, columns = ((side + stride - 1) // stride * stride for side in (height, width))
+            images = F.pad(images, (0, columns - width, 0, rows - height), mode="replicate")
         if whole:
             return self.map(images)
         return self.cut(self._resized(images), scale * height, scale * width)

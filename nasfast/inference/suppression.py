@@ -113,7 +113,7 @@ def suppression_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {ops.best_pairs.default: best_pairs, ops.kept_boxes.default: kept_boxes}
 
 
-class Detecting(nn.Module):
+class SuppressedDetector(nn.Module):
     """A detector with its post-processing: preprocessed images ``[N, 3, H, W]`` to boxes
     ``[N, limit, 4]``, in pixels of the images and clipped to them, scores ``[N, limit]`` and labels
     ``[N, limit]``, by falling score; both are -1 after the last."""
@@ -126,7 +126,7 @@ class Detecting(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         settings, (height, width) = self.settings, images.shape[-2:]
         output = self.model(images)
-        padded = (height + -height % STRIDE, width + -width % STRIDE)
+        padded = ((side + STRIDE - 1) // STRIDE * STRIDE for side in (height, width))
         one = output[:, 0, 0]
         sizes = torch.stack([torch.full_like(one, height), torch.full_like(one, width)], 1)
         pairs = torch.ops.nasfast.best_pairs(
