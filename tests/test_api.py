@@ -102,7 +102,7 @@ def test_settings_are_those_of_the_command_line():
         ({"budget.x": 1}, "search, budget: expected an integer, got {'x': 1}; "),
         (
             {"method": "depth"},
-            "method: expected one of segmentation, templates, restoration, got 'depth'; ",
+            "method: expected one of segmentation, templates, detection, restoration, got ",
         ),
         ({"method": "restoration", "task": "x"}, "task: expected one of denoising, deraining, "),
         ({"resume": "no", "seed": 1}, "search: unknown setting 'seed'; expected some of budget, "),

@@ -106,12 +106,29 @@ class FusedBlock(nn.Module):
         return z
 
 
+class _Halving(nn.Conv2d):
+    """3x3 convolution with stride 2.
+
+    Of a map of one pixel it runs in float32 on a CPU: there the weight gradient of bfloat16 is
+    wrong in torch 2.13, up to NaN (oneDNN reads memory that nothing wrote).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or size_of(x) != (1, 1):
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 class _Top(nn.Module):
     """P6 and P7, by convolutions with stride 2: of P5, and of the ReLU of P6."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.p6, self.p7 = (nn.Conv2d(channels, channels, 3, 2, 1) for _ in range(2))
+        self.p6, self.p7 = (_Halving(channels) for _ in range(2))
         _initialise(self)
 
     def forward(self, p5: Tensor) -> list[Tensor]:

@@ -127,7 +127,7 @@ class CostChart(Chart):
     @classmethod
     def of_costs(cls, cost: str, costs: Sequence[float], values: Iterable[float]) -> CostChart:
         """Axes that hold all points."""
-        axes = (*_grid(values, 0.01), *_grid(costs, max(costs, default=0.0) / 100 or 1.0))
+        axes = (*_grid(values, 0.01), *_grid(costs, max(map(abs, costs), default=0.0) / 100 or 1.0))
         low, high, step, cheapest, dearest, cost_step = axes
         return cls(
             1,
@@ -155,7 +155,7 @@ class CostChart(Chart):
 
 
 def _grid(values: Iterable[float], least: float) -> tuple[float, float, float]:
-    """Ends and step of a grid that holds all finite values; it spans ``least`` at least."""
+    """Ends and step of a grid that holds all finite values; it spans ``least`` > 0 at least."""
     finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(finite), max(finite)
     raw = max(high - low, least) / 4

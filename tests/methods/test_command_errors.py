@@ -136,11 +136,11 @@ ERRORS = {
         ),
         ("--omit 3", "omit: expected classes from 0 to 2, got 3"),
     ],
-    "search detection": [
+    "search depth": [
         (
             "--budget 1",
-            "method: expected one of segmentation, templates, restoration, got 'detection'; a "
-            "later version of nasfast may know it",
+            "method: expected one of segmentation, templates, detection, restoration, got 'depth'; "
+            "a later version of nasfast may know it",
         ),
     ],
     "search --resume": [
@@ -181,8 +181,7 @@ ERRORS = {
         (
             "/no/run",
             "train: no run directory and no genotype file at /no/run, nor a name of the zoo "
-            "(fast_nas_arch0, fast_nas_arch1, fast_nas_arch2, template_nas_arch0, "
-            "template_nas_arch1, irnas-denoise, irnas-derain); nasfast search makes a run",
+            "(fast_nas_arch0, fast_nas_arch1, fast_nas_arch2, template_nas_arch0, ",
         ),
         (
             "RUN/config.toml",
@@ -191,7 +190,8 @@ ERRORS = {
         ("RUN/checkpoint", "RUN/checkpoint is not a run directory: it has no config.toml"),
         (
             "RUN/env.json",
-            'genotype: expected an object whose "space" is one of fast_nas, template_nas, ir_nas, ',
+            'genotype: expected an object whose "space" is one of fast_nas, template_nas, '
+            "nas_fcos, ir_nas, ",
         ),
         (f"RUN {NO_DATA[0]}", NO_DATA[1]),
         (f"RUN {NO_DEVICE[0]}", NO_DEVICE[1]),
@@ -234,7 +234,8 @@ ERRORS = {
         (
             "ENCODER",
             "ENCODER: expected a model.safetensors that nasfast train wrote, with "
-            "'nasfast.segmenter' or 'nasfast.templates' or 'nasfast.restorer' in its metadata, got "
+            "'nasfast.segmenter' or 'nasfast.templates' or 'nasfast.restorer' or "
+            "'nasfast.detector' in its metadata, got "
             "'nasfast.encoder'; "
             "give another file",
         ),

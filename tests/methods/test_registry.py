@@ -28,13 +28,13 @@ def test_by_name():
         assert method.name == name
 
 
-@pytest.mark.parametrize("name", ["detection", "", None, 3])
+@pytest.mark.parametrize("name", ["depth", "", None, 3])
 def test_unknown_names(name):
     with pytest.raises(UserError) as caught:
         method_named(name)
     assert str(caught.value) == (
-        f"method: expected one of segmentation, templates, restoration, got {name!r}; a later "
-        "version of nasfast may know it"
+        f"method: expected one of segmentation, templates, detection, restoration, got {name!r}; "
+        "a later version of nasfast may know it"
     )
 
 
@@ -52,7 +52,9 @@ def test_by_genotype(genotype, name):
 
 @pytest.mark.parametrize("genotype", [{"space": "darts"}, {}, {"cell": []}, 7, None, "fast_nas_"])
 def test_genotypes_of_no_method(genotype):
-    with pytest.raises(UserError, match='"space" is one of fast_nas, template_nas, ir_nas, got '):
+    with pytest.raises(
+        UserError, match='"space" is one of fast_nas, template_nas, nas_fcos, ir_nas, got '
+    ):
         method_of_genotype(genotype)
 
 
@@ -75,7 +77,8 @@ def test_a_model_file_says_its_method(name: str, tmp_path: Path) -> None:
     assert method_of_model([str(path)]).name == name
     save_model(path, model, description | {"method": "depth"})
     with pytest.raises(
-        UserError, match="expected one of segmentation, templates, restoration, got 'depth'"
+        UserError,
+        match="expected one of segmentation, templates, detection, restoration, got 'depth'",
     ):
         method_of_model([str(path)])
 
@@ -102,13 +105,13 @@ def test_by_the_name_of_an_architecture():
     [
         (
             "config.toml",
-            'method = "detection"',
-            "segmentation, templates, restoration, got 'detection'",
+            'method = "depth"',
+            "segmentation, templates, detection, restoration, got 'depth'",
         ),
         (
             "best.json",
             '{"genotype": {"space": "darts"}}',
-            "fast_nas, template_nas, ir_nas, got 'darts'",
+            "fast_nas, template_nas, nas_fcos, ir_nas, got 'darts'",
         ),
     ],
 )

@@ -202,6 +202,19 @@ def test_bfloat16_gives_float32_outputs():
     assert output.isfinite().all()
 
 
+def test_bfloat16_gradients_of_one_pixel():
+    """P6 of images of 64 pixels; the memory that torch's kernel reads there holds NaN."""
+    decoder = DetectorDecoder(STOCK, INFO, 7, DetectorConfig(32))
+    for predictor in (decoder.head.classify, decoder.head.reach, decoder.head.center):
+        torch.nn.init.normal_(predictor.weight)
+    for _ in range(3):
+        del [torch.full((n,), float("nan")) for n in (10**3, 10**4, 10**5, 10**6)][:]
+        with torch.autocast("cpu", torch.bfloat16):
+            output, _ = decoder(taps((64, 64)))
+        output.square().mean().backward()
+        assert all(p.grad.isfinite().all() for p in decoder.parameters())
+
+
 def test_widened_pyramids_have_no_more_weights_before_p6():
     narrow, wide = (
         DetectorDecoder(FOUND, INFO, 7, DetectorConfig(32, head)).fpn for head in (None, 64)

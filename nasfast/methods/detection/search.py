@@ -98,7 +98,7 @@ class Inputs:
         encoder = self.encoder
         if pyramid is not None:
             fpn = DetectorDecoder(
-                pyramid.genotype, encoder.feature_info, task.outputs, second_config(config)
+                pyramid.genotype, encoder.feature_info, task.outputs, config.second
             ).fpn
             fpn.load_state_dict(load(pyramid.weights))
             encoder = FrozenPyramid(encoder, fpn)
@@ -112,11 +112,6 @@ class Inputs:
             cache=config.cache,
             caches=caches,
         )
-
-
-def second_config(config: SearchConfig) -> DetectorConfig:
-    """Of the detectors of the second phase."""
-    return dataclasses.replace(config.detector, width=config.head_phase.width, head_width=None)
 
 
 def space_of(config: SearchConfig, fixed: NASFCOSGenotype | None = None) -> NASFCOSSpace:
@@ -214,12 +209,12 @@ def make_evaluator(config: SearchConfig, features: FrozenEncoder) -> Evaluator:
 def make_longer(config: SearchConfig, features: FrozenEncoder) -> Evaluator:
     """The same for the detectors of the second phase, with the trained pyramid as a file."""
     longer = dataclasses.replace(config.stage0, epochs=config.head_phase.pyramid_epochs)
-    return _evaluator(config, features, PyramidTraining(longer, features), second_config(config))
+    return _evaluator(config, features, PyramidTraining(longer, features), config.second)
 
 
 def make_head_evaluator(config: SearchConfig, features: FrozenEncoder) -> Evaluator:
     """Trains heads on features of the fixed pyramid."""
-    pyramid, outputs, detector = features.encoder, features.task.outputs, second_config(config)
+    pyramid, outputs, detector = features.encoder, features.task.outputs, config.second
     return CandidateEvaluator(
         lambda genotype: Detector(pyramid, HeadOnPyramid(genotype, outputs, detector)),
         features.costs,

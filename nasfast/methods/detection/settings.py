@@ -18,6 +18,7 @@ from nasfast.strategies import PPOConfig
 from nasfast.tasks.detection import DetectionLoss
 from nasfast.utils.cli import flag_value
 from nasfast.utils.config import Bound, Bounded, Channels, Count, Pixels, override
+from nasfast.utils.errors import about
 from nasfast.utils.files import data_path, expanded
 
 DESCRIPTION = """Search an anchor-free detector: ``nasfast search detection``.
@@ -96,7 +97,13 @@ class SearchConfig(SamplingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.cache
+        _ = self.cache, self.second
+
+    @property
+    def second(self) -> DetectorConfig:
+        """Of the detectors of the second phase."""
+        with about("head_phase"):
+            return dataclasses.replace(self.detector, width=self.head_phase.width, head_width=None)
 
     @property
     def cache(self) -> CacheConfig:
