@@ -349,8 +349,8 @@ def test_main_of_an_unknown_method(study, capsys):
     with Study.create(study.path, "alchemy", "x", {}, {}) as other:
         assert main([str(other.path)]) == 2
     assert capsys.readouterr().err == (
-        "error: method: expected one of segmentation, templates, restoration, got 'alchemy'; "
-        "a later version of nasfast may know it\n"
+        "error: method: expected one of segmentation, templates, detection, restoration, got "
+        "'alchemy'; a later version of nasfast may know it\n"
     )
 
 
