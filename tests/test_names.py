@@ -77,6 +77,7 @@ def flags_of(command):
             ],
             "train": [
                 ["fast_nas_arch0", "--help-all"],
+                ["fpn_fcos_mnv2_128", "--help-all"],
                 ["irnas-denoise", "--help-all"],
                 ["--resume", "RUN", "--help"],
             ],

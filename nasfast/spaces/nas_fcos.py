@@ -87,14 +87,6 @@ class NASFCOSGenotype:
         """Whether there is a block for each level."""
         return self.fpn is None or len(self.loose) >= OUTPUTS
 
-    @property
-    def deformable(self) -> bool:
-        """Whether it has a deformable convolution."""
-        blocks, head = self.fpn or (), self.head.ops if self.head else ()
-        return any(FPN_OPS[op] == DEFORMABLE for b in blocks for op in b[2:4]) or any(
-            HEAD_OPS[op] == DEFORMABLE for op in head
-        )
-
     def canonical(self) -> NASFCOSGenotype:
         """One representative of the genotypes that differ in the order of the two halves of a
         block, in the order of the blocks, and in where the layers of a head that do nothing are.
@@ -281,7 +273,10 @@ class NASFCOSSpace(Space[NASFCOSGenotype]):
         if op not in allowed:
             known = ", ".join(names[i] for i in allowed)
             got = names[op] if type(op) is int and 0 <= op < len(names) else repr(op)
-            raise UserError(f"genotype: expected operations of {known}, got {got}")
+            raise UserError(
+                f"genotype: expected operations of {known}, got {got}; give one of the same "
+                "--primitives"
+            )
         return allowed.index(op)
 
     def sample(self, rng: random.Random) -> NASFCOSGenotype:
@@ -308,38 +303,34 @@ class NASFCOSSpace(Space[NASFCOSGenotype]):
             UserError: it is neither, a number is out of its range, or fewer than three blocks are
                 loose.
         """
-        return read_genotype(obj)
+        keys = {"space", "fpn", "head"}
+        if isinstance(obj, dict) and obj.keys() == keys and obj["space"] == self.name:
+            fpn, pair = obj["fpn"], None
+            if isinstance(obj["head"], dict) and obj["head"].keys() == {"share", "ops"}:
+                pair = obj["head"]["share"], obj["head"]["ops"]
+            elif obj["head"] is not None:
+                raise _wrong("head", 'an object with "share" and "ops", or null', obj["head"])
+        elif isinstance(obj, list | tuple) and len(obj) in (BLOCKS, BLOCKS + 2):
+            fpn, rest = obj[:BLOCKS], [_unwrapped(each) for each in obj[BLOCKS:]]
+            if rest and isinstance(rest[0], list | tuple) and len(rest[0]) == 1:
+                rest[0] = rest[0][0]
+            pair = (rest[0], rest[1]) if rest else None
+        else:
+            raise UserError(
+                f'genotype: expected the keys "space" ("{self.name}"), "fpn" and "head", or a '
+                f"list of {BLOCKS} blocks, alone or with [share] and [operations], got "
+                f"{_short(obj)}; give a best.json or genotype that nasfast wrote"
+            )
+        return _checked(
+            NASFCOSGenotype(
+                None if fpn is None else _read_fpn(fpn), None if pair is None else _read_head(*pair)
+            )
+        )
 
 
 def is_nas_fcos(obj: Sequence[Any]) -> bool:
     """Whether a list is a detector in the published form: its first block has five numbers."""
     return len(obj) in (BLOCKS, BLOCKS + 2) and _is_block(_unwrapped(obj[0]))
-
-
-def read_genotype(obj: object) -> NASFCOSGenotype:
-    """As `NASFCOSSpace.from_json`."""
-    keys = {"space", "fpn", "head"}
-    if isinstance(obj, dict) and obj.keys() == keys and obj["space"] == NASFCOSSpace.name:
-        fpn, head = obj.get("fpn"), obj.get("head")
-        if head is not None and not (isinstance(head, dict) and head.keys() == {"share", "ops"}):
-            raise _wrong("head", 'an object with "share" and "ops", or null', head)
-        pair = None if head is None else (head["share"], head["ops"])
-    elif isinstance(obj, list | tuple) and len(obj) in (BLOCKS, BLOCKS + 2):
-        fpn, rest = obj[:BLOCKS], [_unwrapped(each) for each in obj[BLOCKS:]]
-        if rest and isinstance(rest[0], list | tuple) and len(rest[0]) == 1:
-            rest[0] = rest[0][0]
-        pair = (rest[0], rest[1]) if rest else None
-    else:
-        raise UserError(
-            f'genotype: expected the keys "space" ("{NASFCOSSpace.name}"), "fpn" and "head", or a '
-            f"list of {BLOCKS} blocks, alone or with [share] and [operations], got {_short(obj)}; "
-            "give a best.json or genotype that nasfast wrote"
-        )
-    return _checked(
-        NASFCOSGenotype(
-            None if fpn is None else _read_fpn(fpn), None if pair is None else _read_head(*pair)
-        )
-    )
 
 
 def _checked(genotype: NASFCOSGenotype) -> NASFCOSGenotype:

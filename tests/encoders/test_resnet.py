@@ -146,9 +146,10 @@ def test_load(stored):
     state = {k: v for k, v in source.state_dict().items() if v.dim()}
     state |= {key: torch.zeros(1) for key in HEAD}
     described = json.dumps({"name": "resnet", "stride_in_1x1": True})
-    for metadata, in_1x1 in (({}, False), ({"nasfast.encoder": described}, True)):
+    described = {"nasfast.encoder": described}
+    for metadata, option, in_1x1 in (({}, None, False), (described, None, True), ({}, True, True)):
         stored(state, metadata)
-        encoder = load_encoder(Path("w.pth"))
+        encoder = load_encoder(Path("w.pth"), stride_in_1x1=option)
         assert (encoder.stride_in_1x1, encoder.training) == (in_1x1, False)
         own = encoder.state_dict().items()
         assert all(torch.equal(value, state[key]) for key, value in own if value.dim())

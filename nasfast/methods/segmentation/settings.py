@@ -48,7 +48,8 @@ class DecoderSearchConfig(SamplingSettings):
     strategy: Literal["ppo", "random"] = "ppo"
     """ppo: the recurrent controller; random: uniform sampling, the baseline to beat."""
     encoder_weights: Path | None = None
-    """MobileNet-v2 weights with torchvision's key names; default: the packaged small encoder."""
+    """MobileNet-v2, ResNet or ResNeXt weights with torchvision's key names, for templates of
+    MobileNet-v2; default: the packaged small encoder."""
     teacher: Path | None = None
     """Network to distil from: a model.safetensors that nasfast train wrote for the same classes."""
     cache_dir: Path | None = None
