@@ -132,8 +132,13 @@ class _Top(nn.Module):
         _initialise(self)
 
     def forward(self, p5: Tensor) -> list[Tensor]:
-        p6 = self.p6(p5)
-        return [p6, self.p7(F.relu(p6))]
+        p6 = self.p6(self._wide(p5))
+        return [p6, self.p7(self._wide(F.relu(p6)))]
+
+    def _wide(self, x: Tensor) -> Tensor:
+        """With a column of the padding in it, where a map is one wide: there the bfloat16 gradient
+        of the weights is what nothing wrote, on a CPU in torch 2.13."""
+        return F.pad(x, (0, 1)) if self.training and x.shape[-1] == 1 else x
 
 
 class Pyramid(nn.Module):

@@ -274,3 +274,17 @@ def test_operations_are_all_built():
         blocks = tuple(block._replace(op0=op, op1=op, aggregator=0) for block in FOUND.fpn)
         decoder = DetectorDecoder(NASFCOSGenotype(blocks), INFO, 7, DetectorConfig(32))
         assert decoder(taps())[0].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [(32, 32), (96, 64)])
+def test_gradients_of_the_smallest_maps_in_bfloat16(size):
+    decoder = DetectorDecoder(STOCK, INFO, 7, DetectorConfig(32))
+    inputs, found = taps(size), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output, _ = decoder(inputs)
+        junk = torch.full((10**6,), torch.nan)
+        del junk  # what is read without having been written is NaN then
+        found.append(torch.autograd.grad(output.sum(), list(decoder.fpn.top.parameters())))
+    for exact, rounded in zip(*found, strict=True):
+        assert (exact - rounded).norm() < 0.1 * exact.norm()
