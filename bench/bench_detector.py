@@ -106,10 +106,9 @@ class Problem:
         def step() -> list[Tensor]:
             with torch.autocast("cpu", self.dtype, enabled=half):
                 output, _ = decoder(taps)
-            losses = normalized(
-                loss_sums(output, *points, settings), normalizers(*points, settings)
-            )
-            return [output.detach(), *torch.autograd.grad(normalized(sums, counts).sum(), parameters)]
+            sums, weights = loss_sums(output, *points, settings), normalizers(*points, settings)
+            loss = normalized(sums, weights).sum()
+            return [output.detach(), *torch.autograd.grad(loss, parameters)]
 
         return step
 
