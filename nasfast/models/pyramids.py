@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nasfast.encoders import FeatureInfo
-from nasfast.models.layers import Conv2d, ConvBNReLU, SepConv, concatenate, resize, size_of
+from nasfast.models.layers import (
+    Conv2d,
+    ConvBNReLU,
+    SepConv,
+    concatenate,
+    norm_relu,
+    resize,
+    runs_own_ops,
+    size_of,
+)
 from nasfast.ops import DeformConv2d
 from nasfast.spaces.nas_fcos import AGGREGATORS, FPN_OPS, OUTPUTS, TAPS, Block, NASFCOSGenotype
 from nasfast.utils.errors import UserError
@@ -37,11 +46,23 @@ class ModulatedDeformConv(nn.Module):
             nn.init.zeros_(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        predicted = self.offset(x)
         taps = 9 * OFFSET_GROUPS
-        mask = predicted[:, 2 * taps :].sigmoid()
-        y: Tensor = self.deform(x, predicted[:, : 2 * taps], mask)
+        offset, mask = self.offset(x).split((2 * taps, taps), 1)
+        y: Tensor = self.deform(x, offset, mask.sigmoid())
         return y
+
+
+class DeformBNReLU(nn.Sequential):
+    """Deformable convolution, BatchNorm, ReLU."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(
+            ModulatedDeformConv(channels, channels), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, norm, _ = self
+        return norm_relu(conv(x), cast(nn.BatchNorm2d, norm))
 
 
 def build_fpn_op(op: int, channels: int) -> nn.Module:
@@ -55,9 +76,7 @@ def build_fpn_op(op: int, channels: int) -> nn.Module:
             return SepConv(channels, 5, 6)
         case "skip_connect":
             return nn.Identity()
-    return nn.Sequential(
-        ModulatedDeformConv(channels, channels), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
-    )
+    return DeformBNReLU(channels)
 
 
 class WeightedSum(nn.Module):
@@ -69,6 +88,33 @@ class WeightedSum(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.a.to(x.dtype) * x + self.b.to(y.dtype) * y
+
+
+class _PairSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        first, second = (x.permute(0, 2, 3, 1) * weight.flatten()).unflatten(3, (-1, 2)).unbind(4)
+        return (first + second).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        rows = grad.permute(0, 2, 3, 1).flatten(0, 2)
+        pixels = x.permute(0, 2, 3, 1)
+        twice = F.interpolate(rows[None], scale_factor=2.0).view(pixels.shape)
+        of_weight = (twice * pixels).flatten(0, 2).sum(0)
+        return (twice * weight.flatten()).permute(0, 3, 1, 2), of_weight.view_as(weight)
+
+
+def pair_sums(x: Tensor, weight: Tensor) -> Tensor:
+    """1x1 convolution of ``[N, 2C, H, W]`` with C groups, weight ``[C, 2, 1, 1]``; channels last.
+
+    On a CPU several times as fast as torch's, which in float32 goes group by group.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    result: Tensor = _PairSums.apply(x, weight.to(x.dtype))  # type: ignore[no-untyped-call]
+    return result
 
 
 class Concatenation(nn.Module):
@@ -85,7 +131,10 @@ class Concatenation(nn.Module):
         self.conv = Conv2d(2 * channels, channels, 1, groups=channels if cat == "grouped" else 1)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        z: Tensor = self.conv(F.relu(self.norm(concatenate(x, y)), inplace=True))
+        both = norm_relu(concatenate(x, y), self.norm)
+        if self.conv.groups > 1 and runs_own_ops(both):
+            return pair_sums(both, self.conv.weight)
+        z: Tensor = self.conv(both)
         return z
 
 

@@ -16,8 +16,9 @@ from nasfast.models.detector import (
     FrozenPyramid,
     HeadOnPyramid,
 )
-from nasfast.models.heads import FARTHEST, FCOSHead
+from nasfast.models.heads import FARTHEST, FCOSHead, GroupNorm
 from nasfast.models.points import STRIDES, level_sizes, points
+from nasfast.models.pyramids import pair_sums
 from nasfast.models.zoo import ZOO
 from nasfast.spaces.nas_fcos import (
     AGGREGATORS,
@@ -151,6 +152,37 @@ def test_published_concatenation_never_mixes():
         changed = (aggregate(x, y) - aggregate(x, y + 1)).abs().amax((0, 2, 3)) > 0
         assert not changed[:first].any()
         assert changed[16:].any()
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_pair_sums_are_the_grouped_convolution(layout):
+    x = torch.randn(2, 8, 3, 5, dtype=torch.float64).to(memory_format=layout)
+    weight = torch.randn(4, 2, 1, 1, dtype=torch.float64)
+    grad = torch.randn(2, 4, 3, 5, dtype=torch.float64)
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    got, want = pair_sums(x, weight), F.conv2d(x, weight, groups=4)
+    torch.testing.assert_close(got, want)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, leaves, grad), torch.autograd.grad(want, leaves, grad)
+    )
+
+
+def test_group_norm_of_bfloat16_maps():
+    """As in float64, from maps that are channels last to maps and gradients that are."""
+    norm = GroupNorm(64)
+    torch.nn.init.normal_(norm.weight)
+    x, grad = torch.randn(2, 2, 64, 5, 6).bfloat16().unbind()
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = norm(x)
+    got = [y, *torch.autograd.grad(y, [x, *norm.parameters()], grad)]
+    norm.double()
+    exact = x.detach().double().requires_grad_()
+    y = norm(exact)
+    want = [y, *torch.autograd.grad(y, [exact, *norm.parameters()], grad.double())]
+    assert got[0].is_contiguous(memory_format=torch.channels_last)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a.double(), b, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("share", [0, 2, 6])
