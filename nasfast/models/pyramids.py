@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nasfast.encoders import FeatureInfo
-from nasfast.models.layers import Conv2d, ConvBNReLU, SepConv, concatenate, resize, size_of
+from nasfast.models.layers import (
+    Conv2d,
+    ConvBNReLU,
+    SepConv,
+    concatenate,
+    norm_relu,
+    resize,
+    size_of,
+)
 from nasfast.ops import DeformConv2d
 from nasfast.spaces.nas_fcos import AGGREGATORS, FPN_OPS, OUTPUTS, TAPS, Block, NASFCOSGenotype
 from nasfast.utils.errors import UserError
@@ -44,6 +52,14 @@ class ModulatedDeformConv(nn.Module):
         return y
 
 
+class DeformBNReLU(ConvBNReLU):
+    """Deformable convolution, BatchNorm, ReLU."""
+
+    def __init__(self, channels: int) -> None:
+        conv = ModulatedDeformConv(channels, channels)
+        nn.Sequential.__init__(self, conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+
+
 def build_fpn_op(op: int, channels: int) -> nn.Module:
     """An operation of `FPN_OPS`, ``[N, C, H, W]`` to the same."""
     match FPN_OPS[op]:
@@ -55,9 +71,7 @@ def build_fpn_op(op: int, channels: int) -> nn.Module:
             return SepConv(channels, 5, 6)
         case "skip_connect":
             return nn.Identity()
-    return nn.Sequential(
-        ModulatedDeformConv(channels, channels), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
-    )
+    return DeformBNReLU(channels)
 
 
 class WeightedSum(nn.Module):
@@ -85,7 +99,7 @@ class Concatenation(nn.Module):
         self.conv = Conv2d(2 * channels, channels, 1, groups=channels if cat == "grouped" else 1)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        z: Tensor = self.conv(F.relu(self.norm(concatenate(x, y)), inplace=True))
+        z: Tensor = self.conv(norm_relu(concatenate(x, y), self.norm))
         return z
 
 

@@ -16,7 +16,7 @@ from nasfast.models.detector import (
     FrozenPyramid,
     HeadOnPyramid,
 )
-from nasfast.models.heads import FARTHEST, FCOSHead
+from nasfast.models.heads import FARTHEST, FCOSHead, GroupNorm
 from nasfast.models.points import STRIDES, level_sizes, points
 from nasfast.models.zoo import ZOO
 from nasfast.spaces.nas_fcos import (
@@ -200,6 +200,8 @@ def test_bfloat16_gives_float32_outputs():
         output, _ = decoder(taps())
     assert output.dtype == torch.float32
     assert output.isfinite().all()
+    norm, x = GroupNorm(64), torch.randn(2, 64, 3, 3, dtype=torch.bfloat16)
+    torch.testing.assert_close(norm(x), norm(x.float()).bfloat16(), rtol=0, atol=0)
 
 
 def test_widened_pyramids_have_no_more_weights_before_p6():
