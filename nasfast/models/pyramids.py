@@ -45,10 +45,8 @@ class ModulatedDeformConv(nn.Module):
             nn.init.zeros_(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        predicted = self.offset(x)
-        taps = 9 * OFFSET_GROUPS
-        mask = predicted[:, 2 * taps :].sigmoid()
-        y: Tensor = self.deform(x, predicted[:, : 2 * taps], mask)
+        offset, mask = self.offset(x).split([18 * OFFSET_GROUPS, 9 * OFFSET_GROUPS], 1)
+        y: Tensor = self.deform(x, offset, mask.sigmoid())
         return y
 
 
