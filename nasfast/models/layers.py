@@ -47,7 +47,7 @@ def check_images(model: str, images: Tensor, channels: int) -> None:
         )
 
 
-def _runs_own_ops(x: Tensor) -> bool:
+def runs_own_ops(x: Tensor) -> bool:
     """Whether to use our ops that have a kernel for the CPU only. A compiler, or an export, does
     more with PyTorch's own."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -123,12 +123,12 @@ class Conv2d(nn.Conv2d):
         self._float32_on_cpu = dilation > 1 and (groups > 1 or ragged)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._depthwise and _runs_own_ops(x):
+        if self._depthwise and runs_own_ops(x):
             step = self.stride[0]
             if step > 1:
                 x = x[..., ::step, ::step].contiguous(memory_format=torch.channels_last)
             return depthwise_conv2d(x, self.weight, *self._sizes)
-        if self._pairs and _runs_own_ops(x):
+        if self._pairs and runs_own_ops(x):
             return weigh_pairs(x, self.weight)
         if not (self._float32_on_cpu and x.device.type == "cpu"):
             return super().forward(x)
@@ -153,7 +153,7 @@ def norm_relu(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     own = norm.training and norm.affine and norm.weight.dtype != torch.bfloat16
     own = own and type(norm) is nn.BatchNorm2d  # others take statistics from several processes
     own = own and x.numel() > x.shape[1]
-    if not own or momentum is None or not _runs_own_ops(x):
+    if not own or momentum is None or not runs_own_ops(x):
         return F.relu(normalized(x, norm), inplace=True)
     y, (mean, variance) = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
     if norm.running_mean is not None and norm.running_var is not None:

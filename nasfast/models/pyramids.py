@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,17 +45,23 @@ class ModulatedDeformConv(nn.Module):
             nn.init.zeros_(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        offset, mask = self.offset(x).split([18 * OFFSET_GROUPS, 9 * OFFSET_GROUPS], 1)
+        taps = 9 * OFFSET_GROUPS
+        offset, mask = self.offset(x).split((2 * taps, taps), 1)
         y: Tensor = self.deform(x, offset, mask.sigmoid())
         return y
 
 
-class DeformBNReLU(ConvBNReLU):
+class DeformBNReLU(nn.Sequential):
     """Deformable convolution, BatchNorm, ReLU."""
 
     def __init__(self, channels: int) -> None:
-        conv = ModulatedDeformConv(channels, channels)
-        nn.Sequential.__init__(self, conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+        super().__init__(
+            ModulatedDeformConv(channels, channels), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, norm, _ = self
+        return norm_relu(conv(x), cast(nn.BatchNorm2d, norm))
 
 
 def build_fpn_op(op: int, channels: int) -> nn.Module:
