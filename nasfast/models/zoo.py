@@ -166,7 +166,7 @@ def _detector(
         task={"task": "detection"},
         channels=3,
         source=NAS_FCOS if searched else FCOS,
-        size=(800, 1088),
+        size=(1088, 800),
         published=dict(zip(measures, figures)),
         note="Published figures count biases, BatchNorm and ReLU too, ours convolutions alone: "
         "they are fewer by 0.03 to 1.2 %."
@@ -340,7 +340,8 @@ def _check_ends(key: str, num_classes: int | None, channels: int | None) -> None
     if key != RESTORER:
         if channels not in (None, 3):
             raise UserError(
-                f"channels: expected 3 for a segmentation network, got {channels}; leave it out"
+                f"channels: expected 3 for a {'detection' if key == DETECTOR else 'segmentation'} "
+                f"network, got {channels}; leave it out"
             )
         if num_classes is not None and num_classes < 1:
             raise UserError(f"num_classes: expected at least 1, got {num_classes}")

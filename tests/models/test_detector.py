@@ -18,7 +18,6 @@ from nasfast.models.detector import (
 )
 from nasfast.models.heads import FARTHEST, FCOSHead, GroupNorm
 from nasfast.models.points import STRIDES, level_sizes, points
-from nasfast.models.pyramids import pair_sums
 from nasfast.models.zoo import ZOO
 from nasfast.spaces.nas_fcos import (
     AGGREGATORS,
@@ -152,20 +151,6 @@ def test_published_concatenation_never_mixes():
         changed = (aggregate(x, y) - aggregate(x, y + 1)).abs().amax((0, 2, 3)) > 0
         assert not changed[:first].any()
         assert changed[16:].any()
-
-
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_pair_sums_are_the_grouped_convolution(layout):
-    x = torch.randn(2, 8, 3, 5, dtype=torch.float64).to(memory_format=layout)
-    weight = torch.randn(4, 2, 1, 1, dtype=torch.float64)
-    grad = torch.randn(2, 4, 3, 5, dtype=torch.float64)
-    leaves = [x.requires_grad_(), weight.requires_grad_()]
-    got, want = pair_sums(x, weight), F.conv2d(x, weight, groups=4)
-    torch.testing.assert_close(got, want)
-    assert got.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(
-        torch.autograd.grad(got, leaves, grad), torch.autograd.grad(want, leaves, grad)
-    )
 
 
 def test_group_norm_of_bfloat16_maps():

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from nasfast.models.layers import (
     OPS,
+    Conv2d,
     GlobalAveragePool,
     Zero,
     build_op,
@@ -211,3 +212,21 @@ def test_exports_hold_operators_of_pytorch() -> None:
     program = torch.export.export(module, (x,))
     assert not any("nasfast" in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(x), module(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_convolutions_of_pairs(dtype):
+    """Those with a group for each two channels are products on a CPU, as PyTorch computes them."""
+    conv, x = Conv2d(12, 6, 1, groups=6), torch.randn(2, 12, 5, 7)
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    direction = torch.randn(2, 6, 5, 7)
+    results = []
+    for form in (conv, nn.Conv2d.forward.__get__(conv)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = form(x)
+        results.append([y, *torch.autograd.grad((y * direction).sum(), (x, conv.weight))])
+    tolerance = {} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}
+    for got, want in zip(*results):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, **tolerance)
+    assert results[0][0].is_contiguous(memory_format=torch.channels_last)

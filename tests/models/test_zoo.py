@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from nasfast.encoders import MobileNetV2
 from nasfast.methods.registry import read_genotype
 from nasfast.models.build import build_restorer
 from nasfast.models.decoders import DecoderConfig
+from nasfast.models.detector import DetectorConfig
 from nasfast.models.io import load_model, save_model
 from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.models.zoo import ZOO, create_model, list_models
@@ -63,6 +65,7 @@ def test_names_match_a_pattern():
     assert list_models() == list(ZOO)
     assert list_models("*denoise*") == ["irnas-denoise"]
     assert list_models("arch") == []
+    assert list_models("*fcos_mnv2_128") == ["fpn_fcos_mnv2_128", "nas_fcos_mnv2_128"]
 
 
 def test_a_segmentation_network_is_new_and_in_training_mode():
@@ -119,6 +122,31 @@ def test_every_form_of_an_architecture_gives_its_network(tmp_path):
     assert isinstance(restorer, Restorer)
     assert (restorer.genotype, restorer.scale, restorer.channels) == (CELL, 3, 3)
     assert restorer.config == RestorerConfig()
+
+
+def test_detectors_from_every_form(tmp_path):
+    """As the authors' files write it, too: each block in a list of its own."""
+    entry = ZOO["nas_fcos_mnv2_128"]
+    found = entry.genotype
+    published = [[list(block)] for block in found.fpn] + [[0], list(found.head.ops)]
+    for source in (published, found, found.to_json(), {"genotype": found.to_json()}):
+        with torch.device("meta"):
+            model = create_model(source)
+        assert (model.decoder.genotype, model.decoder.outputs) == (found, 85)
+        assert model.decoder.config == DetectorConfig()
+    with torch.device("meta"):
+        model = create_model("nas_fcos_r50_128_256", num_classes=3, faithful=True)
+    assert model.decoder.config == DetectorConfig(128, 256, faithful=True)
+    assert model.encoder.describe()["size"] == "resnet50"
+    small = {"genotype": found.to_json(), "encoder": ENCODER, "decoder": asdict(DetectorConfig(32))}
+    path, trained = tmp_path / "model.safetensors", create_model(small, num_classes=2)
+    save_model(path, trained, {})
+    assert create_model(path, pretrained=path).decoder.outputs == 7
+    with pytest.warns(UserWarning, match="its classifier has 2 classes, this network 4"):
+        model = create_model(path, num_classes=4, pretrained=path)
+    old = trained.state_dict()
+    new = {name for name, own in model.state_dict().items() if not own.equal(old[name])}
+    assert new == {f"decoder.head.classify.{part}" for part in ("weight", "bias")}
 
 
 def test_a_model_file_gives_its_own_sizes_and_its_weights_when_asked(small):
@@ -185,7 +213,7 @@ def test_an_encoder_starts_from_its_weights_alone(tmp_path):
         (
             {"source": {"space": "depth"}},
             'create_model: expected a genotype whose "space" is one of fast_nas, template_nas, '
-            "ir_nas, got 'depth'; give a genotype.json or best.json that nasfast wrote",
+            "ir_nas, nas_fcos, got 'depth'; give a genotype.json or best.json that nasfast wrote",
         ),
         ({"source": 3}, "create_model: expected a name, a path or a genotype, got int"),
         (
@@ -196,6 +224,10 @@ def test_an_encoder_starts_from_its_weights_alone(tmp_path):
         (
             {"source": "fast_nas_arch0", "channels": 1},
             "channels: expected 3 for a segmentation network, got 1; leave it out",
+        ),
+        (
+            {"source": "nas_fcos_mnv2_128", "channels": 1},
+            "channels: expected 3 for a detection network, got 1; leave it out",
         ),
         (
             {"source": "irnas-denoise", "channels": 2},
