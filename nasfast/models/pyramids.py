@@ -127,18 +127,15 @@ class FusedBlock(nn.Module):
 class _Halving(nn.Conv2d):
     """3x3 convolution with stride 2.
 
-    Of a map of one pixel it runs in float32 on a CPU: there the weight gradient of bfloat16 is
-    wrong in torch 2.13, up to NaN (oneDNN reads memory that nothing wrote).
+    A map that is one wide gets a column of the padding first: there the bfloat16 gradient of the
+    weights is what nothing wrote, up to NaN, on a CPU in torch 2.13.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or x.device.type != "cpu" or size_of(x) != (1, 1):
-            return super().forward(x)
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        return super().forward(F.pad(x, (0, 1)) if self.training and x.shape[-1] == 1 else x)
 
 
 class _Top(nn.Module):
@@ -150,13 +147,8 @@ class _Top(nn.Module):
         _initialise(self)
 
     def forward(self, p5: Tensor) -> list[Tensor]:
-        p6 = self.p6(self._wide(p5))
-        return [p6, self.p7(self._wide(F.relu(p6)))]
-
-    def _wide(self, x: Tensor) -> Tensor:
-        """With a column of the padding in it, where a map is one wide: there the bfloat16 gradient
-        of the weights is what nothing wrote, on a CPU in torch 2.13."""
-        return F.pad(x, (0, 1)) if self.training and x.shape[-1] == 1 else x
+        p6 = self.p6(p5)
+        return [p6, self.p7(F.relu(p6))]
 
 
 class Pyramid(nn.Module):
