@@ -94,8 +94,10 @@ class _PairSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        first, second = (x.permute(0, 2, 3, 1) * weight.flatten()).unflatten(3, (-1, 2)).unbind(4)
-        return (first + second).permute(0, 3, 1, 2)
+        n, _, height, width = x.shape
+        terms = x.permute(0, 2, 3, 1) * weight.flatten()
+        pairs = terms.view(n, height, width, -1, 2)
+        return (pairs[..., 0] + pairs[..., 1]).permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
