@@ -141,7 +141,7 @@ def test_step(
 ) -> None:
     problem = Problem(width, dtype)
     rounds = harness.Rounds({name: problem.call(name) for name in VARIANTS})
-    count = rounds.warm_up(pytestconfig.getoption("seconds"))
+    count = rounds.warm_up(pytestconfig.getoption("seconds"), least=3)
 
     def setup() -> None:
         rounds.time(*(name for name in VARIANTS if name != OURS))
