@@ -1,6 +1,7 @@
 """Find an architecture: ``nasfast search [METHOD]``.
 
-METHOD is "segmentation" (the default) or "restoration"; ``METHOD --help`` shows its settings.
+METHOD is "segmentation" (the default), "templates", "detection" or "restoration"; ``METHOD --help``
+shows its settings.
 Without flags it searches a small network for generated images, in a minute; ``--data DIR`` takes
 your own. ``--workers N`` trains N candidates in parallel, which changes no result.
 ``--resume RUN`` continues a run where it stopped.

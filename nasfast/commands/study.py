@@ -15,6 +15,7 @@ import json
 import math
 import shlex
 import shutil
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -57,6 +58,9 @@ class StudySettings(Bounded):
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory of a search that trained its candidates one by one."""
+    phase: Count | None = None
+    """Phase of the search whose architectures are trained, from 1; default: the last. The report
+    shows the phase of the last call; what was trained before of another is kept."""
     top: Number = 6
     """How many of the best architectures of the search."""
     others: Number = 6
@@ -149,8 +153,8 @@ def _in_worker(make: Callable[[Runtime], Trainer], device: str) -> Trainer:
     return make(Runtime(resolve_device(device)))
 
 
-def pool_of(study: Study) -> list[Record]:
-    """Architectures to choose from, best first: those of the last phase.
+def pool_of(study: Study, phase: int | None = None) -> list[Record]:
+    """Architectures to choose from, best first: those of a phase, from 1, or of the last.
 
     Raises:
         UserError: the run ranks none, or too few.
@@ -162,7 +166,13 @@ def pool_of(study: Study) -> list[Record]:
             "supernet and rank no architectures; search with --strategy random"
         )
     ranking = study.ranking()
-    pool = [record for record in ranking if record.phase == ranking[0].phase]
+    last = ranking[0].phase if ranking else 0
+    if phase is not None and phase > last + 1:
+        raise UserError(
+            f"study {study.path}: expected a phase from 1 to {last + 1}, got {phase}; leave "
+            "--phase out for the last"
+        )
+    pool = [r for r in ranking if r.phase == (last if phase is None else phase - 1)]
     if len(pool) < LEAST:
         raise UserError(
             f"study {study.path}: expected a search of at least {LEAST} architectures, got "
@@ -205,7 +215,7 @@ class Session:
         self.study, self.settings, self.method, self.console = study, settings, method, console
         self.folder = study.path / FOLDER
         settings.require_sense()
-        pool = pool_of(study)
+        pool = pool_of(study, settings.phase)
         top, sample = draw(pool, settings.top, settings.others)
         self.config, plain = settings_of(study, method, config, pool[0].genotype)
         seeds = tuple(range(config.seed, config.seed + settings.seeds))
@@ -286,6 +296,16 @@ class Session:
             return self._save()
         finally:
             write_report(self.study, self.method.report)
+
+    def best(self) -> str:
+        """The architecture with the best mean score after its trainings, and where they are."""
+        means = {index: statistics.fmean(group) for index, group in self.found.scores().items()}
+        index = max(means, key=means.__getitem__)
+        path = directory(self.study.path, index, self.found.seeds[0])
+        return (
+            f"best     architecture {index}, {self.found.label} {number(means[index])} on average "
+            f"over its seeds\n  nasfast evaluate {shlex.quote(str(path))}"
+        )
 
     def _score(self, key: tuple[int, int]) -> float | None:
         return self.done[key].score if key in self.done else None
@@ -371,7 +391,9 @@ class Session:
 
     def _search(self) -> None:
         """The random search, of as many candidates as the run has."""
-        study, place, budget = self.study, self.folder / "random", len(evaluated(self.study))
+        study, place = self.study, self.folder / "random"
+        counts = Counter(record.phase for record in evaluated(study))
+        budgets, budget = [counts[phase] for phase in sorted(counts)], counts.total()
         if study.config.get("strategy") == "random":
             say(self.console, "random   the run is a random search itself; none to compare with")
             return
@@ -385,12 +407,14 @@ class Session:
             say(self.console, f"random   a random search of {budget} candidates")
             with search.Session(self.console) as session:
                 if begun:
-                    session.resume(search.Resume(begun[0], budget=budget, **given))
+                    state = Study.open(begun[0], read_only=True).load_checkpoint() or {}
+                    own = budgets[min(state.get("phase", 0), len(budgets) - 1)]
+                    session.resume(search.Resume(begun[0], budget=own, **given))
                 else:
                     file = str(study.path / "config.toml")
                     config: Any = from_mapping(self.method.search_settings, study.config, file)
-                    fixed = {"strategy": "random", "budget": budget, "runs": place, "name": None}
-                    config = dataclasses.replace(config, **fixed, **given)
+                    fixed = {"strategy": "random", "runs": place, "name": None}
+                    config = dataclasses.replace(config.with_budgets(budgets), **fixed, **given)
                     session.begin(self.method, config, ["nasfast", "study", str(study.path)])
                 begun = [session.run()[0].path]
         self._save(control=str(begun[0].relative_to(self.folder)))
@@ -447,5 +471,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             return 130
         console.print(correlation_table(session.found, study))
+        say(console, session.best())
     say(console, f"  open {shlex.quote(str(study.path / 'report.html'))}")
     return 0

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal
+from typing import Annotated, Any, Generic, Literal, Self
 
 import torch
 from rich.console import Console
@@ -80,6 +80,11 @@ class SamplingSettings(SearchSettings):
         return Limits(
             tuple(Limit.of(cost, value) for cost, value in given.items() if value is not None)
         )
+
+    def with_budgets(self, budgets: Sequence[int]) -> Self:
+        """With the budgets of the phases, in their order; of methods with a field ``budget``."""
+        changes: dict[str, Any] = {"budget": budgets[0]}
+        return dataclasses.replace(self, **changes)
 
     def worker_config(
         self, workers: int | None = None, note: Callable[[str], None] = lambda text: None
@@ -218,7 +223,8 @@ class SamplingSearch:
             )
             self._phase = dataclasses.replace(self._phase, budget=evaluated)
         while True:
-            seconds["encode"] += self._phase.evaluator.seconds["encode"]
+            for step, spent in self._phase.evaluator.seconds.items():
+                seconds[step] = seconds.get(step, 0.0) + spent
             if state is not None:
                 with study.restoring():
                     self._phase.strategy.load_state_dict(state)

@@ -3,12 +3,14 @@
 import json
 import pickle
 import shutil
+import statistics
 
 import pytest
 from search_runs import Crash
 
 import nasfast
 from nasfast.commands import study, train
+from nasfast.methods.registry import METHODS
 from nasfast.methods.segmentation.train import SegmentationTraining
 from nasfast.runs.correlation import FOLDER, CorrelationStudy, draw
 from nasfast.runs.study import Study
@@ -125,6 +127,10 @@ def test_a_random_search_of_the_same_budget(run, capsys):
     assert settings["stage0"] == ours["stage0"]
     summary = results(run)["summary"]
     assert summary["random_search"]["stage0"]["control"]["candidates"] == 3
+    means = {
+        i: statistics.fmean(scores) for i, scores in CorrelationStudy.read(run).scores().items()
+    }
+    assert f"best     architecture {max(means, key=means.get)}, mIoU " in capsys.readouterr().out
     assert "Against a random search of the same budget" in (run / "report.html").read_text()
     shutil.rmtree(control)  # the report goes on without it
     assert CorrelationStudy.read(run).summary(Study.open(run, read_only=True))["random_search"] is (
@@ -180,6 +186,7 @@ def test_the_sample_is_random_and_grows(tiny_run):
         (["--rank", "2"], "study: expected no rank, which the study decides for each of its"),
         (["--no-control", "--control", "x"], "study: expected --control or --no-control, got both"),
         (["--control", "RUN"], "control RUN: expected a finished search of segmentation with"),
+        (["--phase", "2"], "study RUN: expected a phase from 1 to 1, got 2; leave --phase out for"),
     ],
 )
 def test_settings_that_are_refused(words, text, run, capsys):
@@ -187,6 +194,20 @@ def test_settings_that_are_refused(words, text, run, capsys):
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"error: {text}".replace("RUN", str(run)))
     assert not (run / FOLDER).exists()
+
+
+def test_architectures_of_each_phase(run):
+    """As of a search in two: the first three records, then the others."""
+    lines = (run / "records.jsonl").read_text().splitlines()
+    records = [json.loads(line) | {"phase": int(i > 2)} for i, line in enumerate(lines)]
+    (run / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = Study.open(run, read_only=True)
+    first, second = ({record.index for record in study.pool_of(found, n)} for n in (1, 2))
+    assert first == {0, 1, 2}
+    assert second == {record.index for record in study.pool_of(found)}
+    assert not first & second
+    detection = METHODS["detection"].search_with({"preset": "quick"}).with_budgets([3, 4])
+    assert (detection.budget, detection.head_phase.budget) == (3, 4)
 
 
 def damage(run, how):

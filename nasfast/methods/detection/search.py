@@ -25,7 +25,7 @@ from nasfast.data.detection import (
 )
 from nasfast.data.detection.checks import check_detection
 from nasfast.encoders import Encoder, load_encoder
-from nasfast.evaluation.candidate import CandidateEvaluator
+from nasfast.evaluation.candidate import CandidateEvaluator, timed
 from nasfast.evaluation.frozen_encoder import Caches, FrozenEncoder
 from nasfast.evaluation.stages import DecoderOnFeatures
 from nasfast.methods.base import warn
@@ -285,8 +285,11 @@ class SecondPhase:
     def __call__(self, ranking: Sequence[Record], folder: Path) -> Phase[NASFCOSGenotype]:
         config, features = self._config, self._features
         assert features is not None, "a phase is made once"
+        spent: dict[str, float] = {}
         if not folder.is_dir():
-            atomic_directory(folder, self._train(ranking[: config.head_phase.pyramids], features))
+            with timed(spent, "pyramids"):
+                files = self._train(ranking[: config.head_phase.pyramids], features)
+            atomic_directory(folder, files)
         pyramid, runtime = _read(folder, ranking), features.runtime
         self._features = features = None  # on a GPU they take its memory
         engine, features = start_workers(
@@ -294,6 +297,7 @@ class SecondPhase:
             functools.partial(head_evaluator_on, config, pyramid),
             lambda: self._inputs.features(config, runtime, pyramid),
         )
+        features.seconds |= spent
         say_ready(self._console, features)
         space = space_of(config, pyramid.genotype)
         seed = derive_seed(config.seed, "heads")

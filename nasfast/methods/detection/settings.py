@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import tyro
 
@@ -109,6 +109,13 @@ class SearchConfig(SamplingSettings):
     def cache(self) -> CacheConfig:
         """Of the features; ValueError for a size that is none."""
         return CacheConfig(self.cache_dir, self.placement, self.memory, self.storage)
+
+    def with_budgets(self, budgets: Sequence[int]) -> Self:
+        config = super().with_budgets(budgets)
+        if len(budgets) == 1:
+            return config
+        heads = dataclasses.replace(self.head_phase, budget=budgets[1])
+        return dataclasses.replace(config, head_phase=heads)
 
 
 IMPROVED = DetectorConfig(width=32, centerness="reg", normalized=True)
