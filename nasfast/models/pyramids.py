@@ -89,38 +89,6 @@ class WeightedSum(nn.Module):
         return self.a.to(x.dtype) * x + self.b.to(y.dtype) * y
 
 
-<<<<<<< HEAD
-=======
-class _PairSums(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        n, _, height, width = x.shape
-        terms = x.permute(0, 2, 3, 1) * weight.flatten()
-        pairs = terms.view(n, height, width, -1, 2)
-        return (pairs[..., 0] + pairs[..., 1]).permute(0, 3, 1, 2)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        rows = grad.permute(0, 2, 3, 1).flatten(0, 2)
-        pixels = x.permute(0, 2, 3, 1)
-        twice = F.interpolate(rows[None], scale_factor=2.0).view(pixels.shape)
-        of_weight = (twice * pixels).flatten(0, 2).sum(0)
-        return (twice * weight.flatten()).permute(0, 3, 1, 2), of_weight.view_as(weight)
-
-
-def pair_sums(x: Tensor, weight: Tensor) -> Tensor:
-    """1x1 convolution of ``[N, 2C, H, W]`` with C groups, weight ``[C, 2, 1, 1]``; channels last.
-
-    On a CPU several times as fast as torch's, which in float32 goes group by group.
-    """
-    x = x.contiguous(memory_format=torch.channels_last)
-    result: Tensor = _PairSums.apply(x, weight.to(x.dtype))  # type: ignore[no-untyped-call]
-    return result
-
-
->>>>>>> 4c683f7601ca82029bafc2e547502016d10eac5d
 class Concatenation(nn.Module):
     """Channels side by side, BatchNorm, ReLU, 1x1 convolution back to the width.
 
