@@ -163,12 +163,14 @@ def test_joint_search_without_the_deformable_convolution(words, tmp_path):
 
 def test_a_found_detector_is_trained(whole, tiny_weights, tmp_path):
     out = tmp_path / "out"
-    flags = "--device cpu --epochs 1 --batch-size 2 --crop 64 --shorter-side 64 --detector.width 32"
+    flags = "--device cpu --epochs 1 --batch-size 2 --crop 64 --shorter-side 64"
     command = [str(whole), "--out", str(out), "--encoder-weights", str(tiny_weights)]
     assert train.main([*command, *flags.split()]) == 0
     metrics = json.loads((out / "metrics.json").read_text())
     best = json.loads((whole / "best.json").read_text())
     assert metrics["genotype"] == best["genotype"]
+    settings = tomllib.loads((out / "config.toml").read_text())
+    assert settings["detector"]["width"] == 32  # the search's
     assert (
         tomllib.loads((out / "config.toml").read_text())["data"]
         == (tomllib.loads((whole / "config.toml").read_text())["data"])

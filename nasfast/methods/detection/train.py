@@ -26,7 +26,7 @@ from nasfast.spaces.nas_fcos import NASFCOSGenotype
 from nasfast.tasks.base import Targets
 from nasfast.tasks.detection import DetectionLoss, DetectionScores, DetectionTask
 from nasfast.training.loop import Runtime
-from nasfast.utils.config import Pixels
+from nasfast.utils.config import Pixels, from_mapping
 from nasfast.utils.errors import UserError
 
 CROP = 256
@@ -118,8 +118,16 @@ def published() -> dict[str, Architecture]:
 
 
 def defaults(source: Any, found: Mapping[str, Any]) -> TrainConfig:
-    """Settings of a training by default, with the size of an architecture of the zoo."""
-    return TrainConfig(source, detector=DetectorConfig(**found.get("network", {})))
+    """Settings of a training by default: size and losses of the search, with the width of its last
+    phase, or the size of an architecture of the zoo."""
+    detector = dict(found.get("network", found.get("detector", {})))
+    if found.get("mode") == "progressive":
+        detector["width"] = found["head_phase"]["width"]
+    return TrainConfig(
+        source,
+        detector=from_mapping(DetectorConfig, detector, "detector"),
+        loss=from_mapping(DetectionLoss, found.get("loss", {}), "loss"),
+    )
 
 
 def resolve(config: TrainConfig, architecture: Architecture) -> TrainConfig:
