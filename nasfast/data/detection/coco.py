@@ -205,6 +205,11 @@ def _read(root: Path, path: Path) -> _File:
             f"{path}: expected images with 'id' and 'file_name' and categories with 'id' and "
             f"'name', got {type(error).__name__}: {error}; correct it"
         ) from error
+    other = next((c["id"] for c in content["categories"] if c["id"] not in categories), None)
+    if other is not None:
+        raise UserError(
+            f"{path}: expected whole numbers as ids of categories, got {other!r}; renumber them"
+        )
     for key, kept in (("images", images), ("categories", categories)):
         if len(kept) < len(content[key]):
             raise UserError(
@@ -303,4 +308,7 @@ def _number(value: object) -> float:
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is a number that a float can hold."""
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1000)

@@ -233,6 +233,13 @@ def label_of(name: str, classes: Sequence[str], source: object, origin: object) 
     return list(classes).index(name)
 
 
+def require_distinct(classes: Sequence[str], source: object) -> None:
+    """Raise UserError where two classes have one name."""
+    twice = next((name for i, name in enumerate(classes) if name in classes[:i]), None)
+    if twice is not None:
+        raise UserError(f"{source}: expected each class once, got {twice!r} twice; remove one")
+
+
 def part_by_hash(
     items: Sequence[T], names: Sequence[str], source: object
 ) -> tuple[list[T], list[T]]:

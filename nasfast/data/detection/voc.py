@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
 from nasfast.data.detection.base import DetectionDataset, DetectionParts
-from nasfast.data.detection.files import PARTS, Annotated, Box, BoxFiles, label_of, part_by_hash
+from nasfast.data.detection.files import (
+    PARTS,
+    Annotated,
+    Box,
+    BoxFiles,
+    label_of,
+    part_by_hash,
+    require_distinct,
+)
 from nasfast.data.folder import files_by_stem, read_ids, read_lines
 from nasfast.data.images import for_each
 from nasfast.data.voc import CLASSES as WITH_BACKGROUND
@@ -26,6 +35,8 @@ NAMES = ("classes.txt", "labels.txt")
 IMAGES, ANNOTATIONS = ("JPEGImages", "images"), ("Annotations", "annotations", "images", "")
 LISTS = "ImageSets/Main"
 ASIDE = ("SegmentationObject/*", "SegmentationClass/*", "SegmentationClassAug/*")
+OF_CLASS = re.compile(r"\s+(-1|0|1)$")
+"""The second column of the lists of one class: absent, difficult, present."""
 EDGES = ("xmin", "ymin", "xmax", "ymax")
 NO, YES = ("", "0", "false", "no"), ("1", "true", "yes")
 
@@ -148,12 +159,12 @@ def _divided(root: Path) -> tuple[_Part, _Part, _Part | None]:
         return train, val, parts.get("test")
     places = _places(root)
     assert places is not None
+    every = _ids(places[1])
     lists = {
-        name: read_ids(root / LISTS / f"{name}.txt")
+        name: _listed(root / LISTS / f"{name}.txt", set(every))
         for name in ("train", "trainval", "val", "test")
         if (root / LISTS / f"{name}.txt").is_file()
     }
-    every = _ids(places[1])
     tested = lists.get("test", [])
     test = _Part(*places, tested) if tested and tested[0] in set(every) else None
     if "val" in lists and "train" not in lists and "trainval" not in lists:
@@ -169,6 +180,11 @@ def _divided(root: Path) -> tuple[_Part, _Part, _Part | None]:
     if "train" not in lists:
         train = train._replace(ids=[i for i in train.ids if i not in set(val.ids)])
     return train, val, test
+
+
+def _listed(path: Path, every: Set[str]) -> list[str]:
+    """The ids in a list, which may have the column of the lists of one class."""
+    return [i if i in every else OF_CLASS.sub("", i) for i in read_ids(path)]
 
 
 def _halves(part: _Part) -> tuple[_Part, _Part]:
@@ -197,11 +213,7 @@ def _classes(
     for path in listed:
         if path.is_file():
             names = read_lines(path)
-            twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
-            if twice is not None:
-                raise UserError(
-                    f"{path}: expected each class once, got {twice!r} twice; remove one"
-                )
+            require_distinct(names, path)
             return names, str(path)
     trained, scored = (
         {o.name for file in read.values() for o in file.objects} for read in (train, val)

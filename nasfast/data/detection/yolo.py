@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nasfast.data.detection.base import DetectionDataset, DetectionParts
-from nasfast.data.detection.files import PARTS, Annotated, Box, BoxFiles, part_by_hash
+from nasfast.data.detection.files import (
+    PARTS,
+    Annotated,
+    Box,
+    BoxFiles,
+    part_by_hash,
+    require_distinct,
+)
 from nasfast.data.folder import read_lines, some
 from nasfast.data.images import for_each, list_folder, measure
 from nasfast.utils.errors import UserError
@@ -48,6 +55,7 @@ def open_yolo(root: Path, cache_in_memory: bool = True) -> DetectionParts:
             "neither; add one"
         )
     classes = read_lines(path) if path.suffix == ".txt" else names_in(path)
+    require_distinct(classes, path)
 
     def dataset(images: Sequence[Path], labels: Path) -> DetectionDataset:
         return BoxFiles(

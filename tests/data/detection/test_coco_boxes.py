@@ -25,7 +25,7 @@ def test_what_annotations_say(tmp_path):
         ("x", 90, {"bbox": [1.5, 2, 10, 20.25], "area": 55.5, "iscrowd": 0}),
         (9, 90, {"iscrowd": 1}),
         ("x", 0, {"bbox": [0, 0, 0, 9]}),
-        ("x", 0, {"bbox": [-3, 30, 20, 20], "area": 0}),
+        ("x", 0, {"bbox": [-3, 30, 20, 20], "area": 10**400}),
     ]
     annotations = [
         (k, {"image_id": image, "category_id": category, **more})
@@ -106,6 +106,7 @@ BOX = "annotation 5: expected bbox [left, top, width, height], got "
         ({"bbox": [1, 2, 3]}, BOX + "[1, 2, 3]; correct it or remove it"),
         ({"bbox": None}, BOX + "None; correct it or remove it"),
         ({"bbox": [1, 2, 3, "4"]}, BOX + "[1, 2, 3, '4']; correct it or remove it"),
+        ({"bbox": [1, 2, 10**400, 4]}, BOX + "[1, 2, 1000"),
         (
             {"bbox": [1, 2, float("nan"), 4]},
             "image 1: box of 'cell': expected finite edges, got left 1, top 2, right nan, bottom 6",
@@ -137,6 +138,10 @@ def test_faults_of_an_annotation(tmp_path, change, text):
         ({"images": [{"id": 1}]}, "with 'id' and 'name', got KeyError: 'file_name'; correct it"),
         ({"images": [{"id": 1, "file_name": "1.png"}] * 2}, "different ids of images, got 1 of 2;"),
         ({"categories": [{"id": 1e999, "name": "a"}]}, "'name', got OverflowError: cannot convert"),
+        (
+            {"categories": [{"id": "3", "name": "cell"}]},
+            "expected whole numbers as ids of categories, got '3'; renumber them",
+        ),
         ({"categories": []}, "annotation 5: expected a category of none, got category_id 3; corr"),
         (
             {"categories": [{"id": 3, "name": "cell"}, {"id": 4, "name": "cell"}]},

@@ -65,7 +65,7 @@ def test_parts(tmp_path):
     assert load_detection_splits(root).test is None
     lists = root / "ImageSets/Main"
     (lists / "train.txt").rename(lists / "trainval.txt")
-    (lists / "trainval.txt").write_text("a\nd.jpg\nJPEGImages/b.jpg\n")
+    (lists / "trainval.txt").write_text("a  -1\nd.jpg\nJPEGImages/b.jpg\n")
     assert ids(load_detection_splits(root).train) == "ab"
     (lists / "val.txt").unlink()
     splits = load_detection_splits(root)

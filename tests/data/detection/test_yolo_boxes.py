@@ -50,6 +50,9 @@ def test_one_folder(tmp_path):
         load_detection_splits(root)
     (root / "classes.txt").write_text("a\nb\n")
     assert load_detection_splits(root).train.classes == ("a", "b")
+    (root / "classes.txt").write_text("a\na\n")
+    with pytest.raises(UserError, match=r"classes.txt: expected each class once, got 'a' twice"):
+        load_detection_splits(root)
 
 
 @pytest.mark.parametrize(
