@@ -171,9 +171,12 @@ def synchronize(model: nn.Module, device: torch.device) -> None:
     """Let the BatchNorm layers of a network on the device see the batches of all processes."""
     if size() == 1:
         return
-    if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-        return
-    for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = SummedBatchNorm
+    for parent in list(model.modules()):
+        for name, module in parent.named_children():
+            if type(module) is not nn.BatchNorm2d:  # as the frozen one of ResNets
+                continue
+            if device.type == "cuda":
+                convert = nn.SyncBatchNorm.convert_sync_batchnorm
+                setattr(parent, name, convert(module))  # type: ignore[no-untyped-call]
+            else:
+                module.__class__ = SummedBatchNorm

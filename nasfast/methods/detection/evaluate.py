@@ -136,11 +136,11 @@ class Detecting(nn.Module):
     def __init__(self, model: Model, images: Tensor, settings: PostProcessing) -> None:
         super().__init__()
         self.model, self.images, self.settings = model, images, settings
+        self.size = (images.shape[-2], images.shape[-1])
+        self.sizes = torch.tensor([self.size] * len(images), device=images.device)
 
     def forward(self, _: Tensor) -> Tensor:
-        size = (self.images.shape[-2], self.images.shape[-1])
-        sizes = torch.tensor([size] * len(self.images), device=self.images.device)
-        return detections(self.model(self.images), size, sizes, self.settings).boxes
+        return detections(self.model(self.images), self.size, self.sizes, self.settings).boxes
 
 
 def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:

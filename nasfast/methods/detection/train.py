@@ -50,10 +50,12 @@ class TrainConfig(DenseTrainConfig):
     scales: tuple[Scale, Scale] = (0.75, 1.25)
     """Range of the factors that images are resized by, one drawn for each image."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """sgd: with momentum 0.9; biases learn at twice the rate, without weight decay."""
+    """sgd: with momentum 0.9; biases and the scales of norms learn at twice the rate, without weight
+    decay."""
     freeze_first: bool = True
     """The encoder's layers nearest to the image keep their weights: of MobileNet-v2 the first two,
-    of ResNets the stem and the first stage."""
+    of ResNets the stem and the first stage. Statistics of their BatchNorm, where it is not frozen,
+    follow the images all the same."""
     freeze_norm: bool = False
     """The encoder's BatchNorm keeps its statistics, as ResNets' always does; for small batches."""
     improvements: bool = False
@@ -205,13 +207,15 @@ class DetectionTraining(DenseTraining):
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": decay},
             {"params": [p for p in parameters if p.dim() <= 1], "lr": 2 * lr},
         ]
-        return torch.optim.SGD(groups, lr, momentum=MOMENTUM)
+        # others copy a learning rate from the GPU to the host, which no recorded step can do
+        fused = True if self.runtime.device.type == "cuda" else None
+        return torch.optim.SGD(groups, lr, momentum=MOMENTUM, fused=fused)
 
     def learning(self, frozen: bool) -> None:
         super().learning(frozen)
         if self.settings.freeze_norm:
             for module in self.model.get_submodule("encoder").modules():
-                if isinstance(module, nn.BatchNorm2d):
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):  # of several processes too
                     module.eval()
 
     def prepared(self, images: Tensor, targets: Targets) -> Targets:
