@@ -47,7 +47,7 @@ def search(
     """Find an architecture, as ``nasfast search`` does.
 
     Args:
-        method: "segmentation" or "restoration".
+        method: "segmentation", "detection" or another of ``nasfast search --help``.
         resume: directory of a run to continue, instead of a new one; `settings` are then some of
             budget, device, workers, devices, engine.
         quiet: whether to print nothing.

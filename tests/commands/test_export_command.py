@@ -189,8 +189,8 @@ def test_a_model_file_without_data(trained, tmp_path, capsys):
         ),
         (
             ["--argmax"],
-            "argmax: expected a network of 1 to 256 classes, got 0 of a network for denoising; "
-            "leave it out",
+            "argmax: expected a network of 1 to 256 classes of pixels, got 0 of a network for "
+            "denoising; leave it out",
         ),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",

@@ -278,8 +278,8 @@ def test_what_cannot_be_exported(folder, program):
     with pytest.raises(UserError) as error:
         export(program[0], folder / "x.onnx", argmax=True)
     assert str(error.value) == (
-        "argmax: expected a network of 1 to 256 classes, got 0 of a network for denoising; leave "
-        "it out"
+        "argmax: expected a network of 1 to 256 classes of pixels, got 0 of a network for "
+        "denoising; leave it out"
     )
     with pytest.raises(UserError) as error:
         export(program[2], folder / "x.onnx")
