@@ -50,8 +50,8 @@ class TrainConfig(DenseTrainConfig):
     scales: tuple[Scale, Scale] = (0.75, 1.25)
     """Range of the factors that images are resized by, one drawn for each image."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """sgd: with momentum 0.9; biases and the scales of norms learn at twice the rate, without weight
-    decay."""
+    """sgd: with momentum 0.9; biases and the scales of norms learn at twice the rate, without
+    weight decay."""
     freeze_first: bool = True
     """The encoder's layers nearest to the image keep their weights: of MobileNet-v2 the first two,
     of ResNets the stem and the first stage. Statistics of their BatchNorm, where it is not frozen,
