@@ -71,6 +71,7 @@ class FrozenEncoder:
 
     Attributes:
         inputs: SHA-256 of everything that was read: encoder, data, teacher.
+        samples: how many crops there are to train on.
         seconds: wall time, by step.
     """
 
@@ -90,7 +91,7 @@ class FrozenEncoder:
         self.task, self.runtime = task, runtime
         self.encoder = encoder
         self.train_transform, self.val_transform = transforms
-        self._samples, self._seed, self._teacher = samples, seed, teacher
+        self.samples, self._seed, self._teacher = samples, seed, teacher
         for network in (self.encoder, teacher):
             if network is not None:
                 runtime.place(network).eval().requires_grad_(False)
@@ -123,7 +124,7 @@ class FrozenEncoder:
         train_key = key | {
             "data": self.inputs["training data"],
             "preprocessing": (
-                f"{self._samples} frames drawn, {self.train_transform}, seed {self._seed}"
+                f"{self.samples} frames drawn, {self.train_transform}, seed {self._seed}"
             ),
             "teacher": self.inputs["teacher"],
         }
@@ -137,7 +138,7 @@ class FrozenEncoder:
         if cache.memory_bytes is not None:  # the rest is for the training features
             rest = max(0, cache.memory_bytes - val.resident_bytes)
             cache = dataclasses.replace(cache, memory=f"{rest}B")
-        train = load(train_key, self._samples, self._encode_train, cache, beat).to(device)
+        train = load(train_key, self.samples, self._encode_train, cache, beat).to(device)
         return train, val
 
     @functools.cached_property

@@ -157,8 +157,8 @@ def test_joint_search_without_the_deformable_convolution(words, tmp_path):
         genotype = NASFCOSSpace().from_json(record.genotype)
         assert genotype.fpn is not None
         assert genotype.head is not None
-        assert not genotype.deformable
-    assert {FPN_OPS[-1], HEAD_OPS[-1]} == {"def_conv_3x3"}
+        names = {FPN_OPS[op] for block in genotype.fpn for op in block[2:4]}
+        assert "def_conv_3x3" not in names | {HEAD_OPS[op] for op in genotype.head.ops}
 
 
 def test_a_found_detector_is_trained(whole, tiny_weights, tmp_path):
@@ -200,6 +200,19 @@ def test_settings_that_do_not_fit(flags, message, words, tmp_path, capsys):
     with pytest.raises((UserError, SystemExit)) as error:
         parse([*words, *flags.split(), "--runs", str(tmp_path)])
     assert message in str(error.value) + capsys.readouterr().err
+
+
+def test_images_without_objects_are_refused(tmp_path, tiny_weights, capsys):
+    """Rewards would say nothing."""
+    objects = dict.fromkeys("abcdefgh", "") | {"a": voc_object("cell", 11, 6, 30, 25)}
+    parts = {"train": "abcdef", "val": "g", "test": "h"}
+    data = write_boxes(tmp_path / "boxes", parts, objects)
+    places = f"--data {data} --encoder-weights {tiny_weights} --cache-dir {tmp_path / 'cache'}"
+    command = ["detection", *FLAGS.split(), *places.split(), "--runs", str(tmp_path / "runs")]
+    assert search.main(command) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "error: search: expected objects in the crops to " in error
+    assert "got none that a point learns; make --stage0.crop" in error
 
 
 def test_the_stock_detector_is_no_candidate():

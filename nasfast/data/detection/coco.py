@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from nasfast.data.detection.base import DetectionDataset, DetectionParts
-from nasfast.data.detection.files import PARTS, Annotated, Box, BoxFiles, part_by_hash
+from nasfast.data.detection.files import (
+    PARTS,
+    Annotated,
+    Box,
+    BoxFiles,
+    part_by_hash,
+    require_names,
+)
 from nasfast.data.folder import some
 from nasfast.data.images import FaultyFiles
 from nasfast.utils.errors import UserError
@@ -176,6 +183,7 @@ def _classes(files: Sequence[_File]) -> dict[int, str]:
         raise UserError(
             f"{files[0].path}: expected categories of different names, got {got}; correct them"
         )
+    require_names(tuple(names.values()), files[0].path)
     return names
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,8 +234,13 @@ def label_of(name: str, classes: Sequence[str], source: object, origin: object) 
     return list(classes).index(name)
 
 
-def require_distinct(classes: Sequence[str], source: object) -> None:
-    """Raise UserError where two classes have one name."""
+def require_names(classes: Sequence[str], source: object) -> None:
+    """Raise UserError where two classes have one name, or one has none that can be written."""
+    for name in classes:
+        if not name.strip() or any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
+            raise UserError(
+                f"{source}: expected names of classes in one line of text, got {name!r}; rename it"
+            )
     twice = next((name for i, name in enumerate(classes) if name in classes[:i]), None)
     if twice is not None:
         raise UserError(f"{source}: expected each class once, got {twice!r} twice; remove one")

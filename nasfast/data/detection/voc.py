@@ -18,7 +18,7 @@ from nasfast.data.detection.files import (
     BoxFiles,
     label_of,
     part_by_hash,
-    require_distinct,
+    require_names,
 )
 from nasfast.data.folder import files_by_stem, read_ids, read_lines
 from nasfast.data.images import for_each
@@ -213,13 +213,14 @@ def _classes(
     for path in listed:
         if path.is_file():
             names = read_lines(path)
-            require_distinct(names, path)
+            require_names(names, path)
             return names, str(path)
     trained, scored = (
         {o.name for file in read.values() for o in file.objects} for read in (train, val)
     )
     if trained | scored <= set(CLASSES):
         return CLASSES, "PASCAL VOC"
+    require_names(sorted(trained), folders[0])
     return sorted(trained), "the boxes of train"
 
 

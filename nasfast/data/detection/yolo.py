@@ -13,7 +13,7 @@ from nasfast.data.detection.files import (
     Box,
     BoxFiles,
     part_by_hash,
-    require_distinct,
+    require_names,
 )
 from nasfast.data.folder import read_lines, some
 from nasfast.data.images import for_each, list_folder, measure
@@ -55,7 +55,7 @@ def open_yolo(root: Path, cache_in_memory: bool = True) -> DetectionParts:
             "neither; add one"
         )
     classes = read_lines(path) if path.suffix == ".txt" else names_in(path)
-    require_distinct(classes, path)
+    require_names(classes, path)
 
     def dataset(images: Sequence[Path], labels: Path) -> DetectionDataset:
         return BoxFiles(

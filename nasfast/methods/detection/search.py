@@ -47,7 +47,7 @@ from nasfast.spaces.nas_fcos import NASFCOSGenotype, NASFCOSSpace, Part
 from nasfast.strategies import make_strategy
 from nasfast.tasks.base import Scores
 from nasfast.tasks.detection import DetectionTask
-from nasfast.training.loop import Runtime
+from nasfast.training.loop import Runtime, in_order
 from nasfast.utils.cli import say
 from nasfast.utils.errors import NothingFoundError, UserError, cause
 from nasfast.utils.files import atomic_directory, read_object
@@ -148,7 +148,9 @@ def build(
         f"candidates{heads}",
     )
     engine, features = start_workers(
-        workers, functools.partial(evaluator_on, config), lambda: inputs.features(config, runtime)
+        workers,
+        functools.partial(evaluator_on, config),
+        lambda: with_objects(inputs.features(config, runtime)),
     )
     say_ready(console, features)
     first = Phase(
@@ -164,6 +166,24 @@ def build(
         return SamplingSearch(first, workers=workers), config
     second = SecondPhase(config, inputs, features, workers, console)
     return SamplingSearch(first, second, workers=workers), config
+
+
+def with_objects(features: FrozenEncoder) -> FrozenEncoder:
+    """The features. UserError where no crop to train on, or none to score on, has an object that a
+    point learns: rewards would say nothing."""
+    trained = features.train_batches(in_order(features.samples, 8))
+    scored = (targets for _, targets in features.val_batches())
+    for use, batches in (
+        ("train", (features.split(arrays).targets for arrays in trained)),
+        ("score", scored),
+    ):
+        if not any(bool(features.task.weight(targets)[2]) for targets in batches):
+            raise UserError(
+                f"search: expected objects in the crops to {use} candidates on, got none that a "
+                "point learns; make --stage0.crop and --val-crop larger, or --stage0.samples, or "
+                "add images"
+            )
+    return features
 
 
 def say_ready(console: Console, features: FrozenEncoder) -> None:
@@ -365,6 +385,11 @@ def _read(folder: Path, ranking: Sequence[Record]) -> TrainedPyramid:
         UserError: its files are damaged, or of no record.
     """
     remedy = f"remove {folder}: it is trained again"
+    gone = next((name for name in (CHOICE, WEIGHTS) if not (folder / name).is_file()), None)
+    if gone is not None:
+        raise UserError(
+            f"{folder / gone}: expected a file of the trained pyramid, got none; {remedy}"
+        )
     index = read_object(folder / CHOICE).get("architecture")
     record = next((record for record in ranking if record.index == index), None)
     if record is None:

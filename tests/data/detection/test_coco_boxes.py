@@ -142,6 +142,10 @@ def test_faults_of_an_annotation(tmp_path, change, text):
             {"categories": [{"id": "3", "name": "cell"}]},
             "expected whole numbers as ids of categories, got '3'; renumber them",
         ),
+        (
+            {"categories": [*CATEGORIES, {"id": 5, "name": "a\nb"}]},
+            r"expected names of classes in one line of text, got 'a\nb'; rename it",
+        ),
         ({"categories": []}, "annotation 5: expected a category of none, got category_id 3; corr"),
         (
             {"categories": [{"id": 3, "name": "cell"}, {"id": 4, "name": "cell"}]},
