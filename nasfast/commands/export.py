@@ -168,7 +168,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  size {small.stat().st_size / file.stat().st_size:.0%} of float32")
             file = small
         os.replace(file, out)
-    print(f"wrote {out}, {out.stat().st_size / 1e6:.2f} MB; `nasfast evaluate {out}` measures it")
+    command = f"`nasfast evaluate {out}` measures"
+    if config.nms == "inside":  # which leaves no losses to measure
+        command = f"`nasfast predict {out} IMAGES` uses"
+    print(f"wrote {out}, {out.stat().st_size / 1e6:.2f} MB; {command} it")
     return 0
 
 

@@ -151,6 +151,7 @@ def test_an_export_with_the_suppression_inside(trained, quick, tmp_path, capsys)
     assert export.main(words) == 0
     printed = capsys.readouterr().out
     assert printed.count("equal objects 100.000%") == 2
+    assert f"; `nasfast predict {out} IMAGES` uses it" in printed
     assert load(out, "cpu").network.suppresses
 
 

@@ -165,6 +165,8 @@ def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
         batch=config.batch,
         seconds=config.seconds,
     )
+    # an export computes in its own precision and library
+    whole = dataclasses.replace(whole, dtype=latencies[0].dtype, backend=latencies[0].backend)
     classes: dict[str, dict[str, float | None]] = {
         name: {"ap50": ap50, "ap": ap}
         for name, ap, ap50 in zip(part.classes, scores.class_ap, scores.class_ap50, strict=True)
