@@ -204,7 +204,8 @@ def test_settings_that_do_not_fit(flags, message, words, tmp_path, capsys):
 
 def test_images_without_objects_are_refused(tmp_path, tiny_weights, capsys):
     """Rewards would say nothing."""
-    objects = dict.fromkeys("abcdefgh", "") | {"a": voc_object("cell", 11, 6, 30, 25)}
+    cell = voc_object("cell", 11, 6, 30, 25)
+    objects = dict.fromkeys("abcdefgh", "") | {"a": cell, "g": cell}
     parts = {"train": "abcdef", "val": "g", "test": "h"}
     data = write_boxes(tmp_path / "boxes", parts, objects)
     places = f"--data {data} --encoder-weights {tiny_weights} --cache-dir {tmp_path / 'cache'}"
