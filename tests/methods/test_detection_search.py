@@ -202,10 +202,9 @@ def test_settings_that_do_not_fit(flags, message, words, tmp_path, capsys):
     assert message in str(error.value) + capsys.readouterr().err
 
 
-def test_images_without_objects_are_refused(tmp_path, tiny_weights, capsys):
-    """Rewards would say nothing."""
-    cell = voc_object("cell", 11, 6, 30, 25)
-    objects = dict.fromkeys("abcdefgh", "") | {"a": cell, "g": cell}
+def test_crops_without_objects_are_refused(tmp_path, tiny_weights, capsys):
+    """Rewards would say nothing. All objects lie left of the centre crops."""
+    objects = dict.fromkeys("abcdefgh", voc_object("cell", 1, 6, 7, 25))
     parts = {"train": "abcdef", "val": "g", "test": "h"}
     data = write_boxes(tmp_path / "boxes", parts, objects)
     places = f"--data {data} --encoder-weights {tiny_weights} --cache-dir {tmp_path / 'cache'}"
