@@ -7,6 +7,7 @@ import tomllib
 import pytest
 import torch
 from folders import voc_object, write_boxes
+from safetensors.torch import save_file
 from search_runs import Crash, assert_same, crashed, start, wait_for_records
 
 from nasfast.commands import search, train
@@ -142,6 +143,10 @@ def test_a_damaged_pyramid_is_named(whole, words, tmp_path, capsys):
     error = " ".join(capsys.readouterr().err.split())
     assert f"{weights}: expected a complete safetensors file, got " in error
     assert f"remove {weights.parent}: it is trained again" in error
+    save_file({"p6": torch.zeros(1)}, weights)
+    assert search.main(["--resume", str(run)]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "pyramid.safetensors: expected the weights of the chosen pyramid, got " in error
     for path in weights.parent.iterdir():
         path.unlink()
     weights.parent.rmdir()

@@ -24,7 +24,7 @@ from nasfast.data.detection import (
     load_detection_splits,
 )
 from nasfast.data.detection.checks import check_detection
-from nasfast.encoders import Encoder, load_encoder
+from nasfast.encoders import Encoder, load_encoder, tensor_mismatch
 from nasfast.evaluation.candidate import CandidateEvaluator, timed
 from nasfast.evaluation.frozen_encoder import Caches, FrozenEncoder
 from nasfast.evaluation.stages import DecoderOnFeatures
@@ -100,7 +100,14 @@ class Inputs:
             fpn = DetectorDecoder(
                 pyramid.genotype, encoder.feature_info, task.outputs, config.second
             ).fpn
-            fpn.load_state_dict(load(pyramid.weights))
+            weights = load(pyramid.weights)
+            problem = tensor_mismatch(fpn.state_dict(), weights)
+            if problem:
+                raise UserError(
+                    f"{WEIGHTS}: expected the weights of the chosen pyramid, got {problem}; remove "
+                    "checkpoint/phase-1 of the run: it is trained again"
+                )
+            fpn.load_state_dict(weights)
             encoder = FrozenPyramid(encoder, fpn)
         return FrozenEncoder(
             task,
