@@ -88,7 +88,7 @@ class Problem:
     def flops(self) -> int:
         """Of the convolutions, forward and backward."""
         with torch.device("meta"):
-            decoder, taps = self.decoder(), [tap.to("meta")[:1] for tap in self.taps()]
+            decoder, taps = self.decoder(), [tap[:1].to("meta").float() for tap in self.taps()]
             return 6 * self.batch * count_macs_on(decoder, taps)
 
     def call(self, variant: str) -> Call:
