@@ -18,7 +18,8 @@ from nasfast.data.transforms import Size, check_size, colored, pair
 FILL = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
 """Colour of padding: 0, within a hundredth, once normalised."""
 PADDING = -1
-"""Label where an image has fewer boxes than another of its batch."""
+"""Label where an image has fewer boxes than another of its batch. An ignored box of class k has the
+label -2 - k."""
 
 
 class BoxTransform(Protocol):

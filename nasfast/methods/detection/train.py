@@ -20,6 +20,7 @@ from nasfast.data.detection import (
 from nasfast.encoders import load_encoder
 from nasfast.methods.base import Architecture
 from nasfast.methods.dense import DenseTrainConfig, DenseTraining, Scale, located
+from nasfast.methods.detection.improvements import improved_detector, improved_loss
 from nasfast.models.detector import Detector, DetectorConfig, build_detector
 from nasfast.models.zoo import ZOO
 from nasfast.spaces.nas_fcos import NASFCOSGenotype
@@ -81,10 +82,8 @@ class TrainConfig(DenseTrainConfig):
             return self
         return dataclasses.replace(
             self,
-            loss=dataclasses.replace(
-                self.loss, box="giou", center_sampling=1.5, count_images=False
-            ),
-            detector=dataclasses.replace(self.detector, centerness="reg", normalized=True),
+            loss=improved_loss(self.loss),
+            detector=improved_detector(self.detector),
         )
 
 

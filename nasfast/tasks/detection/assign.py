@@ -10,10 +10,9 @@ import math
 import torch
 from torch import Tensor
 
+from nasfast.data.detection import PADDING
 from nasfast.models.points import STRIDES, level_sizes, points
 
-PADDING = -1
-"""Label of a row without a box. An ignored box of class k has the label -2 - k."""
 BACKGROUND, NOT_COUNTED = -1, -2
 """Of dense targets, beside the classes."""
 SIZES = (64.0, 128.0, 256.0, 512.0)

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from nasfast.data.detection import DetectionDataset, DetectionSplits, batch
+from nasfast.data.detection import PADDING, DetectionDataset, DetectionSplits, batch
 from nasfast.tasks.base import ClassScore, DenseTask, Frames, Targets, prepare_images
-from nasfast.tasks.detection.assign import PADDING, assign
+from nasfast.tasks.detection.assign import assign
 from nasfast.tasks.detection.losses import (
     LOSSES,
     DetectionLoss,
