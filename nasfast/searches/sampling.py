@@ -22,7 +22,7 @@ from nasfast.runs.study import Study
 from nasfast.searches.base import SearchSettings
 from nasfast.searches.limits import Limit, Limits
 from nasfast.spaces.base import Space
-from nasfast.strategies import Strategy
+from nasfast.strategies import EvolutionConfig, PPOConfig, PredictorConfig, Strategy
 from nasfast.training.loop import Runtime
 from nasfast.utils.cli import say
 from nasfast.utils.config import Bound, Count
@@ -58,6 +58,12 @@ class SamplingSettings(SearchSettings):
     max_macs: str | int | None = None
     """Most multiply-adds of a candidate, such as 1.5G, for an image of the size that candidates are
     scored on."""
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    """The search with a model of the reward."""
+    evolution: EvolutionConfig = field(default_factory=EvolutionConfig)
+    """The evolution."""
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    """The controller."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -144,13 +150,12 @@ resume. What it takes long for it may keep in the folder, which is the run's and
 
 @dataclass(frozen=True)
 class _Proposal(Generic[G]):
-    """A network within the limits that a strategy proposed, and what it proposed before that was
-    none, or beyond them."""
+    """A network within the limits that a strategy proposed."""
 
     genotype: G
-    rejected: tuple[G, ...]
     exceeded: tuple[dict[str, float], ...]
-    """Of each of those, the costs beyond their limits; empty for what is no network."""
+    """Of each proposal that was rejected before it, the costs beyond their limits; empty for what
+    is no network."""
 
 
 class SamplingSearch:
@@ -283,8 +288,6 @@ class SamplingSearch:
                 return len(study.records)  # the budget ends in the batch
             start = time.perf_counter()
             for proposal, record in zip(asked, study.records[told:]):
-                for genotype in proposal.rejected:
-                    phase.strategy.reject(genotype)
                 reward = record.evaluation.rewards.get(phase.evaluator.feedback)
                 phase.strategy.tell(proposal.genotype, reward)
             seconds["controller"] += time.perf_counter() - start
@@ -297,8 +300,8 @@ class SamplingSearch:
             UserError: too many in a row are beyond.
         """
         phase = self._phase
-        rejected, exceeded, costs = list[Any](), list[dict[str, float]](), list[dict[str, float]]()
-        while len(rejected) < _MAX_REJECTIONS:
+        exceeded, costs = list[dict[str, float]](), list[dict[str, float]]()
+        while len(exceeded) < _MAX_REJECTIONS:
             genotype, beyond = phase.strategy.ask(), dict[str, float]()
             valid = phase.space.valid(genotype)
             if valid and phase.limits:
@@ -306,12 +309,12 @@ class SamplingSearch:
                 costs.append(phase.evaluator.costs(genotype))
                 beyond = phase.limits.exceeded(costs[-1])
             if valid and not beyond:
-                return _Proposal(genotype, tuple(rejected), tuple(exceeded))
-            rejected.append(genotype)
+                return _Proposal(genotype, tuple(exceeded))
+            phase.strategy.reject(genotype)
             exceeded.append(beyond)
         if not costs:
             raise UserError(
-                f"search: expected networks, got {len(rejected):,} proposals in a row that are "
+                f"search: expected networks, got {len(exceeded):,} proposals in a row that are "
                 "none; start a new run with --strategy random"
             )
         raise phase.limits.refusal(costs)

@@ -1,7 +1,8 @@
 """What an architecture is: a sequence of categorical decisions that decodes to a genotype."""
 
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self, TypeVar
 
@@ -66,6 +67,12 @@ class Space(Protocol[G]):
         """Exactly one decision changes, to one of its other choices, uniformly among the changes
         that are valid."""
 
+    def features(self, genotype: G) -> Mapping[str, float]:
+        """A description for models of the reward: numbers by name, 0 where a name is missing.
+
+        The same for all genotypes of one canonical form; names that two genotypes share mean the
+        same in both."""
+
     def from_json(self, obj: object) -> G:
         """Read `Genotype.to_json`, or the list form of the publication."""
 
@@ -98,3 +105,25 @@ def mutate_choices(
     other = rng.randrange(decisions[at].size - 1)
     other += other >= choices[at]
     return (*choices[:at], other, *choices[at + 1 :])
+
+
+def subtrees(labels: Sequence[str], sources: Sequence[Sequence[int]], depth: int) -> Counter[str]:
+    """How often each labelled subtree of up to `depth` steps occurs in a graph.
+
+    These are the features of the Weisfeiler-Lehman graph kernel (Shervashidze et al., JMLR 2011),
+    which Ru et al. (NAS-BOWL, ICLR 2021, arXiv 2006.07556) fit architectures with. They do not
+    depend on the order of the nodes, nor on that of the sources of a node.
+
+    Args:
+        labels: of the nodes.
+        sources: of each node, those that it reads.
+        depth: 0 counts the labels alone.
+    """
+    trees, counts = list(labels), Counter(labels)
+    for _ in range(depth):
+        trees = [
+            f"{label}({', '.join(sorted(trees[i] for i in read))})"
+            for label, read in zip(labels, sources, strict=True)
+        ]
+        counts.update(tree for tree, read in zip(trees, sources) if read)
+    return counts

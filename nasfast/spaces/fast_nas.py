@@ -4,11 +4,18 @@ models via auxiliary cells, CVPR 2019 (arXiv 1810.10804)."""
 import itertools
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from nasfast.spaces.base import Decision, Space, check_choices, mutate_choices, sample_choices
+from nasfast.spaces.base import (
+    Decision,
+    Space,
+    check_choices,
+    mutate_choices,
+    sample_choices,
+    subtrees,
+)
 from nasfast.utils.errors import UserError
 
 PRIMITIVES = (
@@ -201,6 +208,26 @@ class FastNASSpace(Space[FastNASGenotype]):
     def mutate(self, genotype: FastNASGenotype, rng: random.Random) -> FastNASGenotype:
         """Exactly one decision changes, to one of its other choices, uniformly."""
         return self.decode(mutate_choices(self.decisions, self.encode(genotype), rng))
+
+    def features(self, genotype: FastNASGenotype) -> Mapping[str, float]:
+        """Subtrees of the cell, one step deep, and of the connections, two steps deep."""
+        cell = genotype.cell
+        labels, sources = ["input", f"op0 {PRIMITIVES[cell.op0]}"], [(), (0,)]
+        for k, (p1, p2, o1, o2) in enumerate(cell.layers):
+            for p, o in ((p1, o1), (p2, o2)):
+                labels.append(PRIMITIVES[o])
+                sources.append(() if o == NONE else (p,))
+            labels.append("sum")
+            sources.append((3 * k + 2, 3 * k + 3))
+        labels.append("cell")
+        sources.append(cell.loose_ends)
+        counts = subtrees(labels, sources, 1)
+        taps = genotype.num_taps
+        labels = [f"tap{i}" for i in range(taps)] + ["block"] * len(genotype.connections)
+        sources = [()] * taps + [*genotype.connections]
+        labels.append("decoder")
+        sources.append(tuple(taps + b for b in genotype.collected_blocks))
+        return counts + subtrees(labels, sources, 2)
 
     def from_json(self, obj: object) -> FastNASGenotype:
         """Read `FastNASGenotype.to_json` or the published list form, [cell, connections]."""

@@ -9,12 +9,19 @@ layers differ by one at most, and before the first layer stands level 0.
 import itertools
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
-from nasfast.spaces.base import Decision, Space, check_choices, mutate_choices, sample_choices
+from nasfast.spaces.base import (
+    Decision,
+    Space,
+    check_choices,
+    mutate_choices,
+    sample_choices,
+    subtrees,
+)
 from nasfast.utils.errors import UserError
 
 PRIMITIVES = ("conv3x3", "sep3x3", "dil3x3", "def3x3", "skip", "none")
@@ -179,6 +186,19 @@ class IRNASSpace(Space[IRNASGenotype]):
     def mutate(self, genotype: IRNASGenotype, rng: random.Random) -> IRNASGenotype:
         """Exactly one decision changes, to one of its other choices, uniformly."""
         return self.decode(mutate_choices(self.decisions, self.encode(genotype), rng))
+
+    def features(self, genotype: IRNASGenotype) -> Mapping[str, float]:
+        """Subtrees of the cell, one step deep, and of the path through the levels."""
+        labels, sources = ["before last", "last"], list[tuple[int, ...]]([(), ()])
+        states = [0, 1]
+        for node in genotype.nodes:
+            at = len(labels)
+            labels += [*(op for op, _ in node), "node"]
+            sources += [*((states[state],) for _, state in node), (at, at + 1)]
+            states.append(at + 2)
+        path = [f"level{level}" for level in genotype.levels]
+        steps = [(), *((k,) for k in range(len(path) - 1))]
+        return subtrees(labels, sources, 1) + subtrees(path, steps, 1)
 
     def from_json(self, obj: object) -> IRNASGenotype:
         """Read `IRNASGenotype.to_json`; UserError if it is not of this space."""

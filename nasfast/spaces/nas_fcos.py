@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from nasfast.spaces.base import Decision, Space, check_choices, mutate_choices, sample_choices
+from nasfast.spaces.base import (
+    Decision,
+    Space,
+    check_choices,
+    mutate_choices,
+    sample_choices,
+    subtrees,
+)
 from nasfast.utils.errors import UserError
 
 FPN_OPS = (
@@ -294,6 +302,31 @@ class NASFCOSSpace(Space[NASFCOSGenotype]):
             changed = self.decode(mutate_choices(self.decisions, choices, rng))
             if changed.valid:
                 return changed
+
+    def features(self, genotype: NASFCOSGenotype) -> Mapping[str, float]:
+        """Subtrees of the pyramid, one step deep, and operations of the head: how many there are,
+        how many of them have weights for each level, and which follow each other."""
+        counts = Counter[str]()
+        genotype = genotype.canonical()
+        if self._fpn and genotype.fpn is not None:
+            labels = [f"C{i + 2}" for i in range(TAPS)]
+            sources = list[tuple[int, ...]]([()] * TAPS)
+            pool = list(range(TAPS))
+            for a, b, x, y, aggregator in genotype.fpn:
+                at = len(labels)
+                labels += [FPN_OPS[x], FPN_OPS[y], AGGREGATORS[aggregator]]
+                sources += [(pool[a],), (pool[b],), (at, at + 1)]
+                pool.append(at + 2)
+            *rest, p5, p4, p3 = genotype.loose
+            for name, level in zip(("P5", "P4", "P3"), (p5, p4, p3)):
+                labels.append(name)
+                sources.append((pool[TAPS + level], *(pool[TAPS + t] for t in rest)))
+            counts += subtrees(labels, sources, 1)
+        if self._head and genotype.head is not None:
+            ops = [f"head {HEAD_OPS[op]}" for op in genotype.head.ops if HEAD_OPS[op] != SKIP]
+            counts += subtrees(ops, [(), *((k,) for k in range(len(ops) - 1))][: len(ops)], 1)
+            counts.update(f"own {op}" for op in ops[: genotype.head.share])
+        return counts
 
     def from_json(self, obj: object) -> NASFCOSGenotype:
         """Read `NASFCOSGenotype.to_json`, or the published list: 7 blocks, and with a head the

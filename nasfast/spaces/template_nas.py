@@ -4,12 +4,19 @@ segmentation architectures, WACV 2020 (arXiv 1904.02365)."""
 import itertools
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from nasfast.spaces.base import Decision, Space, check_choices, mutate_choices, sample_choices
+from nasfast.spaces.base import (
+    Decision,
+    Space,
+    check_choices,
+    mutate_choices,
+    sample_choices,
+    subtrees,
+)
 from nasfast.utils.errors import UserError
 
 OPERATIONS = ("sep3x3", "sep5x5", "gap", "maxpool3x3", "sep5x5_d6", "skip")
@@ -218,6 +225,29 @@ class TemplateNASSpace(Space[TemplateNASGenotype]):
     def mutate(self, genotype: TemplateNASGenotype, rng: random.Random) -> TemplateNASGenotype:
         """Exactly one decision changes, to one of its other choices, uniformly."""
         return self.decode(mutate_choices(self.decisions, self.encode(genotype), rng))
+
+    def features(self, genotype: TemplateNASGenotype) -> Mapping[str, float]:
+        """Subtrees of the network, two steps deep, every application of a template by itself."""
+        taps = genotype.num_taps
+        labels = [f"tap{i}" for i in range(taps)]
+        sources: list[tuple[int, ...]] = [()] * taps
+        outputs = list(range(taps))  # the node that taps and layers end in
+        for layer in genotype.layers:
+            op1, op2, aggregation = genotype.templates[layer.template]
+            first, second = outputs[layer.input1], outputs[layer.input2]
+            for _ in range(layer.repeats + 1):
+                labels += [OPERATIONS[op1], OPERATIONS[op2], AGGREGATIONS[aggregation]]
+                at = len(sources)
+                sources += [(first,), (second,), (at, at + 1)]
+                first, second = second, at + 2
+            if layer.stride:
+                labels.append("stride")
+                sources.append((second,))
+                second = len(sources) - 1
+            outputs.append(second)
+        labels.append("network")
+        sources.append(tuple(outputs[taps + k] for k in genotype.collected_layers))
+        return subtrees(labels, sources, 2)
 
     def from_json(self, obj: object) -> TemplateNASGenotype:
         """Read `TemplateNASGenotype.to_json` or the published list form, [templates, layers]."""

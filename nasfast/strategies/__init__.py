@@ -4,10 +4,11 @@
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from nasfast.spaces.base import G, Space
 from nasfast.strategies.base import Strategy
+from nasfast.strategies.evolution import Evolution, EvolutionConfig
 from nasfast.strategies.gradient import (
     GRADIENT_STRATEGIES,
     Mix,
@@ -16,32 +17,65 @@ from nasfast.strategies.gradient import (
     make_relaxation,
 )
 from nasfast.strategies.ppo import PPO, PPOConfig
+from nasfast.strategies.predictor import Predictor, PredictorConfig
 from nasfast.strategies.random import RandomSearch
 from nasfast.utils.errors import UserError
 
-STRATEGIES: dict[str, Callable[[Space[Any], int, PPOConfig], Strategy[Any]]] = {
-    "ppo": lambda space, seed, ppo: PPO(space, ppo, seed),
-    "random": lambda space, seed, ppo: RandomSearch(space, seed),
+Name = Literal["auto", "predictor", "evolution", "ppo", "random"]
+"""What a sampling search can be told: "auto" is `recommended`."""
+
+
+class StrategySettings(Protocol):
+    """Settings of all strategies."""
+
+    @property
+    def ppo(self) -> PPOConfig: ...
+
+    @property
+    def evolution(self) -> EvolutionConfig: ...
+
+    @property
+    def predictor(self) -> PredictorConfig: ...
+
+
+STRATEGIES: dict[str, Callable[[Space[Any], int, StrategySettings], Strategy[Any]]] = {
+    "predictor": lambda space, seed, settings: Predictor(space, settings.predictor, seed),
+    "evolution": lambda space, seed, settings: Evolution(space, settings.evolution, seed),
+    "ppo": lambda space, seed, settings: PPO(space, settings.ppo, seed),
+    "random": lambda space, seed, settings: RandomSearch(space, seed),
 }
 
 
-def make_strategy(name: str, space: Space[G], seed: int, ppo: PPOConfig) -> Strategy[G]:
+def recommended(space: str, budget: int) -> str:
+    """The strategy that `bench/search_quality.py` measures best for a space and a number of
+    candidates."""
+    return "predictor"
+
+
+def make_strategy(name: str, space: Space[G], seed: int, settings: StrategySettings) -> Strategy[G]:
     """The strategy of that name; UserError lists the choices."""
     if name not in STRATEGIES:
         raise UserError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {name!r}")
-    return STRATEGIES[name](space, seed, ppo)
+    return STRATEGIES[name](space, seed, settings)
 
 
 __all__ = [
     "GRADIENT_STRATEGIES",
     "PPO",
     "STRATEGIES",
+    "Evolution",
+    "EvolutionConfig",
     "Mix",
+    "Name",
     "PPOConfig",
+    "Predictor",
+    "PredictorConfig",
     "RandomSearch",
     "Relaxation",
     "Strategy",
+    "StrategySettings",
     "Temperature",
     "make_relaxation",
     "make_strategy",
+    "recommended",
 ]

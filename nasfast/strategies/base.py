@@ -21,8 +21,8 @@ class Strategy(Protocol[G]):
         """The reward of a genotype, in the order asked; None if its evaluation failed."""
 
     def reject(self, genotype: G) -> None:
-        """Instead of `tell`: a genotype is beyond the limits, or no network, and was not
-        evaluated."""
+        """Instead of `tell`, at once: the genotype asked last is beyond the limits, or no network,
+        and is not evaluated."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain Python only: loads with torch.load(weights_only=True)."""

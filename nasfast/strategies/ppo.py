@@ -170,6 +170,7 @@ class Controller(nn.Module):
 
 
 _Sample = tuple[tuple[int, ...], float, float | None]
+_Asked = tuple[tuple[int, ...], float, bool]  # choices, log-probability, whether rejected
 
 
 class PPO(Generic[G]):
@@ -196,7 +197,7 @@ class PPO(Generic[G]):
         self._permutation.manual_seed(seeds.getrandbits(63))
         self.controller = Controller(space.decisions, config, self._sampling)
         self._optimizer = torch.optim.Adam(self.controller.parameters(), lr=config.lr, fused=True)
-        self._asked: deque[tuple[tuple[int, ...], float]] = deque()  # choices, log-probability
+        self._asked: deque[_Asked] = deque()
         self._buffer: list[_Sample] = []  # and reward; None where rejected
         self._new = 0  # evaluated samples in the buffer since the last update
 
@@ -205,7 +206,7 @@ class PPO(Generic[G]):
         choices = self.controller.sample(self._sampling)
         with torch.no_grad():
             log_prob = self.controller(torch.tensor([choices]))[0].item()
-        self._asked.append((choices, log_prob))
+        self._asked.append((choices, log_prob, False))
         return self._space.decode(choices)
 
     def tell(self, genotype: G, reward: float | None) -> None:
@@ -214,6 +215,8 @@ class PPO(Generic[G]):
             raise ValueError(
                 f"tell: expected a finite reward, got {reward}; tell None for a failed evaluation"
             )
+        while self._asked and self._asked[0][2]:
+            self._remember((*self._asked.popleft()[:2], None))
         choices, log_prob = self._answered(genotype)
         if reward is None:
             return
@@ -225,8 +228,12 @@ class PPO(Generic[G]):
                 self._update()
 
     def reject(self, genotype: G) -> None:
-        """The genotype asked longest ago was not evaluated: see `Strategy`."""
-        self._remember((*self._answered(genotype), None))
+        """The genotype asked last is not evaluated. It is remembered where it would have been told,
+        so that what a batch learns does not depend on when its proposals are rejected."""
+        if not self._asked or self._space.decode(self._asked[-1][0]) != genotype:
+            asked = self._space.decode(self._asked[-1][0]) if self._asked else "no genotype"
+            raise ValueError(f"reject: expected {asked}, asked last, got {genotype}")
+        self._asked[-1] = (*self._asked[-1][:2], True)
 
     def _remember(self, sample: _Sample) -> None:
         """Put a sample into the buffer, which keeps the latest evaluated and rejected ones."""
@@ -243,7 +250,7 @@ class PPO(Generic[G]):
                 f"tell: expected the reward of {expected}, got {genotype}; "
                 "report every genotype of ask() once, in order"
             )
-        return self._asked.popleft()
+        return self._asked.popleft()[:2]
 
     def _update(self) -> None:
         config = self._config

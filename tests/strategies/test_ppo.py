@@ -103,9 +103,9 @@ def test_first_step_is_the_policy_gradient_of_the_weighted_samples():
     strategy = PPO(SPACE, config, 0)
     twin = copy.deepcopy(strategy.controller)
     rewards, asked = (0.1, 0.5, 0.3), [strategy.ask() for _ in range(3)]
-    choices, log_prob = zip(*strategy._asked)
-    strategy._asked[1] = (choices[1], log_prob[1] + math.log(4))  # drawn 4 times as often
-    strategy._asked[2] = (choices[2], log_prob[2] - math.log(4))  # truncated at 1
+    choices, log_prob, _ = zip(*strategy._asked)
+    strategy._asked[1] = (choices[1], log_prob[1] + math.log(4), False)  # drawn 4 times as often
+    strategy._asked[2] = (choices[2], log_prob[2] - math.log(4), False)  # truncated at 1
     for genotype, reward in zip(asked, rewards, strict=True):
         strategy.tell(genotype, reward)
     log_probs, entropy = twin(torch.tensor(choices))
@@ -183,7 +183,7 @@ def test_a_rejected_sample_has_the_reward_of_the_worst_one(monkeypatch):
     # those before the first reward too; the latest three of either kind stay
     assert seen == [[0.2, 0.4, 0.2, 0.2], [0.2, 0.2, 0.2, 0.2, 0.6, 0.8]]
     assert [r for *_, r in strategy.state_dict()["buffer"]] == [None, 0.2, None, None, 0.6, 0.8]
-    with pytest.raises(ValueError, match="tell: expected the reward of no genotype, got Fast"):
+    with pytest.raises(ValueError, match="reject: expected no genotype, asked last, got Fast"):
         strategy.reject(genotype)
 
 

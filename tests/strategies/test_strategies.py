@@ -5,17 +5,33 @@ import random
 import pytest
 import torch
 
+from nasfast.searches.sampling import SamplingSettings
 from nasfast.spaces import FastNASSpace
-from nasfast.strategies import PPO, STRATEGIES, PPOConfig, RandomSearch, make_strategy
+from nasfast.strategies import (
+    PPO,
+    STRATEGIES,
+    Evolution,
+    EvolutionConfig,
+    PPOConfig,
+    Predictor,
+    PredictorConfig,
+    RandomSearch,
+    make_strategy,
+    recommended,
+)
 from nasfast.utils.errors import UserError
 
 SPACE = FastNASSpace()
-PPO_CONFIG = PPOConfig(hidden_size=8, lr=1e-2, batch_size=2)
+SETTINGS = SamplingSettings(
+    ppo=PPOConfig(hidden_size=8, lr=1e-2, batch_size=2),
+    evolution=EvolutionConfig(population=3, tournament=2),
+    predictor=PredictorConfig(initial=3, pool=20),
+)
 each = pytest.mark.parametrize("name", STRATEGIES)
 
 
 def make(name, seed=0):
-    return make_strategy(name, SPACE, seed, PPO_CONFIG)
+    return make_strategy(name, SPACE, seed, SETTINGS)
 
 
 def play(strategy, count):
@@ -58,5 +74,16 @@ def test_state_of_another_strategy(name):
 def test_names():
     assert isinstance(make("random"), RandomSearch)
     assert isinstance(make("ppo"), PPO)
-    with pytest.raises(UserError, match="strategy: expected one of ppo, random, got 'evolution'"):
-        make("evolution")
+    assert isinstance(make("evolution"), Evolution)
+    assert isinstance(make("predictor"), Predictor)
+    known = "predictor, evolution, ppo, random"
+    with pytest.raises(UserError, match=f"strategy: expected one of {known}, got 'bayes'"):
+        make("bayes")
+
+
+def test_recommended_is_a_strategy():
+    assert all(
+        recommended(space, budget) in STRATEGIES
+        for space in ("fast_nas", "template_nas", "nas_fcos", "ir_nas", "other")
+        for budget in (1, 24, 100, 2000)
+    )

@@ -162,7 +162,7 @@ def build(
     say_ready(console, features)
     first = Phase(
         space,
-        make_strategy(config.strategy, space, config.seed, config.ppo),
+        make_strategy(config.strategy, space, config.seed, config),
         make_evaluator(config, features),
         config.budget,
         config.batch,
@@ -330,7 +330,7 @@ class SecondPhase:
         seed = derive_seed(config.seed, "heads")
         return Phase(
             space,
-            make_strategy(config.strategy, space, seed, config.ppo),
+            make_strategy(config.strategy, space, seed, config),
             make_head_evaluator(config, features),
             config.head_phase.budget,
             config.batch,

@@ -15,7 +15,7 @@ from nasfast.methods import flags
 from nasfast.methods.detection.improvements import improved_detector, improved_loss
 from nasfast.models.detector import DetectorConfig
 from nasfast.searches.sampling import SamplingSettings, default_threads
-from nasfast.strategies import PPOConfig
+from nasfast.strategies import Name, PPOConfig, recommended
 from nasfast.tasks.detection import DetectionLoss
 from nasfast.utils.cli import flag_value
 from nasfast.utils.config import Bound, Bounded, Channels, Count, Pixels, override
@@ -63,8 +63,10 @@ class SearchConfig(SamplingSettings):
     and head of a candidate together, in one phase. fpn: the first phase of progressive alone."""
     budget: Count = 8
     """Candidates of the first phase; repeated architectures do not count."""
-    strategy: Literal["ppo", "random"] = "ppo"
-    """ppo: the recurrent controller; random: uniform sampling, the baseline to beat."""
+    strategy: Name = "ppo"
+    """predictor: what a model of the rewards so far expects most of. evolution: mutants of the
+    best. ppo: the published recurrent controller. random: uniform sampling, the baseline to beat.
+    auto: what is best for the budget, by docs/results.md; paper has ppo."""
     primitives: Literal["all", "plain"] = "all"
     """plain: without the deformable convolution, for targets that cannot run it."""
     encoder_weights: Path | None = None
@@ -93,8 +95,6 @@ class SearchConfig(SamplingSettings):
     """Training of a candidate, on cached features."""
     loss: DetectionLoss = dataclasses.field(default_factory=DetectionLoss)
     """Losses, and what a point learns."""
-    ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
-    """The controller of each phase."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,6 +136,7 @@ FIRST = (
 PRESETS = {
     "demo": SearchConfig(
         preset="demo",
+        strategy="auto",
         batch=PPOConfig.short_budget().batch_size,
         budget=4,
         detector=NARROW,
@@ -148,6 +149,7 @@ PRESETS = {
     ),
     "quick": SearchConfig(
         preset="quick",
+        strategy="auto",
         batch=PPOConfig.short_budget().batch_size,
         budget=16,
         held_out=0.3,
@@ -193,14 +195,17 @@ def search_with(settings: Mapping[str, Any]) -> SearchConfig:
 
 
 def _finished(config: SearchConfig) -> SearchConfig:
-    """With absolute paths, and the threads of a candidate."""
-    paths: dict[str, Any] = {
+    """With absolute paths, the strategy itself instead of "auto", and the threads of a
+    candidate."""
+    changes: dict[str, Any] = {
         field: expanded(getattr(config, field)).resolve()
         for field in ("encoder_weights", "runs", "cache_dir")
         if getattr(config, field) is not None
     }
+    if config.strategy == "auto":
+        changes["strategy"] = recommended("nas_fcos", config.budget)
     threads = config.threads or default_threads(config.batch)
-    return dataclasses.replace(config, data=data_path(config.data), threads=threads, **paths)
+    return dataclasses.replace(config, data=data_path(config.data), threads=threads, **changes)
 
 
 def continued(

@@ -113,7 +113,7 @@ def build(config: Config, interrupt: Interrupt, console: Console) -> tuple[Sampl
         console,
         f"features of the frozen encoder ready in {features.seconds['encode']:.1f} s: {features}",
     )
-    strategy = make_strategy(config.strategy, space, config.seed, config.ppo)
+    strategy = make_strategy(config.strategy, space, config.seed, config)
     evaluator = make_evaluator(config, features)
     phase = Phase(space, strategy, evaluator, config.budget, config.batch, engine, config.limits)
     return SamplingSearch(phase, workers=workers), config

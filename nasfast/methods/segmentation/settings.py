@@ -15,7 +15,7 @@ from nasfast.methods import flags
 from nasfast.methods.segmentation.decoders import FAST_NAS, Decoders
 from nasfast.models.decoders import DecoderConfig
 from nasfast.searches.sampling import SamplingSettings, default_threads
-from nasfast.strategies import PPOConfig
+from nasfast.strategies import Name, PPOConfig, recommended
 from nasfast.utils.cli import flag_value
 from nasfast.utils.config import Bound, Count, Pixels, override
 from nasfast.utils.files import data_path, expanded
@@ -45,8 +45,10 @@ class DecoderSearchConfig(SamplingSettings):
     on two cores (default for other data). paper: the published schedule, for a GPU."""
     budget: Count = 8
     """Candidates to evaluate; repeated architectures do not count."""
-    strategy: Literal["ppo", "random"] = "ppo"
-    """ppo: the recurrent controller; random: uniform sampling, the baseline to beat."""
+    strategy: Name = "ppo"
+    """predictor: what a model of the rewards so far expects most of. evolution: mutants of the
+    best. ppo: the published recurrent controller. random: uniform sampling, the baseline to beat.
+    auto: what is best for the space and the budget, by docs/results.md; paper has ppo."""
     encoder_weights: Path | None = None
     """MobileNet-v2, ResNet or ResNeXt weights with torchvision's key names, for templates of
     MobileNet-v2; default: the packaged small encoder."""
@@ -80,8 +82,6 @@ class DecoderSearchConfig(SamplingSettings):
     """Training of the decoder alone."""
     stage1: Stage1Config = dataclasses.field(default_factory=Stage1Config)
     """Training end to end, after the gate."""
-    ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
-    """The controller."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,6 +123,7 @@ FIRST = (
 PRESETS = {
     "demo": SearchConfig(
         preset="demo",
+        strategy="auto",
         batch=PPOConfig.short_budget().batch_size,
         budget=8,
         decoder=DecoderConfig(agg_size=32),
@@ -132,6 +133,7 @@ PRESETS = {
     ),
     "quick": SearchConfig(
         preset="quick",
+        strategy="auto",
         batch=PPOConfig.short_budget().batch_size,
         budget=24,
         decoder=DecoderConfig(agg_size=32),
@@ -161,14 +163,17 @@ def search_with(presets: Mapping[str, C], settings: Mapping[str, Any]) -> C:
 
 
 def _finished(config: C) -> C:
-    """With absolute paths, and the threads of a candidate."""
-    paths: dict[str, Any] = {
+    """With absolute paths, the strategy itself instead of "auto", and the threads of a
+    candidate."""
+    changes: dict[str, Any] = {
         field: expanded(getattr(config, field)).resolve()
         for field in ("encoder_weights", "teacher", "runs", "cache_dir")
         if getattr(config, field) is not None
     }
+    if config.strategy == "auto":
+        changes["strategy"] = recommended(config.decoders.space.name, config.budget)
     threads = config.threads or default_threads(config.batch)
-    return dataclasses.replace(config, data=data_path(config.data), threads=threads, **paths)
+    return dataclasses.replace(config, data=data_path(config.data), threads=threads, **changes)
 
 
 def continued(config: C, checkpoint: Mapping[str, Any], budget: int | None) -> C:

@@ -41,6 +41,7 @@ class SearchConfig(DecoderSearchConfig):
 PRESETS = {
     "demo": SearchConfig(
         preset="demo",
+        strategy="auto",
         batch=PPOConfig.short_budget().batch_size,
         budget=8,
         decoder=TemplateConfig(agg_size=32),
@@ -52,6 +53,7 @@ PRESETS = {
     ),
     "quick": SearchConfig(
         preset="quick",
+        strategy="auto",
         batch=PPOConfig.short_budget().batch_size,
         budget=24,
         stage0=Stage0Config(
