@@ -15,7 +15,7 @@ from nasfast.models.layers import (
     concatenate,
 )
 from nasfast.models.mixed_op import build_branch
-from nasfast.spaces.ir_nas import IRNASGenotype, Node
+from nasfast.spaces.ir_nas import REACH, IRNASGenotype, Node
 from nasfast.utils.config import Bounded, Channels
 
 ATROUS_RATES = (2, 4, 6)
@@ -43,11 +43,6 @@ class RestorerConfig(Bounded):
     dead_reduce: bool = False
     """Also build the convolution that stands in for a missing level 0 where no layer misses it. The
     published parameter counts include it; nothing reads it."""
-
-
-REACH = {"conv3x3": 1, "sep3x3": 2, "dil3x3": 2, "def3x3": 3, "skip": 0}
-"""Pixels that an operation's output depends on, to each side. That of def3x3 has no bound: here are
-the convolution of its offsets, its taps, and offsets of up to a pixel."""
 
 
 def reach(genotype: IRNASGenotype) -> int:

@@ -2,8 +2,9 @@
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Protocol, Self, TypeVar
 
 from nasfast.utils.errors import UserError
@@ -107,23 +108,49 @@ def mutate_choices(
     return (*choices[:at], other, *choices[at + 1 :])
 
 
-def subtrees(labels: Sequence[str], sources: Sequence[Sequence[int]], depth: int) -> Counter[str]:
-    """How often each labelled subtree of up to `depth` steps occurs in a graph.
+def graph_features(
+    labels: Sequence[str],
+    sources: Sequence[Sequence[int]],
+    reach: Mapping[str, int],
+    blind: Collection[str] = (),
+    pairs: bool = False,
+) -> dict[str, float]:
+    """A description of a graph whose last node is its output.
 
-    These are the features of the Weisfeiler-Lehman graph kernel (Shervashidze et al., JMLR 2011),
-    which Ru et al. (NAS-BOWL, ICLR 2021, arXiv 2006.07556) fit architectures with. They do not
+    It holds how many nodes each label has; the share of the output that comes through nodes of each
+    label, where a node takes equal parts of its sources and a chain of equal labels counts each;
+    the share that comes through no blind node; the length of the longest chain; the longest reach,
+    and that of the average chain; with `pairs`, how often each label reads each other. It does not
     depend on the order of the nodes, nor on that of the sources of a node.
 
     Args:
         labels: of the nodes.
-        sources: of each node, those that it reads.
-        depth: 0 counts the labels alone.
+        sources: of each node, those that it reads, all of them before it.
+        reach: pixels to each side that nodes of a label see; 0 for others.
+        blind: labels whose output does not tell one pixel from another.
+        pairs: whether to count what reads what.
     """
-    trees, counts = list(labels), Counter(labels)
-    for _ in range(depth):
-        trees = [
-            f"{label}({', '.join(sorted(trees[i] for i in read))})"
-            for label, read in zip(labels, sources, strict=True)
-        ]
-        counts.update(tree for tree, read in zip(trees, sources) if read)
-    return counts
+    count = len(labels)
+    part, seeing, mean_reach = [0.0] * count, [0.0] * count, [0.0] * count
+    chain, far = [0] * count, [0] * count
+    part[-1] = 1.0
+    for node in reversed(range(count)):
+        for source in sources[node]:
+            part[source] += part[node] / len(sources[node])
+    counts, shares = Counter(labels), dict.fromkeys(labels, 0.0)
+    for node, (label, read) in enumerate(zip(labels, sources, strict=True)):
+        shares[label] += part[node]
+        own = reach.get(label, 0)
+        chain[node] = 1 + max((chain[source] for source in read), default=-1)
+        far[node] = own + max((far[source] for source in read), default=0)
+        mean_reach[node] = own + (fmean(mean_reach[source] for source in read) if read else 0.0)
+        seeing[node] = fmean(seeing[source] for source in read) if read else 1.0
+        if label in blind:
+            seeing[node] = 0.0
+        if pairs:
+            counts.update(f"{label} of {labels[source]}" for source in read)
+    parts = {f"share of {label}": share for label, share in shares.items()}
+    parts |= {"share that sees": seeing[-1], "mean reach": mean_reach[-1]}
+    # to binary fractions: halves of halves stay exact, whatever the order they were added in
+    rounded = {name: round(part * 2**30) / 2**30 for name, part in parts.items()}
+    return counts | rounded | {"longest chain": chain[-1], "longest reach": far[-1]}

@@ -12,9 +12,9 @@ from nasfast.spaces.base import (
     Decision,
     Space,
     check_choices,
+    graph_features,
     mutate_choices,
     sample_choices,
-    subtrees,
 )
 from nasfast.utils.errors import UserError
 
@@ -32,6 +32,16 @@ PRIMITIVES = (
     "none",
 )
 NONE = PRIMITIVES.index("none")
+REACH = {
+    "conv3x3": 1,
+    "sep3x3": 1,
+    "sep5x5": 2,
+    "conv3x3_d3": 3,
+    "conv3x3_d12": 12,
+    "sep3x3_d3": 3,
+    "sep5x5_d6": 12,
+}
+"""Pixels to each side that an operation sees, without its repeats."""
 
 
 @dataclass(frozen=True)
@@ -210,24 +220,22 @@ class FastNASSpace(Space[FastNASGenotype]):
         return self.decode(mutate_choices(self.decisions, self.encode(genotype), rng))
 
     def features(self, genotype: FastNASGenotype) -> Mapping[str, float]:
-        """Subtrees of the cell, one step deep, and of the connections, two steps deep."""
-        cell = genotype.cell
-        labels, sources = ["input", f"op0 {PRIMITIVES[cell.op0]}"], [(), (0,)]
+        """Of the cell, and of the connections."""
+        cell, taps = genotype.cell, genotype.num_taps
+        labels = ["input", PRIMITIVES[cell.op0]]
+        sources: list[tuple[int, ...]] = [(), (0,)]
         for k, (p1, p2, o1, o2) in enumerate(cell.layers):
-            for p, o in ((p1, o1), (p2, o2)):
-                labels.append(PRIMITIVES[o])
-                sources.append(() if o == NONE else (p,))
-            labels.append("sum")
+            labels += [PRIMITIVES[o1], PRIMITIVES[o2], "sum"]
+            sources += [(p1,) if o1 != NONE else (), (p2,) if o2 != NONE else ()]
             sources.append((3 * k + 2, 3 * k + 3))
-        labels.append("cell")
-        sources.append(cell.loose_ends)
-        counts = subtrees(labels, sources, 1)
-        taps = genotype.num_taps
-        labels = [f"tap{i}" for i in range(taps)] + ["block"] * len(genotype.connections)
-        sources = [()] * taps + [*genotype.connections]
-        labels.append("decoder")
-        sources.append(tuple(taps + b for b in genotype.collected_blocks))
-        return counts + subtrees(labels, sources, 2)
+        features = graph_features(
+            [*labels, "cell"], [*sources, cell.loose_ends], REACH, ("gap", "none")
+        )
+        labels = [*(f"tap{i}" for i in range(taps)), *["block"] * len(genotype.connections)]
+        sources = [*[()] * taps, *genotype.connections]
+        collected = tuple(taps + b for b in genotype.collected_blocks)
+        decoder = graph_features([*labels, "decoder"], [*sources, collected], {}, pairs=True)
+        return features | {f"decoder: {name}": value for name, value in decoder.items()}
 
     def from_json(self, obj: object) -> FastNASGenotype:
         """Read `FastNASGenotype.to_json` or the published list form, [cell, connections]."""

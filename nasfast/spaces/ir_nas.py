@@ -9,6 +9,7 @@ layers differ by one at most, and before the first layer stands level 0.
 import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -18,15 +19,18 @@ from nasfast.spaces.base import (
     Decision,
     Space,
     check_choices,
+    graph_features,
     mutate_choices,
     sample_choices,
-    subtrees,
 )
 from nasfast.utils.errors import UserError
 
 PRIMITIVES = ("conv3x3", "sep3x3", "dil3x3", "def3x3", "skip", "none")
 OPS = tuple(name for name in PRIMITIVES if name != "none")
 """What an edge of a derived cell can be."""
+REACH = {"conv3x3": 1, "sep3x3": 2, "dil3x3": 2, "def3x3": 3, "skip": 0}
+"""Pixels that an operation's output depends on, to each side. That of def3x3 has no bound: here are
+the convolution of its offsets, its taps, and offsets of up to a pixel."""
 LEVELS = 3
 
 Edge = tuple[str, int]
@@ -188,7 +192,7 @@ class IRNASSpace(Space[IRNASGenotype]):
         return self.decode(mutate_choices(self.decisions, self.encode(genotype), rng))
 
     def features(self, genotype: IRNASGenotype) -> Mapping[str, float]:
-        """Subtrees of the cell, one step deep, and of the path through the levels."""
+        """Of the cell; and the levels, how often they occur and follow each other."""
         labels, sources = ["before last", "last"], list[tuple[int, ...]]([(), ()])
         states = [0, 1]
         for node in genotype.nodes:
@@ -196,9 +200,13 @@ class IRNASSpace(Space[IRNASGenotype]):
             labels += [*(op for op, _ in node), "node"]
             sources += [*((states[state],) for _, state in node), (at, at + 1)]
             states.append(at + 2)
-        path = [f"level{level}" for level in genotype.levels]
-        steps = [(), *((k,) for k in range(len(path) - 1))]
-        return subtrees(labels, sources, 1) + subtrees(path, steps, 1)
+        features = graph_features(
+            [*labels, "cell"], [*sources, tuple(states[2:])], REACH, pairs=True
+        )
+        levels = genotype.levels
+        path = Counter(f"level{level}" for level in levels)
+        path.update(f"level{b} after {a}" for a, b in itertools.pairwise(levels))
+        return features | path
 
     def from_json(self, obj: object) -> IRNASGenotype:
         """Read `IRNASGenotype.to_json`; UserError if it is not of this space."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import Counter
@@ -14,9 +15,9 @@ from nasfast.spaces.base import (
     Decision,
     Space,
     check_choices,
+    graph_features,
     mutate_choices,
     sample_choices,
-    subtrees,
 )
 from nasfast.utils.errors import UserError
 
@@ -36,6 +37,8 @@ HEAD_OPS = (
     "skip_connect",
     "def_conv_3x3",
 )
+REACH = {"sep_conv_3x3": 1, "sep_conv_3x3_dil3": 3, "sep_conv_5x5_dil6": 12, "def_conv_3x3": 1}
+"""Pixels to each side that an operation of a pyramid sees, without offsets."""
 SKIP, DEFORMABLE = "skip_connect", "def_conv_3x3"
 TAPS, BLOCKS, LAYERS = 4, 7, 6
 """Inputs C2 to C5, blocks of a pyramid, layers of a head."""
@@ -304,9 +307,9 @@ class NASFCOSSpace(Space[NASFCOSGenotype]):
                 return changed
 
     def features(self, genotype: NASFCOSGenotype) -> Mapping[str, float]:
-        """Subtrees of the pyramid, one step deep, and operations of the head: how many there are,
-        how many of them have weights for each level, and which follow each other."""
-        counts = Counter[str]()
+        """Of the pyramid; and of the head its operations, which of them have weights for each
+        level, and which follow each other."""
+        features: dict[str, float] = {}
         genotype = genotype.canonical()
         if self._fpn and genotype.fpn is not None:
             labels = [f"C{i + 2}" for i in range(TAPS)]
@@ -320,13 +323,18 @@ class NASFCOSSpace(Space[NASFCOSGenotype]):
             *rest, p5, p4, p3 = genotype.loose
             for name, level in zip(("P5", "P4", "P3"), (p5, p4, p3)):
                 labels.append(name)
-                sources.append((pool[TAPS + level], *(pool[TAPS + t] for t in rest)))
-            counts += subtrees(labels, sources, 1)
+                sources.append(tuple(pool[TAPS + t] for t in (level, *rest)))
+            at = len(labels)
+            labels.append("pyramid")
+            sources.append((at - 3, at - 2, at - 1))
+            features |= graph_features(labels, sources, REACH, pairs=True)
         if self._head and genotype.head is not None:
-            ops = [f"head {HEAD_OPS[op]}" for op in genotype.head.ops if HEAD_OPS[op] != SKIP]
-            counts += subtrees(ops, [(), *((k,) for k in range(len(ops) - 1))][: len(ops)], 1)
-            counts.update(f"own {op}" for op in ops[: genotype.head.share])
-        return counts
+            ops = [HEAD_OPS[op] for op in genotype.head.ops if HEAD_OPS[op] != SKIP]
+            head = Counter(ops)
+            head.update(f"{b} after {a}" for a, b in itertools.pairwise(ops))
+            head.update(f"own {op}" for op in ops[: genotype.head.share])
+            features |= {f"head: {name}": count for name, count in head.items()}
+        return features
 
     def from_json(self, obj: object) -> NASFCOSGenotype:
         """Read `NASFCOSGenotype.to_json`, or the published list: 7 blocks, and with a head the

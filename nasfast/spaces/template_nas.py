@@ -13,13 +13,15 @@ from nasfast.spaces.base import (
     Decision,
     Space,
     check_choices,
+    graph_features,
     mutate_choices,
     sample_choices,
-    subtrees,
 )
 from nasfast.utils.errors import UserError
 
 OPERATIONS = ("sep3x3", "sep5x5", "gap", "maxpool3x3", "sep5x5_d6", "skip")
+REACH = {"sep3x3": 1, "sep5x5": 2, "maxpool3x3": 1, "sep5x5_d6": 12}
+"""Pixels to each side that an operation sees, without its repeats."""
 AGGREGATIONS = ("psum", "cat")
 MAX_REPEATS = 4
 
@@ -227,7 +229,7 @@ class TemplateNASSpace(Space[TemplateNASGenotype]):
         return self.decode(mutate_choices(self.decisions, self.encode(genotype), rng))
 
     def features(self, genotype: TemplateNASGenotype) -> Mapping[str, float]:
-        """Subtrees of the network, two steps deep, every application of a template by itself."""
+        """Of the network, every application of a template by itself."""
         taps = genotype.num_taps
         labels = [f"tap{i}" for i in range(taps)]
         sources: list[tuple[int, ...]] = [()] * taps
@@ -247,7 +249,7 @@ class TemplateNASSpace(Space[TemplateNASGenotype]):
             outputs.append(second)
         labels.append("network")
         sources.append(tuple(outputs[taps + k] for k in genotype.collected_layers))
-        return subtrees(labels, sources, 2)
+        return graph_features(labels, sources, REACH, ("gap",))
 
     def from_json(self, obj: object) -> TemplateNASGenotype:
         """Read `TemplateNASGenotype.to_json` or the published list form, [templates, layers]."""

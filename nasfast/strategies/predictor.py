@@ -7,77 +7,105 @@ and NAS-BOWL (Ru et al., ICLR 2021, arXiv 2006.07556).
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic
 
 import torch
+from torch import Tensor
 
 from nasfast.spaces.base import G, Space
 from nasfast.strategies.base import check_state
-from nasfast.strategies.gaussian_process import GaussianProcess
-from nasfast.strategies.history import History, mutant
-from nasfast.utils.config import Bounded, Count
+from nasfast.strategies.gaussian_process import GaussianProcess, Scaler
+from nasfast.strategies.history import History
+from nasfast.utils.config import Bounded, Count, Weight
+
+_REFERENCE = 256
+"""Uniform draws that tell how features are spread over the space."""
 
 
 @dataclass(frozen=True)
 class PredictorConfig(Bounded):
     """Settings of the search with a model."""
 
-    initial: Count = 8
+    initial: Count = 12
     """Uniform draws before the model is asked."""
     pool: Count = 400
-    """Architectures that the model compares for each proposal: half of them uniform draws, half
-    mutants of the best."""
-    parents: Count = 8
-    """The best evaluated candidates, of which mutants are made."""
+    """Uniform draws that the model compares for each proposal."""
+    exploration: Weight = 0.3
+    """Standard deviations of the model's uncertainty that are added to its mean."""
 
 
 class Predictor(Generic[G]):
-    """Proposes what the model expects to improve most on the best so far."""
+    """Proposes the best of many uniform draws, by the upper confidence bound of a model (Srinivas
+    et al., Gaussian process optimization in the bandit setting, ICML 2010).
+
+    The model is an ensemble of Gaussian processes. Candidates whose reward is not known yet count
+    with the reward that is expected of them, so that a batch is not of one kind. Where candidates
+    are rejected, a second model tells which of the draws are likely to be within the limits; others
+    come after them.
+
+    The draws are uniform, as mutants of the best so far are too much alike: rewards as noisy as
+    those of short trainings do not tell them apart, and the search stays where luck had it.
+
+    A proposal is a function of the seed and of what was proposed and told before.
+    """
 
     def __init__(self, space: Space[G], config: PredictorConfig, seed: int) -> None:
-        self._space, self._config = space, config
-        self._rng = random.Random(seed)
+        self._space, self._config, self._seed = space, config, seed
         self._history = History(space)
+        rng = random.Random(0)
+        self._scaler = Scaler([space.features(space.sample(rng)) for _ in range(_REFERENCE)])
+        self._pool: tuple[int, list[G], Tensor] | None = None
 
     def ask(self) -> G:
-        """A uniform draw at first; then the best of a new pool."""
-        history, config = self._history, self._config
+        """A uniform draw at first; then the best of a pool, which is new after each reward."""
+        history, space = self._history, self._space
         known = len(history.evaluated)
-        if known + len(history.pending) < config.initial or known < 2:
-            return history.ask(history.fresh(lambda: self._space.sample(self._rng)))
-        pool = self._pool()
-        if not pool:
-            return history.ask(history.fresh(lambda: self._space.sample(self._rng)))
-        gains = self._gains(pool)
-        return history.ask(pool[int(gains.argmax())])
+        if known + len(history.pending) < self._config.initial or known < 2:
+            rng = self._generator("initial", known + len(history.rejected) + len(history.pending))
+            return history.ask(history.fresh(lambda: space.sample(rng)))
+        pool, described = self._draw()
+        for index in self._worth(described).argsort(descending=True).tolist():
+            if space.valid(pool[index]) and not history.seen(pool[index]):
+                return history.ask(pool[index])
+        rng = self._generator("more", known + len(history.rejected) + len(history.pending))
+        return history.ask(history.fresh(lambda: space.sample(rng)))
 
-    def _pool(self) -> list[G]:
-        """Distinct valid architectures that were not proposed."""
-        space, rng, history = self._space, self._rng, self._history
-        ranked = sorted(history.evaluated, key=lambda pair: -pair[1])
-        parents = [genotype for genotype, _ in ranked[: self._config.parents]]
-        pool: dict[G, G] = {}
-        for k in range(self._config.pool):
-            genotype = mutant(space, rng.choice(parents), rng) if k % 2 else space.sample(rng)
-            canonical = genotype.canonical()
-            if space.valid(genotype) and not history.seen(genotype):
-                pool.setdefault(canonical, genotype)
-        return list(pool.values())
+    def _generator(self, purpose: str, number: int) -> random.Random:
+        return random.Random(f"{self._seed} {purpose} {number}")
 
-    def _gains(self, pool: list[G]) -> torch.Tensor:
-        """Expected improvement of each on the best so far."""
-        features, history = self._space.features, self._history
-        known = [features(genotype) for genotype, _ in history.evaluated]
+    def _draw(self) -> tuple[list[G], Tensor]:
+        """Architectures to choose from, and what describes them ``[N, D]``."""
+        history, size = self._history, self._config.pool
+        told = len(history.evaluated) + len(history.failed) + len(history.rejected) // size * 10**6
+        if self._pool is None or self._pool[0] != told:
+            rng = self._generator("pool", told)
+            pool = [self._space.sample(rng) for _ in range(size)]
+            self._pool = told, pool, self._describe(pool)
+        return self._pool[1:]
+
+    def _describe(self, genotypes: Iterable[G]) -> Tensor:
+        return self._scaler([self._space.features(genotype) for genotype in genotypes])
+
+    def _worth(self, pool: Tensor) -> Tensor:
+        """What the draws are sorted by, ``[N]``."""
+        history = self._history
+        known = self._describe(genotype for genotype, _ in history.evaluated)
         rewards = [reward for _, reward in history.evaluated]
         model = GaussianProcess(known, rewards)
-        waiting = [features(genotype) for genotype in history.pending]
-        if waiting:  # as if they had the reward that is expected of them
+        if history.pending:
+            waiting = self._describe(history.pending)
             means, _ = model.predict(waiting)
-            model = GaussianProcess([*known, *waiting], [*rewards, *means.tolist()])
-        mean, deviation = model.predict([features(genotype) for genotype in pool])
-        return expected_improvement(mean, deviation, max(rewards))
+            model = GaussianProcess(torch.cat([known, waiting]), [*rewards, *means.tolist()])
+        mean, deviation = model.predict(pool)
+        worth = mean + self._config.exploration * deviation
+        if history.rejected:
+            both = torch.cat([known, self._describe(history.rejected)])
+            within = [1.0] * len(rewards) + [-1.0] * len(history.rejected)
+            unlikely = GaussianProcess(both, within).predict(pool)[0] < 0
+            worth = worth - unlikely * (worth.max() - worth.min() + 1)
+        return worth
 
     def tell(self, genotype: G, reward: float | None) -> None:
         """The reward of the genotype asked longest ago; None if its evaluation failed."""
@@ -88,24 +116,15 @@ class Predictor(Generic[G]):
         self._history.reject(genotype)
 
     def state_dict(self) -> dict[str, Any]:
-        """The history and the state of the generator; the model follows from them."""
+        """The history and the seed; the model and the pool follow from them."""
         return {
             "strategy": "predictor",
             "history": self._history.state_dict(),
-            "rng": self._rng.getstate(),
+            "seed": self._seed,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`; UserError if another strategy wrote it."""
         check_state(state, "predictor")
         self._history.load_state_dict(state["history"])
-        self._rng.setstate(state["rng"])
-
-
-def expected_improvement(mean: torch.Tensor, deviation: torch.Tensor, best: float) -> torch.Tensor:
-    """E[max(0, x - best)] of normal x (Mockus et al., 1978); all tensors [N]."""
-    gain = mean - best
-    z = gain / deviation.clamp(min=1e-12)
-    density = (-z.square() / 2).exp() / (2 * torch.pi) ** 0.5
-    improvement: torch.Tensor = gain * torch.special.ndtr(z) + deviation * density
-    return improvement
+        self._seed, self._pool = state["seed"], None
