@@ -28,7 +28,7 @@ _REFERENCE = 256
 class PredictorConfig(Bounded):
     """Settings of the search with a model."""
 
-    initial: Count = 12
+    initial: Count = 8
     """Uniform draws before the model is asked."""
     pool: Count = 400
     """Uniform draws that the model compares for each proposal."""
