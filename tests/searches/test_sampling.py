@@ -419,7 +419,7 @@ def test_what_is_stopped_early_is_told_by_an_estimate(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("pairs", "expected"),
     [
-        ([(0.2, 0.3), (0.4, 0.5)], 0.4),  # the mean is the most
+        ([(0.1, 0.2), (0.3, 0.4)], 0.3),  # the mean is the most
         ([(0.4, 0.3), (0.6, 0.5), (0.2, 0.1)], 0.2),
         ([(0.4, 0.4), (0.6, 0.5)], 0.4),  # the worst is the least
         ([(0.4, 0.5), (0.6, 0.4)], 0.45),  # a line that falls counts for nothing
