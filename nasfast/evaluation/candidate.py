@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -79,7 +80,8 @@ class Stage(Protocol[M, S]):
 class CandidateEvaluator(Generic[G, M]):
     """Builds a candidate and takes it through the stages, as far as it gets.
 
-    A candidate stops where a reward, but the last, does not beat its gate. Running out of memory,
+    A candidate stops where a reward, but the last, does not beat its gate, and in the first stage
+    where the score after an epoch, at a rung, is below that rung's gate. Running out of memory,
     and a loss or logits that are not finite, are its failure and are recorded beside the rewards of
     the stages before; any other error is a defect and is raised. What a success predicts is shown
     by files of the evaluation, or why it cannot be. All randomness derives from the
@@ -88,7 +90,7 @@ class CandidateEvaluator(Generic[G, M]):
     Args:
         build: genotype to network, on the CPU. Its initial weights come from torch's generator.
         costs: "params" and "macs" of a network that is not placed on a device yet.
-        stages: in order; the strategy learns from the first.
+        stages: in order; the strategy learns from the first. Its names but the last are rungs.
         runtime: device and precision.
         seed: of the search.
         inputs: SHA-256 of everything that was read.
@@ -111,7 +113,7 @@ class CandidateEvaluator(Generic[G, M]):
         self._build, self._costs, self._stages = build, costs, tuple(stages)
         self.runtime, self.seed, self.inputs = runtime, seed, inputs
         self.remedy, self.seconds = remedy, seconds
-        self.feedback = self._stages[0].names[0]
+        *self._rungs, self.feedback = self._stages[0].names
 
     def costs(self, genotype: G) -> dict[str, float]:
         """Costs of a candidate, "params" and "macs", without training it."""
@@ -124,7 +126,8 @@ class CandidateEvaluator(Generic[G, M]):
         Args:
             genotype: the architecture.
             index: the candidate's number in the search.
-            gates: rewards that the stages have to beat for the next, by name; without one all pass.
+            gates: rewards that the stages have to beat for the next, by name, and that are to be
+                reached at rungs; without one all pass.
         """
         seconds: dict[str, float] = {}
         rewards: dict[str, float] = {}
@@ -150,19 +153,23 @@ class CandidateEvaluator(Generic[G, M]):
                             with timed(seconds, f"{step}_validate"):
                                 scores = stage.validate(model)
                             rewards[step], metrics[step] = scores.reward, scores.as_dict()
-                            passed = step not in gates or rewards[step] > gates[step]
+                            beats = operator.ge if step in self._rungs else operator.gt
+                            passed = step not in gates or beats(rewards[step], gates[step])
                             if not passed:
                                 break
                     if not passed:
                         break
-                files = drawn(lambda: stage.show(model, scores))
+                if self.feedback in rewards:
+                    files = drawn(lambda: stage.show(model, scores))
             except (RuntimeError, MemoryError, NonFiniteLossError) as error:
                 reason = failure_cause(error)
                 if reason is None:
                     raise
                 failure = f"{step}: {reason}"
         gate = gates.get(self.feedback)
-        return Evaluation(rewards, metrics, costs, gate, seconds, self.feedback, failure, files)
+        return Evaluation(
+            rewards, metrics, costs, gate, seconds, self.feedback, failure, files=files
+        )
 
 
 def failure_cause(error: Exception) -> str | None:

@@ -32,6 +32,7 @@ from nasfast.utils.config import (
     Positive,
     Weight,
 )
+from nasfast.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,26 @@ class FeatureTrainingConfig(FrozenEncoderConfig):
     """Gradients are scaled down to this L2 norm."""
     polyak_decay: Decay = 0.9
     """Decay per step of the weight average, which replaces the weights after every epoch."""
+    stop_early: Annotated[float, Bound(0, 1, open="high")] = 0.0
+    """Share of the candidates to stop at each rung, such as 0.5: those that score below this
+    quantile of the scores that earlier candidates had there. 0 stops none. A stopped one counts in
+    the budget; the strategy is told an estimate of its reward."""
+    first_rung: Count = 1
+    """Epochs before the first rung; each further one comes after twice as many."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stop_early > 0 and not self.rungs:
+            raise UserError(
+                f"{type(self).__name__}.first_rung: expected fewer than the {self.epochs} epochs "
+                f"of the stage, got {self.first_rung}; lower it, or leave stop_early out"
+            )
+
+    @property
+    def rungs(self) -> list[int]:
+        """Epochs after which candidates are scored, and may be stopped."""
+        rungs = [self.first_rung << k for k in range(self.epochs.bit_length())]
+        return [epoch for epoch in rungs if epoch < self.epochs and self.stop_early > 0]
 
 
 @dataclass(frozen=True)
@@ -96,8 +117,6 @@ class Stage1Config(Bounded):
 class DecoderOnFeatures:
     """Trains the decoder alone, on the features of a frozen encoder."""
 
-    names = ("stage0",)
-
     def __init__(
         self,
         config: FeatureTrainingConfig,
@@ -108,6 +127,7 @@ class DecoderOnFeatures:
     ) -> None:
         self._config, self._features = config, features
         self._aux_weight, self._kd_weight = aux_weight, kd_weight
+        self.names = [*(f"stage0.{epoch}" for epoch in config.rungs), "stage0"]
 
     def train(self, model: DenseNetwork, seed_of: SeedOf) -> Generator[DenseNetwork]:
         """As `Stage` says; the encoder stays as it is."""
@@ -135,13 +155,17 @@ class DecoderOnFeatures:
             )
 
         with graphed_step(runtime.device) as graph:
-            decoder.train()
-            for _ in range(config.epochs):
-                order = epoch_indices(config.samples, config.batch_size, generator)
-                batches = features.train_batches(order)
-                train_epoch(batches, loss_of, [group], runtime, average, graph)
-                average.copy_to_parameters()
-            optimizer.zero_grad(set_to_none=True)
+            try:
+                for epoch in range(1, config.epochs + 1):
+                    decoder.train()
+                    order = epoch_indices(config.samples, config.batch_size, generator)
+                    batches = features.train_batches(order)
+                    train_epoch(batches, loss_of, [group], runtime, average, graph)
+                    average.copy_to_parameters()
+                    if epoch in config.rungs:
+                        yield model
+            finally:
+                optimizer.zero_grad(set_to_none=True)  # gradients lie in the graph's memory
         yield model
 
     def validate(self, model: DenseNetwork) -> Scores:

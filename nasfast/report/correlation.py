@@ -175,9 +175,10 @@ def _architectures(
 
 def _random(study: Study, control: Study) -> Iterator[Element]:
     stage = control.records[0].evaluation.feedback
+    both = [evaluated(each) for each in (study, control)]
     ours, theirs = (
-        [r.evaluation.rewards[stage] for r in evaluated(each) if stage in r.evaluation.rewards]
-        for each in (study, control)
+        [told for record in records if (told := record.evaluation.told) is not None]
+        for records in both
     )
     if not ours or not theirs:
         yield element("p", f"One of the two has no {stage} reward: all of its candidates failed.")
@@ -223,7 +224,9 @@ def _random(study: Study, control: Study) -> Iterator[Element]:
         for each, of in zip(("this search", "random search"), both.values(), strict=True)
     ]
     yield table(("", "stage", "candidates", "best reward", "mean reward"), rows, "correlations")
-    yield element("p", f"The random search is {control.path}.")
+    stopped = any(record.evaluation.stopped for records in both for record in records)
+    note = " What was stopped early is in the charts with its estimate." if stopped else ""
+    yield element("p", f"The random search is {control.path}.{note}")
 
 
 def _dot(kind: str, radius: float = 3.5) -> Element:

@@ -56,6 +56,7 @@ class _Summary:
     candidates: int
     evaluated: int
     failed: int
+    stopped: int
     beyond: int
     """Proposals that were rejected for their costs."""
     invalid: int
@@ -75,6 +76,7 @@ class _Summary:
             candidates=len(study.records),
             evaluated=len(fresh),
             failed=sum(record.evaluation.failure is not None for record in fresh),
+            stopped=sum(record.evaluation.stopped is not None for record in fresh),
             beyond=sum(map(bool, rejected)),
             invalid=len(rejected) - sum(map(bool, rejected)),
             seconds=dict(spent),
@@ -86,6 +88,7 @@ class _Summary:
             "evaluated": str(self.evaluated),
             "duplicates": str(self.candidates - self.evaluated),
             "failed": str(self.failed),
+            **({"stopped early": str(self.stopped)} if self.stopped else {}),
             **({"beyond the limits": str(self.beyond)} if self.beyond else {}),
             **({"proposals that were no network": str(self.invalid)} if self.invalid else {}),
             "time, all workers": duration(sum(self.seconds.values())),
@@ -105,6 +108,8 @@ def _parts(study: Study, hook: MethodReport, baseline: Study | None) -> list[Ele
     if records:
         content = [*_progress(study, baseline), _terms(records, hook)]
         parts.append(_section("Reward over the search", content))
+    if summary.stopped:
+        parts.append(_section("Stopped early", _stopping(records)))
     if baseline is not None:
         parts.append(_section("Comparison", [_comparison(study, baseline)]))
     drawn = hook.architecture(best) if best else ()
@@ -175,9 +180,45 @@ def _comparison(study: Study, baseline: Study) -> Element:
                 column[f"best {stage.label} reward"] = number(max(rewards, default=None))
             mean = statistics.fmean(rewards) if rewards else None
             column[f"mean {stage.label} reward"] = number(mean)
-    mine, theirs = columns
-    rows = [(name, mine[name], theirs[name]) for name in mine]
+    mine, theirs = columns  # which have counts only where they are not 0
+    rows = [(name, mine.get(name, "0"), theirs.get(name, "0")) for name in mine | theirs]
     return table(("", study.path.name, baseline.path.name), rows, "facts")
+
+
+def _stopping(records: Sequence[Record]) -> list[Element]:
+    """Chart of the scores at the rungs, its legend, and what was done with those that were low."""
+    fresh = [record for record in records if record.duplicate_of is None]
+    rungs = dict.fromkeys(rung for record in fresh for rung in record.evaluation.rungs)
+    colors = {rung: f"c{i % COLORS}" for i, rung in enumerate(rungs)}
+    scores = [
+        record.evaluation.rewards[rung] for record in fresh for rung in record.evaluation.rungs
+    ]
+    chart = Chart.of(scores, len(records), "candidate", height=220)
+    marks = []
+    for record in fresh:
+        evaluation = record.evaluation
+        for rung in evaluation.rungs:
+            score = evaluation.rewards[rung]
+            text, color = f"architecture {record.index}: {rung} {number(score)}", colors[rung]
+            if evaluation.stopped is not None and rung == evaluation.last_stage:
+                color += " hollow"
+                text += f", below {number(evaluation.stopped['gate'])}: stopped"
+            place = {"cx": f"{chart.x(record.index):.1f}", "cy": f"{chart.y(score):.1f}", "r": 3.5}
+            marks.append(element("circle", element("title", text), class_=color, **place))
+    epochs = Counter(e for r in fresh if (e := r.evaluation.stopped_after) is not None)
+    counts = ", ".join(f"{count} after epoch {epoch}" for epoch, count in sorted(epochs.items()))
+    keys = [legend_key(rung, sample(color)[1]) for rung, color in colors.items()]
+    hollow = element("circle", cx=7, cy=5, r=3, class_="c0 hollow")
+    return [
+        chart.drawn(marks, "scores at the rungs over candidates"),
+        legend(*keys, legend_key("hollow: stopped there", hollow)),
+        element(
+            "p",
+            f"Stopped: {counts}. Their score was below the quantile --stage0.stop-early of those "
+            "that earlier candidates had after the same epoch. Strategy and gate were given an "
+            "estimate of the reward, made from the finished candidates; it ranks nothing.",
+        ),
+    ]
 
 
 def _ranking(study: Study, hook: MethodReport) -> list[Element]:
@@ -257,7 +298,7 @@ def _progress(study: Study, baseline: Study | None) -> list[Element]:
     values = [
         value
         for record in everything
-        for value in (*record.evaluation.rewards.values(), record.evaluation.gate)
+        for value in (*_rewards(record), record.evaluation.gate)
         if value is not None
     ]
     count = max((record.index for record in everything), default=0) + 1
@@ -290,6 +331,12 @@ def _progress(study: Study, baseline: Study | None) -> list[Element]:
         cross = element("path", d="M3 1l8 8m0 -8l-8 8", class_="failed")
         keys.append(legend_key("failed", cross))
     return [chart.drawn(marks, "reward over candidates"), legend(*keys)]
+
+
+def _rewards(record: Record) -> list[float]:
+    """Of its stages, without rungs."""
+    rewards, rungs = record.evaluation.rewards, record.evaluation.rungs
+    return [reward for stage, reward in rewards.items() if stage not in rungs]
 
 
 def _series(chart: Chart, study: Study, stage: Stage, kind: str) -> list[Element]:

@@ -36,11 +36,13 @@ class Stage:
 
 
 def stages(records: Sequence[Record]) -> list[Stage]:
-    """Those of all records, in their order; labels name the phase where there are several."""
+    """Those of all records, in their order, without rungs; labels name the phase where there are
+    several."""
     found = dict.fromkeys(
         (record.phase, name)
         for record in sorted(records, key=lambda record: record.phase)
         for name in record.evaluation.rewards
+        if name not in record.evaluation.rungs
     )
     several = len({phase for phase, _ in found}) > 1
     return [
@@ -68,14 +70,16 @@ def ranking_table(study: Study, hook: MethodReport, top: int) -> tuple[list[str]
     names = dict.fromkeys(stage.name for stage in columns)
     several = len({stage.phase for stage in columns}) > 1
     costs = dict.fromkeys(cost for record in ranking for cost in record.evaluation.costs)
-    rows = []
-    for rank, record in enumerate(ranking[:top], start=1):
+    rows, shown = [], ranking[:top]
+    stopped = any(record.evaluation.stopped for record in shown)
+    for rank, record in enumerate(shown, start=1):
         evaluation = record.evaluation
         rows.append(
             [
                 str(rank),
                 str(record.index),
                 *([str(record.phase + 1)] if several else []),
+                *([_stopped_text(record)] if stopped else []),
                 *(number(evaluation.rewards.get(name)) for name in names),
                 metric_text(record, hook),
                 *(cost_text(cost, evaluation.costs.get(cost)) for cost in costs),
@@ -83,8 +87,14 @@ def ranking_table(study: Study, hook: MethodReport, top: int) -> tuple[list[str]
                 genotype_text(record),
             ]
         )
-    head = ["rank", "index", *(["phase"] if several else []), *names, hook.metric[1]]
+    more = [*(["phase"] if several else []), *(["stopped"] if stopped else [])]
+    head = ["rank", "index", *more, *names, hook.metric[1]]
     return [*head, *map(cost_label, costs), "time", "genotype"], rows
+
+
+def _stopped_text(record: Record) -> str:
+    epoch = record.evaluation.stopped_after
+    return "-" if epoch is None else f"after epoch {epoch}"
 
 
 def terminal_table(study: Study, hook: MethodReport, top: int = 5) -> Table:
@@ -92,6 +102,8 @@ def terminal_table(study: Study, hook: MethodReport, top: int = 5) -> Table:
     the winner's genotype below."""
     fresh = [record for record in study.records if record.duplicate_of is None]
     failed = sum(record.evaluation.failure is not None for record in fresh)
+    early = sum(record.evaluation.stopped is not None for record in fresh)
+    stopped = f", {early} stopped early" if early else ""
     rejected = sum(bool(costs) for record in study.records for costs in record.rejected)
     beyond = f", {rejected} beyond the limits" if rejected else ""
     head, rows = ranking_table(study, hook, top)
@@ -99,7 +111,7 @@ def terminal_table(study: Study, hook: MethodReport, top: int = 5) -> Table:
     order = "the best" if study.ranks_by == "score" else "the last first"
     caption = f"architecture {best.index}: {genotype_text(best)}" if best is not None else ""
     table = Table(
-        title=f"{len(fresh)} evaluated, {failed} failed{beyond}; {order}:",
+        title=f"{len(fresh)} evaluated, {failed} failed{stopped}{beyond}; {order}:",
         caption=escape(caption),
         caption_justify="left",
         box=SIMPLE_HEAD,

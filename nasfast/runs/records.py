@@ -2,7 +2,8 @@
 
 A line names the version of its form. Version 1, written before that, had no "version": its last
 stage was the last by name, and "params" and "macs" stood outside "costs". Version 2 had no
-"rejected". Of a newer version, the fields that this one does not know are kept as they are.
+"rejected", version 3 no "stopped". Of a newer version, the fields that this one does not know are
+kept as they are.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from typing import Any, Self
 from nasfast import __version__
 from nasfast.utils.errors import UserError
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Evaluation:
 
     rewards: dict[str, float]
     """By stage, in the order of the stages: {"stage0": 0.41, "stage1": 0.52}; without "stage1"
-    where the gate stopped the candidate. Where it failed, those of the stages before."""
+    where the gate stopped the candidate. Where it failed, those of the stages before. Scores after
+    epochs of the feedback stage, its rungs, are "stage0.1", "stage0.2" .."""
     metrics: dict[str, dict[str, float]]
     """By stage: {"stage0": {"miou": 0.4, ..}}."""
     costs: dict[str, float]
@@ -35,6 +37,9 @@ class Evaluation:
     """Stage whose reward the strategy learns from."""
     failure: str | None = None
     """Stage and cause where one failed, e.g. "stage1: out of memory"; None for a success."""
+    stopped: dict[str, float] | None = None
+    """Where a rung stopped it: "gate", the score that it did not reach there, and "estimate", what
+    the strategy is told for the reward that it did not get."""
     files: Mapping[str, bytes] = field(default_factory=dict, compare=False, repr=False)
     """Pictures and more to keep beside the best record, by name; no part of the record."""
 
@@ -48,6 +53,24 @@ class Evaluation:
     def last_stage(self) -> str | None:
         """The last stage that was passed; None where the first one failed."""
         return next(reversed(self.rewards), None)
+
+    @property
+    def rungs(self) -> list[str]:
+        """Names of the rungs that it was scored at, in order."""
+        return [stage for stage in self.rewards if stage.startswith(f"{self.feedback}.")]
+
+    @property
+    def stopped_after(self) -> int | None:
+        """Epochs of the feedback stage after which it was stopped; None where it was not."""
+        return None if self.stopped is None else int(self.rungs[-1].rpartition(".")[2])
+
+    @property
+    def told(self) -> float | None:
+        """What the strategy learns: the reward of the feedback stage, or its estimate; None where
+        it failed there."""
+        if self.stopped is not None:
+            return self.stopped["estimate"]
+        return self.rewards.get(self.feedback)
 
     @property
     def params(self) -> int:
@@ -71,6 +94,8 @@ class Evaluation:
         form = _object(obj, where)
         if version == 1:
             form = _upgraded(form, where)
+        if version < 4:
+            form = {"stopped": None} | form
         fields, _ = _fields(form, where, _EVALUATION, version)
         stages, rewards, costs = fields.pop("stages"), fields.pop("rewards"), fields["costs"]
         if sorted(stages) != sorted(rewards):
@@ -79,6 +104,9 @@ class Evaluation:
             raise _refuse(costs, f"{where}.costs", '"params" and "macs"')
         if not rewards and fields["failure"] is None:
             raise _refuse(rewards, f"{where}.rewards", "a reward or a failure")
+        stopped = fields["stopped"]
+        if stopped is not None and not {"gate", "estimate"} <= stopped.keys():
+            raise _refuse(stopped, f"{where}.stopped", '"gate" and "estimate"')
         return cls(rewards={stage: rewards[stage] for stage in stages}, **fields)
 
 
@@ -250,6 +278,7 @@ _EVALUATION: dict[str, Reader] = {
     "stages": _list(_str),
     "feedback": _str,
     "failure": _optional(_str),
+    "stopped": _optional(_mapping(_float)),
 }
 _RECORD: dict[str, Reader] = {
     "index": _int,

@@ -20,6 +20,7 @@ from nasfast.evaluation.candidate import Evaluator, G
 from nasfast.runs.records import Evaluation, Record
 from nasfast.runs.study import Study
 from nasfast.searches.base import SearchSettings
+from nasfast.searches.halving import rung_gates, settled
 from nasfast.searches.limits import Limit, Limits
 from nasfast.spaces.base import Space
 from nasfast.strategies import EvolutionConfig, PPOConfig, PredictorConfig, Strategy
@@ -141,6 +142,8 @@ class Phase(Generic[G]):
     limits: Limits = field(default_factory=Limits)
     """What is beyond them, or not valid in the space, is rejected: neither evaluated nor recorded,
     and not of the batch."""
+    stop_early: float = 0.0
+    """Share of the candidates to stop at each rung that the evaluator has."""
 
 
 NextPhase = Callable[[Sequence[Record], Path], Phase[Any]]
@@ -288,8 +291,7 @@ class SamplingSearch:
                 return len(study.records)  # the budget ends in the batch
             start = time.perf_counter()
             for proposal, record in zip(asked, study.records[told:]):
-                reward = record.evaluation.rewards.get(phase.evaluator.feedback)
-                phase.strategy.tell(proposal.genotype, reward)
+                phase.strategy.tell(proposal.genotype, record.evaluation.told)
             seconds["controller"] += time.perf_counter() - start
             told += len(asked)
 
@@ -324,7 +326,8 @@ class SamplingSearch:
     ) -> None:
         """Record what is not yet recorded of a batch, in order, as far as the budget reaches."""
         phase = self._phase
-        gates = _gates(self._records(study.records[:told]))
+        before = _fresh(self._records(study.records[:told]))
+        gates = _gates(before) | rung_gates(before, phase.stop_early)
         originals = [r for r in self._records(study.records) if r.duplicate_of is None]
         first = {_key(record.canonical): record.index for record in originals}
         spent = len(originals)
@@ -360,7 +363,10 @@ class SamplingSearch:
             evaluations = phase.engine.evaluate(phase.evaluator, new, show)
             for job, origin in entries:
                 fresh = origin == job.index
-                evaluation = next(evaluations) if fresh else study.records[origin].evaluation
+                if fresh:
+                    evaluation = settled(next(evaluations), gates, before)
+                else:
+                    evaluation = study.records[origin].evaluation
                 record = Record(
                     index=job.index,
                     genotype=job.genotype.to_json(),
@@ -394,12 +400,18 @@ def _fresh(records: Sequence[Record]) -> list[Evaluation]:
     return [record.evaluation for record in records if record.duplicate_of is None]
 
 
-def _gates(records: Sequence[Record]) -> dict[str, float]:
-    """Running means of the rewards so far, by stage (section 3.3: a candidate must beat them)."""
+def _gates(before: Sequence[Evaluation]) -> dict[str, float]:
+    """Running means of the rewards so far, by stage (section 3.3: a candidate must beat them).
+
+    Those that were stopped at a rung are in the mean of their stage with the estimates of their
+    rewards: without them it would be the mean of what is better.
+    """
     rewards: dict[str, list[float]] = {}
-    for evaluation in _fresh(records):
+    for evaluation in before:
         for stage, reward in evaluation.rewards.items():
             rewards.setdefault(stage, []).append(reward)
+        if evaluation.stopped is not None:
+            rewards.setdefault(evaluation.feedback, []).append(evaluation.stopped["estimate"])
     return {stage: statistics.fmean(values) for stage, values in rewards.items()}
 
 
@@ -433,8 +445,16 @@ def _print_record(study: Study, record: Record, progress: str, console: Console)
     if record.duplicate_of is not None:
         say(console, f"{progress} repeats architecture {record.duplicate_of}")
         return
-    rewards = "  ".join(f"{stage} {reward:.4f}" for stage, reward in evaluation.rewards.items())
-    outcome = f"failed: {evaluation.failure}" if evaluation.failure else rewards
+    outcome = "  ".join(
+        f"{stage} {reward:.4f}"
+        for stage, reward in evaluation.rewards.items()
+        if stage not in evaluation.rungs
+    )
+    if evaluation.failure is not None:
+        outcome = f"failed: {evaluation.failure}"
+    if evaluation.stopped is not None:
+        score, gate = evaluation.rewards[evaluation.rungs[-1]], evaluation.stopped["gate"]
+        outcome = f"stopped after epoch {evaluation.stopped_after}: {score:.4f} < {gate:.4f}"
     mark = "  best so far" if study.best is record else ""
     say(
         console,

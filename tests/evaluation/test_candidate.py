@@ -97,9 +97,9 @@ def test_what_does_not_beat_the_gate_stops(gate):
 class Epochs(Stage):
     """Scored three times in its training, each time with more."""
 
-    def __init__(self):
+    def __init__(self, *names):
         super().__init__("epochs", 0.5)
-        self.names, self.ended = ("one", "two", "three"), False
+        self.names, self.ended = names or ("one", "two", "three"), False
 
     def train(self, model, seed_of):
         try:
@@ -125,6 +125,23 @@ def test_a_stage_with_several_gates_stops_in_its_training(gates, passed):
     evaluation = evaluator(Stage("first", 0.5), epochs)(GENOTYPE, 0, gates)
     assert list(evaluation.rewards) == passed
     assert epochs.ended == (len(passed) > 1)
+
+
+@pytest.mark.parametrize(
+    ("gates", "passed"),
+    [
+        ({}, ["one.1", "one.2", "one", "last"]),
+        ({"one.1": 0.6, "one.2": 0.7, "one": 0.9}, ["one.1", "one.2", "one"]),  # equal stays
+        ({"one.2": 0.75}, ["one.1", "one.2"]),
+        ({"one.1": 0.65}, ["one.1"]),
+    ],
+)
+def test_a_rung_of_the_first_stage_stops_what_is_below(gates, passed):
+    epochs = Epochs("one.1", "one.2", "one")
+    evaluation = evaluator(epochs, Stage("last", 0.9))(GENOTYPE, 0, gates)
+    assert (list(evaluation.rewards), evaluation.feedback) == (passed, "one")
+    assert epochs.ended
+    assert bool(evaluation.files) == ("one" in passed)  # what cannot be the best is not shown
 
 
 @pytest.mark.parametrize(("gate", "text"), [(0.4, b"second 0.9"), (0.6, b"first 0.5")])

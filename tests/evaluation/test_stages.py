@@ -27,6 +27,7 @@ from nasfast.training.cost import count_macs
 from nasfast.training.loop import Runtime
 from nasfast.training.metrics import ConfusionMatrix
 from nasfast.training.polyak import PolyakAverage
+from nasfast.utils.errors import UserError
 from nasfast.utils.interrupt import StopRequested
 
 SPACE = FastNASSpace()
@@ -56,6 +57,32 @@ def make(cache_dir, stage0=STAGE0, stage1=STAGE1, *, teacher=None, runtime=RUNTI
     evaluator = make_evaluator(config, features)
     evaluator.features = features
     return evaluator
+
+
+def test_rungs_change_no_training_and_stop_it(evaluation, cache_dir):
+    halving = make(cache_dir, dataclasses.replace(STAGE0, stop_early=0.5))
+    whole = halving(GENOTYPE, 4, {})
+    assert list(whole.rewards) == ["stage0.1", "stage0", "stage1"]
+    assert whole.rewards == evaluation.rewards | {"stage0.1": whole.rewards["stage0.1"]}
+    stopped = halving(GENOTYPE, 4, {"stage0.1": 1.0})
+    assert stopped.rewards == {"stage0.1": whole.rewards["stage0.1"]}
+
+
+@pytest.mark.parametrize(
+    ("epochs", "first", "rungs"), [(1, 1, None), (4, 4, None), (5, 1, [1, 2, 4]), (8, 3, [3, 6])]
+)
+def test_rungs_double(epochs, first, rungs):
+    if rungs is not None:
+        config = Stage0Config(epochs=epochs, first_rung=first, stop_early=0.5)
+        assert config.rungs == rungs
+        assert dataclasses.replace(config, stop_early=0.0).rungs == []
+        return
+    with pytest.raises(UserError) as caught:
+        Stage0Config(epochs=epochs, first_rung=first, stop_early=0.5)
+    assert str(caught.value) == (
+        f"Stage0Config.first_rung: expected fewer than the {epochs} epochs of the stage, got "
+        f"{first}; lower it, or leave stop_early out"
+    )
 
 
 def outcome(evaluation):

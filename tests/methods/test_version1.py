@@ -31,7 +31,7 @@ def test_a_sampled_search_continues(name, budget, tmp_path, monkeypatch):
     assert after[: len(before)] == before
     assert [record["index"] for record in after] == list(range(len(after)))
     assert sum(record["duplicate_of"] is None for record in after) == budget
-    assert after[-1]["version"] == 3
+    assert after[-1]["version"] == 4
     assert after[-1]["evaluation"]["costs"]["params"] > 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html import escape
 from html.parser import HTMLParser
 from types import MappingProxyType
@@ -182,6 +183,37 @@ def test_rejected_proposals(study):
     assert terminal_table(study, MADE).title == (
         "2 evaluated, 0 failed, 3 beyond the limits; the best:"
     )
+
+
+def stopped(*rungs):
+    """After the last of these scores at rungs."""
+    rewards = {f"warm.{2**i}": score for i, score in enumerate(rungs)}
+    told = {"gate": 0.2, "estimate": 0.28}
+    return Evaluation(rewards, {}, {"params": 5}, 0.3, {}, "warm", stopped=told)
+
+
+def test_stopped_early(study):
+    finished = success(0.3)
+    rewards = {"warm.1": 0.15, "warm.2": 0.2, **finished.rewards}
+    append(study, replace(finished, rewards=rewards), stopped(0.1), stopped(0.16, 0.19))
+    append(study, stopped(0.1), duplicate_of=1)
+    page = write_report(study, MADE)
+    assert dict(tiles(page.read_text()))["stopped early"] == "2"
+    section = page.read_text().partition("<h2>Stopped early</h2>")[2].partition("</section>")[0]
+    assert "Stopped: 1 after epoch 1, 1 after epoch 2. Their score was below" in section
+    assert re.findall("<title>(.*?)</title>", section) == [
+        "architecture 0: warm.1 0.1500",
+        "architecture 0: warm.2 0.2000",
+        "architecture 1: warm.1 0.1000, below 0.2000: stopped",
+        "architecture 2: warm.1 0.1600",
+        "architecture 2: warm.2 0.1900, below 0.2000: stopped",
+    ]
+    assert "warm.1, line: best so far" not in Page(page).text
+    found = columns(terminal_table(study, MADE))
+    assert (found["index"], found["warm"]) == (["0", "2", "1"], ["0.3000", "-", "-"])
+    assert found["stopped"] == ["-", "after epoch 2", "after epoch 1"]
+    title = terminal_table(study, MADE).title
+    assert title == "3 evaluated, 0 failed, 2 stopped early; the best:"
 
 
 def test_chart_marks(study):

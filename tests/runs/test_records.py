@@ -26,6 +26,9 @@ FORM = {"space": "fast_nas", "cell": [8, [0, 0, 5, 2]]}
 RECORD = Record(3, FORM, FORM, 7, EVALUATION, None, time="2026-01-02T03:04:05+00:00")
 COSTS = {"params": 1, "macs": 2}
 FAILED = Evaluation({}, {}, COSTS, None, {"stage0_train": 0.5}, "stage0", "stage0: out of memory")
+STOPPED = Evaluation(
+    {"a.1": 0.3, "a.2": 0.35}, {}, COSTS, 0.4, {}, "a", stopped={"gate": 0.36, "estimate": 0.4}
+)
 HALF = Evaluation({"b": 0.9}, {"b": METRICS}, COSTS, 0.4, {}, "b", failure="a: out of memory")
 
 words = st.text(max_size=8)
@@ -52,7 +55,7 @@ records = st.builds(
     genotype=objects,
     canonical=objects,
     seed=st.integers(),
-    evaluation=evaluations | st.sampled_from([FAILED, HALF]),
+    evaluation=evaluations | st.sampled_from([FAILED, HALF, STOPPED]),
     duplicate_of=st.none() | st.integers(0),
     time=words,
     phase=st.integers(0),
@@ -125,11 +128,23 @@ def test_version_1():
     assert Record.from_json(written(record)) == record
 
 
-def test_version_2():
-    form = written(RECORD) | {"version": 2}
-    del form["rejected"]
+@pytest.mark.parametrize("version", [2, 3])
+def test_versions_2_and_3(version):
+    form = written(RECORD) | {"version": version}
+    del form["evaluation"]["stopped"]
+    if version == 2:
+        del form["rejected"]
+    before = copy.deepcopy(form)
     assert Record.from_json(form) == RECORD
-    assert form.keys() == written(RECORD).keys() - {"rejected"}
+    assert form == before
+
+
+def test_what_a_rung_stopped_ranks_below_what_finished():
+    finished = replace(STOPPED, rewards={"a.1": 0.1, "a.2": 0.1, "a": 0.1}, stopped=None)
+    assert replace(RECORD, evaluation=STOPPED).score < replace(RECORD, evaluation=finished).score
+    assert (STOPPED.told, STOPPED.stopped_after, STOPPED.rungs) == (0.4, 2, ["a.1", "a.2"])
+    assert (finished.told, finished.stopped_after) == (0.1, None)
+    assert (FAILED.told, HALF.told) == (None, 0.9)
 
 
 @pytest.mark.parametrize("version", ["2", 0, -1, 2.0, True, None])

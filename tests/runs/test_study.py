@@ -316,7 +316,7 @@ def test_records_of_a_newer_version(study):
     for form in forms:
         form |= {"version": VERSION + 1, "energy": {"joule": 3}}
     file.write_text("".join(json.dumps(form) + "\n" for form in forms))
-    with pytest.warns(UserWarning, match="records of version 4, this nasfast knows 3") as caught:
+    with pytest.warns(UserWarning, match="records of version 5, this nasfast knows 4") as caught:
         reopened = Study.open(study.path)
     assert len(caught) == 1
     with reopened:

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from nasfast.runs.records import Evaluation
 from nasfast.runs.study import Study
+from nasfast.searches.halving import estimate
 from nasfast.searches.limits import Limit, Limits
 from nasfast.searches.sampling import Phase, SamplingSearch, SamplingSettings
 from nasfast.spaces.fast_nas import Cell, FastNASSpace
@@ -107,16 +108,39 @@ class Script:
         return evaluation
 
 
-def play(root, genotypes, evaluate, budget, batch=1, scripts=None, limits=NONE, console=QUIET):
+class Halving(Script):
+    """The given scores at a rung, which may stop a candidate, and twice as much at the end."""
+
+    def __call__(self, genotype, index, gates):
+        self.gates.append(gates)
+        score = self.evaluate(index)
+        rewards = {"stage0.1": score}
+        if score >= gates.get("stage0.1", 0.0):
+            rewards |= {"stage0": 2 * score}
+        return Evaluation(rewards, {}, COSTS, gates.get("stage0"), {}, "stage0")
+
+
+def play(
+    root,
+    genotypes,
+    evaluate,
+    budget,
+    batch=1,
+    scripts=None,
+    limits=NONE,
+    console=QUIET,
+    make=Script,
+    **more,
+):
     """A new search, or the one in `root` continued; its script joins `scripts`."""
-    script = Script(genotypes, evaluate)
+    script = make(genotypes, evaluate)
     if scripts is not None:
         scripts.append(script)
     runs = list(root.glob("*"))
     opened = Study.open(*runs) if runs else Study.create(root, "segmentation", "script", {}, {})
     with opened as study:
         with contextlib.suppress(NothingFoundError):
-            phase = Phase(SPACE, script, script, budget, batch, limits=limits)
+            phase = Phase(SPACE, script, script, budget, batch, limits=limits, **more)
             SamplingSearch(phase).run(study, console)
         return script, study.records
 
@@ -358,6 +382,54 @@ def test_a_budget_may_end_in_a_batch_and_grow_and_a_search_may_crash(
         assert untimed(records) == untimed(expected)
         for name in ("told", "evaluated", "gates"):
             assert [x for script in scripts for x in getattr(script, name)] == getattr(last, name)
+
+
+# ---- early stopping
+
+
+def test_what_is_stopped_early_is_told_by_an_estimate(tmp_path, capsys):
+    """Which also stands in the mean that gates the next stage, and is the same after a crash."""
+    scores = [0.1, 0.4, 0.3, 0.2, 0.22, 0.05, 0.26, 0.3, 0.1]
+    usual = {"budget": len(scores), "batch": 3, "make": Halving, "stop_early": 0.5}
+    script, records = play(tmp_path / "whole", distinct(), scores.__getitem__, **usual)
+    # 3 finished are too few to stop any; of the 6 after two batches the median is 0.21
+    assert [r.evaluation.stopped for r in records[:6]] == [None] * 6
+    assert script.gates[6]["stage0.1"] == pytest.approx(0.21)
+    assert [r.evaluation.stopped is None for r in records[6:]] == [True, True, False]
+    assert records[8].evaluation.stopped == pytest.approx({"gate": 0.21, "estimate": 0.2})
+    assert script.told == pytest.approx([*(2 * score for score in scores)])
+    (run,) = (tmp_path / "whole").iterdir()
+    assert [r.index for r in Study.open(run, read_only=True).ranking()][-1] == 8
+
+    def crash(index):
+        if index == 8:
+            raise KeyboardInterrupt
+        return scores[index]
+
+    with pytest.raises(KeyboardInterrupt):
+        play(tmp_path / "again", distinct(), crash, **usual)
+    more = usual | {"budget": len(scores) + 3, "console": Console()}
+    scores += [0.5, 0.01, 0.15]
+    script, again = play(tmp_path / "again", distinct(), scores.__getitem__, **more)
+    assert untimed(again[:9]) == untimed(records)
+    assert script.gates[-1]["stage0"] == statistics.fmean(r.evaluation.told for r in records)
+    # the worst of the finished is the least to be told
+    assert [r.evaluation.told for r in again[9:]] == pytest.approx([1.0, 0.1, 0.3])
+    assert "[11/12] stopped after epoch 1: 0.0100 < 0.2200" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        ([(0.1, 0.2), (0.3, 0.4)], 0.3),  # the mean is the most
+        ([(0.4, 0.3), (0.6, 0.5), (0.2, 0.1)], 0.2),
+        ([(0.4, 0.4), (0.6, 0.5)], 0.4),  # the worst is the least
+        ([(0.4, 0.5), (0.6, 0.4)], 0.45),  # a line that falls counts for nothing
+        ([(0.4, 0.4), (0.4, 0.5)], 0.45),
+    ],
+)
+def test_estimates(pairs, expected):
+    assert estimate(0.3, pairs) == pytest.approx(expected)
 
 
 def test_who_evaluates_is_in_the_environment():

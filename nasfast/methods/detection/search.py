@@ -168,6 +168,7 @@ def build(
         config.batch,
         engine,
         config.limits,
+        config.stage0.stop_early,
     )
     if config.mode != "progressive":
         return SamplingSearch(first, workers=workers), config
@@ -235,7 +236,8 @@ def make_evaluator(config: SearchConfig, features: FrozenEncoder) -> Evaluator:
 
 def make_longer(config: SearchConfig, features: FrozenEncoder) -> Evaluator:
     """The same for the detectors of the second phase, with the trained pyramid as a file."""
-    longer = dataclasses.replace(config.stage0, epochs=config.head_phase.pyramid_epochs)
+    epochs = config.head_phase.pyramid_epochs
+    longer = dataclasses.replace(config.stage0, epochs=epochs, stop_early=0.0)
     return _evaluator(config, features, PyramidTraining(longer, features), config.second)
 
 
@@ -336,6 +338,7 @@ class SecondPhase:
             config.batch,
             engine,
             config.limits,
+            config.stage0.stop_early,
         )
 
     def _train(self, chosen: Sequence[Record], features: FrozenEncoder) -> dict[str, bytes]:

@@ -115,7 +115,16 @@ def build(config: Config, interrupt: Interrupt, console: Console) -> tuple[Sampl
     )
     strategy = make_strategy(config.strategy, space, config.seed, config)
     evaluator = make_evaluator(config, features)
-    phase = Phase(space, strategy, evaluator, config.budget, config.batch, engine, config.limits)
+    phase = Phase(
+        space,
+        strategy,
+        evaluator,
+        config.budget,
+        config.batch,
+        engine,
+        config.limits,
+        config.stage0.stop_early,
+    )
     return SamplingSearch(phase, workers=workers), config
 
 
