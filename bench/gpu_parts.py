@@ -625,13 +625,14 @@ def search(run: Run, method: str = "segmentation", limit: float = 280) -> None:
     """a search for segmentation with two workers"""
     words = [sys.executable, "-m", "nasfast.search", method]
     with tempfile.TemporaryDirectory() as folder:
-        workers = ["--workers", "2", "--budget", "4"] if method == "segmentation" else []
-        flags = ["--device", run.device, "--runs", folder, *workers]
-        run.command([*words, *(["--help"] if run.rehearse else flags)], limit, ends=bool(workers))
+        ends = method == "segmentation"
+        own = ["--workers", "2", "--budget", "4"] if ends else ["--strategy", "darts"]
+        flags = ["--device", run.device, "--runs", folder, *own]
+        run.command([*words, *(["--help"] if run.rehearse else flags)], limit, ends=ends)
 
 
 def restoration(run: Run) -> None:
-    """a search for restoration, interrupted after 160 seconds"""
+    """a search for restoration by gradient, interrupted after 160 seconds"""
     search(run, "restoration", 160)
 
 

@@ -37,6 +37,7 @@ from nasfast.runs.correlation import FOLDER, CorrelationStudy, Training, draw, e
 from nasfast.runs.records import Evaluation, Record
 from nasfast.runs.study import Study
 from nasfast.spaces.base import Genotype
+from nasfast.strategies import STRATEGIES
 from nasfast.training.loop import NonFiniteLossError, Runtime
 from nasfast.utils.cli import reports_errors, say
 from nasfast.utils.config import Bound, Bounded, Count, from_mapping
@@ -163,7 +164,8 @@ def pool_of(study: Study, phase: int | None = None) -> list[Record]:
         raise UserError(
             f"study {study.path}: expected a search that trained its candidates one by one, got "
             f"{study.config.get('strategy', 'one')} by gradient, whose rewards are those of its "
-            "supernet and rank no architectures; search with --strategy random"
+            "supernet and rank no architectures; search with a --strategy that samples, "
+            f"{', '.join(STRATEGIES)}"
         )
     ranking = study.ranking()
     last = ranking[0].phase if ranking else 0

@@ -145,7 +145,7 @@ def stop(*args, **options):
     ("module", "step", "words"),
     [
         (segmentation, "start_workers", "--data cats"),
-        (restoration, "SupernetSearch", "restoration --data cats/images --bilevel.crop 8"),
+        (restoration, "SupernetSearch", "restoration --data cats/images --strategy darts"),
         (restoration, "sampled_search", "restoration --data cats/images --strategy random"),
     ],
 )

@@ -31,9 +31,10 @@ def tiny_images(tmp_path_factory):
 def tiny_bilevel(tiny_images):
     """Command line of a search by gradient that takes seconds; the caller adds --runs."""
     flags = """
-        restoration --preset demo --device cpu --bilevel.epochs 5 --bilevel.warmup 1
-        --bilevel.patience 5 --bilevel.batch-size 2 --bilevel.crop 16 --bilevel.val-crop 24
-        --bilevel.architecture.lr 0.2 --supernet.layers 2 --supernet.nodes 2 --supernet.width 2
+        restoration --preset demo --strategy darts --device cpu --bilevel.epochs 5
+        --bilevel.warmup 1 --bilevel.patience 5 --bilevel.batch-size 2 --bilevel.crop 16
+        --bilevel.val-crop 24 --bilevel.architecture.lr 0.2
+        --supernet.layers 2 --supernet.nodes 2 --supernet.width 2
         --network.width 4 --network.stem 4 --network.head 4 --network.low-level 4
     """
     return [*flags.split(), "--data", str(tiny_images)]

@@ -75,11 +75,11 @@ def flags_of(task, settings):
 @pytest.mark.parametrize(("task", "settings"), [(t, s) for t, all_ in TASKS.items() for s in all_])
 def test_every_preset_has_patches_for_every_task(preset, task, settings):
     """By all strategies, up to the first batch of the search and of the training after it."""
-    config = parse(["restoration", "--preset", preset, *flags_of(task, settings)])
+    argv = ["restoration", "--preset", preset, "--device", "cpu", *flags_of(task, settings)]
     generator = torch.Generator().manual_seed(0)
     for strategy in STRATEGIES:
-        workers = 1 if strategy == "random" else None
-        config = dataclasses.replace(config, strategy=strategy, device="cpu", workers=workers)
+        workers = ["--workers", "1"] if strategy == "random" else []
+        config = parse([*argv, "--strategy", strategy, *workers])
         console = Console(file=io.StringIO())
         with Interrupt() as interrupt:
             built, fitted = restoration.build(config, interrupt, console)

@@ -16,13 +16,15 @@ import pytest
 import torch
 from search_runs import assert_same, before_a_checkpoint, checkpoint, crashed, outcome
 
-from nasfast.commands import search
+from nasfast.commands import search, train
 from nasfast.data.restoration import open_images
 from nasfast.methods.restoration import sampled
 from nasfast.methods.restoration.sampled import SizeClass, evaluator_on
-from nasfast.methods.restoration.settings import PRESETS, SearchConfig, parse, parse_range
+from nasfast.methods.restoration.settings import PRESETS, SearchConfig, parse, search_with
 from nasfast.methods.restoration.train import TrainingRun
+from nasfast.models.io import load_model
 from nasfast.models.restorer import Restorer, RestorerConfig
+from nasfast.runs.study import Study
 from nasfast.searches import bilevel
 from nasfast.searches.bilevel import WeightsConfig, most_probable
 from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
@@ -201,12 +203,12 @@ def test_an_evaluation_follows_from_its_index(tiny_sampled):
 @pytest.mark.parametrize("given", [{"workers": 2}, {"devices": "cpu"}, {"engine": "ray"}])
 def test_a_search_by_gradient_has_no_workers(given):
     with pytest.raises(UserError) as caught:
-        dataclasses.replace(PRESETS["demo"], **given)
+        dataclasses.replace(PRESETS["demo"], strategy="darts", **given)
     assert str(caught.value) == (
-        "workers, devices, engine: expected --strategy random, which samples, got darts; a search "
-        "by gradient trains one supernet"
+        "workers, devices, engine: expected a --strategy that samples, predictor, evolution, ppo, "
+        "random, got darts; a search by gradient trains one supernet"
     )
-    dataclasses.replace(PRESETS["demo"], strategy="random", **given)
+    dataclasses.replace(PRESETS["demo"], strategy="evolution", **given)
 
 
 def test_an_empty_size_class(tiny_sampled, tmp_path, monkeypatch, capsys):
@@ -214,22 +216,42 @@ def test_an_empty_size_class(tiny_sampled, tmp_path, monkeypatch, capsys):
     flags = ["--params", "1000000:2000000", "--runs", str(tmp_path)]
     assert search.main([*tiny_sampled, *flags]) == 2
     pattern = (
-        r"error: params: none of 20 architectures has 1,000,000 to 2,000,000 parameters; they have "
-        r"\d,\d{3} to \d\d,\d{3}\n"
+        r"error: params: expected an architecture that has 1,000,000 to 2,000,000 parameters, got "
+        r"none in 20 draws; they have \d,\d{3} to \d\d,\d{3}: change --params\n"
     )
     assert re.fullmatch(pattern, capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("text", ["100", "a:b", "5:4", ":", "1:2:3", "-1:3"])
-def test_ranges_that_are_none(text):
-    with pytest.raises(ValueError, match=r"params: expected LOW:HIGH, such as .*, got "):
-        parse_range(text)
-
-
-def test_ranges():
-    assert parse_range("60_000:80000") == (60_000, 80_000)
-    assert parse_range(None)[0] == 0
+@pytest.mark.parametrize("strategy", ["predictor", "evolution"])
+def test_a_search_at_one_size_resumes_exactly(strategy, tiny_sampled, tmp_path):
+    """With enough candidates for mutants and for a model of the rewards."""
+    flags = f"""
+        --strategy {strategy} --params 4K --budget 4 --batch 1 --recipe.steps 1
+        --predictor.initial 2 --predictor.pool 20 --evolution.population 2
+    """
+    at = tiny_sampled.index("--network.width")
+    argv = [*tiny_sampled[:at], *tiny_sampled[at + 2 :], *flags.split(), "--runs"]
+    assert search.main([*argv, str(tmp_path / "whole")]) == 0
+    (whole,) = (tmp_path / "whole").iterdir()
+    run = crashed([*argv, str(tmp_path / "run")], tmp_path / "run", before_a_checkpoint)
+    assert search.main(["--resume", str(run)]) == 0
+    assert_same(run, whole)
+    assert checkpoint(run)["strategy"]["strategy"] == strategy
+    records = outcome(run)
+    assert all(3000 <= r["evaluation"]["costs"]["params"] <= 5000 for r in records)
+    if strategy == "predictor":  # each network that is trained is as wide as it was in the search
+        for rank in (1, 2):
+            recipe = f"--rank {rank} --device cpu --steps 1 --crop 16 --batch-size 2".split()
+            assert train.main([str(run), *recipe]) == 0
+        found = Study.open(run, read_only=True).ranking()
+        for record, name in zip(found, ("train-1", "train-2")):
+            metrics = json.loads((run / name / "metrics.json").read_text())
+            assert metrics["genotype"] == record.genotype
+            assert metrics["params"] == record.evaluation.params
+            settings = tomllib.loads((run / name / "config.toml").read_text())
+            model, _ = load_model(run / name / "model.safetensors")
+            assert settings["network"]["width"] == model.config.width
 
 
 # ---- schedules and mixes
@@ -265,6 +287,29 @@ def test_presets(tmp_path):
     assert (bilevel.ssim_weight, bilevel.architecture.lr) == (0.6, 1e-3)
     assert (supernet.layers, supernet.nodes, supernet.width) == (4, 5, 10)
     assert paper.network == RestorerConfig()
+
+
+@pytest.mark.parametrize(
+    ("given", "strategy", "params"),
+    [
+        ({}, "predictor", "20K"),
+        ({"preset": "quick"}, "predictor", "90K"),
+        ({"preset": "quick", "strategy": "random"}, "random", "90K"),
+        ({"preset": "quick", "params": "0.2M"}, "predictor", "0.2M"),
+        ({"preset": "quick", "network.width": "7"}, "predictor", None),
+        ({"preset": "quick", "params": "None"}, "predictor", None),
+        ({"preset": "quick", "strategy": "darts"}, "darts", None),
+        ({"preset": "paper"}, "darts", None),
+        ({"preset": "paper", "strategy": "auto"}, "predictor", None),
+    ],
+)
+def test_sizes_of_sampled_networks(given, strategy, params):
+    argv = [word for name, value in given.items() for word in (f"--{name}", value)]
+    config = parse(["restoration", *argv])
+    assert (config.strategy, config.params) == (strategy, params)
+    typed = {"network.width": 7, "params": None if params is None else params}
+    settings = {name: typed.get(name, value) for name, value in given.items()}
+    assert search_with(settings) == config
 
 
 def test_tasks_and_their_settings():

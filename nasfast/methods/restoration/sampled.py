@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import random
 from collections.abc import Generator
@@ -13,33 +12,36 @@ import torch
 from nasfast.data.restoration import RestorationData, open_images
 from nasfast.evaluation.candidate import CandidateEvaluator, SeedOf
 from nasfast.methods.restoration.settings import SearchConfig
+from nasfast.methods.restoration.size import TOLERANCE, Size, parameters_by_width
 from nasfast.methods.restoration.train import TrainingRun
-from nasfast.models.mixed_op import build_branch
 from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.searches.sampling import Phase, SamplingSearch
 from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
-from nasfast.strategies import RandomSearch
+from nasfast.strategies import make_strategy
 from nasfast.tasks.restoration.patches import ImagePatches
 from nasfast.tasks.restoration.pictures import before_and_after
 from nasfast.tasks.restoration.scoring import Scores, costs, evaluate
-from nasfast.training.cost import count_parameters
 from nasfast.training.loop import Runtime
 from nasfast.training.pictures import SAMPLES, spread
 from nasfast.utils.errors import UserError
 from nasfast.workers import WorkerConfig
 
 MAX_DRAWS = 10_000
+MAX_MUTANTS = 100
 
 
 @dataclass(frozen=True)
 class SizeClass(IRNASSpace):
-    """Architectures whose network has a number of parameters in a range; only sampling knows it."""
+    """Architectures whose network is of a size class."""
 
-    low: int = 0
-    high: int = 2**63
+    sizes: Size = field(default_factory=Size)
     network: RestorerConfig = field(default_factory=RestorerConfig)
     channels: int = 1
     scale: int = 1
+
+    def valid(self, genotype: IRNASGenotype) -> bool:
+        """Whether its network is of the class."""
+        return self.sizes == Size() or self.parameters(genotype) in self.sizes
 
     def sample(self, rng: random.Random) -> IRNASGenotype:
         """Uniform over the architectures of the class.
@@ -47,40 +49,51 @@ class SizeClass(IRNASSpace):
         Raises:
             UserError: none of 10,000 draws is of the class.
         """
-        sizes = []
+        tried = []
         for _ in range(MAX_DRAWS):
-            genotype = super().sample(rng)
-            sizes.append(self.parameters(genotype))
-            if self.low <= sizes[-1] <= self.high:
-                return genotype
+            tried.append(super().sample(rng))
+            if self.valid(tried[-1]):
+                return tried[-1]
+        found = [self.parameters(genotype) for genotype in tried]
+        wanted = f"has {self.sizes.low:,} to {self.sizes.high:,} parameters"
+        if self.sizes.target is not None:
+            wanted = (
+                f"comes within {TOLERANCE:.0%} of {self.sizes.target:,} parameters at any width"
+            )
         raise UserError(
-            f"params: none of {MAX_DRAWS} architectures has {self.low:,} to {self.high:,} "
-            f"parameters; they have {min(sizes):,} to {max(sizes):,}"
+            f"params: expected an architecture that {wanted}, got none in {MAX_DRAWS} draws; they "
+            f"have {min(found):,} to {max(found):,}: change --params"
         )
+
+    def mutate(self, genotype: IRNASGenotype, rng: random.Random) -> IRNASGenotype:
+        """One decision changes, such that the network stays in the class; where 100 changes leave
+        it, the last of them."""
+        for _ in range(MAX_MUTANTS):
+            mutant = super().mutate(genotype, rng)
+            if self.valid(mutant):
+                break
+        return mutant
+
+    def config(self, genotype: IRNASGenotype) -> RestorerConfig:
+        """Its network's, of the width that fits."""
+        return self.sizes.fitted(genotype, self.network, self.channels, self.scale)
 
     def parameters(self, genotype: IRNASGenotype) -> int:
-        """Those of its network: of its convolutions, and of one of the same widths without any."""
-        edges = (("skip", 0), ("skip", 1))
-        bare = dataclasses.replace(genotype, nodes=(edges,) * len(genotype.nodes))
-        ops = [op for node in genotype.nodes for op, _ in node if op != "skip"]
-        widths = [self.network.width << level for level in genotype.levels]
-        return _network_parameters(bare, self.network, self.channels, self.scale) + sum(
-            _branch_parameters(op, width) for op in ops for width in widths
-        )
+        """Those of its network."""
+        count = parameters_by_width(genotype, self.network, self.channels, self.scale)
+        return count(self.config(genotype).width)
 
 
-@functools.cache
-def _network_parameters(
-    genotype: IRNASGenotype, config: RestorerConfig, channels: int, scale: int
-) -> int:
-    with torch.device("meta"):
-        return count_parameters(Restorer(genotype, config, channels, scale))
-
-
-@functools.cache
-def _branch_parameters(op: str, channels: int) -> int:
-    with torch.device("meta"):
-        return count_parameters(build_branch(op, channels))
+def space_of(config: SearchConfig) -> SizeClass:
+    """The architectures that the settings let a search sample."""
+    return SizeClass(
+        config.supernet.layers,
+        config.supernet.nodes,
+        config.size,
+        config.network,
+        config.channels,
+        config.task.scale,
+    )
 
 
 @dataclass(frozen=True)
@@ -96,7 +109,8 @@ class ShortTraining:
     def build(self, genotype: IRNASGenotype) -> Restorer:
         """The network."""
         config = self.config
-        return Restorer(genotype, config.network, config.channels, config.task.scale)
+        network = space_of(config).config(genotype)
+        return Restorer(genotype, network, config.channels, config.task.scale)
 
     def costs(self, model: Restorer) -> dict[str, float]:
         """Parameters and multiply-adds at the size of the validation images."""
@@ -123,19 +137,12 @@ class ShortTraining:
 def sampled_search(
     config: SearchConfig, data: RestorationData, workers: WorkerConfig, runtime: Runtime
 ) -> SamplingSearch:
-    """Random search of the size class."""
-    space = SizeClass(
-        config.supernet.layers,
-        config.supernet.nodes,
-        *config.size_range,
-        config.network,
-        config.channels,
-        config.task.scale,
-    )
+    """Search of the size class, by the strategy of the settings."""
+    space = space_of(config)
     space.sample(random.Random(config.seed))  # refuses an empty class before a run is made
     phase = Phase(
         space,
-        RandomSearch(space, config.seed),
+        make_strategy(config.strategy, space, config.seed, config),
         make_evaluator(config, data, runtime),
         config.budget,
         config.batch,

@@ -9,7 +9,6 @@ run. (IR-NAS, CVPR 2020)
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Annotated, Any, Literal
@@ -17,12 +16,15 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from nasfast.methods import flags
+from nasfast.methods.restoration.size import Size, sized
 from nasfast.methods.restoration.task_flags import override_with_task, parse_with_task
 from nasfast.methods.restoration.train import Recipe
 from nasfast.models.restorer import RestorerConfig
 from nasfast.models.supernet import SupernetConfig
 from nasfast.searches.bilevel import ArchitectureConfig, BilevelConfig, WeightsConfig
 from nasfast.searches.sampling import SamplingSettings, default_threads
+from nasfast.spaces.ir_nas import IRNASSpace
+from nasfast.strategies import GRADIENT_STRATEGIES, STRATEGIES, Name, PPOConfig, recommended
 from nasfast.strategies.gradient import Temperature
 from nasfast.tasks.restoration import RestorationTask, task_from_json
 from nasfast.tasks.restoration.denoising import Denoising
@@ -30,6 +32,10 @@ from nasfast.utils.cli import flag_value
 from nasfast.utils.config import Count
 from nasfast.utils.errors import UserError
 from nasfast.utils.files import data_path, expanded
+
+SAMPLED = f"a --strategy that samples, {', '.join(STRATEGIES)}"
+SIZES = {"demo": "20K", "quick": "90K"}
+"""Parameters of sampled networks, by preset, where the user says nothing about it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,21 +54,27 @@ class SearchConfig(SamplingSettings):
     """What networks restore: --task NAME, and its settings as --task.SETTING."""
     channels: Literal[1, 3] = 1
     """1: grey. 3: colour."""
-    strategy: Literal["darts", "proxyless", "gumbel", "random"] = "darts"
-    """darts: all operations of the supernet mixed, as published. proxyless, gumbel: single paths
-    through it. random: no supernet; sampled architectures, each trained for a short while."""
+    strategy: Literal[Name, "darts", "proxyless", "gumbel"] = "darts"
+    """Sampled networks, each trained for a short while: predictor, what a model of the rewards so
+    far expects most of; evolution, mutants of the best; ppo, a recurrent controller; random, the
+    baseline to beat. By gradient: darts, all operations of a supernet mixed, as published;
+    proxyless, gumbel, single paths through it. auto: what is best for the budget, by
+    docs/results.md; paper has darts."""
     bilevel: BilevelConfig = field(default_factory=BilevelConfig)
     """The search on the supernet."""
     supernet: SupernetConfig = field(default_factory=SupernetConfig)
-    """Size of the supernet; --strategy random takes layers and nodes from it."""
+    """Size of the supernet; sampled networks take layers and nodes from it."""
     network: RestorerConfig = field(default_factory=RestorerConfig)
-    """Size of the networks that are derived."""
+    """Size of the networks that are found; --params decides the width of sampled ones."""
     temperature: Temperature = field(default_factory=Temperature)
     """Of --strategy gumbel."""
     budget: Count = 8
-    """Architectures to evaluate with --strategy random."""
-    params: str | None = None
-    """LOW:HIGH, the parameters of the networks that --strategy random samples."""
+    """Networks to sample."""
+    params: str | int | None = None
+    """Parameters of a sampled network, so that networks of one size are compared: 90K gives each
+    the width that comes closest, and leaves out those that come not within 25 %. LOW:HIGH leaves
+    out those beyond at the given --network.width. Default: 20K in demo, 90K in quick; any where
+    --network.width is given."""
     recipe: Recipe = field(default_factory=Recipe)
     """Training of each of them."""
 
@@ -70,52 +82,37 @@ class SearchConfig(SamplingSettings):
         super().__post_init__()
         if not isinstance(self.task, RestorationTask):  # its description, from a file
             object.__setattr__(self, "task", task_from_json(self.task))
-        parse_range(self.params)
-        if not self.samples:
+        _ = self.size
+        if self.strategy in GRADIENT_STRATEGIES:
             self._refuse_sampling()
 
     @property
     def samples(self) -> bool:
         """Whether networks are sampled and trained one by one; the others share a supernet."""
-        return self.strategy == "random"
+        return self.strategy in STRATEGIES
 
     @property
-    def size_range(self) -> tuple[int, int]:
-        """Least and most parameters of a sampled network."""
-        return parse_range(self.params)
+    def size(self) -> Size:
+        """Parameters of a sampled network; UserError for another form."""
+        return Size.of(self.params)
 
     def _refuse_sampling(self) -> None:
         """Raise UserError where a search by gradient is given a setting of sampled networks."""
         if self.params is not None:
             raise UserError(
-                f"params: expected --strategy random, which samples, got {self.strategy}; a search "
-                "by gradient is not held to a size"
+                f"params: expected {SAMPLED}, got {self.strategy}; a search by gradient is not "
+                "held to a size"
             )
         if self.limits:
             raise UserError(
-                "max_params, max_macs: expected --strategy random, which samples, got "
-                f"{self.strategy}; limits are for sampled architectures, a search by gradient is "
-                "held to none"
+                f"max_params, max_macs: expected {SAMPLED}, got {self.strategy}; limits are for "
+                "sampled architectures, a search by gradient is held to none"
             )
         if (self.workers, self.devices, self.engine) != (None, None, "process"):
             raise UserError(
-                "workers, devices, engine: expected --strategy random, which samples, got "
-                f"{self.strategy}; a search by gradient trains one supernet"
+                f"workers, devices, engine: expected {SAMPLED}, got {self.strategy}; a search by "
+                "gradient trains one supernet"
             )
-
-
-def parse_range(text: str | None) -> tuple[int, int]:
-    """(low, high) of "LOW:HIGH"; the widest range for None.
-
-    Raises:
-        UserError: another form, or an empty range.
-    """
-    if text is None:
-        return 0, 2**63
-    match = re.fullmatch(r"(\d[\d_]*):(\d[\d_]*)", text)
-    if match is None or int(match[1]) > int(match[2]):
-        raise UserError(f"params: expected LOW:HIGH, such as 60000:80000, got {text!r}")
-    return int(match[1]), int(match[2])
 
 
 FIRST = (
@@ -135,7 +132,9 @@ FIRST = (
 PRESETS = {
     "demo": SearchConfig(
         preset="demo",
-        batch=4,
+        strategy="auto",
+        batch=PPOConfig.short_budget().batch_size,
+        ppo=PPOConfig.short_budget(),
         bilevel=BilevelConfig(
             epochs=12,
             warmup=3,
@@ -154,7 +153,9 @@ PRESETS = {
     ),
     "quick": SearchConfig(
         preset="quick",
-        batch=4,
+        strategy="auto",
+        batch=PPOConfig.short_budget().batch_size,
+        ppo=PPOConfig.short_budget(),
         bilevel=BilevelConfig(
             epochs=24,
             warmup=8,
@@ -177,23 +178,35 @@ PRESETS = {
 def parse(argv: Sequence[str]) -> SearchConfig:
     """Settings from a command line: the preset's, overridden flag by flag."""
     preset = flags.preset_of(PRESETS, flag_value(argv, "--preset"), flag_value(argv, "--data"))
-    return _finished(parse_with_task(preset, argv, "nasfast search", __doc__, FIRST))
+    config = parse_with_task(preset, argv, "nasfast search", __doc__, FIRST)
+    return _finished(config, sized(argv))
 
 
 def search_with(settings: Mapping[str, Any]) -> SearchConfig:
     """Settings by name, over those of the preset."""
     preset = flags.preset_of(PRESETS, settings.get("preset"), settings.get("data"))
-    return _finished(override_with_task(preset, settings, "search"))
+    return _finished(override_with_task(preset, settings, "search"), sized(settings))
 
 
-def _finished(config: SearchConfig) -> SearchConfig:
-    """With absolute paths, and the threads of a sampled network."""
-    threads = config.threads
-    if threads is None and config.samples:
-        threads = default_threads(config.batch)
+def _finished(config: SearchConfig, sized: bool) -> SearchConfig:
+    """With absolute paths, the strategy itself instead of "auto", and threads and size of a
+    sampled network.
+
+    Args:
+        config: as given.
+        sized: whether it was given what decides the size.
+    """
+    if config.strategy == "auto":
+        strategy: Any = recommended(IRNASSpace().name, config.budget)
+        config = dataclasses.replace(config, strategy=strategy)
+    threads, params = config.threads, config.params
+    if config.samples:
+        threads = threads or default_threads(config.batch)
+        params = params if sized else SIZES.get(config.preset)
     return dataclasses.replace(
         config,
         threads=threads,
+        params=params,
         data=data_path(config.data),
         runs=expanded(config.runs).resolve(),
     )

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from nasfast.data.restoration import open_images
 from nasfast.methods.base import Architecture, TrainSettings, check_same_images
+from nasfast.methods.restoration.size import Size, sized
 from nasfast.methods.restoration.task_flags import override_with_task, parse_with_task
 from nasfast.models.io import MODEL_FILE, save_model
 from nasfast.models.restorer import Restorer, RestorerConfig
@@ -85,6 +86,9 @@ class TrainConfig(Recipe, TrainSettings):
     """1: grey. 3: colour. Default: those of the search."""
     network: RestorerConfig = field(default_factory=RestorerConfig)
     """Size of the network; default: that of the search, or the published one."""
+    params: str | int | None = None
+    """Number of parameters, such as 0.5M; the width is the one that comes closest. Default: that of
+    the search, where it fitted the widths; none where --network.width is given."""
     round_steps: Count = 200
     """Steps between two checkpoints."""
 
@@ -92,6 +96,16 @@ class TrainConfig(Recipe, TrainSettings):
         super().__post_init__()
         if not isinstance(self.task, RestorationTask):  # its description, from a file
             object.__setattr__(self, "task", task_from_json(self.task))
+        if self.params is not None and self.size.target is None:
+            raise UserError(
+                f"params: expected a number of parameters, such as 0.5M, got {self.params!r}; one "
+                "network has no range of sizes"
+            )
+
+    @property
+    def size(self) -> Size:
+        """Parameters of the network; UserError for another form."""
+        return Size.of(self.params)
 
 
 PUBLISHED = Recipe(
@@ -111,6 +125,7 @@ FIRST = (
     "out",
     "preset",
     "task",
+    "params",
     "steps",
     "batch_size",
     "lr",
@@ -125,25 +140,30 @@ def parse_train(
     argv: Sequence[str], found: Mapping[str, Any], description: str | None
 ) -> TrainConfig:
     """Settings from a command line; the source's own are the defaults."""
-    default = _default(tyro.MISSING, flag_value(argv, "--preset"), found)
+    default = _default(tyro.MISSING, flag_value(argv, "--preset"), found, sized(argv))
     return parse_with_task(default, argv, "nasfast train", description, FIRST)
 
 
 def train_with(source: Path, settings: Mapping[str, Any], found: Mapping[str, Any]) -> TrainConfig:
     """Settings by name; the source's own are the defaults."""
-    default = _default(source, settings.get("preset"), found)
+    default = _default(source, settings.get("preset"), found, sized(settings))
     return override_with_task(default, settings, "train")
 
 
-def _default(source: Path, preset: str | None, found: Mapping[str, Any]) -> TrainConfig:
+def _default(
+    source: Path, preset: str | None, found: Mapping[str, Any], sized: bool
+) -> TrainConfig:
+    """Those of the search, but for a size where another is given."""
     chosen = preset or found.get("preset")
     name: Any = chosen if chosen in PRESETS else "quick"
+    params = None if sized else found.get("params")
     return TrainConfig(
         source=source,
         preset=name,
         task=task_from_json(found["task"]) if "task" in found else Denoising(),
         channels=found.get("channels", 1),
         network=from_mapping(RestorerConfig, found.get("network", {}), "network"),
+        params=params if Size.of(params).target else None,
         **dataclasses.asdict(PRESETS[name]),
     )
 
@@ -247,7 +267,13 @@ class RestorationTraining:
         self, config: TrainConfig, genotype: IRNASGenotype, out: Path, runtime: Runtime
     ) -> None:
         processes.require_one("restoration")
-        config = dataclasses.replace(config, crop=config.task.fitting(config.crop))
+        config = dataclasses.replace(
+            config,
+            crop=config.task.fitting(config.crop),
+            network=config.size.fitted(
+                genotype, config.network, config.channels, config.task.scale
+            ),
+        )
         assert config.data is not None
         self.settings, self.genotype, self.out, self.runtime = config, genotype, out, runtime
         self.data = open_images(config.data, config.channels)
@@ -256,6 +282,7 @@ class RestorationTraining:
         patches = ImagePatches(self.data.train, config.task, config.crop)
         torch.manual_seed(derive_seed(config.seed, "train"))
         self.model = Restorer(genotype, config.network, config.channels, config.task.scale)
+        config.size.require(count_parameters(self.model))
         runtime.place(self.model)
         seed = derive_seed(config.seed, "patches")
         self.training = TrainingRun(self.model, patches, config, runtime, seed)
@@ -275,7 +302,8 @@ class RestorationTraining:
             f"task     {self.settings.task.label}\n"
             f"data     {self.settings.data}, {len(self.data.train)} images\n"
             f"patches  {self.settings.crop} pixels\n"
-            f"size     {count_parameters(self.model):,} parameters"
+            f"size     {count_parameters(self.model):,} parameters, width "
+            f"{self.settings.network.width}"
         )
 
     def round(self) -> str:
