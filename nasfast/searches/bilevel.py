@@ -25,6 +25,7 @@ from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.models.supernet import Supernet, SupernetConfig
 from nasfast.runs.records import Evaluation, Record
 from nasfast.runs.study import Study
+from nasfast.searches.collapse import STAGE, collapse_warning
 from nasfast.strategies.gradient import Darts, Mix, Temperature, make_relaxation
 from nasfast.tasks.restoration import RestorationTask
 from nasfast.tasks.restoration.fidelity import psnr, ssim
@@ -51,9 +52,6 @@ from nasfast.utils.seeding import derive_seed
 
 Batch = tuple[Tensor, ...]
 """Inputs and targets of a step."""
-
-STAGE = "supernet"
-"""Name of the one stage in the records."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +209,8 @@ class SupernetSearch:
                 f"stopped early: the architecture has been the same for {self._unchanged(study)} "
                 "epochs",
             )
+        if warning := collapse_warning(study.records):
+            say(console, f"warning: {warning}")
 
     def _restore(self, training: SupernetTraining, study: Study) -> None:
         checkpoint = study.load_checkpoint()

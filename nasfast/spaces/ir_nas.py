@@ -64,6 +64,11 @@ class IRNASGenotype:
     """The two edges of each node, from different states, the lower state first."""
     levels: tuple[int, ...]
 
+    @property
+    def skips(self) -> int:
+        """Edges of the cell that are identities."""
+        return sum(op == "skip" for node in self.nodes for op, _ in node)
+
     def canonical(self) -> "IRNASGenotype":
         """The same network with its nodes in the lexicographically smallest order.
 

@@ -76,6 +76,18 @@ def test_supernet_history(study):
         ElementTree.fromstring(chart)
 
 
+def test_a_collapse_stands_first(study):
+    assert 'class="warning"' not in write_report(study, REPORT).read_text()
+    nodes = ((("skip", 0), ("skip", 1)), (("skip", 0), ("conv3x3", 1)))
+    skips = replace(GENOTYPES[0], nodes=nodes)
+    study.append(record(4, skips, None))
+    page = write_report(study, REPORT).read_text()
+    (section,) = re.findall(r'<section class="warning">.*?</section>', page)
+    assert section.startswith('<section class="warning"><h2>Warning</h2><p>The search may have ')
+    assert "collapsed: 3 of 4 operations are skips; in a new run" in section
+    assert page.index(section) == page.index("<section")
+
+
 def test_the_last_architecture_is_the_choice(study):
     page = write_report(study, REPORT).read_text()
     assert "The cell, after epoch 4" in page
