@@ -14,24 +14,35 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from search_runs import assert_same, before_a_checkpoint, checkpoint, crashed, outcome
+from rich.console import Console
+from search_runs import (
+    assert_equal,
+    assert_same,
+    before_a_checkpoint,
+    checkpoint,
+    crashed,
+    outcome,
+)
 
 from nasfast.commands import search
 from nasfast.data.restoration import open_images
 from nasfast.methods.restoration import sampled
 from nasfast.methods.restoration.sampled import SizeClass, evaluator_on
+from nasfast.methods.restoration.search import build
 from nasfast.methods.restoration.settings import PRESETS, SearchConfig, parse, parse_range
 from nasfast.methods.restoration.train import TrainingRun
 from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.searches import bilevel
 from nasfast.searches.bilevel import WeightsConfig, most_probable
-from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
+from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace, derive_nodes
+from nasfast.strategies.gradient import Mix
 from nasfast.tasks.restoration.denoising import Denoising
 from nasfast.tasks.restoration.super_resolution import SuperResolution
 from nasfast.training.cost import count_parameters
 from nasfast.training.graphs import CudaGraph, GraphedStep
 from nasfast.utils.config import from_mapping
 from nasfast.utils.errors import UserError
+from nasfast.utils.interrupt import Interrupt
 
 # ---- the run contract
 
@@ -88,6 +99,83 @@ def test_single_paths_resume_exactly(strategy, tiny_bilevel, tmp_path):
     assert search.main(["--resume", str(run)]) == 0
     assert_same(run, whole)
     assert checkpoint(run)["relaxation"]["strategy"] == strategy
+
+
+@pytest.fixture
+def perturbed(tiny_bilevel):
+    """Command line of a search that then makes six choices; the caller adds --runs."""
+    flags = "--bilevel.epochs 2 --bilevel.architecture.selection perturbation"
+    return [*tiny_bilevel, *flags.split(), "--strategy", "sigmoid"]
+
+
+def test_operations_chosen_by_perturbation(perturbed, tmp_path):
+    """Killed before the first choice is saved, it resumes exactly."""
+    argv = [*perturbed, "--bilevel.architecture.auxiliary-skip", "1", "--runs"]
+    assert search.main([*argv, str(tmp_path / "whole")]) == 0
+    (whole,) = (tmp_path / "whole").iterdir()
+    run = crashed([*argv, str(tmp_path / "run")], tmp_path / "run", before_a_checkpoint)
+    assert search.main(["--resume", str(run)]) == 0
+    assert_same(run, whole)
+
+    records, state = outcome(run), checkpoint(run)
+    assert len(records) == 2 + 5 + 1  # epochs, edges, the node that has more than two
+    assert "architecture_loss" not in records[2]["evaluation"]["metrics"]["supernet"]
+    entropies = [r["evaluation"]["metrics"]["supernet"]["alpha_entropy"] for r in records[1:7]]
+    assert entropies == sorted(entropies, reverse=True)
+    assert entropies[-1] == 0
+    table = state["alphas"][-1]
+    assert table.sum(1).tolist() == table.max(1).values.tolist() == [1] * 5
+    assert (table.argmax(1) == 5).sum() == 1
+    nodes = derive_nodes(table.tolist(), 2)
+    assert json.loads((run / "best.json").read_text())["genotype"]["nodes"] == [
+        [list(edge) for edge in node] for node in nodes
+    ]
+    assert torch.equal(state["betas"][1], state["betas"][-1])
+
+
+def test_what_a_choice_measures(perturbed):
+    """The loss of a mix leaves no trace, and is that of the patches of the architecture."""
+    with contextlib.closing(training_of(perturbed)) as training:
+        training.choose()
+        before = {name: value.clone() for name, value in training.model.state_dict().items()}
+        loss, mix = training._held_out_loss(), training.choices.mix(training.operations())
+        first = loss(mix)
+        assert first == loss(mix)
+        assert first != loss(Mix(mix.weights * 0.5, mix.active))
+        assert_equal(training.model.state_dict(), before)
+        training.choices.choose(training.operations(), lambda mix: 0.0)
+        assert training._held_out_loss()(mix) != first  # other patches for the next choice
+        with torch.no_grad():
+            training.model.tail.conv.bias.fill_(math.nan)
+        with pytest.raises(UserError, match="the loss without an operation is nan in epoch 0"):
+            training._held_out_loss()(mix)
+
+
+@pytest.mark.parametrize("strategy", ["darts", "gumbel"])
+def test_the_auxiliary_skip_fades(strategy, tiny_bilevel, monkeypatch):
+    flags = "--bilevel.epochs 4 --bilevel.warmup 3 --bilevel.architecture.auxiliary-skip 0.8"
+    with contextlib.closing(
+        training_of([*tiny_bilevel, *flags.split(), "--strategy", strategy])
+    ) as training:
+        seen = []
+        monkeypatch.setattr(
+            training, "_train", lambda batch, mix, *_: seen.append(mix) or torch.zeros(())
+        )
+        for epoch in (1, 2, 3, 4):
+            seen.clear()
+            training.train_epoch()
+            assert seen
+            for mix in seen:
+                extra = 0.8 * (1 - epoch / 4)
+                assert mix.weights.sum(1).tolist() == pytest.approx([1 + extra] * 5)
+                assert mix.weights[:, 4].min() >= extra - 1e-6
+                assert mix.active is None or all(4 in row for row in mix.active)
+
+
+def training_of(argv):
+    """The supernet of a search and its training, before the first epoch."""
+    found, _ = build(parse(argv), Interrupt(), Console(quiet=True))
+    return bilevel.SupernetTraining(found)
 
 
 def test_it_stops_when_the_architecture_stays(tiny_bilevel, tmp_path, capsys):

@@ -48,9 +48,10 @@ class SearchConfig(SamplingSettings):
     """What networks restore: --task NAME, and its settings as --task.SETTING."""
     channels: Literal[1, 3] = 1
     """1: grey. 3: colour."""
-    strategy: Literal["darts", "proxyless", "gumbel", "random"] = "darts"
-    """darts: all operations of the supernet mixed, as published. proxyless, gumbel: single paths
-    through it. random: no supernet; sampled architectures, each trained for a short while."""
+    strategy: Literal["darts", "sigmoid", "proxyless", "gumbel", "random"] = "darts"
+    """darts: all operations of the supernet mixed, as published. sigmoid: the same, each by its own
+    sigmoid. proxyless, gumbel: single paths through it. random: no supernet; sampled architectures,
+    each trained for a short while."""
     bilevel: BilevelConfig = field(default_factory=BilevelConfig)
     """The search on the supernet."""
     supernet: SupernetConfig = field(default_factory=SupernetConfig)
