@@ -274,16 +274,19 @@ class Supernet(nn.Module):
         restored: Tensor = self._run(self.tail, *heads)
         return restored
 
-    def derive(self, operations: Tensor | None = None) -> IRNASGenotype:
+    def derive(
+        self, operations: Tensor | None = None, max_skips: int | None = None
+    ) -> IRNASGenotype:
         """The network that alphas and betas stand for (section 3.1 and 3.2).
 
         Args:
             operations: what each is worth, ``[edges, K]``; None is the softmax of the alphas.
+            max_skips: of the cell.
         """
         with torch.no_grad():
             alphas = self.alphas.softmax(1) if operations is None else operations
             betas = self.move_probabilities()
-        nodes = derive_nodes(alphas.tolist(), self.config.nodes)
+        nodes = derive_nodes(alphas.tolist(), self.config.nodes, max_skips)
         return IRNASGenotype(nodes, viterbi(betas.tolist(), self.config.layers))
 
     def entropies(self, operations: Tensor | None = None) -> tuple[float, float]:

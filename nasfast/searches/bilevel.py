@@ -30,7 +30,7 @@ from nasfast.runs.records import Evaluation, Record
 from nasfast.runs.study import Study
 from nasfast.searches.collapse import STAGE, collapse_warning
 from nasfast.searches.perturbation import Perturbation
-from nasfast.spaces.ir_nas import PRIMITIVES
+from nasfast.spaces.ir_nas import PRIMITIVES, SKIP
 from nasfast.strategies.gradient import Darts, Mix, Temperature, make_relaxation
 from nasfast.tasks.restoration import RestorationTask
 from nasfast.tasks.restoration.fidelity import psnr, ssim
@@ -57,7 +57,6 @@ from nasfast.utils.seeding import derive_seed
 
 Batch = tuple[Tensor, ...]
 """Inputs and targets of a step."""
-SKIP = PRIMITIVES.index("skip")
 TUNING = 0.1
 """Learning rate between choices by perturbation, as a share of the first one."""
 
@@ -97,6 +96,9 @@ class ArchitectureConfig(Bounded):
     """What decides for operations and edges. alpha: the largest probability, as published.
     perturbation: when the search has ended, edge by edge and node by node, what the supernet misses
     most (Wang et al., ICLR 2021), with an epoch of the weights after each choice."""
+    max_skips: Annotated[int, Bound(0, 10**4)] | None = None
+    """Skips that a cell may have (Chen et al., P-DARTS, ICCV 2019, section 3.3); default: any
+    number, as published."""
     auxiliary_skip: Weight = 0.0
     """Factor of another identity on every edge, which frees the operation `skip` from helping the
     gradients; it falls to 0 in the last epoch (Chu et al., DARTS-, ICLR 2021, section 3.2, which
@@ -271,7 +273,7 @@ class SupernetSearch:
             restored, similarity, shown = training.score()
         model = training.model
         alpha_entropy, beta_entropy = model.entropies(training.decided(model.alphas.softmax(1)))
-        genotype = model.derive(training.operations())
+        genotype = model.derive(training.operations(), self.bilevel.architecture.max_skips)
         canonical = genotype.canonical().to_json()
         first = next((r for r in study.records if r.canonical == canonical), None)
         network = Restorer(genotype, self.network, model.channels, model.scale)
@@ -480,7 +482,9 @@ class SupernetTraining:
         """The choices by perturbation; from now on an epoch makes one."""
         if self.choices is None:
             self.choices = Perturbation(
-                self.model.config.nodes, derive_seed(self._seed, "perturbation")
+                self.model.config.nodes,
+                derive_seed(self._seed, "perturbation"),
+                self._config.architecture.max_skips,
             )
             self.close()
             self._graphs = {}  # a choice changes what a step computes

@@ -18,7 +18,8 @@ LEAST_MOVE = 0.1
 """Of the entropy of the operations, as a share of log K, in a search that chose."""
 REMEDY = (
     "in a new run choose the operations by perturbation (--bilevel.architecture.selection "
-    "perturbation), or sample architectures (--strategy random)"
+    "perturbation) and bound the skips (--bilevel.architecture.max-skips), or sample architectures "
+    "(--strategy random)"
 )
 
 

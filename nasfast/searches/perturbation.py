@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nasfast.spaces.ir_nas import OPS, PRIMITIVES, num_edges
+from nasfast.spaces.ir_nas import OPS, PRIMITIVES, SKIP, num_edges
 from nasfast.strategies.gradient import Mix
 
 NONE = PRIMITIVES.index("none")
@@ -29,13 +29,14 @@ class Perturbation:
     Args:
         nodes: of the cell.
         seed: decides the order.
+        max_skips: of all edges; once so many are chosen, skip is no candidate any more.
 
     Attributes:
         made: choices so far, of `total`.
         last: the last one, in words.
     """
 
-    def __init__(self, nodes: int, seed: int) -> None:
+    def __init__(self, nodes: int, seed: int, max_skips: int | None = None) -> None:
         rng = random.Random(seed)
         edges = list(range(num_edges(nodes)))
         wide = list(range(1, nodes))  # the first node has two edges
@@ -43,6 +44,7 @@ class Perturbation:
         rng.shuffle(wide)
         self._order = [*((edge,) for edge in edges), *map(edges_of, wide)]
         self._active = [tuple(range(len(PRIMITIVES)))] * len(edges)
+        self._max_skips = max_skips
         self.made, self.last = 0, ""
 
     @property
@@ -71,7 +73,9 @@ class Perturbation:
         if len(edges) == 1:
             (edge,) = edges
             every = range(len(PRIMITIVES))
-            cost = {k: without(edge, *(j for j in every if j != k)) for k in CANDIDATES}
+            full = self._max_skips is not None and self._active.count((SKIP,)) >= self._max_skips
+            candidates = [k for k in CANDIDATES if not (full and k == SKIP)]
+            cost = {k: without(edge, *(j for j in every if j != k)) for k in candidates}
             kept = max(cost, key=cost.__getitem__)
             self._active[edge] = (kept,)
             self.last = f"edge {edge}: {PRIMITIVES[kept]}"

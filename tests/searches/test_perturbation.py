@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nasfast.searches.perturbation import Perturbation, edges_of
-from nasfast.spaces.ir_nas import OPS, PRIMITIVES, derive_nodes, num_edges
+from nasfast.spaces.ir_nas import OPS, PRIMITIVES, SKIP, derive_nodes, num_edges
 
 NODES = 3
 EDGES = num_edges(NODES)
@@ -17,7 +17,7 @@ GAINS = torch.rand(EDGES, len(PRIMITIVES), generator=torch.Generator().manual_se
 def probabilities():
     """By which skip is the largest everywhere, as after a collapse."""
     table = torch.full((EDGES, len(PRIMITIVES)), 0.1)
-    table[:, PRIMITIVES.index("skip")] = 0.5
+    table[:, SKIP] = 0.5
     return table
 
 
@@ -50,6 +50,21 @@ def test_what_costs_most_stays():
     for node, pair in enumerate(derive_nodes(mix.weights.tolist(), NODES)):
         edges = edges_of(node)
         assert all(mix.active[edges[state]] == (OPS.index(op),) for op, state in pair)
+
+
+def test_no_more_skips_than_allowed():
+    choices = Perturbation(NODES, 0, max_skips=2)
+    gains = GAINS.clone()
+    gains[:, SKIP] = 2.0
+
+    def loss(mix):
+        return -sum(gains[edge, k].item() for edge, row in enumerate(mix.active) for k in row)
+
+    while choices.made < EDGES:
+        choices.choose(probabilities(), loss)
+    chosen = choices.mix(probabilities()).weights.argmax(1)
+    first_two = [edge for (edge,) in choices._order[:2]]
+    assert (chosen == SKIP).nonzero().flatten().tolist() == sorted(first_two)
 
 
 def test_an_absent_operation_has_no_factor_and_the_others_keep_theirs():
