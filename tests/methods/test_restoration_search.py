@@ -33,7 +33,7 @@ from nasfast.methods.restoration.settings import PRESETS, SearchConfig, parse, p
 from nasfast.methods.restoration.train import TrainingRun
 from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.searches import bilevel
-from nasfast.searches.bilevel import WeightsConfig, most_probable
+from nasfast.searches.bilevel import ArchitectureConfig, WeightsConfig, most_probable
 from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace, derive_nodes
 from nasfast.strategies.gradient import Mix
 from nasfast.tasks.restoration.denoising import Denoising
@@ -104,8 +104,8 @@ def test_single_paths_resume_exactly(strategy, tiny_bilevel, tmp_path):
 @pytest.fixture
 def perturbed(tiny_bilevel):
     """Command line of a search that then makes six choices; the caller adds --runs."""
-    flags = "--bilevel.epochs 2 --bilevel.architecture.selection perturbation"
-    return [*tiny_bilevel, *flags.split(), "--strategy", "sigmoid"]
+    flags = "--strategy sigmoid --bilevel.epochs 2 --bilevel.architecture.selection perturbation"
+    return [*tiny_bilevel, *flags.split(), "--supernet.layers", "1"]
 
 
 def test_operations_chosen_by_perturbation(perturbed, tmp_path):
@@ -354,6 +354,7 @@ def test_presets(tmp_path):
     assert (bilevel.epochs, bilevel.warmup, bilevel.batch_size, bilevel.crop) == (100, 20, 12, 64)
     assert (bilevel.ssim_weight, bilevel.architecture.lr) == (0.6, 1e-3)
     assert (supernet.layers, supernet.nodes, supernet.width) == (4, 5, 10)
+    assert bilevel.architecture == ArchitectureConfig(1e-3, 1e-3, "alpha", None, 0.0)
     assert paper.network == RestorerConfig()
 
 
