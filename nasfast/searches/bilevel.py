@@ -95,13 +95,14 @@ class ArchitectureConfig(Bounded):
     selection: Literal["alpha", "perturbation"] = "alpha"
     """What decides for operations and edges. alpha: the largest probability, as published.
     perturbation: when the search has ended, edge by edge and node by node, what the supernet misses
-    most (Wang et al., ICLR 2021), with an epoch of the weights after each choice."""
+    most (Wang et al., ICLR 2021), with an epoch of the weights after each choice; whatever the
+    strategy, undecided operations are then mixed by their probabilities."""
     max_skips: Annotated[int, Bound(0, 10**4)] | None = None
     """Skips that a cell may have (Chen et al., P-DARTS, ICCV 2019, section 3.3); default: any
     number, as published."""
     auxiliary_skip: Weight = 0.0
     """Factor of another identity on every edge, which frees the operation `skip` from helping the
-    gradients; it falls to 0 in the last epoch (Chu et al., DARTS-, ICLR 2021, section 3.2, which
+    gradients; it falls to 0 in the last epoch (Chu et al., DARTS-, ICLR 2021, section 3, which
     begins with 1)."""
 
 

@@ -133,9 +133,11 @@ def test_operations_chosen_by_perturbation(perturbed, tmp_path):
     assert torch.equal(state["betas"][1], state["betas"][-1])
 
 
-def test_what_a_choice_measures(perturbed):
-    """The loss of a mix leaves no trace, and is that of the patches of the architecture."""
-    with contextlib.closing(training_of(perturbed)) as training:
+@pytest.mark.parametrize(("strategy", "memory"), [("sigmoid", "save"), ("gumbel", "recompute")])
+def test_what_a_choice_measures(strategy, memory, perturbed):
+    """The loss of a mix leaves no trace; every choice has its own patches."""
+    flags = ["--strategy", strategy, "--supernet.memory", memory]
+    with contextlib.closing(training_of([*perturbed, *flags])) as training:
         training.choose()
         before = {name: value.clone() for name, value in training.model.state_dict().items()}
         loss, mix = training._held_out_loss(), training.choices.mix(training.operations())

@@ -177,7 +177,8 @@ def _supernet_history(
                 "p",
                 "A row is an edge of the cell, from a state to a node, or a source of the layer "
                 "before; its colour is the most probable choice after each epoch, the stronger "
-                "the more probable.",
+                "the more probable. An edge that was decided by perturbation has one operation, or "
+                "none where it was left out.",
             ),
         ],
     )
