@@ -274,17 +274,30 @@ class Supernet(nn.Module):
         restored: Tensor = self._run(self.tail, *heads)
         return restored
 
-    def derive(self) -> IRNASGenotype:
-        """The network that alphas and betas stand for (section 3.1 and 3.2)."""
+    def derive(
+        self, operations: Tensor | None = None, max_skips: int | None = None
+    ) -> IRNASGenotype:
+        """The network that alphas and betas stand for (section 3.1 and 3.2).
+
+        Args:
+            operations: what each is worth, ``[edges, K]``; None is the softmax of the alphas.
+            max_skips: of the cell.
+        """
         with torch.no_grad():
-            alphas, betas = self.alphas.softmax(1), self.move_probabilities()
-        nodes = derive_nodes(alphas.tolist(), self.config.nodes)
+            alphas = self.alphas.softmax(1) if operations is None else operations
+            betas = self.move_probabilities()
+        nodes = derive_nodes(alphas.tolist(), self.config.nodes, max_skips)
         return IRNASGenotype(nodes, viterbi(betas.tolist(), self.config.layers))
 
-    def entropies(self) -> tuple[float, float]:
-        """Entropy in nats of the operations of an edge and of the moves of a source, on average."""
+    def entropies(self, operations: Tensor | None = None) -> tuple[float, float]:
+        """Entropy in nats of the operations of an edge and of the moves of a source, on average.
+
+        Args:
+            operations: their probabilities ``[edges, K]``; None is the softmax of the alphas.
+        """
         with torch.no_grad():
-            tables = self.alphas.softmax(1), self.move_probabilities()
+            alphas = self.alphas.softmax(1) if operations is None else operations
+            tables = alphas, self.move_probabilities()
             alpha, beta = (torch.special.entr(table).sum(1).mean().item() for table in tables)
         return alpha, beta
 

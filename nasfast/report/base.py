@@ -19,6 +19,8 @@ class Section:
 
     title: str
     content: Iterable[Element]
+    warning: bool = False
+    """Whether it stands before all others, marked."""
 
 
 class MethodReport(Protocol):

@@ -219,7 +219,8 @@ def heat_map(
         for step, tables in enumerate(steps):
             shares = tables[row]
             best = max(range(len(shares)), key=shares.__getitem__)
-            least = 1 / sum(share > 0 for share in shares)
+            possible = sum(share > 0 for share in shares)
+            least = 1 / possible if possible > 1 else 0.0
             # from the uniform distribution, faint, to certainty
             strength = 0.12 + 0.88 * min(1.0, 2 * (shares[best] - least) / (1 - least + 1e-9))
             text = f"{label}, {step_name} {step + 1}: {choices[best]} {shares[best]:.3f}"

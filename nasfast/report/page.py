@@ -105,6 +105,10 @@ def _parts(study: Study, hook: MethodReport, baseline: Study | None) -> list[Ele
     if best is not None:
         parts.append(_tiles(_facts(study, best, hook), "tiles hero"))
     parts.append(_tiles(summary.facts(), "tiles"))
+    found = [*hook.sections(study)]
+    parts += [
+        _section(each.title, each.content, class_="warning") for each in found if each.warning
+    ]
     if records:
         content = [*_progress(study, baseline), _terms(records, hook)]
         parts.append(_section("Reward over the search", content))
@@ -114,7 +118,8 @@ def _parts(study: Study, hook: MethodReport, baseline: Study | None) -> list[Ele
         parts.append(_section("Comparison", [_comparison(study, baseline)]))
     drawn = hook.architecture(best) if best else ()
     trained = itertools.chain(predictions(study, hook), trainings(study, hook))
-    more = itertools.chain(correlation(study), trained, drawn, hook.sections(study))
+    plain = (section for section in found if not section.warning)
+    more = itertools.chain(correlation(study), trained, drawn, plain)
     parts += [_section(section.title, section.content) for section in more]
     if content := fronts(study):
         parts.append(_section("Reward against cost", content))
@@ -136,8 +141,8 @@ def _parts(study: Study, hook: MethodReport, baseline: Study | None) -> list[Ele
     ]
 
 
-def _section(title: str, content: Iterable[Element]) -> Element:
-    return element("section", element("h2", title), *content)
+def _section(title: str, content: Iterable[Element], **attributes: str) -> Element:
+    return element("section", element("h2", title), *content, **attributes)
 
 
 def _tiles(facts: Mapping[str, str], kind: str) -> Element:

@@ -3,6 +3,9 @@
 IR-NAS (CVPR 2020), section 3, first order. In a step the architecture learns on images of its own
 before the weights learn on theirs; the first epochs are for the weights alone. After every epoch
 the architecture is derived and recorded.
+
+Where operations are chosen by perturbation, an epoch of the weights follows each choice, and its
+record.
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.models.supernet import Supernet, SupernetConfig
 from nasfast.runs.records import Evaluation, Record
 from nasfast.runs.study import Study
+from nasfast.searches.collapse import STAGE, collapse_warning
+from nasfast.searches.perturbation import Perturbation
+from nasfast.spaces.ir_nas import PRIMITIVES, SKIP
 from nasfast.strategies.gradient import Darts, Mix, Temperature, make_relaxation
 from nasfast.tasks.restoration import RestorationTask
 from nasfast.tasks.restoration.fidelity import psnr, ssim
@@ -51,9 +57,8 @@ from nasfast.utils.seeding import derive_seed
 
 Batch = tuple[Tensor, ...]
 """Inputs and targets of a step."""
-
-STAGE = "supernet"
-"""Name of the one stage in the records."""
+TUNING = 0.1
+"""Learning rate between choices by perturbation, as a share of the first one."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,18 @@ class ArchitectureConfig(Bounded):
     weight_decay: Weight = 1e-3
     """L2 penalty. Logits begin at 1, where the published one exceeds the gradient of the loss
     several times, so that first of all it draws every logit to 0: a short search needs none."""
+    selection: Literal["alpha", "perturbation"] = "alpha"
+    """What decides for operations and edges. alpha: the largest probability, as published.
+    perturbation: when the search has ended, edge by edge and node by node, what the supernet misses
+    most (Wang et al., ICLR 2021), with an epoch of the weights after each choice; whatever the
+    strategy, undecided operations are then mixed by their probabilities."""
+    max_skips: Annotated[int, Bound(0, 10**4)] | None = None
+    """Skips that a cell may have (Chen et al., P-DARTS, ICCV 2019, section 3.3); default: any
+    number, as published."""
+    auxiliary_skip: Weight = 0.0
+    """Factor of another identity on every edge, which frees the operation `skip` from helping the
+    gradients; it falls to 0 in the last epoch (Chu et al., DARTS-, ICLR 2021, section 3, which
+    begins with 1)."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +196,8 @@ class SupernetSearch:
         """Nothing to end."""
 
     def run(self, study: Study, console: Console) -> None:
-        """Search to the last epoch, or until the derived architecture stays the same.
+        """Search to the last epoch, or until the derived architecture stays the same; then choose
+        by perturbation, where that is the rule.
 
         A checkpoint holds its epoch's record, which follows it to the disk; a crash between the
         two loses neither.
@@ -199,18 +217,30 @@ class SupernetSearch:
             "architecture parameters",
         )
         self._restore(training, study)
-        while training.epoch < epochs and self._unchanged(study) < self.bilevel.patience:
-            with console.status(f"epoch {training.epoch + 1} of {epochs}"):
-                record = self._run_epoch(training, study)
-            study.save_checkpoint(training.state_dict() | {"record": record.to_json()})
-            study.append(record)
-            say(console, self._line(study, record))
-        if training.epoch < epochs:
-            say(
-                console,
-                f"stopped early: the architecture has been the same for {self._unchanged(study)} "
-                "epochs",
-            )
+        if training.choices is None:
+            while training.epoch < epochs and self._unchanged(study) < self.bilevel.patience:
+                with console.status(f"epoch {training.epoch + 1} of {epochs}"):
+                    self._advance(training, study, console)
+            if training.epoch < epochs:
+                say(
+                    console,
+                    "stopped early: the architecture has been the same for "
+                    f"{self._unchanged(study)} epochs",
+                )
+        if self.bilevel.architecture.selection == "perturbation":
+            choices = training.choose()
+            while choices.made < choices.total:
+                with console.status(f"choice {choices.made + 1} of {choices.total}"):
+                    self._advance(training, study, console)
+        if warning := collapse_warning(study.records):
+            say(console, f"warning: {warning}")
+
+    def _advance(self, training: SupernetTraining, study: Study, console: Console) -> None:
+        """One epoch, or one choice, with its record."""
+        record = self._run_epoch(training, study)
+        study.save_checkpoint(training.state_dict() | {"record": record.to_json()})
+        study.append(record)
+        say(console, self._line(training, study, record))
 
     def _restore(self, training: SupernetTraining, study: Study) -> None:
         checkpoint = study.load_checkpoint()
@@ -243,8 +273,8 @@ class SupernetSearch:
         with timed(seconds, f"{STAGE}_validate"):
             restored, similarity, shown = training.score()
         model = training.model
-        alpha_entropy, beta_entropy = model.entropies()
-        genotype = model.derive()
+        alpha_entropy, beta_entropy = model.entropies(training.decided(model.alphas.softmax(1)))
+        genotype = model.derive(training.operations(), self.bilevel.architecture.max_skips)
         canonical = genotype.canonical().to_json()
         first = next((r for r in study.records if r.canonical == canonical), None)
         network = Restorer(genotype, self.network, model.channels, model.scale)
@@ -274,17 +304,20 @@ class SupernetSearch:
         study.keep_files(record, drawn(lambda: before_and_after(shown)))
         return record
 
-    def _line(self, study: Study, record: Record) -> str:
-        epochs, metrics = self.bilevel.epochs, record.evaluation.metrics[STAGE]
+    def _line(self, training: SupernetTraining, study: Study, record: Record) -> str:
+        metrics, choices = record.evaluation.metrics[STAGE], training.choices
         arch = metrics.get("architecture_loss")
-        if record.index < self.bilevel.warmup:
+        done, total = record.index + 1, self.bilevel.epochs
+        if choices is not None:
+            done, total, state = choices.made, choices.total, choices.last
+        elif record.index < self.bilevel.warmup:
             state = "warm-up"
         elif unchanged := self._unchanged(study):
             state = f"same for {unchanged}"
         else:
             state = "new architecture"
         return (
-            f"[{record.index + 1:>{len(str(epochs))}}/{epochs}] loss {metrics['loss']:.4f}"
+            f"[{done:>{len(str(total))}}/{total}] loss {metrics['loss']:.4f}"
             f"{'' if arch is None else f' / {arch:.4f}'}  "
             f"{metrics['psnr']:.2f} dB {metrics['ssim']:.4f}  "
             f"entropy {metrics['alpha_entropy']:.3f} {metrics['beta_entropy']:.3f}  "
@@ -296,7 +329,7 @@ class SupernetTraining:
     """The supernet of a search and what trains it."""
 
     def __init__(self, search: SupernetSearch) -> None:
-        self.runtime, self._config = search.runtime, search.bilevel
+        self.runtime, self._config, self._seed = search.runtime, search.bilevel, search.seed
         self._weight_patches, self._architecture_patches = search.halves
         self._val = _centres(search.task, search.val, search.bilevel.val_crop, search.seed)
         self._names = search.val.names
@@ -341,26 +374,35 @@ class SupernetTraining:
             name: torch.Generator().manual_seed(derive_seed(search.seed, name))
             for name in ("weights", "architecture")
         }
+        self._auxiliary = torch.zeros(len(PRIMITIVES), device=device)
         self.epoch = 0
-        """Epochs that are finished."""
+        """Epochs that are finished, those after choices too."""
+        self.choices: Perturbation | None = None
+        """Made by perturbation, once the search has ended."""
         self._path: dict[str, list[Tensor]] = {"alphas": [], "betas": []}
 
     def train_epoch(self) -> dict[str, float]:
         """One pass over the images of the weights; mean losses by name.
 
         In each step the architecture learns on a fresh batch of its own images, then the weights on
-        theirs.
+        theirs. Once the search has ended a choice comes first, and the weights alone learn.
         """
         config, model = self._config, self.model
         epoch = self.epoch + 1
-        rate = config.weights.lr_at(epoch, config.epochs)
+        learns = epoch > config.warmup
+        if self.choices is not None:
+            self.choices.choose(self._probabilities(), self._held_out_loss())
+            rate, learns = TUNING * config.weights.lr, False
+        else:
+            rate = config.weights.lr_at(epoch, config.epochs)
+            self._auxiliary[SKIP] = config.architecture.auxiliary_skip * (1 - epoch / config.epochs)
         for group in self._weight_optimizer.param_groups:
             group["lr"] = rate if self._rate is None else self._rate.fill_(rate)
         model.train()
         losses: dict[str, list[Tensor]] = {"loss": []}
         for indices in self._weight_patches.epoch(config.batch_size, self._generators["weights"]):
             self.runtime.heartbeat()
-            if epoch > config.warmup:
+            if learns:
                 patches, generator = self._architecture_patches, self._generators["architecture"]
                 drawn = next(patches.epoch(config.batch_size, generator))
                 batch = patches.batch(drawn, generator)
@@ -369,7 +411,7 @@ class SupernetTraining:
             batch = self._weight_patches.batch(indices, self._generators["weights"])
             losses["loss"].append(self._step("weights", self._weight_step, batch))
         self.epoch = epoch
-        self._path["alphas"].append(model.alphas.detach().float().softmax(1).cpu())
+        self._path["alphas"].append(self.operations().float().cpu())
         self._path["betas"].append(model.move_probabilities().detach().float().cpu())
         means = {name: torch.stack(values).mean().item() for name, values in losses.items()}
         for name, mean in means.items():
@@ -390,12 +432,15 @@ class SupernetTraining:
         return step(batch) if graph is None else graph(step, batch).clone()
 
     def _weight_step(self, batch: Batch) -> Tensor:
-        mix = self._relaxation.weight_step(self.model.alphas)
+        if self.choices is None:
+            mix = self._with_auxiliary(self._relaxation.weight_step(self.model.alphas))
+        else:
+            mix = self.choices.mix(self._probabilities())
         return self._train(batch, mix, self._weight_optimizer, self.model.weights())
 
     def _architecture_step(self, batch: Batch) -> Tensor:
         model = self.model
-        mix = self._relaxation.architecture_step(model.alphas)
+        mix = self._with_auxiliary(self._relaxation.architecture_step(model.alphas))
         loss = self._train(batch, mix, self._architecture_optimizer, model.architecture())
         self._relaxation.after_architecture_step(model.alphas)
         return loss
@@ -417,6 +462,66 @@ class SupernetTraining:
         optimizer.step()
         return loss.detach()
 
+    def _with_auxiliary(self, mix: Mix) -> Mix:
+        if not self._config.architecture.auxiliary_skip:
+            return mix
+        active = mix.active and tuple(tuple({*row, SKIP}) for row in mix.active)
+        return Mix(mix.weights + self._auxiliary, active)
+
+    def _probabilities(self) -> Tensor:  # [edges, K]
+        return self._relaxation.probabilities(self.model.alphas.detach())
+
+    def operations(self) -> Tensor:  # [edges, K]
+        """What each is worth, 1 or 0 where one has been chosen."""
+        return self.decided(self._probabilities())
+
+    def decided(self, table: Tensor) -> Tensor:  # [edges, K]
+        """The table with 1 or 0 where an operation has been chosen."""
+        return table if self.choices is None else self.choices.mix(table).weights
+
+    def choose(self) -> Perturbation:
+        """The choices by perturbation; from now on an epoch makes one."""
+        if self.choices is None:
+            self.choices = Perturbation(
+                self.model.config.nodes,
+                derive_seed(self._seed, "perturbation"),
+                self._config.architecture.max_skips,
+            )
+            self.close()
+            self._graphs = {}  # a choice changes what a step computes
+        return self.choices
+
+    def _held_out_loss(self) -> Callable[[Mix], float]:
+        """Mean loss of the supernet under a mix, on a pass over the patches of the architecture,
+        the same for every mix. BatchNorm normalises by the batch, whose statistics a mix changes,
+        and keeps its running ones."""
+        assert self.choices is not None
+        generator = torch.Generator().manual_seed(
+            derive_seed(self._seed, "perturbation", self.choices.made)
+        )
+        patches = self._architecture_patches
+        indices = list(patches.epoch(self._config.batch_size, generator))
+        batches = [patches.batch(batch, generator) for batch in indices]
+
+        @torch.no_grad()
+        def loss(mix: Mix) -> float:
+            self.runtime.heartbeat()
+            self.model.train()
+            kept = [buffer.clone() for buffer in self.model.buffers()]
+            losses = []
+            for batch in batches:
+                inputs, targets = (self.runtime.move(images) for images in batch)
+                with self.runtime.autocast():
+                    restored = self.model(inputs, mix)
+                losses.append(self._loss(restored, targets))
+            torch._foreach_copy_(list(self.model.buffers()), kept)
+            mean = torch.stack(losses).mean().item()
+            if not math.isfinite(mean):
+                raise self._diverged(f"the loss without an operation is {mean}")
+            return mean
+
+        return loss
+
     def close(self) -> None:
         """Give back the recorded steps and their memory."""
         self.model.zero_grad(set_to_none=True)
@@ -427,8 +532,7 @@ class SupernetTraining:
     def score(self) -> tuple[float, float, list[Restored]]:
         """Mean PSNR (dB) and SSIM on the validation images, and some of those to show."""
         self.model.eval()
-        alphas = self.model.alphas
-        mix = None if isinstance(self._relaxation, Darts) else most_probable(alphas)
+        mix = self._mix_to_score()
         ratios, similarities, shown = [], [], []
         keep = spread(len(self._val), SAMPLES)
         for index, (inputs, target) in enumerate(self._val):
@@ -447,6 +551,13 @@ class SupernetTraining:
             raise self._diverged("what the supernet gives for the validation images is not finite")
         return *means, shown
 
+    def _mix_to_score(self) -> Mix:
+        if self.choices is not None:
+            return self.choices.mix(self._probabilities())
+        if isinstance(self._relaxation, Darts):
+            return self._with_auxiliary(Mix(self._probabilities(), None))
+        return self._with_auxiliary(most_probable(self.model.alphas))
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next epoch depends on, and the architecture after each so far."""
         return {
@@ -455,6 +566,7 @@ class SupernetTraining:
             "weight_optimizer": self._weight_optimizer.state_dict(),
             "architecture_optimizer": self._architecture_optimizer.state_dict(),
             "relaxation": self._relaxation.state_dict(),
+            "choices": None if self.choices is None else self.choices.state_dict(),
             "generators": {name: g.get_state() for name, g in self._generators.items()},
             **{name: torch.stack(path) for name, path in self._path.items()},
         }
@@ -466,6 +578,8 @@ class SupernetTraining:
         _load_optimizer(self._weight_optimizer, state["weight_optimizer"])
         _load_optimizer(self._architecture_optimizer, state["architecture_optimizer"])
         self._relaxation.load_state_dict(state["relaxation"])
+        if state.get("choices") is not None:  # none before there were any
+            self.choose().load_state_dict(state["choices"])
         for name, generator in self._generators.items():
             generator.set_state(state["generators"][name])
         self._path = {name: list(state[name].unbind()) for name in self._path}

@@ -31,6 +31,7 @@ OPS = tuple(name for name in PRIMITIVES if name != "none")
 REACH = {"conv3x3": 1, "sep3x3": 2, "dil3x3": 2, "def3x3": 3, "skip": 0}
 """Pixels that an operation's output depends on, to each side. That of def3x3 has no bound: here are
 the convolution of its offsets, its taps, and offsets of up to a pixel."""
+SKIP = PRIMITIVES.index("skip")
 LEVELS = 3
 
 Edge = tuple[str, int]
@@ -67,6 +68,11 @@ class IRNASGenotype:
     nodes: tuple[Node, ...]
     """The two edges of each node, from different states, the lower state first."""
     levels: tuple[int, ...]
+
+    @property
+    def skips(self) -> int:
+        """Edges of the cell that are identities."""
+        return sum(op == "skip" for node in self.nodes for op, _ in node)
 
     def canonical(self) -> "IRNASGenotype":
         """The same network with its nodes in the lexicographically smallest order.
@@ -215,7 +221,9 @@ class IRNASSpace(Space[IRNASGenotype]):
         return genotype
 
 
-def derive_nodes(probabilities: Sequence[Sequence[float]], nodes: int) -> tuple[Node, ...]:
+def derive_nodes(
+    probabilities: Sequence[Sequence[float]], nodes: int, max_skips: int | None = None
+) -> tuple[Node, ...]:
     """The cell that the mixing probabilities of a supernet stand for (section 3.1).
 
     An edge is worth its largest probability of an operation other than `none`. Each node keeps the
@@ -225,18 +233,26 @@ def derive_nodes(probabilities: Sequence[Sequence[float]], nodes: int) -> tuple[
         probabilities: one row per edge, in the order of nodes, then of states; columns as
             PRIMITIVES.
         nodes: nodes of the cell.
+        max_skips: of the cell. The least probable skip beyond counts as impossible and the cell is
+            derived again, until no more are left (Chen et al., P-DARTS, ICCV 2019, section 3.3).
 
     Raises:
         ValueError: rows or columns of another number.
     """
     _check_table("probabilities", probabilities, num_edges(nodes), len(PRIMITIVES))
-    derived, first = [], 0
-    for i in range(nodes):
-        rows = [row[: len(OPS)] for row in probabilities[first : first + 2 + i]]
-        first += 2 + i
-        best = sorted(range(2 + i), key=lambda state: -max(rows[state]))[:2]
-        derived.append(_node((OPS[rows[state].index(max(rows[state]))], state) for state in best))
-    return tuple(derived)
+    table = [list(row[: len(OPS)]) for row in probabilities]
+    while True:
+        derived, skips, first = [], [], 0
+        for i in range(nodes):
+            rows = table[first : first + 2 + i]
+            best = sorted(range(2 + i), key=lambda state: -max(rows[state]))[:2]
+            ops = {state: rows[state].index(max(rows[state])) for state in best}
+            derived.append(_node((OPS[op], state) for state, op in ops.items()))
+            skips += [first + state for state, op in ops.items() if op == SKIP]
+            first += 2 + i
+        if max_skips is None or len(skips) <= max_skips:
+            return tuple(derived)
+        table[min(skips, key=lambda edge: table[edge][SKIP])][SKIP] = 0.0
 
 
 def viterbi(probabilities: Sequence[Sequence[float]], layers: int) -> tuple[int, ...]:

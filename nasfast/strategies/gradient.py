@@ -52,6 +52,9 @@ class Relaxation(Protocol):
 
     name: str
 
+    def probabilities(self, alphas: Tensor) -> Tensor:
+        """What the operations of an edge are worth, ``[edges, K]``, each from 0 to 1."""
+
     def weight_step(self, alphas: Tensor) -> Mix:
         """The mix of a step that trains the weights; alphas get no gradient."""
 
@@ -73,13 +76,17 @@ class Darts:
 
     name = "darts"
 
-    def weight_step(self, alphas: Tensor) -> Mix:
+    def probabilities(self, alphas: Tensor) -> Tensor:
         """Softmax."""
-        return Mix(alphas.detach().softmax(1), None)
+        return alphas.softmax(1)
+
+    def weight_step(self, alphas: Tensor) -> Mix:
+        """All operations, by their probabilities."""
+        return Mix(self.probabilities(alphas.detach()), None)
 
     def architecture_step(self, alphas: Tensor) -> Mix:
-        """Softmax."""
-        return Mix(alphas.softmax(1), None)
+        """The same, differentiable."""
+        return Mix(self.probabilities(alphas), None)
 
     def after_architecture_step(self, alphas: Tensor) -> None:
         """Nothing to correct."""
@@ -91,6 +98,18 @@ class Darts:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`; UserError if another relaxation wrote it."""
         check_state(state, self.name)
+
+
+class Sigmoid(Darts):
+    """All operations run, each weighted by the sigmoid of its own logit, so that none grows at the
+    expense of another (Chu et al., FairDARTS, ECCV 2020, section 4.1; without the zero-one loss of
+    section 4.2, as the network keeps two edges of a node with one operation each)."""
+
+    name = "sigmoid"
+
+    def probabilities(self, alphas: Tensor) -> Tensor:
+        """Sigmoid."""
+        return alphas.sigmoid()
 
 
 class Proxyless:
@@ -107,6 +126,10 @@ class Proxyless:
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self._before: tuple[Tensor, Tensor] | None = None  # alphas [edges, K], pairs [edges, 2]
+
+    def probabilities(self, alphas: Tensor) -> Tensor:
+        """Softmax."""
+        return alphas.softmax(1)
 
     def weight_step(self, alphas: Tensor) -> Mix:
         """One operation per edge, drawn by the softmax."""
@@ -162,6 +185,10 @@ class Gumbel:
         self._temperature = temperature
         self._step = 0
 
+    def probabilities(self, alphas: Tensor) -> Tensor:
+        """Softmax."""
+        return alphas.softmax(1)
+
     @property
     def temperature(self) -> float:
         """Of the softmax in the next architecture step."""
@@ -215,6 +242,7 @@ def _active(drawn: Tensor) -> Active:
 
 GRADIENT_STRATEGIES: dict[str, Callable[[int, Temperature], Relaxation]] = {
     "darts": lambda seed, temperature: Darts(),
+    "sigmoid": lambda seed, temperature: Sigmoid(),
     "proxyless": lambda seed, temperature: Proxyless(seed),
     "gumbel": Gumbel,
 }

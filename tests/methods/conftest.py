@@ -33,7 +33,7 @@ def tiny_bilevel(tiny_images):
     flags = """
         restoration --preset demo --strategy darts --device cpu --bilevel.epochs 5
         --bilevel.warmup 1 --bilevel.patience 5 --bilevel.batch-size 2 --bilevel.crop 16
-        --bilevel.val-crop 24 --bilevel.architecture.lr 0.2
+        --bilevel.val-crop 24 --bilevel.architecture.lr 0.2 --bilevel.architecture.selection alpha
         --supernet.layers 2 --supernet.nodes 2 --supernet.width 2
         --network.width 4 --network.stem 4 --network.head 4 --network.low-level 4
     """

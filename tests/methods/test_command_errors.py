@@ -50,6 +50,8 @@ USAGE = {
         ("--task.sigma 300", "denoising: expected sigma above 0 and at"),
         ("--task.rain 1", "--task.rain"),
         ("--bilevel.ssim-weight -1", "BilevelConfig.ssim_weight: expected a"),
+        ("--bilevel.architecture.max-skips -1", "ArchitectureConfig.max_skips: expected a"),
+        ("--bilevel.architecture.auxiliary-skip -1", "ArchitectureConfig.auxiliary_skip:"),
         ("--bilevel.warmup 99", "warmup: expected fewer epochs than"),
         ("--bilevel.weights.lr 0", "WeightsConfig.lr: expected a value above"),
         ("--strategy darts --params 9K", "params: expected a --strategy that"),

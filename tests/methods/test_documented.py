@@ -35,7 +35,7 @@ TASKS = {
     "super-resolution": [{}, {"scale": 3}, {"scale": 4}],
     "inpainting": [{}],
 }
-STRATEGIES = ["darts", "proxyless", "gumbel", "random"]
+STRATEGIES = ["darts", "sigmoid", "proxyless", "gumbel", "random"]
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "--help" not in c])

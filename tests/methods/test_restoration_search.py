@@ -14,26 +14,37 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from search_runs import assert_same, before_a_checkpoint, checkpoint, crashed, outcome
+from rich.console import Console
+from search_runs import (
+    assert_equal,
+    assert_same,
+    before_a_checkpoint,
+    checkpoint,
+    crashed,
+    outcome,
+)
 
 from nasfast.commands import search, train
 from nasfast.data.restoration import open_images
 from nasfast.methods.restoration import sampled
 from nasfast.methods.restoration.sampled import SizeClass, evaluator_on
+from nasfast.methods.restoration.search import build
 from nasfast.methods.restoration.settings import PRESETS, SearchConfig, parse, search_with
 from nasfast.methods.restoration.train import TrainingRun
 from nasfast.models.io import load_model
 from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.runs.study import Study
 from nasfast.searches import bilevel
-from nasfast.searches.bilevel import WeightsConfig, most_probable
-from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
+from nasfast.searches.bilevel import ArchitectureConfig, WeightsConfig, most_probable
+from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace, derive_nodes
+from nasfast.strategies.gradient import Mix
 from nasfast.tasks.restoration.denoising import Denoising
 from nasfast.tasks.restoration.super_resolution import SuperResolution
 from nasfast.training.cost import count_parameters
 from nasfast.training.graphs import CudaGraph, GraphedStep
 from nasfast.utils.config import from_mapping
 from nasfast.utils.errors import UserError
+from nasfast.utils.interrupt import Interrupt
 
 # ---- the run contract
 
@@ -92,6 +103,85 @@ def test_single_paths_resume_exactly(strategy, tiny_bilevel, tmp_path):
     assert checkpoint(run)["relaxation"]["strategy"] == strategy
 
 
+@pytest.fixture
+def perturbed(tiny_bilevel):
+    """Command line of a search that then makes six choices; the caller adds --runs."""
+    flags = "--strategy sigmoid --bilevel.epochs 2 --bilevel.architecture.selection perturbation"
+    return [*tiny_bilevel, *flags.split(), "--supernet.layers", "1"]
+
+
+def test_operations_chosen_by_perturbation(perturbed, tmp_path):
+    """Killed before the first choice is saved, it resumes exactly."""
+    argv = [*perturbed, "--bilevel.architecture.auxiliary-skip", "1", "--runs"]
+    assert search.main([*argv, str(tmp_path / "whole")]) == 0
+    (whole,) = (tmp_path / "whole").iterdir()
+    run = crashed([*argv, str(tmp_path / "run")], tmp_path / "run", before_a_checkpoint)
+    assert search.main(["--resume", str(run)]) == 0
+    assert_same(run, whole)
+
+    records, state = outcome(run), checkpoint(run)
+    assert len(records) == 2 + 5 + 1  # epochs, edges, the node that has more than two
+    assert "architecture_loss" not in records[2]["evaluation"]["metrics"]["supernet"]
+    entropies = [r["evaluation"]["metrics"]["supernet"]["alpha_entropy"] for r in records[1:7]]
+    assert entropies == sorted(entropies, reverse=True)
+    assert entropies[-1] == 0
+    table = state["alphas"][-1]
+    assert table.sum(1).tolist() == table.max(1).values.tolist() == [1] * 5
+    assert (table.argmax(1) == 5).sum() == 1
+    nodes = derive_nodes(table.tolist(), 2)
+    assert json.loads((run / "best.json").read_text())["genotype"]["nodes"] == [
+        [list(edge) for edge in node] for node in nodes
+    ]
+    assert torch.equal(state["betas"][1], state["betas"][-1])
+
+
+@pytest.mark.parametrize(("strategy", "memory"), [("sigmoid", "save"), ("gumbel", "recompute")])
+def test_what_a_choice_measures(strategy, memory, perturbed):
+    """The loss of a mix leaves no trace; every choice has its own patches."""
+    flags = ["--strategy", strategy, "--supernet.memory", memory]
+    with contextlib.closing(training_of([*perturbed, *flags])) as training:
+        training.choose()
+        before = {name: value.clone() for name, value in training.model.state_dict().items()}
+        loss, mix = training._held_out_loss(), training.choices.mix(training.operations())
+        first = loss(mix)
+        assert first == loss(mix)
+        assert first != loss(Mix(mix.weights * 0.5, mix.active))
+        assert_equal(training.model.state_dict(), before)
+        training.choices.choose(training.operations(), lambda mix: 0.0)
+        assert training._held_out_loss()(mix) != first  # other patches for the next choice
+        with torch.no_grad():
+            training.model.tail.conv.bias.fill_(math.nan)
+        with pytest.raises(UserError, match="the loss without an operation is nan in epoch 0"):
+            training._held_out_loss()(mix)
+
+
+@pytest.mark.parametrize("strategy", ["darts", "gumbel"])
+def test_the_auxiliary_skip_fades(strategy, tiny_bilevel, monkeypatch):
+    flags = "--bilevel.epochs 4 --bilevel.warmup 3 --bilevel.architecture.auxiliary-skip 0.8"
+    with contextlib.closing(
+        training_of([*tiny_bilevel, *flags.split(), "--strategy", strategy])
+    ) as training:
+        seen = []
+        monkeypatch.setattr(
+            training, "_train", lambda batch, mix, *_: seen.append(mix) or torch.zeros(())
+        )
+        for epoch in (1, 2, 3, 4):
+            seen.clear()
+            training.train_epoch()
+            assert seen
+            for mix in seen:
+                extra = 0.8 * (1 - epoch / 4)
+                assert mix.weights.sum(1).tolist() == pytest.approx([1 + extra] * 5)
+                assert mix.weights[:, 4].min() >= extra - 1e-6
+                assert mix.active is None or all(4 in row for row in mix.active)
+
+
+def training_of(argv):
+    """The supernet of a search and its training, before the first epoch."""
+    found, _ = build(parse(argv), Interrupt(), Console(quiet=True))
+    return bilevel.SupernetTraining(found)
+
+
 def test_it_stops_when_the_architecture_stays(tiny_bilevel, tmp_path, capsys):
     flags = ["--bilevel.architecture.lr", "1e-9", "--bilevel.patience", "2"]
     argv = [*tiny_bilevel, *flags, "--bilevel.epochs", "40", "--runs", str(tmp_path)]
@@ -100,8 +190,10 @@ def test_it_stops_when_the_architecture_stays(tiny_bilevel, tmp_path, capsys):
     records = outcome(run)
     assert len(records) < 10
     assert records[-1]["canonical"] == records[-2]["canonical"] == records[-3]["canonical"]
-    assert "stopped early: the architecture has been the same for 2 epochs\n" in (
-        capsys.readouterr().out
+    assert re.search(
+        r"stopped early: the architecture has been the same for 2 epochs\n"
+        r"warning: the search may have collapsed: the entropy .* from 1\.79 to 1\.79 only: .*\n",
+        capsys.readouterr().out,
     )
     assert search.main(["--resume", str(run)]) == 0  # nothing is left to do
     assert outcome(run) == records
@@ -286,6 +378,7 @@ def test_presets(tmp_path):
     assert (bilevel.epochs, bilevel.warmup, bilevel.batch_size, bilevel.crop) == (100, 20, 12, 64)
     assert (bilevel.ssim_weight, bilevel.architecture.lr) == (0.6, 1e-3)
     assert (supernet.layers, supernet.nodes, supernet.width) == (4, 5, 10)
+    assert bilevel.architecture == ArchitectureConfig(1e-3, 1e-3, "alpha", None, 0.0)
     assert paper.network == RestorerConfig()
 
 

@@ -51,6 +51,7 @@ def study(tmp_path):
             study.append(record(index, GENOTYPES[which], earlier))
         alphas = torch.full((4, 5, 6), 1 / 6)
         alphas[3, 4] = torch.tensor([0.05, 0.05, 0.05, 0.7, 0.1, 0.05])
+        alphas[3, 3] = torch.eye(6)[5]
         betas = torch.full((4, 6, 3), 1 / 3)
         betas[:, 0] = torch.tensor([0.0, 0.25, 0.75])
         study.save_checkpoint({"alphas": alphas, "betas": betas})
@@ -67,13 +68,25 @@ def test_supernet_history(study):
     cells = re.findall(r'<rect[^>]*class="c\d"[^>]*fill-opacity="([\d.]+)"', page)
     assert len(cells) == 4 * (5 + 6)
     assert min(cells) == "0.12"
-    assert max(cells) == "1.00"  # the edge that decided
+    assert cells.count("1.00") == 2 + 4  # two edges that decided, one entirely; a move in 4 epochs
     charts = re.findall(r'<svg[^>]*class="chart".*?</svg>', page, re.DOTALL)
     losses = next(chart for chart in charts if "loss of the architecture" in chart)
     assert losses.count('class="line c0"') == losses.count('class="line c1"') == 1
     assert losses.count('class="line gate"') == 2  # where the architecture changed
     for chart in charts:
         ElementTree.fromstring(chart)
+
+
+def test_a_collapse_stands_first(study):
+    assert 'class="warning"' not in write_report(study, REPORT).read_text()
+    nodes = ((("skip", 0), ("skip", 1)), (("skip", 0), ("conv3x3", 1)))
+    skips = replace(GENOTYPES[0], nodes=nodes)
+    study.append(record(4, skips, None))
+    page = write_report(study, REPORT).read_text()
+    (section,) = re.findall(r'<section class="warning">.*?</section>', page)
+    assert section.startswith('<section class="warning"><h2>Warning</h2><p>The search may have ')
+    assert "collapsed: 3 of 4 operations are skips; in a new run" in section
+    assert page.index(section) == page.index("<section")
 
 
 def test_the_last_architecture_is_the_choice(study):

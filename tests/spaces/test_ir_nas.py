@@ -126,6 +126,21 @@ def test_derived_cell_by_definition(probabilities):
         first += 2 + i
 
 
+@given(table(9, 6), st.integers(0, 6))
+def test_the_least_probable_skips_give_way(probabilities, allowed):
+    def edges(nodes):
+        firsts = (0, 2, 5)
+        return {first + state: op for first, node in zip(firsts, nodes) for op, state in node}
+
+    free, bounded = (edges(derive_nodes(probabilities, 3, most)) for most in (None, allowed))
+    skips = [edge for edge, op in bounded.items() if op == "skip"]
+    assert len(skips) <= allowed
+    if [*free.values()].count("skip") <= allowed:
+        assert bounded == free
+    lost = {edge for edge, op in free.items() if op == "skip"} - {*skips}
+    assert all(probabilities[one][4] <= probabilities[other][4] for one in lost for other in skips)
+
+
 def product(levels, probabilities):
     rows = dict(zip(moves(len(levels)), probabilities, strict=True))
     result, before = 1.0, 0

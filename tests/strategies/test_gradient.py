@@ -38,6 +38,16 @@ def test_darts_is_the_softmax():
     assert not frozen.weights.requires_grad
 
 
+def test_sigmoid_has_no_competition():
+    alphas = logits(*LOGITS)
+    mix = make("sigmoid").architecture_step(alphas)
+    assert torch.equal(mix.weights, alphas.sigmoid())
+    assert mix.active is None
+    (alone,) = torch.autograd.grad(mix.weights[0, 2], alphas)
+    assert alone.nonzero().tolist() == [[0, 2]]
+    assert not make("sigmoid").weight_step(alphas).weights.requires_grad
+
+
 def assert_one_hot(mix):
     (active,) = mix.active[0]
     assert mix.weights.tolist() == [[float(k == active) for k in range(4)]]
@@ -187,7 +197,7 @@ def test_on_a_supernet(name):
 
 
 def test_errors():
-    message = "strategy: expected one of darts, proxyless, gumbel, got 'ppo'"
+    message = "strategy: expected one of darts, sigmoid, proxyless, gumbel, got 'ppo'"
     with pytest.raises(ValueError, match=f"^{message}$"):
         make("ppo")
     for name in GRADIENT_STRATEGIES:

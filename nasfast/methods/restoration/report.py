@@ -16,7 +16,8 @@ from nasfast.report.graphs import Edge, Node, grid_graph, layered_graph, sum_nod
 from nasfast.report.html import element, figure
 from nasfast.runs.records import Record
 from nasfast.runs.study import Study
-from nasfast.searches.bilevel import STAGE as SUPERNET
+from nasfast.searches.collapse import STAGE as SUPERNET
+from nasfast.searches.collapse import collapse_warning
 from nasfast.spaces.ir_nas import PRIMITIVES, IRNASGenotype, moves, num_levels, targets
 
 __all__ = ["RestorationReport", "cell_graph", "path_graph"]
@@ -68,7 +69,9 @@ class RestorationReport:
         )
 
     def sections(self, study: Study) -> Iterable[Section]:
-        """Supernet history of a gradient search."""
+        """Supernet history of a gradient search, and whether it collapsed."""
+        if warning := collapse_warning(study.records):
+            yield Section("Warning", [element("p", f"{warning[0].upper()}{warning[1:]}.")], True)
         state = study.load_checkpoint() or {}
         if study.records and "alphas" in state:
             yield from _supernet_history(study.records, state["alphas"], state["betas"])
@@ -174,7 +177,8 @@ def _supernet_history(
                 "p",
                 "A row is an edge of the cell, from a state to a node, or a source of the layer "
                 "before; its colour is the most probable choice after each epoch, the stronger "
-                "the more probable.",
+                "the more probable. An edge that was decided by perturbation has one operation, or "
+                "none where it was left out.",
             ),
         ],
     )

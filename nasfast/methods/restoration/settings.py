@@ -54,12 +54,12 @@ class SearchConfig(SamplingSettings):
     """What networks restore: --task NAME, and its settings as --task.SETTING."""
     channels: Literal[1, 3] = 1
     """1: grey. 3: colour."""
-    strategy: Literal[Name, "darts", "proxyless", "gumbel"] = "darts"
+    strategy: Literal[Name, "darts", "sigmoid", "proxyless", "gumbel"] = "darts"
     """Sampled networks, each trained for a short while: predictor, what a model of the rewards so
     far expects most of; evolution, mutants of the best; ppo, a recurrent controller; random, the
-    baseline to beat. By gradient: darts, all operations of a supernet mixed, as published;
-    proxyless, gumbel, single paths through it. auto: what is best for the budget, by
-    docs/results.md; paper has darts."""
+    baseline to beat. By gradient: darts, all operations of a supernet mixed, as published; sigmoid,
+    the same, each by its own sigmoid; proxyless, gumbel, single paths through it. auto: what is
+    best for the budget, by docs/results.md; paper has darts."""
     bilevel: BilevelConfig = field(default_factory=BilevelConfig)
     """The search on the supernet."""
     supernet: SupernetConfig = field(default_factory=SupernetConfig)
@@ -143,7 +143,7 @@ PRESETS = {
             crop=32,
             val_crop=96,
             weights=WeightsConfig("adam", 3e-3, 1e-4, cycles=0.5),
-            architecture=ArchitectureConfig(0.03, weight_decay=0.0),
+            architecture=ArchitectureConfig(0.03, 0.0, "perturbation", max_skips=1),
         ),
         supernet=SupernetConfig(layers=2, nodes=2, width=4, memory="save"),
         network=RestorerConfig(8, 16, 16, 8, residual=True, atrous=False),
@@ -164,7 +164,7 @@ PRESETS = {
             crop=32,
             val_crop=160,
             weights=WeightsConfig("adam", 0.01, 1e-4, cycles=0.5, weight_decay=0.0),
-            architecture=ArchitectureConfig(0.02, weight_decay=0.0),
+            architecture=ArchitectureConfig(0.02, 0.0, "perturbation", max_skips=2),
         ),
         supernet=SupernetConfig(layers=3, nodes=3, width=8, memory="save"),
         network=RestorerConfig(16, 16, 32, 16, residual=True, atrous=False),
