@@ -74,7 +74,8 @@ def method_of_source(argv: Sequence[str]) -> tuple[Method, Mapping[str, Any]]:
         if (path / "records.jsonl").is_file() and (path / "config.toml").is_file():
             settings = read_toml(path / "config.toml")
             method = method_named(settings.get("method", DEFAULT))
-            taken = {f.name for f in fields(method.train_settings)} & settings.keys()
+            # some go with a strategy only
+            taken = {"strategy", *(f.name for f in fields(method.train_settings))} & settings.keys()
             taken &= {f.name for f in fields(method.search_settings)}
             shared = {name: settings[name] for name in taken}
             from_mapping(method.search_settings, shared, str(path / "config.toml"))
