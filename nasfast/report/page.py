@@ -303,7 +303,7 @@ def _progress(study: Study, baseline: Study | None) -> list[Element]:
     values = [
         value
         for record in everything
-        for value in (*_rewards(record), record.evaluation.gate)
+        for value in (*record.evaluation.stages.values(), record.evaluation.gate)
         if value is not None
     ]
     count = max((record.index for record in everything), default=0) + 1
@@ -336,12 +336,6 @@ def _progress(study: Study, baseline: Study | None) -> list[Element]:
         cross = element("path", d="M3 1l8 8m0 -8l-8 8", class_="failed")
         keys.append(legend_key("failed", cross))
     return [chart.drawn(marks, "reward over candidates"), legend(*keys)]
-
-
-def _rewards(record: Record) -> list[float]:
-    """Of its stages, without rungs."""
-    rewards, rungs = record.evaluation.rewards, record.evaluation.rungs
-    return [reward for stage, reward in rewards.items() if stage not in rungs]
 
 
 def _series(chart: Chart, study: Study, stage: Stage, kind: str) -> list[Element]:

@@ -41,8 +41,7 @@ def stages(records: Sequence[Record]) -> list[Stage]:
     found = dict.fromkeys(
         (record.phase, name)
         for record in sorted(records, key=lambda record: record.phase)
-        for name in record.evaluation.rewards
-        if name not in record.evaluation.rungs
+        for name in record.evaluation.stages
     )
     several = len({phase for phase, _ in found}) > 1
     return [

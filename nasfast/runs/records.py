@@ -60,6 +60,12 @@ class Evaluation:
         return [stage for stage in self.rewards if stage.startswith(f"{self.feedback}.")]
 
     @property
+    def stages(self) -> dict[str, float]:
+        """The rewards without rungs."""
+        rungs = self.rungs
+        return {stage: reward for stage, reward in self.rewards.items() if stage not in rungs}
+
+    @property
     def stopped_after(self) -> int | None:
         """Epochs of the feedback stage after which it was stopped; None where it was not."""
         return None if self.stopped is None else int(self.rungs[-1].rpartition(".")[2])

@@ -408,7 +408,7 @@ def _gates(before: Sequence[Evaluation]) -> dict[str, float]:
     """
     rewards: dict[str, list[float]] = {}
     for evaluation in before:
-        for stage, reward in evaluation.rewards.items():
+        for stage, reward in evaluation.stages.items():
             rewards.setdefault(stage, []).append(reward)
         if evaluation.stopped is not None:
             rewards.setdefault(evaluation.feedback, []).append(evaluation.stopped["estimate"])
@@ -445,11 +445,7 @@ def _print_record(study: Study, record: Record, progress: str, console: Console)
     if record.duplicate_of is not None:
         say(console, f"{progress} repeats architecture {record.duplicate_of}")
         return
-    outcome = "  ".join(
-        f"{stage} {reward:.4f}"
-        for stage, reward in evaluation.rewards.items()
-        if stage not in evaluation.rungs
-    )
+    outcome = "  ".join(f"{stage} {reward:.4f}" for stage, reward in evaluation.stages.items())
     if evaluation.failure is not None:
         outcome = f"failed: {evaluation.failure}"
     if evaluation.stopped is not None:
