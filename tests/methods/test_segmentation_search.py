@@ -13,6 +13,7 @@ from nasfast.data import Sample, SegmentationDataset, Splits
 from nasfast.evaluation.stages import Stage1Config
 from nasfast.methods.segmentation import search as segmentation
 from nasfast.methods.segmentation.settings import PRESETS, SearchConfig, continued, parse
+from nasfast.strategies import recommended
 from nasfast.utils.errors import UserError
 
 
@@ -122,7 +123,11 @@ def test_workers_without_work_are_mentioned(monkeypatch):
 
 
 def test_presets():
-    wanted = dataclasses.replace(PRESETS["demo"], runs=Path("runs").resolve())
+    demo = PRESETS["demo"]
+    assert demo.strategy == "auto"
+    chosen = recommended("fast_nas", demo.budget)
+    wanted = dataclasses.replace(demo, strategy=chosen, runs=Path("runs").resolve())
+    assert parse(["--preset", "paper"]).strategy == "ppo"
     assert parse(["--threads", "3"]) == dataclasses.replace(wanted, threads=3)
     assert [preset.batch for preset in PRESETS.values()] == [4, 4, 8]
     assert parse(["--data", "synthetic"]).preset == "demo"

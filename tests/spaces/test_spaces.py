@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nasfast.spaces import FastNASSpace, IRNASSpace, NASFCOSSpace, TemplateNASSpace
+from nasfast.spaces.base import graph_features
 from nasfast.utils.errors import UserError
 
 # as it is searched, and one small enough to try everything
@@ -121,3 +122,50 @@ def test_what_is_of_another_space(name):
         message = f"{type(space).__name__}.{field.name}: expected at least 1, got 0"
         with pytest.raises(UserError, match=message):
             dataclasses.replace(space, **{field.name: 0})
+
+
+@each
+@given(data=st.data())
+def test_features_are_those_of_the_canonical_form(name, data):
+    space, _ = SPACES[name]
+    genotype = data.draw(genotypes(space))
+    features = dict(space.features(genotype))
+    assert features == dict(space.features(genotype.canonical()))
+    assert all(isinstance(value, int | float) for value in features.values())
+
+
+@each
+def test_features_tell_architectures_apart(name):
+    space, _ = SPACES[name]
+    rng = random.Random(0)
+    drawn = {space.sample(rng).canonical() for _ in range(50)}
+    described = {tuple(sorted(space.features(genotype).items())) for genotype in drawn}
+    assert len(described) > 0.9 * len(drawn)
+
+
+def test_features_of_a_graph():
+    labels = ["in", "conv", "gap", "sum", "conv", "out"]
+    sources = [(), (0,), (0,), (1, 2), (3,), (3, 4)]
+    assert graph_features(labels, sources, {"conv": 2}, {"gap"}, pairs=True) == {
+        "in": 1,
+        "conv": 2,
+        "gap": 1,
+        "sum": 1,
+        "out": 1,
+        "share of in": 1,
+        "share of conv": 0.5 + 0.5,  # half of the output comes from the second, half of the sum
+        "share of gap": 0.5,
+        "share of sum": 1,
+        "share of out": 1,
+        "share that sees": 0.5,
+        "mean reach": 2.0,  # 1 on average at the sum, and 2 more for half of the output
+        "longest reach": 4,
+        "longest chain": 4,
+        "conv of in": 1,
+        "gap of in": 1,
+        "sum of conv": 1,
+        "sum of gap": 1,
+        "conv of sum": 1,
+        "out of sum": 1,
+        "out of conv": 1,
+    }
