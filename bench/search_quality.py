@@ -1,7 +1,17 @@
-"""How soon each strategy finds good architectures, on recorded evaluations: seconds, not days.
+"""How soon each strategy finds good architectures, on recorded evaluations: minutes, not days.
 
-python bench/search_quality.py record METHOD TABLE [--count 120] [--again 10x3] -- SEARCH FLAGS
-python bench/search_quality.py add TABLE RUN [RUN ..]
+    python bench/search_quality.py record METHOD TABLE [--count 120] [--again 10x3] -- SEARCH FLAGS
+    python bench/search_quality.py add TABLE RUN [RUN ..]
+    python bench/search_quality.py fit TABLE
+    python bench/search_quality.py replay TABLE [--strategies predictor evolution ppo random]
+        [--evaluations 100] [--replays 200] [--batch 4] [--json FILE]
+
+`record` evaluates uniform draws of a space into a table, stage 0 alone, and `add` puts in what runs
+evaluated. `fit` says how well a surrogate that is fitted to the table predicts evaluations of
+architectures that it has not seen. `replay` searches the surrogate, whose rewards have the noise of
+the recorded ones. What it prints are figures of the surrogate: they compare strategies, and say
+nothing of a data set. The surrogate is of another kind than the model of the strategy `predictor`:
+trees and support vectors. Both describe an architecture by `Space.features`.
 """
 
 from __future__ import annotations
@@ -12,7 +22,6 @@ import functools
 import json
 import math
 import os
-import platform
 import random
 import statistics
 import sys
@@ -26,6 +35,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the checkout is what is measured
 
+import harness  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from scipy.stats import spearmanr  # noqa: E402
@@ -73,9 +83,8 @@ def record(method: str, path: Path, count: int, again: tuple[int, int], argv: li
         "method": method,
         "data": Path(config.data).name,
         "command": f"python bench/search_quality.py record {method} {path.name} --count {count} "
-        f"--again {first}x{times} -- {' '.join(argv)}",
-        "machine": _processor(),
-        "torch": torch.__version__,
+        f"--again {first}x{times} -- {' '.join(_without_folders(argv))}",
+        "machine": harness.machine_line(),
     }
     done = {(row["seed"], row["index"]) for row in table["rows"]}
     jobs = [job for job in jobs if (config.seed, job.index) not in done]
@@ -98,18 +107,24 @@ def record(method: str, path: Path, count: int, again: tuple[int, int], argv: li
         engine.close()
 
 
+def _without_folders(argv: Sequence[str]) -> list[str]:
+    return [Path(word).name if word.startswith("/") else word for word in argv]
+
+
 def add(path: Path, runs: Sequence[Path]) -> None:
-    """Put what random searches evaluated into the table of their space and data."""
+    """Put what searches evaluated into the table of their space and data."""
     table = json.loads(path.read_text())
     space = SPACES[table["space"]]
-    done = {(row["seed"], row["index"]) for row in table["rows"]}
+    rows = {(row["seed"], row["index"], tuple(row["choices"])): row for row in table["rows"]}
     for run in runs:
         study = Study.open(run)
-        seed = study.config.get("seed", 0)
+        uniform = study.config["strategy"] == "random"
         for found in study.records:
-            if found.duplicate_of is None and (seed, found.index) not in done:
+            if found.duplicate_of is None:
                 choices = space.encode(space.from_json(found.genotype))
-                table["rows"].append(_row(choices, seed, found.index, found.evaluation))
+                row = _row(choices, study.config["seed"], found.index, found.evaluation, uniform)
+                rows.setdefault((row["seed"], row["index"], choices), row)
+    table["rows"] = list(rows.values())
     _write(path, table)
 
 
@@ -120,40 +135,50 @@ class Surrogate:
     space: Space[Any]
     vectorizer: DictVectorizer
     models: list[Any]
+    macs: Any
+    """A model of the logarithm of multiply-adds."""
     noise: float
     """Standard deviation of rewards of one architecture with different seeds."""
 
     @classmethod
     def fit(cls, space: Space[Any], rows: Sequence[Mapping[str, Any]]) -> Surrogate:
-        """From rows of a table; rewards of each seed of the search are centred, as its data are
-        split in another way."""
-        rewards = _centred(rows)
+        """From rows of a table."""
         vectorizer = DictVectorizer(sparse=False)
         genotypes = [space.decode(row["choices"]) for row in rows]
         x = vectorizer.fit_transform([space.features(genotype) for genotype in genotypes])
         models = [
             ExtraTreesRegressor(200, min_samples_leaf=2, max_features=0.4, random_state=0),
-            GradientBoostingRegressor(
-                n_estimators=200,
-                learning_rate=0.05,
-                subsample=0.7,
-                max_features=0.3,
-                random_state=0,
-            ),
+            _boosted_trees(),
             make_pipeline(StandardScaler(), SVR(C=0.1, epsilon=0.005)),
         ]
+        rewards = centred(rows)
         for model in models:
             model.fit(x, rewards)
-        return cls(space, vectorizer, models, noise_of(space, rows))
+        macs = _boosted_trees().fit(x, np.log([row["macs"] for row in rows]))
+        return cls(space, vectorizer, models, macs, noise_of(space, rows))
+
+    def describe(self, genotypes: Sequence[Any]) -> np.ndarray:
+        return self.vectorizer.transform([self.space.features(genotype) for genotype in genotypes])
 
     def rewards(self, genotypes: Sequence[Any]) -> np.ndarray:
         """Expected rewards, without noise."""
-        x = self.vectorizer.transform([self.space.features(genotype) for genotype in genotypes])
+        x = self.describe(genotypes)
         return np.mean([model.predict(x) for model in self.models], axis=0)
+
+    def costs(self, genotypes: Sequence[Any]) -> np.ndarray:
+        """Expected multiply-adds."""
+        return np.exp(self.macs.predict(self.describe(genotypes)))
+
+
+def _boosted_trees() -> GradientBoostingRegressor:
+    return GradientBoostingRegressor(
+        n_estimators=200, learning_rate=0.05, subsample=0.7, max_features=0.3, random_state=0
+    )
 
 
 def noise_of(space: Space[Any], rows: Sequence[Mapping[str, Any]]) -> float:
-    """Pooled standard deviation of the rewards of an architecture in one search."""
+    """Pooled standard deviation of the rewards of an architecture in one search; 0 where none was
+    evaluated twice."""
     groups: dict[Any, list[float]] = {}
     for row in rows:
         key = row["seed"], space.decode(row["choices"]).canonical()
@@ -165,44 +190,50 @@ def noise_of(space: Space[Any], rows: Sequence[Mapping[str, Any]]) -> float:
     return math.sqrt(squares / sum(len(group) - 1 for group in several))
 
 
-def _centred(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Rewards, of each search moved to the median of the first, and none far below it."""
+def centred(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Rewards; those of uniform draws have the same median in every search, whose data are split
+    by its seed, and none is far below it."""
     rewards = np.array([row["reward"] for row in rows])
     seeds = np.array([row["seed"] for row in rows])
-    middle = np.median(rewards[seeds == seeds[0]])
+    uniform = np.array([row["uniform"] for row in rows])
+    middle = np.median(rewards[uniform & (seeds == seeds[0])])
     for seed in set(seeds.tolist()):
-        rewards[seeds == seed] += middle - np.median(rewards[seeds == seed])
-    spread = 1.4826 * np.median(np.abs(rewards - middle))
+        rewards[seeds == seed] += middle - np.median(rewards[uniform & (seeds == seed)])
+    spread = 1.4826 * np.median(np.abs(rewards[uniform] - middle))
     return np.maximum(rewards, middle - 3 * spread)
 
 
 def fit(path: Path, folds: int = 5, repeats: int = 5) -> dict[str, float]:
     """Rank correlation of predictions with evaluations of architectures that were held out."""
-    _, space, rows = _read(path)
-    rewards = _centred(rows)
+    space, rows = read(path)
+    rewards = centred(rows)
     names = [repr(space.decode(row["choices"]).canonical()) for row in rows]
-    found = []
+    found, costs = [], []
     for repeat in range(repeats):
         different = sorted(set(names))
         random.Random(repeat).shuffle(different)
         fold = {name: i % folds for i, name in enumerate(different)}
-        predicted = np.zeros(len(rows))
+        predicted, macs = np.zeros(len(rows)), np.zeros(len(rows))
         for held in range(folds):
             test = [i for i, name in enumerate(names) if fold[name] == held]
-            train = [row for row, name in zip(rows, names) if fold[name] != held]
+            surrogate = Surrogate.fit(
+                space, [row for row, name in zip(rows, names) if fold[name] != held]
+            )
             genotypes = [space.decode(rows[i]["choices"]) for i in test]
-            predicted[test] = Surrogate.fit(space, train).rewards(genotypes)
+            predicted[test], macs[test] = surrogate.rewards(genotypes), surrogate.costs(genotypes)
         found.append(spearmanr(predicted, rewards).statistic)
+        costs.append(spearmanr(macs, [row["macs"] for row in rows]).statistic)
     noise = noise_of(space, rows)
     return {
         "evaluations": len(rows),
         "architectures": len(set(names)),
-        "standard deviation of rewards": float(np.std(rewards)),
-        "noise": noise,
-        "ceiling": math.sqrt(max(0.0, 1 - noise**2 / np.var(rewards))),
-        "spearman": statistics.fmean(found),
-        "least": min(found),
-        "most": max(found),
+        "standard deviation of the rewards": float(np.std(rewards)),
+        "standard deviation of the noise": noise,
+        "correlation that the noise leaves": math.sqrt(max(0.0, 1 - noise**2 / np.var(rewards))),
+        "Spearman": statistics.fmean(found),
+        "Spearman, least of the splits": min(found),
+        "Spearman, most of the splits": max(found),
+        "Spearman of the multiply-adds": statistics.fmean(costs),
     }
 
 
@@ -213,10 +244,34 @@ class Replay:
     strategy: Strategy[Any]
     rng: np.random.Generator
     seen: dict[Any, float] = dataclasses.field(default_factory=dict)
-    best: float = -math.inf
-    """Reward of the best so far, as it was observed."""
-    curve: list[float] = dataclasses.field(default_factory=list)
-    """Without noise, what the best observed one is worth, after each evaluation."""
+    """Observed rewards, by architecture."""
+    true: list[float] = dataclasses.field(default_factory=list)
+    """Rewards without noise, in the order of the evaluations."""
+    macs: list[float] = dataclasses.field(default_factory=list)
+
+    def ask(self, space: Space[Any]) -> Any:
+        """As a search does: what is no network is rejected."""
+        while not space.valid(genotype := self.strategy.ask()):
+            self.strategy.reject(genotype)
+        return genotype
+
+    def tell(self, genotype: Any, true: float, macs: float, noise: float) -> None:
+        """Duplicates repeat what was observed, and do not count."""
+        name = genotype.canonical()
+        if name not in self.seen:
+            self.seen[name] = true + noise * self.rng.standard_normal()
+            self.true.append(true)
+            self.macs.append(macs)
+        self.strategy.tell(genotype, self.seen[name])
+
+    def curves(self, evaluations: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """After each evaluation: the best true reward, that of the architecture which was observed
+        to be best, and the multiply-adds of the one evaluated."""
+        true, observed = np.array(self.true), np.array(list(self.seen.values()))
+        leads = np.maximum.accumulate(observed) == observed
+        at = np.maximum.accumulate(np.where(leads, np.arange(len(true)), 0))
+        best = np.maximum.accumulate(true)
+        return best[:evaluations], true[at][:evaluations], np.array(self.macs)[:evaluations]
 
 
 def play(
@@ -225,35 +280,20 @@ def play(
     seeds: Sequence[int],
     evaluations: int,
     batch: int,
-) -> list[list[float]]:
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Curves of replays, all of them in step: the surrogate is asked for many at once."""
     replays = [Replay(make(seed), np.random.default_rng(seed)) for seed in seeds]
     for _ in range(100 * evaluations):
-        running = [replay for replay in replays if len(replay.curve) < evaluations]
+        running = [replay for replay in replays if len(replay.true) < evaluations]
         if not running:
             break
-        asked = [
-            (replay, [_valid(surrogate.space, replay) for _ in range(batch)]) for replay in running
-        ]
-        worth = iter(surrogate.rewards([g for _, genotypes in asked for g in genotypes]).tolist())
-        for replay, genotypes in asked:
-            for genotype in genotypes:
-                value, name = next(worth), genotype.canonical()
-                if name not in replay.seen:
-                    replay.seen[name] = value + surrogate.noise * replay.rng.standard_normal()
-                    if replay.seen[name] > replay.best:
-                        replay.best, top = replay.seen[name], value
-                    else:
-                        top = replay.curve[-1]
-                    replay.curve.append(top)
-                replay.strategy.tell(genotype, replay.seen[name])
-    return [replay.curve[:evaluations] for replay in replays]
-
-
-def _valid(space: Space[Any], replay: Replay) -> Any:
-    while not space.valid(genotype := replay.strategy.ask()):
-        replay.strategy.reject(genotype)
-    return genotype
+        asked = [(each, [each.ask(surrogate.space) for _ in range(batch)]) for each in running]
+        genotypes = [genotype for _, proposed in asked for genotype in proposed]
+        found = zip(surrogate.rewards(genotypes).tolist(), surrogate.costs(genotypes).tolist())
+        for each, proposed in asked:
+            for genotype in proposed:
+                each.tell(genotype, *next(found), surrogate.noise)
+    return [replay.curves(evaluations) for replay in replays]
 
 
 def replay(
@@ -264,44 +304,43 @@ def replay(
     batch: int,
     settings: SamplingSettings,
 ) -> dict[str, Any]:
-    """How soon each strategy reaches what random search has after all evaluations."""
-    _, space, rows = _read(path)
-    surrogate = Surrogate.fit(space, rows)
-    curves = {}
+    """How soon each strategy reaches the best that random search has after all evaluations."""
+    surrogate = Surrogate.fit(*read(path))
+    best, taken, macs = {}, {}, {}
     for name in dict.fromkeys(["random", *names]):
         start = time.perf_counter()
-        curves[name] = np.array(
-            _in_parallel(surrogate, name, settings, range(count), evaluations, batch)
-        )
+        curves = _in_parallel(surrogate, name, settings, range(count), evaluations, batch)
+        best[name], taken[name], macs[name] = map(np.array, zip(*curves))
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    goal = float(np.median(curves["random"][:, -1]))
-    result: dict[str, Any] = {"goal": goal, "replays": count, "batch": batch, "strategies": {}}
-    for name, curve in curves.items():
-        first = [
-            int(np.argmax(row >= goal)) + 1 if (row >= goal).any() else evaluations + 1
-            for row in curve
-        ]
-        lead = curve - curves["random"]
-        result["strategies"][name] = {
-            "evaluations to the goal": statistics.median(first),
-            "quartiles": [float(q) for q in np.percentile(first, [25, 75])],
-            "after": {
-                n: {
-                    "mean": float(curve[:, n - 1].mean()),
-                    "lead": float(lead[:, n - 1].mean()),
-                    "interval": _interval(lead[:, n - 1]),
-                }
-                for n in (12, 24, 50, 100, 200)
-                if n <= evaluations
+    goal = float(np.median(best["random"][:, -1]))
+    after = [n for n in (12, 24, 50, 100, 200) if n <= evaluations]
+    strategies = {}
+    for name, curve in best.items():
+        reached = (curve >= goal).any(1)
+        first = np.where(reached, (curve >= goal).argmax(1) + 1, evaluations + 1)
+        strategies[name] = {
+            "evaluations to the goal": {
+                "median": float(np.median(first)),
+                "quartiles": np.percentile(first, [25, 75]).tolist(),
+                "reached": int(reached.sum()),
             },
+            "best true reward after": {
+                n: _lead(curve[:, n - 1], best["random"][:, n - 1]) for n in after
+            },
+            "true reward of the best observed after": {
+                n: _lead(taken[name][:, n - 1], taken["random"][:, n - 1]) for n in after
+            },
+            "mean multiply-adds": float(macs[name].mean()),
         }
-    return result
+    return {"goal": goal, "replays": count, "batch": batch, "strategies": strategies}
 
 
-def _interval(leads: np.ndarray) -> list[float]:
-    """95 % of the mean of pairs."""
+def _lead(values: np.ndarray, random: np.ndarray) -> dict[str, Any]:
+    """Mean, and by how much it is above that of random search, with a 95 % interval."""
+    leads = values - random
     half = 1.96 * leads.std(ddof=1) / math.sqrt(len(leads))
-    return [float(leads.mean() - half), float(leads.mean() + half)]
+    interval = [round(float(leads.mean() + sign * half), 5) for sign in (-1, 1)]
+    return {"mean": round(float(values.mean()), 5), "lead": interval}
 
 
 def _in_parallel(
@@ -311,13 +350,13 @@ def _in_parallel(
     seeds: Sequence[int],
     evaluations: int,
     batch: int,
-) -> list[list[float]]:
-    workers = os.cpu_count() or 1
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    workers = len(os.sched_getaffinity(0))
     shares = [seeds[i::workers] for i in range(workers)]
     part = functools.partial(_part, surrogate, name, settings, evaluations, batch)
     with ProcessPoolExecutor(workers) as pool:
         parts = list(pool.map(part, shares))
-    curves = dict(zip([seed for share in shares for seed in share], [c for p in parts for c in p]))
+    curves = {seed: curve for share, part in zip(shares, parts) for seed, curve in zip(share, part)}
     return [curves[seed] for seed in seeds]
 
 
@@ -328,28 +367,30 @@ def _part(
     evaluations: int,
     batch: int,
     seeds: Sequence[int],
-) -> list[list[float]]:
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     torch.set_num_threads(1)
-    space = surrogate.space
 
     def make(seed: int) -> Strategy[Any]:
-        return make_strategy(name, space, seed, settings)
+        return make_strategy(name, surrogate.space, seed, settings)
 
     return play(surrogate, make, seeds, evaluations, batch)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], Space[Any], list[dict[str, Any]]]:
+def read(path: Path) -> tuple[Space[Any], list[dict[str, Any]]]:
+    """Space and evaluations of a table, without the failed ones."""
     table = json.loads(path.read_text())
-    rows = [row for row in table["rows"] if row["reward"] is not None]
-    return table, SPACES[table["space"]], rows
+    return SPACES[table["space"]], [row for row in table["rows"] if row["reward"] is not None]
 
 
-def _row(choices: Sequence[int], seed: int, index: int, evaluation: Evaluation) -> dict[str, Any]:
+def _row(
+    choices: Sequence[int], seed: int, index: int, evaluation: Evaluation, uniform: bool = True
+) -> dict[str, Any]:
     reward = evaluation.rewards.get("stage0")
     return {
         "choices": list(choices),
         "seed": seed,
         "index": index,
+        "uniform": uniform,
         "reward": None if reward is None else round(reward, 5),
         "params": int(evaluation.costs["params"]),
         "macs": int(evaluation.costs["macs"]),
@@ -367,12 +408,6 @@ def _write(path: Path, table: dict[str, Any]) -> None:
     temporary = path.with_suffix(".part")
     temporary.write_text(text)
     os.replace(temporary, path)
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
 
 
 def main() -> None:
