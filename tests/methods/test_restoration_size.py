@@ -8,10 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nasfast.methods.restoration.sampled import SizeClass
+from nasfast.methods.restoration.settings import parse
 from nasfast.methods.restoration.size import Size, fitted_width, parameters_by_width, width_step
+from nasfast.methods.restoration.train import RestorationTraining, parse_train
 from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.spaces.ir_nas import IRNASSpace
 from nasfast.training.cost import count_parameters
+from nasfast.training.loop import Runtime
 from nasfast.utils.errors import UserError
 
 SMALL = RestorerConfig(99, 8, 8, 8, dead_reduce=True)
@@ -70,3 +73,24 @@ def test_samples_and_mutants_are_of_the_class(size):
         assert count_parameters(network) == space.parameters(genotype) in space.sizes
     everything = IRNASSpace(2, 2)
     assert not all(space.valid(everything.sample(rng)) for _ in range(200))
+
+
+@pytest.mark.parametrize("read", [parse, lambda argv: parse_train(["RUN", *argv[1:]], {}, None)])
+def test_a_width_and_a_size_to_fit_it_to(read):
+    with pytest.raises(UserError) as caught:
+        read(["restoration", "--params", "9K", "--network.width", "4"])
+    assert str(caught.value) == (
+        "params: expected --params or --network.width, got both, 9K and 4; leave one out"
+    )
+
+
+def test_a_size_that_no_width_has(tmp_path):
+    genotype = IRNASSpace(1, 1).sample(random.Random(0))
+    config = parse_train(["RUN", "--params", "10", "--data", "synthetic"], {}, None)
+    with pytest.raises(UserError) as caught:
+        RestorationTraining(config, genotype, tmp_path, Runtime(torch.device("cpu")))
+    least = parameters_by_width(genotype, config.network, 1)(width_step(genotype))
+    assert str(caught.value) == (
+        "params: expected a number that the architecture comes within 25% of, got 10; its width "
+        f"makes it {least:,}, give that"
+    )

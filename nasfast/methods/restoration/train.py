@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from nasfast.data.restoration import open_images
 from nasfast.methods.base import Architecture, TrainSettings, check_same_images
-from nasfast.methods.restoration.size import Size, sized
+from nasfast.methods.restoration.size import Size, parameters_by_width, sized
 from nasfast.methods.restoration.task_flags import override_with_task, parse_with_task
 from nasfast.models.io import MODEL_FILE, save_model
 from nasfast.models.restorer import Restorer, RestorerConfig
@@ -274,6 +274,11 @@ class RestorationTraining:
                 genotype, config.network, config.channels, config.task.scale
             ),
         )
+        config.size.require(
+            parameters_by_width(genotype, config.network, config.channels, config.task.scale)(
+                config.network.width
+            )
+        )
         assert config.data is not None
         self.settings, self.genotype, self.out, self.runtime = config, genotype, out, runtime
         self.data = open_images(config.data, config.channels)
@@ -282,7 +287,6 @@ class RestorationTraining:
         patches = ImagePatches(self.data.train, config.task, config.crop)
         torch.manual_seed(derive_seed(config.seed, "train"))
         self.model = Restorer(genotype, config.network, config.channels, config.task.scale)
-        config.size.require(count_parameters(self.model))
         runtime.place(self.model)
         seed = derive_seed(config.seed, "patches")
         self.training = TrainingRun(self.model, patches, config, runtime, seed)
