@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -14,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,10 +37,15 @@ import mixed_op_baselines as mixed  # noqa: E402
 import plain  # noqa: E402
 import readme_pictures  # noqa: E402
 import search_cost  # noqa: E402
+import search_quality  # noqa: E402
 from candidates import Scale, Timed  # noqa: E402
 
+import nasfast  # noqa: E402
 from nasfast.models.decoders import Decoder  # noqa: E402
 from nasfast.models.supernet import SupernetConfig  # noqa: E402
+from nasfast.searches.sampling import SamplingSettings  # noqa: E402
+from nasfast.spaces import FastNASSpace  # noqa: E402
+from nasfast.strategies import PredictorConfig, RandomSearch  # noqa: E402
 from nasfast.tasks.detection.nms import nms  # noqa: E402
 
 PROBLEM = deform.Problem(2, 6, 7, 9, 4, spread=3.0)
@@ -680,3 +688,98 @@ def test_the_plain_loop_suppresses_the_same(scene: str) -> None:
     kept = bench_nms.loop(boxes[0], scores[0], labels[0], bench_nms.THRESHOLD)
     ours = nms(*found, bench_nms.THRESHOLD, None)[0]
     assert ours[ours >= 0].tolist() == kept.tolist()
+
+
+# What strategies find
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rewards of three searches whose levels differ: less for pooling, more for later taps."""
+    space, rng, rows = FastNASSpace(), random.Random(0), []
+    for index in range(90):
+        seed = index % 80 % 3
+        genotype = space.sample(rng) if index < 80 else space.decode(rows[index - 80]["choices"])
+        features = space.features(genotype)
+        taps = sum(i for pair in genotype.connections for i in pair)
+        worth = 0.01 * taps + 0.1 * features["share that sees"]
+        rows.append(
+            {
+                "choices": list(space.encode(genotype)),
+                "seed": seed,
+                "index": index,
+                "uniform": True,
+                "reward": worth + 0.1 * seed + rng.gauss(0, 0.003),
+                "params": 1,
+                "macs": 1 + taps,
+                "seconds": 1.0,
+            }
+        )
+    path: Path = tmp_path_factory.mktemp("table") / "table.json"
+    path.write_text(json.dumps({"space": "fast_nas", "rows": rows}))
+    return path
+
+
+def test_a_surrogate_predicts_what_it_has_not_seen(table: Path) -> None:
+    found = search_quality.fit(table, repeats=1)
+    assert found["Spearman"] > 0.4
+    assert found["Spearman of the multiply-adds"] > 0.8
+    assert (found["evaluations"], found["architectures"]) == (90, 80)
+    assert 0.002 < found["standard deviation of the noise"] < 0.005
+
+
+def test_replays_of_strategies(table: Path) -> None:
+    settings = SamplingSettings(predictor=PredictorConfig(initial=4, pool=60))
+    run = functools.partial(search_quality.replay, table, ["predictor"], 24, 8, 4, settings)
+    found = run()
+    assert found == run()
+    random_search, predictor = (found["strategies"][name] for name in ("random", "predictor"))
+    assert random_search["best true reward after"][24]["lead"] == [0, 0]
+    assert sum(predictor["best true reward after"][24]["lead"]) > 0
+    assert 4 < predictor["evaluations to the goal"]["median"] <= 24
+
+
+def test_curves_of_a_replay() -> None:
+    replay = search_quality.Replay(RandomSearch(FastNASSpace(), 0), np.random.default_rng(0))
+    for true in (1.0, 3.0, 2.0):
+        replay.tell(replay.ask(FastNASSpace()), true, 10.0 * true, noise=0.0)
+    best, taken, macs = replay.curves(3)
+    assert (best.tolist(), taken.tolist(), macs.tolist()) == (
+        [1, 3, 3],
+        [1, 3, 3],
+        [10, 30, 20],
+    )
+
+
+def test_recorded_evaluations(tmp_path: Path) -> None:
+    """Of the committed tables: each is of its space, by uniform draws for the most part."""
+    for path in (Path(search_quality.__file__).parent / "search_tables").glob("*.json"):
+        space, rows = search_quality.read(path)
+        assert len(rows) > 100
+        assert all(space.encode(space.decode(row["choices"])) for row in rows)
+        assert 0.003 < search_quality.noise_of(space, rows) < 0.03
+
+
+def test_recording_continues_and_takes_runs(tmp_path: Path) -> None:
+    stage0 = "--stage0.samples 8 --stage0.epochs 1 --stage0.crop 32 --stage0.shorter-side 32"
+    others = "--workers 1 --stage1.epochs 0 --stage0.batch-size 8 --decoder.agg-size 4"
+    flags = [*stage0.split(), *others.split()]
+    path = tmp_path / "table.json"
+    search_quality.record("segmentation", path, 1, (1, 1), flags)
+    first = json.loads(path.read_text())["rows"]
+    search_quality.record("segmentation", path, 2, (1, 2), flags)
+    rows = json.loads(path.read_text())["rows"]
+    assert rows[0] == first[0]
+    assert [row["index"] for row in rows] == [0, 1, 2]
+    assert rows[0]["choices"] == rows[2]["choices"] != rows[1]["choices"]
+    study = nasfast.search(
+        "segmentation",
+        runs=tmp_path,
+        budget=2,
+        batch=1,
+        strategy="random",
+        **{"stage1.epochs": 0, "stage0.samples": 8, "stage0.epochs": 1, "stage0.crop": 32},
+        **{"stage0.shorter_side": 32, "stage0.batch_size": 8, "decoder.agg_size": 4},
+    )
+    search_quality.add(path, [study.path])
+    assert len(json.loads(path.read_text())["rows"]) == 3  # the same two, and the repeated one
