@@ -145,7 +145,11 @@ def stop(*args, **options):
     ("module", "step", "words"),
     [
         (segmentation, "start_workers", "--data cats"),
-        (restoration, "SupernetSearch", "restoration --data cats/images --strategy darts"),
+        (
+            restoration,
+            "SupernetSearch",
+            "restoration --data cats/images --strategy darts --bilevel.crop 8",
+        ),
         (restoration, "sampled_search", "restoration --data cats/images --strategy random"),
     ],
 )
