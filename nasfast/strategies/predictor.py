@@ -56,33 +56,40 @@ class Predictor(Generic[G]):
         self._history = History(space)
         rng = random.Random(0)
         self._scaler = Scaler([space.features(space.sample(rng)) for _ in range(_REFERENCE)])
-        self._pool: tuple[int, list[G], Tensor] | None = None
+        self._pool: tuple[str, list[G], Tensor] | None = None
 
     def ask(self) -> G:
         """A uniform draw at first; then the best of a pool, which is new after each reward."""
         history, space = self._history, self._space
         known = len(history.evaluated)
         if known + len(history.pending) < self._config.initial or known < 2:
-            rng = self._generator("initial", known + len(history.rejected) + len(history.pending))
-            return history.ask(history.fresh(lambda: space.sample(rng)))
+            return self._uniform("initial")
         pool, described = self._draw()
         for index in self._worth(described).argsort(descending=True).tolist():
             if space.valid(pool[index]) and not history.seen(pool[index]):
                 return history.ask(pool[index])
-        rng = self._generator("more", known + len(history.rejected) + len(history.pending))
-        return history.ask(history.fresh(lambda: space.sample(rng)))
+        return self._uniform("more")
 
-    def _generator(self, purpose: str, number: int) -> random.Random:
-        return random.Random(f"{self._seed} {purpose} {number}")
+    def _uniform(self, purpose: str) -> G:
+        history = self._history
+        count = len(history.evaluated) + len(history.rejected) + len(history.pending)
+        rng = self._generator(f"{purpose} {count}")
+        return history.ask(history.fresh(lambda: self._space.sample(rng)))
+
+    def _generator(self, purpose: str) -> random.Random:
+        return random.Random(f"{self._seed} {purpose}")
 
     def _draw(self) -> tuple[list[G], Tensor]:
-        """Architectures to choose from, and what describes them ``[N, D]``."""
+        """Architectures to choose from, and what describes them ``[N, D]``: new ones after each
+        reward, and where many of them have been rejected."""
         history, size = self._history, self._config.pool
-        told = len(history.evaluated) + len(history.failed) + len(history.rejected) // size * 10**6
-        if self._pool is None or self._pool[0] != told:
-            rng = self._generator("pool", told)
+        name = f"pool {len(history.evaluated) + len(history.failed)}"
+        if rounds := len(history.rejected) // size:
+            name = f"{name}, {rounds}"
+        if self._pool is None or self._pool[0] != name:
+            rng = self._generator(name)
             pool = [self._space.sample(rng) for _ in range(size)]
-            self._pool = told, pool, self._describe(pool)
+            self._pool = name, pool, self._describe(pool)
         return self._pool[1:]
 
     def _describe(self, genotypes: Iterable[G]) -> Tensor:
