@@ -88,7 +88,12 @@ TABLE = {
         (CONFIG, edit("budget = 6", 'budget = "6"'), f"PLACE/{CONFIG}, budget: expected", CORRECT),
         (CONFIG, edit("budget = 6", "budgets = 6"), f"PLACE/{CONFIG}: unknown setting", ANOTHER),
         (CONFIG, edit("budget = 6", "budget = -6"), f"PLACE/{CONFIG}: SearchConfig.budget:", ""),
-        (CONFIG, edit("ppo", "pbt"), f"PLACE/{CONFIG}, strategy: expected one of 'ppo'", CORRECT),
+        (
+            CONFIG,
+            edit('"predictor"', '"pbt"'),
+            f"PLACE/{CONFIG}, strategy: expected one of 'auto'",
+            CORRECT,
+        ),
         ("env.json", text("{}"), "PLACE/env.json: expected the identity of inputs", "from a copy"),
         ("study.json", text("{}"), 'PLACE/study.json: expected "version" 2', COPY),
     ],
