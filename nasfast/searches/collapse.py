@@ -19,7 +19,7 @@ LEAST_MOVE = 0.1
 REMEDY = (
     "in a new run choose the operations by perturbation (--bilevel.architecture.selection "
     "perturbation) and bound the skips (--bilevel.architecture.max-skips), or sample architectures "
-    "(--strategy random)"
+    "(--strategy predictor)"
 )
 
 

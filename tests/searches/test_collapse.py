@@ -48,7 +48,7 @@ def test_the_warning_is_of_the_last_record_of_a_search_that_learned():
         "the search may have collapsed: 5 of 6 operations are skips; the entropy of the operations "
         "went from 1.79 to 1.65 only: no operation was preferred by much; in a new run choose the "
         "operations by perturbation (--bilevel.architecture.selection perturbation) and bound the "
-        "skips (--bilevel.architecture.max-skips), or sample architectures (--strategy random)"
+        "skips (--bilevel.architecture.max-skips), or sample architectures (--strategy predictor)"
     )
     assert collapse_warning([warm_up, skips, healthy]) is None
     assert collapse_warning([warm_up]) is None

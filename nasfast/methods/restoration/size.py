@@ -124,12 +124,11 @@ def fitted_width(
     return _fitted_width(genotype, target, dataclasses.replace(config, width=1), channels, scale)
 
 
-@functools.cache
+@functools.lru_cache(2**16)
 def _fitted_width(
     genotype: IRNASGenotype, target: int, config: RestorerConfig, channels: int, scale: int
 ) -> int:
     step = width_step(genotype)
-
     parameters = parameters_by_width(genotype, config, channels, scale)
     low, high = 1, MAX_WIDTH // step  # in steps; more width has more parameters
     while low < high:
