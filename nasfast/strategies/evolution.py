@@ -6,11 +6,11 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic
+from typing import Annotated, Any
 
 from nasfast.spaces.base import G, Space
 from nasfast.strategies.base import check_state
-from nasfast.strategies.history import History, mutant
+from nasfast.strategies.history import HistoryStrategy, mutant
 from nasfast.utils.config import Bound, Bounded, Count
 
 
@@ -27,7 +27,7 @@ class EvolutionConfig(Bounded):
     """Probability that a child that has been changed is changed once more; published: 0."""
 
 
-class Evolution(Generic[G]):
+class Evolution(HistoryStrategy[G]):
     """Children of the winners of tournaments, each with a decision changed.
 
     Failed and rejected candidates do not enter the population. A child that was proposed before is
@@ -35,9 +35,8 @@ class Evolution(Generic[G]):
     """
 
     def __init__(self, space: Space[G], config: EvolutionConfig, seed: int) -> None:
-        self._space, self._config = space, config
-        self._rng = random.Random(seed)
-        self._history = History(space)
+        super().__init__(space)
+        self._config, self._rng = config, random.Random(seed)
 
     def ask(self) -> G:
         """A uniform draw until the population is full, then a child."""
@@ -52,14 +51,6 @@ class Evolution(Generic[G]):
         count = min(self._config.tournament, len(population))
         parent, _ = max(self._rng.sample(population, count), key=lambda pair: pair[1])
         return mutant(self._space, parent, self._rng, self._config.more_mutations)
-
-    def tell(self, genotype: G, reward: float | None) -> None:
-        """The reward of the genotype asked longest ago; None if its evaluation failed."""
-        self._history.tell(genotype, reward)
-
-    def reject(self, genotype: G) -> None:
-        """The genotype asked last is not evaluated: it will not be proposed again."""
-        self._history.reject(genotype)
 
     def state_dict(self) -> dict[str, Any]:
         """The history and the state of the generator."""

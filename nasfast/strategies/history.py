@@ -95,6 +95,21 @@ class History(Generic[G]):
         self._seen = {genotype.canonical() for genotype in known}
 
 
+class HistoryStrategy(Generic[G]):
+    """What strategies share that learn from the history alone: a proposal is their `ask`."""
+
+    def __init__(self, space: Space[G]) -> None:
+        self._space, self._history = space, History(space)
+
+    def tell(self, genotype: G, reward: float | None) -> None:
+        """The reward of the genotype asked longest ago; None if its evaluation failed."""
+        self._history.tell(genotype, reward)
+
+    def reject(self, genotype: G) -> None:
+        """The genotype asked last is not evaluated: it will not be proposed again."""
+        self._history.reject(genotype)
+
+
 def mutant(space: Space[G], parent: G, rng: random.Random, more: float = 0.5) -> G:
     """The parent with one decision changed, with probability `more` a second one, and so on."""
     genotype = space.mutate(parent, rng)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from nasfast.spaces.base import G, Space
 from nasfast.strategies.base import check_state
 from nasfast.strategies.gaussian_process import GaussianProcess, Scaler
-from nasfast.strategies.history import History
+from nasfast.strategies.history import HistoryStrategy
 from nasfast.utils.config import Bounded, Count, Weight
 
 _REFERENCE = 256
@@ -36,7 +36,7 @@ class PredictorConfig(Bounded):
     """Standard deviations of the model's uncertainty that are added to its mean."""
 
 
-class Predictor(Generic[G]):
+class Predictor(HistoryStrategy[G]):
     """Proposes the best of many uniform draws, by the upper confidence bound of a model (Srinivas
     et al., Gaussian process optimization in the bandit setting, ICML 2010).
 
@@ -52,8 +52,8 @@ class Predictor(Generic[G]):
     """
 
     def __init__(self, space: Space[G], config: PredictorConfig, seed: int) -> None:
-        self._space, self._config, self._seed = space, config, seed
-        self._history = History(space)
+        super().__init__(space)
+        self._config, self._seed = config, seed
         rng = random.Random(0)
         self._scaler = Scaler([space.features(space.sample(rng)) for _ in range(_REFERENCE)])
         self._pool: tuple[str, list[G], Tensor] | None = None
@@ -113,14 +113,6 @@ class Predictor(Generic[G]):
             unlikely = GaussianProcess(both, within).predict(pool)[0] < 0
             worth = worth - unlikely * (worth.max() - worth.min() + 1)
         return worth
-
-    def tell(self, genotype: G, reward: float | None) -> None:
-        """The reward of the genotype asked longest ago; None if its evaluation failed."""
-        self._history.tell(genotype, reward)
-
-    def reject(self, genotype: G) -> None:
-        """The genotype asked last is not evaluated: it will not be proposed again."""
-        self._history.reject(genotype)
 
     def state_dict(self) -> dict[str, Any]:
         """The history and the seed; the model and the pool follow from them."""
