@@ -4,13 +4,14 @@
     python bench/search_quality.py add TABLE RUN [RUN ..]
     python bench/search_quality.py fit TABLE
     python bench/search_quality.py replay TABLE [--strategies predictor evolution ppo random]
-        [--evaluations 100] [--replays 200] [--batch 4] [--json FILE]
+        [--evaluations 100] [--replays 200] [--batch 4] [--prior none] [--json FILE]
 
 `record` evaluates uniform draws of a space into a table, stage 0 alone, and `add` puts in what runs
 evaluated. `fit` says how well a surrogate that is fitted to the table predicts evaluations of
 architectures that it has not seen. `replay` searches the surrogate, whose rewards have the noise of
 the recorded ones. What it prints are figures of the surrogate: they compare strategies, and say
-nothing of a data set. The surrogate is of another kind than the model of the strategy `predictor`:
+nothing of a data set. On a table of the generated data the predictor goes without the prior that it
+has from that table. The surrogate is of another kind than the model of the strategy `predictor`:
 trees and support vectors. Both describe an architecture by `Space.features`.
 """
 
@@ -55,7 +56,13 @@ from nasfast.searches.sampling import SamplingSettings  # noqa: E402
 from nasfast.spaces.base import Space  # noqa: E402
 from nasfast.spaces.fast_nas import FastNASSpace  # noqa: E402
 from nasfast.spaces.template_nas import TemplateNASSpace  # noqa: E402
-from nasfast.strategies import STRATEGIES, PPOConfig, Strategy, make_strategy  # noqa: E402
+from nasfast.strategies import (  # noqa: E402
+    STRATEGIES,
+    PPOConfig,
+    PredictorConfig,
+    Strategy,
+    make_strategy,
+)
 from nasfast.training.loop import Runtime  # noqa: E402
 from nasfast.workers import Job  # noqa: E402
 
@@ -426,6 +433,7 @@ def main() -> None:
     sub["replay"].add_argument("--evaluations", type=int, default=100)
     sub["replay"].add_argument("--replays", type=int, default=200)
     sub["replay"].add_argument("--batch", type=int, default=4)
+    sub["replay"].add_argument("--prior", choices=("auto", "none"), default="auto")
     sub["replay"].add_argument("--json", type=Path)
     argv = sys.argv[1:]
     at = argv.index("--") if "--" in argv else len(argv)
@@ -439,11 +447,14 @@ def main() -> None:
         case "fit":
             print(json.dumps(fit(args.table), indent=1))
         case "replay":
-            settings = SamplingSettings(ppo=PPOConfig.short_budget())
+            generated = json.loads(args.table.read_text())["data"] == "synthetic"
+            predictor = PredictorConfig(prior="none" if generated else args.prior)
+            settings = SamplingSettings(ppo=PPOConfig.short_budget(), predictor=predictor)
             found = replay(
                 args.table, args.strategies, args.evaluations, args.replays, args.batch, settings
             )
-            text = json.dumps({"table": args.table.name, "surrogate": True, **found}, indent=1)
+            head = {"table": args.table.name, "surrogate": True, "prior": predictor.prior}
+            text = json.dumps({**head, **found}, indent=1)
             print(text)
             if args.json:
                 args.json.write_text(text + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ LENGTHS = (0.3, 0.5)
 """Length scales that are tried, in units of the distance of two draws of the space."""
 NOISES = (0.03, 0.1, 0.3, 1.0)
 """Variances of the noise that are tried, in units of the kernel's."""
+TRENDS = (0.0, 1.0, 4.0)
+"""Variances of the slope along a trend that are tried, in units of the kernel's."""
 MEMBERS = 4
 """How many of the likeliest settings are averaged."""
 OUTLIER = 3.0
@@ -25,6 +28,7 @@ class _Member:
     """A kernel with its settings, fitted."""
 
     length: float
+    slope: float
     variance: float
     solved: Tensor  # [N], inverse of the covariance times the rewards
     root: Tensor  # [N, N], root @ root.T is the inverse of the covariance
@@ -60,41 +64,47 @@ class GaussianProcess:
     2006, section 5.4).
 
     A linear kernel beside it makes predictions worse where it matters: it promises most of what is
-    further out than anything evaluated.
+    further out than anything evaluated. Along a trend, which is what is expected of them from
+    elsewhere, rewards may rise linearly, as far as they turn out to (Kennedy and O'Hagan,
+    Biometrika 87, 2000).
 
     Args:
         x: at least two architectures, float64 ``[N, D]`` of a `Scaler`.
         rewards: theirs.
+        trend: of each, float64 ``[N]`` with mean 0 and variance 1 over the space.
     """
 
-    def __init__(self, x: Tensor, rewards: Sequence[float]) -> None:
+    def __init__(self, x: Tensor, rewards: Sequence[float], trend: Tensor | None = None) -> None:
         y = without_outliers(torch.tensor(rewards, dtype=torch.float64))
         self._mean, self._spread = y.mean(), y.std().clamp(min=1e-12)
         self._x, z = x, (y - self._mean) / self._spread
+        self._trend = torch.zeros_like(y) if trend is None else trend
         count = len(y)
         members = []
-        for length in LENGTHS:
-            values, vectors = torch.linalg.eigh(_kernel(x, x, length))
+        for length, slope in itertools.product(LENGTHS, TRENDS if trend is not None else (0.0,)):
+            covariance = _kernel(x, x, length) + slope * self._trend.outer(self._trend)
+            values, vectors = torch.linalg.eigh(covariance)
             along = vectors.T @ z
             for noise in NOISES:
                 spectrum = values.clamp(min=0) + noise
                 variance = (along.square() / spectrum).mean().clamp(min=1e-12)
                 score = -(count * variance.log() + spectrum.log().sum()) / 2
                 solved, root = vectors @ (along / spectrum), vectors / spectrum.sqrt()
-                members.append(_Member(length, variance.item(), solved, root, score.item()))
+                members.append(_Member(length, slope, variance.item(), solved, root, score.item()))
         members.sort(key=lambda member: -member.score)
         self._members = members[:MEMBERS]
         scores = torch.tensor([member.score for member in self._members], dtype=torch.float64)
         self._weights = scores.softmax(0).tolist()
 
-    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, x: Tensor, trend: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the rewards without noise, float64 ``[N]`` each."""
+        trend = x.new_zeros(len(x)) if trend is None else trend
         mean = torch.zeros(len(x), dtype=torch.float64)
         square = torch.zeros_like(mean)
         for weight, member in zip(self._weights, self._members):
-            cross = _kernel(x, self._x, member.length)
+            cross = _kernel(x, self._x, member.length) + member.slope * trend.outer(self._trend)
             means = cross @ member.solved
-            left = 1 - (cross @ member.root).square().sum(1)
+            left = 1 + member.slope * trend.square() - (cross @ member.root).square().sum(1)
             mean += weight * means
             square += weight * (member.variance * left.clamp(min=1e-12) + means.square())
         deviation = (square - mean.square()).clamp(min=1e-12).sqrt()

@@ -7,17 +7,17 @@ and NAS-BOWL (Ru et al., ICLR 2021, arXiv 2006.07556).
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from nasfast.spaces.base import G, Space
 from nasfast.strategies.base import check_state
 from nasfast.strategies.gaussian_process import GaussianProcess, Scaler
 from nasfast.strategies.history import HistoryStrategy
+from nasfast.strategies.prior import Prior, shipped
 from nasfast.utils.config import Bounded, Count, Weight
 
 _REFERENCE = 256
@@ -34,6 +34,11 @@ class PredictorConfig(Bounded):
     """Uniform draws that the model compares for each proposal."""
     exploration: Weight = 0.3
     """Standard deviations of the model's uncertainty that are added to its mean."""
+    prior: Literal["auto", "none"] = "auto"
+    """auto: what was found of the space on the generated data, where that is known, chooses the
+    first candidates and is where the model starts from. none: the search starts from nothing."""
+    informed: Count = 20
+    """Uniform draws of which such a prior takes one, for each of the initial candidates."""
 
 
 class Predictor(HistoryStrategy[G]):
@@ -44,6 +49,9 @@ class Predictor(HistoryStrategy[G]):
     with the reward that is expected of them, so that a batch is not of one kind. Where candidates
     are rejected, a second model tells which of the draws are likely to be within the limits; others
     come after them.
+
+    A prior, rewards of the space on other data, picks the first candidates, and is a trend of the
+    model: how far the rewards follow it is learned.
 
     The draws are uniform, as mutants of the best so far are too much alike: rewards as noisy as
     those of short trainings do not tell them apart, and the search stays where luck had it.
@@ -57,24 +65,33 @@ class Predictor(HistoryStrategy[G]):
         rng = random.Random(0)
         self._scaler = Scaler([space.features(space.sample(rng)) for _ in range(_REFERENCE)])
         self._pool: tuple[str, list[G], Tensor] | None = None
+        known = shipped(space) if config.prior == "auto" else None
+        self._prior = Prior(space, self._scaler, known) if known else None
 
     def ask(self) -> G:
         """A uniform draw at first; then the best of a pool, which is new after each reward."""
         history, space = self._history, self._space
         known = len(history.evaluated)
         if known + len(history.pending) < self._config.initial or known < 2:
-            return self._uniform("initial")
+            return history.ask(self._initial())
         pool, described = self._draw()
-        for index in self._worth(described).argsort(descending=True).tolist():
+        for index in self._worth(pool, described).argsort(descending=True).tolist():
             if space.valid(pool[index]) and not history.seen(pool[index]):
                 return history.ask(pool[index])
-        return self._uniform("more")
+        return history.ask(self._uniform("more"))
+
+    def _initial(self) -> G:
+        """A uniform draw; where there is a prior, the best of some."""
+        if self._prior is None:
+            return self._uniform("initial")
+        drawn = [self._uniform(f"initial {i}") for i in range(self._config.informed)]
+        return drawn[int(self._prior(drawn).argmax())]
 
     def _uniform(self, purpose: str) -> G:
         history = self._history
         count = len(history.evaluated) + len(history.rejected) + len(history.pending)
         rng = self._generator(f"{purpose} {count}")
-        return history.ask(history.fresh(lambda: self._space.sample(rng)))
+        return history.fresh(lambda: self._space.sample(rng))
 
     def _generator(self, purpose: str) -> random.Random:
         return random.Random(f"{self._seed} {purpose}")
@@ -92,25 +109,31 @@ class Predictor(HistoryStrategy[G]):
             self._pool = name, pool, self._describe(pool)
         return self._pool[1:]
 
-    def _describe(self, genotypes: Iterable[G]) -> Tensor:
+    def _describe(self, genotypes: Sequence[G]) -> Tensor:
         return self._scaler([self._space.features(genotype) for genotype in genotypes])
 
-    def _worth(self, pool: Tensor) -> Tensor:
+    def _expected(self, genotypes: Sequence[G]) -> Tensor | None:
+        return None if self._prior is None else self._prior(genotypes)
+
+    def _model(self, known: Sequence[tuple[G, float]]) -> GaussianProcess:
+        genotypes = [genotype for genotype, _ in known]
+        rewards = [reward for _, reward in known]
+        return GaussianProcess(self._describe(genotypes), rewards, self._expected(genotypes))
+
+    def _worth(self, pool: Sequence[G], described: Tensor) -> Tensor:
         """What the draws are sorted by, ``[N]``."""
         history = self._history
-        known = self._describe(genotype for genotype, _ in history.evaluated)
-        rewards = [reward for _, reward in history.evaluated]
-        model = GaussianProcess(known, rewards)
-        if history.pending:
-            waiting = self._describe(history.pending)
-            means, _ = model.predict(waiting)
-            model = GaussianProcess(torch.cat([known, waiting]), [*rewards, *means.tolist()])
-        mean, deviation = model.predict(pool)
+        model, waiting = self._model(history.evaluated), list(history.pending)
+        if waiting:
+            means, _ = model.predict(self._describe(waiting), self._expected(waiting))
+            model = self._model([*history.evaluated, *zip(waiting, means.tolist())])
+        mean, deviation = model.predict(described, self._expected(pool))
         worth = mean + self._config.exploration * deviation
         if history.rejected:
-            both = torch.cat([known, self._describe(history.rejected)])
-            within = [1.0] * len(rewards) + [-1.0] * len(history.rejected)
-            unlikely = GaussianProcess(both, within).predict(pool)[0] < 0
+            known = [genotype for genotype, _ in history.evaluated]
+            both = self._describe([*known, *history.rejected])
+            within = [1.0] * len(known) + [-1.0] * len(history.rejected)
+            unlikely = GaussianProcess(both, within).predict(described)[0] < 0
             worth = worth - unlikely * (worth.max() - worth.min() + 1)
         return worth
 

@@ -8,10 +8,11 @@ import statistics
 import pytest
 import torch
 
-from nasfast.spaces import FastNASSpace, NASFCOSSpace
+from nasfast.spaces import FastNASSpace, IRNASSpace, NASFCOSSpace, TemplateNASSpace
 from nasfast.strategies import gaussian_process
 from nasfast.strategies.gaussian_process import GaussianProcess, Scaler, without_outliers
 from nasfast.strategies.predictor import Predictor, PredictorConfig
+from nasfast.strategies.prior import Prior, shipped
 from nasfast.strategies.random import RandomSearch
 
 SPACE = FastNASSpace()
@@ -22,35 +23,49 @@ def double(*shape):
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def reference(x, rewards, new, length, noise):
+def reference(x, trend, rewards, new, new_trend, length, slope, noise):
     """Equations 2.25, 2.26 and 2.30 of Rasmussen and Williams, and the likeliest variance."""
 
-    def kernel(a, b):
+    def kernel(a, b, along_a, along_b):
         squares = (a[:, None] - b[None]).square().sum(-1) / (2 * a.shape[1])
-        return torch.exp(-squares / (2 * length**2))
+        return torch.exp(-squares / (2 * length**2)) + slope * along_a[:, None] * along_b
 
     y = (rewards - rewards.mean()) / rewards.std()
-    covariance = kernel(x, x) + noise * torch.eye(len(x), dtype=torch.float64)
-    inverse, cross = torch.linalg.inv(covariance), kernel(new, x)
+    covariance = kernel(x, x, trend, trend) + noise * torch.eye(len(x), dtype=torch.float64)
+    inverse, cross = torch.linalg.inv(covariance), kernel(new, x, new_trend, trend)
     variance = y @ inverse @ y / len(y)
     score = -len(y) / 2 * variance.log() - torch.logdet(covariance) / 2
-    deviation = (variance * (1 - (cross @ inverse * cross).sum(1))).sqrt()
+    alone = torch.diagonal(kernel(new, new, new_trend, new_trend))
+    deviation = (variance * (alone - (cross @ inverse * cross).sum(1))).sqrt()
     return cross @ inverse @ y, deviation, score
 
 
-def test_predictions_are_those_of_the_formulas(monkeypatch):
+@pytest.mark.parametrize("with_trend", [False, True])
+def test_predictions_are_those_of_the_formulas(monkeypatch, with_trend):
     monkeypatch.setattr(gaussian_process, "OUTLIER", math.inf)
     x, rewards, new = double(12, 5), double(12), double(7, 5)
-    settings = itertools.product(gaussian_process.LENGTHS, gaussian_process.NOISES)
-    found = [reference(x, rewards, new, *setting) for setting in settings]
+    trend, new_trend = (double(12, 1)[:, 0], double(7, 1)[:, 0]) if with_trend else (None, None)
+    slopes = gaussian_process.TRENDS if with_trend else [0.0]
+    settings = itertools.product(gaussian_process.LENGTHS, slopes, gaussian_process.NOISES)
+    known = (x, trend if with_trend else x.new_zeros(12), rewards)
+    asked = (new, new_trend if with_trend else x.new_zeros(7))
+    found = [reference(*known, *asked, *setting) for setting in settings]
     found = sorted(found, key=lambda each: -each[2])[: gaussian_process.MEMBERS]
     weights = torch.stack([score for *_, score in found]).softmax(0)
     means, deviations = (torch.stack([each[i] for each in found]) for i in (0, 1))
     mean = weights @ means
     deviation = (weights @ (deviations.square() + means.square()) - mean.square()).sqrt()
-    predicted = GaussianProcess(x, rewards.tolist()).predict(new)
+    predicted = GaussianProcess(x, rewards.tolist(), trend).predict(new, new_trend)
     torch.testing.assert_close(predicted[0], rewards.mean() + rewards.std() * mean)
     torch.testing.assert_close(predicted[1], rewards.std() * deviation)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_rewards_follow_a_trend_as_far_as_they_turn_out_to(sign):
+    x, trend = double(20, 5), double(20, 1)[:, 0]
+    model = GaussianProcess(x, (0.5 + sign * 0.02 * trend).tolist(), trend)
+    ahead, behind = model.predict(double(2, 5), torch.tensor([2.0, -2.0], dtype=torch.float64))[0]
+    assert sign * (ahead - behind) == pytest.approx(0.08, rel=0.2)
 
 
 def test_a_scaler_centres_its_reference():
@@ -126,3 +141,68 @@ def test_what_is_no_network_is_not_proposed():
         genotype = strategy.ask()
         assert space.valid(genotype)
         strategy.tell(genotype, float(i))
+
+
+# What is known before the first evaluation
+
+
+def test_a_prior_is_in_units_of_its_space():
+    rng = random.Random(3)
+    scaler = Scaler([SPACE.features(SPACE.sample(rng)) for _ in range(100)])
+    known = [(genotype, reward(genotype)) for genotype in (SPACE.sample(rng) for _ in range(100))]
+    prior = Prior(SPACE, scaler, known)
+    drawn = [SPACE.sample(rng) for _ in range(200)]
+    expected = prior(drawn)
+    assert expected.mean().abs() < 0.3
+    assert 0.7 < expected.std() < 1.3
+    true = torch.tensor([reward(genotype) for genotype in drawn], dtype=torch.float64)
+    assert torch.corrcoef(torch.stack([expected, true]))[0, 1] > 0.6
+
+
+def test_what_is_shipped():
+    known = shipped(FastNASSpace())
+    assert len(known) >= 100
+    assert all(FastNASSpace().encode(genotype) and 0 < reward < 1 for genotype, reward in known)
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        FastNASSpace(num_blocks=2),
+        FastNASSpace(num_taps=3),
+        NASFCOSSpace(),
+        TemplateNASSpace(),
+        IRNASSpace(),
+    ],
+)
+def test_nothing_is_known_of_other_spaces(space):
+    assert shipped(space) is None
+    proposed = [
+        Predictor(space, PredictorConfig(prior=prior), 0).ask() for prior in ("auto", "none")
+    ]
+    assert proposed[0] == proposed[1]
+
+
+def test_the_first_candidates_are_those_that_a_prior_expects_most_of():
+    prior = Predictor(SPACE, PredictorConfig(), 5)._prior
+    informed, uniform = (
+        [strategy.ask() for _ in range(8)]
+        for strategy in (
+            Predictor(SPACE, PredictorConfig(), 0),
+            Predictor(SPACE, PredictorConfig(prior="none"), 0),
+        )
+    )
+    assert prior(informed).min() > 0.5
+    assert prior(uniform).mean().abs() < 1
+
+
+def test_a_prior_that_is_wrong_is_overruled():
+    """Rewards are the opposite of what it expects."""
+    strategy = Predictor(SPACE, PredictorConfig(initial=4, pool=100), 0)
+    expected = []
+    for _ in range(24):
+        genotype = strategy.ask()
+        expected.append(strategy._prior([genotype]).item())
+        strategy.tell(genotype, -expected[-1])
+    assert statistics.fmean(expected[:4]) > 0.5
+    assert statistics.fmean(expected[-8:]) < -0.5
