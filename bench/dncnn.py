@@ -1,7 +1,7 @@
 """DnCNN (Zhang et al., IEEE Transactions on Image Processing 26, 2017) by the recipe of `nasfast
 train`, scored as by `nasfast evaluate`: what a denoiser has that nobody searched.
 
-    python bench/dncnn.py --data DIR [--steps 3000] [--batch-size 8] [--crop 48] [--lr 0.1]
+    python bench/dncnn.py --data DIR [--steps 3000] [--batch-size 8] [--crop 48] [--lr 0.001]
         [--seed 0] [--threads 1] [--json FILE]
 
 17 convolutions of 3x3 with 64 channels, 556,097 parameters, which predict the noise.
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=recipe.steps)
     parser.add_argument("--batch-size", type=int, default=recipe.batch_size)
     parser.add_argument("--crop", type=int, default=recipe.crop)
-    parser.add_argument("--lr", type=float, default=recipe.lr)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)

@@ -22,7 +22,7 @@ from nasfast.strategies.random import RandomSearch
 from nasfast.utils.errors import UserError
 
 Name = Literal["auto", "predictor", "evolution", "ppo", "random"]
-"""What a sampling search can be told: "auto" is `recommended`."""
+"""What a sampling search can be told: "auto" is `settled`."""
 
 
 class StrategySettings(Protocol):
@@ -46,12 +46,15 @@ STRATEGIES: dict[str, Callable[[Space[Any], int, StrategySettings], Strategy[Any
 }
 
 
-def recommended(space: str, budget: int) -> str:
-    """What "auto" is for a space and a number of candidates, by `bench/search_quality.py`.
+def settled(name: str, budget: int) -> str:
+    """The name; of "auto", what `bench/search_quality.py` recommends for a number of candidates.
 
-    The predictor leads in both recorded spaces. It weighs every candidate against every other for
-    each proposal, seconds beyond some hundreds, where evolution finds as much.
+    The predictor leads in both recorded spaces, and by what it finds in the restoration space. It
+    weighs every candidate against every other for each proposal, seconds beyond some hundreds,
+    where evolution finds as much.
     """
+    if name != "auto":
+        return name
     return "predictor" if budget <= 300 else "evolution"
 
 
@@ -80,5 +83,5 @@ __all__ = [
     "Temperature",
     "make_relaxation",
     "make_strategy",
-    "recommended",
+    "settled",
 ]

@@ -71,14 +71,18 @@ class Relaxation(Protocol):
         """Inverse of `state_dict`; UserError if another relaxation wrote it."""
 
 
-class Darts:
-    """All operations run, weighted by their softmax (Liu et al., ICLR 2019; IR-NAS)."""
-
-    name = "darts"
+class _Exclusive:
+    """Operations of an edge that grow at the expense of each other."""
 
     def probabilities(self, alphas: Tensor) -> Tensor:
         """Softmax."""
         return alphas.softmax(1)
+
+
+class Darts(_Exclusive):
+    """All operations run, weighted by their softmax (Liu et al., ICLR 2019; IR-NAS)."""
+
+    name = "darts"
 
     def weight_step(self, alphas: Tensor) -> Mix:
         """All operations, by their probabilities."""
@@ -112,7 +116,7 @@ class Sigmoid(Darts):
         return alphas.sigmoid()
 
 
-class Proxyless:
+class Proxyless(_Exclusive):
     """Binary gates: one operation of an edge runs while weights are trained, two while alphas are
     (Cai et al., ProxylessNAS, ICLR 2019, section 3.2).
 
@@ -126,10 +130,6 @@ class Proxyless:
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self._before: tuple[Tensor, Tensor] | None = None  # alphas [edges, K], pairs [edges, 2]
-
-    def probabilities(self, alphas: Tensor) -> Tensor:
-        """Softmax."""
-        return alphas.softmax(1)
 
     def weight_step(self, alphas: Tensor) -> Mix:
         """One operation per edge, drawn by the softmax."""
@@ -174,7 +174,7 @@ class Proxyless:
         return torch.multinomial(probabilities, count, generator=self._generator)
 
 
-class Gumbel:
+class Gumbel(_Exclusive):
     """One operation of an edge runs, the one with the largest logit plus Gumbel noise; its gradient
     goes to the alphas through the softmax of the same sums (Dong and Yang, GDAS, CVPR 2019)."""
 
@@ -184,10 +184,6 @@ class Gumbel:
         self._generator = torch.Generator().manual_seed(seed)
         self._temperature = temperature
         self._step = 0
-
-    def probabilities(self, alphas: Tensor) -> Tensor:
-        """Softmax."""
-        return alphas.softmax(1)
 
     @property
     def temperature(self) -> float:

@@ -13,7 +13,7 @@ from nasfast.data import Sample, SegmentationDataset, Splits
 from nasfast.evaluation.stages import Stage1Config
 from nasfast.methods.segmentation import search as segmentation
 from nasfast.methods.segmentation.settings import PRESETS, SearchConfig, continued, parse
-from nasfast.strategies import recommended
+from nasfast.strategies import settled
 from nasfast.utils.errors import UserError
 
 
@@ -125,7 +125,7 @@ def test_workers_without_work_are_mentioned(monkeypatch):
 def test_presets():
     demo = PRESETS["demo"]
     assert demo.strategy == "auto"
-    chosen = recommended("fast_nas", demo.budget)
+    chosen = settled("auto", demo.budget)
     wanted = dataclasses.replace(demo, strategy=chosen, runs=Path("runs").resolve())
     assert parse(["--preset", "paper"]).strategy == "ppo"
     assert parse(["--threads", "3"]) == dataclasses.replace(wanted, threads=3)

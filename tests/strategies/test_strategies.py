@@ -17,7 +17,7 @@ from nasfast.strategies import (
     PredictorConfig,
     RandomSearch,
     make_strategy,
-    recommended,
+    settled,
 )
 from nasfast.utils.errors import UserError
 
@@ -81,9 +81,6 @@ def test_names():
         make("bayes")
 
 
-def test_recommended_is_a_strategy():
-    assert all(
-        recommended(space, budget) in STRATEGIES
-        for space in ("fast_nas", "template_nas", "nas_fcos", "ir_nas", "other")
-        for budget in (1, 24, 100, 2000)
-    )
+def test_auto_is_a_strategy():
+    assert all(settled("auto", budget) in STRATEGIES for budget in (1, 24, 100, 2000))
+    assert all(settled(name, 24) == name for name in STRATEGIES)

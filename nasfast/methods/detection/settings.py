@@ -15,7 +15,7 @@ from nasfast.methods import flags
 from nasfast.methods.detection.improvements import improved_detector, improved_loss
 from nasfast.models.detector import DetectorConfig
 from nasfast.searches.sampling import SamplingSettings, default_threads
-from nasfast.strategies import Name, PPOConfig, recommended
+from nasfast.strategies import Name, PPOConfig, settled
 from nasfast.tasks.detection import DetectionLoss
 from nasfast.utils.cli import flag_value
 from nasfast.utils.config import Bound, Bounded, Channels, Count, Pixels, override
@@ -202,8 +202,7 @@ def _finished(config: SearchConfig) -> SearchConfig:
         for field in ("encoder_weights", "runs", "cache_dir")
         if getattr(config, field) is not None
     }
-    if config.strategy == "auto":
-        changes["strategy"] = recommended("nas_fcos", config.budget)
+    changes["strategy"] = settled(config.strategy, config.budget)
     threads = config.threads or default_threads(config.batch)
     return dataclasses.replace(config, data=data_path(config.data), threads=threads, **changes)
 

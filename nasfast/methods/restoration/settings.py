@@ -23,8 +23,7 @@ from nasfast.models.restorer import RestorerConfig
 from nasfast.models.supernet import SupernetConfig
 from nasfast.searches.bilevel import ArchitectureConfig, BilevelConfig, WeightsConfig
 from nasfast.searches.sampling import SamplingSettings, default_threads
-from nasfast.spaces.ir_nas import IRNASSpace
-from nasfast.strategies import GRADIENT_STRATEGIES, STRATEGIES, Name, PPOConfig, recommended
+from nasfast.strategies import GRADIENT_STRATEGIES, STRATEGIES, Name, PPOConfig, settled
 from nasfast.strategies.gradient import Temperature
 from nasfast.tasks.restoration import RestorationTask, task_from_json
 from nasfast.tasks.restoration.denoising import Denoising
@@ -148,7 +147,7 @@ PRESETS = {
         supernet=SupernetConfig(layers=2, nodes=2, width=4, memory="save"),
         network=RestorerConfig(8, 16, 16, 8, residual=True, atrous=False),
         budget=12,
-        recipe=Recipe(steps=100, batch_size=4, crop=32),
+        recipe=Recipe(steps=300, batch_size=4, crop=16),
         temperature=Temperature(steps=50),
     ),
     "quick": SearchConfig(
@@ -168,8 +167,8 @@ PRESETS = {
         ),
         supernet=SupernetConfig(layers=3, nodes=3, width=8, memory="save"),
         network=RestorerConfig(16, 16, 32, 16, residual=True, atrous=False),
-        budget=48,
-        recipe=Recipe(steps=150, crop=32),
+        budget=24,
+        recipe=Recipe(steps=1000, batch_size=4, crop=24),
         temperature=Temperature(steps=250),
     ),
     "paper": SearchConfig(preset="paper", batch=4, recipe=Recipe(steps=20_000)),
@@ -197,9 +196,8 @@ def _finished(config: SearchConfig, sized: bool) -> SearchConfig:
         config: as given.
         sized: whether it was given what decides the size.
     """
-    if config.strategy == "auto":
-        strategy: Any = recommended(IRNASSpace().name, config.budget)
-        config = dataclasses.replace(config, strategy=strategy)
+    strategy: Any = settled(config.strategy, config.budget)
+    config = dataclasses.replace(config, strategy=strategy)
     threads, params = config.threads, config.params
     if config.samples:
         threads = threads or default_threads(config.batch)

@@ -15,7 +15,7 @@ from nasfast.methods import flags
 from nasfast.methods.segmentation.decoders import FAST_NAS, Decoders
 from nasfast.models.decoders import DecoderConfig
 from nasfast.searches.sampling import SamplingSettings, default_threads
-from nasfast.strategies import Name, PPOConfig, recommended
+from nasfast.strategies import Name, PPOConfig, settled
 from nasfast.utils.cli import flag_value
 from nasfast.utils.config import Bound, Count, Pixels, override
 from nasfast.utils.files import data_path, expanded
@@ -170,8 +170,7 @@ def _finished(config: C) -> C:
         for field in ("encoder_weights", "teacher", "runs", "cache_dir")
         if getattr(config, field) is not None
     }
-    if config.strategy == "auto":
-        changes["strategy"] = recommended(config.decoders.space.name, config.budget)
+    changes["strategy"] = settled(config.strategy, config.budget)
     threads = config.threads or default_threads(config.batch)
     return dataclasses.replace(config, data=data_path(config.data), threads=threads, **changes)
 
