@@ -11,7 +11,7 @@ from torch import nn
 
 from nasfast.commands import train
 from nasfast.methods.registry import METHODS, method_of_source
-from nasfast.methods.restoration.train import Recipe, TrainingRun, parse_train
+from nasfast.methods.restoration.train import PRESETS, Recipe, TrainingRun, parse_train
 from nasfast.models.io import load_model
 from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.spaces.ir_nas import IRNASGenotype
@@ -133,6 +133,49 @@ def test_recipes_learn_and_resume(optimizer):
     second.run(10)
     for mine, theirs in zip(whole.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def norms_of(run):
+    return [each for each in run.model.modules() if isinstance(each, nn.BatchNorm2d)]
+
+
+def statistics_of(run):
+    return [each.running_var.clone() for each in norms_of(run)]
+
+
+def test_statistics_are_measured_and_stay_in_the_last_steps():
+    run = training_of(Recipe(steps=40, batch_size=2, lr=0.02, frozen_norm=0.25))
+    run.run(30)
+    moving, weights = statistics_of(run), [each.detach().clone() for each in run.model.parameters()]
+    run.run(1)
+    measured = statistics_of(run)
+    assert any(not torch.equal(old, new) for old, new in zip(moving, measured))
+    run.run(99)
+    assert run.steps == 40
+    assert all(torch.equal(old, new) for old, new in zip(measured, statistics_of(run)))
+    assert any(not torch.equal(old, new) for old, new in zip(weights, run.model.parameters()))
+    assert {each.momentum for each in norms_of(run)} == {0.1}
+
+
+@pytest.mark.parametrize("stop", [29, 30, 31])
+def test_it_continues_around_the_measurement(stop):
+    recipe = Recipe(steps=40, batch_size=2, lr=0.02, frozen_norm=0.25)
+    whole, first, second = (training_of(recipe) for _ in range(3))
+    whole.run(40)
+    first.run(stop)
+    second.load_state_dict(first.state_dict())
+    second.run(40)
+    states = (each.model.state_dict().values() for each in (whole, second))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*states, strict=True))
+
+
+def test_statistics_move_to_the_end_where_none_of_the_steps_is_frozen():
+    run = training_of(Recipe(steps=20, batch_size=2, lr=0.02, frozen_norm=0.0))
+    run.run(19)
+    before = statistics_of(run)
+    run.run(1)
+    assert all(not torch.equal(old, new) for old, new in zip(before, statistics_of(run)))
+    assert PRESETS["paper"].frozen_norm == 0
 
 
 def test_the_published_recipe():

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -30,13 +30,14 @@ from nasfast.tasks.restoration.loss import RestorationLoss
 from nasfast.tasks.restoration.patches import ImagePatches
 from nasfast.tasks.restoration.pictures import before_and_after
 from nasfast.tasks.restoration.scoring import costs, evaluate, input_size
-from nasfast.training import processes
+from nasfast.training import batch_norm, processes
 from nasfast.training.cost import count_parameters
 from nasfast.training.loop import Group, NonFiniteLossError, Runtime, one_cycle, train_epoch
 from nasfast.training.pictures import SAMPLES, drawn, spread
 from nasfast.utils.cli import flag_value
 from nasfast.utils.config import (
     BatchSize,
+    Bound,
     Bounded,
     Count,
     MaxNorm,
@@ -71,6 +72,9 @@ class Recipe(Bounded):
     """Gradients are scaled down to this L2 norm."""
     ssim_weight: Weight = 0.0
     """lambda: weight of log10(1 / SSIM) beside the squared error."""
+    frozen_norm: Annotated[float, Bound(0, 1, open="high")] = 0.1
+    """Share of the steps, the last ones, in which BatchNorm normalises by statistics that stay:
+    those of many patches, measured right before. A few patches differ much from whole images."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,8 @@ class TrainConfig(Recipe, TrainSettings):
         return Size.of(self.params)
 
 
+CALIBRATION = 32
+"""Batches that statistics of BatchNorm are measured on, before they stay."""
 PUBLISHED = Recipe(
     steps=600_000,
     batch_size=12,
@@ -117,6 +123,7 @@ PUBLISHED = Recipe(
     weight_decay=4e-5,
     max_grad_norm=math.inf,
     ssim_weight=0.6,
+    frozen_norm=0.0,
 )
 FIRST = (
     "source",
@@ -203,8 +210,26 @@ class TrainingRun:
         Raises:
             NonFiniteLossError: the loss is NaN or infinite.
         """
+        end = min(self.steps + steps, self.recipe.steps)
+        total, start = 0.0, self.steps
+        for part in (min(end, self._frozen_from), end):
+            if count := max(part - self.steps, 0):
+                total += count * self._train(count)
+        return total / max(end - start, 1)
+
+    @property
+    def _frozen_from(self) -> int:
+        """The step before which statistics of BatchNorm are measured, to stay."""
+        return self.recipe.steps - round(self.recipe.frozen_norm * self.recipe.steps)
+
+    def _train(self, steps: int) -> float:
+        """Steps that are all with moving statistics, or all with fixed ones."""
         self.model.train()
-        steps = min(steps, self.recipe.steps - self.steps)
+        if self.steps == self._frozen_from:
+            passes = min(CALIBRATION, self.steps)
+            batch_norm.measure(self.model, lambda: self._forward(self._batch()[0]), passes)
+        if self.steps >= self._frozen_from:
+            batch_norm.freeze(self.model)
         batches = (self._batch() for _ in range(steps))
         loss = train_epoch(batches, self._loss, [self._group], self.runtime)
         self.steps += steps
@@ -218,9 +243,12 @@ class TrainingRun:
 
     def _loss(self, pair: tuple[Tensor, Tensor]) -> Tensor:
         inputs, targets = pair
+        return self._loss_of(self._forward(inputs), targets)
+
+    def _forward(self, inputs: Tensor) -> Tensor:
         with self.runtime.autocast():
-            restored = self.model(inputs)
-        return self._loss_of(restored, targets)
+            restored: Tensor = self.model(inputs)
+        return restored
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
