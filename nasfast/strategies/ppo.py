@@ -268,9 +268,9 @@ class PPO(Generic[G]):
             order = torch.randperm(len(choices), generator=self._permutation)
             for batch in torch.split(order, config.minibatch_size):
                 log_probs, entropy = self.controller(choices[batch])
-                ratio = (log_probs - proximal[batch]).exp()
-                clipped = ratio.clamp(1 - config.clip_coef, 1 + config.clip_coef)
-                gain = torch.minimum(ratio * advantages[batch], clipped * advantages[batch])
+                gain = clipped_gain(
+                    log_probs - proximal[batch], advantages[batch], config.clip_coef
+                )
                 loss = -(weights[batch] * gain).mean() - config.ent_coef * entropy.mean()
                 self._optimizer.zero_grad()
                 loss.backward()
@@ -303,6 +303,16 @@ class PPO(Generic[G]):
         self._asked = deque(state["asked"])
         self._buffer = list(state["buffer"])
         self._new = state["new"]
+
+
+_LARGEST = 20.0
+"""Logarithm of a probability ratio beyond which it is cut off: an infinite one has no gradient."""
+
+
+def clipped_gain(log_ratios: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """Equation 7 of PPO (Schulman et al., arXiv 1707.06347) for each sample: [N], [N] -> [N]."""
+    ratios = log_ratios.clamp(max=_LARGEST).exp()
+    return torch.minimum(ratios * advantages, ratios.clamp(1 - clip, 1 + clip) * advantages)
 
 
 def leave_one_out_advantages(rewards: Sequence[float], decay: float) -> Tensor:

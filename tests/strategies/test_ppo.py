@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nasfast.spaces import Decision, FastNASSpace
 from nasfast.strategies import PPO, PPOConfig, RandomSearch
-from nasfast.strategies.ppo import Controller, leave_one_out_advantages
+from nasfast.strategies.ppo import Controller, clipped_gain, leave_one_out_advantages
 from nasfast.utils.errors import UserError
 
 SPACE = FastNASSpace()
@@ -114,6 +114,22 @@ def test_first_step_is_the_policy_gradient_of_the_weighted_samples():
     (-gain.mean() - 0.01 * entropy[0]).backward()
     for p, expected in zip(strategy.controller.parameters(), twin.parameters(), strict=True):
         assert torch.allclose(p.grad, expected.grad, atol=1e-6)
+
+
+def test_the_gain_is_clipped_where_that_is_less():
+    ratios = torch.tensor([0.5, 1.05, 2.0, 0.5, 1.05, 2.0])
+    advantages = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
+    found = clipped_gain(ratios.log(), advantages, 0.1)
+    torch.testing.assert_close(found, torch.tensor([0.5, 1.05, 1.1, -0.9, -1.05, -2.0]))
+
+
+def test_a_ratio_that_overflows_has_a_finite_gradient():
+    """As where the policy has turned to a sample within one update, at a large learning rate."""
+    log_ratios = torch.tensor([200.0, 200.0, -200.0, -200.0], requires_grad=True)
+    gain = clipped_gain(log_ratios, torch.tensor([1.0, -1.0, 1.0, -1.0]), 0.1)
+    gain.sum().backward()
+    assert gain.isfinite().all()
+    assert log_ratios.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(("minibatch_size", "steps"), [(1, 5), (2, 3), (5, 1), (100, 1)])
