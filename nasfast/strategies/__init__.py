@@ -49,9 +49,8 @@ STRATEGIES: dict[str, Callable[[Space[Any], int, StrategySettings], Strategy[Any
 def settled(name: str, budget: int) -> str:
     """The name; of "auto", what `bench/search_quality.py` recommends for a number of candidates.
 
-    The predictor leads in both recorded spaces, and by what it finds in the restoration space. It
-    weighs every candidate against every other for each proposal, seconds beyond some hundreds,
-    where evolution finds as much.
+    The predictor leads in both recorded spaces. It weighs every candidate against every other for
+    each proposal, seconds beyond some hundreds, where evolution finds as much.
     """
     if name != "auto":
         return name

@@ -81,10 +81,12 @@ class Predictor(HistoryStrategy[G]):
         return history.ask(self._uniform("more"))
 
     def _initial(self) -> G:
-        """A uniform draw; where there is a prior, the best of some."""
+        """A uniform draw; where there is a prior, the best of some, of fewer the more are rejected:
+        what it expects most of may be what a limit forbids."""
         if self._prior is None:
             return self._uniform("initial")
-        drawn = [self._uniform(f"initial {i}") for i in range(self._config.informed)]
+        count = max(1, self._config.informed // (1 + len(self._history.rejected)))
+        drawn = [self._uniform(f"initial {i}") for i in range(count)]
         return drawn[int(self._prior(drawn).argmax())]
 
     def _uniform(self, purpose: str) -> G:

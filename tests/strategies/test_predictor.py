@@ -206,3 +206,17 @@ def test_a_prior_that_is_wrong_is_overruled():
         strategy.tell(genotype, -expected[-1])
     assert statistics.fmean(expected[:4]) > 0.5
     assert statistics.fmean(expected[-8:]) < -0.5
+
+
+def test_a_limit_on_what_a_prior_expects_most_of():
+    """One in 25 of the space is within it; a search ends after 1,000 rejections in a row."""
+    strategy = Predictor(SPACE, PredictorConfig(initial=4, pool=100), 0)
+    rng = random.Random(7)
+    expected = sorted(strategy._prior([SPACE.sample(rng) for _ in range(500)]).tolist())
+    for _ in range(6):
+        rejected = 0
+        while strategy._prior([genotype := strategy.ask()]).item() > expected[20]:
+            strategy.reject(genotype)
+            rejected += 1
+        assert rejected < 200
+        strategy.tell(genotype, rng.random())
