@@ -218,5 +218,5 @@ def test_a_limit_on_what_a_prior_expects_most_of():
         while strategy._prior([genotype := strategy.ask()]).item() > expected[20]:
             strategy.reject(genotype)
             rejected += 1
-        assert rejected < 200
+            assert rejected < 200
         strategy.tell(genotype, rng.random())
