@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from nasfast.spaces.base import G, Space
@@ -21,7 +22,7 @@ from nasfast.strategies.prior import Prior, shipped
 from nasfast.utils.config import Bounded, Count, Weight
 
 _REFERENCE = 256
-"""Uniform draws that tell how features are spread over the space."""
+"""Uniform draws that tell how features, and expectations of a prior, are spread over the space."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,16 @@ class Predictor(HistoryStrategy[G]):
         rng = random.Random(0)
         self._scaler = Scaler([space.features(space.sample(rng)) for _ in range(_REFERENCE)])
         self._pool: tuple[str, list[G], Tensor] | None = None
-        known = shipped(space) if config.prior == "auto" else None
-        self._prior = Prior(space, self._scaler, known) if known else None
+        self._prior = self._make_prior() if config.prior == "auto" else None
+
+    def _make_prior(self) -> Prior | None:
+        known = shipped(self._space)
+        if known is None:
+            return None
+        rng = random.Random(1)
+        reference = [self._space.sample(rng) for _ in range(_REFERENCE)]
+        genotypes, rewards = zip(*known)
+        return Prior(self._describe(genotypes), rewards, self._describe(reference))
 
     def ask(self) -> G:
         """A uniform draw at first; then the best of a pool, which is new after each reward."""
@@ -75,7 +84,7 @@ class Predictor(HistoryStrategy[G]):
         if known + len(history.pending) < self._config.initial or known < 2:
             return history.ask(self._initial())
         pool, described = self._draw()
-        for index in self._worth(pool, described).argsort(descending=True).tolist():
+        for index in self._worth(described).argsort(descending=True).tolist():
             if space.valid(pool[index]) and not history.seen(pool[index]):
                 return history.ask(pool[index])
         return history.ask(self._uniform("more"))
@@ -87,7 +96,7 @@ class Predictor(HistoryStrategy[G]):
             return self._uniform("initial")
         count = max(1, self._config.informed // (1 + len(self._history.rejected)))
         drawn = [self._uniform(f"initial {i}") for i in range(count)]
-        return drawn[int(self._prior(drawn).argmax())]
+        return drawn[int(self._prior(self._describe(drawn)).argmax())]
 
     def _uniform(self, purpose: str) -> G:
         history = self._history
@@ -114,28 +123,26 @@ class Predictor(HistoryStrategy[G]):
     def _describe(self, genotypes: Sequence[G]) -> Tensor:
         return self._scaler([self._space.features(genotype) for genotype in genotypes])
 
-    def _expected(self, genotypes: Sequence[G]) -> Tensor | None:
-        return None if self._prior is None else self._prior(genotypes)
+    def _trend(self, x: Tensor) -> Tensor | None:
+        return None if self._prior is None else self._prior(x)
 
-    def _model(self, known: Sequence[tuple[G, float]]) -> GaussianProcess:
-        genotypes = [genotype for genotype, _ in known]
-        rewards = [reward for _, reward in known]
-        return GaussianProcess(self._describe(genotypes), rewards, self._expected(genotypes))
-
-    def _worth(self, pool: Sequence[G], described: Tensor) -> Tensor:
+    def _worth(self, pool: Tensor) -> Tensor:
         """What the draws are sorted by, ``[N]``."""
         history = self._history
-        model, waiting = self._model(history.evaluated), list(history.pending)
-        if waiting:
-            means, _ = model.predict(self._describe(waiting), self._expected(waiting))
-            model = self._model([*history.evaluated, *zip(waiting, means.tolist())])
-        mean, deviation = model.predict(described, self._expected(pool))
+        known = self._describe([genotype for genotype, _ in history.evaluated])
+        rewards = [reward for _, reward in history.evaluated]
+        model = GaussianProcess(known, rewards, self._trend(known))
+        if history.pending:
+            waiting = self._describe(history.pending)
+            means, _ = model.predict(waiting, self._trend(waiting))
+            both = torch.cat([known, waiting])
+            model = GaussianProcess(both, [*rewards, *means.tolist()], self._trend(both))
+        mean, deviation = model.predict(pool, self._trend(pool))
         worth = mean + self._config.exploration * deviation
         if history.rejected:
-            known = [genotype for genotype, _ in history.evaluated]
-            both = self._describe([*known, *history.rejected])
-            within = [1.0] * len(known) + [-1.0] * len(history.rejected)
-            unlikely = GaussianProcess(both, within).predict(described)[0] < 0
+            both = torch.cat([known, self._describe(history.rejected)])
+            within = [1.0] * len(rewards) + [-1.0] * len(history.rejected)
+            unlikely = GaussianProcess(both, within).predict(pool)[0] < 0
             worth = worth - unlikely * (worth.max() - worth.min() + 1)
         return worth
 

@@ -36,5 +36,6 @@ def measure(model: nn.Module, forward: Callable[[], object], passes: int) -> Non
         norm.momentum = momentum
 
 
-def _norms(model: nn.Module) -> list[nn.BatchNorm2d]:
-    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+def _norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    # with those that gather statistics of several processes
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

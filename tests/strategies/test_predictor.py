@@ -146,13 +146,22 @@ def test_what_is_no_network_is_not_proposed():
 # What is known before the first evaluation
 
 
+def expected_by(strategy, genotypes):
+    return strategy._prior(strategy._describe(genotypes))
+
+
 def test_a_prior_is_in_units_of_its_space():
     rng = random.Random(3)
     scaler = Scaler([SPACE.features(SPACE.sample(rng)) for _ in range(100)])
     known = [(genotype, reward(genotype)) for genotype in (SPACE.sample(rng) for _ in range(100))]
-    prior = Prior(SPACE, scaler, known)
+
+    def describe(genotypes):
+        return scaler([SPACE.features(genotype) for genotype in genotypes])
+
+    reference = describe([SPACE.sample(random.Random(i)) for i in range(256)])
+    prior = Prior(describe([genotype for genotype, _ in known]), [r for _, r in known], reference)
     drawn = [SPACE.sample(rng) for _ in range(200)]
-    expected = prior(drawn)
+    expected = prior(describe(drawn))
     assert expected.mean().abs() < 0.3
     assert 0.7 < expected.std() < 1.3
     true = torch.tensor([reward(genotype) for genotype in drawn], dtype=torch.float64)
@@ -184,7 +193,7 @@ def test_nothing_is_known_of_other_spaces(space):
 
 
 def test_the_first_candidates_are_those_that_a_prior_expects_most_of():
-    prior = Predictor(SPACE, PredictorConfig(), 5)._prior
+    judge = Predictor(SPACE, PredictorConfig(), 5)
     informed, uniform = (
         [strategy.ask() for _ in range(8)]
         for strategy in (
@@ -192,8 +201,8 @@ def test_the_first_candidates_are_those_that_a_prior_expects_most_of():
             Predictor(SPACE, PredictorConfig(prior="none"), 0),
         )
     )
-    assert prior(informed).min() > 0.5
-    assert prior(uniform).mean().abs() < 1
+    assert expected_by(judge, informed).min() > 0.5
+    assert expected_by(judge, uniform).mean().abs() < 1
 
 
 def test_a_prior_that_is_wrong_is_overruled():
@@ -202,7 +211,7 @@ def test_a_prior_that_is_wrong_is_overruled():
     expected = []
     for _ in range(24):
         genotype = strategy.ask()
-        expected.append(strategy._prior([genotype]).item())
+        expected.append(expected_by(strategy, [genotype]).item())
         strategy.tell(genotype, -expected[-1])
     assert statistics.fmean(expected[:4]) > 0.5
     assert statistics.fmean(expected[-8:]) < -0.5
@@ -212,10 +221,10 @@ def test_a_limit_on_what_a_prior_expects_most_of():
     """One in 25 of the space is within it; a search ends after 1,000 rejections in a row."""
     strategy = Predictor(SPACE, PredictorConfig(initial=4, pool=100), 0)
     rng = random.Random(7)
-    expected = sorted(strategy._prior([SPACE.sample(rng) for _ in range(500)]).tolist())
+    expected = sorted(expected_by(strategy, [SPACE.sample(rng) for _ in range(500)]).tolist())
     for _ in range(6):
         rejected = 0
-        while strategy._prior([genotype := strategy.ask()]).item() > expected[20]:
+        while expected_by(strategy, [genotype := strategy.ask()]).item() > expected[20]:
             strategy.reject(genotype)
             rejected += 1
             assert rejected < 200

@@ -26,6 +26,7 @@ from nasfast.models.zoo import ZOO
 from nasfast.spaces.nas_fcos import NASFCOSGenotype
 from nasfast.tasks.base import Targets
 from nasfast.tasks.detection import DetectionLoss, DetectionScores, DetectionTask
+from nasfast.training import batch_norm
 from nasfast.training.loop import Runtime
 from nasfast.utils.config import Pixels, from_mapping
 from nasfast.utils.errors import UserError
@@ -213,9 +214,7 @@ class DetectionTraining(DenseTraining):
     def learning(self, frozen: bool) -> None:
         super().learning(frozen)
         if self.settings.freeze_norm:
-            for module in self.model.get_submodule("encoder").modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):  # of several processes too
-                    module.eval()
+            batch_norm.freeze(self.model.get_submodule("encoder"))
 
     def prepared(self, images: Tensor, targets: Targets) -> Targets:
         """What each point is to learn."""
