@@ -29,6 +29,7 @@ sys.path.insert(0, str(BENCH))
 import bench_nms  # noqa: E402
 import candidates  # noqa: E402
 import deform_conv2d_baselines as deform  # noqa: E402
+import dncnn  # noqa: E402
 import feature_cache_baselines as features  # noqa: E402
 import gpu_parts  # noqa: E402
 import gpu_report  # noqa: E402
@@ -783,3 +784,27 @@ def test_recording_continues_and_takes_runs(tmp_path: Path) -> None:
     )
     search_quality.add(path, [study.path])
     assert len(json.loads(path.read_text())["rows"]) == 3  # the same two, and the repeated one
+
+
+# A denoiser that nobody searched
+
+
+def test_dncnn_has_its_published_size_and_predicts_noise() -> None:
+    model = dncnn.DnCNN()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 556_097
+    images = torch.rand(2, 1, 12, 16)
+    noise = model.noise(images)
+    assert torch.equal(model.eval()(images), images - model.noise(images))
+    assert noise.shape == images.shape
+
+
+def test_dncnn_is_trained_and_scored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    flags = ["--data", "synthetic", "--steps", "2", "--batch-size", "1", "--crop", "16"]
+    found = tmp_path / "found.json"
+    flags += ["--threads", str(torch.get_num_threads()), "--json", str(found)]
+    monkeypatch.setattr(sys, "argv", ["dncnn.py", *flags])
+    monkeypatch.setattr(dncnn, "DnCNN", functools.partial(dncnn.DnCNN, depth=3, width=4))
+    dncnn.main()
+    result = json.loads(found.read_text())
+    assert result["recipe"]["steps"] == 2
+    assert 5 < result["scores"]["test"]["psnr"] < 60
