@@ -361,6 +361,8 @@ def make_evaluator(scale: Scale, features: FrozenEncoder) -> Evaluator:
             )
         ],
         features.runtime,
+        image=(3, *features.val_size),
+        processor=lambda genotype: features.task.processor,
         seed=SEED,
         inputs=features.inputs,
         remedy="",

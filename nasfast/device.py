@@ -69,7 +69,7 @@ def machine_info() -> dict[str, object]:
         "cuda_devices": [
             torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
         ],
-        "cpu": _cpu_name(),
+        "cpu": device_name(torch.device("cpu")),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa_level": _native.isa_level(),
@@ -81,7 +81,10 @@ def _cpu_capabilities() -> dict[str, object]:
     return dict(query()) if query else {}
 
 
-def _cpu_name() -> str:
+def device_name(device: torch.device) -> str:
+    """Of the processor, or of the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

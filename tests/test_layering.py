@@ -27,6 +27,7 @@ LAYERS = (
     {"searches", "report"},
     {"workers"},
     {"evaluation"},
+    {"latency"},
     {"inference"},
     {"runs", "strategies", "tasks"},
     {"training", "cache"},

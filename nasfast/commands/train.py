@@ -39,6 +39,7 @@ from nasfast.utils.config import from_mapping
 from nasfast.utils.errors import UserError, about, did_you_mean
 from nasfast.utils.files import atomic_write, data_path, expanded, read_toml, require_place
 from nasfast.utils.interrupt import Interrupt, StopRequested
+from nasfast.utils.pareto import spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +154,14 @@ class Session:
         """A new one, of the architecture or of what the settings point at.
 
         Raises:
-            UserError: there is no such architecture, or its directory exists.
+            UserError: there is no such architecture, or its directory exists; several are asked
+                for.
         """
+        if config.front is not None:
+            raise UserError(
+                f"train: expected one architecture, got front={config.front}; give a rank, of "
+                "study.ranking(), or train the front with nasfast train RUN --front"
+            )
         config, genotype = resolve(method, config, architecture)
         assert config.out is not None
         if config.out.exists():
@@ -263,8 +270,53 @@ def _main(argv: list[str]) -> int:
         session = Session.resume(tyro.cli(Resume, args=argv, prog="nasfast train"))
     else:
         method, found = method_of_source(argv)
-        session = Session.begin(method, method.parse_train(argv, found, __doc__))
-        processes.barrier()  # all have found the same free directory before one makes it
+        config = method.parse_train(argv, found, __doc__)
+        for each in each_of_front(config, console):
+            session = Session.begin(method, each)
+            processes.barrier()  # all have found the same free directory before one makes it
+            status = _run(session, console)
+            if status:
+                return status
+        return 0
+    return _run(session, console)
+
+
+def each_of_front(config: TrainSettings, console: Console) -> list[TrainSettings]:
+    """The settings, or where they ask for several architectures of the front, those of each.
+
+    Raises:
+        UserError: the source has no front, or the settings name one architecture, or one output.
+    """
+    if config.front is None:
+        return [config]
+    for name, given in (("rank", config.rank != 1), ("out", config.out is not None)):
+        if given:
+            raise UserError(
+                f"train: expected --front or --{name}, got both: the front has architectures of "
+                "its own, and each its own directory; leave one out"
+            )
+    if not config.source.is_dir():
+        raise UserError(
+            f"train: expected a run of a search for --front, got {config.source}; give its "
+            "directory"
+        )
+    study = Study.open(config.source, read_only=True)
+    if not study.objectives.several:
+        raise UserError(
+            f"train: expected a run with several objectives for --front, got {study.path}, which "
+            "looked for the score; leave --front out, or search with --objective score latency"
+        )
+    ranking, front = study.ranking(), study.front()
+    points = [study.point(record) for record in front]
+    chosen = [front[i] for i in spread(points, config.front)] if front else []
+    found = ", ".join(str(record.index) for record in chosen)
+    say(console, f"architectures {found}: {len(chosen)} of {len(front)} on the front")
+    ranks = [ranking.index(record) + 1 for record in chosen]
+    return [dataclasses.replace(config, front=None, rank=rank) for rank in ranks]
+
+
+def _run(session: Session, console: Console) -> int:
+    """Train to the end; returns the exit status."""
     try:
         scores = session.run(console)
     except StopRequested:

@@ -11,9 +11,11 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import nn
 
+from nasfast.inference.model import Model
 from nasfast.runs.records import Evaluation
 from nasfast.spaces.base import Genotype
 from nasfast.tasks.base import Scores
+from nasfast.tasks.processor import Processor
 from nasfast.training.loop import NonFiniteLossError, Runtime
 from nasfast.training.pictures import drawn
 from nasfast.utils.errors import cause, out_of_memory
@@ -56,7 +58,7 @@ class Evaluator(Protocol[G_in]):
     def __call__(self, genotype: G_in, index: int, gates: Mapping[str, float]) -> Evaluation: ...
 
     def costs(self, genotype: G_in) -> dict[str, float]:
-        """Costs, "params" and "macs", as an evaluation states them, without training."""
+        """Costs as an evaluation states them, "params", "macs" and "memory", without training."""
 
 
 class Stage(Protocol[M, S]):
@@ -89,9 +91,11 @@ class CandidateEvaluator(Generic[G, M]):
 
     Args:
         build: genotype to network, on the CPU. Its initial weights come from torch's generator.
-        costs: "params" and "macs" of a network that is not placed on a device yet.
+        costs: "params", "macs" and "memory" of a network that is not placed on a device yet.
         stages: in order; the strategy learns from the first. Its names but the last are rungs.
         runtime: device and precision.
+        image: (C, H, W) of the images that costs are of.
+        processor: how a network is used, by its genotype.
         seed: of the search.
         inputs: SHA-256 of everything that was read.
         remedy: what to change where candidates fail.
@@ -105,20 +109,29 @@ class CandidateEvaluator(Generic[G, M]):
         stages: Sequence[Stage[M, Any]],
         runtime: Runtime,
         *,
+        image: tuple[int, int, int],
+        processor: Callable[[G], Processor],
         seed: int,
         inputs: Mapping[str, str],
         remedy: str,
         seconds: Mapping[str, float],
     ) -> None:
         self._build, self._costs, self._stages = build, costs, tuple(stages)
+        self.image, self._processor = image, processor
         self.runtime, self.seed, self.inputs = runtime, seed, inputs
         self.remedy, self.seconds = remedy, seconds
         *self._rungs, self.feedback = self._stages[0].names
 
     def costs(self, genotype: G) -> dict[str, float]:
-        """Costs of a candidate, "params" and "macs", without training it."""
-        with torch.random.fork_rng([]):
+        """Costs of a candidate, without training it."""
+        with torch.random.fork_rng([]), torch.device("meta"):
             return self._costs(self._build(genotype))
+
+    def deployed(self, genotype: G) -> Model:
+        """The network as it would be used, with initial weights."""
+        with torch.random.fork_rng([]):
+            network = self._build(genotype)
+        return Model(network, self._processor(genotype), {"genotype": genotype.to_json()})
 
     def __call__(self, genotype: G, index: int, gates: Mapping[str, float]) -> Evaluation:
         """Evaluate a candidate.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
@@ -17,7 +16,7 @@ from nasfast.evaluation.candidate import timed
 from nasfast.models.decoders import DenseNetwork
 from nasfast.tasks.base import DenseTask, Targets, prepare_images
 from nasfast.tasks.processor import STRIDE
-from nasfast.training.cost import count_macs, count_macs_on, count_parameters
+from nasfast.training.cost import measured_costs
 from nasfast.training.loop import Runtime, in_order
 from nasfast.utils.config import Bounded, Count, Pixels
 from nasfast.utils.seeding import derive_seed
@@ -211,23 +210,9 @@ class FrozenEncoder:
         images, _ = self.task.load_batch(self.task.search_val, [0], self.val_transform)
         return images.shape[-2], images.shape[-1]
 
-    @functools.cached_property
-    def _encoder_macs(self) -> int:
-        return count_macs(self.encoder, self.val_size)
-
-    @functools.cached_property
-    def _meta_taps(self) -> list[Tensor]:
-        """Taps of one image of `val_size`, without their content."""
-        image = torch.empty(1, 3, *self.val_size, device="meta")
-        taps: list[Tensor] = copy.deepcopy(self.encoder).to("meta")(image)
-        return taps
-
     def costs(self, model: DenseNetwork) -> dict[str, float]:
-        """Costs of a network on this encoder, "params" and "macs", at `val_size`."""
-        return {
-            "params": count_parameters(self.encoder) + count_parameters(model.decoder),
-            "macs": self._encoder_macs + count_macs_on(model.decoder, self._meta_taps),
-        }
+        """Costs of a network on this encoder for one image of `val_size`: see `measured_costs`."""
+        return measured_costs(model, self.val_size)
 
     def caches_on(self, device: torch.device) -> Caches:
         """The features on a device; sent to a process of the same GPU, they are the same memory."""

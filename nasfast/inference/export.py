@@ -89,6 +89,18 @@ def export(
             ``nms``, or a package is missing.
     """
     check_exportable(model, format, argmax=argmax, nms=nms)
+    atomic_write(path, exported_bytes(model, format, size=size, argmax=argmax, nms=nms))
+
+
+def exported_bytes(
+    model: Model,
+    format: Format = "onnx",
+    *,
+    size: tuple[int, int] | None = None,
+    argmax: bool = False,
+    nms: Suppression = "outside",
+) -> bytes:
+    """The content of the file that `export` writes, of the same arguments."""
     # a copy: of the weights of another device, and the memory format of the caller's stays
     network: nn.Module = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     if argmax:
@@ -100,7 +112,7 @@ def export(
     images = torch.zeros(_BATCH, model.preprocessing.channels, *(size or traced))
     write = _onnx if format == "onnx" else _archive
     with torch.no_grad(), _quiet():
-        atomic_write(path, write(network, images, size, _description(model, size, argmax, nms)))
+        return write(network, images, size, _description(model, size, argmax, nms))
 
 
 def check_exportable(

@@ -108,7 +108,8 @@ def read_description(path: Path) -> dict[str, Any]:
     """What `nasfast.inference.export.export` wrote into a file's metadata; errors as above."""
     try:
         if path.suffix == ".onnx":
-            text = _session(path, optimize=False).get_modelmeta().custom_metadata_map.get(METADATA)
+            session = onnx_session(path.read_bytes(), path, optimize=False)
+            text = session.get_modelmeta().custom_metadata_map.get(METADATA)
         else:
             with zipfile.ZipFile(path) as archive:
                 names = [n for n in archive.namelist() if n.endswith(f"extra/{METADATA}.json")]
@@ -151,8 +152,20 @@ def import_onnxruntime(purpose: str) -> Any:
     return onnxruntime
 
 
-def _session(path: Path, providers: tuple[str, ...] = (), *, optimize: bool = True) -> Any:
-    """An inference session, on as many threads as torch has."""
+def onnx_session(
+    data: bytes, path: Path, providers: tuple[str, ...] = (), *, optimize: bool = True
+) -> Any:
+    """An inference session of an ONNX file, on as many threads as torch has.
+
+    Args:
+        data: the content of the file.
+        path: the file, for errors.
+        providers: what is to compute, before the CPU.
+        optimize: whether the graph is optimised.
+
+    Raises:
+        UserError: the file is damaged, or onnxruntime is missing.
+    """
     runtime = import_onnxruntime(str(path))
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -163,7 +176,7 @@ def _session(path: Path, providers: tuple[str, ...] = (), *, optimize: bool = Tr
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return runtime.InferenceSession(
-            path.read_bytes(), options, providers=[*providers, "CPUExecutionProvider"]
+            data, options, providers=[*providers, "CPUExecutionProvider"]
         )
     except (MemoryError, OSError):
         raise
@@ -182,7 +195,7 @@ def _load_onnx(path: Path, device: str) -> tuple[Run, torch.device, str]:
                 f"{', '.join(available)}; pip install onnxruntime-gpu, or use --device cpu"
             )
         placed = torch.device("cpu")
-    session = _session(path, (provider,) if placed.type == "cuda" else ())
+    session = onnx_session(path.read_bytes(), path, (provider,) if placed.type == "cuda" else ())
     name = session.get_inputs()[0].name
 
     def run(images: Tensor) -> Any:

@@ -34,6 +34,9 @@ class TrainSettings(Bounded):
     """Run directory of a search, or a JSON file with a genotype."""
     rank: Count = 1
     """Which architecture of the run's ranking; 1 is the best."""
+    front: Count | None = None
+    """Instead of one, train so many architectures of the run's front, which cover it best, one
+    after the other."""
     data: str | None = None
     """Data as for nasfast search; default: the run's, or synthetic for a genotype file."""
     out: Path | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from xml.etree.ElementTree import Element
 
 from nasfast.report.charts import CostChart
@@ -13,6 +13,9 @@ from nasfast.runs.records import Record
 from nasfast.runs.study import Study
 
 __all__ = ["fronts", "pareto_front"]
+
+PREDICTED = {"predicted_latency"}
+"""Costs that another one tells better."""
 
 
 def fronts(study: Study) -> list[Element]:
@@ -31,22 +34,25 @@ def fronts(study: Study) -> list[Element]:
     if len(points) < 2:
         return []
     content, on_front = [], dict[int, list[str]]()
-    for cost in points[0][0].evaluation.costs:
+    costs = [cost for cost in points[0][0].evaluation.costs if cost not in PREDICTED]
+    first = [cost for cost in study.objectives.costs if cost in costs]
+    for cost in [*first, *(cost for cost in costs if cost not in first)]:
         both = [(r, reward) for r, reward in points if cost in r.evaluation.costs]
         front = pareto_front([(r.evaluation.costs[cost], reward) for r, reward in both])
         for i in front:
             on_front.setdefault(both[i][0].index, []).append(cost_label(cost))
-        content.append(_chart(cost, both, front, stage))
+        content.append(_chart(cost, both, front, stage, study.published))
     keys = [
         legend_key("no architecture is both cheaper and better", _dot("c0")),
         legend_key("others", _dot("c0 hollow")),
     ]
+    if study.published:
+        keys.append(legend_key("costs of published architectures, which were not trained", _line()))
     chosen = sorted(
         ((record, reward) for record, reward in points if record.index in on_front),
         key=lambda pair: pair[1],
         reverse=True,
     )
-    costs = dict.fromkeys(cost for record, _ in chosen for cost in record.evaluation.costs)
     rows = [
         (
             str(record.index),
@@ -72,13 +78,22 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def _chart(
-    cost: str, points: Sequence[tuple[Record, float]], front: Iterable[int], stage: Stage
+    cost: str,
+    points: Sequence[tuple[Record, float]],
+    front: Iterable[int],
+    stage: Stage,
+    published: Mapping[str, Mapping[str, float]],
 ) -> Element:
     costs = [record.evaluation.costs[cost] for record, _ in points]
     rewards = [reward for _, reward in points]
-    chart = CostChart.of_costs(cost, costs, rewards)
+    marked = {name: each[cost] for name, each in published.items() if cost in each}
+    chart = CostChart.of_costs(cost, [*costs, *marked.values()], rewards)
     best = {i: (costs[i], rewards[i]) for i in front}
     marks = [chart.steps(list(best.values()), "c0")]
+    for at, (name, value) in enumerate(sorted(marked.items(), key=lambda pair: pair[1])):
+        marks.append(chart.vertical_line(value, "gate"))
+        place = {"x": f"{chart.x(value):.1f}", "y": 12 + 12 * (at % 3), "dx": 4}
+        marks.append(element("text", name, **place))
     for i, (record, reward) in enumerate(points):
         name = f"architecture {record.index}"
         text = f"{name}: {stage.label} reward {number(reward)}, {cost_text(cost, costs[i])}"
@@ -88,6 +103,10 @@ def _chart(
         if i in best:
             marks.append(element("text", str(record.index), x=x, y=y, dx=6, dy=-6))
     return chart.drawn(marks, f"{stage.label} reward against {cost_label(cost)}")
+
+
+def _line() -> Element:
+    return element("path", d="M7 0v10", class_="line gate")
 
 
 def _dot(kind: str) -> Element:

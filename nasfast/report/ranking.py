@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
@@ -62,13 +62,18 @@ def genotype_text(record: Record) -> str:
     return json.dumps(values, separators=(",", ":"))
 
 
-def ranking_table(study: Study, hook: MethodReport, top: int) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the `top` best architectures, best first; the genotype comes last."""
+def ranking_table(
+    study: Study, hook: MethodReport, top: int, hidden: Collection[str] = ()
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the `top` best architectures, best first, without the costs that are
+    hidden; the genotype comes last. Where there is a front, a star marks who is on it."""
     ranking = study.ranking()
+    front = {record.index for record in study.front()} if study.objectives.several else set()
     columns = stages(study.records)
     names = dict.fromkeys(stage.name for stage in columns)
     several = len({stage.phase for stage in columns}) > 1
     costs = dict.fromkeys(cost for record in ranking for cost in record.evaluation.costs)
+    costs = {cost: None for cost in costs if cost not in hidden}
     rows, shown = [], ranking[:top]
     stopped = any(record.evaluation.stopped for record in shown)
     for rank, record in enumerate(shown, start=1):
@@ -76,7 +81,7 @@ def ranking_table(study: Study, hook: MethodReport, top: int) -> tuple[list[str]
         rows.append(
             [
                 str(rank),
-                str(record.index),
+                f"{record.index} *" if record.index in front else str(record.index),
                 *([str(record.phase + 1)] if several else []),
                 *([_stopped_text(record)] if stopped else []),
                 *(number(evaluation.rewards.get(name)) for name in names),
@@ -105,9 +110,12 @@ def terminal_table(study: Study, hook: MethodReport, top: int = 5) -> Table:
     stopped = f", {early} stopped early" if early else ""
     rejected = sum(bool(costs) for record in study.records for costs in record.rejected)
     beyond = f", {rejected} beyond the limits" if rejected else ""
-    head, rows = ranking_table(study, hook, top)
+    hidden = {"memory", "predicted_latency"} - set(study.objectives.costs)
+    head, rows = ranking_table(study, hook, top, hidden)
     best = study.best
     order = "the best" if study.ranks_by == "score" else "the last first"
+    if study.objectives.several:
+        order = f"{order}, * on the front of {len(study.front())}"
     caption = f"architecture {best.index}: {genotype_text(best)}" if best is not None else ""
     table = Table(
         title=f"{len(fresh)} evaluated, {failed} failed{stopped}{beyond}; {order}:",

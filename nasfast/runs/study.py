@@ -1,7 +1,7 @@
 """The run directory: configuration, records, checkpoint and lock of one search.
 
     runs/<YYYYmmdd-HHMMSS>-<method>-<name>/
-        study.json  config.toml  env.json  records.jsonl  best.json  checkpoint/state.pt
+        study.json  config.toml  env.json  records.jsonl  best.json  front.json  checkpoint/state.pt
         predictions/architecture-<index>/  report.html  lock
 
 A record is on the disk when `append` returns; a crash loses at most the one being written.
@@ -30,9 +30,10 @@ import tomli_w
 
 from nasfast import __version__
 from nasfast.runs.checkpoint import load_checkpoint, restoring, save_checkpoint
+from nasfast.runs.objectives import Objectives, front
 from nasfast.runs.records import VERSION as RECORD_VERSION
 from nasfast.runs.records import Record
-from nasfast.utils.errors import UserError, cause
+from nasfast.utils.errors import UserError, about, cause
 from nasfast.utils.files import (
     atomic_directory,
     atomic_write,
@@ -51,6 +52,9 @@ VERSION = 2
 
 PREDICTIONS = "predictions"
 """Directory of the files of the best record, and in a training's of those of its network."""
+
+PUBLISHED = "published.json"
+"""File of the costs of published architectures."""
 
 Ranking = Literal["score", "last"]
 """What the best architecture is: the one with the highest score, or where the search ended."""
@@ -86,11 +90,14 @@ class Study:
             self.config = read_toml(path / "config.toml")
             self.env = read_object(path / "env.json")
             self.method, self._ranking = self._read_description()
+            with about(path / "config.toml"):
+                self.objectives = Objectives.of(self.config.get("objective", ["score"]))
             self._read_records()
             if not read_only:
                 for stale in (path / "checkpoint").glob(".*.tmp"):
                     stale.unlink()
                 self.write_best()
+                self._write_front()
         except BaseException:
             self.close()
             raise
@@ -173,7 +180,9 @@ class Study:
         was created. What another phase found again is another architecture: it is part of a larger
         one.
         """
-        scored = [(record.score, record) for record in self._records if record.score is not None]
+        scored = [
+            (score, record) for record in self._records if (score := self.score(record)) is not None
+        ]
         if self._ranking == "last":
             scored.reverse()
         else:
@@ -183,6 +192,32 @@ class Study:
             first = record.index if record.duplicate_of is None else record.duplicate_of
             once.setdefault((record.phase, first), record)
         return list(once.values())
+
+    def score(self, record: Record) -> tuple[int, int, float] | None:
+        """What orders architectures: phase, stages passed, and the reward of the last one, less the
+        costs where they have weights; None if failed."""
+        score = record.score
+        if score is None or self.objectives.weights is None:
+            return score
+        return *score[:2], self.objectives.value(score[2], record.evaluation.costs)
+
+    def front(self) -> list[Record]:
+        """The architectures of the last phase that went through all stages and that no other beats
+        in reward and in the costs that are objectives, the highest reward first. Where costs are
+        none, or have weights: the best one alone."""
+        ranking = self.ranking()
+        if not ranking or not self.objectives.several:
+            return ranking[:1]
+        phase, passed, _ = ranking[0].score or (0, 0, 0.0)
+        last = [r for r in ranking if r.score is not None and r.score[:2] == (phase, passed)]
+        return front(last, self.objectives.costs)
+
+    def point(self, record: Record) -> tuple[float, ...]:
+        """Its place among the objectives, all to be made small: the reward of its last stage, less,
+        and the binary logarithms of the costs."""
+        evaluation = record.evaluation
+        reward = evaluation.rewards[evaluation.last_stage or ""]
+        return (-reward, *self.objectives.goals(evaluation.costs))
 
     def append(self, record: Record) -> None:
         """Add one record, durably; updates best.json when it is the new best."""
@@ -206,6 +241,7 @@ class Study:
         self._records.append(record)
         if self.best is record:
             self.write_best()
+        self._write_front()
 
     def keep_files(self, record: Record, files: Mapping[str, bytes]) -> None:
         """Keep files, such as pictures, of a record that is about to be appended, where it will be
@@ -213,9 +249,10 @@ class Study:
         one still has its own, and those of a record that was never appended are removed."""
         self._require_lock()
         best = self.best
-        if not files or record.score is None:
+        score, highest = self.score(record), best and self.score(best)
+        if not files or score is None:
             return
-        if self._ranking == "score" and best and best.score and record.score <= best.score:
+        if self._ranking == "score" and highest and score <= highest:
             return
         atomic_directory(self._files_of(record), files)
 
@@ -248,6 +285,29 @@ class Study:
         data = (json.dumps(self.best.to_json(), indent=2) + "\n").encode()
         if not path.exists() or path.read_bytes() != data:
             atomic_write(path, data)
+
+    def _write_front(self) -> None:
+        """Write the records of the front to front.json, atomically, where there are several
+        objectives."""
+        if not self.objectives.several or self.best is None:
+            return
+        records = [record.to_json() for record in self.front()]
+        form = {"objectives": ["score", *self.objectives.costs], "front": records}
+        data = (json.dumps(form, indent=2) + "\n").encode()
+        path = self.path / "front.json"
+        if not path.exists() or path.read_bytes() != data:
+            atomic_write(path, data)
+
+    def write_published(self, costs: Mapping[str, Mapping[str, float]]) -> None:
+        """Keep costs of published architectures, by name, for the report."""
+        self._require_lock()
+        atomic_write(self.path / PUBLISHED, json.dumps(costs, indent=2) + "\n")
+
+    @property
+    def published(self) -> dict[str, dict[str, float]]:
+        """What `write_published` kept."""
+        path = self.path / PUBLISHED
+        return read_object(path) if path.is_file() else {}
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Replace checkpoint/state.pt atomically. `state`: tensors and plain Python values only."""

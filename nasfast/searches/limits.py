@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from nasfast.runs.objectives import COSTS
 from nasfast.utils.config import count_of
 from nasfast.utils.errors import UserError
+
+_SECONDS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
+_BYTES = {"kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
 @dataclass(frozen=True)
@@ -63,3 +68,33 @@ class Limits:
             f"search: expected architectures within {settings}, got {len(costs):,} in a row "
             f"beyond; the smallest had {smallest}: raise {flags} in a new run"
         )
+
+
+_CONSTRAINT = re.compile(r"(\w+) *(<=|<|>=|>|=+|:) *(.+)")
+
+
+def constraint(text: str) -> Limit:
+    """The limit of "latency<20ms", "params<0.3M", "macs<1.5G" or "memory<64MB".
+
+    Raises:
+        UserError: another form.
+    """
+    match = _CONSTRAINT.fullmatch(text.strip())
+    if match is None or match[1] not in COSTS or match[2] not in ("<", "<="):
+        raise UserError(
+            f"constraint: expected COST<VALUE of {', '.join(COSTS)}, such as latency<20ms, "
+            f"params<0.3M, macs<1.5G or memory<64MB, got {text!r}; correct it"
+        )
+    cost, value = match[1], match[3].strip()
+    units = {"latency": _SECONDS, "memory": _BYTES}.get(cost)
+    setting = f'--constraint "{text}"'
+    if units is None:
+        return Limit(cost, count_of(value, f"constraint {cost}"), setting)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(\D+)", value)
+    if found is None or found[2] not in units or float(found[1]) == 0:
+        example = "20ms" if cost == "latency" else "64MB"
+        raise UserError(
+            f"constraint: expected a {cost} with its unit, one of {', '.join(units)}, such as "
+            f"{example}, got {value!r}; correct it"
+        )
+    return Limit(cost, float(found[1]) * units[found[2]], setting)

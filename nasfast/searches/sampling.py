@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import itertools
-import statistics
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, Self
+from typing import Annotated, Any, Generic, Literal, Self, cast
 
 import torch
 from rich.console import Console
 
-from nasfast.evaluation.candidate import Evaluator, G
+from nasfast.evaluation.candidate import CandidateEvaluator, Evaluator, G
+from nasfast.latency import Backend, Latencies, Profile, Target
+from nasfast.models.zoo import ZOO
+from nasfast.runs.objectives import Objectives
 from nasfast.runs.records import Evaluation, Record
 from nasfast.runs.study import Study
 from nasfast.searches.base import SearchSettings
 from nasfast.searches.halving import rung_gates, settled
-from nasfast.searches.limits import Limit, Limits
+from nasfast.searches.limits import Limit, Limits, constraint
 from nasfast.spaces.base import Space
-from nasfast.strategies import EvolutionConfig, PPOConfig, PredictorConfig, Strategy
+from nasfast.strategies import (
+    EvolutionConfig,
+    PPOConfig,
+    PredictorConfig,
+    Strategy,
+    make_strategy,
+)
 from nasfast.training.loop import Runtime
 from nasfast.utils.cli import say
-from nasfast.utils.config import Bound, Count
+from nasfast.utils.config import BatchSize, Bound, Count
 from nasfast.utils.errors import NothingFoundError, UserError
 from nasfast.utils.seeding import derive_seed
 from nasfast.workers import Engine, InProcess, Job, WorkerConfig, cores
@@ -59,6 +70,24 @@ class SamplingSettings(SearchSettings):
     max_macs: str | int | None = None
     """Most multiply-adds of a candidate, such as 1.5G, for an image of the size that candidates are
     scored on."""
+    objective: tuple[str, ...] = ("score",)
+    """What is looked for. "score latency" gives a front of networks that no other beats in both;
+    "score latency:0.02" one network, where a halving of the latency is worth 0.02 of the score.
+    Beside score: latency, params, macs, memory."""
+    constraint: tuple[str, ...] = ()
+    """Most that a candidate may cost: "latency<20ms" "params<0.3M" "macs<1.5G" "memory<64MB"."""
+    latency_backend: Backend = "torch"
+    """What latencies are of, once they matter: torch (on CUDA a graph of its kernels), compiled by
+    torch, or the ONNX file of nasfast export in onnxruntime."""
+    latency_table: Path | None = None
+    """Table of another machine, of nasfast profile: latencies are predicted from it."""
+    latency_size: str | None = None
+    """HEIGHTxWIDTH of the images that latencies are of; default: those that candidates are scored
+    on."""
+    latency_batch: BatchSize = 1
+    """Images of a forward pass."""
+    latency_threads: Annotated[int, Bound(1, 1024)] | None = None
+    """Threads of a forward pass; default: all cores."""
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
     """The search with a model of the reward."""
     evolution: EvolutionConfig = field(default_factory=EvolutionConfig)
@@ -68,7 +97,14 @@ class SamplingSettings(SearchSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.limits
+        _, objectives = self.limits, self.objectives
+        if objectives.several and getattr(self, "strategy", None) == "ppo":
+            raise UserError(
+                "objective: expected one number for the strategy ppo to learn from, got "
+                f"{' '.join(self.objective)}; give the costs weights, such as "
+                f"{objectives.costs[0]}:0.02, or use --strategy predictor or evolution"
+            )
+        _ = self._latency_size
         if self.devices is not None and self.engine == "ray":
             raise UserError(
                 "devices: expected --engine process, as Ray hands out GPUs itself, got ray; give "
@@ -84,9 +120,96 @@ class SamplingSettings(SearchSettings):
     def limits(self) -> Limits:
         """What candidates may cost; UserError for a value that is no count."""
         given = {"params": self.max_params, "macs": self.max_macs}
-        return Limits(
-            tuple(Limit.of(cost, value) for cost, value in given.items() if value is not None)
+        counts = [Limit.of(cost, value) for cost, value in given.items() if value is not None]
+        return Limits((*counts, *map(constraint, self.constraint)))
+
+    @property
+    def objectives(self) -> Objectives:
+        """What is looked for; UserError for what is none."""
+        return Objectives.of(self.objective)
+
+    @property
+    def _latency_size(self) -> tuple[int, int] | None:
+        if self.latency_size is None:
+            return None
+        match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", self.latency_size)
+        if match is None or min(int(match[1]), int(match[2])) < 1:
+            raise UserError(
+                f"latency_size: expected HEIGHTxWIDTH, such as 360x480, got {self.latency_size!r}; "
+                "correct it"
+            )
+        return int(match[1]), int(match[2])
+
+    def phase(
+        self,
+        strategy: str,
+        space: Space[G],
+        seed: int,
+        evaluator: CandidateEvaluator[G, Any],
+        budget: int,
+        engine: Engine[G],
+        stop_early: float = 0.0,
+    ) -> Phase[G]:
+        """A phase of the search.
+
+        Args:
+            strategy: its name.
+            space: that is searched.
+            seed: of the strategy.
+            evaluator: of candidates.
+            budget: candidates to evaluate.
+            engine: evaluates batches.
+            stop_early: share of the candidates to stop at each rung.
+
+        Raises:
+            UserError: latencies that matter cannot be measured, or their table does not fit.
+        """
+        objectives = self.objectives
+        costing = Costing(evaluator, self._latencies(space, evaluator))
+        goals = None
+        if objectives.several:
+            goals = lambda genotype: objectives.goals(costing(genotype))  # noqa: E731
+        return Phase(
+            space,
+            make_strategy(strategy, space, seed, self, goals),
+            evaluator,
+            budget,
+            self.batch,
+            engine,
+            self.limits,
+            objectives,
+            costing,
+            stop_early,
+            _published(space) if objectives.costs else {},
         )
+
+    def _latencies(
+        self, space: Space[G], evaluator: CandidateEvaluator[G, Any]
+    ) -> Latencies[G] | None:
+        needed = "latency" in self.objectives.costs
+        if not needed and not any(limit.cost == "latency" for limit in self.limits.limits):
+            return None
+        channels, height, width = evaluator.image
+        size, runtime = self._latency_size or (height, width), evaluator.runtime
+        if self.latency_table is None:
+            target = Target.of(
+                self.latency_backend,
+                runtime,
+                threads=self.latency_threads or cores(),
+                batch=self.latency_batch,
+                size=size,
+                channels=channels,
+            )
+            return Latencies(target, space, evaluator.deployed, heartbeat=runtime.heartbeat)
+        profile = Profile.read(self.latency_table)
+        images = (self.latency_batch, channels, *size)
+        if profile.target.shape != images:
+            raise UserError(
+                f"latency-table {self.latency_table}: expected times for images "
+                f"{list(images)}, got a table for {list(profile.target.shape)}; give "
+                "--latency-size and --latency-batch, or make another with nasfast profile"
+            )
+        return Latencies(profile.target, space, evaluator.deployed, profile)
 
     def with_budgets(self, budgets: Sequence[int]) -> Self:
         """With the budgets of the phases, in their order; of methods with a field ``budget``."""
@@ -142,8 +265,14 @@ class Phase(Generic[G]):
     limits: Limits = field(default_factory=Limits)
     """What is beyond them, or not valid in the space, is rejected: neither evaluated nor recorded,
     and not of the batch."""
+    objectives: Objectives = field(default_factory=Objectives)
+    """What is looked for beside the score."""
+    costing: Costing[G] | None = None
+    """Costs before training; default: those that the evaluator knows."""
     stop_early: float = 0.0
     """Share of the candidates to stop at each rung that the evaluator has."""
+    published: Mapping[str, G] = field(default_factory=dict)
+    """Architectures whose costs the report shows for comparison, by name."""
 
 
 NextPhase = Callable[[Sequence[Record], Path], Phase[Any]]
@@ -151,11 +280,43 @@ NextPhase = Callable[[Sequence[Record], Path], Phase[Any]]
 resume. What it takes long for it may keep in the folder, which is the run's and the phase's own."""
 
 
+class Costing(Generic[G]):
+    """Costs of an architecture before it is trained.
+
+    Args:
+        evaluator: knows the exact ones.
+        latencies: where they matter.
+    """
+
+    def __init__(self, evaluator: Evaluator[G], latencies: Latencies[G] | None = None) -> None:
+        self._evaluator, self.latencies = evaluator, latencies
+        self._known: dict[G, dict[str, float]] = {}
+
+    def __call__(self, genotype: G) -> dict[str, float]:
+        """Those of the records, with the latency that is expected where it matters."""
+        if genotype not in self._known:
+            self._evaluator.runtime.heartbeat()
+            costs = dict(self._evaluator.costs(genotype))
+            if self.latencies is not None:
+                costs["latency"] = costs["predicted_latency"] = self.latencies.predict(genotype)
+            self._known[genotype] = costs
+        return self._known[genotype]
+
+    def measured(self, genotype: G) -> dict[str, float]:
+        """The same, with the latency that is measured, if it matters and this is the target."""
+        costs = self(genotype)
+        if self.latencies is not None and self.latencies.measures:
+            costs = costs | {"latency": self.latencies.measure(genotype)}
+        return costs
+
+
 @dataclass(frozen=True)
 class _Proposal(Generic[G]):
     """A network within the limits that a strategy proposed."""
 
     genotype: G
+    costs: dict[str, float]
+    """Its costs; empty where nothing needs them before it is trained."""
     exceeded: tuple[dict[str, float], ...]
     """Of each proposal that was rejected before it, the costs beyond their limits; empty for what
     is no network."""
@@ -265,6 +426,12 @@ class SamplingSearch:
     ) -> int:
         """Returns how many records the strategies have been given."""
         phase = self._phase
+        if phase.costing is not None and phase.costing.latencies is not None:
+            name = "latency" if not self._number else f"latency-{self._number}"
+            phase.costing.latencies.prepare(study.path / name, functools.partial(say, console))
+        if phase.published:
+            found = {name: self._costing(each) for name, each in phase.published.items()}
+            study.write_published(found)
         # of a phase with a successor the strategy is only told again, whatever the budget is now
         end = sum(record.phase <= self._number for record in study.records)
         over = end < len(study.records)
@@ -291,27 +458,44 @@ class SamplingSearch:
                 return len(study.records)  # the budget ends in the batch
             start = time.perf_counter()
             for proposal, record in zip(asked, study.records[told:]):
-                phase.strategy.tell(proposal.genotype, record.evaluation.told)
+                phase.strategy.tell(proposal.genotype, self._told(proposal, record.evaluation))
             seconds["controller"] += time.perf_counter() - start
             told += len(asked)
 
+    def _told(self, proposal: _Proposal[Any], evaluation: Evaluation) -> float | None:
+        """What the strategy learns of a candidate: its reward, less weighted costs. They are those
+        expected of it: what is measured differs from one time to the next."""
+        reward = evaluation.told
+        if reward is None or self._phase.objectives.weights is None:
+            return reward
+        return self._phase.objectives.value(reward, self._costing(proposal.genotype))
+
+    @property
+    def _costing(self) -> Costing[Any]:
+        return self._phase.costing or Costing(self._phase.evaluator)
+
     def _ask(self) -> _Proposal[Any]:
-        """The next proposal within the limits.
+        """The next proposal within the limits: of exact counts first, then of the latency that is
+        expected, then of the measured one.
 
         Raises:
             UserError: too many in a row are beyond.
         """
-        phase = self._phase
+        phase, costing = self._phase, self._costing
+        needed = bool(phase.limits or phase.objectives.costs)
         exceeded, costs = list[dict[str, float]](), list[dict[str, float]]()
         while len(exceeded) < _MAX_REJECTIONS:
             genotype, beyond = phase.strategy.ask(), dict[str, float]()
-            valid = phase.space.valid(genotype)
-            if valid and phase.limits:
-                phase.evaluator.runtime.heartbeat()
-                costs.append(phase.evaluator.costs(genotype))
-                beyond = phase.limits.exceeded(costs[-1])
+            valid, found = phase.space.valid(genotype), dict[str, float]()
+            if valid and needed:
+                found = costing(genotype)
+                beyond = phase.limits.exceeded(found)
+                if not beyond:
+                    found = costing.measured(genotype)
+                    beyond = phase.limits.exceeded(found)
+                costs.append(found)
             if valid and not beyond:
-                return _Proposal(genotype, tuple(exceeded))
+                return _Proposal(genotype, found, tuple(exceeded))
             phase.strategy.reject(genotype)
             exceeded.append(beyond)
         if not costs:
@@ -327,13 +511,14 @@ class SamplingSearch:
         """Record what is not yet recorded of a batch, in order, as far as the budget reaches."""
         phase = self._phase
         before = _fresh(self._records(study.records[:told]))
-        gates = _gates(before) | rung_gates(before, phase.stop_early)
+        rungs = rung_gates(before, phase.stop_early)
         originals = [r for r in self._records(study.records) if r.duplicate_of is None]
         first = {_key(record.canonical): record.index for record in originals}
         spent = len(originals)
         new: list[Job[Any]] = []
         entries: list[tuple[Job[Any], int]] = []  # with the index of its first record
         rejected: dict[int, tuple[dict[str, float], ...]] = {}
+        costs: dict[int, dict[str, float]] = {}
         for index, proposal in enumerate(asked, told):
             genotype = proposal.genotype
             if index < len(study.records):
@@ -346,7 +531,9 @@ class SamplingSearch:
                 continue
             if spent >= phase.budget:
                 break
+            gates = phase.objectives.gates(before, proposal.costs) | rungs
             job, rejected[index] = Job(index, genotype, gates), proposal.exceeded
+            costs[index] = proposal.costs
             entries.append((job, first.setdefault(_key(genotype.canonical().to_json()), index)))
             if entries[-1][1] == index:
                 new.append(job)
@@ -364,7 +551,9 @@ class SamplingSearch:
             for job, origin in entries:
                 fresh = origin == job.index
                 if fresh:
-                    evaluation = settled(next(evaluations), gates, before)
+                    evaluation = settled(next(evaluations), job.gates, before)
+                    both = evaluation.costs | costs[job.index]
+                    evaluation = dataclasses.replace(evaluation, costs=both)
                 else:
                     evaluation = study.records[origin].evaluation
                 record = Record(
@@ -392,27 +581,23 @@ class SamplingSearch:
         return len(_fresh(self._records(study.records)))
 
 
+def _published(space: Space[G]) -> dict[str, G]:
+    """Architectures of the zoo that are of the space."""
+    found: dict[str, Any] = {}
+    for name, entry in ZOO.items():
+        if entry.genotype.to_json().get("space") == space.name:
+            with contextlib.suppress(UserError):
+                space.encode(cast(G, entry.genotype))
+                found[name] = entry.genotype
+    return {name: each for name, each in found.items() if space.valid(each)}
+
+
 def _key(canonical: dict[str, object]) -> str:
     return repr(sorted(canonical.items()))
 
 
 def _fresh(records: Sequence[Record]) -> list[Evaluation]:
     return [record.evaluation for record in records if record.duplicate_of is None]
-
-
-def _gates(before: Sequence[Evaluation]) -> dict[str, float]:
-    """Running means of the rewards so far, by stage (section 3.3: a candidate must beat them).
-
-    Those that were stopped at a rung are in the mean of their stage with the estimates of their
-    rewards: without them it would be the mean of what is better.
-    """
-    rewards: dict[str, list[float]] = {}
-    for evaluation in before:
-        for stage, reward in evaluation.stages.items():
-            rewards.setdefault(stage, []).append(reward)
-        if evaluation.stopped is not None:
-            rewards.setdefault(evaluation.feedback, []).append(evaluation.stopped["estimate"])
-    return {stage: statistics.fmean(values) for stage, values in rewards.items()}
 
 
 def _check_progress(records: Sequence[Record], remedy: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 from nasfast.spaces.base import G, Space
-from nasfast.strategies.base import Strategy
+from nasfast.strategies.base import Goals, Strategy
 from nasfast.strategies.evolution import Evolution, EvolutionConfig
 from nasfast.strategies.gradient import (
     GRADIENT_STRATEGIES,
@@ -38,11 +38,18 @@ class StrategySettings(Protocol):
     def predictor(self) -> PredictorConfig: ...
 
 
-STRATEGIES: dict[str, Callable[[Space[Any], int, StrategySettings], Strategy[Any]]] = {
-    "predictor": lambda space, seed, settings: Predictor(space, settings.predictor, seed),
-    "evolution": lambda space, seed, settings: Evolution(space, settings.evolution, seed),
-    "ppo": lambda space, seed, settings: PPO(space, settings.ppo, seed),
-    "random": lambda space, seed, settings: RandomSearch(space, seed),
+Maker = Callable[[Space[Any], int, StrategySettings, Goals[Any] | None], Strategy[Any]]
+"""Makes a strategy of a space, a seed and the settings of all, with goals beside the reward. None
+are given to a strategy that learns from one number."""
+STRATEGIES: dict[str, Maker] = {
+    "predictor": lambda space, seed, settings, goals: Predictor(
+        space, settings.predictor, seed, goals
+    ),
+    "evolution": lambda space, seed, settings, goals: Evolution(
+        space, settings.evolution, seed, goals
+    ),
+    "ppo": lambda space, seed, settings, goals: PPO(space, settings.ppo, seed),
+    "random": lambda space, seed, settings, goals: RandomSearch(space, seed),
 }
 
 
@@ -57,11 +64,25 @@ def settled(name: str, budget: int) -> str:
     return "predictor" if budget <= 300 else "evolution"
 
 
-def make_strategy(name: str, space: Space[G], seed: int, settings: StrategySettings) -> Strategy[G]:
-    """The strategy of that name; UserError lists the choices."""
+def make_strategy(
+    name: str,
+    space: Space[G],
+    seed: int,
+    settings: StrategySettings,
+    goals: Goals[G] | None = None,
+) -> Strategy[G]:
+    """The strategy of that name; UserError lists the choices.
+
+    Args:
+        name: of the strategy.
+        space: that it proposes from.
+        seed: of what it draws.
+        settings: of all strategies.
+        goals: what is to be made small beside the reward, for a front of architectures.
+    """
     if name not in STRATEGIES:
         raise UserError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {name!r}")
-    return STRATEGIES[name](space, seed, settings)
+    return STRATEGIES[name](space, seed, settings, goals)
 
 
 __all__ = [
@@ -70,6 +91,7 @@ __all__ = [
     "STRATEGIES",
     "Evolution",
     "EvolutionConfig",
+    "Goals",
     "Mix",
     "Name",
     "PPOConfig",

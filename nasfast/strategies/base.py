@@ -1,10 +1,15 @@
 """How a search proposes architectures: ask for one, tell its reward."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from nasfast.spaces.base import G
 from nasfast.utils.errors import UserError
+
+Goals = Callable[[G], tuple[float, ...]]
+"""What is to be made small of an architecture beside its reward, known without training it: a pure
+function, as of its size. With goals a strategy looks for a front: no other architecture is better
+in one thing and no worse in the others."""
 
 
 class Strategy(Protocol[G]):

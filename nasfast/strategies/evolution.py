@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from nasfast.spaces.base import G, Space
-from nasfast.strategies.base import check_state
+from nasfast.strategies.base import Goals, check_state
 from nasfast.strategies.history import HistoryStrategy, mutant
 from nasfast.utils.config import Bound, Bounded, Count
+from nasfast.utils.pareto import Scale, contributions, ranks
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,18 @@ class EvolutionConfig(Bounded):
 class Evolution(HistoryStrategy[G]):
     """Children of the winners of tournaments, each with a decision changed.
 
+    With goals beside the reward the population is not the latest but the best so far: by fronts,
+    and in the last front that enters by what each adds to the hypervolume (Beume et al., SMS-EMOA,
+    2007). So are the winners.
+
     Failed and rejected candidates do not enter the population. A child that was proposed before is
     drawn again.
     """
 
-    def __init__(self, space: Space[G], config: EvolutionConfig, seed: int) -> None:
-        super().__init__(space)
+    def __init__(
+        self, space: Space[G], config: EvolutionConfig, seed: int, goals: Goals[G] | None = None
+    ) -> None:
+        super().__init__(space, goals)
         self._config, self._rng = config, random.Random(seed)
 
     def ask(self) -> G:
@@ -47,10 +54,26 @@ class Evolution(HistoryStrategy[G]):
         return history.ask(history.fresh(self._child))
 
     def _child(self) -> G:
-        population = self._history.evaluated[-self._config.population :]
+        population = self._population()
         count = min(self._config.tournament, len(population))
         parent, _ = max(self._rng.sample(population, count), key=lambda pair: pair[1])
         return mutant(self._space, parent, self._rng, self._config.more_mutations)
+
+    def _population(self) -> list[tuple[G, float]]:
+        """Architectures and how fit each is."""
+        evaluated, size = self._history.evaluated, self._config.population
+        if self._goals is None:
+            return evaluated[-size:]
+        genotypes, points = [genotype for genotype, _ in evaluated], self.points()
+        scale = Scale(points)
+        scaled = scale(points)
+        fronts = ranks(scaled)
+        order = list[int]()  # best first
+        for front in range(max(fronts) + 1):
+            on_front = [i for i, rank in enumerate(fronts) if rank == front]
+            adds = contributions([scaled[i] for i in on_front], scale.reference)
+            order += [i for _, i in sorted(zip(adds, on_front), reverse=True)]
+        return [(genotypes[i], -place) for place, i in enumerate(order[:size])]
 
     def state_dict(self) -> dict[str, Any]:
         """The history and the state of the generator."""

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Generic
 
 from nasfast.spaces.base import G, Space
+from nasfast.strategies.base import Goals
+from nasfast.utils.pareto import Point
 
 _TRIES = 100
 
@@ -25,6 +27,11 @@ class History(Generic[G]):
         self.failed: list[G] = []
         self.rejected: list[G] = []
         self._seen: set[G] = set()
+
+    @property
+    def asked(self) -> int:
+        """How many have been proposed, without those that failed."""
+        return len(self.evaluated) + len(self.rejected) + len(self.pending)
 
     def fresh(self, draw: Callable[[], G]) -> G:
         """The first of up to 100 draws that is valid and was not proposed before, else the last."""
@@ -98,8 +105,13 @@ class History(Generic[G]):
 class HistoryStrategy(Generic[G]):
     """What strategies share that learn from the history alone: a proposal is their `ask`."""
 
-    def __init__(self, space: Space[G]) -> None:
-        self._space, self._history = space, History(space)
+    def __init__(self, space: Space[G], goals: Goals[G] | None = None) -> None:
+        self._space, self._history, self._goals = space, History(space), goals
+
+    def points(self) -> list[Point]:
+        """What was evaluated, as points whose objectives are all to be made small."""
+        goals = self._goals or (lambda genotype: ())
+        return [(-reward, *goals(genotype)) for genotype, reward in self._history.evaluated]
 
     def tell(self, genotype: G, reward: float | None) -> None:
         """The reward of the genotype asked longest ago; None if its evaluation failed."""

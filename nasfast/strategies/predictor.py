@@ -15,14 +15,19 @@ import torch
 from torch import Tensor
 
 from nasfast.spaces.base import G, Space
-from nasfast.strategies.base import check_state
+from nasfast.strategies.base import Goals, check_state
 from nasfast.strategies.gaussian_process import GaussianProcess, Scaler
 from nasfast.strategies.history import HistoryStrategy
 from nasfast.strategies.prior import Prior, shipped
 from nasfast.utils.config import Bounded, Count, Weight
+from nasfast.utils.pareto import Point, additions
 
 _REFERENCE = 256
 """Uniform draws that tell how features, and expectations of a prior, are spread over the space."""
+
+_COSTED, _EXACT = 96, 16
+"""Uniform draws that models of the goals are fitted to, and draws of a pool whose goals are exact.
+"""
 
 
 @dataclass(frozen=True)
@@ -57,16 +62,24 @@ class Predictor(HistoryStrategy[G]):
     The draws are uniform, as mutants of the best so far are too much alike: rewards as noisy as
     those of short trainings do not tell them apart, and the search stays where luck had it.
 
+    With goals beside the reward a draw is worth what it would add to the hypervolume of the front,
+    with the confidence bound for its reward (Ponweiser et al., Multiobjective optimization on a
+    limited budget of evaluations, SMS-EGO, 2008). A model of the goals finds some draws; of these
+    they are exact.
+
     A proposal is a function of the seed and of what was proposed and told before.
     """
 
-    def __init__(self, space: Space[G], config: PredictorConfig, seed: int) -> None:
-        super().__init__(space)
+    def __init__(
+        self, space: Space[G], config: PredictorConfig, seed: int, goals: Goals[G] | None = None
+    ) -> None:
+        super().__init__(space, goals)
         self._config, self._seed = config, seed
         rng = random.Random(0)
         self._scaler = Scaler([space.features(space.sample(rng)) for _ in range(_REFERENCE)])
         self._pool: tuple[str, list[G], Tensor] | None = None
         self._prior = self._make_prior() if config.prior == "auto" else None
+        self._goal_models: list[GaussianProcess] | None = None
 
     def _make_prior(self) -> Prior | None:
         known = shipped(self._space)
@@ -84,7 +97,7 @@ class Predictor(HistoryStrategy[G]):
         if known + len(history.pending) < self._config.initial or known < 2:
             return history.ask(self._initial())
         pool, described = self._draw()
-        for index in self._worth(described).argsort(descending=True).tolist():
+        for index in self._worth(pool, described).argsort(descending=True).tolist():
             if space.valid(pool[index]) and not history.seen(pool[index]):
                 return history.ask(pool[index])
         return history.ask(self._uniform("more"))
@@ -96,12 +109,17 @@ class Predictor(HistoryStrategy[G]):
             return self._uniform("initial")
         count = max(1, self._config.informed // (1 + len(self._history.rejected)))
         drawn = [self._uniform(f"initial {i}") for i in range(count)]
-        return drawn[int(self._prior(self._describe(drawn)).argmax())]
+        worth = self._prior(self._describe(drawn))
+        if self._goals is not None:  # some that are good, some that are small, some between
+            share = self._generator(f"initial {self._history.asked}").random()
+            costs = torch.tensor([self._goals(genotype) for genotype in drawn]).double()
+            spread = costs.std(0).clamp(min=1e-12) if len(drawn) > 1 else torch.ones(1)
+            worth = share * worth - (1 - share) * ((costs - costs.mean(0)) / spread).mean(1)
+        return drawn[int(worth.argmax())]
 
     def _uniform(self, purpose: str) -> G:
         history = self._history
-        count = len(history.evaluated) + len(history.rejected) + len(history.pending)
-        rng = self._generator(f"{purpose} {count}")
+        rng = self._generator(f"{purpose} {history.asked}")
         return history.fresh(lambda: self._space.sample(rng))
 
     def _generator(self, purpose: str) -> random.Random:
@@ -126,25 +144,70 @@ class Predictor(HistoryStrategy[G]):
     def _trend(self, x: Tensor) -> Tensor | None:
         return None if self._prior is None else self._prior(x)
 
-    def _worth(self, pool: Tensor) -> Tensor:
-        """What the draws are sorted by, ``[N]``."""
+    def _model(self) -> tuple[GaussianProcess, list[float]]:
+        """Of the rewards, with those that are not known yet as it expects them, which follow."""
         history = self._history
         known = self._describe([genotype for genotype, _ in history.evaluated])
         rewards = [reward for _, reward in history.evaluated]
         model = GaussianProcess(known, rewards, self._trend(known))
-        if history.pending:
-            waiting = self._describe(history.pending)
-            means, _ = model.predict(waiting, self._trend(waiting))
-            both = torch.cat([known, waiting])
-            model = GaussianProcess(both, [*rewards, *means.tolist()], self._trend(both))
-        mean, deviation = model.predict(pool, self._trend(pool))
+        if not history.pending:
+            return model, []
+        waiting = self._describe(history.pending)
+        means = model.predict(waiting, self._trend(waiting))[0].tolist()
+        both = torch.cat([known, waiting])
+        return GaussianProcess(both, [*rewards, *means], self._trend(both)), means
+
+    def _worth(self, pool: Sequence[G], described: Tensor) -> Tensor:
+        """What the draws are sorted by, ``[N]``."""
+        history = self._history
+        model, waiting = self._model()
+        mean, deviation = model.predict(described, self._trend(described))
         worth = mean + self._config.exploration * deviation
+        if self._goals is not None:
+            worth = self._gain(pool, described, worth, model, waiting)
         if history.rejected:
-            both = torch.cat([known, self._describe(history.rejected)])
-            within = [1.0] * len(rewards) + [-1.0] * len(history.rejected)
-            unlikely = GaussianProcess(both, within).predict(pool)[0] < 0
+            known = [genotype for genotype, _ in history.evaluated]
+            both = self._describe([*known, *history.rejected])
+            within = [1.0] * len(known) + [-1.0] * len(history.rejected)
+            unlikely = GaussianProcess(both, within).predict(described)[0] < 0
             worth = worth - unlikely * (worth.max() - worth.min() + 1)
         return worth
+
+    def _gain(
+        self,
+        pool: Sequence[G],
+        described: Tensor,
+        hoped: Tensor,
+        model: GaussianProcess,
+        waiting: Sequence[float],
+    ) -> Tensor:
+        """What the draws would add to the front, ``[N]``, with rewards that are hoped for: exact
+        for those where a model of the goals says most."""
+        history, goals = self._history, self._goals
+        assert goals is not None
+        known = [genotype for genotype, _ in history.evaluated]
+        x = self._describe(known)
+        means = model.predict(x, self._trend(x))[0].tolist()  # less noisy than the rewards
+        both = [*zip(known, means, strict=True), *zip(history.pending, waiting, strict=True)]
+        points: list[Point] = [(-reward, *goals(genotype)) for genotype, reward in both]
+        rough = torch.stack([-hoped, *self._goals_of(described)], 1).tolist()
+        gains = torch.tensor(additions(points, list(map(tuple, rough))), dtype=torch.float64)
+        likely = gains.argsort(descending=True)[:_EXACT].tolist()
+        exact = additions(points, [(-hoped[i].item(), *goals(pool[i])) for i in likely])
+        least = min(gains.min().item(), *exact) - 1
+        worth = torch.full_like(gains, least)
+        worth[likely] = torch.tensor(exact, dtype=torch.float64)
+        return worth
+
+    def _goals_of(self, described: Tensor) -> list[Tensor]:
+        """What models of the goals expect, ``[N]`` each."""
+        assert self._goals is not None
+        if self._goal_models is None:
+            rng = random.Random(2)
+            some = [self._space.sample(rng) for _ in range(_COSTED)]
+            x, values = self._describe(some), [self._goals(genotype) for genotype in some]
+            self._goal_models = [GaussianProcess(x, column) for column in zip(*values)]
+        return [model.predict(described)[0] for model in self._goal_models]
 
     def state_dict(self) -> dict[str, Any]:
         """The history and the seed; the model and the pool follow from them."""

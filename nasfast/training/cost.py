@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch import nn
 
 from nasfast.training.loop import Runtime
+from nasfast.training.trace import trace
 
 
 def count_parameters(module: nn.Module, *, exclude: str = "aux_heads") -> int:
@@ -37,73 +33,21 @@ def count_macs(module: nn.Module, size: tuple[int, int], *, channels: int = 3) -
 
 def count_macs_on(module: nn.Module, inputs: object) -> int:
     """The same for a network on ``inputs``, tensors on the device "meta"."""
-    counter = _Flops()  # type: ignore[no-untyped-call]
-    with torch.no_grad(), counter:
-        _evaluating(module)(inputs)
-    return counter.flops // 2
+    return trace(module, inputs).macs
 
 
-def _evaluating(module: nn.Module) -> nn.Module:
-    """A network of the same parameters in evaluation mode."""
-    twin = copy.copy(module)
-    twin.training = False
-    twin._modules = {
-        name: None if part is None else _evaluating(part) for name, part in module._modules.items()
-    }
-    return twin
+def measured_costs(
+    module: nn.Module, size: tuple[int, int], *, channels: int = 3
+) -> dict[str, float]:
+    """Costs of a network in evaluation mode, without auxiliary heads, for one image.
 
-
-class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """What FlopCounterMode counts, without taking apart the operations that have no formula.
-
-    Nothing is computed: of each operation, whatever the device of its tensors, there is only the
-    form of the result, which is worked out once in a process.
+    They are "params", parameters; "macs", multiply-accumulates; and "memory", the bytes of the
+    parameters and, at the most, of the maps that are there at one time, in float32. A network in
+    half precision takes about half of these.
     """
-
-    flops = 0
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        named = tuple((name, _form_of(value)) for name, value in (kwargs or {}).items())
-        form, flops = _traced(func, _form_of(args), named)
-        self.flops += flops
-        return _of_form(form)
-
-
-class _Form(NamedTuple):
-    """What the form of a result depends on in a tensor."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-
-def _form_of(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return _Form(value.shape, value.stride(), value.dtype)
-    return tuple(map(_form_of, value)) if isinstance(value, (list, tuple)) else value
-
-
-def _of_form(form: Any) -> Any:
-    """The inverse, on the device "meta"."""
-    if isinstance(form, _Form):
-        return torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device="meta")
-    return tuple(map(_of_form, form)) if isinstance(form, tuple) else form
-
-
-@functools.lru_cache(2**14)
-def _traced(func: Any, args: Any, kwargs: Any) -> tuple[Any, int]:
-    """Form of an operation's result, and its floating-point operations."""
-    values, named = _of_form(args), {name: _of_form(value) for name, value in kwargs}
-    result = func(*values, **named)
-    formula = flop_registry.get(func._overloadpacket)
-    flops = 0 if formula is None else int(formula(*values, **named, out_val=result))
-    return _form_of(result), flops
+    found = trace(module, torch.empty(1, channels, *size, device="meta"))
+    params = count_parameters(module)
+    return {"params": params, "macs": found.macs, "memory": 4 * params + found.peak}
 
 
 @dataclass(frozen=True)

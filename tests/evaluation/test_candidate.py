@@ -11,6 +11,7 @@ from torch import nn
 
 from nasfast.evaluation.candidate import CandidateEvaluator
 from nasfast.spaces.fast_nas import FastNASSpace
+from nasfast.tasks.segmentation import SegmentationProcessor
 from nasfast.training.loop import NonFiniteLossError, Runtime
 from nasfast.utils.seeding import derive_seed
 
@@ -57,6 +58,8 @@ def evaluator(*stages, build=lambda genotype: nn.Linear(2, 3), seed=7):
         lambda model: {"params": sum(p.numel() for p in model.parameters()), "macs": 6},
         stages,
         Runtime(torch.device("cpu")),
+        image=(3, 4, 6),
+        processor=lambda genotype: SegmentationProcessor(("a", "b"), ((0, 0, 0), (9, 9, 9))),
         seed=seed,
         inputs={"data": "hash"},
         remedy="rest",

@@ -178,6 +178,8 @@ def evaluator(features):
             EndToEnd(STAGE1, TASK, features.val_transform, RUNTIME),
         ],
         RUNTIME,
+        image=(3, *features.val_size),
+        processor=lambda genotype: TASK.processor,
         seed=0,
         inputs=features.inputs,
         remedy="",

@@ -44,7 +44,6 @@ from nasfast.report.numbers import number
 from nasfast.runs.records import Record
 from nasfast.searches.sampling import Phase, SamplingSearch
 from nasfast.spaces.nas_fcos import NASFCOSGenotype, NASFCOSSpace, Part
-from nasfast.strategies import make_strategy
 from nasfast.tasks.base import Scores
 from nasfast.tasks.detection import DetectionTask
 from nasfast.training.loop import Runtime, in_order
@@ -160,14 +159,13 @@ def build(
         lambda: with_objects(inputs.features(config, runtime)),
     )
     say_ready(console, features)
-    first = Phase(
+    first = config.phase(
+        config.strategy,
         space,
-        make_strategy(config.strategy, space, config.seed, config),
+        config.seed,
         make_evaluator(config, features),
         config.budget,
-        config.batch,
         engine,
-        config.limits,
         config.stage0.stop_early,
     )
     if config.mode != "progressive":
@@ -249,6 +247,8 @@ def make_head_evaluator(config: SearchConfig, features: FrozenEncoder) -> Evalua
         features.costs,
         [DecoderOnFeatures(config.stage0, features)],
         features.runtime,
+        image=(3, *features.val_size),
+        processor=lambda genotype: features.task.processor,
         seed=config.seed,
         inputs=features.inputs,
         remedy=REMEDY,
@@ -269,6 +269,8 @@ def _evaluator(
         features.costs,
         [stage],
         features.runtime,
+        image=(3, *features.val_size),
+        processor=lambda genotype: features.task.processor,
         seed=config.seed,
         inputs=features.inputs,
         remedy=REMEDY,
@@ -329,15 +331,13 @@ class SecondPhase:
         features.seconds |= spent
         say_ready(self._console, features)
         space = space_of(config, pyramid.genotype)
-        seed = derive_seed(config.seed, "heads")
-        return Phase(
+        return config.phase(
+            config.strategy,
             space,
-            make_strategy(config.strategy, space, seed, config),
+            derive_seed(config.seed, "heads"),
             make_head_evaluator(config, features),
             config.head_phase.budget,
-            config.batch,
             engine,
-            config.limits,
             config.stage0.stop_early,
         )
 

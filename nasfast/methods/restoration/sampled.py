@@ -14,13 +14,13 @@ from nasfast.evaluation.candidate import CandidateEvaluator, SeedOf
 from nasfast.methods.restoration.settings import SearchConfig
 from nasfast.methods.restoration.size import TOLERANCE, Size, parameters_by_width
 from nasfast.methods.restoration.train import TrainingRun
-from nasfast.models.restorer import Restorer, RestorerConfig
-from nasfast.searches.sampling import Phase, SamplingSearch
+from nasfast.models.restorer import Restorer, RestorerConfig, reach
+from nasfast.searches.sampling import SamplingSearch
 from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
-from nasfast.strategies import make_strategy
 from nasfast.tasks.restoration.patches import ImagePatches
 from nasfast.tasks.restoration.pictures import before_and_after
-from nasfast.tasks.restoration.scoring import Scores, costs, evaluate
+from nasfast.tasks.restoration.processor import RestorationProcessor
+from nasfast.tasks.restoration.scoring import Scores, costs, evaluate, input_size
 from nasfast.training.loop import Runtime
 from nasfast.training.pictures import SAMPLES, spread
 from nasfast.utils.errors import UserError
@@ -140,14 +140,13 @@ def sampled_search(
     """Search of the size class, by the strategy of the settings."""
     space = space_of(config)
     space.sample(random.Random(config.seed))  # refuses an empty class before a run is made
-    phase = Phase(
+    phase = config.phase(
+        config.strategy,
         space,
-        make_strategy(config.strategy, space, config.seed, config),
+        config.seed,
         make_evaluator(config, data, runtime),
         config.budget,
-        config.batch,
         workers.engine_for(functools.partial(evaluator_on, config)),
-        config.limits,
     )
     return SamplingSearch(phase, workers=workers)
 
@@ -169,6 +168,10 @@ def make_evaluator(
         stage.costs,
         [stage],
         runtime,
+        image=(config.channels, *input_size(config.task, data.val)),
+        processor=lambda genotype: RestorationProcessor(
+            config.task, config.channels, reach(genotype)
+        ),
         seed=config.seed,
         inputs={
             "training images": data.train.fingerprint(),

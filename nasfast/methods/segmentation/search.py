@@ -28,8 +28,7 @@ from nasfast.methods.segmentation.crops import enlarging
 from nasfast.methods.segmentation.settings import DecoderSearchConfig
 from nasfast.models.decoders import DenseNetwork, EncoderDecoder
 from nasfast.models.io import load_teacher
-from nasfast.searches.sampling import Phase, SamplingSearch
-from nasfast.strategies import make_strategy
+from nasfast.searches.sampling import SamplingSearch
 from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.loop import Runtime
 from nasfast.utils.cli import say
@@ -113,16 +112,13 @@ def build(config: Config, interrupt: Interrupt, console: Console) -> tuple[Sampl
         console,
         f"features of the frozen encoder ready in {features.seconds['encode']:.1f} s: {features}",
     )
-    strategy = make_strategy(config.strategy, space, config.seed, config)
-    evaluator = make_evaluator(config, features)
-    phase = Phase(
+    phase = config.phase(
+        config.strategy,
         space,
-        strategy,
-        evaluator,
+        config.seed,
+        make_evaluator(config, features),
         config.budget,
-        config.batch,
         engine,
-        config.limits,
         config.stage0.stop_early,
     )
     return SamplingSearch(phase, workers=workers), config
@@ -156,6 +152,8 @@ def make_evaluator(config: DecoderSearchConfig, features: FrozenEncoder) -> Eval
         features.costs,
         stages,
         features.runtime,
+        image=(3, *features.val_size),
+        processor=lambda genotype: task.processor,
         seed=config.seed,
         inputs=features.inputs,
         remedy=REMEDY,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nasfast.data.restoration import ImagePair, ImageSet
 from nasfast.tasks.restoration.base import Predict, RestorationTask
 from nasfast.tasks.restoration.fidelity import psnr, ssim
-from nasfast.training.cost import count_macs, count_parameters
+from nasfast.training.cost import measured_costs
 from nasfast.training.loop import NonFiniteLossError, Runtime
 from nasfast.utils.errors import UserError
 
@@ -29,10 +29,8 @@ def reward(psnr: float, ssim: float) -> float:
 
 
 def costs(network: nn.Module, task: RestorationTask, images: ImageSet) -> dict[str, float]:
-    """Parameters, and multiply-adds for an input of the size that the first image has."""
-    size = input_size(task, images)
-    macs = count_macs(network, size, channels=images.channels)
-    return {"params": count_parameters(network), "macs": macs}
+    """Costs for an input of the size that the first image has: see `measured_costs`."""
+    return measured_costs(network, input_size(task, images), channels=images.channels)
 
 
 def input_size(task: RestorationTask, images: ImageSet) -> tuple[int, int]:

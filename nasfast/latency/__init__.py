@@ -1,0 +1,8 @@
+"""Latency of networks on a target: measured as they are deployed, and predicted from a table of
+operators."""
+
+from nasfast.latency.meter import Latencies
+from nasfast.latency.profile import Profile, measured_profile
+from nasfast.latency.timing import Backend, Target
+
+__all__ = ["Backend", "Latencies", "Profile", "Target", "measured_profile"]

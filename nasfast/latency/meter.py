@@ -1,0 +1,140 @@
+"""Latency in a search: predicted of every proposal, measured of what is to be trained."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Generic
+
+import torch
+
+from nasfast.inference.model import Model
+from nasfast.latency.profile import Profile, measured_profile, operators_on
+from nasfast.latency.timing import Run, Target, deployed, rounds, threads
+from nasfast.spaces.base import G, Space
+from nasfast.utils.errors import UserError
+
+PROFILE, MEASURED = "latency.json", "latencies.jsonl"
+"""Files of a run: the table of predictions, and a line for each network that was measured."""
+SECONDS, ROUNDS = 0.5, 9
+"""Time of a measurement for each of its two networks, and its least number of rounds."""
+
+
+class Latencies(Generic[G]):
+    """Latencies of the networks of a search on a target.
+
+    A network takes turns with a reference, the first network of the profile: its latency is that of
+    the reference, which is fixed, times the median ratio of the rounds, so that a machine that has
+    become slower since says the same. Profile and measurements are kept in the run: a search that
+    goes on later reads them, and measures nothing again.
+
+    Args:
+        target: where networks are to be fast; this machine, unless there is a profile of another.
+        space: that is searched.
+        build: an architecture as it would be used, untrained.
+        profile: of another machine: latencies are predicted only.
+        heartbeat: called now and then; may raise to stop.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        space: Space[G],
+        build: Callable[[G], Model],
+        profile: Profile | None = None,
+        heartbeat: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.target, self._profile = target, profile
+        self._space, self._build = space, build
+        self._heartbeat = heartbeat
+        self.measures = profile is None
+        """Whether networks are measured, and not only predicted."""
+        self._file: Path | None = None
+        self._known: dict[str, float] = {}
+        self._reference: Run | None = None
+
+    def prepare(self, folder: Path, say: Callable[[str], None]) -> None:
+        """Read the profile of a run's folder, or make it there.
+
+        Raises:
+            UserError: a file there is damaged.
+        """
+        folder.mkdir(exist_ok=True)
+        kept, self._file = folder / PROFILE, folder / MEASURED
+        if kept.exists():
+            self._profile = Profile.read(kept)
+        else:
+            if self._profile is None:
+                say(f"latency  {self.target}: networks and operators are timed ..")
+                self._profile = measured_profile(self.target, self.draw, self._heartbeat)
+            self._profile.write(kept)
+        say(f"latency  {self._profile.target}: {self._profile}")
+        if self._file.exists():
+            self._known = _read(self._file)
+
+    @property
+    def profile(self) -> Profile:
+        """After `prepare`."""
+        assert self._profile is not None, "prepare comes first"
+        return self._profile
+
+    def draw(self, rng: random.Random) -> Model:
+        """A network of the space."""
+        return self._build(self._space.sample(rng))
+
+    def predict(self, genotype: G) -> float:
+        """Seconds of a forward pass, which the table leads one to expect."""
+        with torch.device("meta"):
+            operators = operators_on(self.target, self._build(genotype))
+        return self.profile.table.predict(operators) / 1e3
+
+    def measure(self, genotype: G) -> float:
+        """Seconds of a forward pass; of what was measured before, those of then."""
+        key = json.dumps(genotype.canonical().to_json(), sort_keys=True)
+        if key not in self._known:
+            with threads(self.target.threads):
+                if self._reference is None:
+                    self._reference = deployed(self.draw(random.Random(0)), self.target)
+                own = deployed(self._build(genotype), self.target)
+                turns = rounds([self._reference, own], SECONDS, ROUNDS)
+            ratio = statistics.median(time / other for other, time in turns)
+            latency = ratio * self.profile.networks[0][1] / 1e3
+            self._keep({"key": key, "latency": latency, "ratio": ratio, "rounds": len(turns)})
+            self._known[key] = latency
+        return self._known[key]
+
+    def _keep(self, line: dict[str, object]) -> None:
+        assert self._file is not None, "prepare comes first"
+        with open(self._file, "a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _read(path: Path) -> dict[str, float]:
+    """Measurements of a run; a last line that a crash left torn is cut off."""
+    found, good = dict[str, float](), 0
+    data = path.read_bytes()
+    for number, line in enumerate(data.splitlines(keepends=True), 1):
+        try:
+            entry = json.loads(line)
+            found[str(entry["key"])] = float(entry["latency"])
+            complete = line.endswith(b"\n")
+        except (ValueError, KeyError, TypeError) as error:
+            if good + len(line) < len(data):
+                raise UserError(
+                    f"{path}, line {number}: expected a measured latency, got {line[:60]!r}; "
+                    "restore the file from a copy"
+                ) from error
+            complete = False
+        if complete:
+            good += len(line)
+    if good < len(data):
+        with contextlib.suppress(OSError):
+            os.truncate(path, good)
+    return found

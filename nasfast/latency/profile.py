@@ -1,0 +1,190 @@
+"""What a target needs for networks of a space: times of their operators, and of some networks."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from nasfast.inference.model import Model
+from nasfast.latency.operators import Operator, operators_of
+from nasfast.latency.table import LatencyTable, Operators
+from nasfast.latency.timing import Target, deployed, median_time, rounds, single, threads
+from nasfast.utils.errors import UserError, about
+from nasfast.utils.files import atomic_write, read_object
+
+VERSION = 1
+"""Of the file."""
+NETWORKS, TRACED = 16, 150
+"""Networks that are timed as a whole, and further ones whose operators are timed."""
+OPERATOR_SECONDS, NETWORK_SECONDS = 0.03, 0.5
+FOLDS = 4
+KNOWN = 0.5
+"""Least share of the predicted time that has to come from operators that were timed."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Measurements on a target, from which latencies are predicted."""
+
+    target: Target
+    networks: tuple[tuple[Operators, float], ...]
+    """Operators of whole networks, and their latencies, in milliseconds. The first is the
+    reference of later measurements."""
+    times: Mapping[Operator, float]
+    """Milliseconds of operators alone."""
+
+    @cached_property
+    def table(self) -> LatencyTable:
+        """Predicts latencies, fitted to all networks."""
+        return LatencyTable(self.times).fitted(self.networks)
+
+    @cached_property
+    def error(self) -> float:
+        """Median relative error on networks that the factors were not fitted to."""
+        if len(self.networks) < FOLDS:
+            return float("nan")
+        plain, errors = LatencyTable(self.times), list[float]()
+        for fold in range(FOLDS):
+            kept = [n for i, n in enumerate(self.networks) if i % FOLDS != fold]
+            table = plain.fitted(kept)
+            errors += [
+                abs(table.predict(operators) / time - 1)
+                for operators, time in self.networks[fold::FOLDS]
+            ]
+        return statistics.median(errors)
+
+    def require_known(self, operators: Operators, where: str) -> None:
+        """Raise UserError where too much of a network was not timed."""
+        table = self.table
+        known = {o: n for o, n in operators.items() if o in self.times}
+        total = table.predict(operators) - table.constant
+        share = (table.predict(known) - table.constant) / total if total > 0 else 0.0
+        if share < KNOWN:
+            raise UserError(
+                f"{where}: expected times of the operators of the networks that are searched, got "
+                f"{share:.0%} of their work, as of another space, width or image size; make it "
+                "with nasfast profile and the settings of this search"
+            )
+
+    def write(self, path: Path) -> None:
+        """As JSON, in one step."""
+        places = {operator: i for i, operator in enumerate(self.times)}
+        extra = {o for operators, _ in self.networks for o in operators} - places.keys()
+        places |= {operator: len(places) + i for i, operator in enumerate(sorted(extra, key=str))}
+        form = {
+            "version": VERSION,
+            "target": self.target.to_json(),
+            "operators": [
+                operator.to_json() | {"ms": self.times.get(operator)} for operator in places
+            ],
+            "networks": [
+                {"operators": [[places[o], n] for o, n in operators.items()], "ms": time}
+                for operators, time in self.networks
+            ],
+        }
+        atomic_write(path, json.dumps(form) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Inverse of `write`; UserError for another file, or one of a newer version."""
+        form = read_object(path)
+        remedy = "make it with nasfast profile"
+        if form.get("version") != VERSION:
+            raise UserError(
+                f'{path}: expected a latency table with "version" {VERSION}, got '
+                f"{form.get('version')!r}; {remedy}"
+            )
+        try:
+            with about(path):
+                target = Target.from_json(form["target"])
+                entries = [
+                    (Operator.from_json({k: v for k, v in e.items() if k != "ms"}), e.get("ms"))
+                    for e in form["operators"]
+                ]
+            times = {o: _positive(ms) for o, ms in entries if ms is not None}
+            networks = tuple(
+                ({entries[i][0]: int(n) for i, n in net["operators"]}, _positive(net["ms"]))
+                for net in form["networks"]
+            )
+            if not times:
+                raise ValueError("no times")
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise UserError(
+                f"{path}: expected a latency table as nasfast profile writes it, got a damaged one "
+                f"({type(error).__name__}: {error}); {remedy}"
+            ) from error
+        return cls(target, networks, times)
+
+    def __str__(self) -> str:
+        """Its size and its error."""
+        return (
+            f"{len(self.times)} operators and {len(self.networks)} networks; median error "
+            f"{self.error:.1%} on networks left out"
+        )
+
+
+def _positive(value: Any) -> float:
+    if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ValueError(f"expected milliseconds above 0, got {value!r}")
+    return float(value)
+
+
+def operators_on(target: Target, model: Model) -> dict[Operator, int]:
+    """The operators of a network as it is deployed there."""
+    images = torch.empty(target.shape, device="meta")
+    autocast = target.precision != "float32"
+    return dict(operators_of(model, images, autocast=autocast))
+
+
+def measured_profile(
+    target: Target,
+    draw: Callable[[random.Random], Model],
+    heartbeat: Callable[[], None] = lambda: None,
+) -> Profile:
+    """Time networks of a space, and the operators of more of them, on this machine.
+
+    Args:
+        target: this machine, as it runs networks.
+        draw: a network of the space, on the CPU.
+        heartbeat: called now and then; may raise to stop.
+    """
+    models, found = sampled(target, draw)
+    with threads(target.threads):
+        runs = []
+        for model in models:
+            heartbeat()
+            runs.append(deployed(model, target))
+        times = zip(*rounds(runs, NETWORK_SECONDS), strict=True)
+        latencies = [statistics.median(each) for each in times]
+        alone = dict[Operator, float]()
+        for operator in found:
+            heartbeat()
+            run = single(operator, target)
+            if run is not None:
+                alone[operator] = median_time(run, OPERATOR_SECONDS)
+    whole = [operators_on(target, model) for model in models]
+    return Profile(target, tuple(zip(whole, latencies, strict=True)), alone)
+
+
+def sampled(
+    target: Target, draw: Callable[[random.Random], Model]
+) -> tuple[list[Model], list[Operator]]:
+    """The networks that are timed as a whole, and the operators of these and of more; the same
+    every time."""
+    rng = random.Random(0)
+    models = [draw(rng) for _ in range(NETWORKS)]
+    found = dict[Operator, None]()
+    for model in models:
+        found |= dict.fromkeys(operators_on(target, model))
+    with torch.device("meta"):
+        for _ in range(TRACED):
+            found |= dict.fromkeys(operators_on(target, draw(rng)))
+    return models, list(found)

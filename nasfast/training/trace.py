@@ -1,0 +1,174 @@
+"""The operations of a network in evaluation mode, found without computing anything."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import math
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+
+class Form(NamedTuple):
+    """What the form of a result depends on in a tensor."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operation of PyTorch."""
+
+    name: str
+    """Such as "aten.convolution"."""
+    args: tuple[Any, ...]
+    """By position; a `Form` stands for each tensor."""
+    read: tuple[int, ...]
+    """Numbers of the tensors in the arguments, in order; those of parameters are negative."""
+    result: Any
+    """`Form`, or a tuple of them."""
+    made: int
+    """Number of the result, or of its first tensor. An operation in place makes what it read."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a network does to one input."""
+
+    calls: tuple[Call, ...]
+    macs: int
+    """Multiply-accumulates of convolutions and products."""
+    peak: int
+    """The most bytes that the input and what is computed of it take at one time."""
+
+
+def trace(module: nn.Module, inputs: object) -> Trace:
+    """The operations of a network on ``inputs``, a tensor or a list of tensors on the device
+    "meta". The network is traced as it is in evaluation mode, and left alone."""
+    tracer = _Tracer()
+    tracer.keep(inputs)
+    with torch.no_grad(), tracer:
+        _evaluating(module)(inputs)
+    return Trace(tuple(tracer.calls), tracer.flops // 2, tracer.peak)
+
+
+def _evaluating(module: nn.Module) -> nn.Module:
+    """A network of the same parameters in evaluation mode."""
+    twin = copy.copy(module)
+    twin.training = False
+    twin._modules = {
+        name: None if part is None else _evaluating(part) for name, part in module._modules.items()
+    }
+    return twin
+
+
+class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what FlopCounterMode counts, without taking apart the operations that have no formula.
+
+    Nothing is computed: of each operation, whatever the device of its tensors, there is only the
+    form of the result, which is worked out once in a process.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[Call] = []
+        self.flops, self.peak = 0, 0
+        self._live = 0
+        self._numbers, self._parameters = itertools.count(), itertools.count(-1, -1)
+
+    def keep(self, value: Any, owner: Tensor | None = None) -> None:
+        """Number tensors, and count their bytes until they are gone; those of views are
+        ``owner``'s, which a view keeps."""
+        if isinstance(value, (list, tuple)):
+            for each in value:
+                self.keep(each, owner)
+        elif isinstance(value, Tensor):
+            value._number = next(self._numbers)  # type: ignore[attr-defined]
+            if owner is not None:
+                value._owner = owner  # type: ignore[attr-defined]
+                return
+            size = math.prod(value.shape) * value.dtype.itemsize
+            self._live += size
+            self.peak = max(self.peak, self._live)
+            weakref.finalize(value, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self._live -= size
+
+    def _number(self, tensor: Tensor) -> int:
+        if not hasattr(tensor, "_number"):
+            return next(self._parameters)
+        number: int = tensor._number
+        return number
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        forms = _form_of(args)
+        named = tuple((name, _form_of(value)) for name, value in (kwargs or {}).items())
+        form, flops = _traced(func, forms, named)
+        self.flops += flops
+        tensors = _tensors(args)
+        kind = _aliasing(func)
+        if kind == "in place":
+            result: Any = tensors[0]
+        else:
+            result = _of_form(form)
+            self.keep(result, tensors[0] if kind == "view" else None)
+        first = _tensors((result,))
+        if first:
+            read = tuple(self._number(tensor) for tensor in tensors)
+            name = str(func._overloadpacket)
+            self.calls.append(Call(name, forms, read, form, self._number(first[0])))
+        return result
+
+
+@functools.cache
+def _aliasing(func: Any) -> str:
+    """Whether the result is the first tensor "in place", a "view" of it, or "new"."""
+    if func._schema.is_mutable and func._schema.arguments[0].is_write:
+        return "in place"
+    return "view" if any(r.alias_info is not None for r in func._schema.returns) else "new"
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for each in value for t in _tensors(each)] if isinstance(value, (list, tuple)) else []
+
+
+def _form_of(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return Form(value.shape, value.stride(), value.dtype)
+    return tuple(map(_form_of, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _of_form(form: Any) -> Any:
+    """The inverse, on the device "meta"."""
+    if isinstance(form, Form):
+        return torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device="meta")
+    return tuple(map(_of_form, form)) if isinstance(form, tuple) else form
+
+
+@functools.lru_cache(2**14)
+def _traced(func: Any, args: Any, kwargs: Any) -> tuple[Any, int]:
+    """Form of an operation's result, and its floating-point operations."""
+    values, named = _of_form(args), {name: _of_form(value) for name, value in kwargs}
+    result = func(*values, **named)
+    formula = flop_registry.get(func._overloadpacket)
+    flops = 0 if formula is None else int(formula(*values, **named, out_val=result))
+    return _form_of(result), flops
