@@ -8,6 +8,7 @@ COMMANDS = {
     "evaluate": "measure a trained network: score, size, latency",
     "predict": "use a trained network on images",
     "export": "write a trained network as ONNX or for torch.export, also in int8",
+    "profile": "time a target's operators, so that a search elsewhere predicts its latencies",
     "report": "write the report of a search again, or beside a baseline",
     "cache": "list, verify and remove cached encoder features",
     "pretrain": "train the packaged encoder again",

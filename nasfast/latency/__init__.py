@@ -2,7 +2,7 @@
 operators."""
 
 from nasfast.latency.meter import Latencies
-from nasfast.latency.profile import Profile, measured_profile
+from nasfast.latency.profile import Profile, measured_profile, write_bundle
 from nasfast.latency.timing import Backend, Target
 
-__all__ = ["Backend", "Latencies", "Profile", "Target", "measured_profile"]
+__all__ = ["Backend", "Latencies", "Profile", "Target", "measured_profile", "write_bundle"]

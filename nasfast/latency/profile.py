@@ -13,19 +13,21 @@ from typing import Any, Self
 
 import torch
 
+from nasfast.inference.export import exported_bytes
 from nasfast.inference.model import Model
+from nasfast.latency.onnx_operators import onnx_operator
 from nasfast.latency.operators import Operator, operators_of
 from nasfast.latency.table import LatencyTable, Operators
 from nasfast.latency.timing import Target, deployed, median_time, rounds, single, threads
 from nasfast.utils.errors import UserError, about
-from nasfast.utils.files import atomic_write, read_object
+from nasfast.utils.files import atomic_directory, atomic_write, read_object
 
 VERSION = 1
 """Of the file."""
 NETWORKS, TRACED = 16, 150
 """Networks that are timed as a whole, and further ones whose operators are timed."""
 OPERATOR_SECONDS, NETWORK_SECONDS = 0.03, 0.5
-FOLDS = 4
+FOLDS, DOUBTFUL = 4, 0.2
 KNOWN = 0.5
 """Least share of the predicted time that has to come from operators that were timed."""
 
@@ -124,11 +126,14 @@ class Profile:
         return cls(target, networks, times)
 
     def __str__(self) -> str:
-        """Its size and its error."""
-        return (
+        """Its size and its error, with what to do about one that is large."""
+        text = (
             f"{len(self.times)} operators and {len(self.networks)} networks; median error "
             f"{self.error:.1%} on networks left out"
         )
+        if self.error > DOUBTFUL:
+            text += "\nwarning: so large an error comes of other work on the machine: measure again"
+        return text
 
 
 def _positive(value: Any) -> float:
@@ -188,3 +193,46 @@ def sampled(
         for _ in range(TRACED):
             found |= dict.fromkeys(operators_on(target, draw(rng)))
     return models, list(found)
+
+
+def write_bundle(
+    folder: Path,
+    target: Target,
+    draw: Callable[[random.Random], Model],
+    heartbeat: Callable[[], None] = lambda: None,
+) -> None:
+    """Write what a machine needs that has onnxruntime and no nasfast: networks and operators as
+    ONNX files, and the script `on_target`, which times them and writes a table.
+
+    Args:
+        folder: it is made.
+        target: of onnxruntime; the other machine writes its own name, threads and version.
+        draw: a network of the space, on the CPU.
+        heartbeat: called now and then; may raise to stop.
+    """
+    models, found = sampled(target, draw)
+    script = Path(__file__).with_name("on_target.py")
+    files: dict[str, bytes] = {script.name: script.read_bytes()}
+    places = {operator: i for i, operator in enumerate(found)}
+    operators = [operator.to_json() for operator in found]
+    for entry, operator in zip(operators, found, strict=True):
+        data = onnx_operator(operator)
+        if data is not None:
+            entry["file"] = f"operator-{places[operator]:04}.onnx"
+            files[entry["file"]] = data
+    networks = []
+    for i, model in enumerate(models):
+        heartbeat()
+        name = f"network-{i:02}.onnx"
+        files[name] = exported_bytes(model, size=target.size)
+        counts = operators_on(target, model)
+        networks.append({"operators": [[places[o], n] for o, n in counts.items()], "file": name})
+    form = {
+        "version": VERSION,
+        "target": target.to_json(),
+        "seconds": {"operator": OPERATOR_SECONDS, "network": NETWORK_SECONDS},
+        "operators": operators,
+        "networks": networks,
+    }
+    files["profile.json"] = (json.dumps(form) + "\n").encode()
+    atomic_directory(folder, files)

@@ -343,6 +343,11 @@ class SamplingSearch:
         self._workers = workers or WorkerConfig()
 
     @property
+    def phase(self) -> Phase[Any]:
+        """The one that is under way."""
+        return self._phase
+
+    @property
     def inputs(self) -> Mapping[str, str]:
         return self._phase.evaluator.inputs
 
