@@ -68,6 +68,12 @@ class Latencies(Generic[G]):
         kept, self._file = folder / PROFILE, folder / MEASURED
         if kept.exists():
             self._profile = Profile.read(kept)
+            if self.measures and self._profile.target != self.target:
+                say(
+                    f"note: the run's latencies are of {self._profile.target}; from here on they "
+                    f"are predicted for it, as this is {self.target}"
+                )
+                self.measures, self.target = False, self._profile.target
         else:
             if self._profile is None:
                 say(f"latency  {self.target}: networks and operators are timed ..")
