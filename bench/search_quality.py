@@ -4,7 +4,7 @@
     python bench/search_quality.py add TABLE RUN [RUN ..]
     python bench/search_quality.py fit TABLE
     python bench/search_quality.py replay TABLE [--strategies predictor evolution ppo random]
-        [--evaluations 100] [--replays 200] [--batch 4] [--prior none] [--json FILE]
+        [--evaluations 100] [--replays 200] [--batch 4] [--prior none] [--front] [--json FILE]
 
 `record` evaluates uniform draws of a space into a table, stage 0 alone, and `add` puts in what runs
 evaluated. `fit` says how well a surrogate that is fitted to the table predicts evaluations of
@@ -12,7 +12,8 @@ architectures that it has not seen. `replay` searches the surrogate, whose rewar
 the recorded ones. What it prints are figures of the surrogate: they compare strategies, and say
 nothing of a data set. On a table of the generated data the predictor goes without the prior that it
 has from that table. The surrogate is of another kind than the model of the strategy `predictor`:
-trees and support vectors. Both describe an architecture by `Space.features`.
+trees and support vectors. Both describe an architecture by `Space.features`. With `--front` the
+strategies look for a front of reward and multiply-adds, and what counts is its hypervolume.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ from nasfast.strategies import (  # noqa: E402
     make_strategy,
 )
 from nasfast.training.loop import Runtime  # noqa: E402
+from nasfast.utils.pareto import hypervolume  # noqa: E402
 from nasfast.workers import Job  # noqa: E402
 
 SPACES: dict[str, Space[Any]] = {
@@ -271,14 +273,15 @@ class Replay:
             self.macs.append(macs)
         self.strategy.tell(genotype, self.seen[name])
 
-    def curves(self, evaluations: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def curves(self, evaluations: int) -> tuple[np.ndarray, ...]:
         """After each evaluation: the best true reward, that of the architecture which was observed
-        to be best, and the multiply-adds of the one evaluated."""
+        to be best, and multiply-adds and true reward of the one evaluated."""
         true, observed = np.array(self.true), np.array(list(self.seen.values()))
         leads = np.maximum.accumulate(observed) == observed
         at = np.maximum.accumulate(np.where(leads, np.arange(len(true)), 0))
         best = np.maximum.accumulate(true)
-        return best[:evaluations], true[at][:evaluations], np.array(self.macs)[:evaluations]
+        curves = best, true[at], np.array(self.macs), true
+        return tuple(curve[:evaluations] for curve in curves)
 
 
 def play(
@@ -287,7 +290,7 @@ def play(
     seeds: Sequence[int],
     evaluations: int,
     batch: int,
-) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+) -> list[tuple[np.ndarray, ...]]:
     """Curves of replays, all of them in step: the surrogate is asked for many at once."""
     replays = [Replay(make(seed), np.random.default_rng(seed)) for seed in seeds]
     for _ in range(100 * evaluations):
@@ -317,7 +320,7 @@ def replay(
     for name in dict.fromkeys(["random", *names]):
         start = time.perf_counter()
         curves = _in_parallel(surrogate, name, settings, range(count), evaluations, batch)
-        best[name], taken[name], macs[name] = map(np.array, zip(*curves))
+        best[name], taken[name], macs[name], _ = map(np.array, zip(*curves))
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     goal = float(np.median(best["random"][:, -1]))
     after = [n for n in (12, 24, 50, 100, 200) if n <= evaluations]
@@ -350,6 +353,45 @@ def _lead(values: np.ndarray, random: np.ndarray) -> dict[str, Any]:
     return {"mean": round(float(values.mean()), 5), "lead": interval}
 
 
+def replay_fronts(
+    path: Path,
+    names: Sequence[str],
+    evaluations: int,
+    count: int,
+    batch: int,
+    settings: SamplingSettings,
+) -> dict[str, Any]:
+    """Hypervolume of the front of true rewards and multiply-adds, beside that of random search.
+
+    Both are in parts of what uniform draws span: from the lower quartile of the rewards to the
+    best, and from the fewest multiply-adds to the upper quartile, on a logarithmic scale.
+    """
+    surrogate = Surrogate.fit(*read(path))
+    rng = random.Random(0)
+    some = [surrogate.space.sample(rng) for _ in range(2000)]
+    reward, size = surrogate.rewards(some), np.log2(surrogate.costs(some))
+    worst, best = np.percentile(reward, 25), reward.max()
+    largest, smallest = np.percentile(size, 75), size.min()
+    after = [n for n in (12, 24, 40, 100) if n <= evaluations]
+    found: dict[str, np.ndarray] = {}
+    for name in dict.fromkeys(["random", *names]):
+        start = time.perf_counter()
+        curves = _in_parallel(surrogate, name, settings, range(count), evaluations, batch, True)
+        volumes = []
+        for _, _, macs, true in curves:
+            x = (best - true) / (best - worst)
+            y = (np.log2(macs) - smallest) / (largest - smallest)
+            points = list(zip(x.tolist(), y.tolist()))
+            volumes.append([hypervolume(points[:n], (1.0, 1.0)) for n in after])
+        found[name] = np.array(volumes)
+        print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    strategies = {
+        name: {n: _lead(v[:, i], found["random"][:, i]) for i, n in enumerate(after)}
+        for name, v in found.items()
+    }
+    return {"replays": count, "batch": batch, "hypervolume after": strategies}
+
+
 def _in_parallel(
     surrogate: Surrogate,
     name: str,
@@ -357,10 +399,11 @@ def _in_parallel(
     seeds: Sequence[int],
     evaluations: int,
     batch: int,
-) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    front: bool = False,
+) -> list[tuple[np.ndarray, ...]]:
     workers = len(os.sched_getaffinity(0))
     shares = [seeds[i::workers] for i in range(workers)]
-    part = functools.partial(_part, surrogate, name, settings, evaluations, batch)
+    part = functools.partial(_part, surrogate, name, settings, evaluations, batch, front)
     with ProcessPoolExecutor(workers) as pool:
         parts = list(pool.map(part, shares))
     curves = {seed: curve for share, part in zip(shares, parts) for seed, curve in zip(share, part)}
@@ -373,12 +416,17 @@ def _part(
     settings: SamplingSettings,
     evaluations: int,
     batch: int,
+    front: bool,
     seeds: Sequence[int],
-) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+) -> list[tuple[np.ndarray, ...]]:
     torch.set_num_threads(1)
 
+    @functools.cache
+    def goals(genotype: Any) -> tuple[float, ...]:
+        return (float(np.log2(surrogate.costs([genotype])[0])),)
+
     def make(seed: int) -> Strategy[Any]:
-        return make_strategy(name, surrogate.space, seed, settings)
+        return make_strategy(name, surrogate.space, seed, settings, goals if front else None)
 
     return play(surrogate, make, seeds, evaluations, batch)
 
@@ -434,6 +482,7 @@ def main() -> None:
     sub["replay"].add_argument("--replays", type=int, default=200)
     sub["replay"].add_argument("--batch", type=int, default=4)
     sub["replay"].add_argument("--prior", choices=("auto", "none"), default="auto")
+    sub["replay"].add_argument("--front", action="store_true")
     sub["replay"].add_argument("--json", type=Path)
     argv = sys.argv[1:]
     at = argv.index("--") if "--" in argv else len(argv)
@@ -450,8 +499,10 @@ def main() -> None:
             generated = json.loads(args.table.read_text())["data"] == "synthetic"
             predictor = PredictorConfig(prior="none" if generated else args.prior)
             settings = SamplingSettings(ppo=PPOConfig.short_budget(), predictor=predictor)
-            found = replay(
-                args.table, args.strategies, args.evaluations, args.replays, args.batch, settings
+            names = [n for n in args.strategies if not (args.front and n == "ppo")]
+            play_all = replay_fronts if args.front else replay
+            found = play_all(
+                args.table, names, args.evaluations, args.replays, args.batch, settings
             )
             head = {"table": args.table.name, "surrogate": True, "prior": predictor.prior}
             text = json.dumps({**head, **found}, indent=1)
