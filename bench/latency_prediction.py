@@ -51,7 +51,8 @@ def main() -> None:
     with Interrupt() as interrupt, tempfile.TemporaryDirectory() as folder:
         search, _ = method.build(config, interrupt, Console(stderr=True))
         search.close()
-        assert isinstance(search, SamplingSearch) and search.phase.costing is not None
+        assert isinstance(search, SamplingSearch)
+        assert search.phase.costing is not None
         latencies = search.phase.costing.latencies
         assert latencies is not None
         rng = random.Random(1)  # the table's are those of 0

@@ -5,6 +5,7 @@
     python bench/search_quality.py fit TABLE
     python bench/search_quality.py replay TABLE [--strategies predictor evolution ppo random]
         [--evaluations 100] [--replays 200] [--batch 4] [--prior none] [--front] [--json FILE]
+    python bench/search_quality.py fronts RUN [RUN ..] --against RUN [RUN ..]
 
 `record` evaluates uniform draws of a space into a table, stage 0 alone, and `add` puts in what runs
 evaluated. `fit` says how well a surrogate that is fitted to the table predicts evaluations of
@@ -14,6 +15,8 @@ nothing of a data set. On a table of the generated data the predictor goes witho
 has from that table. The surrogate is of another kind than the model of the strategy `predictor`:
 trees and support vectors. Both describe an architecture by `Space.features`. With `--front` the
 strategies look for a front of reward and multiply-adds, and what counts is its hypervolume.
+`fronts` compares searches that were run, with one objective beside the score, by the hypervolumes
+of their candidates, seed by seed; those that they are compared with are usually random.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ import harness  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from scipy.stats import spearmanr  # noqa: E402
+from scipy.stats import t as student  # noqa: E402
 from sklearn.ensemble import ExtraTreesRegressor, GradientBoostingRegressor  # noqa: E402
 from sklearn.feature_extraction import DictVectorizer  # noqa: E402
 from sklearn.pipeline import make_pipeline  # noqa: E402
@@ -392,6 +396,48 @@ def replay_fronts(
     return {"replays": count, "batch": batch, "hypervolume after": strategies}
 
 
+def fronts(runs: Sequence[Path], against: Sequence[Path]) -> dict[str, Any]:
+    """Hypervolumes of searches beside those of others of the same seeds, in units as those of
+    `replay_fronts`: of the candidates of the others. Rewards are of stage 0, which all have."""
+    ours, theirs = (
+        {s.config["seed"]: s for s in map(Study.open, each)} for each in (runs, against)
+    )
+    (cost,) = next(iter(ours.values())).objectives.costs
+    points = {
+        name: {seed: _points(study, cost) for seed, study in studies.items()}
+        for name, studies in (("ours", ours), ("theirs", theirs))
+    }
+    baseline = np.concatenate(list(points["theirs"].values()))
+    everything = np.concatenate([p for each in points.values() for p in each.values()])
+    best, worst = everything[:, 0].max(), np.percentile(baseline[:, 0], 25)
+    smallest, largest = everything[:, 1].min(), np.percentile(baseline[:, 1], 75)
+
+    def volume(found: np.ndarray) -> float:
+        x = (best - found[:, 0]) / (best - worst)
+        y = (found[:, 1] - smallest) / (largest - smallest)
+        return hypervolume(list(zip(x.tolist(), y.tolist())), (1.0, 1.0))
+
+    seeds = sorted(ours.keys() & theirs.keys())
+    pairs = {seed: tuple(volume(points[n][seed]) for n in ("ours", "theirs")) for seed in seeds}
+    leads = np.array([a - b for a, b in pairs.values()])
+    half = student.ppf(0.975, len(leads) - 1) * leads.std(ddof=1) / math.sqrt(len(leads))
+    return {
+        "cost": cost,
+        "hypervolumes by seed": pairs,
+        "mean of the others": float(np.mean([b for _, b in pairs.values()])),
+        "lead": float(leads.mean()),
+        "95 % interval of the lead": [float(leads.mean() - half), float(leads.mean() + half)],
+    }
+
+
+def _points(study: Study, cost: str) -> np.ndarray:
+    """Reward of stage 0 and logarithm of a cost of each candidate, ``[N, 2]``."""
+    found = [r.evaluation for r in study.records if r.duplicate_of is None]
+    return np.array(
+        [(e.rewards["stage0"], math.log2(e.costs[cost])) for e in found if "stage0" in e.rewards]
+    )
+
+
 def _in_parallel(
     surrogate: Surrogate,
     name: str,
@@ -474,6 +520,9 @@ def main() -> None:
     sub["record"].add_argument("method")
     for each in sub.values():
         each.add_argument("table", type=Path)
+    of_runs = commands.add_parser("fronts")
+    of_runs.add_argument("runs", type=Path, nargs="+")
+    of_runs.add_argument("--against", type=Path, nargs="+", required=True)
     sub["record"].add_argument("--count", type=int, default=120)
     sub["record"].add_argument("--again", default="10x3")
     sub["add"].add_argument("runs", type=Path, nargs="+")
@@ -495,6 +544,8 @@ def main() -> None:
             add(args.table, args.runs)
         case "fit":
             print(json.dumps(fit(args.table), indent=1))
+        case "fronts":
+            print(json.dumps(fronts(args.runs, args.against), indent=1))
         case "replay":
             generated = json.loads(args.table.read_text())["data"] == "synthetic"
             predictor = PredictorConfig(prior="none" if generated else args.prior)
