@@ -12,12 +12,13 @@ OPSET = 19
 _PLAIN = {
     "add": "Add",
     "mul": "Mul",
+    "sub": "Sub",
     "div": "Div",
     "relu": "Relu",
     "exp": "Exp",
     "sigmoid": "Sigmoid",
 }
-_BY_NUMBER = {"add", "mul", "div"}
+_BY_NUMBER = {"add", "sub", "mul", "div"}
 """Kinds whose second factor may be a number."""
 
 
@@ -90,7 +91,10 @@ class _Graph:
         if operator.kind == "conv":
             self.node("Conv", [x, weight, bias], output, **attributes)
         else:
-            self.node("DeformConv", [x, weight, *offsets, bias], output, **attributes)
+            offset, *mask = offsets
+            taps = 2 * operator.weight[2] * operator.weight[3]
+            attributes["offset_group"] = operator.reads[1][1] // taps
+            self.node("DeformConv", [x, weight, offset, bias, *mask], output, **attributes)
         if operator.activation == "relu":
             self.node("Relu", [output])
         elif operator.activation:
@@ -101,14 +105,17 @@ class _Graph:
         operator = self.operator
         (x, *_), makes = self.inputs, operator.makes
         if kind == "cat":
-            self.node("Concat", self.inputs, axis=1)
+            self.node("Concat", self.inputs, axis=operator.axis)
         elif kind == "mean":
             axes = self.constant("axes", torch.tensor([2, 3]))
             self.node("ReduceMean", [x, axes], keepdims=1)
-        elif kind == "resize":
+        elif kind in ("resize", "bicubic"):
             sizes = self.constant("sizes", torch.tensor(makes))
-            modes = {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}
-            self.node("Resize", [x, "", "", sizes], **modes)
+            mode = "linear" if kind == "resize" else "cubic"
+            self.node("Resize", [x, "", "", sizes], mode=mode, cubic_coeff_a=-0.75)
+        elif kind == "pixel_shuffle":
+            side = makes[2] // operator.reads[0][2]
+            self.node("DepthToSpace", [x], blocksize=side, mode="CRD")
         elif kind == "copy":
             self.node("Expand", [x, self.constant("shape", torch.tensor(makes))])
         elif kind == "max_pool":
@@ -119,6 +126,18 @@ class _Graph:
             zeros, ones = torch.zeros(makes[1]), torch.ones(makes[1])
             names = [self.constant(n, v) for n, v in zip("abcd", (ones, zeros, zeros, ones))]
             self.node("BatchNormalization", [x, *names])
+        elif kind == "group_norm":
+            (groups,) = operator.settings
+            rows = self.constant("rows", torch.tensor([0, groups, -1]))
+            whole = self.constant("whole", torch.tensor(makes))
+            ones, zeros = (f(groups) for f in (torch.ones, torch.zeros))
+            scale, shift = self.constant("ones", ones), self.constant("zeros", zeros)
+            flat = self.node("Reshape", [x, rows], "flat")
+            normal = self.node("InstanceNormalization", [flat, scale, shift], "normal")
+            y = self.node("Reshape", [normal, whole], "map")
+            weights = torch.rand(2, makes[1], 1, 1)
+            weight, bias = self.constant("weight", weights[0]), self.constant("bias", weights[1])
+            self.node("Add", [self.node("Mul", [y, weight], "weighed"), bias])
         elif kind == "pad":
             grown = [0] * 4 + [new - old for new, old in zip(makes, operator.reads[0], strict=True)]
             self.node("Pad", [x, self.constant("pads", torch.tensor(grown))], mode="edge")

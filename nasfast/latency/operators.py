@@ -8,25 +8,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
+import torch
 from torch import nn
 
 from nasfast.training.trace import Call, Form, trace
 from nasfast.utils.errors import UserError
 
-_VIEWS = {"view", "slice", "select", "expand", "split_with_sizes", "unsqueeze", "permute"}
 _CONSTANT = {"empty", "zeros_like", "ones", "arange"}
 _ACTIVATIONS = {"relu": "relu", "relu_": "relu", "hardtanh": "relu6", "hardtanh_": "relu6"}
 _NAMES = {
+    "convolution": "conv",
+    "deform_conv2d": "deform_conv",
     "upsample_bilinear2d": "resize",
     "max_pool2d_with_indices": "max_pool",
     "sum": "mean",
     "native_group_norm": "group_norm",
     "clone": "copy",
+    "_to_copy": "cast",
+    "upsample_bicubic2d": "bicubic",
     "replication_pad2d": "pad",
 } | _ACTIVATIONS
-_CASTING = {"convolution", "deform_conv2d"}
-"""What autocast gives its inputs in half precision."""
-_NORMALIZING = {"native_batch_norm", "native_group_norm"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class Operator:
     """Shape of a convolution's weight."""
     settings: tuple[int, ...] = ()
     """Of a convolution: stride, padding and dilation, two each, and groups. Of a pool: the side of
-    its window, and its stride."""
+    its window, and its stride. Of GroupNorm: the groups."""
+    bias: bool = False
+    """Whether a convolution has one of its own."""
     normalized: bool = False
     """Whether BatchNorm is part of it."""
     activation: str = ""
@@ -61,6 +64,11 @@ class Operator:
     def cells(self) -> int:
         """Values that it reads and writes."""
         return sum(map(math.prod, (*self.reads, self.makes, *[self.weight] * bool(self.weight))))
+
+    @property
+    def axis(self) -> int:
+        """The one along which maps are joined."""
+        return next((i for i, side in enumerate(self.makes) if side != self.reads[0][i]), 1)
 
     @property
     def group(self) -> str:
@@ -98,44 +106,50 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def operators_of(module: nn.Module, inputs: object, *, autocast: bool = False) -> Counter[Operator]:
+def operators_of(module: nn.Module, inputs: object, *, autocast: str = "") -> Counter[Operator]:
     """The operators of a network in evaluation mode, and how often it has each.
 
     Args:
         module: it is traced, not run.
         inputs: tensors on the device "meta".
-        autocast: whether it runs under autocast: then convolutions give half precision, what reads
-            a float32 map or a parameter gives float32, and other operators keep what they read.
+        autocast: type of the device, where it runs under autocast to bfloat16.
     """
+    calls = trace(module, inputs, autocast).calls
     found: list[Operator] = []
     maker: dict[int, int] = {}  # number of a map to the position of the operator that made it
-    narrow = set[int]()  # numbers of the maps in half precision
-    for call in trace(module, inputs).calls:
+    for call, only in zip(calls, _only_readers(calls), strict=True):
         name = call.name.partition(".")[2]
-        if autocast and (name in _CASTING or all(number in narrow for number in _maps(call))):
-            narrow.add(call.made)
-        if name in _VIEWS or name in _CONSTANT:
+        if call.view or name in _CONSTANT:
             continue
-        before = maker.get(call.read[0], -1) if call.read else -1
+        before = maker.get(call.read[0], -1) if only else -1
         fused = _fused(found[before], name) if before >= 0 else None
         if fused is not None:
             found[before] = fused
-            maker[call.made] = before
+            maker[call.made[0]] = before
             continue
         operator = _operator(name, call)
         if operator is None:
+            maker.pop(call.made[0], None)
             continue
-        wide = tuple(number not in narrow for number in _maps(call)[: len(operator.reads)])
-        if autocast and any(wide):
-            operator = replace(operator, wide=wide)
-        maker[call.made] = len(found)
+        if autocast:
+            wide = tuple(form.dtype == torch.float32 for form in _maps(name, call))
+            operator = replace(operator, wide=wide if any(wide) else ())
+        maker[call.made[0]] = len(found)
         found.append(operator)
     return Counter(found)
 
 
-def _maps(call: Call) -> list[int]:
-    """Numbers of what a call reads, without a normalisation's parameters."""
-    return list(call.read[:1] if call.name.partition(".")[2] in _NORMALIZING else call.read)
+def _only_readers(calls: Sequence[Call]) -> list[bool]:
+    """Of each call, whether nothing else reads the map that it reads first: what makes that map
+    cannot end with this call where its own result is needed too."""
+    changes = Counter[int]()  # of maps, by operations in place
+    firsts, readers = list[tuple[int, int] | None](), Counter[tuple[int, int]]()
+    for call in calls:
+        read = [(number, changes[number]) for number in call.read]
+        readers.update(set(read))
+        firsts.append(read[0] if read else None)
+        changes.update(set(call.read) & set(call.made))
+    return [first is not None and readers[first] == 1 for first in firsts]
 
 
 def _fused(before: Operator, name: str) -> Operator | None:
@@ -147,27 +161,35 @@ def _fused(before: Operator, name: str) -> Operator | None:
     return replace(before, activation=_ACTIVATIONS[name]) if name in _ACTIVATIONS else None
 
 
+def _maps(name: str, call: Call) -> list[Form]:
+    """What is read, without weights and what else has few values."""
+    if name == "convolution":
+        return [call.args[0]]
+    if name == "deform_conv2d":
+        x, offset, *_, mask = call.args
+        return [x, offset] if mask is None else [x, offset, mask]
+    return [form for form in _forms(call.args) if len(form.shape) > 2]
+
+
 def _operator(name: str, call: Call) -> Operator | None:
     result = call.result if isinstance(call.result, Form) else call.result[0]
-    maps = [form for form in _forms(call.args) if len(form.shape) > 2]
-    if len(result.shape) < 3 or not maps:
+    reads = tuple(tuple(form.shape) for form in _maps(name, call))
+    if len(result.shape) < 3 or not reads:
         return None  # of a few values
-    if name == "convolution":
-        x, weight, _, stride, padding, dilation, _, _, groups = call.args
+    makes = tuple(result.shape)
+    if name in ("convolution", "deform_conv2d"):
+        place = 1 if name == "convolution" else 2
+        weight, bias, stride, padding, dilation = call.args[place : place + 5]
+        groups = call.args[0].shape[1] // weight.shape[1]
         settings = (*stride, *padding, *dilation, groups)
-        made, kernel = tuple(result.shape), tuple(weight.shape)
-        return Operator("conv", (tuple(x.shape),), made, kernel, settings)
-    if name == "deform_conv2d":
-        x, offset, weight, _, stride, padding, dilation = call.args[:7]
-        settings = (*stride, *padding, *dilation, x.shape[1] // weight.shape[1])
-        reads = (tuple(x.shape), tuple(offset.shape))
-        made, kernel = tuple(result.shape), tuple(weight.shape)
-        return Operator("deform_conv", reads, made, kernel, settings)
+        kind = _NAMES[name]
+        return Operator(kind, reads, makes, tuple(weight.shape), settings, bias is not None)
     settings = ()
     if name == "max_pool2d_with_indices":
         settings = (call.args[1][0], call.args[2][0])
-    shapes = tuple(tuple(form.shape) for form in maps)
-    return Operator(_NAMES.get(name, name), shapes, tuple(result.shape), settings=settings)
+    elif name == "native_group_norm":
+        settings = (call.args[6],)
+    return Operator(_NAMES.get(name, name), reads, makes, settings=settings)
 
 
 def _forms(args: Sequence[Any]) -> list[Form]:

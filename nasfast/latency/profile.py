@@ -145,7 +145,7 @@ def _positive(value: Any) -> float:
 def operators_on(target: Target, model: Model) -> dict[Operator, int]:
     """The operators of a network as it is deployed there."""
     images = torch.empty(target.shape, device="meta")
-    autocast = target.precision != "float32"
+    autocast = torch.device(target.device).type if target.precision != "float32" else ""
     return dict(operators_of(model, images, autocast=autocast))
 
 

@@ -216,7 +216,7 @@ def torch_operator(operator: Operator) -> nn.Module | None:
         kernel, stride = operator.weight[2:], settings[:2]
         padding, dilation = settings[2:4], settings[4:6]
         made: list[nn.Module] = []
-        sizes: Any = kernel, stride, padding, dilation, groups
+        sizes: Any = kernel, stride, padding, dilation, groups, operator.bias
         if kind == "deform_conv":
             made.append(DeformConv2d(channels, out, *sizes))
         elif _is_ours(operator):
@@ -233,10 +233,10 @@ def torch_operator(operator: Operator) -> nn.Module | None:
 
 
 def _is_ours(operator: Operator) -> bool:
-    """Whether the layers of the models have it as their own convolution, which has no bias."""
+    """Whether it is a convolution of our layers: these have no bias, and keep the size."""
     (height, width), settings = operator.weight[2:], operator.settings
     square = height == width and all(settings[i] == settings[i + 1] for i in (0, 2, 4))
-    return operator.normalized and square and settings[2] == settings[4] * (height // 2)
+    return not operator.bias and square and settings[2] == settings[4] * (height // 2)
 
 
 class _Chain(nn.Sequential):
@@ -271,7 +271,8 @@ def _functions(operator: Operator) -> dict[str, Callable[..., Tensor]]:
         "add": torch.add if len(operator.reads) == 2 else lambda x: x + 1,
         "mul": torch.mul if len(operator.reads) == 2 else lambda x: x * 2,
         "div": torch.div if len(operator.reads) == 2 else lambda x: x / 2,
-        "cat": lambda *maps: torch.cat(maps, 1),
+        "sub": torch.sub if len(operator.reads) == 2 else lambda x: x - 1,
+        "cat": lambda *maps: torch.cat(maps, operator.axis),
         "relu": F.relu,
         "relu6": F.relu6,
         "clamp": lambda x: x.clamp(min=0),
@@ -281,9 +282,12 @@ def _functions(operator: Operator) -> dict[str, Callable[..., Tensor]]:
         "copy": lambda x: x.expand(makes).clone(),
         "pad": lambda x: F.pad(x, (0, size[1] - x.shape[3], 0, size[0] - x.shape[2]), "replicate"),
         "resize": lambda x: F.interpolate(x, size, mode="bilinear"),
+        "bicubic": lambda x: F.interpolate(x, size, mode="bicubic"),
+        "pixel_shuffle": lambda x: F.pixel_shuffle(x, size[0] // x.shape[2]),
+        "cast": lambda x: x.float(),
         "max_pool": lambda x: F.max_pool2d(x, pool[0], pool[1], pool[0] // 2),
         "native_batch_norm": normalize,
-        "group_norm": lambda x: F.group_norm(x, min(32, channels)),
+        "group_norm": lambda x: torch.group_norm(x, operator.settings[0]),
     }
 
 

@@ -8,11 +8,14 @@ import itertools
 import math
 import weakref
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -37,8 +40,10 @@ class Call:
     """Numbers of the tensors in the arguments, in order; those of parameters are negative."""
     result: Any
     """`Form`, or a tuple of them."""
-    made: int
-    """Number of the result, or of its first tensor. An operation in place makes what it read."""
+    made: tuple[int, ...]
+    """Numbers of the tensors in the result. An operation in place makes what it read."""
+    view: bool
+    """Whether the result shares the memory of what is read."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,17 @@ class Trace:
     """The most bytes that the input and what is computed of it take at one time."""
 
 
-def trace(module: nn.Module, inputs: object) -> Trace:
+def trace(module: nn.Module, inputs: object, autocast: str = "") -> Trace:
     """The operations of a network on ``inputs``, a tensor or a list of tensors on the device
-    "meta". The network is traced as it is in evaluation mode, and left alone."""
-    tracer = _Tracer()
+    "meta". The network is traced as it is in evaluation mode, and left alone.
+
+    Args:
+        autocast: type of the device, "cpu" or "cuda", whose autocast to bfloat16 is followed.
+    """
+    tracer = _Tracer(autocast)
+    inputs = _twins(inputs)
     tracer.keep(inputs)
-    with torch.no_grad(), tracer:
+    with torch.no_grad(), _Convolutions() if autocast else nullcontext(), tracer:
         _evaluating(module)(inputs)
     return Trace(tuple(tracer.calls), tracer.flops // 2, tracer.peak)
 
@@ -72,6 +82,41 @@ def _evaluating(module: nn.Module) -> nn.Module:
     return twin
 
 
+def _twins(value: Any) -> Any:
+    """Other tensors of the same form."""
+    if isinstance(value, Tensor):
+        return _of_form(_form_of(value))
+    return type(value)(map(_twins, value)) if isinstance(value, (list, tuple)) else value
+
+
+_NARROWED = {"aten.convolution": (0, 1, 2), "nasfast.deform_conv2d": (0, 2, 3)}
+"""Arguments that autocast gives operations in bfloat16."""
+_WIDENED = {"cuda": {"aten.native_group_norm", "aten.exp", "aten.sum"}}
+"""Operations to which it gives float32, by the type of the device."""
+
+
+class _Convolutions(TorchFunctionMode):
+    """conv2d without its check of dtypes, which comes before the dispatch, and autocast earlier."""
+
+    def __torch_function__(
+        self, func: Any, types: object, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return (_conv2d if func is torch.conv2d else func)(*args, **(kwargs or {}))
+
+
+def _conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    stride, padding, dilation = (_pair(each) for each in (stride, padding, dilation))
+    return torch.convolution(input, weight, bias, stride, padding, dilation, False, (0, 0), groups)
+
+
 class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what FlopCounterMode counts, without taking apart the operations that have no formula.
 
@@ -79,8 +124,9 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     form of the result, which is worked out once in a process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, autocast: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.autocast = autocast
         self.calls: list[Call] = []
         self.flops, self.peak = 0, 0
         self._live = 0
@@ -118,9 +164,11 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        name = str(func._overloadpacket)
         forms = _form_of(args)
+        given = _cast(name, forms, self.autocast) if self.autocast else forms
         named = tuple((name, _form_of(value)) for name, value in (kwargs or {}).items())
-        form, flops = _traced(func, forms, named)
+        form, flops = _traced(func, given, named)
         self.flops += flops
         tensors = _tensors(args)
         kind = _aliasing(func)
@@ -129,11 +177,10 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             result = _of_form(form)
             self.keep(result, tensors[0] if kind == "view" else None)
-        first = _tensors((result,))
-        if first:
-            read = tuple(self._number(tensor) for tensor in tensors)
-            name = str(func._overloadpacket)
-            self.calls.append(Call(name, forms, read, form, self._number(first[0])))
+        made = tuple(map(self._number, _tensors((result,))))
+        if made:
+            read = tuple(map(self._number, tensors))
+            self.calls.append(Call(name, forms, read, form, made, kind == "view"))
         return result
 
 
@@ -162,6 +209,17 @@ def _of_form(form: Any) -> Any:
     if isinstance(form, Form):
         return torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device="meta")
     return tuple(map(_of_form, form)) if isinstance(form, tuple) else form
+
+
+def _cast(name: str, args: tuple[Any, ...], device: str) -> tuple[Any, ...]:
+    """The arguments that autocast gives an operation in place of these."""
+    wide = name in _WIDENED.get(device, ())
+    changed = range(len(args)) if wide else _NARROWED.get(name, ())
+    dtype = torch.float32 if wide else torch.bfloat16
+    return tuple(
+        each._replace(dtype=dtype) if i in changed and isinstance(each, Form) else each
+        for i, each in enumerate(args)
+    )
 
 
 @functools.lru_cache(2**14)
