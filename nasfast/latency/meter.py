@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import random
 import statistics
@@ -124,23 +125,21 @@ class Latencies(Generic[G]):
 
 def _read(path: Path) -> dict[str, float]:
     """Measurements of a run; a last line that a crash left torn is cut off."""
-    found, good = dict[str, float](), 0
-    data = path.read_bytes()
-    for number, line in enumerate(data.splitlines(keepends=True), 1):
+    found = dict[str, float]()
+    whole, end, torn = path.read_bytes().rpartition(b"\n")
+    for number, line in enumerate((whole + end).splitlines(), 1):
         try:
             entry = json.loads(line)
-            found[str(entry["key"])] = float(entry["latency"])
-            complete = line.endswith(b"\n")
-        except (ValueError, KeyError, TypeError) as error:
-            if good + len(line) < len(data):
-                raise UserError(
-                    f"{path}, line {number}: expected a measured latency, got {line[:60]!r}; "
-                    "restore the file from a copy"
-                ) from error
-            complete = False
-        if complete:
-            good += len(line)
-    if good < len(data):
+            latency = float(entry["latency"])
+            if not 0 < latency < math.inf:
+                raise ValueError(latency)
+            found[str(entry["key"])] = latency
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise UserError(
+                f"{path}, line {number}: expected a measured latency, got {line[:60]!r}; "
+                "restore the file from a copy"
+            ) from error
+    if torn:
         with contextlib.suppress(OSError):
-            os.truncate(path, good)
+            os.truncate(path, len(whole + end))
     return found

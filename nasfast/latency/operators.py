@@ -91,15 +91,33 @@ class Operator:
         """Inverse of `to_json`; UserError for another form."""
         try:
             made = cls(**{k: _tuples(v) for k, v in obj.items()})
-            sides = [*made.makes, *made.weight, *made.settings]
-            sides += [side for read in made.reads for side in read]
-            if any(type(side) is not int or side < 0 for side in sides) or not made.makes:
-                raise ValueError(f"sizes {sides}")
-            if made.weight and (len(made.weight), len(made.settings)) != (4, 7):
-                raise ValueError(f"weight {made.weight}, settings {made.settings}")
+            _check(made)
         except (TypeError, ValueError) as error:
             raise UserError(f"operator: expected one of nasfast, got {obj}: {error}") from error
         return made
+
+
+def _check(operator: Operator) -> None:
+    """ValueError where fields do not fit together, or are out of all bounds."""
+    convolves = operator.kind in ("conv", "deform_conv")
+    shapes = [*operator.reads, operator.makes, *[operator.weight] * convolves]
+    flags = (operator.bias, operator.normalized, *operator.wide)
+    sizes = (len(operator.weight), len(operator.settings))
+    if not (
+        type(operator.kind) is str
+        and all(1 <= len(shape) <= 5 for shape in shapes)
+        and all(_is_count(side, 1) for shape in shapes for side in shape)
+        and all(_is_count(value, 0) for value in operator.settings)
+        and operator.reads
+        and (sizes == (4, 7) if convolves else not operator.weight)
+        and operator.activation in ("", *_ACTIVATIONS.values())
+        and all(type(flag) is bool for flag in flags)
+    ):
+        raise ValueError("fields of other types or sizes")
+
+
+def _is_count(value: object, least: int) -> bool:
+    return type(value) is int and least <= value < 2**31
 
 
 def _tuples(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import statistics
 from collections.abc import Callable, Mapping
@@ -112,13 +113,16 @@ class Profile:
                     for e in form["operators"]
                 ]
             times = {o: _positive(ms) for o, ms in entries if ms is not None}
+            places = {i: operator for i, (operator, _) in enumerate(entries)}
             networks = tuple(
-                ({entries[i][0]: int(n) for i, n in net["operators"]}, _positive(net["ms"]))
+                ({places[i]: _count(n) for i, n in net["operators"]}, _positive(net["ms"]))
                 for net in form["networks"]
             )
-            if not times:
-                raise ValueError("no times")
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            if not times or not networks:
+                raise ValueError(f"{len(times)} times, {len(networks)} networks")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(
                 f"{path}: expected a latency table as nasfast profile writes it, got a damaged one "
                 f"({type(error).__name__}: {error}); {remedy}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -46,26 +47,18 @@ class LatencyTable:
 
     def estimate(self, operator: Operator) -> float:
         """Milliseconds of an operator that was not timed: by its work and the values that it
-        moves, from those of its group."""
-        weights = self._laws.get(operator.group)
-        if weights is None:
-            return 0.0
+        moves, from those of its group, or of all where none of it was timed."""
+        weights = self._laws[operator.group]
         return math.exp(sum(w * v for w, v in zip(weights, _work(operator), strict=True)))
 
-    @property
+    @cached_property
     def _laws(self) -> dict[str, list[float]]:
         """Of each group the weights of the logarithms that give that of a time."""
-        laws = self.__dict__.get("_found_laws")
-        if laws is None:
-            laws = {group: self._law(group) for group in GROUPS}
-            laws = {group: law for group, law in laws.items() if law is not None}
-            object.__setattr__(self, "_found_laws", laws)
-        return laws
+        return {group: self._law(group) for group in GROUPS}
 
-    def _law(self, group: str) -> list[float] | None:
+    def _law(self, group: str) -> list[float]:
         known = [(o, t) for o, t in self.times.items() if o.group == group]
-        if not known:
-            return None
+        known = known or list(self.times.items())
         x = torch.tensor([_work(o) for o, _ in known], dtype=torch.float64)
         y = torch.tensor([math.log(max(t, 1e-6)) for _, t in known], dtype=torch.float64)
         ridge = 1e-2 * torch.eye(x.shape[1], dtype=torch.float64)
@@ -74,6 +67,8 @@ class LatencyTable:
 
     def fitted(self, networks: Sequence[tuple[Operators, float]]) -> LatencyTable:
         """With the factors and the constant that suit the latencies of networks best."""
+        if not networks:
+            return self
         sums = [self.sums(operators) for operators, _ in networks]
         latencies = torch.tensor([time for _, time in networks], dtype=torch.float64)
         rows = torch.tensor([[1.0, *(s[g] for g in GROUPS)] for s in sums], dtype=torch.float64)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from nasfast.latency.operators import Operator
 from nasfast.models import layers
 from nasfast.ops import DeformConv2d
 from nasfast.training.loop import Runtime
-from nasfast.utils.config import from_mapping
+from nasfast.utils.config import BatchSize, Bound, Bounded, Channels, from_mapping
 from nasfast.utils.errors import UserError, cause
 
 Backend = Literal["torch", "compiled", "onnxruntime"]
@@ -35,17 +36,17 @@ Run = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class Target:
+class Target(Bounded):
     """Where and how latencies are measured."""
 
     backend: Backend
     device: str
-    threads: int
-    batch: int
-    size: tuple[int, int]
+    threads: Annotated[int, Bound(1, 1024)]
+    batch: BatchSize
+    size: Annotated[tuple[int, int], Bound(1, 2**16)]
     """(H, W) of the images."""
-    channels: int
-    precision: str
+    channels: Channels
+    precision: Literal["float32", "bfloat16"]
     machine: str
     """Name of the processor or the GPU."""
     version: str
@@ -67,7 +68,7 @@ class Target:
         Raises:
             UserError: the backend is not installed, or does not compute on the device.
         """
-        version, precision = torch.__version__, runtime.precision
+        version, precision = torch.__version__, cast(Any, runtime.precision)
         if backend == "onnxruntime":
             onnxruntime = import_onnxruntime("latency-backend onnxruntime")
             provider, available = _provider(runtime.device), onnxruntime.get_available_providers()
@@ -81,6 +82,19 @@ class Target:
         device = str(runtime.device)
         machine = device_name(runtime.device)
         return cls(backend, device, threads, batch, size, channels, precision, machine, version)
+
+    def __post_init__(self) -> None:
+        """UserError for a device or numbers that there cannot be."""
+        super().__post_init__()
+        if not re.fullmatch(r"(cpu|cuda)(:\d{1,3})?", self.device):
+            raise UserError(
+                f"device: expected cpu, cuda or cuda:NUMBER, got {self.device!r}; correct it"
+            )
+
+    @property
+    def runtime(self) -> Runtime:
+        """Device and precision of PyTorch's backends."""
+        return Runtime(torch.device(self.device), choice=self.precision)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -116,7 +130,7 @@ def deployed(model: Model, target: Target) -> Run:
         data = exported_bytes(model, size=target.size)
         return _session(data, device, {"images": images})
     network: nn.Module = copy.deepcopy(model)
-    runtime = Runtime(device)
+    runtime = target.runtime
     runtime.place(network).eval()
     images = images.to(device).contiguous(memory_format=torch.channels_last)
     if target.backend == "compiled":
@@ -138,7 +152,7 @@ def single(operator: Operator, target: Target) -> Run | None:
     module = torch_operator(operator)
     if module is None:
         return None
-    runtime = Runtime(device)
+    runtime = target.runtime
     runtime.place(module).eval()
     wide = operator.wide or (False,) * len(inputs)
     placed = tuple(
