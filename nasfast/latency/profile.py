@@ -131,17 +131,22 @@ class Profile:
 
     def __str__(self) -> str:
         """Its size and its error, with what to do about one that is large."""
-        text = (
-            f"{len(self.times)} operators and {len(self.networks)} networks; median error "
-            f"{self.error:.1%} on networks left out"
-        )
+        text = f"{len(self.times)} operators and {len(self.networks)} networks"
+        if not math.isnan(self.error):
+            text += f"; median error {self.error:.1%} on networks left out"
         if self.error > DOUBTFUL:
             text += "\nwarning: so large an error comes of other work on the machine: measure again"
         return text
 
 
+def _count(value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= 10**6:
+        raise ValueError(f"expected a count from 1, got {value!r}")
+    return value
+
+
 def _positive(value: Any) -> float:
-    if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+    if type(value) not in (int, float) or not 0 < value <= LONGEST:
         raise ValueError(f"expected milliseconds above 0, got {value!r}")
     return float(value)
 

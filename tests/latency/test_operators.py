@@ -190,9 +190,9 @@ def test_precisions_are_those_of_autocast(name, monkeypatch):
         if isinstance(part, Conv2d):
             monkeypatch.setattr(part, "_float32_on_cpu", False)
     monkeypatch.setattr("nasfast.models.layers.runs_own_ops", lambda _: False)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Recorder() as recorder:
-        with Explicit(recorder):
-            model(torch.rand(IMAGE))
+    recorder = Recorder()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), recorder, Explicit(recorder):
+        model(torch.rand(IMAGE))
     expected = operators_of(model, torch.empty(IMAGE, device="meta"), autocast="cpu")
     with mock.patch.object(module, "trace") as traced:
         traced.return_value.calls = recorder.calls
