@@ -1,0 +1,156 @@
+import json
+import re
+
+import pytest
+import torch
+from networks import SPACES, deployed
+
+from nasfast.latency import Latencies, Profile
+from nasfast.latency import meter as module
+from nasfast.latency.profile import operators_on
+from nasfast.utils.errors import UserError
+
+SPACE, *_ = SPACES["ir_nas"]
+REFERENCE = 8.0
+"""Milliseconds that the profile has of its first network."""
+
+
+@pytest.fixture
+def builds():
+    """Devices of the networks that were built."""
+    return []
+
+
+@pytest.fixture
+def latencies(target, builds, monkeypatch):
+    """Makes the latencies of a search on a machine that is twice as slow as it was."""
+
+    def build(genotype):
+        model = deployed("ir_nas", genotype)
+        builds.append(model.device.type)
+        return model
+
+    def measured(target, draw, heartbeat):
+        heartbeat()
+        with torch.device("meta"):
+            operators = operators_on(target, draw(module.random.Random(0)))
+        return Profile(target, ((operators, REFERENCE),), dict.fromkeys(operators, 0.1))
+
+    def rounds(runs, seconds, least):
+        assert [run() for run in runs] == ["cpu"] * 2
+        return [(16.0, 4.0), (16.0, 400.0), (8.0, 2.0)]  # the reference, the network
+
+    monkeypatch.setattr(module, "measured_profile", measured)
+    monkeypatch.setattr(module, "deployed", lambda model, target: lambda: model.device.type)
+    monkeypatch.setattr(module, "rounds", rounds)
+
+    def make(profile=None):
+        return Latencies(target, SPACE, build, profile)
+
+    return make
+
+
+@pytest.fixture
+def genotypes():
+    rng = module.random.Random(1)
+    return [SPACE.sample(rng) for _ in range(3)]
+
+
+def prepared(latencies, folder):
+    said = []
+    latencies.prepare(folder, said.append)
+    return said
+
+
+def test_ratio_to_the_reference_times_what_that_took(latencies, genotypes, tmp_path, builds):
+    found = latencies()
+    prepared(found, tmp_path / "latency")
+    threads = torch.get_num_threads()
+    assert found.measure(genotypes[0]) == pytest.approx(REFERENCE / 4 / 1e3)
+    assert torch.get_num_threads() == threads
+    (line,) = (tmp_path / "latency/latencies.jsonl").read_text().splitlines()
+    assert json.loads(line)["ratio"] == 0.25
+    assert json.loads(line)["rounds"] == 3
+    assert builds == ["meta", "cpu", "cpu"]
+    found.measure(genotypes[1])
+    assert builds == ["meta", "cpu", "cpu", "cpu"], "the reference is built once"
+
+
+def test_measured_once(latencies, genotypes, tmp_path, monkeypatch, builds):
+    first = latencies()
+    assert "networks and operators are timed .." in prepared(first, tmp_path)[0]
+    expected = [first.measure(genotype) for genotype in genotypes]
+    predicted = first.predict(genotypes[0])
+    for name in ("measured_profile", "deployed", "rounds"):
+        monkeypatch.setattr(module, name, None)
+    builds.clear()
+    again = latencies()
+    (line,) = prepared(again, tmp_path)
+    assert line.startswith("latency  torch 2.13, float32, machine, 1 threads, batch 1, 64x96: ")
+    assert [again.measure(genotype) for genotype in genotypes] == expected
+    assert not builds
+    assert again.predict(genotypes[0]) == predicted
+    assert builds == ["meta"], "predictions build no network on the CPU"
+
+
+def test_killed_after_the_profile(latencies, genotypes, tmp_path, monkeypatch):
+    first = latencies()
+    prepared(first, tmp_path)
+    monkeypatch.setattr(module, "measured_profile", None)
+    second = latencies()
+    prepared(second, tmp_path)
+    assert second.profile == first.profile
+    assert second.measure(genotypes[0]) == pytest.approx(REFERENCE / 4 / 1e3)
+
+
+def test_a_torn_line_is_cut_off(latencies, genotypes, tmp_path):
+    first = latencies()
+    prepared(first, tmp_path)
+    first.measure(genotypes[0])
+    path = tmp_path / "latencies.jsonl"
+    whole = path.read_bytes()
+    first.measure(genotypes[1])
+    line = path.read_bytes()[len(whole) :]
+    for torn in (line[:1], line[:20], line[:-1]):
+        path.write_bytes(whole + torn)
+        again = latencies()
+        prepared(again, tmp_path)
+        assert path.read_bytes() == whole
+        again.measure(genotypes[1])
+        assert path.read_bytes() == whole + line, "measured and kept again"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        "3",
+        '{"key": "a"}',
+        '{"key": "a", "latency": NaN}',
+        '{"key": "a", "latency": -0.1}',
+        '{"key": "a", "latency": 0}',
+        '{"key": "a", "latency": Infinity}',
+        '{"key": "a", "latency": null}',
+        '{"latency": 0.1}',
+    ],
+)
+@pytest.mark.parametrize("after", ["", '{"key": "b", "latency": 0.1}\n'])
+def test_damaged_line(latencies, tmp_path, line, after):
+    prepared(latencies(), tmp_path)
+    path = tmp_path / "latencies.jsonl"
+    path.write_text('{"key": "c", "latency": 0.1}\n' + line + "\n" + after)
+    text = f"{path}, line 2: expected a measured latency, got {line.encode()!r}; restore the file"
+    with pytest.raises(UserError, match=f"^{re.escape(text)} from a copy$"):
+        prepared(latencies(), tmp_path)
+
+
+def test_table_of_another_machine(latencies, genotypes, tmp_path, monkeypatch):
+    first = latencies()
+    prepared(first, tmp_path / "first")
+    monkeypatch.setattr(module, "measured_profile", None)
+    found = latencies(first.profile)
+    assert not found.measures
+    prepared(found, tmp_path / "latency")
+    assert Profile.read(tmp_path / "latency/latency.json") == first.profile
+    assert found.predict(genotypes[0]) == first.predict(genotypes[0])
