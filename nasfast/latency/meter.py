@@ -8,6 +8,7 @@ import math
 import os
 import random
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Generic
@@ -15,6 +16,7 @@ from typing import Generic
 import torch
 
 from nasfast.inference.model import Model
+from nasfast.latency.operators import Operator
 from nasfast.latency.profile import Profile, measured_profile, operators_on
 from nasfast.latency.timing import Run, Target, deployed, rounds, threads
 from nasfast.spaces.base import G, Space
@@ -24,6 +26,9 @@ PROFILE, MEASURED = "latency.json", "latencies.jsonl"
 """Files of a run: the table of predictions, and a line for each network that was measured."""
 SECONDS, ROUNDS = 0.5, 9
 """Time of a measurement for each of its two networks, and its least number of rounds."""
+
+FIRST = 4
+"""Networks whose operators the profile of another machine has to have."""
 
 
 class Latencies(Generic[G]):
@@ -63,7 +68,7 @@ class Latencies(Generic[G]):
         """Read the profile of a run's folder, or make it there.
 
         Raises:
-            UserError: a file there is damaged.
+            UserError: a file there is damaged, or the profile is of other networks.
         """
         folder.mkdir(exist_ok=True)
         kept, self._file = folder / PROFILE, folder / MEASURED
@@ -79,6 +84,8 @@ class Latencies(Generic[G]):
             if self._profile is None:
                 say(f"latency  {self.target}: networks and operators are timed ..")
                 self._profile = measured_profile(self.target, self.draw, self._heartbeat)
+            else:
+                self._profile.require_known(self._first_operators(), "latency-table")
             self._profile.write(kept)
         say(f"latency  {self._profile.target}: {self._profile}")
         if self._file.exists():
@@ -93,6 +100,14 @@ class Latencies(Generic[G]):
     def draw(self, rng: random.Random) -> Model:
         """A network of the space."""
         return self._build(self._space.sample(rng))
+
+    def _first_operators(self) -> Counter[Operator]:
+        """Of the networks that a profile of these settings has first."""
+        rng, found = random.Random(0), Counter[Operator]()
+        with torch.device("meta"):
+            for _ in range(FIRST):
+                found.update(operators_on(self.target, self.draw(rng)))
+        return found
 
     def predict(self, genotype: G) -> float:
         """Seconds of a forward pass, which the table leads one to expect."""

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 
@@ -32,9 +33,11 @@ def latencies(target, builds, monkeypatch):
 
     def measured(target, draw, heartbeat):
         heartbeat()
+        rng = module.random.Random(0)
         with torch.device("meta"):
-            operators = operators_on(target, draw(module.random.Random(0)))
-        return Profile(target, ((operators, REFERENCE),), dict.fromkeys(operators, 0.1))
+            first, *others = (operators_on(target, draw(rng)) for _ in range(4))
+        times = dict.fromkeys([*first, *(o for each in others for o in each)], 0.1)
+        return Profile(target, ((first, REFERENCE),), times)
 
     def rounds(runs, seconds, least):
         assert [run() for run in runs] == ["cpu"] * 2
@@ -71,9 +74,9 @@ def test_ratio_to_the_reference_times_what_that_took(latencies, genotypes, tmp_p
     (line,) = (tmp_path / "latency/latencies.jsonl").read_text().splitlines()
     assert json.loads(line)["ratio"] == 0.25
     assert json.loads(line)["rounds"] == 3
-    assert builds == ["meta", "cpu", "cpu"]
+    assert builds == ["meta"] * 4 + ["cpu"] * 2
     found.measure(genotypes[1])
-    assert builds == ["meta", "cpu", "cpu", "cpu"], "the reference is built once"
+    assert builds == ["meta"] * 4 + ["cpu"] * 3, "the reference is built once"
 
 
 def test_measured_once(latencies, genotypes, tmp_path, monkeypatch, builds):
@@ -154,3 +157,19 @@ def test_table_of_another_machine(latencies, genotypes, tmp_path, monkeypatch):
     prepared(found, tmp_path / "latency")
     assert Profile.read(tmp_path / "latency/latency.json") == first.profile
     assert found.predict(genotypes[0]) == first.predict(genotypes[0])
+
+
+def test_table_of_other_images(latencies, tmp_path):
+    first = latencies()
+    prepared(first, tmp_path / "first")
+    target = dataclasses.replace(first.target, size=(96, 64))
+    found = latencies(dataclasses.replace(first.profile, target=target))
+    found.target = target
+    expected = (
+        "^latency-table: expected times of the operators of the networks that are searched, got "
+        "[0-9]% of their work, as of another space, width or image size; make it with nasfast "
+        "profile and the settings of this search$"
+    )
+    with pytest.raises(UserError, match=expected):
+        prepared(found, tmp_path / "latency")
+    assert not (tmp_path / "latency/latency.json").exists()
