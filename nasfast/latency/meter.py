@@ -21,6 +21,7 @@ from nasfast.latency.profile import Profile, measured_profile, operators_on
 from nasfast.latency.timing import Run, Target, deployed, rounds, threads
 from nasfast.spaces.base import G, Space
 from nasfast.utils.errors import UserError
+from nasfast.utils.files import naming
 
 PROFILE, MEASURED = "latency.json", "latencies.jsonl"
 """Files of a run: the table of predictions, and a line for each network that was measured."""
@@ -132,7 +133,7 @@ class Latencies(Generic[G]):
 
     def _keep(self, line: dict[str, object]) -> None:
         assert self._file is not None, "prepare comes first"
-        with open(self._file, "a") as file:
+        with naming(self._file), open(self._file, "a") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -35,7 +35,7 @@ class Call:
     name: str
     """Such as "aten.convolution"."""
     args: tuple[Any, ...]
-    """By position; a `Form` stands for each tensor."""
+    """By position; a `Form` stands for each tensor, that before autocast."""
     read: tuple[int, ...]
     """Numbers of the tensors in the arguments, in order; those of parameters are negative."""
     result: Any

@@ -96,6 +96,31 @@ def test_measured_once(latencies, genotypes, tmp_path, monkeypatch, builds):
     assert builds == ["meta"], "predictions build no network on the CPU"
 
 
+def test_resumed_on_another_machine(latencies, genotypes, tmp_path, target):
+    first = latencies()
+    prepared(first, tmp_path)
+    again = latencies()
+    again.target = dataclasses.replace(target, machine="other", precision="bfloat16")
+    note, _ = prepared(again, tmp_path)
+    assert note == (
+        "note: the run's latencies are of torch 2.13, float32, machine, 1 threads, batch 1, 64x96; "
+        "from here on they are predicted for it, as this is torch 2.13, bfloat16, other, 1 "
+        "threads, batch 1, 64x96"
+    )
+    assert not again.measures
+    assert again.predict(genotypes[0]) == first.predict(genotypes[0])
+
+
+def test_full_disk(latencies, genotypes, tmp_path):
+    """The error names the file, by which a person sees what to do."""
+    found = latencies()
+    prepared(found, tmp_path)
+    (tmp_path / "latencies.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as error:
+        found.measure(genotypes[0])
+    assert error.value.filename == str(tmp_path / "latencies.jsonl")
+
+
 def test_killed_after_the_profile(latencies, genotypes, tmp_path, monkeypatch):
     first = latencies()
     prepared(first, tmp_path)
