@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from networks import SPACES, deployed
+from small_networks import SPACES, deployed
 
 from nasfast.latency import Latencies, Profile
 from nasfast.latency import meter as module

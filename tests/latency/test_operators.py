@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import IMAGE, SPACES, samples
+from small_networks import IMAGE, SPACES, samples
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode

@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from networks import samples
+from small_networks import samples
 
 from nasfast.latency import Target, timing
 from nasfast.latency.operators import Operator

@@ -2,7 +2,7 @@ import json
 import re
 
 import pytest
-from networks import SPACES, deployed, samples
+from small_networks import SPACES, deployed, samples
 
 from nasfast.latency import Profile, measured_profile
 from nasfast.latency import profile as module
