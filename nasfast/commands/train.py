@@ -30,6 +30,7 @@ from nasfast.models.io import MODEL_FILE
 from nasfast.models.zoo import list_models
 from nasfast.report import write_report
 from nasfast.runs.checkpoint import load_checkpoint, restoring, save_checkpoint
+from nasfast.runs.records import Record
 from nasfast.runs.study import Study, locked
 from nasfast.spaces.base import Genotype
 from nasfast.training import processes
@@ -58,12 +59,7 @@ def find(config: TrainSettings, zoo: Mapping[str, Architecture]) -> Architecture
     """The architecture that the settings point at."""
     if config.source.is_dir():
         study = Study.open(config.source, read_only=True)
-        ranking = study.ranking()
-        if not ranking:
-            raise UserError(
-                f"train: expected a run that found an architecture, got {study.path}, where "
-                f"{len(study.records)} candidates failed; look into its report, and search again"
-            )
+        ranking = _found(study)
         if not 1 <= config.rank <= len(ranking):
             raise UserError(
                 f"train: expected a rank from 1 to {len(ranking)} (the architectures that "
@@ -79,6 +75,17 @@ def find(config: TrainSettings, zoo: Mapping[str, Architecture]) -> Architecture
         f", nor a name of the zoo ({', '.join(list_models())})"
         f"; nasfast search makes a run{did_you_mean(str(config.source), list_models())}"
     )
+
+
+def _found(study: Study) -> list[Record]:
+    """The ranking; UserError where it is empty."""
+    ranking = study.ranking()
+    if not ranking:
+        raise UserError(
+            f"train: expected a run that found an architecture, got {study.path}, where "
+            f"{len(study.records)} candidates failed; look into its report, and search again"
+        )
+    return ranking
 
 
 def resolve(
@@ -271,11 +278,15 @@ def _main(argv: list[str]) -> int:
     else:
         method, found = method_of_source(argv)
         config = method.parse_train(argv, found, __doc__)
-        for each in each_of_front(config, console):
+        todo = each_of_front(config, console)
+        for done, each in enumerate(todo, 1):
             session = Session.begin(method, each)
             processes.barrier()  # all have found the same free directory before one makes it
             status = _run(session, console)
             if status:
+                ranks = [str(other.rank) for other in todo[done:]]
+                if ranks:
+                    say(console, f"not begun: --rank {', --rank '.join(ranks)} of the front")
                 return status
         return 0
     return _run(session, console)
@@ -306,9 +317,9 @@ def each_of_front(config: TrainSettings, console: Console) -> list[TrainSettings
             f"train: expected a run with several objectives for --front, got {study.path}, which "
             "looked for the score; leave --front out, or search with --objective score latency"
         )
-    ranking, front = study.ranking(), study.front()
+    ranking, front = _found(study), study.front()
     points = [study.point(record) for record in front]
-    chosen = [front[i] for i in spread(points, config.front)] if front else []
+    chosen = [front[i] for i in spread(points, config.front)]
     found = ", ".join(str(record.index) for record in chosen)
     say(console, f"architectures {found}: {len(chosen)} of {len(front)} on the front")
     ranks = [ranking.index(record) + 1 for record in chosen]

@@ -34,7 +34,8 @@ def fronts(study: Study) -> list[Element]:
     if len(points) < 2:
         return []
     content, on_front = [], dict[int, list[str]]()
-    costs = [cost for cost in points[0][0].evaluation.costs if cost not in PREDICTED]
+    known = dict.fromkeys(cost for record, _ in points for cost in record.evaluation.costs)
+    costs = [cost for cost in known if cost not in PREDICTED]
     first = [cost for cost in study.objectives.costs if cost in costs]
     for cost in [*first, *(cost for cost in costs if cost not in first)]:
         both = [(r, reward) for r, reward in points if cost in r.evaluation.costs]

@@ -91,7 +91,7 @@ class Study:
             self.env = read_object(path / "env.json")
             self.method, self._ranking = self._read_description()
             with about(path / "config.toml"):
-                self.objectives = Objectives.of(self.config.get("objective", ["score"]))
+                self.objectives = _objectives(self.config.get("objective", ["score"]))
             self._read_records()
             if not read_only:
                 for stale in (path / "checkpoint").glob(".*.tmp"):
@@ -428,6 +428,13 @@ class Study:
                 record = Record.from_json(parsed)
                 if record.index != number - 1:
                     raise UserError(f"index: expected {number - 1}, got {record.index}")
+                costs = record.evaluation.costs
+                lacking = [cost for cost in self.objectives.costs if cost not in costs]
+                if lacking and record.score is not None:
+                    raise UserError(
+                        f"evaluation.costs: expected {lacking[0]}, which is an objective, got "
+                        f"{', '.join(costs)}"
+                    )
             except UserError as error:
                 raise UserError(
                     f"{path}, line {number}: not a record of this version of nasfast: {error}"
@@ -453,6 +460,16 @@ class Study:
             f"{path}: line {number} was torn by a crash while it was written and has been cut off",
             stacklevel=4,
         )
+
+
+def _objectives(words: object) -> Objectives:
+    """Of config.toml."""
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise UserError(
+            f'objective: expected a list of words such as ["score", "latency"], got {words!r}; '
+            "restore the file from a copy"
+        )
+    return Objectives.of(words)
 
 
 def _stem(method: str, name: str) -> str:

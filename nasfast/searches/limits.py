@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from nasfast.report.numbers import cost_text
 from nasfast.runs.objectives import COSTS
 from nasfast.utils.config import count_of
 from nasfast.utils.errors import UserError
@@ -25,6 +26,11 @@ class Limit:
     setting: str
     """What the user gave: "--max-params 0.3M"."""
 
+    @property
+    def flag(self) -> str:
+        """What the user is to change: "--max-params", or the constraint."""
+        return self.setting if "<" in self.setting else self.setting.split()[0]
+
     @classmethod
     def of(cls, cost: str, value: str | int) -> Limit:
         """The limit of a count such as "0.3M"; UserError for another form."""
@@ -37,13 +43,25 @@ class Limits:
 
     limits: tuple[Limit, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Raise UserError where a cost has two limits."""
+        first: dict[str, Limit] = {}
+        for limit in self.limits:
+            if first.setdefault(limit.cost, limit) is not limit:
+                raise UserError(
+                    f"constraint: expected one limit of {limit.cost}, got "
+                    f"{first[limit.cost].setting} and {limit.setting}; leave one out"
+                )
+
     def __bool__(self) -> bool:
         return bool(self.limits)
 
     def exceeded(self, costs: Mapping[str, float]) -> dict[str, float]:
-        """The costs that are beyond their limits, by name."""
+        """Those of the costs that are beyond their limits, by name."""
         return {
-            limit.cost: costs[limit.cost] for limit in self.limits if costs[limit.cost] > limit.most
+            limit.cost: costs[limit.cost]
+            for limit in self.limits
+            if limit.cost in costs and costs[limit.cost] > limit.most
         }
 
     def summary(self, rejected: Iterable[Mapping[str, float]]) -> str:
@@ -58,16 +76,28 @@ class Limits:
         return f"rejected {len(found)}: {parts}"
 
     def refusal(self, costs: Sequence[Mapping[str, float]]) -> UserError:
-        """The error where nothing keeps to the limits; `costs` are those of what was tried."""
+        """The error where nothing keeps to the limits; `costs` are those of what was tried, as far
+        as they were found."""
         settings = " and ".join(limit.setting for limit in self.limits)
-        least = {limit: min(cost[limit.cost] for cost in costs) for limit in self.limits}
-        smallest = " and ".join(f"{value:,.0f} {limit.cost}" for limit, value in least.items())
+        least = {
+            limit: min(cost[limit.cost] for cost in costs if limit.cost in cost)
+            for limit in self.limits
+            if any(limit.cost in cost for cost in costs)
+        }
+        smallest = " and ".join(
+            f"{_text(limit.cost, value)} {limit.cost}" for limit, value in least.items()
+        )
         beyond = [limit for limit, value in least.items() if value > limit.most]
-        flags = " or ".join(limit.setting.split()[0] for limit in beyond or self.limits)
+        flags = " or ".join(limit.flag for limit in beyond or self.limits)
         return UserError(
             f"search: expected architectures within {settings}, got {len(costs):,} in a row "
             f"beyond; the smallest had {smallest}: raise {flags} in a new run"
         )
+
+
+def _text(cost: str, value: float) -> str:
+    """Exact for counts."""
+    return cost_text(cost, value) if cost in ("latency", "memory") else f"{value:,.0f}"
 
 
 _CONSTRAINT = re.compile(r"(\w+) *(<=|<|>=|>|=+|:) *(.+)")

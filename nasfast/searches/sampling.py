@@ -292,15 +292,21 @@ class Costing(Generic[G]):
         self._evaluator, self.latencies = evaluator, latencies
         self._known: dict[G, dict[str, float]] = {}
 
-    def __call__(self, genotype: G) -> dict[str, float]:
-        """Those of the records, with the latency that is expected where it matters."""
+    def counts(self, genotype: G) -> dict[str, float]:
+        """Those that need no latency."""
         if genotype not in self._known:
             self._evaluator.runtime.heartbeat()
-            costs = dict(self._evaluator.costs(genotype))
-            if self.latencies is not None:
-                costs["latency"] = costs["predicted_latency"] = self.latencies.predict(genotype)
-            self._known[genotype] = costs
+            self._known[genotype] = dict(self._evaluator.costs(genotype))
         return self._known[genotype]
+
+    def __call__(self, genotype: G) -> dict[str, float]:
+        """Those of the records, with the latency that is expected where it matters."""
+        costs = self.counts(genotype)
+        if self.latencies is not None and "latency" not in costs:
+            latency = self.latencies.predict(genotype)
+            costs = costs | {"latency": latency, "predicted_latency": latency}
+            self._known[genotype] = costs
+        return costs
 
     def measured(self, genotype: G) -> dict[str, float]:
         """The same, with the latency that is measured, if it matters and this is the target."""
@@ -493,11 +499,11 @@ class SamplingSearch:
             genotype, beyond = phase.strategy.ask(), dict[str, float]()
             valid, found = phase.space.valid(genotype), dict[str, float]()
             if valid and needed:
-                found = costing(genotype)
-                beyond = phase.limits.exceeded(found)
-                if not beyond:
-                    found = costing.measured(genotype)
+                for costs_of in (costing.counts, costing, costing.measured):
+                    found = costs_of(genotype)
                     beyond = phase.limits.exceeded(found)
+                    if beyond:
+                        break
                 costs.append(found)
             if valid and not beyond:
                 return _Proposal(genotype, found, tuple(exceeded))

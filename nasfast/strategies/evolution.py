@@ -44,6 +44,7 @@ class Evolution(HistoryStrategy[G]):
     ) -> None:
         super().__init__(space, goals)
         self._config, self._rng = config, random.Random(seed)
+        self._best: tuple[int, list[tuple[G, float]]] = 0, []
 
     def ask(self) -> G:
         """A uniform draw until the population is full, then a child."""
@@ -64,6 +65,13 @@ class Evolution(HistoryStrategy[G]):
         evaluated, size = self._history.evaluated, self._config.population
         if self._goals is None:
             return evaluated[-size:]
+        if self._best[0] != len(evaluated):
+            self._best = len(evaluated), self._fittest(size)
+        return self._best[1]
+
+    def _fittest(self, size: int) -> list[tuple[G, float]]:
+        """Of all that was evaluated."""
+        evaluated = self._history.evaluated
         genotypes, points = [genotype for genotype, _ in evaluated], self.points()
         scale = Scale(points)
         scaled = scale(points)
@@ -87,4 +95,5 @@ class Evolution(HistoryStrategy[G]):
         """Inverse of `state_dict`; UserError if another strategy wrote it."""
         check_state(state, "evolution")
         self._history.load_state_dict(state["history"])
+        self._best = 0, []
         self._rng.setstate(state["rng"])

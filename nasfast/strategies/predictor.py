@@ -163,26 +163,28 @@ class Predictor(HistoryStrategy[G]):
         model, waiting = self._model()
         mean, deviation = model.predict(described, self._trend(described))
         worth = mean + self._config.exploration * deviation
-        if self._goals is not None:
-            worth = self._gain(pool, described, worth, model, waiting)
+        beyond = torch.zeros(len(pool), dtype=torch.bool)
         if history.rejected:
             known = [genotype for genotype, _ in history.evaluated]
             both = self._describe([*known, *history.rejected])
             within = [1.0] * len(known) + [-1.0] * len(history.rejected)
-            unlikely = GaussianProcess(both, within).predict(described)[0] < 0
-            worth = worth - unlikely * (worth.max() - worth.min() + 1)
-        return worth
+            beyond = GaussianProcess(both, within).predict(described)[0] < 0
+        if self._goals is not None:
+            return self._gain(pool, described, worth, beyond, model, waiting)
+        return _last(worth, beyond)
 
     def _gain(
         self,
         pool: Sequence[G],
         described: Tensor,
         hoped: Tensor,
+        beyond: Tensor,
         model: GaussianProcess,
         waiting: Sequence[float],
     ) -> Tensor:
         """What the draws would add to the front, ``[N]``, with rewards that are hoped for: exact
-        for those where a model of the goals says most."""
+        for those where a model of the goals says most; the others come after them, and last those
+        that seem to be beyond the limits."""
         history, goals = self._history, self._goals
         assert goals is not None
         known = [genotype for genotype, _ in history.evaluated]
@@ -192,19 +194,26 @@ class Predictor(HistoryStrategy[G]):
         points: list[Point] = [(-reward, *goals(genotype)) for genotype, reward in both]
         rough = torch.stack([-hoped, *self._goals_of(described)], 1).tolist()
         gains = torch.tensor(additions(points, list(map(tuple, rough))), dtype=torch.float64)
-        likely = gains.argsort(descending=True)[:_EXACT].tolist()
+        gains = _last(gains, beyond)
+        likely = [
+            i
+            for i in gains.argsort(descending=True).tolist()
+            if self._space.valid(pool[i]) and not history.seen(pool[i])
+        ][:_EXACT]
         exact = additions(points, [(-hoped[i].item(), *goals(pool[i])) for i in likely])
-        least = min(gains.min().item(), *exact) - 1
-        worth = torch.full_like(gains, least)
+        worth = gains - gains.max() + min(exact, default=0.0) - 1
         worth[likely] = torch.tensor(exact, dtype=torch.float64)
-        return worth
+        return _last(worth, beyond)
 
     def _goals_of(self, described: Tensor) -> list[Tensor]:
         """What models of the goals expect, ``[N]`` each."""
         assert self._goals is not None
         if self._goal_models is None:
-            rng = random.Random(2)
-            some = [self._space.sample(rng) for _ in range(_COSTED)]
+            rng, some = random.Random(2), list[G]()
+            while len(some) < _COSTED:
+                drawn = self._space.sample(rng)
+                if self._space.valid(drawn):
+                    some.append(drawn)
             x, values = self._describe(some), [self._goals(genotype) for genotype in some]
             self._goal_models = [GaussianProcess(x, column) for column in zip(*values)]
         return [model.predict(described)[0] for model in self._goal_models]
@@ -222,3 +231,8 @@ class Predictor(HistoryStrategy[G]):
         check_state(state, "predictor")
         self._history.load_state_dict(state["history"])
         self._seed, self._pool = state["seed"], None
+
+
+def _last(worth: Tensor, which: Tensor) -> Tensor:
+    """The same, with some below all others, in their order."""
+    return worth - which * (worth.max() - worth.min() + 1)

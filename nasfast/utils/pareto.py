@@ -25,14 +25,16 @@ def ranks(points: Sequence[Point]) -> list[int]:
     """Number of the front that each point is on, where a front is what is left without those
     before it (Deb et al., NSGA-II, 2002)."""
     found = [0] * len(points)
-    rest = list(range(len(points)))
-    rank = 0
-    while rest:
-        best = [i for i in rest if not any(dominates(points[j], points[i]) for j in rest if j != i)]
-        for i in best:
-            found[i] = rank
-        rest = [i for i in rest if i not in best]
-        rank += 1
+    fronts: list[list[Point]] = []
+    for i in sorted(range(len(points)), key=lambda i: points[i]):  # later ones dominate none before
+        point = points[i]
+        for members in fronts:
+            if not any(dominates(other, point) for other in reversed(members)):
+                break
+            found[i] += 1
+        else:
+            fronts.append([])
+        fronts[found[i]].append(point)
     return found
 
 
@@ -58,11 +60,20 @@ def hypervolume(points: Sequence[Point], reference: Point) -> float:
     return total
 
 
+def contribution(point: Point, others: Sequence[Point], reference: Point) -> float:
+    """What a point adds to the hypervolume of others: its own, less what they dominate of it (While
+    et al., A fast way of calculating exact hypervolumes, 2012). Exactly 0 where one dominates it.
+    """
+    shared = [tuple(map(max, point, other)) for other in others]
+    known = hypervolume([shared[i] for i in front(shared)], reference)
+    return hypervolume([point], reference) - known
+
+
 def contributions(points: Sequence[Point], reference: Point) -> list[float]:
     """What each point adds to the hypervolume of the others."""
-    whole = hypervolume(points, reference)
     return [
-        whole - hypervolume([*points[:i], *points[i + 1 :]], reference) for i in range(len(points))
+        contribution(point, [*points[:i], *points[i + 1 :]], reference)
+        for i, point in enumerate(points)
     ]
 
 
@@ -92,10 +103,9 @@ def additions(points: Sequence[Point], others: Sequence[Point]) -> list[float]:
     its range; below 0, for one that adds nothing, how far it is from the front."""
     scale = Scale(points)
     best = [scale(points)[i] for i in front(points)]
-    whole = hypervolume(best, scale.reference)
     found = []
     for point in scale(others):
-        gain = hypervolume([*best, point], scale.reference) - whole
+        gain = contribution(point, best, scale.reference)
         if gain <= 0:
             shortest = min(max(x - y for x, y in zip(point, other, strict=True)) for other in best)
             gain = -max(shortest, 0.0)
@@ -104,13 +114,15 @@ def additions(points: Sequence[Point], others: Sequence[Point]) -> list[float]:
 
 
 def spread(points: Sequence[Point], count: int) -> list[int]:
-    """Indices of up to ``count`` points of a front that cover it best: each adds most to the
-    hypervolume of those before. In the order of the first objective."""
+    """Indices of up to ``count`` points of a front that cover it: the best in each objective, from
+    the first on, then what adds most to the hypervolume of those before. In the order of the first
+    objective."""
     scale = Scale(points)
     scaled = scale(points)
-    chosen: list[int] = []
+    extremes = (min(range(len(points)), key=lambda i: column[i]) for column in zip(*points))
+    chosen = list(dict.fromkeys(extremes))[:count]
     while len(chosen) < min(count, len(points)):
         rest = [i for i in range(len(points)) if i not in chosen]
         taken = [scaled[i] for i in chosen]
-        chosen.append(max(rest, key=lambda i: hypervolume([*taken, scaled[i]], scale.reference)))
+        chosen.append(max(rest, key=lambda i: contribution(scaled[i], taken, scale.reference)))
     return sorted(chosen, key=lambda i: points[i][0])

@@ -102,10 +102,15 @@ class SearchConfig(SamplingSettings):
                 f"params: expected {SAMPLED}, got {self.strategy}; a search by gradient is not "
                 "held to a size"
             )
+        if self.objectives.costs:
+            raise UserError(
+                f"objective: expected {SAMPLED}, got {self.strategy}; a search by gradient looks "
+                "for the score alone"
+            )
         if self.limits:
             raise UserError(
-                f"max_params, max_macs: expected {SAMPLED}, got {self.strategy}; limits are for "
-                "sampled architectures, a search by gradient is held to none"
+                f"max_params, max_macs, constraint: expected {SAMPLED}, got {self.strategy}; "
+                "limits are for sampled architectures, a search by gradient is held to none"
             )
         if (self.workers, self.devices, self.engine) != (None, None, "process"):
             raise UserError(
