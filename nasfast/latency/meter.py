@@ -19,7 +19,7 @@ from nasfast.inference.model import Model
 from nasfast.latency.operators import Operator
 from nasfast.latency.profile import Profile, measured_profile, operators_on
 from nasfast.latency.timing import Run, Target, deployed, rounds, threads
-from nasfast.spaces.base import G, Space
+from nasfast.spaces.base import G, Genotype, Space
 from nasfast.utils.errors import UserError
 from nasfast.utils.files import naming
 
@@ -100,7 +100,10 @@ class Latencies(Generic[G]):
 
     def draw(self, rng: random.Random) -> Model:
         """A network of the space."""
-        return self._build(self._space.sample(rng))
+        genotype = self._space.sample(rng)
+        while not self._space.valid(genotype):
+            genotype = self._space.sample(rng)
+        return self._build(genotype)
 
     def _first_operators(self) -> Counter[Operator]:
         """Of the networks that a profile of these settings has first."""
@@ -116,9 +119,13 @@ class Latencies(Generic[G]):
             operators = operators_on(self.target, self._build(genotype))
         return self.profile.table.predict(operators) / 1e3
 
+    def knows(self, genotype: G) -> bool:
+        """Whether it was measured before."""
+        return _key(genotype) in self._known
+
     def measure(self, genotype: G) -> float:
         """Seconds of a forward pass; of what was measured before, those of then."""
-        key = json.dumps(genotype.canonical().to_json(), sort_keys=True)
+        key = _key(genotype)
         if key not in self._known:
             with threads(self.target.threads):
                 if self._reference is None:
@@ -137,6 +144,10 @@ class Latencies(Generic[G]):
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _key(genotype: Genotype) -> str:
+    return json.dumps(genotype.canonical().to_json(), sort_keys=True)
 
 
 def _read(path: Path) -> dict[str, float]:

@@ -309,10 +309,11 @@ class Costing(Generic[G]):
         return costs
 
     def measured(self, genotype: G) -> dict[str, float]:
-        """The same, with the latency that is measured, if it matters and this is the target."""
-        costs = self(genotype)
-        if self.latencies is not None and self.latencies.measures:
-            costs = costs | {"latency": self.latencies.measure(genotype)}
+        """The same, with the latency that is measured, if it matters and this is the target, or
+        was where the search began."""
+        costs, latencies = self(genotype), self.latencies
+        if latencies is not None and (latencies.measures or latencies.knows(genotype)):
+            costs = costs | {"latency": latencies.measure(genotype)}
         return costs
 
 
@@ -593,14 +594,14 @@ class SamplingSearch:
 
 
 def _published(space: Space[G]) -> dict[str, G]:
-    """Architectures of the zoo that are of the space."""
-    found: dict[str, Any] = {}
+    """Architectures of the zoo that are of the space, each under its first name."""
+    found: dict[Any, str] = {}
     for name, entry in ZOO.items():
         if entry.genotype.to_json().get("space") == space.name:
             with contextlib.suppress(UserError):
                 space.encode(cast(G, entry.genotype))
-                found[name] = entry.genotype
-    return {name: each for name, each in found.items() if space.valid(each)}
+                found.setdefault(entry.genotype, name)
+    return {name: each for each, name in found.items() if space.valid(each)}
 
 
 def _key(canonical: dict[str, object]) -> str:

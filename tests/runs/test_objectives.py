@@ -45,14 +45,20 @@ def test_objectives(words, costs, several):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        ("score speed", f"expected {COSTS}, or one with a weight such as latency:0.02, got 'speed'"),
+        (
+            "score speed",
+            f"expected {COSTS}, or one with a weight such as latency:0.02, got 'spee",
+        ),
         ("score macs macs", "expected each once, got macs twice; leave one out"),
         ("latency params", "expected score among them, got latency params; without it"),
         ("", "expected score among them, got none; without it the smallest network would be the"),
         ("score:2 macs:1", "expected score without a weight, got score:2; the weight of a cost"),
         ("score macs:1 params", "expected weights for all costs or for none, got params without;"),
         *(
-            (f"score macs:{weight}", f"expected a weight above 0, .* got 'macs:{weight}'; write lat")
+            (
+                f"score macs:{weight}",
+                f"expected a weight above 0, .* got 'macs:{weight}'; wri",
+            )
             for weight in ("", "x", "0", "-1", "nan", "inf", "1:2")
         ),
     ],

@@ -21,7 +21,10 @@ from nasfast.utils.pareto import (
 SIDE = 4
 
 
-def point_lists(least=1, values=st.integers(0, SIDE)):
+grid = st.integers(0, SIDE)
+
+
+def point_lists(least=1, values=grid):
     """Points of one to four objectives; on a grid of so few values many are equal."""
     return st.integers(1, 4).flatmap(
         lambda size: st.lists(st.tuples(*[values] * size), min_size=least, max_size=9)
