@@ -100,10 +100,7 @@ class Latencies(Generic[G]):
 
     def draw(self, rng: random.Random) -> Model:
         """A network of the space."""
-        genotype = self._space.sample(rng)
-        while not self._space.valid(genotype):
-            genotype = self._space.sample(rng)
-        return self._build(genotype)
+        return self._build(self._space.sample(rng))
 
     def _first_operators(self) -> Counter[Operator]:
         """Of the networks that a profile of these settings has first."""

@@ -195,11 +195,8 @@ class Predictor(HistoryStrategy[G]):
         rough = torch.stack([-hoped, *self._goals_of(described)], 1).tolist()
         gains = torch.tensor(additions(points, list(map(tuple, rough))), dtype=torch.float64)
         gains = _last(gains, beyond)
-        likely = [
-            i
-            for i in gains.argsort(descending=True).tolist()
-            if self._space.valid(pool[i]) and not history.seen(pool[i])
-        ][:_EXACT]
+        order = gains.argsort(descending=True).tolist()
+        likely = [i for i in order if not history.seen(pool[i])][:_EXACT]
         exact = additions(points, [(-hoped[i].item(), *goals(pool[i])) for i in likely])
         worth = gains - gains.max() + min(exact, default=0.0) - 1
         worth[likely] = torch.tensor(exact, dtype=torch.float64)
@@ -209,11 +206,8 @@ class Predictor(HistoryStrategy[G]):
         """What models of the goals expect, ``[N]`` each."""
         assert self._goals is not None
         if self._goal_models is None:
-            rng, some = random.Random(2), list[G]()
-            while len(some) < _COSTED:
-                drawn = self._space.sample(rng)
-                if self._space.valid(drawn):
-                    some.append(drawn)
+            rng = random.Random(2)
+            some = [self._space.sample(rng) for _ in range(_COSTED)]
             x, values = self._describe(some), [self._goals(genotype) for genotype in some]
             self._goal_models = [GaussianProcess(x, column) for column in zip(*values)]
         return [model.predict(described)[0] for model in self._goal_models]

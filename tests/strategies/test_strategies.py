@@ -30,8 +30,14 @@ SETTINGS = SamplingSettings(
 each = pytest.mark.parametrize("name", STRATEGIES)
 
 
-def make(name, seed=0):
-    return make_strategy(name, SPACE, seed, SETTINGS)
+def goals(genotype):
+    """Two costs that disagree now and then."""
+    ops = [op for layer in genotype.cell.layers for op in layer[2:]]
+    return float(sum(ops)), float(max(ops) + sum(sum(pair) for pair in genotype.connections))
+
+
+def make(name, seed=0, goals=None):
+    return make_strategy(name, SPACE, seed, SETTINGS, goals)
 
 
 def play(strategy, count):
@@ -56,11 +62,19 @@ def test_the_seed_decides_and_global_generators_do_not_move(name):
 
 @each
 @pytest.mark.parametrize("cut", [0, 1, 7])
-def test_state_round_trip(name, cut, reloaded):
-    strategy, resumed = make(name), make(name, seed=1)
+@pytest.mark.parametrize("goals", [None, goals])
+def test_state_round_trip(name, cut, goals, reloaded):
+    strategy, resumed = make(name, goals=goals), make(name, seed=1, goals=goals)
+    play(resumed, 6)
     play(strategy, cut)
     resumed.load_state_dict(reloaded(strategy.state_dict()))
     assert play(strategy, 8) == play(resumed, 8)
+
+
+@pytest.mark.parametrize("name", ["predictor", "evolution"])
+def test_goals_decide(name):
+    with_goals = play(make(name, goals=goals), 12)
+    assert with_goals == play(make(name, goals=goals), 12) != play(make(name), 12)
 
 
 @each
