@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from nasfast.commands import train
+import nasfast
+from nasfast.commands import search, train
 from nasfast.data import SyntheticStreets, split_for_search
 from nasfast.encoders import MobileNetV2
 from nasfast.methods.segmentation import Segmentation
@@ -21,6 +22,8 @@ from nasfast.models.decoders import DecoderConfig
 from nasfast.runs.study import Study
 from nasfast.spaces.fast_nas import FastNASSpace
 from nasfast.training.loop import Runtime
+from nasfast.utils.errors import UserError
+from nasfast.utils.interrupt import StopRequested
 
 PUBLISHED = [[8, [0, 0, 5, 2], [0, 2, 8, 8], [0, 5, 1, 4]], [[3, 3], [3, 2], [3, 0]]]
 
@@ -161,3 +164,90 @@ def test_a_training_in_a_run_is_shown_by_its_report(tmp_path, monkeypatch, capsy
     (run / "report.html").unlink()
     assert train.main([str(run), "--device", "cpu", "--out", str(tmp_path / "elsewhere")]) == 0
     assert not (run / "report.html").exists()
+
+
+@pytest.fixture
+def front_run(tmp_path, monkeypatch):
+    """A run that looked for score and MACs, whose trainings have no steps."""
+    old = Path(__file__).parent / "fixtures" / "version1" / "segmentation"
+    run = shutil.copytree(old, tmp_path / "run")
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(f'objective = ["score", "macs"]\n{config}')
+    monkeypatch.setattr(Segmentation, "training", lambda self, s, genotype, out, r: Trained(s, out))
+    return run
+
+
+def trained(run):
+    """Genotypes of the trainings in a run, in their order."""
+    folders = sorted(run.glob("train-*"))
+    return [json.loads((folder / "genotype.json").read_text()) for folder in folders]
+
+
+@pytest.mark.parametrize(("count", "chosen"), [(1, [0]), (2, [0, 1]), (9, [0, 1])])
+def test_architectures_of_a_front_are_trained(count, chosen, front_run, capsys):
+    """The third passed one stage alone; more than there are is all."""
+    assert train.main([str(front_run), "--front", str(count), "--device", "cpu"]) == 0
+    records = Study.open(front_run, read_only=True).records
+    assert trained(front_run) == [records[i].genotype for i in chosen]
+    said = f"architectures {', '.join(map(str, chosen))}: {len(chosen)} of 2 on the front\n"
+    assert said in capsys.readouterr().out
+    assert "front" not in tomllib.loads((front_run / "train-1" / "config.toml").read_text())
+
+
+def test_a_front_that_is_stopped_says_what_is_left(front_run, monkeypatch, capsys):
+    def stop(*_):
+        raise StopRequested
+
+    monkeypatch.setattr(train, "fit", stop)
+    assert train.main([str(front_run), "--front", "2", "--device", "cpu"]) == 130
+    assert "not begun: --rank 2 of the front\n" in capsys.readouterr().out
+    assert len(trained(front_run)) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ("RUN --front 2 --rank 2", "expected --front or --rank, got both: the front has"),
+        ("RUN --front 2 --out x", "expected --front or --out, got both: the front has"),
+        ("FILE --front 2", "expected a run of a search for --front, got FILE; give its directory"),
+        ("fast_nas_arch0 --front 2", "expected a run of a search for --front, got fast_nas_arch0;"),
+        ("PLAIN --front 2", "expected a run with several objectives for --front, got PLAIN, which"),
+        ("EMPTY --front 2", "expected a run that found an architecture, got EMPTY, where 0 candid"),
+    ],
+)
+def test_a_front_that_cannot_be_trained(flags, text, front_run, tmp_path, capsys):
+    old = Path(__file__).parent / "fixtures" / "version1" / "segmentation"
+    places = {"RUN": front_run, "FILE": tmp_path / "genotype.json", "EMPTY": tmp_path / "empty"}
+    places["PLAIN"] = shutil.copytree(old, tmp_path / "plain")
+    places["FILE"].write_text(json.dumps(PUBLISHED))
+    (shutil.copytree(front_run, places["EMPTY"]) / "records.jsonl").write_text("")
+    words = [str(places.get(word, word)) for word in flags.split()]
+    assert train.main([*words, "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    for name, place in places.items():
+        said = said.replace(str(place), name)
+    assert text in said.replace("\n", " ")
+    assert list(front_run.glob("train-*")) == []
+
+
+def test_one_architecture_at_a_time_in_python(front_run):
+    with pytest.raises(
+        UserError, match=r"^train: expected one architecture, got front=3; give a r"
+    ):
+        nasfast.train(front_run, front=3)
+
+
+def test_a_search_for_a_front_and_its_trainings(tiny_search, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Segmentation, "training", lambda self, s, genotype, out, r: Trained(s, out))
+    flags = "--budget 3 --batch 1 --stage0.epochs 1 --strategy evolution --objective score params"
+    limit = ["--constraint", "macs<1G", "--runs", str(tmp_path)]
+    assert search.main([*tiny_search, *flags.split(), *limit]) == 0
+    (run,) = tmp_path.iterdir()
+    assert "* on the front of" in capsys.readouterr().out
+    front = json.loads((run / "front.json").read_text())
+    assert front["objectives"] == ["score", "params"]
+    assert set(json.loads((run / "published.json").read_text())) > {"fast_nas_arch0"}
+    assert search.main(["--resume", str(run)]) == 0
+    assert json.loads((run / "front.json").read_text()) == front
+    assert train.main([str(run), "--front", "5", "--device", "cpu"]) == 0
+    assert trained(run) == [record["genotype"] for record in front["front"]]

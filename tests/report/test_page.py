@@ -419,3 +419,61 @@ def test_curves_of_trainings(study):
     note = "train-10: the network is that of epoch 10 of 10, depth error 0.2500."
     assert note in page
     assert "train-2: the network" not in page
+
+
+# ---- several objectives
+
+
+@pytest.fixture
+def for_a_front(tmp_path):
+    """Four points, the first of a nasfast that knew no memory; the third is beaten."""
+    config = {"objective": ["score", "latency"]}
+    with Study.create(tmp_path, "made", "front", config, {}) as study:
+        append(study, success(0.3, 0.5, latency=0.02, predicted_latency=0.03))
+        for reward, latency in ((0.6, 0.04), (0.4, 0.03), (0.4, 0.01)):
+            costs = {"latency": latency, "predicted_latency": 0.5, "memory": 5e6}
+            append(study, success(0.3, reward, **costs))
+        append(study, failure("stage0: out of memory"))
+        yield study
+
+
+def test_a_front_has_stars_and_its_costs_come_first(for_a_front):
+    for_a_front.write_published({"small_net": {"params": 1e6, "latency": 0.025}, "large_net": {}})
+    page = Page(write_report(for_a_front, MADE))
+    section = page.source.partition("<h2>Reward against cost</h2>")[2].partition("</section>")[0]
+    charts = re.findall(r"<svg.*?</svg>", section, re.DOTALL)[:4]  # and those of the legend
+    labels = [re.search(r'aria-label="([^"]*)"', chart) for chart in charts]
+    against = [label[1].rpartition("against ")[2] for label in labels if label]
+    assert against == ["latency", "params", "MACs", "memory"]
+    assert ["small_net" in chart for chart in charts] == [True, True, False, False]
+    assert "large_net" not in section
+    assert "costs of published architectures, which were not trained" in section
+    assert "predicted" not in section
+    ranking = page.source.partition("Architectures, best first")[2]
+    assert re.findall(r"<tr><td>\d</td><td>([^<]*)</td>", ranking) == ["1 *", "0 *", "2", "3 *"]
+    assert "predicted latency" in ranking
+    assert dict(tiles(page.source))["latency"] == "40.00 ms"
+
+
+@pytest.mark.parametrize("costs", [("latency",), ("latency", "memory")])
+def test_the_terminal_hides_memory_unless_it_is_an_objective(costs, tmp_path):
+    config = {"objective": ["score", *costs]}
+    with Study.create(tmp_path, "made", "front", config, {}) as study:
+        measured = {"latency": 0.02, "predicted_latency": 0.03, "memory": 5e6}
+        append(study, success(0.3, 0.5, **measured), success(0.3, 0.4, **measured))
+        table = terminal_table(study, MADE)
+        assert str(table.title).endswith("failed; the best, * on the front of 1:")
+        head = [str(column.header) for column in table.columns]
+        shown = {"params", "MACs", *costs}
+        assert {"params", "MACs", "latency", "predicted latency", "memory"} & set(head) == shown
+        assert columns(table)["index"] == ["0 *", "1"]
+
+
+def test_rejections_have_their_units(study):
+    genotype = {"space": "made_up", "layers": [0, 7]}
+    rejected = ({"latency": 0.0234}, {"memory": 3e6})
+    study.append(Record(0, genotype, genotype, 0, success(0.4), None, "2026", rejected=rejected))
+    section = write_report(study, MADE).read_text().partition("Rejected, beyond the limits")[2]
+    cells = re.findall("<td>([^<]*)</td>", section)
+    assert cells[:3] == ["latency", "1", "23.40 ms"]
+    assert cells[5:8] == ["memory", "1", "3.00 MB"]
