@@ -56,7 +56,7 @@ USAGE = {
         ("--bilevel.weights.lr 0", "WeightsConfig.lr: expected a value above"),
         ("--strategy darts --params 9K", "params: expected a --strategy that"),
         ("--params 2:1", "params: expected a number of parameters, such"),
-        ("--strategy darts --max-params 1k", "max_params, max_macs, constraint: expected a --"),
+        ("--strategy darts --max-params 1k", "max_params, max_macs, constraint: expected"),
         ("--strategy darts --objective score macs", "objective: expected a --strategy that"),
         ("--supernet.width 3", "SupernetConfig.width: expected an even"),
     ],

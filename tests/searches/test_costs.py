@@ -20,6 +20,7 @@ from nasfast.searches.sampling import Costing, Phase, SamplingSearch, SamplingSe
 from nasfast.spaces import FastNASSpace, IRNASSpace, NASFCOSSpace, TemplateNASSpace
 from nasfast.strategies import EvolutionConfig, PredictorConfig, make_strategy
 from nasfast.utils.errors import UserError
+from nasfast.workers import InProcess
 
 
 class Costly(Script):
@@ -228,6 +229,45 @@ def test_a_stopped_search_continues_without_measuring_again(
 
 
 # ---- settings
+
+
+def test_weighted_costs_are_what_ppo_learns_from(tmp_path):
+    words = ("score", "macs:0.1")
+    strategy = make_strategy("ppo", SPACE, 0, SamplingSettings(objective=words))
+    _, records = play(tmp_path, None, strategy, words=words, limits="params<60k")
+    assert len(records) == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "limits", "front", "timed"),
+    [
+        (("score",), (), False, False),
+        (("score",), ("latency<1s",), False, True),
+        (("score", "params"), (), True, False),
+        (("score", "latency:0.1"), (), False, True),
+    ],
+)
+def test_the_phase_of_settings(words, limits, front, timed, tmp_path):
+    settings = SamplingSettings(objective=words, constraint=limits, latency_size="16x32")
+    evaluator = Costly(distinct(), success)
+    evaluator.image, evaluator.deployed = (3, 8, 8), None
+    phase = settings.phase("evolution", SPACE, 0, evaluator, 6, InProcess())
+    assert phase.costing is not None
+    assert (phase.strategy._goals is not None) == front
+    assert bool(phase.published) == (len(words) > 1)
+    assert (phase.costing.latencies is not None) == timed
+    if timed:
+        assert phase.costing.latencies.target.shape == (1, 3, 16, 32)
+        table = tmp_path / "table.json"
+        Profile(TARGET, (), {OPERATOR: 1.0}).write(table)
+        message = (
+            f"latency-table {table}: expected times for images [1, 3, 16, 32], got a table for "
+            "[1, 3, 8, 8]; give --latency-size and --latency-batch, or make another with nasfast"
+        )
+        with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+            dataclasses.replace(settings, latency_table=table).phase(
+                "evolution", SPACE, 0, evaluator, 6, InProcess()
+            )
 
 
 @pytest.mark.parametrize("method", METHODS)
