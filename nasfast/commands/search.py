@@ -269,6 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             console,
             f"{time.perf_counter() - start:.0f} s; everything is in {study.path}\n"
             f"  nasfast train {path}      # train the best one in full\n"
+            + (f"  nasfast train {path} --front 5\n" if study.objectives.several else "")
             + (f"  nasfast search --resume {path} {more}\n" if more else "")
             + f"  open {shlex.quote(str(report))}",
         )

@@ -12,7 +12,8 @@ from nasfast.latency.timing import torch_operator
     [
         Operator("cat", ((1, 6, 64), (1, 6, 16)), (1, 6, 80)),  # the points of all levels
         Operator("cat", ((1, 6, 4, 4), (1, 2, 4, 4)), (1, 8, 4, 4)),
-        Operator("group_norm", ((1, 32, 1, 1),), (1, 32, 1, 1), settings=(8,)),  # of the coarsest level
+        # of the coarsest level
+        Operator("group_norm", ((1, 32, 1, 1),), (1, 32, 1, 1), settings=(8,)),
     ],
 )
 def test_they_are_made(operator):
