@@ -65,10 +65,12 @@ def trace(module: nn.Module, inputs: object, autocast: str = "") -> Trace:
         autocast: type of the device, "cpu" or "cuda", whose autocast to bfloat16 is followed.
     """
     tracer = _Tracer(autocast)
-    inputs = _twins(inputs)
-    tracer.keep(inputs)
-    with torch.no_grad(), _Convolutions() if autocast else nullcontext(), tracer:
-        _evaluating(module)(inputs)
+    # in inference mode convolutions are not told apart from what they consist of
+    with torch.inference_mode(False), torch.no_grad():
+        inputs = _twins(inputs)
+        tracer.keep(inputs)
+        with _Convolutions() if autocast else nullcontext(), tracer:
+            _evaluating(module)(inputs)
     return Trace(tuple(tracer.calls), tracer.flops // 2, tracer.peak)
 
 

@@ -56,6 +56,15 @@ def test_most_bytes_at_one_time(name):
     assert [trace(Net(function), images).peak for _ in range(2)] == [peak, peak]
 
 
+def test_in_inference_mode():
+    net = Net(viewed).eval()
+    images = torch.empty(1, 3, 8, 8, device="meta")
+    expected = trace(net, images)
+    with torch.inference_mode():
+        assert trace(net, images) == expected
+    assert expected.macs == 8 * 8 * 3 * 4
+
+
 def test_numbers_of_maps():
     def function(conv, x):
         a, b = conv(x).split(2, 1)
