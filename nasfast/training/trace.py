@@ -134,16 +134,15 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live = 0
         self._numbers, self._parameters = itertools.count(), itertools.count(-1, -1)
 
-    def keep(self, value: Any, owner: Tensor | None = None) -> None:
-        """Number tensors, and count their bytes until they are gone; those of views are
-        ``owner``'s, which a view keeps."""
+    def keep(self, value: Any, view: bool = False) -> None:
+        """Number tensors, and count their bytes until they are gone; those of a view are its
+        base's, which it keeps."""
         if isinstance(value, (list, tuple)):
             for each in value:
-                self.keep(each, owner)
+                self.keep(each, view)
         elif isinstance(value, Tensor):
             value._number = next(self._numbers)  # type: ignore[attr-defined]
-            if owner is not None:
-                value._owner = owner  # type: ignore[attr-defined]
+            if view:
                 return
             size = math.prod(value.shape) * value.dtype.itemsize
             self._live += size
@@ -178,7 +177,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result: Any = tensors[0]
         else:
             result = _of_form(form)
-            self.keep(result, tensors[0] if kind == "view" else None)
+            self.keep(result, kind == "view")
         made = tuple(map(self._number, _tensors((result,))))
         if made:
             read = tuple(map(self._number, tensors))
