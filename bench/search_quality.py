@@ -130,7 +130,7 @@ def add(path: Path, runs: Sequence[Path]) -> None:
     space = SPACES[table["space"]]
     rows = {(row["seed"], row["index"], tuple(row["choices"])): row for row in table["rows"]}
     for run in runs:
-        study = Study.open(run)
+        study = _opened(run)
         uniform = study.config["strategy"] == "random"
         for found in study.records:
             if found.duplicate_of is None:
@@ -399,9 +399,7 @@ def replay_fronts(
 def fronts(runs: Sequence[Path], against: Sequence[Path]) -> dict[str, Any]:
     """Hypervolumes of searches beside those of others of the same seeds, in units as those of
     `replay_fronts`: of the candidates of the others. Rewards are of stage 0, which all have."""
-    ours, theirs = (
-        {s.config["seed"]: s for s in map(Study.open, each)} for each in (runs, against)
-    )
+    ours, theirs = ({s.config["seed"]: s for s in map(_opened, each)} for each in (runs, against))
     (cost,) = next(iter(ours.values())).objectives.costs
     points = {
         name: {seed: _points(study, cost) for seed, study in studies.items()}
@@ -428,6 +426,10 @@ def fronts(runs: Sequence[Path], against: Sequence[Path]) -> dict[str, Any]:
         "lead": float(leads.mean()),
         "95 % interval of the lead": [float(leads.mean() - half), float(leads.mean() + half)],
     }
+
+
+def _opened(run: Path) -> Study:
+    return Study.open(run, read_only=True)
 
 
 def _points(study: Study, cost: str) -> np.ndarray:

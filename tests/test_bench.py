@@ -44,6 +44,8 @@ from candidates import Scale, Timed  # noqa: E402
 import nasfast  # noqa: E402
 from nasfast.models.decoders import Decoder  # noqa: E402
 from nasfast.models.supernet import SupernetConfig  # noqa: E402
+from nasfast.runs.records import Evaluation, Record  # noqa: E402
+from nasfast.runs.study import Study  # noqa: E402
 from nasfast.searches.sampling import SamplingSettings  # noqa: E402
 from nasfast.spaces import FastNASSpace  # noqa: E402
 from nasfast.strategies import PredictorConfig, RandomSearch  # noqa: E402
@@ -744,12 +746,37 @@ def test_curves_of_a_replay() -> None:
     replay = search_quality.Replay(RandomSearch(FastNASSpace(), 0), np.random.default_rng(0))
     for true in (1.0, 3.0, 2.0):
         replay.tell(replay.ask(FastNASSpace()), true, 10.0 * true, noise=0.0)
-    best, taken, macs = replay.curves(3)
-    assert (best.tolist(), taken.tolist(), macs.tolist()) == (
-        [1, 3, 3],
-        [1, 3, 3],
-        [10, 30, 20],
-    )
+    curves = [curve.tolist() for curve in replay.curves(3)]
+    assert curves == [[1, 3, 3], [1, 3, 3], [10, 30, 20], [1, 3, 2]]
+
+
+def test_a_front_on_the_surrogate(table: Path) -> None:
+    settings = SamplingSettings(predictor=PredictorConfig(initial=4, pool=40))
+    found = search_quality.replay_fronts(table, ["predictor"], 12, 2, 4, settings)
+    volumes = found["hypervolume after"]
+    assert volumes["random"][12]["lead"] == [0, 0]
+    assert 0 < volumes["random"][12]["mean"] < 1
+    assert volumes["predictor"][12]["mean"] > 0
+
+
+def test_fronts_of_runs(tmp_path: Path) -> None:
+    def run(seed: int, shift: float) -> Path:
+        config = {"objective": ["score", "params"], "seed": seed}
+        with Study.create(tmp_path, "made", "run", config, {}) as study:
+            for index in range(6):
+                reward, costs = 0.1 * index + shift, {"params": 2.0**index, "macs": 1.0}
+                found = Evaluation({"stage0": reward}, {}, costs, None, {}, "stage0")
+                form = {"index": index}
+                study.append(Record(index, form, form, 0, found, None, "2026"))
+        return study.path
+
+    pairs = [(run(seed, 0.05 + seed / 100), run(seed, 0.0)) for seed in range(3)]
+    ours, theirs = zip(*pairs, strict=True)
+    found = search_quality.fronts(ours, theirs)
+    low, high = found["95 % interval of the lead"]
+    assert 0 < low < found["lead"] < high
+    same = search_quality.fronts(theirs, theirs)
+    assert same["lead"] == 0
 
 
 def test_recorded_evaluations(tmp_path: Path) -> None:

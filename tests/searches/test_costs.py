@@ -259,7 +259,7 @@ def test_the_phase_of_settings(words, limits, front, timed, tmp_path):
     if timed:
         assert phase.costing.latencies.target.shape == (1, 3, 16, 32)
         table = tmp_path / "table.json"
-        Profile(TARGET, (), {OPERATOR: 1.0}).write(table)
+        Profile(TARGET, (({OPERATOR: 2}, 3.0),), {OPERATOR: 1.0}).write(table)
         message = (
             f"latency-table {table}: expected times for images [1, 3, 16, 32], got a table for "
             "[1, 3, 8, 8]; give --latency-size and --latency-batch, or make another with nasfast"
