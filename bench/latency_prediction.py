@@ -4,8 +4,9 @@
         -- SEARCH FLAGS
 
 The table is that of a search with these flags: 16 networks and the operators of these and of 150
-more. Then other random networks are built, take turns, and are timed as they are deployed
-(`--latency-backend` and the like are flags of the search).
+more. Then other random networks are built and timed as they are deployed (`--latency-backend` and
+the like are flags of the search). They take turns with the table's references, and their latencies
+are what a search would record, by the pace of these.
 """
 
 from __future__ import annotations
@@ -60,12 +61,14 @@ def main() -> None:
         with threads(latencies.target.threads):
             runs = [deployed(model, latencies.target) for model in models]
             latencies.prepare(Path(folder) / "latency", print)
-            turns = rounds(runs, args.seconds)
+            turns = rounds([*latencies.references(), *runs], args.seconds)
     half = len(turns) // 2
-    whole, first, second = (
-        [statistics.median(each) for each in zip(*part, strict=True)]
-        for part in (turns, turns[:half], turns[half:])
-    )
+    parts = turns, turns[:half], turns[half:]
+    whole, first, second = map(latencies.comparable, parts)
+    pace = [
+        statistics.median(turn[i] for turn in turns) / latencies.profile.networks[i][1]
+        for i in range(len(latencies.references()))
+    ]
     table = latencies.profile.table
     predicted = [table.predict(operators_on(latencies.target, model)) for model in models]
     errors = [abs(p / m - 1) for p, m in zip(predicted, whole, strict=True)]
@@ -75,6 +78,7 @@ def main() -> None:
         "table": str(latencies.profile),
         "networks": len(models),
         "rounds": len(turns),
+        "references now, in parts of their latencies in the table": pace,
         "latencies, ms": [round(min(whole), 2), round(max(whole), 2)],
         "Spearman": spearmanr(predicted, whole).statistic,
         "median error": statistics.median(errors),

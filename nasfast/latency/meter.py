@@ -9,7 +9,7 @@ import os
 import random
 import statistics
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic
 
@@ -25,8 +25,9 @@ from nasfast.utils.files import naming
 
 PROFILE, MEASURED = "latency.json", "latencies.jsonl"
 """Files of a run: the table of predictions, and a line for each network that was measured."""
-SECONDS, ROUNDS = 0.5, 9
-"""Time of a measurement for each of its two networks, and its least number of rounds."""
+SECONDS, ROUNDS, REFERENCES = 0.5, 9, 3
+"""Time of a measurement for each of its networks, its least number of rounds, and how many of the
+networks are references: memory that others use does not slow all networks alike."""
 
 FIRST = 4
 """Networks whose operators the profile of another machine has to have."""
@@ -35,10 +36,10 @@ FIRST = 4
 class Latencies(Generic[G]):
     """Latencies of the networks of a search on a target.
 
-    A network takes turns with a reference, the first network of the profile: its latency is that of
-    the reference, which is fixed, times the median ratio of the rounds, so that a machine that has
-    become slower since says the same. Profile and measurements are kept in the run: a search that
-    goes on later reads them, and measures nothing again.
+    A network takes turns with references, the first three of the profile, whose latencies are
+    fixed: its times are divided by the pace of the references in the same round, so that a machine
+    that has become slower since says the same. Profile and measurements are kept in the run: a
+    search that goes on later reads them, and measures nothing again.
 
     Args:
         target: where networks are to be fast; this machine, unless there is a profile of another.
@@ -63,7 +64,7 @@ class Latencies(Generic[G]):
         """Whether networks are measured, and not only predicted."""
         self._file: Path | None = None
         self._known: dict[str, float] = {}
-        self._reference: Run | None = None
+        self._references: list[Run] = []
 
     def prepare(self, folder: Path, say: Callable[[str], None]) -> None:
         """Read the profile of a run's folder, or make it there.
@@ -125,15 +126,33 @@ class Latencies(Generic[G]):
         key = _key(genotype)
         if key not in self._known:
             with threads(self.target.threads):
-                if self._reference is None:
-                    self._reference = deployed(self.draw(random.Random(0)), self.target)
+                references = self.references()
                 own = deployed(self._build(genotype), self.target)
-                turns = rounds([self._reference, own], SECONDS, ROUNDS)
-            ratio = statistics.median(time / other for other, time in turns)
-            latency = ratio * self.profile.networks[0][1] / 1e3
-            self._keep({"key": key, "latency": latency, "ratio": ratio, "rounds": len(turns)})
+                turns = rounds([*references, own], SECONDS, ROUNDS)
+            latency = self.comparable(turns)[0] / 1e3
+            self._keep({"key": key, "latency": latency, "rounds": len(turns)})
             self._known[key] = latency
         return self._known[key]
+
+    def references(self) -> list[Run]:
+        """The first networks of the profile, as they run here."""
+        if not self._references:
+            rng = random.Random(0)
+            count = min(REFERENCES, len(self.profile.networks))
+            self._references = [deployed(self.draw(rng), self.target) for _ in range(count)]
+        return self._references
+
+    def comparable(self, turns: Sequence[tuple[float, ...]]) -> list[float]:
+        """Medians, in milliseconds, of networks whose times follow those of the references in each
+        round, where a machine as fast as when the profile was made would have them."""
+        known = [time for _, time in self.profile.networks[:REFERENCES]]
+        count, found = len(known), []
+        for turn in turns:
+            pace = statistics.geometric_mean(
+                now / then for now, then in zip(turn[:count], known, strict=True)
+            )
+            found.append([time / pace for time in turn[count:]])
+        return [statistics.median(each) for each in zip(*found, strict=True)]
 
     def _keep(self, line: dict[str, object]) -> None:
         assert self._file is not None, "prepare comes first"

@@ -33,14 +33,13 @@ def runner(path: Path, shapes: "list[list[int]]", threads: int) -> "Callable[[],
 
 
 def rounds(runs: "list[Callable[[], object]]", seconds: float) -> "list[float]":
-    """Milliseconds of runs that take turns, after one that does not count."""
-    for run in runs:
-        run()
+    """Milliseconds of runs that take turns, of two passes each: the second is timed."""
     found: list[list[float]] = []
     deadline = time.perf_counter() + seconds * len(runs)
     while time.perf_counter() < deadline or len(found) < 5:
         times = []
         for run in runs:
+            run()
             start = time.perf_counter()
             run()
             times.append((time.perf_counter() - start) * 1e3)

@@ -41,8 +41,8 @@ class Profile:
 
     target: Target
     networks: tuple[tuple[Operators, float], ...]
-    """Operators of whole networks, and their latencies, in milliseconds. The first is the
-    reference of later measurements."""
+    """Operators of whole networks, and their latencies, in milliseconds. The first ones are
+    references of later measurements."""
     times: Mapping[Operator, float]
     """Milliseconds of operators alone."""
 

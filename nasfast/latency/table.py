@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from nasfast.latency.operators import Operator
 
 GROUPS = ("dense", "pointwise", "depthwise", "deformable", "rest")
 STIFFNESS = 0.001
 """How much the factors of a table prefer 1: too few networks do not tell them apart."""
+LEAST = 4
+"""Operators that a law of their times is fitted to."""
 Operators = Mapping[Operator, int]
 
 
@@ -46,24 +48,32 @@ class LatencyTable:
         return found
 
     def estimate(self, operator: Operator) -> float:
-        """Milliseconds of an operator that was not timed: by its work and the values that it
-        moves, from those of its group, or of all where none of it was timed."""
-        weights = self._laws[operator.group]
-        return math.exp(sum(w * v for w, v in zip(weights, _work(operator), strict=True)))
+        """Milliseconds of an operator that was not timed: a constant, and parts that are
+        proportional to the values it moves and to its multiply-adds, as fits those of its kind, or
+        of its group or of all, whichever has been timed often enough."""
+        weights = next(
+            self._laws[key] for key in (operator.kind, operator.group, "") if key in self._laws
+        )
+        return float(sum(w * v for w, v in zip(weights, _work(operator), strict=True)))
 
     @cached_property
     def _laws(self) -> dict[str, list[float]]:
-        """Of each group the weights of the logarithms that give that of a time."""
-        return {group: self._law(group) for group in GROUPS}
-
-    def _law(self, group: str) -> list[float]:
-        known = [(o, t) for o, t in self.times.items() if o.group == group]
-        known = known or list(self.times.items())
-        x = torch.tensor([_work(o) for o, _ in known], dtype=torch.float64)
-        y = torch.tensor([math.log(max(t, 1e-6)) for _, t in known], dtype=torch.float64)
-        ridge = 1e-2 * torch.eye(x.shape[1], dtype=torch.float64)
-        law: list[float] = torch.linalg.solve(x.T @ x + ridge, x.T @ y).tolist()
-        return law
+        """Milliseconds that each part of the work takes, by group of convolutions, by kind of other
+        operators, by group of those, and "" of all."""
+        known: dict[str, list[tuple[Operator, float]]] = {}
+        for operator, time in self.times.items():
+            kinds = (operator.group, "") if operator.weight else (operator.kind, operator.group, "")
+            for key in kinds:
+                known.setdefault(key, []).append((operator, time))
+        laws = {}
+        for key, pairs in known.items():
+            if len(pairs) >= LEAST or not key:
+                work = torch.tensor([_work(o) for o, _ in pairs], dtype=torch.float64)
+                times = torch.tensor([max(t, 1e-6) for _, t in pairs], dtype=torch.float64)
+                unit = work.mean(0).clamp(min=1e-12) / times.mean()
+                weights = _proportions(work / unit, times, torch.zeros(3).double(), 1e-6)
+                laws[key] = (weights / unit).tolist()
+        return laws
 
     def fitted(self, networks: Sequence[tuple[Operators, float]]) -> LatencyTable:
         """With the factors and the constant that suit the latencies of networks best."""
@@ -71,24 +81,35 @@ class LatencyTable:
             return self
         sums = [self.sums(operators) for operators, _ in networks]
         latencies = torch.tensor([time for _, time in networks], dtype=torch.float64)
+        unit = latencies.mean()  # of the constant
         rows = torch.tensor([[1.0, *(s[g] for g in GROUPS)] for s in sums], dtype=torch.float64)
-        unit = latencies.mean()
-        rows[:, 0] = unit  # the constant, in parts of the mean latency
-        relative, wanted = rows / latencies[:, None], torch.ones(len(networks), 1).double()
-        start = torch.tensor([[0.0, *[1.0] * len(GROUPS)]], dtype=torch.float64).T
-        ridge = STIFFNESS * len(networks) * torch.eye(len(start), dtype=torch.float64)
-        active = torch.ones(len(start), dtype=torch.bool)
-        weights = start
-        for _ in range(len(start)):  # none below 0
-            a = relative * active
-            weights = torch.linalg.solve(a.T @ a + ridge, a.T @ wanted + ridge @ start)
-            weights = weights * active[:, None]
-            if bool((weights >= 0).all()):
-                break
-            active &= (weights >= 0).flatten()
-        constant, *factors = weights.flatten().tolist()
+        rows[:, 0] = unit
+        start = torch.tensor([0.0, *[1.0] * len(GROUPS)], dtype=torch.float64)
+        constant, *factors = _proportions(rows, latencies, start, STIFFNESS).tolist()
         return LatencyTable(self.times, dict(zip(GROUPS, factors)), constant * float(unit))
 
 
+def _proportions(rows: Tensor, times: Tensor, start: Tensor, stiffness: float) -> Tensor:
+    """Weights, none below 0, whose sums of the columns come closest to times, in parts of these.
+
+    Args:
+        rows: ``[N, K]``.
+        times: ``[N]``.
+        start: what the weights are where nothing speaks against it, ``[K]``.
+        stiffness: how much speaks for that.
+    """
+    relative, wanted = rows / times[:, None], torch.ones(len(times), dtype=torch.float64)
+    ridge = stiffness * len(times) * torch.eye(len(start), dtype=torch.float64)
+    active = torch.ones(len(start), dtype=torch.bool)
+    weights = start
+    for _ in range(len(start)):
+        a = relative * active
+        weights = torch.linalg.solve(a.T @ a + ridge, a.T @ wanted + ridge @ start) * active
+        if bool((weights >= 0).all()):
+            break
+        active &= weights >= 0
+    return weights.clamp(min=0)
+
+
 def _work(operator: Operator) -> tuple[float, float, float]:
-    return 1.0, math.log(operator.cells), math.log1p(operator.macs)
+    return 1.0, float(operator.cells), float(operator.macs)

@@ -318,14 +318,17 @@ def threads(count: int) -> Iterator[None]:
 
 def rounds(runs: Sequence[Run], seconds: float, least: int = 5) -> list[tuple[float, ...]]:
     """Milliseconds of each of some runs, which take turns, round by round, for about ``seconds``
-    each; at least so many rounds, after one that does not count."""
+    each; at least so many rounds.
+
+    A turn is two passes, of which the second is timed: what is deployed runs again and again. The
+    first finds the memory as another network has left it, and takes longer after a small one.
+    """
     found: list[tuple[float, ...]] = []
     deadline = time.perf_counter() + seconds * len(runs)
-    for run in runs:
-        run()
     while time.perf_counter() < deadline or len(found) < least:
         times = []
         for run in runs:
+            run()
             start = time.perf_counter()
             run()
             times.append((time.perf_counter() - start) * 1e3)

@@ -65,14 +65,22 @@ def prepared(latencies, folder):
     return said
 
 
-def test_ratio_to_the_reference_times_what_that_took(latencies, genotypes, tmp_path, builds):
+def test_times_by_the_pace_of_the_references(target):
+    networks = tuple(({}, time) for time in (2.0, 8.0, 5.0, 99.0))
+    found = Latencies(target, SPACE, None, Profile(target, networks, {}))
+    # a machine that is as fast, twice as slow, and twice as slow for one of the three
+    turns = [(2, 8, 5, 3, 7), (4, 16, 10, 6, 14), (4, 8, 5, 3 * 2 ** (1 / 3), 7 * 2 ** (1 / 3))]
+    assert found.comparable(turns) == pytest.approx([3.0, 7.0])
+    assert found.comparable(turns[2:]) == pytest.approx([3.0, 7.0])
+
+
+def test_the_reference_and_what_it_took(latencies, genotypes, tmp_path, builds):
     found = latencies()
     prepared(found, tmp_path / "latency")
     threads = torch.get_num_threads()
     assert found.measure(genotypes[0]) == pytest.approx(REFERENCE / 4 / 1e3)
     assert torch.get_num_threads() == threads
     (line,) = (tmp_path / "latency/latencies.jsonl").read_text().splitlines()
-    assert json.loads(line)["ratio"] == 0.25
     assert json.loads(line)["rounds"] == 3
     assert builds == ["meta"] * 4 + ["cpu"] * 2
     found.measure(genotypes[1])
