@@ -25,6 +25,7 @@ from nasfast.runs.objectives import Objectives
 from nasfast.runs.records import Evaluation, Record
 from nasfast.runs.study import Study
 from nasfast.searches.base import SearchSettings
+from nasfast.searches.costing import Costing
 from nasfast.searches.halving import rung_gates, settled
 from nasfast.searches.limits import Limit, Limits, constraint
 from nasfast.spaces.base import Space
@@ -278,43 +279,6 @@ class Phase(Generic[G]):
 NextPhase = Callable[[Sequence[Record], Path], Phase[Any]]
 """Makes a phase from the ranking of the one before, best first: a pure function, called again to
 resume. What it takes long for it may keep in the folder, which is the run's and the phase's own."""
-
-
-class Costing(Generic[G]):
-    """Costs of an architecture before it is trained.
-
-    Args:
-        evaluator: knows the exact ones.
-        latencies: where they matter.
-    """
-
-    def __init__(self, evaluator: Evaluator[G], latencies: Latencies[G] | None = None) -> None:
-        self._evaluator, self.latencies = evaluator, latencies
-        self._known: dict[G, dict[str, float]] = {}
-
-    def counts(self, genotype: G) -> dict[str, float]:
-        """Those that need no latency."""
-        if genotype not in self._known:
-            self._evaluator.runtime.heartbeat()
-            self._known[genotype] = dict(self._evaluator.costs(genotype))
-        return self._known[genotype]
-
-    def __call__(self, genotype: G) -> dict[str, float]:
-        """Those of the records, with the latency that is expected where it matters."""
-        costs = self.counts(genotype)
-        if self.latencies is not None and "latency" not in costs:
-            latency = self.latencies.predict(genotype)
-            costs = costs | {"latency": latency, "predicted_latency": latency}
-            self._known[genotype] = costs
-        return costs
-
-    def measured(self, genotype: G) -> dict[str, float]:
-        """The same, with the latency that is measured, if it matters and this is the target, or
-        was where the search began."""
-        costs, latencies = self(genotype), self.latencies
-        if latencies is not None and (latencies.measures or latencies.knows(genotype)):
-            costs = costs | {"latency": latencies.measure(genotype)}
-        return costs
 
 
 @dataclass(frozen=True)

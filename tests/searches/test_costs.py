@@ -15,8 +15,9 @@ from nasfast.latency.operators import Operator
 from nasfast.methods.registry import METHODS
 from nasfast.runs.objectives import Objectives
 from nasfast.runs.study import Study
+from nasfast.searches.costing import Costing
 from nasfast.searches.limits import Limits, constraint
-from nasfast.searches.sampling import Costing, Phase, SamplingSearch, SamplingSettings, _published
+from nasfast.searches.sampling import Phase, SamplingSearch, SamplingSettings, _published
 from nasfast.spaces import FastNASSpace, IRNASSpace, NASFCOSSpace, TemplateNASSpace
 from nasfast.strategies import EvolutionConfig, PredictorConfig, make_strategy
 from nasfast.utils.errors import UserError
@@ -351,3 +352,10 @@ def test_what_is_no_constraint(texts, message):
 def test_a_limit_and_a_constraint_of_the_same_cost():
     with pytest.raises(UserError, match='of params, got --max-params 1M and --constraint "params<'):
         SamplingSettings(max_params="1M", constraint=("params<2M",))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_table_is_found_from_any_directory(method, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = METHODS[method].parse_search([method, "--latency-table", "table.json"])
+    assert config.latency_table == tmp_path / "table.json"

@@ -199,7 +199,7 @@ def _finished(config: SearchConfig) -> SearchConfig:
     candidate."""
     changes: dict[str, Any] = {
         field: expanded(getattr(config, field)).resolve()
-        for field in ("encoder_weights", "runs", "cache_dir")
+        for field in ("encoder_weights", "runs", "cache_dir", "latency_table")
         if getattr(config, field) is not None
     }
     changes["strategy"] = settled(config.strategy, config.budget)

@@ -213,6 +213,7 @@ def _finished(config: SearchConfig, sized: bool) -> SearchConfig:
         params=params,
         data=data_path(config.data),
         runs=expanded(config.runs).resolve(),
+        latency_table=config.latency_table and expanded(config.latency_table).resolve(),
     )
 
 

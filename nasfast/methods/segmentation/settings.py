@@ -167,7 +167,7 @@ def _finished(config: C) -> C:
     candidate."""
     changes: dict[str, Any] = {
         field: expanded(getattr(config, field)).resolve()
-        for field in ("encoder_weights", "teacher", "runs", "cache_dir")
+        for field in ("encoder_weights", "teacher", "runs", "cache_dir", "latency_table")
         if getattr(config, field) is not None
     }
     changes["strategy"] = settled(config.strategy, config.budget)

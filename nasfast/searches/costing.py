@@ -1,0 +1,45 @@
+"""What architectures of a sampling search cost, before they are trained."""
+
+from __future__ import annotations
+
+from typing import Generic
+
+from nasfast.evaluation.candidate import Evaluator, G
+from nasfast.latency import Latencies
+
+
+class Costing(Generic[G]):
+    """Costs of an architecture before it is trained.
+
+    Args:
+        evaluator: knows the exact ones.
+        latencies: where they matter.
+    """
+
+    def __init__(self, evaluator: Evaluator[G], latencies: Latencies[G] | None = None) -> None:
+        self._evaluator, self.latencies = evaluator, latencies
+        self._known: dict[G, dict[str, float]] = {}
+
+    def counts(self, genotype: G) -> dict[str, float]:
+        """Those that need no latency."""
+        if genotype not in self._known:
+            self._evaluator.runtime.heartbeat()
+            self._known[genotype] = dict(self._evaluator.costs(genotype))
+        return self._known[genotype]
+
+    def __call__(self, genotype: G) -> dict[str, float]:
+        """Those of the records, with the latency that is expected where it matters."""
+        costs = self.counts(genotype)
+        if self.latencies is not None and "latency" not in costs:
+            latency = self.latencies.predict(genotype)
+            costs = costs | {"latency": latency, "predicted_latency": latency}
+            self._known[genotype] = costs
+        return costs
+
+    def measured(self, genotype: G) -> dict[str, float]:
+        """The same, with the latency that is measured, if it matters and this is the target, or
+        was where the search began."""
+        costs, latencies = self(genotype), self.latencies
+        if latencies is not None and (latencies.measures or latencies.knows(genotype)):
+            costs = costs | {"latency": latencies.measure(genotype)}
+        return costs
