@@ -85,6 +85,8 @@ def flags_of(command):
             "check": [[method, "--help"] for method in METHODS],
         }
         texts = [help_of(command, *words) for words in variants.get(command, [["--help"]])]
+    if command == "profile":  # takes those of the search that it is for
+        return {*flags_of("search"), *(flag for text in texts for flag in FLAG.findall(text))}
     return {"--help", "--help-all", *(flag for text in texts for flag in FLAG.findall(text))}
 
 

@@ -29,7 +29,7 @@ IDS = ["float32", "float64", "bfloat16", "float16"]
 TOLERANCE = {
     torch.float32: 1e-5,
     torch.float64: 1e-12,
-    torch.bfloat16: 6e-3,
+    torch.bfloat16: 8e-3,  # two of its steps
     torch.float16: 1e-3,
 }
 TF32_TOLERANCE = 2e-3

@@ -32,7 +32,9 @@ def test_what_a_training_measures(bilevel_run, trained_restorer):
     best = json.loads((bilevel_run / "best.json").read_text())
     metrics = json.loads((trained_restorer / "metrics.json").read_text())
     assert metrics["split"] == "val of edges, 1 images"
-    assert {name: metrics[name] for name in ("params", "macs")} == best["evaluation"]["costs"]
+    costs = best["evaluation"]["costs"]
+    assert set(costs) == {"params", "macs", "memory"}
+    assert {name: metrics[name] for name in costs} == costs
     assert (metrics["steps"], metrics["size"], len(metrics["losses"])) == (6, [40, 48], 3)
     model, description = load_model(trained_restorer / "model.safetensors")
     assert model.genotype.to_json() == best["genotype"]

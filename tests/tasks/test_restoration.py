@@ -376,4 +376,5 @@ def test_costs_are_those_of_the_first_image():
     assert costs(network, SuperResolution(2), images) == {
         "params": 5 * 28,
         "macs": 10 * 12 * 5 * 27,
+        "memory": 4 * (5 * 28 + 10 * 12 * (3 + 5)),
     }
