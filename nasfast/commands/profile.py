@@ -70,16 +70,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     method = method_named(named or DEFAULT)
     settings = method.parse_search(words)
     assert isinstance(settings, SamplingSettings)
+    if not getattr(settings, "samples", True):
+        raise UserError(
+            "profile: expected a search that samples networks, got one by gradient; give "
+            "--strategy predictor"
+        )
     if config.bundle is not None:
         if config.bundle.exists():
             raise UserError(
                 f"profile: {config.bundle} exists and is never overwritten; give another --bundle"
             )
         require_place(config.bundle, "give another --bundle")
-        settings = dataclasses.replace(settings, latency_backend="onnxruntime")
+        settings = dataclasses.replace(
+            settings, latency_backend="onnxruntime", device="cpu", devices=None
+        )
     else:
         assert config.out is not None
-        require_place(config.out, "give another --out")
+        if config.out.is_dir():
+            raise UserError(
+                f"profile: expected a file for --out, got the directory {config.out}; give "
+                f"{config.out / 'table.json'}"
+            )
+        if not config.out.exists():
+            require_place(config.out, "give another --out")
     # weights: any strategy takes them, and nothing is searched
     settings = dataclasses.replace(
         settings, objective=("score", "latency:1"), constraint=(), latency_table=None
@@ -91,11 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             costing = search.phase.costing if isinstance(search, SamplingSearch) else None
         finally:
             search.close()
-        if costing is None or costing.latencies is None:
-            raise UserError(
-                "profile: expected a search that samples networks, got one by gradient; give "
-                "--strategy predictor"
-            )
+        assert costing is not None and costing.latencies is not None  # noqa: PT018
         _write(config, costing.latencies, interrupt, console)
     return 0
 

@@ -315,7 +315,7 @@ def each_of_front(config: TrainSettings, console: Console) -> list[TrainSettings
     if not study.objectives.several:
         raise UserError(
             f"train: expected a run with several objectives for --front, got {study.path}, which "
-            "looked for the score; leave --front out, or search with --objective score latency"
+            "looked for one network; leave --front out, or search with --objective score latency"
         )
     ranking, front = _found(study), study.front()
     points = [study.point(record) for record in front]

@@ -81,7 +81,8 @@ class Latencies(Generic[G]):
                     f"note: the run's latencies are of {self._profile.target}; from here on they "
                     f"are predicted for it, as this is {self.target}"
                 )
-                self.measures, self.target = False, self._profile.target
+                self.measures = False
+            self.target = self._profile.target
         else:
             if self._profile is None:
                 say(f"latency  {self.target}: networks and operators are timed ..")

@@ -62,6 +62,8 @@ def main() -> None:
     parser.add_argument("table", help="file to write")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
+    if arguments.threads < 1:
+        parser.error(f"--threads: expected at least 1, got {arguments.threads}")
     form = json.loads((FOLDER / "profile.json").read_text())
     seconds, target, threads = form.pop("seconds"), form["target"], arguments.threads
     target["threads"], target["machine"] = threads, processor()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nasfast.latency.operators import Operator
+from nasfast.utils.least_squares import nonnegative
 
 GROUPS = ("dense", "pointwise", "depthwise", "deformable", "rest")
 STIFFNESS = 0.001
@@ -98,17 +99,8 @@ def _proportions(rows: Tensor, times: Tensor, start: Tensor, stiffness: float) -
         start: what the weights are where nothing speaks against it, ``[K]``.
         stiffness: how much speaks for that.
     """
-    relative, wanted = rows / times[:, None], torch.ones(len(times), dtype=torch.float64)
-    ridge = stiffness * len(times) * torch.eye(len(start), dtype=torch.float64)
-    active = torch.ones(len(start), dtype=torch.bool)
-    weights = start
-    for _ in range(len(start)):
-        a = relative * active
-        weights = torch.linalg.solve(a.T @ a + ridge, a.T @ wanted + ridge @ start) * active
-        if bool((weights >= 0).all()):
-            break
-        active &= weights >= 0
-    return weights.clamp(min=0)
+    wanted = torch.ones(len(times), dtype=torch.float64)
+    return nonnegative(rows / times[:, None], wanted, stiffness, start)
 
 
 def _work(operator: Operator) -> tuple[float, float, float]:

@@ -31,6 +31,7 @@ from nasfast.utils.errors import UserError, cause
 Backend = Literal["torch", "compiled", "onnxruntime"]
 """torch: eager, on CUDA a graph of its kernels. compiled: torch.compile. onnxruntime: an ONNX file
 of nasfast export, in float32."""
+_MANY = 2**20
 Run = Callable[[], None]
 """One forward pass."""
 
@@ -210,9 +211,11 @@ def _forward(module: nn.Module, inputs: tuple[Tensor, ...], runtime: Runtime) ->
 
 
 def _compiled(network: nn.Module, images: Tensor, runtime: Runtime) -> nn.Module:
-    compiled = cast(nn.Module, torch.compile(network))
+    compiled = cast(nn.Module, torch.compile(network, dynamic=False))
+    # networks share the code of their class: of the ninth one the compiler would compile nothing
+    unlimited = torch._dynamo.config.patch(recompile_limit=_MANY, accumulated_recompile_limit=_MANY)
     try:
-        with torch.inference_mode(), runtime.autocast():
+        with torch.inference_mode(), runtime.autocast(), unlimited:
             compiled(images)
     except Exception as error:  # the compiler's own, of many kinds
         raise UserError(

@@ -11,11 +11,14 @@ import torch
 
 from nasfast.runs.records import Evaluation, Record
 from nasfast.utils.errors import UserError
+from nasfast.utils.least_squares import nonnegative
 
 COSTS = ("latency", "params", "macs", "memory")
 """Objectives beside the score; all are to be made small."""
 TIE = 0.05
 """Share of a latency, which is measured, that two may differ by and count as equal."""
+MOST = 3
+"""Costs of a front: a volume of more dimensions takes minutes to compare."""
 LEAST = 6
 """Candidates that a line is fitted to."""
 
@@ -34,7 +37,7 @@ class Objectives:
         """Of "score", "latency" or "latency:0.02" ..
 
         Raises:
-            UserError: another word, a word twice, no score, or weights for some only.
+            UserError: another word, a word twice, no score, weights for some only, or too many.
         """
         names, weights = [], dict[str, float]()
         for word in words:
@@ -65,6 +68,11 @@ class Objectives:
             raise UserError(
                 f"objective: expected weights for all costs or for none, got {bare[0]} without; "
                 f"write {bare[0]}:0.02, or look for a front without weights"
+            )
+        if len(costs) > MOST and not weights:
+            raise UserError(
+                f"objective: expected at most {MOST} costs for a front, got {', '.join(costs)}; "
+                "give them weights, or limit some with --constraint"
             )
         return cls(costs, weights or None)
 
@@ -122,8 +130,7 @@ def _line(x: Sequence[Sequence[float]], y: Sequence[float], at: Sequence[float])
     values = torch.tensor(y, dtype=torch.float64)
     centre, mean = points.mean(0), values.mean()
     a = points - centre
-    ridge = 1e-3 * len(y) * torch.eye(a.shape[1], dtype=torch.float64)
-    slopes = torch.linalg.solve(a.T @ a + ridge, a.T @ (values - mean)).clamp(min=0)
+    slopes = nonnegative(a, values - mean, 1e-3)
     line = mean + (torch.tensor(at, dtype=torch.float64) - centre) @ slopes
     return float(line.clamp(values.min(), values.max()))
 

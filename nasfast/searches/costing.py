@@ -18,23 +18,25 @@ class Costing(Generic[G]):
 
     def __init__(self, evaluator: Evaluator[G], latencies: Latencies[G] | None = None) -> None:
         self._evaluator, self.latencies = evaluator, latencies
-        self._known: dict[G, dict[str, float]] = {}
+        self._counts: dict[G, dict[str, float]] = {}
+        self._predicted: dict[G, float] = {}
 
     def counts(self, genotype: G) -> dict[str, float]:
         """Those that need no latency."""
-        if genotype not in self._known:
+        if genotype not in self._counts:
             self._evaluator.runtime.heartbeat()
-            self._known[genotype] = dict(self._evaluator.costs(genotype))
-        return self._known[genotype]
+            self._counts[genotype] = dict(self._evaluator.costs(genotype))
+        return self._counts[genotype]
 
     def __call__(self, genotype: G) -> dict[str, float]:
         """Those of the records, with the latency that is expected where it matters."""
         costs = self.counts(genotype)
-        if self.latencies is not None and "latency" not in costs:
-            latency = self.latencies.predict(genotype)
-            costs = costs | {"latency": latency, "predicted_latency": latency}
-            self._known[genotype] = costs
-        return costs
+        if self.latencies is None:
+            return costs
+        if genotype not in self._predicted:
+            self._predicted[genotype] = self.latencies.predict(genotype)
+        latency = self._predicted[genotype]
+        return costs | {"latency": latency, "predicted_latency": latency}
 
     def measured(self, genotype: G) -> dict[str, float]:
         """The same, with the latency that is measured, if it matters and this is the target, or

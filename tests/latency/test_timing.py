@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import functools
 import sys
 import time
 import types
@@ -57,7 +58,7 @@ def test_missing_provider(runtime):
 
 
 def test_no_compiler(target, monkeypatch):
-    def fails(network):
+    def fails(network, dynamic):
         def compiled(images):
             raise RuntimeError("no g++\nat all")
 
@@ -136,3 +137,26 @@ def test_rounds_take_turns(monkeypatch):
     assert order == ["a", "a", "b", "b"] * 3, "the first of two is not timed"
     assert len(timing.rounds(runs, 3.0, least=1)) == 4  # of 1.5 s
     assert timing.median_time(runs[0], 0.0) == 250.0
+
+
+def test_every_network_is_compiled(monkeypatch):
+    found = []
+
+    def backend(graph, inputs):
+        found.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    images, runtime = torch.rand(1, 1, 4, 4), Runtime(torch.device("cpu"))
+    try:
+        for channels in range(2, 14):
+            network = torch.nn.Sequential(torch.nn.Conv2d(1, channels, 1), torch.nn.ReLU())
+            compiled = timing._compiled(network.eval(), images, runtime)
+            before = len(found)
+            assert before == channels - 1, "one graph for each"
+            with torch.inference_mode(), runtime.autocast():
+                compiled(images)
+            assert len(found) == before
+    finally:
+        torch._dynamo.reset()

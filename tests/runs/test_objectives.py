@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import random
 import statistics
 
 import pytest
@@ -219,3 +220,17 @@ def test_a_damaged_objective(line, text, tmp_path):
     for read_only in (True, False):
         with pytest.raises(UserError, match=text):
             Study.open(study.path, read_only=read_only)
+
+
+def test_the_gate_of_a_large_network_with_two_costs_that_go_together():
+    rng = random.Random(0)
+    before = []
+    for _ in range(20):
+        size = 2.0 ** rng.uniform(0, 3)
+        costs = {"latency": size * rng.uniform(0.95, 1.05), "macs": size, "params": 1.0}
+        reward = 0.5 + 0.02 * math.log2(size) + rng.uniform(-0.02, 0.02)
+        before.append(Evaluation({"stage0": reward}, {}, costs, None, {}, "stage0"))
+    objectives = Objectives.of(["score", "latency", "macs"])
+    (gate,) = objectives.gates(before, {"latency": 8.0, "macs": 8.0}).values()
+    assert gate == pytest.approx(0.56, abs=0.02)
+    assert gate < max(each.rewards["stage0"] for each in before)
