@@ -15,7 +15,7 @@ from nasfast.runs.study import Study
 __all__ = ["fronts", "pareto_front"]
 
 PREDICTED = {"predicted_latency"}
-"""Costs that another one tells better."""
+"""Costs without a chart: the measured latency has one."""
 
 
 def fronts(study: Study) -> list[Element]:

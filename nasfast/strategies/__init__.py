@@ -39,8 +39,8 @@ class StrategySettings(Protocol):
 
 
 Maker = Callable[[Space[Any], int, StrategySettings, Goals[Any] | None], Strategy[Any]]
-"""Makes a strategy of a space, a seed and the settings of all, with goals beside the reward. None
-are given to a strategy that learns from one number."""
+"""Makes a strategy of a space, a seed and the settings of all, with goals beside the reward. A
+strategy that learns from one number takes no goals."""
 STRATEGIES: dict[str, Maker] = {
     "predictor": lambda space, seed, settings, goals: Predictor(
         space, settings.predictor, seed, goals
