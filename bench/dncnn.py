@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from pathlib import Path
@@ -93,10 +92,7 @@ def main() -> None:
         "scores": found,
         "machine": harness.machine_line(),
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
+    harness.write_result(result, args.json)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ machine's speed affects all of them alike, and multiples are medians of ratios w
 from __future__ import annotations
 
 import ctypes
+import json
 import multiprocessing
 import os
 import statistics
@@ -271,6 +272,14 @@ def machine_line() -> str:
         f"{devices}, {info['threads']} threads, torch {info['torch']}, "
         f"nasfast {info['nasfast']}{commit}"
     )
+
+
+def write_result(found: Mapping[str, object], path: Path | None) -> None:
+    """Print what was measured as JSON, and keep it in a file where one is given."""
+    text = json.dumps(found, indent=1)
+    print(text)
+    if path is not None:
+        path.write_text(text + "\n")
 
 
 def table(head: str, lines: Mapping[str, Mapping[str, object]]) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import random
 import statistics
 import sys
@@ -91,10 +90,7 @@ def main() -> None:
             whole,
         ).statistic,
     }
-    text = json.dumps(found, indent=1)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
+    harness.write_result(found, args.json)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -321,11 +321,8 @@ def replay(
     """How soon each strategy reaches the best that random search has after all evaluations."""
     surrogate = Surrogate.fit(*read(path))
     best, taken, macs = {}, {}, {}
-    for name in dict.fromkeys(["random", *names]):
-        start = time.perf_counter()
-        curves = _in_parallel(surrogate, name, settings, range(count), evaluations, batch)
+    for name, curves in _played(surrogate, names, settings, count, evaluations, batch):
         best[name], taken[name], macs[name], _ = map(np.array, zip(*curves))
-        print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     goal = float(np.median(best["random"][:, -1]))
     after = [n for n in (12, 24, 50, 100, 200) if n <= evaluations]
     strategies = {}
@@ -357,6 +354,22 @@ def _lead(values: np.ndarray, random: np.ndarray) -> dict[str, Any]:
     return {"mean": round(float(values.mean()), 5), "lead": interval}
 
 
+@dataclass(frozen=True)
+class Span:
+    """Rewards, and logarithms of a cost, that volumes are parts of."""
+
+    best: float
+    worst: float
+    smallest: float
+    largest: float
+
+    def volume(self, rewards: np.ndarray, sizes: np.ndarray) -> float:
+        """Hypervolume of points, from 0 to 1."""
+        x = (self.best - rewards) / (self.best - self.worst)
+        y = (sizes - self.smallest) / (self.largest - self.smallest)
+        return hypervolume(list(zip(x.tolist(), y.tolist())), (1.0, 1.0))
+
+
 def replay_fronts(
     path: Path,
     names: Sequence[str],
@@ -374,21 +387,16 @@ def replay_fronts(
     rng = random.Random(0)
     some = [surrogate.space.sample(rng) for _ in range(2000)]
     reward, size = surrogate.rewards(some), np.log2(surrogate.costs(some))
-    worst, best = np.percentile(reward, 25), reward.max()
-    largest, smallest = np.percentile(size, 75), size.min()
+    span = Span(reward.max(), np.percentile(reward, 25), size.min(), np.percentile(size, 75))
     after = [n for n in (12, 24, 40, 100) if n <= evaluations]
     found: dict[str, np.ndarray] = {}
-    for name in dict.fromkeys(["random", *names]):
-        start = time.perf_counter()
-        curves = _in_parallel(surrogate, name, settings, range(count), evaluations, batch, True)
-        volumes = []
-        for _, _, macs, true in curves:
-            x = (best - true) / (best - worst)
-            y = (np.log2(macs) - smallest) / (largest - smallest)
-            points = list(zip(x.tolist(), y.tolist()))
-            volumes.append([hypervolume(points[:n], (1.0, 1.0)) for n in after])
-        found[name] = np.array(volumes)
-        print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    for name, curves in _played(surrogate, names, settings, count, evaluations, batch, True):
+        found[name] = np.array(
+            [
+                [span.volume(true[:n], np.log2(macs[:n])) for n in after]
+                for _, _, macs, true in curves
+            ]
+        )
     strategies = {
         name: {n: _lead(v[:, i], found["random"][:, i]) for i, n in enumerate(after)}
         for name, v in found.items()
@@ -407,16 +415,16 @@ def fronts(runs: Sequence[Path], against: Sequence[Path]) -> dict[str, Any]:
     }
     baseline = np.concatenate(list(points["theirs"].values()))
     everything = np.concatenate([p for each in points.values() for p in each.values()])
-    best, worst = everything[:, 0].max(), np.percentile(baseline[:, 0], 25)
-    smallest, largest = everything[:, 1].min(), np.percentile(baseline[:, 1], 75)
-
-    def volume(found: np.ndarray) -> float:
-        x = (best - found[:, 0]) / (best - worst)
-        y = (found[:, 1] - smallest) / (largest - smallest)
-        return hypervolume(list(zip(x.tolist(), y.tolist())), (1.0, 1.0))
-
-    seeds = sorted(ours.keys() & theirs.keys())
-    pairs = {seed: tuple(volume(points[n][seed]) for n in ("ours", "theirs")) for seed in seeds}
+    span = Span(
+        everything[:, 0].max(),
+        np.percentile(baseline[:, 0], 25),
+        everything[:, 1].min(),
+        np.percentile(baseline[:, 1], 75),
+    )
+    pairs = {
+        seed: tuple(span.volume(*points[name][seed].T) for name in ("ours", "theirs"))
+        for seed in sorted(ours.keys() & theirs.keys())
+    }
     leads = np.array([a - b for a, b in pairs.values()])
     half = student.ppf(0.975, len(leads) - 1) * leads.std(ddof=1) / math.sqrt(len(leads))
     return {
@@ -438,6 +446,23 @@ def _points(study: Study, cost: str) -> np.ndarray:
     return np.array(
         [(e.rewards["stage0"], math.log2(e.costs[cost])) for e in found if "stage0" in e.rewards]
     )
+
+
+def _played(
+    surrogate: Surrogate,
+    names: Sequence[str],
+    settings: SamplingSettings,
+    count: int,
+    evaluations: int,
+    batch: int,
+    front: bool = False,
+) -> Iterator[tuple[str, list[tuple[np.ndarray, ...]]]]:
+    """Curves of random search and of each strategy; says how long they took."""
+    for name in dict.fromkeys(["random", *names]):
+        start = time.perf_counter()
+        seeds = range(count)
+        yield name, _in_parallel(surrogate, name, settings, seeds, evaluations, batch, front)
+        print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
 
 def _in_parallel(
@@ -558,10 +583,7 @@ def main() -> None:
                 args.table, names, args.evaluations, args.replays, args.batch, settings
             )
             head = {"table": args.table.name, "surrogate": True, "prior": predictor.prior}
-            text = json.dumps({**head, **found}, indent=1)
-            print(text)
-            if args.json:
-                args.json.write_text(text + "\n")
+            harness.write_result({**head, **found}, args.json)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -80,20 +81,11 @@ class Profile:
 
     def write(self, path: Path) -> None:
         """As JSON, in one step."""
-        places = {operator: i for i, operator in enumerate(self.times)}
-        extra = {o for operators, _ in self.networks for o in operators} - places.keys()
-        places |= {operator: len(places) + i for i, operator in enumerate(sorted(extra, key=str))}
-        form = {
-            "version": VERSION,
-            "target": self.target.to_json(),
-            "operators": [
-                operator.to_json() | {"ms": self.times.get(operator)} for operator in places
-            ],
-            "networks": [
-                {"operators": [[places[o], n] for o, n in operators.items()], "ms": time}
-                for operators, time in self.networks
-            ],
-        }
+        extra = {o for operators, _ in self.networks for o in operators} - self.times.keys()
+        known = [*self.times, *sorted(extra, key=str)]
+        operators = {operator: {"ms": self.times.get(operator)} for operator in known}
+        networks = [(operators, {"ms": time}) for operators, time in self.networks]
+        form = _form(self.target, operators, networks)
         atomic_write(path, json.dumps(form) + "\n")
 
     @classmethod
@@ -140,6 +132,24 @@ class Profile:
         return text
 
 
+def _form(
+    target: Target,
+    operators: Mapping[Operator, Mapping[str, Any]],
+    networks: Sequence[tuple[Operators, Mapping[str, Any]]],
+) -> dict[str, Any]:
+    """Plain JSON of a target, and of operators and networks with what is to be said of each."""
+    places = {operator: i for i, operator in enumerate(operators)}
+    return {
+        "version": VERSION,
+        "target": target.to_json(),
+        "operators": [operator.to_json() | {**more} for operator, more in operators.items()],
+        "networks": [
+            {"operators": [[places[o], n] for o, n in counts.items()], **more}
+            for counts, more in networks
+        ],
+    }
+
+
 def _count(value: Any) -> int:
     if type(value) is not int or not 1 <= value <= 10**6:
         raise ValueError(f"expected a count from 1, got {value!r}")
@@ -171,7 +181,7 @@ def measured_profile(
         draw: a network of the space, on the CPU.
         heartbeat: called now and then; may raise to stop.
     """
-    models, found = sampled(target, draw)
+    models, whole, found = sampled(target, draw)
     with threads(target.threads):
         runs = []
         for model in models:
@@ -185,24 +195,22 @@ def measured_profile(
             run = single(operator, target)
             if run is not None:
                 alone[operator] = median_time(run, OPERATOR_SECONDS)
-    whole = [operators_on(target, model) for model in models]
     return Profile(target, tuple(zip(whole, latencies, strict=True)), alone)
 
 
 def sampled(
     target: Target, draw: Callable[[random.Random], Model]
-) -> tuple[list[Model], list[Operator]]:
-    """The networks that are timed as a whole, and the operators of these and of more; the same
-    every time."""
+) -> tuple[list[Model], list[dict[Operator, int]], list[Operator]]:
+    """The networks that are timed as a whole, the operators of each, and all that these and more
+    networks have; the same every time."""
     rng = random.Random(0)
     models = [draw(rng) for _ in range(NETWORKS)]
-    found = dict[Operator, None]()
-    for model in models:
-        found |= dict.fromkeys(operators_on(target, model))
+    whole = [operators_on(target, model) for model in models]
+    found = dict.fromkeys(itertools.chain(*whole))
     with torch.device("meta"):
         for _ in range(TRACED):
             found |= dict.fromkeys(operators_on(target, draw(rng)))
-    return models, list(found)
+    return models, whole, list(found)
 
 
 def write_bundle(
@@ -220,29 +228,20 @@ def write_bundle(
         draw: a network of the space, on the CPU.
         heartbeat: called now and then; may raise to stop.
     """
-    models, found = sampled(target, draw)
+    models, whole, found = sampled(target, draw)
     script = Path(__file__).with_name("on_target.py")
     files: dict[str, bytes] = {script.name: script.read_bytes()}
-    places = {operator: i for i, operator in enumerate(found)}
-    operators = [operator.to_json() for operator in found]
-    for entry, operator in zip(operators, found, strict=True):
-        data = onnx_operator(operator)
+    operators, networks = dict[Operator, dict[str, Any]](), list[dict[str, Any]]()
+    for i, operator in enumerate(found):
+        data, name = onnx_operator(operator), f"operator-{i:04}.onnx"
+        operators[operator] = {} if data is None else {"file": name}
         if data is not None:
-            entry["file"] = f"operator-{places[operator]:04}.onnx"
-            files[entry["file"]] = data
-    networks = []
+            files[name] = data
     for i, model in enumerate(models):
         heartbeat()
-        name = f"network-{i:02}.onnx"
-        files[name] = exported_bytes(model, size=target.size)
-        counts = operators_on(target, model)
-        networks.append({"operators": [[places[o], n] for o, n in counts.items()], "file": name})
-    form = {
-        "version": VERSION,
-        "target": target.to_json(),
-        "seconds": {"operator": OPERATOR_SECONDS, "network": NETWORK_SECONDS},
-        "operators": operators,
-        "networks": networks,
-    }
+        networks.append({"file": f"network-{i:02}.onnx"})
+        files[networks[-1]["file"]] = exported_bytes(model, size=target.size)
+    form = _form(target, operators, list(zip(whole, networks, strict=True)))
+    form["seconds"] = {"operator": OPERATOR_SECONDS, "network": NETWORK_SECONDS}
     files["profile.json"] = (json.dumps(form) + "\n").encode()
     atomic_directory(folder, files)

@@ -244,7 +244,7 @@ def torch_operator(operator: Operator) -> nn.Module | None:
             made.append(nn.BatchNorm2d(out))
         if operator.activation:
             made.append(nn.ReLU(True) if operator.activation == "relu" else nn.ReLU6(True))
-        return made[0] if kind == "deform_conv" and len(made) == 1 else _Chain(*made)
+        return _Chain(*made)
     function = _functions(operator).get(kind)
     return None if function is None else _Function(function)
 

@@ -102,7 +102,8 @@ def additions(points: Sequence[Point], others: Sequence[Point]) -> list[float]:
     """What each of other points adds to the hypervolume of some, with every objective in parts of
     its range; below 0, for one that adds nothing, how far it is from the front."""
     scale = Scale(points)
-    best = [scale(points)[i] for i in front(points)]
+    scaled = scale(points)
+    best = [scaled[i] for i in front(points)]
     found = []
     for point in scale(others):
         gain = contribution(point, best, scale.reference)

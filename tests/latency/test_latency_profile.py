@@ -4,9 +4,10 @@ import re
 import pytest
 from small_networks import SPACES, deployed, samples
 
-from nasfast.latency import Profile, measured_profile
+from nasfast.latency import Profile, Target, measured_profile
 from nasfast.latency import profile as module
 from nasfast.latency.operators import Operator
+from nasfast.spaces import IRNASSpace
 from nasfast.utils.errors import UserError
 
 ADD = Operator("add", ((1, 4, 8, 8), (1, 4, 8, 8)), (1, 4, 8, 8))
@@ -138,3 +139,25 @@ def test_operators_are_of_the_target(target, precision):
     model = samples("ir_nas", 1)[0]
     wide = any(operator.wide for operator in module.operators_on(target, model))
     assert wide is (precision == "bfloat16")
+
+
+def test_a_bundle_that_comes_back_is_a_profile(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "NETWORKS", 2)
+    monkeypatch.setattr(module, "TRACED", 1)
+    monkeypatch.setattr(module, "exported_bytes", lambda model, size: b"network")
+    space, folder = IRNASSpace(1, 3), tmp_path / "bundle"
+    target = Target("onnxruntime", "cpu", 1, 1, (16, 24), 3, "float32", "machine", "1")
+    module.write_bundle(folder, target, lambda rng: deployed("ir_nas", space.sample(rng)))
+    form = json.loads((folder / "profile.json").read_text())
+    assert set(form.pop("seconds")) == {"operator", "network"}
+    entries = [*form["operators"], *form["networks"]]
+    files = [entry.pop("file") for entry in entries]
+    assert {path.name for path in folder.iterdir()} == {*files, "profile.json", "on_target.py"}
+    for entry in entries:
+        entry["ms"] = 2.0
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps(form))
+    profile = Profile.read(table)
+    assert (profile.target, len(profile.networks)) == (target, 2)
+    profile.write(table)
+    assert Profile.read(table) == profile
