@@ -16,7 +16,7 @@ import torch as _torch  # noqa: F401
 
 if TYPE_CHECKING:
     from nasfast import models, ops
-    from nasfast.api import model_info, search, study, train
+    from nasfast.api import model_info, profile, search, study, train
     from nasfast.cache import FeatureCache
     from nasfast.inference.model import load
     from nasfast.models.zoo import create_model, list_models
@@ -31,6 +31,7 @@ __all__ = [
     "model_info",
     "models",
     "ops",
+    "profile",
     "search",
     "study",
     "train",
@@ -42,6 +43,7 @@ _HOMES = {
     "list_models": "nasfast.models.zoo",
     "load": "nasfast.inference.model",
     "model_info": "nasfast.api",
+    "profile": "nasfast.api",
     "search": "nasfast.api",
     "study": "nasfast.api",
     "train": "nasfast.api",

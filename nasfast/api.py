@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from nasfast.commands import profile as profile_command
 from nasfast.commands import search as search_command
 from nasfast.commands import study as study_command
 from nasfast.commands import train as train_command
@@ -168,6 +169,44 @@ def study(run: str | Path | Study, *, quiet: bool = False, **settings: Any) -> d
             return study_command.Session(opened, options, method, config, console).run()
         except StopRequested:
             raise KeyboardInterrupt("what is finished is saved; the same call continues") from None
+
+
+def profile(
+    method: str = DEFAULT,
+    *,
+    out: str | Path | None = None,
+    bundle: str | Path | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> Path:
+    """Time the operators of a search's networks, as ``nasfast profile`` does.
+
+    Args:
+        method: "segmentation", "detection" or another of ``nasfast search --help``.
+        out: table to write, for ``latency_table`` of `search`; replaced where it exists.
+        bundle: instead, a folder to write for a machine without nasfast.
+        quiet: whether to print nothing.
+        settings: those of `search`, which decide the networks, their images and what computes.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: there is no such setting, or the place is taken.
+        KeyboardInterrupt: after Ctrl-C.
+    """
+    places = (None if place is None else expanded(place) for place in (out, bundle))
+    config = profile_command.ProfileConfig(*places)
+    found = method_named(method)
+    given = settings | profile_command.NEEDED
+    try:
+        with _without_main():
+            profile_command.write(config, found, found.search_with(given), Console(quiet=quiet))
+    except StopRequested:
+        raise KeyboardInterrupt("nothing is written; the same call begins again") from None
+    path = config.out or config.bundle
+    assert path is not None, "ProfileConfig has one"
+    return path
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,19 @@ import tyro
 from rich.console import Console
 
 from nasfast.latency import Latencies, measured_profile, write_bundle
+from nasfast.methods.base import Method
 from nasfast.methods.flags import HELP
 from nasfast.methods.registry import DEFAULT, METHODS, method_named
+from nasfast.searches.base import SearchSettings
 from nasfast.searches.sampling import SamplingSearch, SamplingSettings
 from nasfast.utils.cli import flag_value, reports_errors, say
 from nasfast.utils.errors import UserError
 from nasfast.utils.files import expanded, require_place
 from nasfast.utils.interrupt import Interrupt
+
+NEEDED = {"objective": ("score", "latency:1"), "strategy": "random"}
+"""Settings of a search that has latencies and samples networks; it does not begin."""
+_FLAGS = ("--objective", "score", "latency:1", "--strategy", "random")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +46,20 @@ class ProfileConfig:
     bundle: Path | None = None
     """Folder to write for a machine without nasfast; it must not exist."""
 
+    def __post_init__(self) -> None:
+        """UserError where not exactly one is given."""
+        given = [place for place in (self.out, self.bundle) if place is not None]
+        if len(given) != 1:
+            got = "both" if given else "none"
+            raise UserError(
+                f"profile: expected --out TABLE.json or --bundle DIR, got {got}; give one of them"
+            )
+
 
 def _split(argv: Sequence[str]) -> tuple[ProfileConfig, list[str]]:
     """The command's own settings, and what is left for the search."""
     values = {name: flag_value(argv, f"--{name}") for name in ("out", "bundle")}
     given = {name: expanded(Path(value)) for name, value in values.items() if value is not None}
-    if len(given) != 1:
-        got = "both" if given else "none"
-        raise UserError(
-            f"profile: expected --out TABLE.json or --bundle DIR, got {got}; give one of them"
-        )
     rest, skip = list[str](), False
     for word in argv:
         own = word.partition("=")[0] in ("--out", "--bundle")
@@ -68,13 +78,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, words = _split(argv)
     named = words[0] if words and words[0] in METHODS else None
     method = method_named(named or DEFAULT)
-    settings = method.parse_search(words)
+    write(config, method, method.parse_search([*words, *_FLAGS]), Console())
+    return 0
+
+
+def write(
+    config: ProfileConfig, method: Method, settings: SearchSettings, console: Console
+) -> None:
+    """Write what the configuration says.
+
+    Args:
+        config: where to.
+        method: whose networks.
+        settings: of a search with `NEEDED`, which decide the networks and the target.
+        console: for what is said.
+
+    Raises:
+        UserError: the place is taken.
+        StopRequested: after Ctrl-C.
+    """
     assert isinstance(settings, SamplingSettings)
-    if not getattr(settings, "samples", True):
-        raise UserError(
-            "profile: expected a search that samples networks, got one by gradient; give "
-            "--strategy predictor"
-        )
     if config.bundle is not None:
         if config.bundle.exists():
             raise UserError(
@@ -93,11 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if not config.out.exists():
             require_place(config.out, "give another --out")
-    # weights: any strategy takes them, and nothing is searched
-    settings = dataclasses.replace(
-        settings, objective=("score", "latency:1"), constraint=(), latency_table=None
-    )
-    console = Console()
+    settings = dataclasses.replace(settings, constraint=(), latency_table=None)
     with Interrupt() as interrupt:
         search, _ = method.build(settings, interrupt, console)
         try:
@@ -106,7 +125,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             search.close()
         assert costing is not None and costing.latencies is not None  # noqa: PT018
         _write(config, costing.latencies, interrupt, console)
-    return 0
 
 
 def _write(
@@ -114,14 +132,14 @@ def _write(
 ) -> None:
     target = latencies.target
     if config.bundle is not None:
-        write_bundle(config.bundle, target, latencies.draw, interrupt.check)
+        write_bundle(config.bundle, target, latencies.space, latencies.draw, interrupt.check)
         script = shlex.quote(str(config.bundle / "on_target.py"))
         say(console, f"{config.bundle}: copy it to the target and run there")
         say(console, f"  python {script} TABLE.json")
         return
     assert config.out is not None
     say(console, f"latency  {target}: networks and operators are timed ..")
-    profile = measured_profile(target, latencies.draw, interrupt.check)
+    profile = measured_profile(target, latencies.space, latencies.draw, interrupt.check)
     profile.write(config.out)
     say(
         console,

@@ -81,7 +81,7 @@ def _settings_to_resume(study: Study, arguments: Resume) -> tuple[Method, Search
             "--data DIR where it has moved"
         )
     given["threads"] = int(_recorded_identity(study)["computation"]["threads"])
-    return method, dataclasses.replace(config, **given)
+    return method, dataclasses.replace(config, **given).in_run(study.path)
 
 
 def _identity(search: Search) -> dict[str, dict[str, str]]:

@@ -152,19 +152,28 @@ def import_onnxruntime(purpose: str) -> Any:
     return onnxruntime
 
 
+def provider_of(device: torch.device) -> str:
+    """What computes there in onnxruntime."""
+    return "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
+
+
 def onnx_session(
-    data: bytes, path: Path, providers: tuple[str, ...] = (), *, optimize: bool = True
+    data: bytes,
+    path: Path,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - it does not change
+    *,
+    optimize: bool = True,
 ) -> Any:
     """An inference session of an ONNX file, on as many threads as torch has.
 
     Args:
         data: the content of the file.
         path: the file, for errors.
-        providers: what is to compute, before the CPU.
+        device: where to compute.
         optimize: whether the graph is optimised.
 
     Raises:
-        UserError: the file is damaged, or onnxruntime is missing.
+        UserError: the file is damaged, onnxruntime is missing, or it does not compute there.
     """
     runtime = import_onnxruntime(str(path))
     options = runtime.SessionOptions()
@@ -174,28 +183,41 @@ def onnx_session(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if not optimize:
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    wanted, providers = provider_of(device), [("CPUExecutionProvider", dict[str, int]())]
+    if device.type == "cuda":
+        providers.insert(0, (wanted, {"device_id": device.index or 0}))
     try:
-        return runtime.InferenceSession(
-            data, options, providers=[*providers, "CPUExecutionProvider"]
-        )
+        session = runtime.InferenceSession(data, options, providers=providers)
     except (MemoryError, OSError):
         raise
     except Exception as error:  # onnxruntime has a class for each of its codes
         raise _damaged(path, error) from error
+    if session.get_providers()[0] != wanted:  # where its libraries do not load it goes on without
+        raise UserError(
+            f"{path}: expected onnxruntime to compute on {device}, got "
+            f"{session.get_providers()[0]}, as its CUDA libraries could not be loaded; install "
+            "those of its version, or use --device cpu"
+        )
+    return session
 
 
 def _load_onnx(path: Path, device: str) -> tuple[Run, torch.device, str]:
     runtime = import_onnxruntime(str(path))
-    provider, available = "CUDAExecutionProvider", runtime.get_available_providers()
-    placed = resolve_device(device)
-    if placed.type == "cuda" and provider not in available:
+    placed, available = resolve_device(device), runtime.get_available_providers()
+    if provider_of(placed) not in available:
         if device != "auto":
             raise UserError(
                 f"{path}: expected an onnxruntime that computes on {device}, got one of "
                 f"{', '.join(available)}; pip install onnxruntime-gpu, or use --device cpu"
             )
         placed = torch.device("cpu")
-    session = onnx_session(path.read_bytes(), path, (provider,) if placed.type == "cuda" else ())
+    try:
+        session = onnx_session(path.read_bytes(), path, placed)
+    except UserError:
+        if device != "auto" or placed.type == "cpu":
+            raise
+        placed = torch.device("cpu")
+        session = onnx_session(path.read_bytes(), path, placed)
     name = session.get_inputs()[0].name
 
     def run(images: Tensor) -> Any:

@@ -9,9 +9,9 @@ import os
 import random
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Generic
+from typing import Any, Generic
 
 import torch
 
@@ -20,7 +20,7 @@ from nasfast.latency.operators import Operator
 from nasfast.latency.profile import Profile, measured_profile, operators_on
 from nasfast.latency.timing import Run, Target, deployed, rounds, threads
 from nasfast.spaces.base import G, Genotype, Space
-from nasfast.utils.errors import UserError
+from nasfast.utils.errors import UserError, cause, out_of_memory
 from nasfast.utils.files import naming
 
 PROFILE, MEASURED = "latency.json", "latencies.jsonl"
@@ -31,6 +31,10 @@ networks are references: memory that others use does not slow all networks alike
 
 FIRST = 4
 """Networks whose operators the profile of another machine has to have."""
+
+
+class UndeployableError(Exception):
+    """A network that does not run on the target, and why: "out of memory (..)"."""
 
 
 class Latencies(Generic[G]):
@@ -63,7 +67,7 @@ class Latencies(Generic[G]):
         self.measures = profile is None
         """Whether networks are measured, and not only predicted."""
         self._file: Path | None = None
-        self._known: dict[str, float] = {}
+        self._known: dict[str, float | str] = {}
         self._references: list[Run] = []
 
     def prepare(self, folder: Path, say: Callable[[str], None]) -> None:
@@ -86,13 +90,20 @@ class Latencies(Generic[G]):
         else:
             if self._profile is None:
                 say(f"latency  {self.target}: networks and operators are timed ..")
-                self._profile = measured_profile(self.target, self.draw, self._heartbeat)
+                self._profile = measured_profile(
+                    self.target, self.space, self.draw, self._heartbeat
+                )
             else:
-                self._profile.require_known(self._first_operators(), "latency-table")
+                self.require_known()
             self._profile.write(kept)
         say(f"latency  {self._profile.target}: {self._profile}")
         if self._file.exists():
             self._known = _read(self._file)
+
+    @property
+    def space(self) -> str:
+        """Name of the space."""
+        return self._space.name
 
     @property
     def profile(self) -> Profile:
@@ -104,13 +115,14 @@ class Latencies(Generic[G]):
         """A network of the space."""
         return self._build(self._space.sample(rng))
 
-    def _first_operators(self) -> Counter[Operator]:
-        """Of the networks that a profile of these settings has first."""
+    def require_known(self) -> None:
+        """UserError where the table of another machine is of other networks."""
+        assert self._profile is not None, "there is a table"
         rng, found = random.Random(0), Counter[Operator]()
         with torch.device("meta"):
             for _ in range(FIRST):
                 found.update(operators_on(self.target, self.draw(rng)))
-        return found
+        self._profile.require_known(self.space, found, "latency-table")
 
     def predict(self, genotype: G) -> float:
         """Seconds of a forward pass, which the table leads one to expect."""
@@ -118,22 +130,40 @@ class Latencies(Generic[G]):
             operators = operators_on(self.target, self._build(genotype))
         return self.profile.table.predict(operators) / 1e3
 
-    def knows(self, genotype: G) -> bool:
-        """Whether it was measured before."""
-        return _key(genotype) in self._known
+    def of(self, genotype: G) -> float:
+        """Seconds of a forward pass, measured if this is the target, else predicted; of what was
+        asked for before, those of then.
 
-    def measure(self, genotype: G) -> float:
-        """Seconds of a forward pass; of what was measured before, those of then."""
+        Raises:
+            UndeployableError: the network does not run there; it did not the first time.
+        """
         key = _key(genotype)
         if key not in self._known:
-            with threads(self.target.threads):
-                references = self.references()
+            if self.measures:
+                self._known[key] = self._measured(key, genotype)
+            else:
+                self._known[key] = latency = self.predict(genotype)
+                self._keep({"key": key, "latency": latency, "predicted": True})
+        found = self._known[key]
+        if isinstance(found, str):
+            raise UndeployableError(found)
+        return found
+
+    def _measured(self, key: str, genotype: G) -> float | str:
+        with threads(self.target.threads):
+            references = self.references()
+            try:
                 own = deployed(self._build(genotype), self.target)
                 turns = rounds([*references, own], SECONDS, ROUNDS)
-            latency = self.comparable(turns)[0] / 1e3
-            self._keep({"key": key, "latency": latency, "rounds": len(turns)})
-            self._known[key] = latency
-        return self._known[key]
+            except Exception as error:  # whatever a backend raises
+                failure = _failure(error)
+                if failure is None:
+                    raise
+                self._keep({"key": key, "failure": failure})
+                return failure
+        latency = self.comparable(turns)[0] / 1e3
+        self._keep({"key": key, "latency": latency, "rounds": len(turns)})
+        return latency
 
     def references(self) -> list[Run]:
         """The first networks of the profile, as they run here."""
@@ -163,27 +193,42 @@ class Latencies(Generic[G]):
             os.fsync(file.fileno())
 
 
+def _failure(error: Exception) -> str | None:
+    """Why a network does not run on a target; None for a defect, or what the user stopped."""
+    if out_of_memory(error):
+        return f"out of memory ({cause(error)})"
+    if isinstance(error, torch.onnx.OnnxExporterError):
+        return f"no export ({cause(error)})"
+    return str(error) if isinstance(error, UserError) else None
+
+
 def _key(genotype: Genotype) -> str:
     return json.dumps(genotype.canonical().to_json(), sort_keys=True)
 
 
-def _read(path: Path) -> dict[str, float]:
-    """Measurements of a run; a last line that a crash left torn is cut off."""
-    found = dict[str, float]()
+def _read(path: Path) -> dict[str, float | str]:
+    """Latencies of a run, or why there is none; a last line that a crash left torn is cut off."""
+    found = dict[str, float | str]()
     whole, end, torn = path.read_bytes().rpartition(b"\n")
     for number, line in enumerate((whole + end).splitlines(), 1):
         try:
             entry = json.loads(line)
-            latency = float(entry["latency"])
-            if not 0 < latency < math.inf:
-                raise ValueError(latency)
-            found[str(entry["key"])] = latency
+            found[str(entry["key"])] = _latency(entry)
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(
-                f"{path}, line {number}: expected a measured latency, got {line[:60]!r}; "
+                f"{path}, line {number}: expected the latency of a network, got {line[:60]!r}; "
                 "restore the file from a copy"
             ) from error
     if torn:
         with contextlib.suppress(OSError):
             os.truncate(path, len(whole + end))
     return found
+
+
+def _latency(entry: Mapping[str, Any]) -> float | str:
+    if "failure" in entry:
+        return str(entry["failure"])
+    latency = float(entry["latency"])
+    if not 0 < latency < math.inf:
+        raise ValueError(latency)
+    return latency

@@ -47,6 +47,13 @@ def rounds(runs: "list[Callable[[], object]]", seconds: float) -> "list[float]":
     return [statistics.median(each) for each in zip(*found)]
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def processor() -> str:
     """Name of the processor."""
     info = Path("/proc/cpuinfo")
@@ -60,7 +67,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("table", help="file to write")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=cores())
     arguments = parser.parse_args()
     if arguments.threads < 1:
         parser.error(f"--threads: expected at least 1, got {arguments.threads}")
@@ -70,17 +77,30 @@ def main() -> None:
     target["version"] = onnxruntime.__version__
     shape = [target["batch"], target["channels"], *target["size"]]
     networks = form["networks"]
-    runs = [runner(FOLDER / net.pop("file"), [shape], threads) for net in networks]
+    try:
+        runs = [runner(FOLDER / net.pop("file"), [shape], threads) for net in networks]
+    except Exception as error:
+        version = onnxruntime.__version__
+        raise SystemExit(
+            f"networks: expected an onnxruntime that runs them, got {version}, which says "
+            f"'{str(error)[:160]}'; install a newer one"
+        ) from error
     for network, time_ in zip(networks, rounds(runs, seconds["network"])):
         network["ms"] = time_
     print(f"{len(networks)} networks: {networks[0]['ms']:.2f} ms the first")
+    refused = 0
     for operator in form["operators"]:
         file = operator.pop("file", None)
-        if file is not None:
+        if file is None:
+            continue
+        try:
             run = runner(FOLDER / file, operator["reads"], threads)
             operator["ms"] = rounds([run], seconds["operator"])[0]
+        except Exception as error:  # onnxruntime has a class for each of its codes
+            refused += 1
+            print(f"{file}: left out, as this onnxruntime refuses it: {str(error)[:160]}")
     Path(arguments.table).write_text(json.dumps(form) + "\n")
-    print(f"{len(form['operators'])} operators; {arguments.table}")
+    print(f"{len(form['operators']) - refused} operators; {arguments.table}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from nasfast.latency.timing import Target, deployed, median_time, rounds, single
 from nasfast.utils.errors import UserError, about
 from nasfast.utils.files import atomic_directory, atomic_write, read_object
 
-VERSION = 1
+VERSION = 2
 """Of the file."""
 NETWORKS, TRACED = 16, 150
 """Networks that are timed as a whole, and further ones whose operators are timed."""
@@ -41,6 +41,8 @@ class Profile:
     """Measurements on a target, from which latencies are predicted."""
 
     target: Target
+    space: str
+    """Name of the space that the networks are of."""
     networks: tuple[tuple[Operators, float], ...]
     """Operators of whole networks, and their latencies, in milliseconds. The first ones are
     references of later measurements."""
@@ -67,8 +69,13 @@ class Profile:
             ]
         return statistics.median(errors)
 
-    def require_known(self, operators: Operators, where: str) -> None:
-        """Raise UserError where too much of a network was not timed."""
+    def require_known(self, space: str, operators: Operators, where: str) -> None:
+        """Raise UserError where too much of a network of the space was not timed."""
+        if self.space != space:
+            raise UserError(
+                f"{where}: expected times of networks of {space}, got those of {self.space}; make "
+                "another with nasfast profile METHOD"
+            )
         known = {o: n for o, n in operators.items() if o in self.times}
         part, total = (sum(self.table.sums(each).values()) for each in (known, operators))
         share = part / total if total > 0 else 0.0
@@ -85,7 +92,7 @@ class Profile:
         known = [*self.times, *sorted(extra, key=str)]
         operators = {operator: {"ms": self.times.get(operator)} for operator in known}
         networks = [(operators, {"ms": time}) for operators, time in self.networks]
-        form = _form(self.target, operators, networks)
+        form = _form(self.target, self.space, operators, networks)
         atomic_write(path, json.dumps(form) + "\n")
 
     @classmethod
@@ -100,7 +107,9 @@ class Profile:
             )
         try:
             with about(path):
-                target = Target.from_json(form["target"])
+                target, space = Target.from_json(form["target"]), form["space"]
+                if not isinstance(space, str):
+                    raise TypeError(f"space {space!r}")
                 entries = [
                     (Operator.from_json({k: v for k, v in e.items() if k != "ms"}), e.get("ms"))
                     for e in form["operators"]
@@ -120,7 +129,7 @@ class Profile:
                 f"{path}: expected a latency table as nasfast profile writes it, got a damaged one "
                 f"({type(error).__name__}: {error}); {remedy}"
             ) from error
-        return cls(target, networks, times)
+        return cls(target, space, networks, times)
 
     def __str__(self) -> str:
         """Its size and its error, with what to do about one that is large."""
@@ -134,6 +143,7 @@ class Profile:
 
 def _form(
     target: Target,
+    space: str,
     operators: Mapping[Operator, Mapping[str, Any]],
     networks: Sequence[tuple[Operators, Mapping[str, Any]]],
 ) -> dict[str, Any]:
@@ -142,6 +152,7 @@ def _form(
     return {
         "version": VERSION,
         "target": target.to_json(),
+        "space": space,
         "operators": [operator.to_json() | {**more} for operator, more in operators.items()],
         "networks": [
             {"operators": [[places[o], n] for o, n in counts.items()], **more}
@@ -171,6 +182,7 @@ def operators_on(target: Target, model: Model) -> dict[Operator, int]:
 
 def measured_profile(
     target: Target,
+    space: str,
     draw: Callable[[random.Random], Model],
     heartbeat: Callable[[], None] = lambda: None,
 ) -> Profile:
@@ -178,6 +190,7 @@ def measured_profile(
 
     Args:
         target: this machine, as it runs networks.
+        space: its name.
         draw: a network of the space, on the CPU.
         heartbeat: called now and then; may raise to stop.
     """
@@ -195,7 +208,7 @@ def measured_profile(
             run = single(operator, target)
             if run is not None:
                 alone[operator] = median_time(run, OPERATOR_SECONDS)
-    return Profile(target, tuple(zip(whole, latencies, strict=True)), alone)
+    return Profile(target, space, tuple(zip(whole, latencies, strict=True)), alone)
 
 
 def sampled(
@@ -216,6 +229,7 @@ def sampled(
 def write_bundle(
     folder: Path,
     target: Target,
+    space: str,
     draw: Callable[[random.Random], Model],
     heartbeat: Callable[[], None] = lambda: None,
 ) -> None:
@@ -225,6 +239,7 @@ def write_bundle(
     Args:
         folder: it is made.
         target: of onnxruntime; the other machine writes its own name, threads and version.
+        space: its name.
         draw: a network of the space, on the CPU.
         heartbeat: called now and then; may raise to stop.
     """
@@ -241,7 +256,7 @@ def write_bundle(
         heartbeat()
         networks.append({"file": f"network-{i:02}.onnx"})
         files[networks[-1]["file"]] = exported_bytes(model, size=target.size)
-    form = _form(target, operators, list(zip(whole, networks, strict=True)))
+    form = _form(target, space, operators, list(zip(whole, networks, strict=True)))
     form["seconds"] = {"operator": OPERATOR_SECONDS, "network": NETWORK_SECONDS}
     files["profile.json"] = (json.dumps(form) + "\n").encode()
     atomic_directory(folder, files)

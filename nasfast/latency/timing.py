@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from nasfast.device import device_name
 from nasfast.inference.export import exported_bytes
-from nasfast.inference.exported import import_onnxruntime, onnx_session
+from nasfast.inference.exported import import_onnxruntime, onnx_session, provider_of
 from nasfast.inference.model import Model
 from nasfast.latency.onnx_operators import onnx_operator
 from nasfast.latency.operators import Operator
@@ -26,7 +26,7 @@ from nasfast.models import layers
 from nasfast.ops import DeformConv2d
 from nasfast.training.loop import Runtime
 from nasfast.utils.config import BatchSize, Bound, Bounded, Channels, from_mapping
-from nasfast.utils.errors import UserError, cause
+from nasfast.utils.errors import UserError, cause, out_of_memory
 
 Backend = Literal["torch", "compiled", "onnxruntime"]
 """torch: eager, on CUDA a graph of its kernels. compiled: torch.compile. onnxruntime: an ONNX file
@@ -72,7 +72,7 @@ class Target(Bounded):
         version, precision = torch.__version__, cast(Any, runtime.precision)
         if backend == "onnxruntime":
             onnxruntime = import_onnxruntime("latency-backend onnxruntime")
-            provider, available = _provider(runtime.device), onnxruntime.get_available_providers()
+            provider, available = provider_of(runtime.device), onnxruntime.get_available_providers()
             if provider not in available:
                 raise UserError(
                     f"latency-backend: expected an onnxruntime that computes on {runtime.device}, "
@@ -168,18 +168,13 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _session(data: bytes, device: torch.device, inputs: Mapping[str, Tensor]) -> Run:
-    providers = (_provider(device),) if device.type == "cuda" else ()
-    session = onnx_session(data, Path("latency"), providers)
+    session = onnx_session(data, Path("latency"), device)
     arrays = {name: each.numpy() for name, each in inputs.items()}
 
     def run() -> None:
         session.run(None, arrays)
 
     return run
-
-
-def _provider(device: torch.device) -> str:
-    return "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
 
 
 def _forward(module: nn.Module, inputs: tuple[Tensor, ...], runtime: Runtime) -> Run:
@@ -200,8 +195,10 @@ def _forward(module: nn.Module, inputs: tuple[Tensor, ...], runtime: Runtime) ->
     try:
         with torch.inference_mode(), torch.cuda.graph(graph), runtime.autocast():
             module(*inputs)
-    except RuntimeError:  # an operation that waits for the host
-        return eager
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        return eager  # an operation waits for the host
 
     def replay() -> None:
         graph.replay()

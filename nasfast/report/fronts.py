@@ -9,6 +9,7 @@ from nasfast.report.charts import CostChart
 from nasfast.report.html import element, legend, legend_key, table
 from nasfast.report.numbers import cost_label, cost_text, number
 from nasfast.report.ranking import Stage, genotype_text, stages
+from nasfast.runs.objectives import TIE
 from nasfast.runs.records import Record
 from nasfast.runs.study import Study
 
@@ -39,7 +40,8 @@ def fronts(study: Study) -> list[Element]:
     first = [cost for cost in study.objectives.costs if cost in costs]
     for cost in [*first, *(cost for cost in costs if cost not in first)]:
         both = [(r, reward) for r, reward in points if cost in r.evaluation.costs]
-        front = pareto_front([(r.evaluation.costs[cost], reward) for r, reward in both])
+        tie = TIE if cost == "latency" else 0.0
+        front = pareto_front([(r.evaluation.costs[cost], reward) for r, reward in both], tie)
         for i in front:
             on_front.setdefault(both[i][0].index, []).append(cost_label(cost))
         content.append(_chart(cost, both, front, stage, study.published))
@@ -68,14 +70,19 @@ def fronts(study: Study) -> list[Element]:
     return [*content, legend(*keys), table(head, rows, "numbers")]
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+def pareto_front(points: Sequence[tuple[float, float]], tie: float = 0.0) -> list[int]:
     """Indices of the points (cost, reward) for which no other costs no more and is worth no less,
-    cheapest first; of equal points the first."""
+    cheapest first; of equal points the first.
+
+    Args:
+        points: cost, which is positive, and reward.
+        tie: share of a cost that two may differ by and count as equal.
+    """
     front: list[int] = []
-    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
-        if not front or points[i][1] > points[front[-1]][1]:
+    for i in sorted(range(len(points)), key=lambda i: (-points[i][1], points[i][0])):
+        if not front or points[i][0] < points[front[-1]][0] * (1 - tie):
             front.append(i)
-    return front
+    return front[::-1]
 
 
 def _chart(

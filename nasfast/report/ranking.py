@@ -66,7 +66,8 @@ def ranking_table(
     study: Study, hook: MethodReport, top: int, hidden: Collection[str] = ()
 ) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the `top` best architectures, best first, without the costs that are
-    hidden; the genotype comes last. Where there is a front, a star marks who is on it."""
+    hidden; the genotype comes last. Where there is a front, a star marks who is on it; where costs
+    have weights, the value is the reward less these."""
     ranking = study.ranking()
     front = {record.index for record in study.front()} if study.objectives.several else set()
     columns = stages(study.records)
@@ -76,6 +77,7 @@ def ranking_table(
     costs = {cost: None for cost in costs if cost not in hidden}
     rows, shown = [], ranking[:top]
     stopped = any(record.evaluation.stopped for record in shown)
+    weighted = study.objectives.weights is not None
     for rank, record in enumerate(shown, start=1):
         evaluation = record.evaluation
         rows.append(
@@ -86,6 +88,7 @@ def ranking_table(
                 *([_stopped_text(record)] if stopped else []),
                 *(number(evaluation.rewards.get(name)) for name in names),
                 metric_text(record, hook),
+                *([number((study.score(record) or (0.0,))[-1])] if weighted else []),
                 *(cost_text(cost, evaluation.costs.get(cost)) for cost in costs),
                 duration(sum(evaluation.seconds.values())),
                 genotype_text(record),
@@ -93,6 +96,7 @@ def ranking_table(
         )
     more = [*(["phase"] if several else []), *(["stopped"] if stopped else [])]
     head = ["rank", "index", *more, *names, hook.metric[1]]
+    head += ["value"] if weighted else []
     return [*head, *map(cost_label, costs), "time", "genotype"], rows
 
 

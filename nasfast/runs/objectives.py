@@ -109,9 +109,12 @@ class Objectives:
             if evaluation.stopped is not None:
                 reward = evaluation.stopped["estimate"]
                 found.setdefault(evaluation.feedback, []).append((evaluation, reward))
-        return {stage: self._gate(pairs, costs) for stage, pairs in found.items()}
+        return {stage: self.expected(pairs, costs) for stage, pairs in found.items()}
 
-    def _gate(self, pairs: Sequence[tuple[Evaluation, float]], costs: Mapping[str, float]) -> float:
+    def expected(
+        self, pairs: Sequence[tuple[Evaluation, float]], costs: Mapping[str, float]
+    ) -> float:
+        """The reward that is usual at some costs, from those of other candidates."""
         rewards = [reward for _, reward in pairs]
         if not self.costs:
             return statistics.fmean(rewards)

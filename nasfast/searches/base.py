@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, Self
 
 from rich.console import Console
 
@@ -31,6 +31,10 @@ class SearchSettings(Bounded):
     """Name of the run; default: that of the data."""
     runs: Path = Path("runs")
     """Directory that run directories are made in."""
+
+    def in_run(self, path: Path) -> Self:
+        """With the copies that a run's directory has of files that the settings name."""
+        return self
 
 
 class Search(Protocol):

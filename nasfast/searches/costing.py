@@ -38,10 +38,13 @@ class Costing(Generic[G]):
         latency = self._predicted[genotype]
         return costs | {"latency": latency, "predicted_latency": latency}
 
-    def measured(self, genotype: G) -> dict[str, float]:
-        """The same, with the latency that is measured, if it matters and this is the target, or
-        was where the search began."""
-        costs, latencies = self(genotype), self.latencies
-        if latencies is not None and (latencies.measures or latencies.knows(genotype)):
-            costs = costs | {"latency": latencies.measure(genotype)}
+    def final(self, genotype: G) -> dict[str, float]:
+        """The same, with the latency that decides, which is measured if this is the target.
+
+        Raises:
+            UndeployableError: the network does not run there.
+        """
+        costs = self(genotype)
+        if self.latencies is not None:
+            costs = costs | {"latency": self.latencies.of(genotype)}
         return costs

@@ -10,31 +10,51 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
+from nasfast.runs.objectives import Objectives
 from nasfast.runs.records import Evaluation
 
 LEAST = 4
 """Candidates that have finished before one is stopped."""
+Pairs = list[tuple[Evaluation, float]]
+"""Candidates with their scores."""
 
 
-def rung_gates(before: Sequence[Evaluation], share: float) -> dict[str, float]:
+def rung_gates(
+    before: Sequence[Evaluation],
+    share: float,
+    objectives: Objectives = Objectives(),  # noqa: B008 - it is frozen
+    costs: Mapping[str, float] = MappingProxyType({}),
+) -> dict[str, float]:
     """Scores that a candidate has to reach, by rung: quantiles of all earlier scores.
+
+    Where costs are objectives, scores count by what they are above the one that is expected at the
+    candidate's costs: else small networks would stop on the way to a front.
 
     Args:
         before: evaluations of the earlier candidates, without duplicates.
         share: of the candidates to stop at a rung, in [0, 1).
+        objectives: of the search.
+        costs: of the candidate, those that are objectives at least.
     """
     finished = sum(evaluation.feedback in evaluation.rewards for evaluation in before)
-    scores: dict[str, list[float]] = {}
+    scores: dict[str, Pairs] = {}
     for evaluation in before if finished >= LEAST else ():
         for rung in evaluation.rungs:
-            scores.setdefault(rung, []).append(evaluation.rewards[rung])
-    return {
-        rung: torch.tensor(values, dtype=torch.float64).quantile(share).item()
-        for rung, values in scores.items()
-    }
+            scores.setdefault(rung, []).append((evaluation, evaluation.rewards[rung]))
+    gates = {}
+    for rung, pairs in scores.items():
+
+        def usual(at: Mapping[str, float], pairs: Pairs = pairs) -> float:
+            return objectives.expected(pairs, at) if objectives.costs else 0.0
+
+        above = [score - usual(evaluation.costs) for evaluation, score in pairs]
+        margin = torch.tensor(above, dtype=torch.float64).quantile(share).item()
+        gates[rung] = usual(costs) + margin
+    return gates
 
 
 def settled(

@@ -13,7 +13,9 @@ from nasfast.utils.config import count_of
 from nasfast.utils.errors import UserError
 
 _SECONDS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
-_BYTES = {"kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9}
+_BYTES = {"kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9} | {
+    f"{letter}iB": 2.0 ** (10 * power) for power, letter in enumerate("KMG", 1)
+}
 
 
 @dataclass(frozen=True)

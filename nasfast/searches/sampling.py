@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from nasfast.evaluation.candidate import CandidateEvaluator, Evaluator, G
-from nasfast.latency import Backend, Latencies, Profile, Target
+from nasfast.latency import PROFILE, Backend, Latencies, Profile, Target, UndeployableError
 from nasfast.models.zoo import ZOO
 from nasfast.runs.objectives import Objectives
 from nasfast.runs.records import Evaluation, Record
@@ -46,6 +46,18 @@ from nasfast.workers import Engine, InProcess, Job, WorkerConfig, cores
 _MAX_FAILURES = 5
 _MAX_DUPLICATES = 100
 _MAX_REJECTIONS = 1000
+_MAX_MEASURED = 50
+"""Rejections in a row by a measurement, which takes seconds."""
+LATENCY_FLAGS: Mapping[str, object] = {
+    "latency_backend": "torch",
+    "latency_table": None,
+    "latency_size": None,
+    "latency_batch": 1,
+    "latency_threads": None,
+}
+"""Settings that say how latencies are measured, and their defaults."""
+LATENCY = "latency"
+"""Folder of a run for what latencies were measured and predicted from."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,17 @@ class SamplingSettings(SearchSettings):
                 f"{objectives.costs[0]}:0.02, or use --strategy predictor or evolution"
             )
         _ = self._latency_size
+        given = [
+            flag
+            for flag, unused in LATENCY_FLAGS.items()
+            if getattr(self, flag) != unused and not self.needs_latency
+        ]
+        if given:
+            flag = given[0].replace("_", "-")
+            raise UserError(
+                f"{given[0]}: expected --objective score latency or a constraint of latency with "
+                f"--{flag}, got neither; add one, or leave --{flag} out"
+            )
         if self.devices is not None and self.engine == "ray":
             raise UserError(
                 "devices: expected --engine process, as Ray hands out GPUs itself, got ray; give "
@@ -128,6 +151,12 @@ class SamplingSettings(SearchSettings):
     def objectives(self) -> Objectives:
         """What is looked for; UserError for what is none."""
         return Objectives.of(self.objective)
+
+    @property
+    def needs_latency(self) -> bool:
+        """Whether latencies decide anything."""
+        limited = any(limit.cost == "latency" for limit in self.limits.limits)
+        return limited or "latency" in self.objectives.costs
 
     @property
     def _latency_size(self) -> tuple[int, int] | None:
@@ -163,10 +192,10 @@ class SamplingSettings(SearchSettings):
             stop_early: share of the candidates to stop at each rung.
 
         Raises:
-            UserError: latencies that matter cannot be measured, or their table does not fit.
+            UserError: as `latencies` says.
         """
         objectives = self.objectives
-        costing = Costing(evaluator, self._latencies(space, evaluator))
+        costing = Costing(evaluator, self.latencies(space, evaluator))
         goals = None
         if objectives.several:
             goals = lambda genotype: objectives.goals(costing(genotype))  # noqa: E731
@@ -184,11 +213,15 @@ class SamplingSettings(SearchSettings):
             _published(space) if objectives.costs else {},
         )
 
-    def _latencies(
+    def latencies(
         self, space: Space[G], evaluator: CandidateEvaluator[G, Any]
     ) -> Latencies[G] | None:
-        needed = "latency" in self.objectives.costs
-        if not needed and not any(limit.cost == "latency" for limit in self.limits.limits):
+        """Of networks of a space, where they decide anything.
+
+        Raises:
+            UserError: they cannot be measured here, or their table is of other images.
+        """
+        if not self.needs_latency:
             return None
         channels, height, width = evaluator.image
         size, runtime = self._latency_size or (height, width), evaluator.runtime
@@ -211,6 +244,13 @@ class SamplingSettings(SearchSettings):
                 "--latency-size and --latency-batch, or make another with nasfast profile"
             )
         return Latencies(profile.target, space, evaluator.deployed, profile)
+
+    def in_run(self, path: Path) -> Self:
+        """As `SearchSettings` says."""
+        kept = path / LATENCY / PROFILE
+        if self.latency_table is None or not kept.is_file():
+            return self
+        return dataclasses.replace(self, latency_table=kept)
 
     def with_budgets(self, budgets: Sequence[int]) -> Self:
         """With the budgets of the phases, in their order; of methods with a field ``budget``."""
@@ -291,6 +331,8 @@ class _Proposal(Generic[G]):
     exceeded: tuple[dict[str, float], ...]
     """Of each proposal that was rejected before it, the costs beyond their limits; empty for what
     is no network."""
+    failure: str | None = None
+    """Why it does not run on the target: it is not trained."""
 
 
 class SamplingSearch:
@@ -403,9 +445,9 @@ class SamplingSearch:
         """Returns how many records the strategies have been given."""
         phase = self._phase
         if phase.costing is not None and phase.costing.latencies is not None:
-            name = "latency" if not self._number else f"latency-{self._number}"
+            name = LATENCY if not self._number else f"{LATENCY}-{self._number}"
             phase.costing.latencies.prepare(study.path / name, functools.partial(say, console))
-        if phase.published:
+        if phase.published or study.published:  # which may be of the phase before
             found = {name: self._costing(each) for name, each in phase.published.items()}
             study.write_published(found)
         # of a phase with a successor the strategy is only told again, whatever the budget is now
@@ -459,19 +501,25 @@ class SamplingSearch:
         """
         phase, costing = self._phase, self._costing
         needed = bool(phase.limits or phase.objectives.costs)
-        exceeded, costs = list[dict[str, float]](), list[dict[str, float]]()
-        while len(exceeded) < _MAX_REJECTIONS:
-            genotype, beyond = phase.strategy.ask(), dict[str, float]()
-            valid, found = phase.space.valid(genotype), dict[str, float]()
+        exceeded, costs, measured = list[dict[str, float]](), list[dict[str, float]](), 0
+        while len(exceeded) < _MAX_REJECTIONS and measured < _MAX_MEASURED:
+            genotype = phase.strategy.ask()
+            beyond, found, failure = dict[str, float](), dict[str, float](), None
+            valid = phase.space.valid(genotype)
             if valid and needed:
-                for costs_of in (costing.counts, costing, costing.measured):
-                    found = costs_of(genotype)
+                for costs_of in (costing.counts, costing, costing.final):
+                    try:
+                        found = costs_of(genotype)
+                    except UndeployableError as error:
+                        failure = f"latency: {error}"
+                        break
                     beyond = phase.limits.exceeded(found)
                     if beyond:
+                        measured += costs_of == costing.final
                         break
                 costs.append(found)
             if valid and not beyond:
-                return _Proposal(genotype, found, tuple(exceeded))
+                return _Proposal(genotype, found, tuple(exceeded), failure)
             phase.strategy.reject(genotype)
             exceeded.append(beyond)
         if not costs:
@@ -487,14 +535,11 @@ class SamplingSearch:
         """Record what is not yet recorded of a batch, in order, as far as the budget reaches."""
         phase = self._phase
         before = _fresh(self._records(study.records[:told]))
-        rungs = rung_gates(before, phase.stop_early)
         originals = [r for r in self._records(study.records) if r.duplicate_of is None]
         first = {_key(record.canonical): record.index for record in originals}
         spent = len(originals)
         new: list[Job[Any]] = []
         entries: list[tuple[Job[Any], int]] = []  # with the index of its first record
-        rejected: dict[int, tuple[dict[str, float], ...]] = {}
-        costs: dict[int, dict[str, float]] = {}
         for index, proposal in enumerate(asked, told):
             genotype = proposal.genotype
             if index < len(study.records):
@@ -507,14 +552,17 @@ class SamplingSearch:
                 continue
             if spent >= phase.budget:
                 break
-            gates = phase.objectives.gates(before, proposal.costs) | rungs
-            job, rejected[index] = Job(index, genotype, gates), proposal.exceeded
-            costs[index] = proposal.costs
+            gates = phase.objectives.gates(before, proposal.costs) | rung_gates(
+                before, phase.stop_early, phase.objectives, proposal.costs
+            )
+            job = Job(index, genotype, gates)
             entries.append((job, first.setdefault(_key(genotype.canonical().to_json()), index)))
             if entries[-1][1] == index:
-                new.append(job)
+                new += [job] if proposal.failure is None else []
                 spent += 1
-        beyond = [costs for costs in itertools.chain(*rejected.values()) if costs]
+        proposals = dict(enumerate(asked, told))
+        exceeded = itertools.chain(*(proposals[job.index].exceeded for job, _ in entries))
+        beyond = [costs for costs in exceeded if costs]
         if beyond:
             say(console, phase.limits.summary(beyond))
         with console.status("") as status:
@@ -525,10 +573,14 @@ class SamplingSearch:
 
             evaluations = phase.engine.evaluate(phase.evaluator, new, show)
             for job, origin in entries:
-                fresh = origin == job.index
-                if fresh:
+                fresh, proposal = origin == job.index, proposals[job.index]
+                if fresh and proposal.failure is not None:
+                    evaluation = Evaluation(
+                        {}, {}, proposal.costs, None, {}, phase.evaluator.feedback, proposal.failure
+                    )
+                elif fresh:
                     evaluation = settled(next(evaluations), job.gates, before)
-                    both = evaluation.costs | costs[job.index]
+                    both = evaluation.costs | proposal.costs
                     evaluation = dataclasses.replace(evaluation, costs=both)
                 else:
                     evaluation = study.records[origin].evaluation
@@ -541,7 +593,7 @@ class SamplingSearch:
                     duplicate_of=None if fresh else origin,
                     time=datetime.now(UTC).isoformat(timespec="seconds"),
                     phase=self._number,
-                    rejected=rejected[job.index],
+                    rejected=proposal.exceeded,
                 )
                 study.keep_files(record, evaluation.files)
                 study.append(record)

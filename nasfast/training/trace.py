@@ -169,7 +169,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         forms = _form_of(args)
         given = _cast(name, forms, self.autocast) if self.autocast else forms
         named = tuple((name, _form_of(value)) for name, value in (kwargs or {}).items())
-        form, flops = _traced(func, given, named)
+        form, flops = _traced(func, given, named, _types((given, named)))
         self.flops += flops
         tensors = _tensors(args)
         kind = _aliasing(func)
@@ -223,9 +223,15 @@ def _cast(name: str, args: tuple[Any, ...], device: str) -> tuple[Any, ...]:
     )
 
 
+def _types(value: Any) -> Any:
+    """Types of the numbers in a value: 5 and 5.0 are equal."""
+    return tuple(map(_types, value)) if type(value) is tuple else type(value)
+
+
 @functools.lru_cache(2**14)
-def _traced(func: Any, args: Any, kwargs: Any) -> tuple[Any, int]:
-    """Form of an operation's result, and its floating-point operations."""
+def _traced(func: Any, args: Any, kwargs: Any, types: Any) -> tuple[Any, int]:
+    """Form of an operation's result, and its floating-point operations. ``types`` tells calls apart
+    that are equal."""
     values, named = _of_form(args), {name: _of_form(value) for name, value in kwargs}
     result = func(*values, **named)
     formula = flop_registry.get(func._overloadpacket)

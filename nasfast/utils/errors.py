@@ -32,8 +32,9 @@ class NothingFoundError(UserError):
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of the machine or of a GPU."""
     signs = ("allocate memory", "out of memory", "alloc_failed")
-    # torch raises a RuntimeError, on a CPU a plain one
-    exhausted = isinstance(error, RuntimeError) and any(s in _line(error).lower() for s in signs)
+    # torch raises a RuntimeError, on a CPU a plain one; onnxruntime has classes of its own
+    library = isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime.")
+    exhausted = library and any(sign in _line(error).lower() for sign in signs)
     return exhausted or isinstance(error, MemoryError)
 
 

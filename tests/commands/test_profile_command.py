@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+import nasfast
 from nasfast.commands import profile
 from nasfast.latency import Profile
 from nasfast.latency.operators import Operator
@@ -20,11 +21,6 @@ from nasfast.latency.operators import Operator
         ),
         ("--out .", "profile: expected a file for --out, got the directory .; give table.json"),
         ("--bundle .", "profile: . exists and is never overwritten; give another --bundle"),
-        (
-            "restoration --strategy darts --out a.json",
-            "profile: expected a search that samples networks, got one by gradient; give "
-            "--strategy predictor",
-        ),
     ],
 )
 def test_what_is_refused(flags, message, monkeypatch, tmp_path, capsys):
@@ -35,28 +31,47 @@ def test_what_is_refused(flags, message, monkeypatch, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-FLAGS = ["restoration", "--preset", "demo", "--latency-size", "24x32", "--latency-batch", "2"]
+FLAGS = [
+    "restoration",
+    "--preset",
+    "demo",
+    "--strategy",
+    "darts",
+    "--latency-size",
+    "24x32",
+    "--latency-batch",
+    "2",
+]
 
 
 def test_a_table(monkeypatch, tmp_path, capsys):
     operator = Operator("relu", ((1, 2, 3, 4),), (1, 2, 3, 4))
 
-    def measured(target, draw, heartbeat):
+    def measured(target, space, draw, heartbeat):
         heartbeat()
         assert target.shape == (2, 1, 24, 32)
-        return Profile(target, (({operator: 2}, 3.0),), {operator: 1.0})
+        return Profile(target, space, (({operator: 2}, 3.0),), {operator: 1.0})
 
     monkeypatch.setattr(profile, "measured_profile", measured)
     out = tmp_path / "table.json"
     out.write_text("an old one, which is replaced")
     assert profile.main([*FLAGS, "--out", str(out)]) == 0
     assert Profile.read(out).times == {operator: 1.0}
+    again = nasfast.profile(
+        "restoration",
+        out=tmp_path / "again.json",
+        quiet=True,
+        preset="demo",
+        latency_size="24x32",
+        latency_batch=2,
+    )
+    assert Profile.read(again) == Profile.read(out)
     text = capsys.readouterr().out
     assert re.search(rf"nasfast search --latency-table {re.escape(str(out))} --objective", text)
 
 
 def test_a_folder_for_another_machine(monkeypatch, tmp_path, capsys):
-    def write(folder, target, draw, heartbeat):
+    def write(folder, target, space, draw, heartbeat):
         folder.mkdir()
         (folder / "profile.json").write_text(json.dumps(target.to_json()))
 

@@ -358,6 +358,31 @@ def test_a_gpu_that_onnxruntime_does_not_know(segmentation, monkeypatch):
     )
 
 
+def test_a_gpu_whose_libraries_onnxruntime_does_not_find(segmentation, monkeypatch):
+    """It says nothing and goes on with the CPU: the name of what computes would be wrong."""
+    asked = []
+    session = onnxruntime.InferenceSession
+
+    def made(data, options, providers):
+        asked.append(providers)
+        return session(data, options, providers=["CPUExecutionProvider"])
+
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    for module in (nasfast.inference.exported, nasfast.inference.model):
+        monkeypatch.setattr(module, "resolve_device", lambda _: torch.device("cuda:1"))
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", made)
+    with pytest.raises(UserError) as error:
+        load(segmentation[1], "cuda:1")
+    assert asked[-1][0] == ("CUDAExecutionProvider", {"device_id": 1})
+    assert str(error.value) == (
+        f"{segmentation[1]}: expected onnxruntime to compute on cuda:1, got CPUExecutionProvider, "
+        "as its CUDA libraries could not be loaded; install those of its version, or use "
+        "--device cpu"
+    )
+    assert load(segmentation[1]).device == torch.device("cpu")
+
+
 def test_batches_to_check():
     images = [torch.rand(1, 3, 40, 60), torch.rand(1, 3, 30, 60)]
     shapes = [tuple(batch.shape) for batch in check_batches(images, None)]

@@ -1,5 +1,9 @@
+import dataclasses
+import importlib
 import json
 import re
+import sys
+import types
 
 import pytest
 from small_networks import SPACES, deployed, samples
@@ -20,7 +24,7 @@ ODD = Operator("fft", ((1, 4, 8, 8),), (1, 4, 8, 8))
 @pytest.fixture
 def profile(target):
     networks = [({ADD: 1 + i, CONV: 2, ODD: 1}, 0.7 + i / 3) for i in range(5)]
-    return Profile(target, tuple(networks), {CONV: 0.1 + 0.2, ADD: 0.01})
+    return Profile(target, "a_space", tuple(networks), {CONV: 0.1 + 0.2, ADD: 0.01})
 
 
 @pytest.fixture
@@ -41,15 +45,17 @@ def test_round_trip_is_exact(profile, path):
 
 
 def test_error_that_is_not_known(profile):
-    assert str(Profile(profile.target, profile.networks[:3], profile.times)) == (
+    assert str(dataclasses.replace(profile, networks=profile.networks[:3])) == (
         "2 operators and 3 networks"
     )
 
 
 DAMAGE = {
-    "version": (["version"], 99, '"version" 1, got 99; make it with nasfast profile'),
-    "no version": (["version"], None, '"version" 1, got None; make it'),
+    "version": (["version"], 99, '"version" 2, got 99; make it with nasfast profile'),
+    "no version": (["version"], None, '"version" 2, got None; make it'),
     "no target": (["target"], ..., "got a damaged one (KeyError: 'target'); make it with"),
+    "no space": (["space"], ..., "got a damaged one (KeyError: 'space'); make it with"),
+    "space": (["space"], 3, "got a damaged one (TypeError: space 3); make it with"),
     "no networks": (["networks"], [], "(ValueError: 2 times, 0 networks); make it with nasfast"),
     "no operators": (["operators"], ..., "(KeyError: 'operators')"),
     "operators": (["operators"], 3, "got a damaged one (TypeError"),
@@ -106,13 +112,23 @@ def test_no_table(path, text, expected):
 
 
 def test_too_much_is_not_known(profile):
-    profile.require_known({ADD: 1, CONV: 1}, "table")
+    profile.require_known("a_space", {ADD: 1, CONV: 1}, "table")
     other = Operator("add", ((1, 9, 80, 80),), (1, 9, 80, 80))
     for unknown in ({other: 1}, {CONV: 1, other: 100000}, {}):
         with pytest.raises(
             UserError, match=r"^table: expected times of the operators .*, got [0-9]%"
         ):
-            profile.require_known(unknown, "table")
+            profile.require_known("a_space", unknown, "table")
+
+
+def test_a_table_of_another_space(profile):
+    """Although the encoder, and with it most of the work, is the same."""
+    expected = (
+        "^table: expected times of networks of fast_nas, got those of a_space; make another with "
+        "nasfast profile METHOD$"
+    )
+    with pytest.raises(UserError, match=expected):
+        profile.require_known("fast_nas", {ADD: 1, CONV: 1}, "table")
 
 
 def test_measured(target, monkeypatch):
@@ -123,8 +139,9 @@ def test_measured(target, monkeypatch):
     space, *_ = SPACES["ir_nas"]
     beats = []
     profile = measured_profile(
-        target, lambda rng: deployed("ir_nas", space.sample(rng)), lambda: beats.append(1)
+        target, "ir_nas", lambda rng: deployed("ir_nas", space.sample(rng)), lambda: beats.append(1)
     )
+    assert profile.space == "ir_nas"
     assert [time for _, time in profile.networks] == [1, 2]
     model = samples("ir_nas", 1)[0]  # the first that random.Random(0) draws
     assert profile.networks[0][0] == module.operators_on(target, model)
@@ -147,7 +164,7 @@ def test_a_bundle_that_comes_back_is_a_profile(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "exported_bytes", lambda model, size: b"network")
     space, folder = IRNASSpace(1, 3), tmp_path / "bundle"
     target = Target("onnxruntime", "cpu", 1, 1, (16, 24), 3, "float32", "machine", "1")
-    module.write_bundle(folder, target, lambda rng: deployed("ir_nas", space.sample(rng)))
+    module.write_bundle(folder, target, "ir_nas", lambda rng: deployed("ir_nas", space.sample(rng)))
     form = json.loads((folder / "profile.json").read_text())
     assert set(form.pop("seconds")) == {"operator", "network"}
     entries = [*form["operators"], *form["networks"]]
@@ -161,3 +178,60 @@ def test_a_bundle_that_comes_back_is_a_profile(monkeypatch, tmp_path):
     assert (profile.target, len(profile.networks)) == (target, 2)
     profile.write(table)
     assert Profile.read(table) == profile
+
+
+@pytest.fixture
+def on_target(monkeypatch):
+    """The script of bundles, on a machine whose onnxruntime refuses some files."""
+    runtime = types.ModuleType("onnxruntime")
+    runtime.__version__, runtime.refused = "1.0", "operator-0001"
+
+    class Session:
+        def __init__(self, path, options, providers):
+            if runtime.refused in path:
+                raise ValueError("opset 20 is not known")
+
+        def get_inputs(self):
+            return [types.SimpleNamespace(name="x")]
+
+        def run(self, outputs, inputs):
+            pass
+
+    runtime.InferenceSession, runtime.SessionOptions = Session, types.SimpleNamespace
+    monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
+    monkeypatch.delitem(sys.modules, "nasfast.latency.on_target", raising=False)
+    script = importlib.import_module("nasfast.latency.on_target")
+    yield script, runtime
+    del sys.modules["nasfast.latency.on_target"]
+
+
+def test_an_operator_that_another_onnxruntime_refuses(on_target, profile, monkeypatch, tmp_path):
+    script, runtime = on_target
+    form = module._form(
+        profile.target,
+        profile.space,
+        {ADD: {"file": "operator-0000.onnx"}, CONV: {"file": "operator-0001.onnx"}, ODD: {}},
+        [(operators, {"file": "network-00.onnx"}) for operators, _ in profile.networks[:1]],
+    )
+    form["seconds"] = {"operator": 0.0, "network": 0.0}
+    (tmp_path / "profile.json").write_text(json.dumps(form))
+    monkeypatch.setattr(script, "FOLDER", tmp_path)
+    table = tmp_path / "table.json"
+    said = []
+    monkeypatch.setattr(script, "print", said.append, raising=False)
+    monkeypatch.setattr(sys, "argv", ["on_target.py", str(table), "--threads", "3"])
+    script.main()
+    assert said[1] == (
+        "operator-0001.onnx: left out, as this onnxruntime refuses it: opset 20 is not known"
+    )
+    found = Profile.read(table)
+    assert set(found.times) == {ADD}
+    assert (found.target.threads, found.target.version, found.space) == (3, "1.0", "a_space")
+    runtime.refused = "network"
+    expected = (
+        "networks: expected an onnxruntime that runs them, got 1.0, which says 'opset 20 is not "
+        "known'; install a newer one"
+    )
+    with pytest.raises(SystemExit, match=f"^{expected}$"):
+        script.main()
+    assert script.cores() >= 1

@@ -160,3 +160,22 @@ def test_every_network_is_compiled(monkeypatch):
             assert len(found) == before
     finally:
         torch._dynamo.reset()
+
+
+def test_memory_that_runs_out_is_no_reason_to_run_without_a_graph(monkeypatch):
+    """Of a GPU that is not there: the calls that record a graph are stood in for."""
+    messages = iter(
+        ["operation not permitted when stream is capturing", "CUDA out of memory. Tried"]
+    )
+
+    def record(graph):
+        raise RuntimeError(next(messages))
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    fake = types.SimpleNamespace(device=CUDA, autocast=contextlib.nullcontext)
+    run = timing._forward(torch.nn.ReLU(), (torch.ones(1),), fake)
+    run()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        timing._forward(torch.nn.ReLU(), (torch.ones(1),), fake)

@@ -1,6 +1,7 @@
 """The search of detectors in two phases, killed and resumed in both, and what comes after it."""
 
 import json
+import random
 import signal
 import tomllib
 
@@ -10,7 +11,9 @@ from folders import voc_object, write_boxes
 from safetensors.torch import save_file
 from search_runs import Crash, assert_same, crashed, start, wait_for_records
 
-from nasfast.commands import search, train
+from nasfast.commands import profile, search, train
+from nasfast.latency import Profile
+from nasfast.latency.profile import operators_on
 from nasfast.methods.detection import search as detection
 from nasfast.methods.detection.settings import PRESETS, parse
 from nasfast.runs.records import Record
@@ -218,6 +221,24 @@ def test_crops_without_objects_are_refused(tmp_path, tiny_weights, capsys):
     error = " ".join(capsys.readouterr().err.split())
     assert "error: search: expected objects in the crops to " in error
     assert "got none that a point learns; make --stage0.crop" in error
+
+
+def test_a_table_without_the_heads_is_refused_at_once(words, tmp_path, monkeypatch, capsys):
+    def measured(target, space, draw, heartbeat):
+        with torch.device("meta"):
+            operators = operators_on(target, draw(random.Random(0)))
+        return Profile(target, space, ((operators, 5.0),), dict.fromkeys(operators, 0.1))
+
+    monkeypatch.setattr(profile, "measured_profile", measured)
+    table = str(tmp_path / "table.json")
+    assert profile.main([*words, "--out", table]) == 0
+    more = ["--objective", "score", "latency", "--latency-table", table, "--head-phase.width", "96"]
+    assert search.main([*words, *more, "--strategy", "random", "--runs", str(tmp_path)]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert error == (
+        f"error: latency-table {table}: expected times of the heads of the second phase too, whose "
+        "width is 96, got a table for 32; give --head-phase.width 32, or --mode joint"
+    )
 
 
 def test_the_stock_detector_is_no_candidate():

@@ -15,6 +15,7 @@ from nasfast.commands.report import main
 from nasfast.report import Section, terminal_table, write_report
 from nasfast.report.fronts import pareto_front
 from nasfast.report.html import element
+from nasfast.report.numbers import number
 from nasfast.runs.records import Evaluation, Record
 from nasfast.runs.study import Study
 from nasfast.utils.errors import UserError
@@ -267,6 +268,9 @@ def test_front_of_each_cost(study):
 def test_equal_points_are_once_on_a_front():
     assert pareto_front([(2, 0.5), (1, 0.2), (2, 0.5), (3, 0.5), (1, 0.3), (4, 0.6)]) == [4, 0, 5]
     assert pareto_front([]) == []
+    points = [(1.0, 0.1), (0.96, 0.05), (0.94, 0.02), (2.0, 0.1)]
+    assert pareto_front(points) == [2, 1, 0]
+    assert pareto_front(points, 0.05) == [2, 0], "a latency within 5 % is none that is lower"
 
 
 def keep(study, record, files):
@@ -479,3 +483,14 @@ def test_rejections_have_their_units(study):
     cells = re.findall("<td>([^<]*)</td>", section)
     assert cells[:3] == ["latency", "1", "23.40 ms"]
     assert cells[5:8] == ["memory", "1", "3.00 MB"]
+
+
+def test_weighted_costs_have_a_column_of_values(tmp_path):
+    config = {"objective": ["score", "params:0.1"]}
+    with Study.create(tmp_path, "segmentation", "weighted", config, {}) as study:
+        fill(study)
+        table = terminal_table(study, MADE, top=2)
+        head = [str(column.header) for column in table.columns]
+        best = study.ranking()[0]
+        cells = list(table.columns[head.index("value")].cells)
+    assert cells[0] == number(study.score(best)[-1])

@@ -1,6 +1,7 @@
 """What a search looks for: words, values, gates, fronts, and the files of a run."""
 
 import dataclasses
+import functools
 import json
 import math
 import random
@@ -12,6 +13,7 @@ from test_study import make_record
 from nasfast.runs.objectives import Objectives, front
 from nasfast.runs.records import Evaluation
 from nasfast.runs.study import Study
+from nasfast.searches.halving import rung_gates
 from nasfast.utils.errors import UserError
 
 COSTS = "score, latency, params, macs, memory"
@@ -234,3 +236,20 @@ def test_the_gate_of_a_large_network_with_two_costs_that_go_together():
     (gate,) = objectives.gates(before, {"latency": 8.0, "macs": 8.0}).values()
     assert gate == pytest.approx(0.56, abs=0.02)
     assert gate < max(each.rewards["stage0"] for each in before)
+
+
+def test_rungs_stop_what_is_worse_than_its_costs_let_one_expect():
+    """Small networks score less: on the way to a front they must not stop for it."""
+    before = []
+    for i, size in enumerate([1.0, 2.0, 4.0, 8.0] * 3):
+        score = 0.1 + 0.1 * math.log2(size) + 0.01 * (i // 4)
+        rewards = {"stage0.1": score, "stage0": score}
+        before.append(Evaluation(rewards, {}, {"macs": size}, None, {}, "stage0"))
+    plain, front, weighted = (
+        functools.partial(rung_gates, before, 0.5, Objectives.of(words))
+        for words in (["score"], ["score", "macs"], ["score", "macs:0.1"])
+    )
+    assert plain({})["stage0.1"] == rung_gates(before, 0.5)["stage0.1"] == pytest.approx(0.26)
+    for gates in (front, weighted):
+        found = [gates({"macs": size})["stage0.1"] for size in (1.0, 2.0, 4.0, 8.0)]
+        assert found == pytest.approx([0.11, 0.21, 0.31, 0.41], abs=2e-3)

@@ -6,11 +6,12 @@ import os
 import random
 import re
 import statistics
+from pathlib import Path
 
 import pytest
 from test_sampling import QUIET, SPACE, Script, distinct, size, success, untimed
 
-from nasfast.latency import Latencies, Profile, Target, meter
+from nasfast.latency import Latencies, Profile, Target, UndeployableError, meter
 from nasfast.latency.operators import Operator
 from nasfast.methods.registry import METHODS
 from nasfast.runs.objectives import Objectives
@@ -34,10 +35,8 @@ class Costly(Script):
 class Fake:
     """Latencies of a microsecond a parameter; what is measured is a quarter more."""
 
-    measures = True
-
-    def __init__(self):
-        self.predicted, self.measured = [], []
+    def __init__(self, fails=lambda genotype: False):
+        self.predicted, self.measured, self.fails = [], [], fails
 
     def prepare(self, folder, say):
         pass
@@ -46,8 +45,10 @@ class Fake:
         self.predicted.append(genotype)
         return 1e-6 * size(genotype)["params"]
 
-    def measure(self, genotype):
+    def of(self, genotype):
         self.measured.append(genotype)
+        if self.fails(genotype):
+            raise UndeployableError("out of memory (fake)")
         return 1.25e-6 * size(genotype)["params"]
 
 
@@ -123,13 +124,30 @@ def test_constraints_that_nothing_meets(limits, text, tmp_path):
     assert fake.measured == []
 
 
-def test_predictions_alone_where_this_is_not_the_target(tmp_path):
+def test_what_only_measurements_refuse_ends_soon(tmp_path, monkeypatch):
     fake = Fake()
-    fake.measures, fake.knows = False, lambda genotype: False
-    _, records = play(tmp_path, fake, words=("score", "latency"))
-    costs = [record.evaluation.costs for record in records]
-    assert all(each["latency"] == each["predicted_latency"] for each in costs)
-    assert fake.measured == []
+    monkeypatch.setattr(fake, "of", lambda genotype: fake.measured.append(genotype) or 2.0)
+    expected = (
+        'search: expected architectures within --constraint "latency<1s", got 50 in a row beyond; '
+        'the smallest had 2.00 s latency: raise --constraint "latency<1s" in a new run'
+    )
+    with pytest.raises(UserError, match=f"^{expected}$"):
+        play(tmp_path, fake, limits="latency<1s")
+    assert len(fake.measured) == 50
+
+
+def test_a_network_that_does_not_run_on_the_target_is_a_failed_candidate(tmp_path):
+    odd = [size(genotype)["params"] % 3 == 0 for genotype in itertools.islice(distinct(), 6)]
+    assert 0 < sum(odd) < 6
+    fake = Fake(lambda genotype: size(genotype)["params"] % 3 == 0)
+    script, records = play(tmp_path, fake, words=("score", "latency"), batch=3)
+    failures = [record.evaluation.failure for record in records]
+    assert failures == ["latency: out of memory (fake)" if each else None for each in odd]
+    assert script.evaluated == [i for i, each in enumerate(odd) if not each], "not trained"
+    assert [told is None for told in script.told] == odd
+    (run,) = tmp_path.iterdir()
+    with Study.open(run) as study:
+        assert {record.index for record in study.front()} <= set(script.evaluated)
 
 
 def test_costs_that_do_not_matter_are_not_asked_for(tmp_path, monkeypatch):
@@ -170,9 +188,10 @@ def timed(monkeypatch):
         first, other = map(count, runs)
         return [(first, clock["factor"] * other)]
 
-    def profile(target, draw, heartbeat):
+    def profile(target, space, draw, heartbeat):
         reference = count(draw(random.Random(0)))
-        return Profile(target, (({OPERATOR: 5 * reference}, float(reference)),), {OPERATOR: 0.2})
+        networks = (({OPERATOR: 5 * reference}, float(reference)),)
+        return Profile(target, space, networks, {OPERATOR: 0.2})
 
     monkeypatch.setattr(meter, "operators_on", lambda target, model: {OPERATOR: 4 * count(model)})
     monkeypatch.setattr(meter, "deployed", lambda genotype, target: genotype)
@@ -249,7 +268,8 @@ def test_weighted_costs_are_what_ppo_learns_from(tmp_path):
     ],
 )
 def test_the_phase_of_settings(words, limits, front, timed, tmp_path):
-    settings = SamplingSettings(objective=words, constraint=limits, latency_size="16x32")
+    given = {"latency_size": "16x32"} if timed else {}
+    settings = SamplingSettings(objective=words, constraint=limits, **given)
     evaluator = Costly(distinct(), success)
     evaluator.image, evaluator.deployed = (3, 8, 8), None
     phase = settings.phase("evolution", SPACE, 0, evaluator, 6, InProcess())
@@ -260,15 +280,18 @@ def test_the_phase_of_settings(words, limits, front, timed, tmp_path):
     if timed:
         assert phase.costing.latencies.target.shape == (1, 3, 16, 32)
         table = tmp_path / "table.json"
-        Profile(TARGET, (({OPERATOR: 2}, 3.0),), {OPERATOR: 1.0}).write(table)
+        Profile(TARGET, "fast_nas", (({OPERATOR: 2}, 3.0),), {OPERATOR: 1.0}).write(table)
         message = (
             f"latency-table {table}: expected times for images [1, 3, 16, 32], got a table for "
             "[1, 3, 8, 8]; give --latency-size and --latency-batch, or make another with nasfast"
         )
+        settings = dataclasses.replace(settings, latency_table=table)
         with pytest.raises(UserError, match=f"^{re.escape(message)}"):
-            dataclasses.replace(settings, latency_table=table).phase(
-                "evolution", SPACE, 0, evaluator, 6, InProcess()
-            )
+            settings.phase("evolution", SPACE, 0, evaluator, 6, InProcess())
+        assert settings.in_run(tmp_path) == settings, "the run has no copy yet"
+        (tmp_path / "latency").mkdir()
+        kept = table.rename(tmp_path / "latency" / "latency.json")
+        assert settings.in_run(tmp_path).latency_table == kept
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -290,6 +313,22 @@ def test_settings_of_every_method(method):
     for given in ("360", "0x5", "3x4x5"):
         with pytest.raises(UserError, match=f"^latency_size: expected HEIGHTxWIDTH, .* '{given}'"):
             settings(latency_size=given)
+    others = {
+        "latency_backend": "onnxruntime",
+        "latency_table": Path("t.json"),
+        "latency_size": "8x8",
+        "latency_batch": 2,
+        "latency_threads": 1,
+    }
+    for name, value in others.items():
+        flag = name.replace("_", "-")
+        message = (
+            f"{name}: expected --objective score latency or a constraint of latency with --{flag}, "
+            f"got neither; add one, or leave --{flag} out"
+        )
+        with pytest.raises(UserError, match=f"^{message}$"):
+            settings(objective=("score", "macs"), **{name: value})
+        assert settings(constraint=("latency<9ms",), **{name: value}).needs_latency
 
 
 @pytest.mark.parametrize(
@@ -314,6 +353,8 @@ def test_published_architectures_of_a_space(space, count):
         ("latency<20ms", ("latency", 0.02)),
         (" latency <= 2.5 us ", ("latency", 2.5e-6)),
         ("memory<64MB", ("memory", 64e6)),
+        ("memory<64 MiB", ("memory", 2**26)),
+        ("memory<0.5GiB", ("memory", 2**29)),
         ("params<0.3M", ("params", 300_000)),
         ("macs<1.5G", ("macs", 1_500_000_000)),
     ],
@@ -335,7 +376,7 @@ def test_constraints(text, limit):
             (f"latency<{value}", f"expected a latency with its unit, one of us.*20ms, got '{value}")
             for value in ("20", "0ms", "20MB", "-1ms", "1e-3s", "ms")
         ),
-        ("memory<64MiB", "expected a memory with its unit, one of kB.*as 64MB, got '64MiB'; corr"),
+        ("memory<64Mb", "expected a memory with its unit, one of kB.*as 64MB, got '64Mb'; corr"),
         ("params<0", "constraint params: expected a count such as 300000"),
         ("params<3X", "constraint params: expected a count such as 300000"),
         (
@@ -357,5 +398,7 @@ def test_a_limit_and_a_constraint_of_the_same_cost():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_table_is_found_from_any_directory(method, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    config = METHODS[method].parse_search([method, "--latency-table", "table.json"])
+    config = METHODS[method].parse_search(
+        [method, "--latency-table", "table.json", "--objective", "score", "latency"]
+    )
     assert config.latency_table == tmp_path / "table.json"

@@ -108,3 +108,14 @@ def test_autocast_changes_dtypes_alone():
     assert [call.name for call in cuda.calls] == names  # which computes exp in float32
     assert [call.name for call in cpu.calls if call.name not in names] == ["aten._to_copy"]
     assert [call.result.dtype for call in cpu.calls[:3]] == [torch.bfloat16] * 2 + [torch.float32]
+
+
+def test_numbers_of_other_types_are_other_calls():
+    image = torch.empty(1, 3, 8, 8, device="meta")
+    kinds = [
+        call.result.dtype
+        for end in (5, 5.0)
+        for call in trace(Net(lambda conv, x, end=end: torch.arange(end)), image).calls
+        if call.name == "aten.arange"
+    ]
+    assert kinds == [torch.int64, torch.float32]

@@ -170,8 +170,27 @@ def build(
     )
     if config.mode != "progressive":
         return SamplingSearch(first, workers=workers), config
+    _require_heads(config, features)
     second = SecondPhase(config, inputs, features, workers, console)
     return SamplingSearch(first, second, workers=workers), config
+
+
+def _require_heads(config: SearchConfig, features: FrozenEncoder) -> None:
+    """UserError where a table of another machine does not know the networks of the second phase:
+    the first one would be in vain."""
+    if config.latency_table is None:
+        return
+    heads = config.latencies(space_of(config, NASFCOSGenotype()), make_longer(config, features))
+    assert heads is not None, "SamplingSettings refuses a table without use"
+    try:
+        heads.require_known()
+    except UserError as error:
+        raise UserError(
+            f"latency-table {config.latency_table}: expected times of the heads of the second "
+            f"phase too, whose width is {config.head_phase.width}, got a table for "
+            f"{config.detector.width}; give --head-phase.width {config.detector.width}, or "
+            "--mode joint"
+        ) from error
 
 
 def with_objects(features: FrozenEncoder) -> FrozenEncoder:
