@@ -12,7 +12,6 @@ are what a search would record, by the pace of these.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import random
 import statistics
 import sys
@@ -46,8 +45,8 @@ def main() -> None:
     at = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:at])
     method = registry.method_named(args.method)
-    config = method.parse_search([args.method, *argv[at + 1 :]])
-    config = dataclasses.replace(config, objective=("score", "latency:1"))
+    needed = ["--objective", "score", "latency:1"]  # any strategy takes it, and nothing is searched
+    config = method.parse_search([args.method, *argv[at + 1 :], *needed])
     with Interrupt() as interrupt, tempfile.TemporaryDirectory() as folder:
         search, _ = method.build(config, interrupt, Console(stderr=True))
         search.close()

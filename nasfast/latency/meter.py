@@ -74,7 +74,7 @@ class Latencies(Generic[G]):
         """Read the profile of a run's folder, or make it there.
 
         Raises:
-            UserError: a file there is damaged, or the profile is of other networks.
+            UserError: a file there is damaged.
         """
         folder.mkdir(exist_ok=True)
         kept, self._file = folder / PROFILE, folder / MEASURED
@@ -93,8 +93,6 @@ class Latencies(Generic[G]):
                 self._profile = measured_profile(
                     self.target, self.space, self.draw, self._heartbeat
                 )
-            else:
-                self.require_known()
             self._profile.write(kept)
         say(f"latency  {self._profile.target}: {self._profile}")
         if self._file.exists():

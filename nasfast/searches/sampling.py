@@ -219,7 +219,7 @@ class SamplingSettings(SearchSettings):
         """Of networks of a space, where they decide anything.
 
         Raises:
-            UserError: they cannot be measured here, or their table is of other images.
+            UserError: they cannot be measured here, or their table is of other networks or images.
         """
         if not self.needs_latency:
             return None
@@ -243,7 +243,9 @@ class SamplingSettings(SearchSettings):
                 f"{list(images)}, got a table for {list(profile.target.shape)}; give "
                 "--latency-size and --latency-batch, or make another with nasfast profile"
             )
-        return Latencies(profile.target, space, evaluator.deployed, profile)
+        found = Latencies(profile.target, space, evaluator.deployed, profile)
+        found.require_known()
+        return found
 
     def in_run(self, path: Path) -> Self:
         """As `SearchSettings` says."""
