@@ -408,6 +408,11 @@ def fronts(runs: Sequence[Path], against: Sequence[Path]) -> dict[str, Any]:
     """Hypervolumes of searches beside those of others of the same seeds, in units as those of
     `replay_fronts`: of the candidates of the others. Rewards are of stage 0, which all have."""
     ours, theirs = ({s.config["seed"]: s for s in map(_opened, each)} for each in (runs, against))
+    if len(ours.keys() & theirs.keys()) < 2:
+        raise SystemExit(
+            f"fronts: expected runs of two seeds or more on both sides, got {sorted(ours)} and "
+            f"{sorted(theirs)}"
+        )
     (cost,) = next(iter(ours.values())).objectives.costs
     points = {
         name: {seed: _points(study, cost) for seed, study in studies.items()}

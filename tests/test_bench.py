@@ -775,6 +775,8 @@ def test_fronts_of_runs(tmp_path: Path) -> None:
     found = search_quality.fronts(ours, theirs)
     low, high = found["95 % interval of the lead"]
     assert 0 < low < found["lead"] < high
+    with pytest.raises(SystemExit, match=r"two seeds or more on both sides, got \[0\] and \[0, 1"):
+        search_quality.fronts(ours[:1], theirs)
     same = search_quality.fronts(theirs, theirs)
     assert same["lead"] == 0
 
