@@ -120,6 +120,8 @@ def check_images(
     read = [path for paths in both for path in paths]
     if len(both) == len(read):
         warnings += _twice(read)
+    depths = {part: images.depths for part, images in parts.items()}
+    read += [path for paths in depths.values() for path in paths]
     equal = sum(len(paths) > 1 and _same(*paths) for paths in both)
     if equal:
         warnings.append(
@@ -133,6 +135,7 @@ def check_images(
                 "part": part,
                 "images": len(images),
                 "pairs": sum(len(paths) > 1 for paths in images.files),
+                **({"with depth": len(depths[part])} if any(depths.values()) else {}),
                 "height x width": range_of_sizes(images.sizes),
             }
             for part, images in parts.items()
@@ -427,12 +430,13 @@ def _overlays(parts: Mapping[str, SegmentationDataset]) -> dict[str, Tensor]:
 
 
 def _pairs(parts: Mapping[str, ImageSet]) -> dict[str, Tensor]:
-    """A dozen images, a degraded one to the left of its clean one."""
+    """A dozen images, a degraded one to the left of its clean one, depth to the right."""
     tiles = {}
     for part, images, index in dozen(parts):
         pair = images[index]
-        both = [pair.clean] if pair.degraded is None else [pair.degraded, pair.clean]
-        tiles[f"{part}: {pair.name}"] = torch.cat(both, -1).expand(3, -1, -1)
+        depth = None if pair.depth is None else (255 * pair.depth).byte().expand_as(pair.clean)
+        panels = [panel for panel in (pair.degraded, pair.clean, depth) if panel is not None]
+        tiles[f"{part}: {pair.name}"] = torch.cat(panels, -1).expand(3, -1, -1)
     return tiles
 
 

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -19,41 +20,49 @@ from torch import Tensor
 from nasfast.data.base import UnknownLayout, digest
 from nasfast.data.images import (
     MODES,
+    WIDE_MODES,
     by_stem,
     for_each,
     identity,
     list_folder,
     measure,
+    open_image,
     planes,
     read_image,
     require_eight_bits,
 )
-from nasfast.utils.errors import UserError
+from nasfast.utils.errors import UserError, cause
 
 GREY_MODES = ("1", "L", "LA")
-CLEAN_FOLDER, DEGRADED_FOLDERS = "clean", ("rainy", "degraded")
+CLEAN_FOLDER, DEPTH_FOLDER = "clean", "depth"
+ANY_TASK = "degraded"
+DEGRADED_FOLDERS = ("rainy", "hazy", "noisy", ANY_TASK)
 CLEAN_SUFFIX, DEGRADED_SUFFIX = "ground_truth", "rain"
 DRAWN = {"train": 100, "test": 10}  # images of a stream
 SYNTHETIC_VERSION = 1  # part of the fingerprint: raise it with every change of what is drawn
 LAYOUTS = (
     "train/ + test/ (+ val/) at the top or in images/ (BSDS500), a folder of images, pairs in "
     f"{CLEAN_FOLDER}/ + {' or '.join(f'{f}/' for f in DEGRADED_FOLDERS)} under equal names, or "
-    f"pairs named <k>{DEGRADED_SUFFIX} and <k>{CLEAN_SUFFIX}"
+    f"pairs named <k>{DEGRADED_SUFFIX} and <k>{CLEAN_SUFFIX}; for haze, depth in {DEPTH_FOLDER}/ "
+    f"beside the clean images or beside {CLEAN_FOLDER}/, under equal names"
 )
 
 
 @dataclass(frozen=True, eq=False)
 class ImagePair:
-    """A clean image, and a degraded image of the same scene where the data set has one."""
+    """A clean image, and a degraded image of the same scene, or its depth, where the data set has
+    one."""
 
     name: str
     clean: Tensor  # uint8 [c, H, W]
     degraded: Tensor | None = None  # uint8 [c, H, W]
+    depth: Tensor | None = None  # float32 [1, H, W], 1 at the farthest point of the whole image
 
     def map(self, change: Callable[[Tensor], Tensor]) -> ImagePair:
-        """The same change of both images."""
+        """The same change of all of them."""
         degraded = None if self.degraded is None else change(self.degraded)
-        return ImagePair(self.name, change(self.clean), degraded)
+        depth = None if self.depth is None else change(self.depth)
+        return ImagePair(self.name, change(self.clean), degraded, depth)
 
 
 class ImageSource(ABC):
@@ -61,7 +70,8 @@ class ImageSource(ABC):
 
     name: str
     size: tuple[int, int]  # height, width
-    paired: bool
+    degradation: str | None = None
+    """Name of the folder of the degraded image; None where there is none."""
 
     @cached_property
     def pair(self) -> ImagePair:
@@ -104,6 +114,12 @@ class ImageSet(Sequence[ImagePair]):
         """(clean,) or (clean, degraded) of each image that is a file."""
         return tuple(source.paths for source in self._sources if isinstance(source, _Files))
 
+    @property
+    def depths(self) -> tuple[Path, ...]:
+        """The files of depth."""
+        files = (source.depth for source in self._sources if isinstance(source, _Files))
+        return tuple(path for path in files if path is not None)
+
     def read_all(self) -> None:
         """Read every file and keep none. FaultyFiles names those that cannot be read."""
         for_each(
@@ -112,9 +128,9 @@ class ImageSet(Sequence[ImagePair]):
         )
 
     @property
-    def paired(self) -> bool:
-        """Whether there is a degraded image beside a clean one."""
-        return any(source.paired for source in self._sources)
+    def degradations(self) -> frozenset[str | None]:
+        """Names of the folders of degraded images; None among them: a clean image has none."""
+        return frozenset(source.degradation for source in self._sources)
 
     def __len__(self) -> int:
         return len(self._sources)
@@ -174,19 +190,21 @@ class RestorationData:
         return digest("restoration", *(part.fingerprint() for part in parts))
 
 
-def open_images(source: str | Path, channels: int) -> RestorationData:
+def open_images(source: str | Path, channels: int, *, depth: bool = False) -> RestorationData:
     """Open a data set for restoration and divide it.
 
     `source` is "synthetic" (110 drawn images) or a folder: `train/` and `test/` (and `val/`,
     which is added to `train/`) at its top or in `images/`, as BSDS500 has them, or images alone,
     of which the 20 % with the smallest hash of the name are the test. A folder of images holds
     clean ones, or pairs: in two folders under equal names, or side by side as `<k>rain` and
-    `<k>ground_truth`. Of the training images sorted by name the last 2 %, at least one, validate
-    (split of the IR-NAS search).
+    `<k>ground_truth`. Clean ones may have depth in `depth/`: npy, or images of 16 bits. Of the
+    training images sorted by name the last 2 %, at least one, validate (split of the IR-NAS
+    search).
 
     Args:
         source: "synthetic" or a folder.
         channels: 1 converts to grey (ITU-R 601 luma, PIL's "L"), 3 to RGB.
+        depth: read `depth/` where it is.
 
     Raises:
         UserError: no such folder, unknown layout, unreadable or unfit file, an image without its
@@ -203,11 +221,12 @@ def open_images(source: str | Path, channels: int) -> RestorationData:
     for top in (root, root / "images"):
         if os.path.isdir(top / "train") and os.path.isdir(top / "test"):
             name = root.resolve().name
-            train = open_folder(top / "train", channels, name=name)
+            opened = partial(open_folder, channels=channels, name=name, depth=depth)
+            train = opened(top / "train")
             if os.path.isdir(top / "val"):
-                train += open_folder(top / "val", channels, name=name)
-            return _divide(train, open_folder(top / "test", channels, name=name))
-    images = open_folder(root, channels)
+                train += opened(top / "val")
+            return _divide(train, opened(top / "test"))
+    images = open_folder(root, channels, depth=depth)
     if len(images) < 3:
         raise UserError(
             f"{root}: expected at least 3 images (training, validation, test), got {len(images)}; "
@@ -219,44 +238,132 @@ def open_images(source: str | Path, channels: int) -> RestorationData:
     return _divide(train, test)
 
 
-def open_folder(folder: Path, channels: int, *, name: str | None = None) -> ImageSet:
+def open_folder(
+    folder: Path, channels: int, *, name: str | None = None, depth: bool = False
+) -> ImageSet:
     """All images or pairs of one folder, sorted by name; for errors see `open_images`."""
     files, clean = list_folder(folder).images, folder / CLEAN_FOLDER
-    degraded = next((folder / f for f in DEGRADED_FOLDERS if os.path.isdir(folder / f)), None)
-    pairs: list[tuple[Path, ...]]
-    if degraded is not None and os.path.isdir(clean):
-        pairs = _paired(*(by_stem(list_folder(part).images) for part in (clean, degraded)))
+    depths = folder / DEPTH_FOLDER if depth and os.path.isdir(folder / DEPTH_FOLDER) else None
+    kind = _degraded_in(folder) if os.path.isdir(clean) else None
+    groups: list[tuple[Path, ...]]
+    if kind:
+        inner = by_stem(list_folder(clean).images), by_stem(list_folder(folder / kind).images)
+        groups = _partners(*inner, "degraded")
     elif any(path.stem.endswith(CLEAN_SUFFIX) for path in files):
-        pairs = _paired(*(by_stem(files, ending) for ending in (CLEAN_SUFFIX, DEGRADED_SUFFIX)))
+        kind = DEGRADED_FOLDERS[0]
+        beside = by_stem(files, CLEAN_SUFFIX), by_stem(files, DEGRADED_SUFFIX)
+        groups = _partners(*beside, "degraded")
+    elif depths:
+        found = list_folder(depths)
+        arrays = [path for path in found.others if path.suffix == ".npy"]
+        files = list_folder(clean).images if os.path.isdir(clean) else files
+        groups = _partners(by_stem(files), by_stem([*found.images, *arrays]), "depth")
     else:
-        pairs = [(path,) for path in files]
-    if not pairs:
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        raise UnknownLayout(f"data: {folder} holds no images: expected {LAYOUTS}; found {found}")
-    sources = for_each(partial(_Files, channels=channels), pairs)
-    return ImageSet(name or folder.resolve().name, channels, sources)
+        groups = [(path,) for path in files]
+    if not groups:
+        held = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise UnknownLayout(f"data: {folder} holds no images: expected {LAYOUTS}; found {held}")
+    opened = partial(_Files, channels=channels, degradation=kind)
+    return ImageSet(name or folder.resolve().name, channels, for_each(opened, groups))
+
+
+def _degraded_in(folder: Path) -> str | None:
+    """Name of the folder of degraded images in a folder; UserError where there are two."""
+    found = [name for name in DEGRADED_FOLDERS if os.path.isdir(folder / name)]
+    if len(found) > 1:
+        raise UserError(
+            f"data: expected one folder of degraded images beside {folder / CLEAN_FOLDER}, got "
+            f"{' and '.join(f'{name}/' for name in found)}; move one elsewhere"
+        )
+    return found[0] if found else None
 
 
 class _Files(ImageSource):
-    """A clean image file, and its degraded one where there is one; opening reads headers only."""
+    """A clean image file, and the file of its degraded one or of its depth where there is one;
+    opening reads headers only.
 
-    def __init__(self, paths: tuple[Path, ...], channels: int) -> None:
-        self.name, self.paired = paths[0].name, len(paths) > 1
-        self.paths, self._channels = paths, channels
-        sizes = [_measure(path, channels) for path in paths]
+    Args:
+        paths: (clean,) or (clean, degraded), or (clean, depth) where there is no `degradation`.
+        channels: see `open_images`.
+        degradation: see `ImageSource`.
+    """
+
+    def __init__(self, paths: tuple[Path, ...], channels: int, degradation: str | None) -> None:
+        count = 2 if degradation else 1
+        self.name, self.degradation = paths[0].name, degradation
+        self.paths, self._channels = paths[:count], channels
+        self.depth = paths[count] if len(paths) > count else None
+        sizes = [_measure(path, channels) for path in self.paths]
+        sizes += [measure_depth(self.depth)] if self.depth else []
         self.size = sizes[0]
         if sizes[-1] != sizes[0]:
-            clean, degraded = (f"{p} of {h}x{w}" for p, (h, w) in zip(paths, sizes, strict=True))
+            first, second = (f"{p} of {h}x{w}" for p, (h, w) in zip(paths, sizes, strict=True))
             raise UserError(
-                f"data: expected pairs of one size, got {clean} and {degraded} (height x width); "
+                f"data: expected pairs of one size, got {first} and {second} (height x width); "
                 "replace or remove this pair"
             )
 
     def read(self) -> ImagePair:
-        return ImagePair(self.name, *(read_image(path, self._channels) for path in self.paths))
+        images = [read_image(path, self._channels) for path in self.paths]
+        depth = read_depth(self.depth) if self.depth else None
+        return ImagePair(self.name, images[0], images[1] if self.degradation else None, depth)
 
     def identify(self) -> str:
-        return digest("files", self.name, *map(identity, self.paths))
+        depth = [hashlib.sha256(self.depth.read_bytes()).hexdigest()] if self.depth else []
+        return digest("files", self.name, *map(identity, self.paths), *depth)
+
+
+def measure_depth(path: Path) -> tuple[int, int]:
+    """Height and width from a header, of an array ``[H, W]`` in npy or an image of 16 or 32 bits.
+
+    Raises:
+        UserError: the file cannot be read, or is neither.
+    """
+    if path.suffix == ".npy":
+        array = _load(path)
+        if array.ndim != 2 or array.dtype.kind not in "fiu":
+            raise UserError(
+                f"depth {path}: expected an array of numbers [H, W], got {array.dtype} "
+                f"{list(array.shape)}; save one value a pixel"
+            )
+        return array.shape
+    header = measure(path, "depth")
+    if header.mode not in WIDE_MODES:
+        raise UserError(
+            f"depth {path} has mode {header.mode}: expected 16 or 32 bits a pixel, or npy; 8 bits "
+            "are a picture of depth"
+        )
+    return header.size
+
+
+def read_depth(path: Path) -> Tensor:
+    """Depth relative to the farthest point, float32 ``[1, H, W]``, so that its unit is of no
+    matter.
+
+    Raises:
+        UserError: the file cannot be read, or a pixel has no depth (0, below, or not finite).
+    """
+    array = _load(path) if path.suffix == ".npy" else np.array(open_image(path, "depth"))
+    depth = torch.from_numpy(array.astype(np.float32))[None]
+    holes = int((~(depth.isfinite() & (depth > 0))).sum())
+    if holes:
+        raise UserError(
+            f"depth {path}: expected values above 0, got {holes} of {depth.numel()} pixels "
+            "without; fill these holes"
+        )
+    return depth / depth.max()
+
+
+def _load(path: Path) -> NDArray[Any]:
+    """The array of an npy file, its values not read yet."""
+    try:
+        array: NDArray[Any] = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(
+            f"depth {path} cannot be read: {cause(error)}; replace the file or take it out of the "
+            "folder"
+        ) from error
+    return array
 
 
 class _Drawing(ImageSource):
@@ -265,8 +372,6 @@ class _Drawing(ImageSource):
     Smooth shapes with sharp outlines over a gradient; some carry stripes or grain, so that a
     filter cannot win by smoothing alone.
     """
-
-    paired = False
 
     def __init__(self, channels: int, stream: str, index: int) -> None:
         self.name, self._channels = f"{stream}{index:03d}", channels
@@ -338,12 +443,12 @@ def _hash(name: str) -> str:
     return hashlib.sha256(os.fsencode(name)).hexdigest()
 
 
-def _paired(clean: dict[str, Path], degraded: dict[str, Path]) -> list[tuple[Path, ...]]:
-    """(clean, degraded) by key; UserError names the first file without its partner."""
-    for key in sorted(clean.keys() ^ degraded.keys()):
-        found, missing = (clean, "degraded") if key in clean else (degraded, "clean")
+def _partners(clean: dict[str, Path], others: dict[str, Path], kind: str) -> list[tuple[Path, ...]]:
+    """(clean, other) by key; UserError names the first file without its partner."""
+    for key in sorted(clean.keys() ^ others.keys()):
+        found, missing = (clean, kind) if key in clean else (others, "clean")
         raise UserError(f"data: {found[key]} has no {missing} partner; expected {LAYOUTS}")
-    return [(clean[key], degraded[key]) for key in sorted(clean)]
+    return [(clean[key], others[key]) for key in sorted(clean)]
 
 
 def _measure(path: Path, channels: int) -> tuple[int, int]:

@@ -7,7 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from nasfast.data.checks import check_images
 from nasfast.data.restoration import LAYOUTS, RestorationData, open_folder, open_images
+from nasfast.tasks.restoration.dehazing import Dehazing
+from nasfast.tasks.restoration.patches import ImagePatches
 from nasfast.utils.errors import UserError
 
 
@@ -79,14 +82,14 @@ def test_grey_is_the_luma(flat):
     assert pair.clean.dtype == torch.uint8
 
 
-@pytest.mark.parametrize("degraded", ["rainy", "degraded"])
+@pytest.mark.parametrize("degraded", ["rainy", "hazy", "noisy", "degraded"])
 def test_pairs_in_two_folders(tmp_path, degraded):
     for i in range(5):
         save(tmp_path / "clean" / f"{i}.png", seed=i)
         save(tmp_path / degraded / f"{i}.jpg", seed=i + 10)
     data = open_images(tmp_path, 3)
     assert (len(data.train), len(data.val), len(data.test)) == (3, 1, 1)
-    assert data.train.paired
+    assert data.train.degradations == {degraded}
     pair = data.test[0]
     stem = pair.name.removesuffix(".png")
     with Image.open(tmp_path / degraded / f"{stem}.jpg") as file:
@@ -100,6 +103,7 @@ def test_pairs_by_suffix(data_root):
         pytest.skip(f"no rainy images at {folder}")
     pairs = open_folder(folder, 3)
     assert pairs.sizes == ((350, 550), (480, 576), (494, 640))
+    assert pairs.degradations == {"rainy"}
     assert pairs[0].degraded.float().mean() > pairs[0].clean.float().mean()
     data = open_images(folder, 3)
     assert (len(data.train), len(data.val), len(data.test)) == (1, 1, 1)
@@ -109,6 +113,83 @@ def test_pairs_by_suffix(data_root):
         "synthetic: a search divides the training images in two and needs at least 2, got 1; add "
         "some"
     )
+
+
+def save_depth(path, values):
+    path.parent.mkdir(exist_ok=True)
+    np.save(path, values) if path.suffix == ".npy" else Image.fromarray(values).save(path)
+
+
+@pytest.mark.parametrize(
+    ("folder", "suffix", "kind"), [("", "npy", float), ("clean", "png", np.uint16)]
+)
+def test_depth_beside_clean_images(tmp_path, folder, suffix, kind):
+    """In any unit: 1 is the farthest point. Patches cut it with the image."""
+    values = np.arange(1, 601).reshape(20, 30)
+    for i in range(4):
+        save(tmp_path / folder / f"{i}.png", seed=i)
+        save_depth(tmp_path / "depth" / f"{i}.{suffix}", (values * (i + 1)).astype(kind))
+    images = open_folder(tmp_path, 3, depth=True)
+    assert len(images.depths) == len(images) == 4
+    wanted = torch.from_numpy(values / 600).float()[None]
+    torch.testing.assert_close(images[2].depth, wanted)
+    torch.testing.assert_close(images[2].map(lambda part: part[:, 5:]).depth, wanted[:, 5:])
+    patches = ImagePatches(images, Dehazing(), 20)
+    assert patches._patch(images[2], [0.0] * 6).depth.shape == (1, 20, 20)
+    before = images.fingerprint()
+    save_depth(tmp_path / "depth" / f"1.{suffix}", values.astype(kind))
+    assert open_folder(tmp_path, 3, depth=True).fingerprint() != before
+    facts = check_images(open_images(tmp_path, 3, depth=True), tmp_path, test=True).facts
+    assert [row["with depth"] for row in facts["parts"]] == [2, 1, 1]
+    assert "not read" not in facts
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "text"),
+    [
+        (
+            "b.npy",
+            np.ones((20, 30)),
+            f"data: {{root}}/a.png has no depth partner; expected {LAYOUTS}",
+        ),
+        (
+            "a.npy",
+            np.ones((20, 31)),
+            "data: expected pairs of one size, got {root}/a.png of 20x30 and {root}/depth/a.npy of "
+            "20x31 (height x width); replace or remove this pair",
+        ),
+        (
+            "a.npy",
+            np.ones((20, 30, 3)),
+            "depth {root}/depth/a.npy: expected an array of numbers [H, W], got float64 [20, 30, "
+            "3]; save one value a pixel",
+        ),
+        (
+            "a.png",
+            np.ones((20, 30), np.uint8),
+            "depth {root}/depth/a.png has mode L: expected 16 or 32 bits a pixel, or npy; 8 bits "
+            "are a picture of depth",
+        ),
+        (
+            "a.npy",
+            np.array([*[1.0] * 597, 0, -1, np.nan]).reshape(20, 30),
+            "depth {root}/depth/a.npy: expected values above 0, got 3 of 600 pixels without; fill "
+            "these holes",
+        ),
+        ("a.npy", None, "depth {root}/depth/a.npy cannot be read: "),
+    ],
+)
+def test_depth_that_cannot_be_used(tmp_path, file, values, text):
+    save(tmp_path / "a.png")
+    if values is None:
+        (tmp_path / "depth").mkdir()
+        (tmp_path / "depth" / file).write_text("no array")
+    else:
+        save_depth(tmp_path / "depth" / file, values)
+    assert open_folder(tmp_path, 3)[0].depth is None  # of no matter to the other tasks
+    with pytest.raises(UserError) as caught:
+        open_folder(tmp_path, 3, depth=True).read_all()
+    assert str(caught.value).startswith(text.format(root=tmp_path))
 
 
 def test_drawn_images():
@@ -186,6 +267,15 @@ def test_an_image_that_cannot_be_used_is_named(flat, how, monkeypatch):
             {"1ground_truth": (20, 30), "1rain": (20, 31)},
             "data: expected pairs of one size, got {root}/1ground_truth.png of 20x30 and "
             "{root}/1rain.png of 20x31 (height x width); replace or remove this pair",
+        ),
+        (
+            {"clean/a": (20, 30), "hazy/a": (20, 30), "hazy/b": (20, 30)},
+            f"data: {{root}}/hazy/b.png has no clean partner; expected {LAYOUTS}",
+        ),
+        (
+            {"clean/a": (20, 30), "hazy/a": (20, 30), "noisy/a": (20, 30)},
+            "data: expected one folder of degraded images beside {root}/clean, got hazy/ and "
+            "noisy/; move one elsewhere",
         ),
         ({}, f"data: {{root}} holds no images: expected {LAYOUTS}; found notes.txt"),
         (

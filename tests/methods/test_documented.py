@@ -34,6 +34,7 @@ TASKS = {
     "deraining": [{}],
     "super-resolution": [{}, {"scale": 3}, {"scale": 4}],
     "inpainting": [{}],
+    "dehazing": [{}],
 }
 STRATEGIES = ["darts", "sigmoid", "proxyless", "gumbel", "random"]
 

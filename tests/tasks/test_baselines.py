@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from nasfast.data.restoration import open_images
-from nasfast.tasks.restoration.baselines import bicubic, dct_filter, diffuse, non_local_means
+from nasfast.tasks.restoration.baselines import (
+    bicubic,
+    dark_channel,
+    dark_channel_prior,
+    dct_filter,
+    diffuse,
+    guided_filter,
+    noise_deviation,
+    non_local_means,
+)
 from nasfast.tasks.restoration.denoising import Denoising
 from nasfast.tasks.restoration.fidelity import psnr
 from nasfast.tasks.restoration.scoring import evaluate
@@ -72,6 +81,13 @@ def test_non_local_means_says_what_to_install(monkeypatch):
     )
 
 
+def test_deviation_of_noise_over_a_ramp():
+    ramp = torch.linspace(0, 1, 201).expand(1, 3, 151, 201)
+    noise = torch.randn(ramp.shape, generator=torch.Generator().manual_seed(0))
+    assert noise_deviation(ramp) == pytest.approx(0, abs=1e-6)
+    assert noise_deviation(ramp + 0.1 * noise) == pytest.approx(0.1, rel=0.03)
+
+
 def test_bicubic_keeps_a_ramp():
     ramp = torch.linspace(0, 1, 20).expand(1, 3, 16, 20)
     large = bicubic(ramp, 3)
@@ -90,6 +106,41 @@ def test_diffusion_fills_a_ramp_and_keeps_what_is_known():
     assert torch.equal(filled[..., ~hole], ramp[..., ~hole])
     torch.testing.assert_close(filled, ramp, rtol=0, atol=1e-4)  # linear functions are harmonic
     assert not diffuse(torch.zeros(1, 1, 4, 4)).any()
+
+
+def test_dark_channel_by_hand():
+    image = torch.tensor([[[5.0, 1, 9, 8]], [[4, 2, 7, 9]]])[None]  # the least: 4 1 7 8
+    assert dark_channel(image, 3).flatten().tolist() == [1, 1, 1, 7]
+
+
+def test_guided_filter_by_hand():
+    """Windows of a row of three pixels, radius 1: (0, 1), (0, 1, 1), (1, 1)."""
+    guide, image = torch.tensor([[[[0.0, 1, 1]]]]), torch.tensor([[[[0.0, 2, 5]]]])
+    # slopes: covariance over variance + 1/36; offsets: mean image - slope * mean guide
+    first, second = 0.5 / (1 / 4 + 1 / 36), (7 / 3 - 14 / 9) / (2 / 9 + 1 / 36)
+    slopes = (first, second, 0.0)
+    offsets = (1 - first / 2, 7 / 3 - second * 2 / 3, 3.5)
+    wanted = [
+        (offsets[0] + offsets[1]) / 2,
+        (sum(slopes) + sum(offsets)) / 3,
+        (sum(slopes[1:]) + sum(offsets[1:])) / 2,
+    ]
+    found = guided_filter(guide, image, 1, 1 / 36).flatten().tolist()
+    assert found == pytest.approx(wanted, abs=1e-5)
+
+
+def test_dark_channel_prior_by_hand():
+    """Stripes of black and of one colour, all at one depth, under a sky: t is found where no window
+    reaches the sky, but for the 5 % of the haze that stay."""
+    airlight, light = torch.tensor([0.9, 0.8, 1.0])[:, None, None], 0.5
+    clean = torch.tensor([0.0, 0.6]).repeat(40).expand(3, 100, 80)
+    hazy = torch.lerp(airlight, clean, light)
+    hazy[:, :20] = airlight
+    hazy[:, 30, 0] = 1.0  # brighter, but not in the dark channel
+    found = dark_channel_prior(hazy[None])[0, :, 75:]
+    transmission = 1 - 0.95 * (1 - light)
+    wanted = (hazy[:, 75:] - airlight) / transmission + airlight
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
 
 
 def test_sliding_dct_on_bsds500(data_root):

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from nasfast.data.restoration import ImagePair, ImageSet, ImageSource, open_images
 from nasfast.tasks.restoration import TASKS, task_from_json
+from nasfast.tasks.restoration.dehazing import Dehazing
 from nasfast.tasks.restoration.denoising import Denoising
 from nasfast.tasks.restoration.deraining import Deraining
 from nasfast.tasks.restoration.fidelity import psnr, ssim
@@ -28,8 +29,9 @@ from nasfast.utils.errors import UserError
 class Given(ImageSource):
     """An image made in a test."""
 
-    def __init__(self, name, clean, degraded=None):
-        self.name, self.size, self.paired = name, tuple(clean.shape[1:]), degraded is not None
+    def __init__(self, name, clean, degraded, folder):
+        self.name, self.size = name, tuple(clean.shape[1:])
+        self.degradation = folder
         self._pair = ImagePair(name, clean, degraded)
 
     def read(self):
@@ -39,11 +41,13 @@ class Given(ImageSource):
         return self.name
 
 
-def random_images(*sizes, channels=1, paired=False):
+def random_images(*sizes, channels=1, paired=None):
+    """Clean images, or pairs with the folder's name of their degraded ones."""
     draw = torch.Generator().manual_seed(3)
     cleans = [torch.randint(0, 256, (channels, *s), generator=draw).byte() for s in sizes]
     sources = [
-        Given(f"{i}.png", clean, 255 - clean if paired else None) for i, clean in enumerate(cleans)
+        Given(f"{i}.png", clean, 255 - clean if paired else None, paired)
+        for i, clean in enumerate(cleans)
     ]
     return ImageSet("random", channels, sources)
 
@@ -56,7 +60,10 @@ def generator(seed=0):
 
 floats = st.floats(0.001, 0.99)
 tasks = st.one_of(
-    st.builds(Denoising, st.floats(0.5, 255) | st.tuples(st.just(30.0), st.floats(0.5, 255))),
+    st.builds(
+        Denoising, st.just("real") | st.floats(0.5, 255) | st.tuples(st.just(30.0), st.just(0.5))
+    ),
+    st.builds(Dehazing, st.tuples(floats, st.floats(1, 10)), st.tuples(st.just(0.0), floats)),
     st.builds(Deraining, density=st.tuples(st.just(0.0), floats), angle=st.just((-5.0, 5.0))),
     st.builds(SuperResolution, st.sampled_from([2, 3, 4])),
     st.builds(Inpainting, floats, floats, st.integers(1, 64)),
@@ -71,8 +78,8 @@ def test_description_round_trip(task):
 
 
 def test_descriptions_of_nothing_known():
-    names = "denoising, deraining, super-resolution, inpainting"
-    for description, got in (({"task": "dehazing"}, "'dehazing'"), ({}, "None"), ([], "[]")):
+    names = "denoising, deraining, super-resolution, inpainting, dehazing"
+    for description, got in (({"task": "haze"}, "'haze'"), ({}, "None"), ([], "[]")):
         with pytest.raises(UserError) as error:
             task_from_json(description)
         assert str(error.value) == f"task: expected one of {names}, got {got}"
@@ -152,7 +159,7 @@ def test_augmentation_turns_and_mirrors_but_does_not_flip_more_than_that():
 
 
 def test_pairs_are_cut_alike_and_mirrored_but_not_turned():
-    images = random_images((16, 16), channels=3, paired=True)
+    images = random_images((16, 16), channels=3, paired="rainy")
     inputs, targets = ImagePatches(images, Deraining(), 16).batch([0] * 64, generator())
     assert (inputs + targets - 1).abs().max() < 1.5 / 255  # bicubic rounding of both
     clean = images[0].clean
@@ -186,19 +193,64 @@ def test_images_must_hold_a_patch():
     assert str(error.value) == "ImagePatches: expected crops of at least 1, got 0"
 
 
-def test_pairs_are_refused_where_the_task_degrades():
-    text = (
-        "denoising: expected clean images, which it degrades itself, got the pairs of random; give "
-        "the folder of the clean images alone"
-    )
-    images = random_images((20, 20), paired=True)
+PAIRS, CLEAN = random_images((20, 20), paired="rainy"), random_images((20, 20))
+
+
+@pytest.mark.parametrize(
+    ("task", "images", "text"),
+    [
+        (
+            Inpainting(),
+            PAIRS,
+            "inpainting: expected clean images, which it degrades itself, got the pairs of random; "
+            "give the folder of the clean images alone",
+        ),
+        (
+            Denoising(),
+            PAIRS,
+            "denoising: expected pairs in clean/ + noisy/ or degraded/, got rainy/ in random; "
+            "choose the task of these pairs",
+        ),
+        (
+            Denoising("real"),
+            CLEAN,
+            "denoising: expected pairs in clean/ + noisy/ or degraded/, as the noise is real, got "
+            "clean images in random; give their noisy ones, or a sigma",
+        ),
+        (
+            Denoising(),
+            CLEAN + random_images((20, 20), paired="noisy"),
+            "denoising: expected pairs alone or clean images alone, got both in random; keep them "
+            "apart",
+        ),
+        (
+            Dehazing(),
+            CLEAN,
+            "dehazing: expected colour images, got random with 1 channel (grey); open it with 3 "
+            "channels",
+        ),
+    ],
+)
+def test_images_that_the_task_does_not_take(task, images, text):
     for use in (
-        lambda: ImagePatches(images, Denoising(), 16),
-        lambda: evaluate(lambda x: x, Denoising(), images),
+        lambda: ImagePatches(images, task, 16),
+        lambda: evaluate(lambda x: x, task, images),
+        lambda: task.of(images),
     ):
         with pytest.raises(ValueError) as error:
             use()
         assert str(error.value) == text
+
+
+def test_pairs_make_the_noise_real():
+    pairs = random_images((20, 20), paired="noisy")
+    task = Denoising((30.0, 50.0)).of(pairs)
+    assert task == Denoising("real")
+    assert Denoising(50.0).of(CLEAN) == Denoising(50.0)
+    assert [condition.label for condition in task.conditions()] == ["denoising, real noise"]
+    assert list(task.baselines()) == ["identity", "non-local means", "sliding DCT"]
+    (kept,) = evaluate(lambda images: images, task, pairs, keep=[0]).kept
+    torch.testing.assert_close(kept.degraded, 1 - kept.clean)
 
 
 # --- loss
@@ -295,7 +347,7 @@ def test_overlapping_patches_score_higher_as_they_average_noise():
 
 
 def test_overlap_with_pairs_is_the_whole_image():
-    images = random_images((70, 100), paired=True)
+    images = random_images((70, 100), paired="degraded")
     (kept,) = evaluate(half, Deraining(), images, protocol="overlap", keep=[0]).kept
     torch.testing.assert_close(kept.degraded, 1 - kept.clean)
     torch.testing.assert_close(kept.restored, (1 - kept.clean) / 2)

@@ -24,6 +24,6 @@ class CheckConfig(base.CheckConfig):
 
 
 def check(config: CheckConfig) -> Findings:
-    """Files, sizes, overlaps, and a dozen images or pairs."""
-    data = open_images(config.data, config.channels)
+    """Files, sizes, overlaps, and a dozen images, pairs, or images with depth."""
+    data = open_images(config.data, config.channels, depth=True)
     return check_images(data, folder_of(config.data), test=True)

@@ -83,7 +83,8 @@ def evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], Table]:
             f"evaluate {path}: expected a task of scale {scale}, as the network has, got "
             f"{task.label} of scale {task.scale}; leave --task out"
         )
-    images = _open_split(model, data, config.split)
+    images = _open_split(model, task, data, config.split)
+    task = task.of(images)
     scores: dict[str, dict[str, Scores]] = {}
     notes: list[str] = []
     for condition in task.conditions():
@@ -118,14 +119,16 @@ def _task(model: Model) -> RestorationTask:
     return task_from_json(model.description["task"])
 
 
-def _open_split(model: Model, data: str, split: Split) -> ImageSet:
-    images: ImageSet = getattr(open_images(data, model.preprocessing.channels), split)
+def _open_split(model: Model, task: RestorationTask, data: str, split: Split) -> ImageSet:
+    opened = open_images(data, model.preprocessing.channels, depth=task.takes_depth)
+    images: ImageSet = getattr(opened, split)
     return images
 
 
 def inputs(model: Model, data: str, split: Split, count: int) -> list[Tensor]:
     """See `nasfast.methods.base.Method.inputs`; degraded as the task has it."""
-    task, images = _task(model), _open_split(model, data, split)
+    task = _task(model)
+    images = _open_split(model, task, data, split)
     task.check(images)
     pairs = (images[index] for index in spread(len(images), count))
     return [task.pair(pair, image_generator(0, pair.name))[0][None] for pair in pairs]
@@ -133,8 +136,9 @@ def inputs(model: Model, data: str, split: Split, count: int) -> list[Tensor]:
 
 def score(model: Model, data: str, split: Split, runtime: Runtime) -> dict[str, float]:
     """See `nasfast.methods.base.Method.score`."""
-    images, found = _open_split(model, data, split), {}
-    for condition in _task(model).conditions():
+    task, found = _task(model), {}
+    images = _open_split(model, task, data, split)
+    for condition in task.of(images).conditions():
         scores = scoring.evaluate(
             model, condition, images, channels=model.preprocessing.channels, runtime=runtime
         )

@@ -153,7 +153,7 @@ def sampled_search(
 
 def evaluator_on(config: SearchConfig, device: str) -> CandidateEvaluator[IRNASGenotype, Restorer]:
     """A worker's evaluator."""
-    data = open_images(config.data, config.channels)
+    data = open_images(config.data, config.channels, depth=config.task.takes_depth)
     return make_evaluator(config, data, Runtime(torch.device(device)))
 
 

@@ -33,7 +33,8 @@ def build(
         else config.worker_config(1)
     )
     runtime = Runtime(torch.device(workers.devices[0]), interrupt.check)
-    data = open_images(config.data, config.channels)
+    data = open_images(config.data, config.channels, depth=config.task.takes_depth)
+    config = dataclasses.replace(config, task=config.task.of(data.train))
     warn(check_images(data, folder_of(config.data)), console)
     for part in (data.val, data.train):
         part.read_all()  # before a run is made: a file may be damaged

@@ -1,7 +1,7 @@
 """Search a restoration network: ``nasfast search restoration``.
 
 ``--data DIR`` takes train/ and test/ such as BSDS500's, a folder of images, or pairs of degraded
-and clean images; without it, generated images. ``--task NAME`` is denoising, deraining,
+and clean images; without it, generated images. ``--task NAME`` is denoising, deraining, dehazing,
 super-resolution or inpainting, ``--task.SETTING VALUE`` its settings. ``--resume RUN`` continues a
 run. (IR-NAS, CVPR 2020)
 """
@@ -52,7 +52,7 @@ class SearchConfig(SamplingSettings):
     task: RestorationTask = field(default_factory=Denoising)
     """What networks restore: --task NAME, and its settings as --task.SETTING."""
     channels: Literal[1, 3] = 1
-    """1: grey. 3: colour."""
+    """1: grey. 3: colour, the default of dehazing."""
     strategy: Literal[Name, "darts", "sigmoid", "proxyless", "gumbel"] = "darts"
     """Sampled networks, each trained for a short while: predictor, what a model of the rewards so
     far expects most of; evolution, mutants of the best; ppo, a recurrent controller; random, the

@@ -44,7 +44,7 @@ def override_with_task(default: C, settings: Mapping[str, Any], where: str) -> C
     task = settings.get("task")
     if isinstance(task, str):
         settings = {name: value for name, value in settings.items() if name != "task"}
-    name = task.get("task") if isinstance(task, Mapping) else task
+    name = task.get("task") if isinstance(task, Mapping) else getattr(task, "task", task)
     if isinstance(name, str):
         default = _with_task(default, name)
     return override(default, settings, where)
@@ -54,6 +54,8 @@ def _with_task(default: C, name: str | None) -> C:
     """The settings with that task and its defaults, unless they have it already."""
     settings: Any = default
     if name is not None and name != getattr(settings.task, "task", None):
-        settings = dataclasses.replace(settings, task=task_from_json({"task": name}))
+        task = task_from_json({"task": name})
+        colour = {"channels": 3} if task.colour and hasattr(settings, "channels") else {}
+        settings = dataclasses.replace(settings, task=task, **colour)
     changed: C = settings
     return changed

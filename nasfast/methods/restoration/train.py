@@ -87,7 +87,7 @@ class TrainConfig(Recipe, TrainSettings):
     task: RestorationTask = field(default_factory=Denoising)
     """What the network restores: --task NAME; default: what it was searched for."""
     channels: Literal[1, 3] = 1
-    """1: grey. 3: colour. Default: those of the search."""
+    """1: grey. 3: colour. Default: those of the search; 3 for dehazing."""
     network: RestorerConfig = field(default_factory=RestorerConfig)
     """Size of the network; default: that of the search, or the published one."""
     params: str | int | None = None
@@ -308,8 +308,9 @@ class RestorationTraining:
             )
         )
         assert config.data is not None
+        self.data = open_images(config.data, config.channels, depth=config.task.takes_depth)
+        config = dataclasses.replace(config, task=config.task.of(self.data.train))
         self.settings, self.genotype, self.out, self.runtime = config, genotype, out, runtime
-        self.data = open_images(config.data, config.channels)
         for part in (self.data.val, self.data.train):
             part.read_all()  # a damaged file is not found out after hours
         patches = ImagePatches(self.data.train, config.task, config.crop)

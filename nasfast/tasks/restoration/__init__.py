@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import get_args
 
 from nasfast.tasks.restoration.base import RestorationTask
+from nasfast.tasks.restoration.dehazing import Dehazing
 from nasfast.tasks.restoration.denoising import Denoising
 from nasfast.tasks.restoration.deraining import Deraining
 from nasfast.tasks.restoration.inpainting import Inpainting
@@ -13,7 +14,7 @@ from nasfast.tasks.restoration.super_resolution import SuperResolution
 from nasfast.utils.config import from_mapping
 from nasfast.utils.errors import UserError
 
-Task = Denoising | Deraining | SuperResolution | Inpainting
+Task = Denoising | Deraining | SuperResolution | Inpainting | Dehazing
 """Every restoration task. To add one: a file beside this one and its class in this line."""
 TASKS: dict[str, type[Task]] = {cls.task: cls for cls in get_args(Task)}
 """The tasks by name."""

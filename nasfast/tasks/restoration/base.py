@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, ClassVar
 
@@ -12,7 +12,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from nasfast.data.restoration import ImagePair, ImageSet
+from nasfast.data.restoration import ANY_TASK, CLEAN_FOLDER, ImagePair, ImageSet
 from nasfast.utils.errors import UserError
 
 Predict = Callable[[Tensor], Tensor]
@@ -27,8 +27,12 @@ class RestorationTask(ABC):
 
     task: Name
     """The name of the task, on the command line and in files."""
-    takes_pairs: ClassVar[bool] = False
-    """Whether the task also learns from real degraded images."""
+    pairs: ClassVar[str | None] = None
+    """Folder of the real degraded images that the task also learns from; None: it takes none."""
+    takes_depth: ClassVar[bool] = False
+    """Whether the task uses the depth of clean images."""
+    colour: ClassVar[bool] = False
+    """Whether grey images mean nothing to the task."""
 
     @property
     def scale(self) -> int:
@@ -64,11 +68,41 @@ class RestorationTask(ABC):
 
     def check(self, images: ImageSet) -> None:
         """Raise UserError where the task cannot learn from these images."""
-        if images.paired and not self.takes_pairs:
+        if self.colour and images.channels != 3:
             raise UserError(
-                f"{self.task}: expected clean images, which it degrades itself, got the pairs of "
-                f"{images.name}; give the folder of the clean images alone"
+                f"{self.task}: expected colour images, got {images.name} with 1 channel (grey); "
+                "open it with 3 channels"
             )
+        for kind in sorted(filter(None, images.degradations)):
+            if self.pairs is None:
+                raise UserError(
+                    f"{self.task}: expected clean images, which it degrades itself, got the pairs "
+                    f"of {images.name}; give the folder of the clean images alone"
+                )
+            if kind not in (self.pairs, ANY_TASK):
+                raise UserError(
+                    f"{self.task}: expected pairs in {CLEAN_FOLDER}/ + {self.pairs}/ or "
+                    f"{ANY_TASK}/, got {kind}/ in {images.name}; choose the task of these pairs"
+                )
+
+    def of(self, images: ImageSet) -> RestorationTask:
+        """The task as these images have it: of pairs, the degradation is a real one.
+
+        Raises:
+            UserError: the task cannot learn from these images.
+        """
+        self.check(images)
+        return self
+
+    def require_ranges(self, limits: Mapping[str, tuple[float, float]]) -> None:
+        """Raise UserError where a field is no range (low, high) within its limits."""
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if len(value) != 2 or not low <= value[0] <= value[1] <= high:
+                raise UserError(
+                    f"{self.task}: expected {name} as a range (low, high) within {low}..{high}, "
+                    f"got {value}"
+                )
 
     def pair(self, images: ImagePair, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Input ``[c, h, w]`` and target ``[c, scale * h, scale * w]``, float32, of uint8 images.

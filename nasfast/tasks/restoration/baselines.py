@@ -69,6 +69,18 @@ def _dct(size: int) -> Tensor:
     return rows
 
 
+def noise_deviation(images: Tensor) -> float:
+    """Deviation of white noise in images ``[N, C, H, W]``, sides at least 2, on their
+    scale: the median of their finest diagonal Haar coefficients (Donoho and Johnstone, 1994).
+
+    Noise that varies slowly from pixel to pixel, as cameras and JPEG leave it, is underestimated.
+    """
+    height, width = (side - side % 2 for side in images.shape[-2:])
+    rows = images[..., 0:height:2, :width] - images[..., 1:height:2, :width]
+    diagonal = (rows[..., 0::2] - rows[..., 1::2]) / 2
+    return diagonal.abs().median().item() / 0.6745
+
+
 def non_local_means(images: Tensor, sigma: float) -> Tensor:
     """Denoise by non-local means (Buades et al., 2005) of scikit-image, with known noise.
 
@@ -127,3 +139,52 @@ def diffuse(images: Tensor, steps: int = 500) -> Tensor:
         columns = around[..., 1:-1, :-2] + around[..., 1:-1, 2:]
         filled = torch.where(missing, (rows + columns) / 4, images)
     return filled
+
+
+def dark_channel_prior(images: Tensor) -> Tensor:
+    """Remove haze by the dark channel prior (He, Sun and Tang, CVPR 2009): some channel of some
+    pixel in a window of 15x15 would be dark without haze.
+
+    The airlight is the brightest pixel among the 0.1 % with the brightest dark channel; 95 % of
+    the haze is removed, and what passes it counts as 10 % at least. A guided filter refines the
+    transmission in place of soft matting.
+
+    Args:
+        images: hazy images ``[N, C, H, W]`` in [0, 1].
+    """
+    dark = dark_channel(images, 15).flatten(1)  # [N, H * W]
+    hazy = dark.topk(math.ceil(dark.shape[1] / 1000)).indices[:, None]
+    light = images.flatten(2).take_along_dim(hazy, 2)  # [N, C, k]
+    brightest = light.sum(1, keepdim=True).argmax(2, keepdim=True)
+    airlight = light.take_along_dim(brightest, 2)[..., None].clamp(min=1 / 255)
+    transmission = 1 - 0.95 * dark_channel(images / airlight, 15)
+    transmission = guided_filter(images.mean(1, keepdim=True), transmission, 20, 1e-3)
+    return (images - airlight) / transmission.clamp(min=0.1) + airlight
+
+
+def dark_channel(images: Tensor, window: int) -> Tensor:
+    """The least value of all channels in the window around a pixel, of an odd side: ``[N, C, H,
+    W]`` to ``[N, 1, H, W]``. Beyond the border is nothing."""
+    return -F.max_pool2d(-images.amin(1, keepdim=True), window, stride=1, padding=window // 2)
+
+
+def guided_filter(guide: Tensor, images: Tensor, radius: int, epsilon: float) -> Tensor:
+    """Smooth images and keep the edges of a guide (He, Sun and Tang, "Guided image filtering",
+    ECCV 2010): in each window, a linear function of the guide; a pixel has the mean of its windows.
+
+    Args:
+        guide: ``[N, 1, H, W]``.
+        images: ``[N, 1, H, W]``.
+        radius: a window has 2 * radius + 1 pixels a side, fewer at the border.
+        epsilon: variance of the guide below which a window is smoothed.
+    """
+
+    def mean(values: Tensor) -> Tensor:
+        side = 2 * radius + 1
+        columns = F.avg_pool2d(values, (side, 1), 1, (radius, 0), count_include_pad=False)
+        return F.avg_pool2d(columns, (1, side), 1, (0, radius), count_include_pad=False)
+
+    mean_guide, mean_images = mean(guide), mean(images)
+    variance = mean(guide * guide) - mean_guide * mean_guide
+    slope = (mean(guide * images) - mean_guide * mean_images) / (variance + epsilon)
+    return mean(slope) * guide + mean(mean_images - slope * mean_guide)

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nasfast.tasks.restoration.base import Name, RestorationTask
-from nasfast.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Deraining(RestorationTask):
     """
 
     task: Name = field(default="deraining", init=False)
-    takes_pairs: ClassVar[bool] = True
+    pairs: ClassVar[str] = "rainy"
 
     density: tuple[float, float] = (0.001, 0.008)
     """Streaks per pixel."""
@@ -39,19 +38,15 @@ class Deraining(RestorationTask):
     """Light of the brightest streak, on the scale 0..1; the others have half of it or more."""
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("density", 0, 1),
-            ("length", 1, 255),
-            ("angle", -90, 90),
-            ("width", 0.1, 10),
-            ("brightness", 0, 1),
-        ):
-            value = getattr(self, name)
-            if len(value) != 2 or not low <= value[0] <= value[1] <= high:
-                raise UserError(
-                    f"deraining: expected {name} as a range (low, high) within {low}..{high}, got "
-                    f"{value}"
-                )
+        self.require_ranges(
+            {
+                "density": (0, 1),
+                "length": (1, 255),
+                "angle": (-90, 90),
+                "width": (0.1, 10),
+                "brightness": (0, 1),
+            }
+        )
 
     @property
     def label(self) -> str:

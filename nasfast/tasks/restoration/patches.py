@@ -81,7 +81,7 @@ class ImagePatches:
         return inputs.contiguous(memory_format=last), targets.contiguous(memory_format=last)
 
     def _patch(self, images: ImagePair, draw: Sequence[float]) -> ImagePair:
-        """The same patch ``[c, crop, crop]`` of the clean and any degraded image."""
+        """The same patch ``[c, crop, crop]`` of the clean image and what comes with it."""
         height, width = images.clean.shape[-2:]
         scale = 1.0
         if self.augment and draw[0] < 0.5:
@@ -102,8 +102,8 @@ class ImagePatches:
 def rescaled_crop(image: Tensor, scale: float, top: int, left: int, crop: int) -> Tensor:
     """The window at (top, left) of an image rescaled by ``scale`` (bicubic, antialiased).
 
-    uint8 ``[c, H, W]`` to ``[c, crop, crop]``. Only the pixels that the window depends on are
-    read, so that the cost does not grow with the image.
+    uint8, or float32 as depth is, ``[c, H, W]`` to ``[c, crop, crop]``. Only the pixels that the
+    window depends on are read, so that the cost does not grow with the image.
     """
     if scale == 1:
         return image[:, top : top + crop, left : left + crop]
@@ -111,7 +111,7 @@ def rescaled_crop(image: Tensor, scale: float, top: int, left: int, crop: int) -
     rows, down = _bicubic(height, round(scale * height), top, crop)
     columns, across = _bicubic(width, round(scale * width), left, crop)
     window: Tensor = down @ image[:, rows, columns].float() @ across.T
-    return window.round().clamp(0, 255).byte()
+    return window if image.is_floating_point() else window.round().clamp(0, 255).byte()
 
 
 def _bicubic(side: int, scaled: int, start: int, count: int) -> tuple[slice, Tensor]:
