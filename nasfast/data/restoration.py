@@ -456,7 +456,7 @@ def _measure(path: Path, channels: int) -> tuple[int, int]:
     require_eight_bits(path, header.mode)
     if channels == 3 and header.mode in GREY_MODES:
         raise UserError(
-            f"image {path} is grey: expected a colour image for 3 channels; use 1 channel, which "
-            "takes colour images too and converts them"
+            f"image {path} is grey: expected a colour image for 3 channels; take it out, or use 1 "
+            "channel, which converts colour images, where the task is not about colour"
         )
     return header.size

@@ -236,8 +236,8 @@ BROKEN = {  # the fourth of ten images in a folder, by what becomes of it
     ),
     "grey": (
         lambda path: save(path, mode="L"),
-        "is grey: expected a colour image for 3 channels; use 1 channel, which takes colour images "
-        "too and converts them",
+        "is grey: expected a colour image for 3 channels; take it out, or use 1 channel, which "
+        "converts colour images, where the task is not about colour",
     ),
 }
 

@@ -111,7 +111,7 @@ def test_usage_errors(command, flags, shown, tmp_path, monkeypatch, capsys):
 NO_DATA = ("--data /no/data", "data: expected 'synthetic' or a folder, got '/no/data'")
 NO_DEVICE = ("--device cuda:99", "resolve_device: expected ")
 BAD_NAME = ("--name a/b", "name: expected letters, digits and ._+- (it becomes part of a")
-BAD_TASK = ("--task dehazing", "task: expected one of denoising, ")
+BAD_TASK = ("--task deblurring", "task: expected one of denoising, ")
 DEVICES = "resolve_device: expected device 'auto', 'cpu', 'cuda' or"
 DIRECTORY = "weights: expected a .safetensors, .pth or .pt file, got the directory"
 FILE_TYPE = "weights: expected a .safetensors, .pth or .pt file, got"
@@ -179,6 +179,15 @@ ERRORS = {
         BAD_NAME,
         BAD_TASK,
         ("--channels 3", "image IMAGES/train/00.png is grey: expected a colour image for 3"),
+        ("--task dehazing", "image IMAGES/train/00.png is grey: expected a colour image for 3"),
+        (
+            "--task dehazing --channels 1",
+            "dehazing: expected colour images, got edges with 1 channel (grey); open it with 3",
+        ),
+        (
+            "--task.sigma real",
+            "denoising: expected pairs in clean/ + noisy/ or degraded/, as the noise is real, got ",
+        ),
         ("--bilevel.crop 41", "ImagePatches: expected images of at least 41x41 pixels, the si"),
     ],
     "train": [

@@ -38,6 +38,7 @@ from nasfast.searches import bilevel
 from nasfast.searches.bilevel import ArchitectureConfig, WeightsConfig, most_probable
 from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace, derive_nodes
 from nasfast.strategies.gradient import Mix
+from nasfast.tasks.restoration.dehazing import Dehazing
 from nasfast.tasks.restoration.denoising import Denoising
 from nasfast.tasks.restoration.super_resolution import SuperResolution
 from nasfast.training.cost import count_parameters
@@ -408,6 +409,12 @@ def test_tasks_and_their_settings():
     assert parse(["restoration", "--task.sigma", "50"]).task == Denoising(50.0)
     blind = parse(["restoration", "--task", "denoising", "--task.sigma", "30", "50", "70"])
     assert blind.task == Denoising((30.0, 50.0, 70.0))
+    assert parse(["restoration", "--task.sigma", "real"]).task == Denoising("real")
+    haze = parse(["restoration", "--task", "dehazing", "--task.beta", "1", "2"])
+    assert (haze.task, haze.channels) == (Dehazing((1.0, 2.0)), 3)
+    for task in (haze.task, haze.task.describe()):
+        assert search_with({"task": task}) == haze
+    assert parse(["restoration", "--task", "dehazing", "--channels", "1"]).channels == 1
     config = parse(["restoration", "--task=super-resolution", "--task.scale", "3", "--seed", "4"])
     assert config.task == SuperResolution(3)
     assert config.seed == 4

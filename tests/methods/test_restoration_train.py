@@ -4,12 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from folders import save_image
 from PIL import Image
 from torch import nn
 
-from nasfast.commands import train
+from nasfast.commands import evaluate, train
 from nasfast.methods.registry import METHODS, method_of_source
 from nasfast.methods.restoration.train import PRESETS, Recipe, TrainingRun, parse_train
 from nasfast.models.io import load_model
@@ -101,6 +103,38 @@ def test_a_genotype_file_trains_on_colour_and_another_scale(tmp_path):
     metrics = json.loads((tmp_path / "train-1" / "metrics.json").read_text())
     assert metrics["size"] == [48, 64]  # of the input
     assert metrics["genotype"] == GENOTYPE
+
+
+@pytest.mark.parametrize(
+    ("flags", "other", "label", "baseline"),
+    [
+        ("--task.sigma 50", "noisy", "denoising, real noise", "sliding DCT"),
+        ("--task dehazing", "hazy", "dehazing", "dark channel prior"),
+        ("--task dehazing", "depth", "dehazing", "dark channel prior"),
+    ],
+)
+def test_pairs_and_depth_from_training_to_evaluation(
+    flags, other, label, baseline, tmp_path, capsys
+):
+    data, path, out = tmp_path / "data", tmp_path / "genotype.json", tmp_path / "train-1"
+    path.write_text(json.dumps(GENOTYPE))
+    for i in range(4):
+        save_image(data / "clean" / f"{i}.png", i, (20, 24))
+        save_image(data / other / f"{i}.png", i + 4, (20, 24))
+    if other == "depth":
+        for file in (data / other).iterdir():
+            file.unlink()
+            np.save(file.with_suffix(".npy"), np.linspace(1, 5, 480).reshape(20, 24))
+    assert train.main([str(path), *SMALL.split(), *flags.split(), "--data", str(data)]) == 0
+    assert f"task     {label}\n" in capsys.readouterr().out
+    argv = [str(out), "--device", "cpu", "--seconds", "0.01"]
+    assert evaluate.main([*argv, "--baselines"]) == 0
+    ((found, scores),) = json.loads((out / "evaluation.json").read_text())["scores"].items()
+    assert (found, list(scores)[-2]) == (label, baseline)
+    if other == "noisy":
+        assert load_model(out / "model.safetensors")[1]["task"]["sigma"] == "real"
+        assert evaluate.main([*argv, "--data", "synthetic"]) == 2
+        assert capsys.readouterr().err.startswith("error: denoising: expected pairs in clean/ + ")
 
 
 # ---- recipes

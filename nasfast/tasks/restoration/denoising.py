@@ -24,7 +24,7 @@ class Denoising(RestorationTask):
 
     sigma: Literal["real"] | float | tuple[float, ...] = 30.0
     """Deviation of the noise on the scale 0..255; several are drawn from uniformly (blind).
-    "real", which it becomes where the data has pairs: no noise is added."""
+    ``real``, which it becomes where the data has pairs: no noise is added."""
 
     def __post_init__(self) -> None:
         if self.sigma == "real":
