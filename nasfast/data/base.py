@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import random
@@ -9,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,20 @@ class Sample:
 
     image: Tensor  # uint8 [3, H, W], RGB
     mask: Tensor  # uint8 [H, W], class index or the dataset's ignore index
+
+    def seen(self, image: Tensor, mask: Tensor, zoom: float = 1.0) -> Self:
+        """This frame after a change of its pixels, which enlarged it by a factor."""
+        return dataclasses.replace(self, image=image, mask=mask)
+
+
+class Samples(Protocol):
+    """What crops are cut from."""
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of each sample."""
+
+    def load(self, indices: Sequence[int]) -> Sequence[Sample]:
+        """The samples at `indices`, in that order."""
 
 
 class SegmentationDataset(ABC):
@@ -181,7 +196,7 @@ def split_for_search(
     )
 
 
-def shorter_side(dataset: SegmentationDataset) -> int:
+def shorter_side(dataset: Samples) -> int:
     """The smallest height or width of all samples, in pixels."""
     return min(map(min, dataset.sizes()))
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -267,18 +267,26 @@ def open_folder(
         stems = set(files_by_stem(images))
         if listed.is_file():
             stems -= set(read_ids(listed))
-        if len(stems) < 2:
-            raise UserError(f"{images}: expected at least 2 images, got {len(stems)}; add some")
-        ranked = sorted(stems, key=lambda stem: hashlib.sha256(os.fsencode(stem)).hexdigest())
-        held_out = max(1, round(0.2 * len(ranked)))
-        halves = ranked[held_out:], ranked[:held_out]
-        parts = [pair_files(sorted(stems), images, masks) for stems in halves]
+        parts = [pair_files(part, images, masks) for part in divided(stems, images)]
     train, val = map(dataset, parts)
     return Parts(
         train,
         val,
         (lambda: dataset(listed_pairs(listed, images, masks))) if listed.is_file() else None,
     )
+
+
+def divided(stems: Iterable[str], folder: Path) -> tuple[list[str], list[str]]:
+    """Those to learn from, and the 20 % with the smallest hash, which validate.
+
+    Raises:
+        UserError: the folder has fewer than two.
+    """
+    ranked = sorted(stems, key=lambda stem: hashlib.sha256(os.fsencode(stem)).hexdigest())
+    if len(ranked) < 2:
+        raise UserError(f"{folder}: expected at least 2 images, got {len(ranked)}; add some")
+    held_out = max(1, round(0.2 * len(ranked)))
+    return sorted(ranked[held_out:]), sorted(ranked[:held_out])
 
 
 def read_classes(path: Path) -> list[str]:

@@ -79,8 +79,7 @@ class SyntheticStreets(SegmentationDataset):
         index = range(self._num_samples)[index]
         if self._cache is not None and index in self._cache:
             return self._cache[index]
-        rng = np.random.default_rng((self._seed, STREAMS.index(self._stream), index))
-        scene = _Scene(rng, *self._size)
+        scene = street(self._seed, self._stream, index, self._size)
         sample = Sample(torch.from_numpy(scene.photograph()), torch.from_numpy(scene.mask))
         if self._cache is not None:
             self._cache[index] = sample
@@ -89,6 +88,11 @@ class SyntheticStreets(SegmentationDataset):
     def fingerprint(self) -> str:
         identity = (self._seed, self._stream, self._num_samples, tuple(self._size))
         return digest("synthetic streets", VERSION, identity)
+
+
+def street(seed: int, stream: str, index: int, size: tuple[int, int]) -> Street:
+    """Scene `index` of a stream, in pixels (height, width)."""
+    return Street(np.random.default_rng((seed, STREAMS.index(stream), index)), *size)
 
 
 class Canvas:
@@ -124,8 +128,8 @@ class Canvas:
         return np.asarray(grey * cast, np.float32)
 
 
-class _Scene(Canvas):
-    """One scene: `light` and `mask` [H, W], painted far to near.
+class Street(Canvas):
+    """One scene: `light`, `mask` and `depth` [H, W], painted far to near.
 
     Metres: X to the right, Z ahead, ground `camera` metres below the eye. A thing at distance Z
     measures focal / Z pixels per metre.
@@ -146,6 +150,7 @@ class _Scene(Canvas):
         self.haze_color = self.color(150, 230, 0.08)
         self.haze = rng.uniform(60, 300)  # metres until 63 % haze
         self.mask = np.empty((height, width), np.uint8)
+        self.depth = np.full((height, width), np.inf, np.float32)  # Z in metres; of the sky, inf
         self.grain = self.smooth(24, 32)
         self._sky()
         self._ground()
@@ -165,6 +170,7 @@ class _Scene(Canvas):
         light = self.light[(slice(None), *window)]
         np.copyto(light, hazy, where=where, casting="same_kind")
         self.mask[window][where] = label
+        self.depth[window][where] = distance
 
     def _sky(self) -> None:
         rng = self.rng
@@ -201,6 +207,7 @@ class _Scene(Canvas):
         haze = 1 - np.exp(-z / self.haze)
         self.light[:, first:] = color + (self.haze_color[:, None, None] - color) * haze
         self.mask[first:] = np.where(is_road, ROAD, PAVEMENT)
+        self.depth[first:] = z
 
     def _fronts(self) -> None:
         """House fronts, hedges and gaps along both kerbs, and a skyline at the street's end."""
@@ -243,6 +250,7 @@ class _Scene(Canvas):
         color += (self.haze_color[:, None, None] - color) * haze
         np.copyto(self.light, color, where=wall, casting="same_kind")
         np.copyto(self.mask, np.where(kind == 1, TREE, BUILDING), where=wall, casting="unsafe")
+        np.copyto(self.depth, z, where=wall, casting="same_kind")
 
     def _things(self) -> None:
         rng, (left, right) = self.rng, self.road

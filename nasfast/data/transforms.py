@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from nasfast.data.base import Sample, SegmentationDataset
+from nasfast.data.base import Sample, Samples
 from nasfast.utils.errors import UserError
 
 Size = int | tuple[int, int]
@@ -70,7 +70,7 @@ class TrainTransform:
         if not self.jitter:
             return sample
         factors = 1 + self.jitter * (2 * torch.rand(3, generator=generator) - 1)
-        return Sample(colored(sample.image, *factors.tolist()), sample.mask)
+        return sample.seen(colored(sample.image, *factors.tolist()), sample.mask)
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,12 @@ class ValTransform:
 
 
 def batch(
-    dataset: SegmentationDataset,
+    dataset: Samples,
     indices: Sequence[int],
     transform: Transform,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Transformed samples as images uint8 [N, 3, h, w] and masks uint8 [N, h, w]."""
+    """Transformed samples as images uint8 [N, 3, h, w] and masks [N, h, w]."""
     samples = [transform(sample, generator) for sample in dataset.load(indices)]
     sizes = sorted({tuple(s.mask.shape) for s in samples})
     if len(sizes) != 1:
@@ -117,7 +117,7 @@ def _resize(sample: Sample, scale: float) -> Sample:
         return sample
     image = interpolate(sample.image[None], size, mode="bilinear", align_corners=False)[0]
     mask = interpolate(sample.mask[None, None], size, mode="nearest-exact")[0, 0]
-    return Sample(image, mask)
+    return sample.seen(image, mask, scale)
 
 
 def _crop(
@@ -125,7 +125,7 @@ def _crop(
 ) -> Sample:
     window = (..., slice(top, top + height), slice(left, left + width))
     image, mask = sample.image[window], sample.mask[window]
-    return Sample(image.flip(-1), mask.flip(-1)) if flip else Sample(image, mask)
+    return sample.seen(image.flip(-1), mask.flip(-1)) if flip else sample.seen(image, mask)
 
 
 def colored(image: Tensor, brightness: float, contrast: float, saturation: float) -> Tensor:

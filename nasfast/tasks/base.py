@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nasfast.data import normalize
+from nasfast.models.decoders import DenseNetwork
 from nasfast.models.layers import resize
 from nasfast.tasks.processor import STRIDE, Prediction, Processor
 from nasfast.training.loop import Runtime, in_order
@@ -89,6 +90,9 @@ class DenseTask(ABC, Generic[S]):
     @abstractmethod
     def search_val(self) -> Frames:
         """Samples that candidates are scored on."""
+
+    def begin(self, network: DenseNetwork) -> None:
+        """Change the initial weights of a network, where the task knows better ones."""
 
     @abstractmethod
     def load_batch(

@@ -8,6 +8,7 @@ from typing import Any
 from nasfast.data.base import default_colors
 from nasfast.models.restorer import reach
 from nasfast.spaces.ir_nas import IRNASGenotype
+from nasfast.tasks.depth import DepthProcessor
 from nasfast.tasks.detection.processor import DetectionProcessor
 from nasfast.tasks.processor import Processor
 from nasfast.tasks.restoration import task_from_json
@@ -22,6 +23,8 @@ def processor_of(description: Mapping[str, Any]) -> Processor:
         KeyError: the description lacks what the task needs.
         UserError: the task is unknown, or has another setting.
     """
+    if description.get("task") == "depth":
+        return DepthProcessor(float(description["per_metre"]), float(description["typical"]))
     detects = "detection" in (description.get("task"), description.get("method"))
     if "task" in description and not detects:
         genotype = IRNASGenotype.from_json(description["genotype"])
