@@ -99,9 +99,9 @@ def test_probabilities_are_summed_where_they_belong():
 
     images = torch.rand(2, 3, 6, 8)
     once = network(images).softmax(1)
-    torch.testing.assert_close(summed(network, (1,), False, images), once)
-    torch.testing.assert_close(summed(network, (1, 1), True, images), 4 * once)
+    torch.testing.assert_close(summed(network, view, (1,), False, images), once)
+    torch.testing.assert_close(summed(network, view, (1, 1), True, images), 4 * once)
     constant = images.mean((2, 3), keepdim=True).expand_as(images)
     torch.testing.assert_close(
-        summed(network, (0.5, 2), True, constant), 4 * network(constant).softmax(1)
+        summed(network, view, (0.5, 2), True, constant), 4 * network(constant).softmax(1)
     )

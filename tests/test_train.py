@@ -16,8 +16,8 @@ from nasfast.commands import search, train
 from nasfast.data import SyntheticStreets, split_for_search
 from nasfast.encoders import MobileNetV2
 from nasfast.methods.segmentation import Segmentation
-from nasfast.methods.segmentation import train as segmentation
-from nasfast.methods.segmentation.train import SegmentationTraining, TrainConfig
+from nasfast.methods.segmentation.tasks import segmentation as segmentation_task
+from nasfast.methods.segmentation.train import DecoderTraining, TrainConfig
 from nasfast.models.decoders import DecoderConfig
 from nasfast.runs.study import Study
 from nasfast.spaces.fast_nas import FastNASSpace
@@ -70,7 +70,7 @@ def few(monkeypatch, size):
     """Generated scenes, but few of them."""
     data = [SyntheticStreets(n, size=size, stream=s) for n, s in ((8, "train"), (2, "val"))]
     monkeypatch.setattr(
-        segmentation, "load_splits", lambda *a, **k: split_for_search(*data, seed=0)
+        segmentation_task, "load_splits", lambda *a, **k: split_for_search(*data, seed=0)
     )
 
 
@@ -88,7 +88,7 @@ def test_crops_fit_the_data(size, given, crop, tiny_weights, tmp_path, monkeypat
     )
     runtime = Runtime(torch.device("cpu"))
     genotype = FastNASSpace().from_json(PUBLISHED)
-    assert SegmentationTraining(config, genotype, tmp_path / "out", runtime).settings.crop == crop
+    assert DecoderTraining(config, genotype, tmp_path / "out", runtime).settings.crop == crop
 
 
 def test_a_genotype_file_trains_for_ten_steps(tiny_weights, tmp_path, monkeypatch):

@@ -55,7 +55,8 @@ def findings_of(argv: Sequence[str]) -> tuple[CheckConfig, Findings]:
 
 def _methods(argv: Sequence[str]) -> list[Method]:
     """The method that a command line names, or all that have its flags."""
-    flags = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word[:2] == "--"}
+    given = (re.split("[=.]", word[2:])[0] for word in argv if word[:2] == "--")
+    flags = {name.replace("-", "_") for name in given}
     fitting = [
         method
         for method in METHODS.values()

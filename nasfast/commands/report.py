@@ -24,7 +24,7 @@ def rewrite(run: Annotated[Path, tyro.conf.Positional], baseline: Path | None = 
     other = Study.open(baseline, read_only=True) if baseline is not None else None
     study = Study.open(run, read_only=True)
     method = method_named(study.method)
-    print(write_report(study, method.report, baseline=other))
+    print(write_report(study, method.report_of(study.config), baseline=other))
 
 
 @reports_errors

@@ -204,7 +204,7 @@ class Session(contextlib.ExitStack):
         try:
             self.search.run(self.study, self.console)
         finally:
-            report = write_report(self.study, self.method.report)
+            report = write_report(self.study, self.method.report_of(self.study.config))
         return self.study, report
 
 
@@ -263,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"Continue with\n  nasfast search {shlex.join(argv)}",
             )
             return 130
-        console.print(terminal_table(study, session.method.report))
+        console.print(terminal_table(study, session.method.report_of(study.config)))
         path, more = shlex.quote(str(study.path)), session.search.more
         say(
             console,

@@ -222,7 +222,9 @@ class Session:
         self.config, plain = settings_of(study, method, config, pool[0].genotype)
         seeds = tuple(range(config.seed, config.seed + settings.seeds))
         before = self._before(plain)
-        found = CorrelationStudy(*method.report.metric, plain, {}, top, sample, seeds)
+        found = CorrelationStudy(
+            *method.report_of(study.config).metric, plain, {}, top, sample, seeds
+        )
         control = str(self._given(settings.control)) if settings.control else None
         if before is not None:
             kept = None if settings.no_control else before.control
@@ -297,7 +299,7 @@ class Session:
                 self._search()
             return self._save()
         finally:
-            write_report(self.study, self.method.report)
+            write_report(self.study, self.method.report_of(self.study.config))
 
     def best(self) -> str:
         """The architecture with the best mean score after its trainings, and where they are."""

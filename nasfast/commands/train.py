@@ -221,7 +221,7 @@ class Session:
             found = self.train(Runtime(device, interrupt.check), console)
         if processes.rank() == 0 and self.out.parent == self.config.source:
             study = Study.open(self.config.source, read_only=True)
-            write_report(study, self.method.report)
+            write_report(study, self.method.report_of(study.config))
         return found
 
     def train(self, runtime: Runtime, console: Console) -> str:

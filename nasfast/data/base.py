@@ -18,6 +18,7 @@ from torch import Tensor
 from nasfast.utils.errors import UserError
 
 D = TypeVar("D")
+D_co = TypeVar("D_co", covariant=True)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -172,6 +173,24 @@ def hold_out(name: str, count: int, *, seed: int, fraction: float) -> tuple[list
     return sorted(order[held_out:]), sorted(order[:held_out])
 
 
+class Divisible(Protocol[D_co]):
+    """A part of a dataset that can be divided further."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def subset(self, indices: Sequence[int]) -> D_co: ...
+
+
+def halves(train: Divisible[D], *, seed: int, fraction: float = 0.1) -> tuple[D, D]:
+    """What candidates learn from, and the seeded `fraction` of the samples, at least one, that they
+    are scored on. UserError for less than two samples."""
+    learned, held_out = hold_out(train.name, len(train), seed=seed, fraction=fraction)
+    return train.subset(learned), train.subset(held_out)
+
+
 def split_for_search(
     train: SegmentationDataset,
     val: SegmentationDataset,
@@ -184,10 +203,10 @@ def split_for_search(
 ) -> Splits:
     """Keep a seeded `fraction` of `train` (at least one sample) to validate candidates on:
     90/10 in Fast NAS (CVPR 2019)."""
-    learned, held_out = hold_out(train.name, len(train), seed=seed, fraction=fraction)
+    learned, held_out = halves(train, seed=seed, fraction=fraction)
     return Splits(
-        search_train=train.subset(learned),
-        search_val=train.subset(held_out),
+        search_train=learned,
+        search_val=held_out,
         train=train,
         val=val,
         open_test=open_test,

@@ -193,9 +193,13 @@ class Method(ABC):
     model_format: ClassVar[str]
     """Key in the metadata of this method's model files."""
     report: ClassVar[MethodReport]
-    """What the report of a run shows for this method alone."""
+    """What the report of a run shows for this method alone, unless its task says more."""
     zoo: ClassVar[Mapping[str, Architecture]] = {}
     """Named architectures."""
+
+    def report_of(self, settings: Mapping[str, Any]) -> MethodReport:
+        """The same for a run of these settings."""
+        return self.report
 
     @abstractmethod
     def parse_search(self, argv: Sequence[str]) -> SearchSettings:

@@ -213,7 +213,8 @@ class DenseTraining(ABC):
     def _load_teacher(self) -> nn.Module | None:
         if self.settings.teacher is None:
             return None
-        teacher = load_teacher(self.settings.teacher, self.task.processor.classes)
+        processor = self.task.processor
+        teacher = load_teacher(self.settings.teacher, processor.classes, processor.task)
         self._teacher_print = tensors_fingerprint(teacher.state_dict())
         return self.runtime.place(teacher.requires_grad_(False))
 

@@ -100,18 +100,18 @@ def load_model(path: Path, network: type[nn.Module] = nn.Module) -> tuple[Any, d
     return model.eval(), description
 
 
-def load_teacher(path: Path, classes: Sequence[str]) -> EncoderDecoder:
+def load_teacher(path: Path, classes: Sequence[str], task: str = "segmentation") -> EncoderDecoder:
     """A trained network to distil from.
 
     Raises:
-        UserError: it was trained for other classes; both lists are shown.
+        UserError: it was trained for another task or other classes; both are shown.
     """
     model, description = load_model(path, EncoderDecoder)
-    trained = description.get("classes", ())
-    if tuple(trained) != tuple(classes):
+    trained, trained_for = description.get("classes", ()), description.get("task", "segmentation")
+    if (tuple(trained), trained_for) != (tuple(classes), task):
         raise UserError(
-            f"teacher {path}: expected a network for {', '.join(classes)}, got one for "
-            f"{', '.join(trained) or 'no classes'}; train one on this data first"
+            f"teacher {path}: expected a network for {', '.join(classes) or task}, got one for "
+            f"{', '.join(trained) or trained_for}; train one on this data first"
         )
     return model
 

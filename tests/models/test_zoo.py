@@ -50,6 +50,18 @@ def test_published_counts_on_camvid(name, parameters, gmacs):
     assert count_parameters(network.encoder) == 56_576
 
 
+@pytest.mark.parametrize(
+    ("arch", "parameters", "rmse", "delta"),
+    [(0, 2_618_369, 0.523, 0.830), (1, 2_798_593, 0.526, 0.832), (2, 2_841_601, 0.525, 0.820)],
+)
+def test_published_counts_for_depth(arch, parameters, rmse, delta):
+    name = f"fast_nas_arch{arch}"
+    assert count_parameters(create_model(name, num_classes=1, faithful=True)) == parameters
+    figures = {figure.measure: figure.published for figure in nasfast.model_info(name).figures}
+    assert figures["depth, NYU Depth v2: RMSE, m"] == rmse
+    assert figures["depth, NYU Depth v2: delta < 1.25"] == delta
+
+
 @pytest.mark.parametrize(("name", "layers", "nodes"), [("denoise", 4, 5), ("derain", 3, 4)])
 def test_restorers_of_the_zoo(name, layers, nodes):
     entry = ZOO[f"irnas-{name}"]

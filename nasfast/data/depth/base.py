@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from nasfast.data.base import Division, Sample, digest, hold_out
+from nasfast.data.base import Division, Sample, digest, halves
 from nasfast.data.folder import KEPT
 from nasfast.data.reduced import SHORTEST, reduced_size
 from nasfast.utils.config import Bound, Bounded, from_mapping
@@ -208,12 +208,11 @@ class DepthSplits(Division[DepthDataset]):
 
 def divide(parts: DepthParts, *, seed: int, fraction: float = 0.1) -> DepthSplits:
     """Keep a seeded `fraction` of `train` (at least one sample) to validate candidates on."""
-    learned, held_out = hold_out(parts.train.name, len(parts.train), seed=seed, fraction=fraction)
-    train = parts.train
+    learned, held_out = halves(parts.train, seed=seed, fraction=fraction)
     return DepthSplits(
-        search_train=train.subset(learned),
-        search_val=train.subset(held_out),
-        train=train,
+        search_train=learned,
+        search_val=held_out,
+        train=parts.train,
         val=parts.val,
         open_test=parts.open_test,
         aside=parts.aside,

@@ -1,4 +1,4 @@
-"""Decoders of compact segmentation networks (Fast NAS, CVPR 2019), and what their kin share."""
+"""Decoders of compact networks for dense tasks (Fast NAS, CVPR 2019), and what their kin share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nasfast.methods import flags
 from nasfast.methods.base import Architecture, Method, Split
 from nasfast.methods.segmentation.check import CheckConfig, check
 from nasfast.methods.segmentation.evaluate import EvaluateConfig, evaluate, inputs, score
-from nasfast.methods.segmentation.report import SegmentationReport
+from nasfast.methods.segmentation.report import DecoderReport, SegmentationReport
 from nasfast.methods.segmentation.search import build
 from nasfast.methods.segmentation.settings import (
     DESCRIPTION,
@@ -28,15 +28,17 @@ from nasfast.methods.segmentation.settings import (
     parse_with,
     search_with,
 )
+from nasfast.methods.segmentation.tasks import BINDINGS
 from nasfast.methods.segmentation.train import (
     FIRST,
     DecoderTrainConfig,
-    SegmentationTraining,
+    DecoderTraining,
     TrainConfig,
     resolve,
 )
 from nasfast.models.build import SEGMENTER
 from nasfast.models.zoo import ZOO
+from nasfast.report import MethodReport
 from nasfast.searches.sampling import SamplingSearch
 from nasfast.spaces.base import Genotype
 from nasfast.spaces.fast_nas import FastNASSpace
@@ -62,6 +64,10 @@ class DecoderMethod(Method):
     presets: ClassVar[Mapping[str, DecoderSearchConfig]]
     description: ClassVar[str]
     """Help of the search."""
+    report: ClassVar[DecoderReport]
+
+    def report_of(self, settings: Mapping[str, Any]) -> MethodReport:
+        return type(self.report)(BINDINGS[settings.get("task", "segmentation")])
 
     def parse_search(self, argv: Sequence[str]) -> DecoderSearchConfig:
         return parse_with(self.presets, self.description, argv)
@@ -104,8 +110,8 @@ class DecoderMethod(Method):
 
     def training(
         self, settings: DecoderTrainConfig, genotype: Genotype, out: Path, runtime: Runtime
-    ) -> SegmentationTraining:
-        return SegmentationTraining(settings, genotype, out, runtime)
+    ) -> DecoderTraining:
+        return DecoderTraining(settings, genotype, out, runtime)
 
     def parse_evaluate(self, argv: Sequence[str], description: str | None) -> EvaluateConfig:
         return flags.parse(EvaluateConfig(tyro.MISSING), argv, "nasfast evaluate", description)
@@ -121,7 +127,7 @@ class DecoderMethod(Method):
 
 
 class Segmentation(DecoderMethod):
-    """Decoders for a MobileNet-v2 encoder, sampled by a controller."""
+    """Decoders for segmentation or depth on an encoder, sampled by a controller."""
 
     name = "segmentation"
     space = FastNASSpace().name
@@ -131,5 +137,5 @@ class Segmentation(DecoderMethod):
     presets = PRESETS
     description = DESCRIPTION
     model_format = SEGMENTER
-    report = SegmentationReport()
+    report = SegmentationReport(BINDINGS["segmentation"])
     zoo = architectures("segmentation")

@@ -1,15 +1,18 @@
-"""A look at data for segmentation."""
+"""A look at data for decoders."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
 
-from nasfast.data import folder_of, load_splits
-from nasfast.data.checks import Findings, check_splits
+from nasfast.data import folder_of
+from nasfast.data.checks import Findings
+from nasfast.data.depth import DepthReading
 from nasfast.methods import base
+from nasfast.methods.segmentation.tasks import Reading, TaskName, binding_of
 
 
 @dataclass(frozen=True)
@@ -18,22 +21,22 @@ class CheckConfig(base.CheckConfig):
 
     method: Annotated[Literal["segmentation", "templates"], tyro.conf.Positional] = "segmentation"
     """Whose data it is; default: by the layout of the folder."""
+    task: TaskName = "segmentation"
+    """What the data is for."""
     mask_values: str | None = None
     """Values of the classes in the masks, where they are not 0, 1, ..: 0,255."""
     resize_longer: int | None = None
     """Longer side that larger images are reduced to."""
     omit: tuple[int, ...] = ()
     """Classes left out of the reward."""
+    depth: DepthReading = dataclasses.field(default_factory=DepthReading)
+    """Reading of data for depth."""
     seed: int = 0
     """Of the search; it decides which images score candidates."""
 
 
 def check(config: CheckConfig) -> Findings:
-    """Files, classes, overlaps, and a dozen images under their masks."""
-    splits = load_splits(
-        config.data,
-        seed=config.seed,
-        mask_values=config.mask_values,
-        resize_longer=config.resize_longer,
-    )
-    return check_splits(splits, folder_of(config.data), config.omit, test=True)
+    """Files, classes or depths, overlaps, and a dozen images under their masks or beside their
+    depths."""
+    binding, reading = binding_of(config), Reading.of(config)
+    return binding.check(binding.open(reading), reading, folder_of(config.data), test=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from nasfast.data import SegmentationDataset
+from nasfast.data.base import Samples
 from nasfast.utils.errors import UserError
 
 MOST = 2
@@ -14,7 +14,7 @@ MOST = 2
 def enlarging(
     flag: str,
     side: int,
-    images: SegmentationDataset,
+    images: Samples,
     of: Literal["shorter side", "width"] = "shorter side",
 ) -> str | None:
     """Which images are enlarged to fill crops of this side; None where all are large enough.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
+from typing import Any, ClassVar
 from xml.etree.ElementTree import Element
 
+from nasfast.methods.segmentation.tasks import Binding
 from nasfast.report.base import Section
 from nasfast.report.graphs import Edge, Node, layered_graph, sum_node
 from nasfast.report.html import figure
@@ -13,18 +16,33 @@ from nasfast.runs.records import Record
 from nasfast.runs.study import Study
 from nasfast.spaces.fast_nas import PRIMITIVES, FastNASGenotype, FastNASSpace
 
-__all__ = ["SegmentationReport", "cell_graph", "decoder_graph"]
+__all__ = ["DecoderReport", "SegmentationReport", "cell_graph", "decoder_graph"]
 
 
-class SegmentationReport:
-    """The mIoU, the cell and the decoder."""
+class DecoderReport(ABC):
+    """What reports of all decoders have: the metric and the words of the task."""
 
-    metric = ("miou", "mIoU")
-    terms = MappingProxyType(
+    STAGES: ClassVar[Mapping[str, str]]
+    """What the stages and the gate mean."""
+
+    def __init__(self, task: Binding[Any]) -> None:
+        self.metric = task.metric
+        self.terms: Mapping[str, str] = {**task.terms, **self.STAGES}
+
+    @abstractmethod
+    def architecture(self, record: Record) -> Iterable[Section]:
+        """Drawings of one architecture."""
+
+    def sections(self, study: Study) -> Iterable[Section]:
+        """Nothing more than every report has."""
+        return ()
+
+
+class SegmentationReport(DecoderReport):
+    """The metric of the task, the cell and the decoder."""
+
+    STAGES = MappingProxyType(
         {
-            "reward": "Geometric mean of mIoU, mean accuracy and frequency-weighted IoU on "
-            "training images held out to score candidates, 0 to 1.",
-            "mIoU": "Intersection over union of prediction and truth, averaged over the classes.",
             "stage0": "The decoder alone is trained briefly, on features of the frozen encoder.",
             "gate": "Mean stage0 reward of the candidates before its batch. One that does not beat "
             "it gets no stage1; the first batch has no gate.",
@@ -57,10 +75,6 @@ class SegmentationReport:
                 )
             ],
         )
-
-    def sections(self, study: Study) -> Iterable[Section]:
-        """Nothing more than every report has."""
-        return ()
 
 
 def cell_graph(genotype: FastNASGenotype) -> Element:

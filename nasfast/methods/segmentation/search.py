@@ -9,15 +9,8 @@ from typing import Any, Self, TypeVar
 import torch
 from rich.console import Console
 
-from nasfast.data import (
-    Splits,
-    TrainTransform,
-    ValTransform,
-    folder_of,
-    load_splits,
-    shorter_side,
-)
-from nasfast.data.checks import check_splits
+from nasfast.data import TrainTransform, ValTransform, folder_of, shorter_side
+from nasfast.data.base import Division
 from nasfast.encoders import Encoder, load_encoder
 from nasfast.evaluation.candidate import CandidateEvaluator
 from nasfast.evaluation.frozen_encoder import Caches, FrozenEncoder
@@ -26,10 +19,10 @@ from nasfast.methods.base import warn
 from nasfast.methods.features import check_placement, start_workers
 from nasfast.methods.segmentation.crops import enlarging
 from nasfast.methods.segmentation.settings import DecoderSearchConfig
+from nasfast.methods.segmentation.tasks import Opened, Reading, binding_of
 from nasfast.models.decoders import DenseNetwork, EncoderDecoder
 from nasfast.models.io import load_teacher
 from nasfast.searches.sampling import SamplingSearch
-from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.loop import Runtime
 from nasfast.utils.cli import say
 from nasfast.utils.errors import UserError
@@ -49,29 +42,27 @@ REMEDY = (
 class Inputs:
     """What a search reads."""
 
-    splits: Splits
+    opened: Opened[Any]
     encoder: Encoder
     teacher: EncoderDecoder | None
 
     @classmethod
     def open(cls, config: DecoderSearchConfig) -> Self:
         """Data, encoder and teacher that the settings name."""
-        splits = load_splits(
-            config.data,
-            seed=config.seed,
-            mask_values=config.mask_values,
-            resize_longer=config.resize_longer,
-        )
-        teacher = load_teacher(config.teacher, splits.train.classes) if config.teacher else None
+        opened = binding_of(config).open(Reading.of(config))
+        processor = opened.task.processor
+        teacher = None
+        if config.teacher:
+            teacher = load_teacher(config.teacher, processor.classes, processor.task)
         encoder = load_encoder(config.encoder_weights, config.decoders.rows)
-        return cls(splits, encoder, teacher)
+        return cls(opened, encoder, teacher)
 
     def features(
         self, config: DecoderSearchConfig, runtime: Runtime, caches: Caches | None = None
     ) -> FrozenEncoder:
         """Features of the encoder, in the cache or computed now."""
         return FrozenEncoder(
-            SegmentationTask(self.splits, config.omit),
+            self.opened.task,
             self.encoder,
             config.stage0.samples,
             (
@@ -92,13 +83,15 @@ def build(config: Config, interrupt: Interrupt, console: Console) -> tuple[Sampl
     check_placement(config.placement, workers)
     runtime = Runtime(torch.device(workers.devices[0]), interrupt.check)
     inputs = Inputs.open(config)
-    warn(check_splits(inputs.splits, folder_of(config.data), config.omit), console)
-    config = fit_to_data(config, inputs.splits, console)
-    splits, encoder, space = inputs.splits, inputs.encoder, config.decoders.space
+    opened, folder = inputs.opened, folder_of(config.data)
+    found = binding_of(config).check(opened, Reading.of(config), folder, test=False)
+    warn(found, console)
+    config = fit_to_data(config, opened.splits, console)
+    splits, encoder, space = opened.splits, inputs.encoder, config.decoders.space
     say(
         console,
         f"data     {splits.train.name}: {len(splits.search_train)} frames to train candidates, "
-        f"{len(splits.search_val)} to score them, {len(splits.train.classes)} classes\n"
+        f"{len(splits.search_val)} to score them, {opened.about}\n"
         f"encoder  {encoder.label}, "
         f"{config.encoder_weights or 'packaged weights (trained on generated scenes)'}\n"
         f"device   {workers}, {runtime.precision}\n"
@@ -145,10 +138,14 @@ def make_evaluator(config: DecoderSearchConfig, features: FrozenEncoder) -> Eval
     stages: list[DecoderOnFeatures | EndToEnd] = [alone]
     if config.stage1.epochs > 0:
         stages.append(EndToEnd(config.stage1, task, features.val_transform, features.runtime))
+
+    def build(genotype: Any) -> EncoderDecoder:
+        network = config.decoders.build(features.encoder, genotype, task.outputs, config.decoder)
+        task.begin(network)
+        return network
+
     return CandidateEvaluator(
-        lambda genotype: config.decoders.build(
-            features.encoder, genotype, task.outputs, config.decoder
-        ),
+        build,
         features.costs,
         stages,
         features.runtime,
@@ -161,7 +158,7 @@ def make_evaluator(config: DecoderSearchConfig, features: FrozenEncoder) -> Eval
     )
 
 
-def fit_to_data(config: Config, splits: Splits, console: Console) -> Config:
+def fit_to_data(config: Config, splits: Division[Any], console: Console) -> Config:
     """Crops that the data can fill, where candidates are scored on whole images.
 
     A crop larger than the images would enlarge every image in training and none in validation.

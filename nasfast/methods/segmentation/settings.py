@@ -13,9 +13,11 @@ from nasfast.cache import CacheConfig
 from nasfast.evaluation.stages import Stage0Config, Stage1Config
 from nasfast.methods import flags
 from nasfast.methods.segmentation.decoders import FAST_NAS, Decoders
+from nasfast.methods.segmentation.tasks import TaskName, binding_of
 from nasfast.models.decoders import DecoderConfig
 from nasfast.searches.sampling import SamplingSettings, default_threads
 from nasfast.strategies import Name, PPOConfig, settled
+from nasfast.tasks.depth import DepthSettings
 from nasfast.utils.cli import flag_value
 from nasfast.utils.config import Bound, Count, Pixels, override
 from nasfast.utils.files import data_path, expanded
@@ -23,7 +25,9 @@ from nasfast.utils.files import data_path, expanded
 DESCRIPTION = """Search a segmentation network: ``nasfast search segmentation``.
 
 ``--data DIR`` takes a folder of CamVid, Cityscapes or PASCAL VOC, or one with images/, masks/ and
-classes.txt; without it, generated street scenes. ``--resume RUN [--budget N]`` continues a run.
+classes.txt; without it, generated street scenes. ``--task depth`` searches a network for depth, on
+a folder with images/ and depths/, of 7-Scenes, or of image_* and depth_*.
+``--resume RUN [--budget N]`` continues a run.
 (Fast NAS, CVPR 2019)
 ``nasfast search restoration --help`` shows the search of restoration networks.
 """
@@ -39,7 +43,9 @@ class DecoderSearchConfig(SamplingSettings):
 
     data: str = "synthetic"
     """"synthetic", a folder of CamVid, Cityscapes or PASCAL VOC, or one with images/, masks/ and
-    classes.txt: see docs/data.md."""
+    classes.txt; for depth of 7-Scenes, or one with images/ and depths/: see docs/data.md."""
+    task: TaskName = "segmentation"
+    """What networks are searched for: segmentation, a class for every pixel; depth, metres."""
     preset: Literal["demo", "quick", "paper"] = "demo"
     """demo: a minute on a laptop (default for the synthetic set). quick: about 30 s per candidate
     on two cores (default for other data). paper: the published schedule, for a GPU."""
@@ -76,6 +82,8 @@ class DecoderSearchConfig(SamplingSettings):
     and scored; --val-crop then cuts the reduced ones. 1024 in the paper's search on Cityscapes."""
     omit: tuple[Annotated[int, Bound(0, 255)], ...] = ()
     """Classes left out of the reward: 0, the background, in the paper's search on PASCAL VOC."""
+    depth: DepthSettings = dataclasses.field(default_factory=DepthSettings)
+    """Reading and loss of --task depth."""
     decoder: Any = None
     """Size of the candidates' decoders; each method has a type of its own."""
     stage0: Stage0Config = dataclasses.field(default_factory=Stage0Config)
@@ -85,7 +93,7 @@ class DecoderSearchConfig(SamplingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.cache
+        _ = self.cache, binding_of(self)
 
     @property
     def cache(self) -> CacheConfig:
@@ -109,6 +117,7 @@ C = TypeVar("C", bound=DecoderSearchConfig)
 FIRST = (
     "method",
     "data",
+    "task",
     "preset",
     "budget",
     "strategy",

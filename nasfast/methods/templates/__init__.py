@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nasfast.methods.segmentation import DecoderMethod, architectures
 from nasfast.methods.segmentation.check import CheckConfig
+from nasfast.methods.segmentation.tasks import BINDINGS
 from nasfast.methods.templates.report import TemplatesReport
 from nasfast.methods.templates.settings import DESCRIPTION, PRESETS, SearchConfig, TrainConfig
 from nasfast.models.build import TEMPLATES
@@ -21,5 +22,5 @@ class Templates(DecoderMethod):
     presets = PRESETS
     description = DESCRIPTION
     model_format = TEMPLATES
-    report = TemplatesReport()
+    report = TemplatesReport(BINDINGS["segmentation"])
     zoo = architectures("templates")

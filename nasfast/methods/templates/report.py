@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from types import MappingProxyType
 from xml.etree.ElementTree import Element
 
+from nasfast.methods.segmentation.report import DecoderReport
 from nasfast.report.base import Section
 from nasfast.report.graphs import Edge, Node, layered_graph
 from nasfast.report.html import figure
 from nasfast.runs.records import Record
-from nasfast.runs.study import Study
 from nasfast.spaces.template_nas import (
     AGGREGATIONS,
     OPERATIONS,
@@ -23,15 +23,11 @@ __all__ = ["TemplatesReport", "network_graph", "template_graph"]
 LAYER = (108, 28)
 
 
-class TemplatesReport:
-    """The mIoU, the templates and the network."""
+class TemplatesReport(DecoderReport):
+    """The metric of the task, the templates and the network."""
 
-    metric = ("miou", "mIoU")
-    terms = MappingProxyType(
+    STAGES = MappingProxyType(
         {
-            "reward": "Geometric mean of mIoU, mean accuracy and frequency-weighted IoU on "
-            "training images held out to score candidates, 0 to 1.",
-            "mIoU": "Intersection over union of prediction and truth, averaged over the classes.",
             "stage0": "The layers of templates alone are trained briefly, on features of the "
             "frozen encoder.",
             "gate": "Mean reward of the candidates before its batch. One that does not beat it "
@@ -68,10 +64,6 @@ class TemplatesReport:
                 )
             ],
         )
-
-    def sections(self, study: Study) -> Iterable[Section]:
-        """Nothing more than every report has."""
-        return ()
 
 
 def template_graph(genotype: TemplateNASGenotype, template: int) -> Element:

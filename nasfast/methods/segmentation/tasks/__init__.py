@@ -1,0 +1,30 @@
+"""The dense tasks that the methods for decoders search and train networks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from nasfast.methods.segmentation.tasks.base import Binding, Opened, Reading
+from nasfast.methods.segmentation.tasks.depth import DepthBinding
+from nasfast.methods.segmentation.tasks.segmentation import SegmentationBinding
+
+__all__ = ["BINDINGS", "Binding", "Opened", "Reading", "TaskName", "binding_of"]
+
+TaskName = Literal["segmentation", "depth"]
+BINDINGS: Mapping[str, Binding[Any]] = {
+    "segmentation": SegmentationBinding(),
+    "depth": DepthBinding(),
+}
+
+
+def binding_of(settings: Any) -> Binding[Any]:
+    """That of the settings' task.
+
+    Raises:
+        UserError: they hold something for another task.
+    """
+    name = settings.task or "segmentation"
+    binding = BINDINGS[name]
+    binding.refuse_foreign(settings, name)
+    return binding

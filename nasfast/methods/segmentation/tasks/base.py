@@ -1,0 +1,139 @@
+"""What the methods for decoders have to know of a dense task, in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from rich.table import Table
+from torch import Tensor
+
+from nasfast.data.base import Division
+from nasfast.data.checks import Findings
+from nasfast.inference.model import Model
+from nasfast.tasks.base import DenseTask
+from nasfast.tasks.depth import DepthSettings
+from nasfast.training.loop import Runtime
+from nasfast.utils.errors import UserError
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How data is read: settings of searches, trainings, evaluations and checks, by their names."""
+
+    data: str
+    seed: int = 0
+    mask_values: str | None = None
+    resize_longer: int | None = None
+    omit: tuple[int, ...] = ()
+    depth: DepthSettings = field(default_factory=DepthSettings)
+    keep: bool = True
+    """Whether decoded images stay in memory."""
+
+    @classmethod
+    def of(cls, settings: Any, **changes: Any) -> Reading:
+        """From the settings of a command, which need not have all."""
+        names = {field.name for field in dataclasses.fields(cls)} - changes.keys()
+        given = {name: getattr(settings, name) for name in names if hasattr(settings, name)}
+        given["depth"] = DepthSettings().over(given.get("depth", DepthSettings()))
+        return cls(**{**given, **changes})
+
+
+@dataclass(frozen=True)
+class Opened(Generic[S]):
+    """Data, and the task on it."""
+
+    splits: Division[Any]
+    task: DenseTask[Any]
+    about: str
+    """What is asked, as the end of a list: "8 classes"."""
+
+
+class Binding(ABC, Generic[S]):
+    """One dense task as searches, trainings, evaluations and reports of decoders need it.
+
+    A new task gets a subclass in a module of its own, a line in ``BINDINGS`` and its name in
+    ``TaskName``.
+    """
+
+    metric: ClassVar[tuple[str, str]]
+    """Name in records and metrics of the one that tables show, and its label."""
+    terms: ClassVar[Mapping[str, str]]
+    """What "reward" and the metrics mean."""
+    views: ClassVar[str]
+    """How an evaluation joins several views of an image: "softmax summed"."""
+    foreign: ClassVar[Mapping[str, object]]
+    """Settings of other tasks, with the values that they have where they are not given."""
+
+    def refuse_foreign(self, settings: Any, name: str) -> None:
+        """Raise UserError for settings that mean nothing for this task."""
+        for setting, default in self.foreign.items():
+            value = getattr(settings, setting, default)
+            if value != default:
+                flag = setting.replace("_", "-")
+                raise UserError(
+                    f"{flag}: expected none with --task {name}, which has no use for it, got "
+                    f"{_shown(value)}; leave it out, or give another --task"
+                )
+
+    @abstractmethod
+    def open(self, reading: Reading) -> Opened[S]:
+        """Open the data and divide it."""
+
+    @abstractmethod
+    def check(self, opened: Opened[S], reading: Reading, root: Path | None, test: bool) -> Findings:
+        """What about the data would mislead; ``test`` as for `nasfast.data.checks`."""
+
+    def training(self, opened: Opened[S], settings: Any, runtime: Runtime) -> DenseTask[Any]:
+        """The task as a full training has it."""
+        return opened.task
+
+    @abstractmethod
+    def measured(self, opened: Opened[S], scores: S) -> dict[str, Any]:
+        """What metrics.json says beside the scores by name."""
+
+    @abstractmethod
+    def described(self, opened: Opened[S], scores: S, settings: Any) -> dict[str, Any]:
+        """What a model file says: how data was read, how the output is understood, and a score."""
+
+    @abstractmethod
+    def text(self, opened: Opened[S], scores: S, split: str) -> str:
+        """What a person reads of a training's result."""
+
+    @abstractmethod
+    def of_model(self, model: Model, reading: Reading) -> Reading:
+        """The settings, and where they are open those of the network's training."""
+
+    @abstractmethod
+    def require_fit(self, model: Model, opened: Opened[S], part: Any, data: str) -> None:
+        """Raise UserError where the data asks something else than the network was trained for."""
+
+    @abstractmethod
+    def view(self, output: Tensor, factor: float, views: int) -> Tensor:
+        """An output ``[N, outputs, H, W]`` of an image that was resized by a factor, so that the
+        sum over all views is an output."""
+
+    @abstractmethod
+    def better(self, scores: S) -> dict[str, float]:
+        """Metrics of which more is better, the first to be named first."""
+
+    @abstractmethod
+    def evaluated(self, part: Any, scores: S, reading: Reading) -> dict[str, Any]:
+        """What evaluation.json says of the scores, and of what decided them."""
+
+    @abstractmethod
+    def tabulate(self, table: Table, part: Any, scores: S) -> None:
+        """The same as rows of a measure and a value."""
+
+
+def _shown(value: object) -> str:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        given = {k: v for k, v in dataclasses.asdict(value).items() if v is not None}
+        return ", ".join(f"{name} {each}" for name, each in given.items())
+    return str(value)
