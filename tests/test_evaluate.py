@@ -9,6 +9,7 @@ import torch
 from nasfast.commands import evaluate
 from nasfast.methods.segmentation.evaluate import EvaluateConfig, summed
 from nasfast.methods.segmentation.evaluate import evaluate as measure
+from nasfast.methods.segmentation.tasks import BINDINGS
 from nasfast.utils.errors import UserError
 
 
@@ -97,7 +98,7 @@ def test_probabilities_are_summed_where_they_belong():
     def network(images):
         return torch.cat([images, -images[:, :1]], 1)
 
-    images = torch.rand(2, 3, 6, 8)
+    view, images = BINDINGS["segmentation"].view, torch.rand(2, 3, 6, 8)
     once = network(images).softmax(1)
     torch.testing.assert_close(summed(network, view, (1,), False, images), once)
     torch.testing.assert_close(summed(network, view, (1, 1), True, images), 4 * once)
