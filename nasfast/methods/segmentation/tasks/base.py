@@ -69,17 +69,21 @@ class Binding(ABC, Generic[S]):
     views: ClassVar[str]
     """How an evaluation joins several views of an image: "softmax summed"."""
     foreign: ClassVar[Mapping[str, object]]
-    """Settings of other tasks, with the values that they have where they are not given."""
+    """Settings of other tasks, with the values that they have where they are not given; "" for a
+    group of them."""
 
     def refuse_foreign(self, settings: Any, name: str) -> None:
         """Raise UserError for settings that mean nothing for this task."""
         for setting, default in self.foreign.items():
             value = getattr(settings, setting, default)
+            if dataclasses.is_dataclass(value) and not isinstance(value, type):
+                given = dataclasses.asdict(value).items()
+                value = ", ".join(f"{k} {v}" for k, v in given if v is not None)
             if value != default:
                 flag = setting.replace("_", "-")
                 raise UserError(
                     f"{flag}: expected none with --task {name}, which has no use for it, got "
-                    f"{_shown(value)}; leave it out, or give another --task"
+                    f"{value}; leave it out, or give another --task"
                 )
 
     @abstractmethod
@@ -130,10 +134,3 @@ class Binding(ABC, Generic[S]):
     @abstractmethod
     def tabulate(self, table: Table, part: Any, scores: S) -> None:
         """The same as rows of a measure and a value."""
-
-
-def _shown(value: object) -> str:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        given = {k: v for k, v in dataclasses.asdict(value).items() if v is not None}
-        return ", ".join(f"{name} {each}" for name, each in given.items())
-    return str(value)

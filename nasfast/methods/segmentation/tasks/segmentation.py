@@ -16,7 +16,6 @@ from nasfast.data.checks import Findings, check_splits
 from nasfast.inference.model import Model
 from nasfast.methods.segmentation.tasks.base import Binding, Opened, Reading
 from nasfast.tasks.base import DenseTask
-from nasfast.tasks.depth import DepthSettings
 from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.training.loop import Runtime
 from nasfast.training.metrics import SegmentationScores
@@ -35,7 +34,7 @@ class SegmentationBinding(Binding[SegmentationScores]):
         }
     )
     views = "softmax summed"
-    foreign = MappingProxyType({"depth": DepthSettings()})
+    foreign = MappingProxyType({"depth": ""})
 
     def open(self, reading: Reading) -> Opened[SegmentationScores]:
         splits = load_splits(
