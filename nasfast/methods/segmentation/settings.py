@@ -122,7 +122,6 @@ FIRST = (
     "budget",
     "strategy",
     "encoder_weights",
-    "teacher",
     "workers",
     "device",
     "seed",
