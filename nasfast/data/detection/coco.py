@@ -60,6 +60,17 @@ class _Category(NamedTuple):
     """The supercategory."""
 
 
+class Lists(NamedTuple):
+    """What a file of annotations holds."""
+
+    images: Mapping[Id, Mapping[str, Any]]
+    """By id, which is unique; each has a "file_name"."""
+    annotations: Sequence[Any]
+    """As they are."""
+    categories: Sequence[Mapping[str, Any]]
+    """Each has a whole number as "id", which is unique, and a "name"."""
+
+
 @dataclass(frozen=True)
 class _File:
     """A file of annotations, its images found."""
@@ -71,13 +82,13 @@ class _File:
     """By id of the image; their label is the id of the category."""
 
 
-def coco_file(root: Path, part: str) -> Path | None:
-    """The annotations of a part, by the first of `PATTERNS` that has some.
+def coco_file(root: Path, part: str, patterns: Sequence[str] = PATTERNS) -> Path | None:
+    """The annotations of a part, by the first of the patterns that has some.
 
     Raises:
         UserError: it has several.
     """
-    for pattern in PATTERNS:
+    for pattern in patterns:
         found = sorted(path for word in PARTS[part] for path in root.glob(pattern.format(word)))
         if len(found) > 1:
             raise UserError(
@@ -188,10 +199,25 @@ def _classes(files: Sequence[_File]) -> dict[int, str]:
 
 
 def _read(root: Path, path: Path) -> _File:
-    """A file of annotations.
+    """A file of annotations; errors as of `read_lists`."""
+    lists = read_lists(path)
+    categories = {
+        int(each["id"]): _Category(str(each["name"]), str(each.get("supercategory", "")))
+        for each in lists.categories
+    }
+    paths = image_paths(root, path, [each["file_name"] for each in lists.images.values()])
+    found = [
+        _Image(i, file, stated_size(each))
+        for (i, each), file in zip(lists.images.items(), paths, strict=True)
+    ]
+    return _File(path, categories, found, _boxes(path, lists.annotations, lists.images, categories))
+
+
+def read_lists(path: Path) -> Lists:
+    """The lists of a file of annotations.
 
     Raises:
-        UserError: it is not as the format has it, or images are missing.
+        UserError: it is not as the format has it.
     """
     content = read_object(path)
     lacking = [key for key in LISTS if not isinstance(content.get(key), list)]
@@ -203,11 +229,10 @@ def _read(root: Path, path: Path) -> _File:
     if not content["images"]:
         raise UserError(f"{path}: expected images, got an empty list; add them")
     try:
-        categories = {
-            int(each["id"]): _Category(str(each["name"]), str(each.get("supercategory", "")))
-            for each in content["categories"]
+        categories = {int(each["id"]): each["name"] for each in content["categories"]}
+        images = {
+            each["id"]: {**each, "file_name": str(each["file_name"])} for each in content["images"]
         }
-        images = {each["id"]: (str(each["file_name"]), each) for each in content["images"]}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path}: expected images with 'id' and 'file_name' and categories with 'id' and "
@@ -224,12 +249,7 @@ def _read(root: Path, path: Path) -> _File:
                 f"{path}: expected different ids of {key}, got {len(kept)} of {len(content[key])}; "
                 "renumber them"
             )
-    paths = _paths(root, path, [name for name, _ in images.values()])
-    found = [
-        _Image(i, file, _size(each))
-        for (i, (_, each)), file in zip(images.items(), paths, strict=True)
-    ]
-    return _File(path, categories, found, _boxes(path, content["annotations"], images, categories))
+    return Lists(images, content["annotations"], content["categories"])
 
 
 def _boxes(
@@ -247,11 +267,11 @@ def _boxes(
             wrong = (
                 f"a category of {some(list(categories)) or 'none'}, got category_id {category!r}"
             )
-        elif not isinstance(edges, list) or len(edges) != 4 or not all(map(_is_number, edges)):
+        elif not isinstance(edges, list) or len(edges) != 4 or not all(map(is_number, edges)):
             wrong = f"bbox [left, top, width, height], got {str(edges)[:40]}"
         else:
             left, top, width, height = edges
-            area = _number(known.get("area"))
+            area = number(known.get("area"))
             ignored = any(known.get(key) in (1, "1") for key in ("iscrowd", "ignore"))
             area = area if area > 0 else math.nan
             box = Box(left, top, left + width, top + height, category, ignored, area)
@@ -264,7 +284,7 @@ def _boxes(
     return boxes
 
 
-def _paths(root: Path, annotations: Path, names: Sequence[str]) -> list[Path]:
+def image_paths(root: Path, annotations: Path, names: Sequence[str]) -> list[Path]:
     """The files of images, in one of the folders where they may be: as named, or without the
     folders in the name. UserError where some are missing."""
     kind = annotations.stem.removeprefix("instances_").removeprefix("person_keypoints_")
@@ -304,18 +324,19 @@ def _places(folders: Sequence[Path], name: str) -> Iterator[Path]:
         yield from (folder / text for folder in folders)
 
 
-def _size(image: Mapping[str, Any]) -> tuple[int, int] | None:
-    sides = [_number(image.get(side)) for side in ("height", "width")]
+def stated_size(image: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(height, width) by the entry of an image; None where it does not say it."""
+    sides = [number(image.get(side)) for side in ("height", "width")]
     height, width = (side if 0 < side < math.inf else 0 for side in sides)
     return (round(height), round(width)) if height and width else None
 
 
-def _number(value: object) -> float:
+def number(value: object) -> float:
     """NaN for what is no number."""
-    return float(value) if _is_number(value) else math.nan
+    return float(value) if is_number(value) else math.nan
 
 
-def _is_number(value: object) -> TypeGuard[float]:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether it is a number that a float can hold."""
     if isinstance(value, bool):
         return False

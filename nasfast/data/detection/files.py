@@ -92,7 +92,7 @@ class BoxFiles(DetectionDataset):
         self._fingerprint: str | None = None
         self._sizes = for_each(self._size, self.annotated)
         self.resized = tuple(
-            f"{each.source} ({_sized(each.size)}, the image {_sized(size)})"
+            f"{each.source} ({sized(each.size)}, the image {sized(size)})"
             for each, size in zip(self.annotated, self._sizes, strict=True)
             if each.size not in (None, size)
         )
@@ -108,7 +108,7 @@ class BoxFiles(DetectionDataset):
     def _size(self, annotated: Annotated) -> tuple[int, int]:
         header = measure(annotated.image)
         require_eight_bits(annotated.image, header.mode)
-        _require_upright(annotated, header)
+        require_upright(annotated, header)
         return header.size
 
     def _settled(self) -> tuple[Objects, list[str], list[str]]:
@@ -126,7 +126,7 @@ class BoxFiles(DetectionDataset):
         outside = finite & ~inverted & ~empty & (inside[:, 2:] - inside[:, :2] < LEAST).any(1)
         faults = [
             f"{self._where(owners[k], boxes[k])}: expected {expected}, got {_edges(boxes[k])} in "
-            f"an image of {_sized(self._sizes[owners[k]])}; correct it or remove it"
+            f"an image of {sized(self._sizes[owners[k]])}; correct it or remove it"
             for wrong, expected in (
                 (~finite, "finite edges"),
                 (inverted, "left < right and top < bottom"),
@@ -265,17 +265,18 @@ def part_by_hash(
     return [items[i] for i in sorted(ranked[count:])], [items[i] for i in sorted(ranked[:count])]
 
 
-def _require_upright(annotated: Annotated, header: Header) -> None:
+def require_upright(annotated: Annotated, header: Header) -> None:
     """Raise UserError where an annotation is of the image as it is stored, which reading turns."""
     if header.turned and annotated.size == header.size[::-1] != header.size:
         raise UserError(
-            f"{annotated.source}: expected boxes of the upright image, {_sized(header.size)} by "
-            f"the EXIF orientation of {annotated.image}, got those of {_sized(annotated.size)}; "
+            f"{annotated.source}: expected boxes of the upright image, {sized(header.size)} by "
+            f"the EXIF orientation of {annotated.image}, got those of {sized(annotated.size)}; "
             "turn the boxes too, or remove the orientation"
         )
 
 
-def _sized(size: tuple[int, int] | None) -> str:
+def sized(size: tuple[int, int] | None) -> str:
+    """A size (height, width) as text."""
     return "?" if size is None else f"{size[0]}x{size[1]}"
 
 
