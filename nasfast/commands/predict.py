@@ -2,10 +2,13 @@
 
 MODEL is a model.safetensors, the directory of a training, or a run. IMAGES are files, folders with
 everything below them, and quoted patterns such as 'photos/**/*.jpg'. DIR gets the task's result for
-each image (a mask as a palette PNG and an overlay, the restored image, or the objects as JSON and
-drawn) under the image's name, in the folders that it came in, and predictions.json, which says what
-belongs to what. Detection also writes coco-results.json, the objects of all images with the
+each image (a mask as a palette PNG and an overlay, the restored image, or objects or joints as JSON
+and drawn) under the image's name, in the folders that it came in, and predictions.json, which says
+what belongs to what. Detection also writes coco-results.json, the objects of all images with the
 category ids of the training data; an image's id is its name there, or the number that this is.
+Keypoints write it too, with the joints of people. Where these are says --boxes, a list in JSON of
+{"image": name, "bbox": [left, top, width, height]}, or the coco-results.json of a detector, whose
+category 1 is taken; without it an image is one person.
 
 An image that cannot be read does not stop the others; the exit status is 1 then.
 """
@@ -29,7 +32,10 @@ from torch import Tensor
 
 from nasfast.data.images import IMAGE_SUFFIXES, read_image
 from nasfast.inference.model import Model, load
+from nasfast.inference.people import Box, image_key, read_boxes
 from nasfast.tasks.detection import Detections
+from nasfast.tasks.detection.processor import DRAWN
+from nasfast.tasks.keypoints import Poses
 from nasfast.tasks.processor import Prediction
 from nasfast.utils.cli import reports_errors, say
 from nasfast.utils.errors import UserError, text_for_user
@@ -66,7 +72,9 @@ class PredictConfig:
     """Compute in bfloat16 where the device does natively."""
     threshold: float | None = None
     """Detection: least score of an object that is written and drawn; default: all are written,
-    those from 0.3 are drawn."""
+    those from 0.3 are drawn. Keypoints: least score of a person in --boxes; default: 0.3."""
+    boxes: Path | None = None
+    """Keypoints: JSON file with the boxes of people."""
 
 
 @dataclass
@@ -158,8 +166,19 @@ class Predictions:
 
     def __init__(self, config: PredictConfig, model: Model, sources: Sources) -> None:
         self.config, self.model = config, model
-        self.whole = model.processor.whole
-        if config.threshold is not None and not self.whole:
+        self.coco = model.task in ("detection", "keypoints")
+        keypoints = model.task == "keypoints"
+        if config.boxes is not None and not keypoints:
+            raise UserError(
+                f"boxes: expected none for {model.task}, which takes whole images, got "
+                f"{config.boxes}; leave it out"
+            )
+        if config.threshold is not None and keypoints and config.boxes is None:
+            raise UserError(
+                f"threshold: expected --boxes FILE beside it for keypoints, whose boxes it chooses "
+                f"from, got none; add it, or leave --threshold {config.threshold} out"
+            )
+        if config.threshold is not None and not self.coco:
             raise UserError(
                 f"threshold: expected none for {model.task}, which gives no objects, got "
                 f"{config.threshold}; leave it out"
@@ -169,9 +188,23 @@ class Predictions:
         self.names = name_results(sources.stems, model.processor.suffixes)
         self.failed = dict(sources.failed)
         self.done: list[dict[str, Any]] = []
-        self.found: dict[Path, Detections] = {}
-        lists = [INDEX, COCO_RESULTS] if self.whole else [INDEX]
+        self.found: dict[Path, Detections | Poses] = {}
+        lists = [INDEX, COCO_RESULTS] if self.coco else [INDEX]
         check_free(config, self.names, model.processor.suffixes, lists)
+        self.people = self._people()
+
+    def _people(self) -> dict[str, list[Box]] | None:
+        """The boxes of --boxes, by `image_key`."""
+        file, threshold = self.config.boxes, self.config.threshold
+        if file is None:
+            return None
+        people = read_boxes(expanded(file), DRAWN if threshold is None else threshold)
+        if not people.keys() & {image_key(str(image)) for image in self.names}:
+            raise UserError(
+                f"{file}: expected boxes of the {len(self.names)} images, got some of "
+                f"{', '.join(list(people)[:4]) or 'none'}; name the images as their files are"
+            )
+        return people
 
     def run(self, interrupt: Interrupt, console: Console) -> None:
         """Predict on all images; StopRequested between two of them after Ctrl-C."""
@@ -187,6 +220,7 @@ class Predictions:
                 tile=config.tile,
                 batch=config.batch,
                 autocast=config.autocast,
+                boxes=None if self.people is None else self._boxes(reading),
             ):
                 self._save(reading.popleft(), prediction)
                 bar.update(task, completed=len(self.done) + len(self.failed))
@@ -206,11 +240,16 @@ class Predictions:
                 reading.append(image)
                 yield pixels
 
+    def _boxes(self, reading: deque[Path]) -> Iterator[list[Box]]:
+        """Those of each image, once it has been read."""
+        while self.people is not None:
+            yield self.people.get(image_key(str(reading[-1])), [])
+
     def _save(self, image: Path, prediction: Prediction) -> None:
         name, out = self.names[image], self.config.out
-        if isinstance(prediction, Detections):
-            if self.config.threshold is not None:
-                prediction = prediction.above(self.config.threshold)
+        if isinstance(prediction, Detections) and self.config.threshold is not None:
+            prediction = prediction.above(self.config.threshold)
+        if isinstance(prediction, Detections | Poses):
             self.found[name] = prediction
         (out / name.parent).mkdir(parents=True, exist_ok=True)
         files = [str(f.relative_to(out)) for f in prediction.save(out / name.parent, name.name)]
@@ -229,11 +268,11 @@ class Predictions:
         }
         config.out.mkdir(parents=True, exist_ok=True)
         atomic_write(config.out / INDEX, json.dumps(content, indent=2) + "\n")
-        if self.whole:
+        if self.coco:
             atomic_write(config.out / COCO_RESULTS, json.dumps(self._coco(), indent=1) + "\n")
 
     def _coco(self) -> list[dict[str, Any]]:
-        """The objects of all images, as in COCO's result files."""
+        """The objects or people of all images, as in COCO's result files."""
         names = [name.as_posix() for name in self.found]
         numbers = [int(n) if n.isascii() and n.isdecimal() else n for n in names]
         ids = numbers if len(set(numbers)) == len(numbers) else names

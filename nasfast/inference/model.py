@@ -19,12 +19,14 @@ from nasfast.data.detection import scaled_size
 from nasfast.device import resolve_device
 from nasfast.inference.exported import EXPORT_SUFFIXES, Exported, load_exported
 from nasfast.inference.inputs import SHORTEST, Input, Resize, pixels_of, resized, size_for
+from nasfast.inference.people import Box, joints_of
 from nasfast.inference.tiles import Axis, output_bands, resized_bands
 from nasfast.models.io import MODEL_FILE, load_model
 from nasfast.models.layers import resize as resize_maps
 from nasfast.tasks.detection import DetectionProcessor
 from nasfast.tasks.detection.nms import nms
 from nasfast.tasks.detection.postprocess import Boxes, detections
+from nasfast.tasks.keypoints import KeypointProcessor, Poses
 from nasfast.tasks.processor import STRIDE, Prediction, Preprocessing, Processor, Tiling
 from nasfast.tasks.registry import processor_of
 from nasfast.training.cost import count_parameters
@@ -86,20 +88,20 @@ class Model(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Outputs at the size of the result: preprocessed images ``[N, c, H, W]`` to float32
         ``[N, outputs, scale * H, scale * W]``; of a detector ``[N, K + 5, P]``, the points of the
-        padded image.
+        padded image, and for keypoints ``[N, J, h, w]``, heatmaps that cover the padded image.
 
         Sides are padded to multiples of the network's stride: the cells of its coarsest maps would
         not lie where they are resized to.
         """
-        whole = self.processor.whole
+        own = not self.processor.full_size
         if isinstance(self.network, Exported):  # its graph pads
-            return self.map(images) if whole else self._resized(images)
+            return self.map(images) if own else self._resized(images)
         height, width = images.shape[-2:]
         scale, stride = self.processor.scale, self.processor.tiling.multiple
         if stride > 1:
             rows, columns = ((side + stride - 1) // stride * stride for side in (height, width))
             images = F.pad(images, (0, columns - width, 0, rows - height), mode="replicate")
-        if whole:
+        if own:
             return self.map(images)
         return self.cut(self._resized(images), scale * height, scale * width)
 
@@ -127,6 +129,7 @@ class Model(nn.Module):
         tile: int | None = ...,
         batch: int = ...,
         autocast: bool = ...,
+        boxes: Sequence[Box] | None = ...,
     ) -> Prediction: ...
     @overload
     def predict(
@@ -137,6 +140,7 @@ class Model(nn.Module):
         tile: int | None = ...,
         batch: int = ...,
         autocast: bool = ...,
+        boxes: Sequence[Sequence[Box]] | None = ...,
     ) -> list[Prediction]: ...
     def predict(
         self,
@@ -146,6 +150,7 @@ class Model(nn.Module):
         tile: int | None = None,
         batch: int = 8,
         autocast: bool = False,
+        boxes: Sequence[Any] | None = None,
     ) -> Prediction | list[Prediction]:
         """The task's result for an image, or a list of them for a list, at each image's own size.
 
@@ -174,6 +179,9 @@ class Model(nn.Module):
                 are never more than those of a tile.
             autocast: compute in bfloat16 where the device does natively, as evaluations do.
                 float32 is the default: results agree between machines, up to rounding.
+            boxes: for keypoints, the people of an image, each as left, top, right and bottom in its
+                pixels; of a list of images a list of them. None: each image is taken for the crop
+                of one person. The network sees crops of the boxes, whatever ``resize`` says.
 
         Raises:
             UserError: an image in another form, or one that cannot be read; a setting that does not
@@ -181,7 +189,14 @@ class Model(nn.Module):
         """
         many = isinstance(images, list | tuple)
         each: Any = images if many else [images]
-        found = self.predict_each(each, resize=resize, tile=tile, batch=batch, autocast=autocast)
+        found = self.predict_each(
+            each,
+            resize=resize,
+            tile=tile,
+            batch=batch,
+            autocast=autocast,
+            boxes=boxes if many or boxes is None else [boxes],
+        )
         return list(found) if many else next(found)
 
     def predict_each(
@@ -192,6 +207,7 @@ class Model(nn.Module):
         tile: int | None = None,
         batch: int = 8,
         autocast: bool = False,
+        boxes: Iterable[Sequence[Box]] | None = None,
     ) -> Iterator[Prediction]:
         """The results of :meth:`predict` one by one, in order; images are read as they are
         needed."""
@@ -200,6 +216,16 @@ class Model(nn.Module):
         if batch < 1:
             raise UserError(f"batch: expected at least 1, got {batch}")
         self.eval()
+        if isinstance(self.processor, KeypointProcessor):
+            own: Iterable[Sequence[Box] | None] = itertools.repeat(None) if boxes is None else boxes
+            for image, people in zip(images, own):
+                yield run.people(pixels_of(image, 3), people, batch)
+            return
+        if boxes is not None:
+            raise UserError(
+                f"boxes: expected none for {self.task}, which takes whole images, got some; leave "
+                "them out"
+            )
         group: list[Tensor] = []
         for image in images:
             pixels = pixels_of(image, self.preprocessing.channels)
@@ -251,6 +277,23 @@ class _Run:
                 f"every image as it is, got {resize}; leave it out"
             )
         return resize if self.processor.resizes else "none"
+
+    @torch.no_grad()
+    def people(self, image: Tensor, boxes: Sequence[Box] | None, batch: int) -> Poses:
+        """The joints of the people in an image: see `joints_of`."""
+        assert isinstance(self.processor, KeypointProcessor)
+        size = self.fixed or self.usual
+        if size is None:
+            raise UserError(
+                f"{self.model.path}: expected the size of the crops in the description of a "
+                "network for keypoints, got none; restore it from a copy"
+            )
+
+        def network(crops: Tensor) -> Tensor:
+            with self._precision():
+                return _finite(self.model(self._prepared(crops, size)))
+
+        return joints_of(network, self.processor, size, image, boxes, batch)
 
     def fits_a_tile(self, count: int, image: Tensor) -> bool:
         """Whether so many images like this one have no more pixels than a tile."""

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from nasfast.data.base import default_colors
+from nasfast.data.keypoints import Skeleton
 from nasfast.models.restorer import reach
 from nasfast.spaces.ir_nas import IRNASGenotype
 from nasfast.tasks.depth import DepthProcessor
 from nasfast.tasks.detection.processor import DetectionProcessor
+from nasfast.tasks.keypoints import KeypointProcessor
 from nasfast.tasks.processor import Processor
 from nasfast.tasks.restoration import task_from_json
 from nasfast.tasks.restoration.processor import RestorationProcessor
@@ -25,6 +27,8 @@ def processor_of(description: Mapping[str, Any]) -> Processor:
     """
     if description.get("task") == "depth":
         return DepthProcessor(float(description["per_metre"]), float(description["typical"]))
+    if description.get("task") == "keypoints":
+        return KeypointProcessor(Skeleton(tuple(description["joints"])))
     detects = "detection" in (description.get("task"), description.get("method"))
     if "task" in description and not detects:
         genotype = IRNASGenotype.from_json(description["genotype"])

@@ -52,7 +52,7 @@ def energy(rows: int) -> float:
     return math.pi * sigma_of(rows) ** 2
 
 
-def decode(maps: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def decode(maps: Tensor, size: tuple[float, float]) -> tuple[Tensor, Tensor]:
     """Points and confidences of heatmaps.
 
     A point is the highest cell, moved by the Taylor expansion of the map's logarithm about it
