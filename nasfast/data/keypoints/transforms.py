@@ -45,14 +45,14 @@ class PersonTransform(Protocol):
 class PersonTrainTransform:
     """A crop of a person, scaled, turned and mirrored at random about the centre of its box.
 
-    The box is widened to the shape of the crop and to `PADDING` times its size. What is shown is
-    larger or smaller by a factor from 1 - `scale` to 1 + `scale`, and turned by up to `turn`
-    degrees. Brightness, contrast and saturation are multiplied, in this order, by factors from 1 -
-    `jitter` to 1 + `jitter`.
+    The box is widened to the shape of the crop and to `PADDING` times its size. The person is then
+    larger by a factor that is drawn from `scale_range`, and turned by up to `turn` degrees.
+    Brightness, contrast and saturation are multiplied, in this order, by factors from 1 - `jitter`
+    to 1 + `jitter`.
     """
 
     crop: Size
-    scale: float = 0.3
+    scale_range: tuple[float, float] = (0.7, 1.4)
     turn: float = 40.0
     flip: float = 0.5
     """Probability of mirroring left and right."""
@@ -60,7 +60,13 @@ class PersonTrainTransform:
 
     def __post_init__(self) -> None:
         check_size("PersonTrainTransform", "crop", self.crop)
-        for name, most in (("scale", 0.9), ("turn", 180.0), ("flip", 1.0), ("jitter", 1.0)):
+        low, high = self.scale_range
+        if not 0 < low <= high < math.inf:
+            raise ValueError(
+                f"PersonTrainTransform: expected scale_range (low, high) with 0 < low <= high, "
+                f"got {self.scale_range}"
+            )
+        for name, most in (("turn", 180.0), ("flip", 1.0), ("jitter", 1.0)):
             value = getattr(self, name)
             if not 0 <= value <= most:
                 raise ValueError(
@@ -76,7 +82,8 @@ class PersonTrainTransform:
         if generator is None:
             raise ValueError("PersonTrainTransform: expected a torch.Generator, got None")
         draw = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
-        factor = 1 + self.scale * (2 * draw[0] - 1)
+        low, high = self.scale_range
+        factor = low + (high - low) * draw[0]
         angle = math.radians(self.turn) * (2 * draw[1] - 1)
         to_crop = person_map(sample.person.box, pair(self.crop), factor, angle)
         crop = _cut(sample, to_crop, pair(self.crop))

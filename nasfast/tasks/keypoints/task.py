@@ -17,6 +17,7 @@ from nasfast.tasks.detection.scores import check_packages
 from nasfast.tasks.keypoints.heatmaps import FINEST, decode, energy, heatmaps
 from nasfast.tasks.keypoints.processor import KeypointProcessor, Poses
 from nasfast.tasks.keypoints.scores import KeypointScores, People, keypoint_scores
+from nasfast.tasks.processor import STRIDE
 from nasfast.training.loop import NonFiniteLossError, Runtime
 
 T = TypeVar("T")
@@ -30,9 +31,9 @@ class KeypointTask(DenseTask[KeypointScores]):
     float32 ``[N, J, 2]``, x and y in pixels of the crop; "visible" uint8 ``[N, J]``, 0 for a joint
     that is not labelled; "to_image" float32 ``[N, 2, 3]``, the map from the crop to the image;
     "truth" float32 ``[N, J, 2]``, the joints in the image; "area" and "head" float32 ``[N]``, the
-    scales of OKS and PCKh; "image" int64 ``[N]``, its index in the data; "room" int64 ``[N, 2]``,
-    height and width of the crop. Padded targets have "inside" too, uint8 ``[N, H / 4, W / 4]``: 1
-    where there is crop. Its shape is that of the maps that are learned.
+    scales of OKS and PCKh; "image" int64 ``[N]``, its index in the data; "inside" uint8 ``[N, H /
+    4, W / 4]``, 1 where there is crop, 0 where it is padded. Its shape is that of the maps that are
+    learned.
 
     Raises:
         UserError: faster-coco-eval is not installed.
@@ -69,6 +70,7 @@ class KeypointTask(DenseTask[KeypointScores]):
         dataset = cast(KeypointDataset, frames)
         crops = batch(dataset, indices, transform, generator)
         people = [dataset.people()[index] for index in indices]
+        rows, columns = (-(-side // FINEST) for side in crops.images.shape[-2:])
         return crops.images, {
             "joints": crops.joints,
             "visible": crops.visible,
@@ -77,7 +79,7 @@ class KeypointTask(DenseTask[KeypointScores]):
             "area": torch.tensor([person.area for person in people]),
             "head": torch.tensor([person.head for person in people]),
             "image": torch.tensor([person.image for person in people]),
-            "room": torch.tensor([crops.images.shape[-2:]] * len(people)),
+            "inside": torch.ones(len(people), rows, columns, dtype=torch.uint8),
         }
 
     def resize_targets(self, targets: Targets, size: tuple[int, int]) -> Targets:
@@ -85,14 +87,8 @@ class KeypointTask(DenseTask[KeypointScores]):
         return {name: targets[name] for name in ("joints", "visible", "inside")}
 
     def pad_targets(self, targets: Targets, size: tuple[int, int]) -> Targets:
-        """With "inside"."""
-        height, width = size
-        rows, columns = (
-            (torch.arange(side // FINEST) + 0.5) * FINEST < room
-            for side, room in ((height, targets["room"][0, 0]), (width, targets["room"][0, 1]))
-        )
-        inside = rows[:, None] & columns
-        return {**targets, "inside": inside.to(torch.uint8).repeat(len(targets["joints"]), 1, 1)}
+        """With cells that are not "inside"."""
+        return {**targets, "inside": _padded(targets["inside"], size)}
 
     def criterion(self, output: Tensor, targets: Targets) -> Tensor:
         """Mean squared error between the maps and Gaussians, over the labelled joints that lie in
@@ -130,11 +126,11 @@ class KeypointTask(DenseTask[KeypointScores]):
             with runtime.autocast():
                 maps = predict(inputs)
             finite &= maps.isfinite().all()
-            rows, columns = targets["inside"].shape[-2:]
-            inside = runtime.move(targets["inside"])[:, None].float()
+            sides = [FINEST * side for side in targets["inside"].shape[-2:]]
+            height, width = (side + -side % STRIDE for side in sides)  # as networks pad
+            inside = _padded(runtime.move(targets["inside"]), (height, width))[:, None].float()
             there = F.interpolate(inside, maps.shape[-2:], mode="nearest-exact") > 0
-            maps = maps.float().masked_fill(~there, 0.0)
-            points, confidence = decode(maps, (FINEST * rows, FINEST * columns))
+            points, confidence = decode(maps.float().masked_fill(~there, 0.0), (height, width))
             # copies: a feature cache writes the next batch over this one
             own = {name: target.cpu().clone() for name, target in targets.items()}
             points = mapped(points.cpu(), own["to_image"])
@@ -173,3 +169,9 @@ class KeypointTask(DenseTask[KeypointScores]):
                 skeleton.joints, scores.joints, skeleton.colors, strict=True
             )
         ]
+
+
+def _padded(inside: Tensor, size: tuple[int, int]) -> Tensor:
+    """ "inside" for images of (H, W)."""
+    rows, columns = (side // FINEST for side in size)
+    return F.pad(inside, (0, columns - inside.shape[-1], 0, rows - inside.shape[-2]))
