@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from nasfast.commands import evaluate
-from nasfast.methods.segmentation.evaluate import EvaluateConfig, summed
+from nasfast.methods.segmentation.evaluate import EvaluateConfig
 from nasfast.methods.segmentation.evaluate import evaluate as measure
 from nasfast.methods.segmentation.tasks import BINDINGS
+from nasfast.methods.segmentation.tasks.base import summed
 from nasfast.utils.errors import UserError
 
 

@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nasfast.data import TrainTransform, Transform
 from nasfast.evaluation.candidate import SeedOf
 from nasfast.evaluation.frozen_encoder import FrozenEncoder, FrozenEncoderConfig
 from nasfast.models.decoders import DenseNetwork
@@ -185,13 +184,18 @@ class DecoderOnFeatures:
 
 
 class EndToEnd:
-    """Trains encoder and decoder together."""
+    """Trains encoder and decoder together, on samples by the first of two transforms, and scores
+    them on samples by the second."""
 
     def __init__(
-        self, config: Stage1Config, task: DenseTask[Any], val_transform: Transform, runtime: Runtime
+        self,
+        config: Stage1Config,
+        task: DenseTask[Any],
+        transforms: tuple[Any, Any],
+        runtime: Runtime,
     ) -> None:
-        self._config, self._task = config, task
-        self._val_transform, self._runtime = val_transform, runtime
+        self._config, self._task, self._runtime = config, task, runtime
+        self._train_transform, self._val_transform = transforms
         count = config.epochs if config.gate_epochs else 1
         self.names = [f"stage1.{k}" for k in range(1, count + 1)] if count > 1 else ["stage1"]
 
@@ -202,7 +206,6 @@ class EndToEnd:
         model.decoder.with_aux = config.aux_weight > 0
         model.encoder.requires_grad_(True)
         generator = torch.Generator().manual_seed(seed_of("stage1"))
-        transform = TrainTransform(config.crop, config.shorter_side)
         decoder, encoder = (list(part.parameters()) for part in (model.decoder, model.encoder))
         adam = _adam(decoder, config.decoder_lr, config.weight_decay, runtime)
         other = (
@@ -232,7 +235,7 @@ class EndToEnd:
                 for left in reversed(range(config.epochs)):
                     model.train()
                     indices = epoch_indices(len(frames), config.batch_size, generator)
-                    pairs = task.batches(frames, indices, transform, runtime, generator)
+                    pairs = task.batches(frames, indices, self._train_transform, runtime, generator)
                     batches = ({"images": images} | targets for images, targets in pairs)
                     train_epoch(batches, loss_of, groups, runtime, average, graph)
                     if config.gate_epochs and left > 0:

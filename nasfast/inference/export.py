@@ -124,7 +124,7 @@ def check_exportable(
             f"export: expected a model.safetensors, got {model.network.path}, which is an export; "
             "give the file that it was made from"
         )
-    if argmax and (model.processor.whole or not 0 < len(model.classes) <= 256):
+    if argmax and (not model.processor.full_size or not 0 < len(model.classes) <= 256):
         raise UserError(
             f"argmax: expected a network of 1 to 256 classes of pixels, got {len(model.classes)} "
             f"of a network for {model.task}; leave it out"

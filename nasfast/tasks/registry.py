@@ -28,7 +28,7 @@ def processor_of(description: Mapping[str, Any]) -> Processor:
     if description.get("task") == "depth":
         return DepthProcessor(float(description["per_metre"]), float(description["typical"]))
     if description.get("task") == "keypoints":
-        return KeypointProcessor(Skeleton(tuple(description["joints"])))
+        return KeypointProcessor(Skeleton(tuple(description["classes"])))
     detects = "detection" in (description.get("task"), description.get("method"))
     if "task" in description and not detects:
         genotype = IRNASGenotype.from_json(description["genotype"])

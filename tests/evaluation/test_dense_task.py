@@ -175,7 +175,12 @@ def evaluator(features):
         features.costs,
         [
             DecoderOnFeatures(STAGE0, features, aux_weight=STAGE0.aux_weight),
-            EndToEnd(STAGE1, TASK, features.val_transform, RUNTIME),
+            EndToEnd(
+                STAGE1,
+                TASK,
+                (TrainTransform(STAGE1.crop, STAGE1.shorter_side), features.val_transform),
+                RUNTIME,
+            ),
         ],
         RUNTIME,
         image=(3, *features.val_size),

@@ -20,7 +20,7 @@ JOINTS = ["nose", "left_wrist", "right_wrist"]
 DESCRIPTION = {
     "genotype": {"space": "fast_nas"},
     "task": "keypoints",
-    "joints": JOINTS,
+    "classes": JOINTS,
     "size": [96, 64],
 }
 

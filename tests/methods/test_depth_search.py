@@ -152,7 +152,7 @@ def test_the_data_is_checked(rooms, tmp_path, capsys):
         ),
         ({"task": "depth", "mask_values": "0,1"}, "mask-values: expected none with --task depth"),
         ({"task": "depth", "omit": [0]}, "omit: expected none with --task depth, which has no use"),
-        ({"task": "poses"}, "task: expected one of 'segmentation', 'depth', got 'poses'"),
+        ({"task": "poses"}, "task: expected one of 'segmentation', 'depth', 'keypoints', got"),
     ],
 )
 def test_settings_of_other_tasks(settings, text):

@@ -18,6 +18,7 @@ from nasfast.data.keypoints.base import (
     PersonSample,
     Skeleton,
     divide,
+    halves_by_image,
 )
 from nasfast.data.keypoints.coco import COCO_LAYOUT, is_coco, open_coco
 from nasfast.data.keypoints.files import require_people
@@ -34,6 +35,7 @@ from nasfast.data.keypoints.transforms import (
     inverse,
     mapped,
     person_map,
+    person_size,
 )
 from nasfast.utils.errors import UserError
 
@@ -55,10 +57,12 @@ __all__ = [
     "batch",
     "cropped",
     "divide",
+    "halves_by_image",
     "inverse",
     "load_keypoint_splits",
     "mapped",
     "person_map",
+    "person_size",
 ]
 
 
@@ -90,7 +94,7 @@ def load_keypoint_splits(
         train, val = (
             SyntheticPeople(count, stream=stream) for count, stream in ((256, "train"), (64, "val"))
         )
-        return divide(KeypointParts(train, val), seed=seed, fraction=0.1)
+        return divide(KeypointParts(train, val), seed=seed)
     root = Path(source)
     if not root.is_dir():
         raise UserError(
@@ -103,7 +107,7 @@ def load_keypoint_splits(
     for part, dataset in (("train", parts.train), ("val", parts.val)):
         require_people(dataset, part)
     open_test = parts.open_test and functools.partial(_test, parts.open_test)
-    return divide(parts._replace(open_test=open_test), seed=seed, fraction=0.1)
+    return divide(parts._replace(open_test=open_test), seed=seed)
 
 
 def _test(opened: Callable[[], KeypointDataset]) -> KeypointDataset:

@@ -238,10 +238,11 @@ class KeypointSplits(Division[KeypointDataset]):
     """The parts of a keypoint dataset."""
 
 
-def divide(parts: KeypointParts, *, seed: int, fraction: float) -> KeypointSplits:
-    """Keep the people in a seeded `fraction` of the images of `train`, at least one, to validate
-    candidates on. No image is in both."""
-    train = parts.train
+def halves_by_image(
+    train: KeypointDataset, *, seed: int, fraction: float = 0.1
+) -> tuple[KeypointDataset, KeypointDataset]:
+    """The people that candidates learn from, and those in the seeded `fraction` of the images, at
+    least one, that they are scored on. UserError for less than two images."""
     images = list(dict.fromkeys(person.image for person in train.people()))
     learned, held_out = (
         {images[i] for i in chosen}
@@ -251,10 +252,15 @@ def divide(parts: KeypointParts, *, seed: int, fraction: float) -> KeypointSplit
         [i for i, person in enumerate(train.people()) if person.image in chosen]
         for chosen in (learned, held_out)
     ]
+    return train.subset(rows[0]), train.subset(rows[1])
+
+
+def divide(parts: KeypointParts, *, seed: int, fraction: float = 0.1) -> KeypointSplits:
+    """Keep the people in a seeded `fraction` of the images of `train`, at least one, to validate
+    candidates on."""
     return KeypointSplits(
-        train.subset(rows[0]),
-        train.subset(rows[1]),
-        train,
+        *halves_by_image(parts.train, seed=seed, fraction=fraction),
+        parts.train,
         parts.val,
         parts.open_test,
         parts.aside,

@@ -21,6 +21,10 @@ PADDING = 1.25
 """Sides of what a crop shows, in sides of the person's box."""
 
 
+CELL = 32
+"""Of the coarsest maps of encoders, in pixels."""
+
+
 class PersonCrop(NamedTuple):
     """A person, cut out."""
 
@@ -123,6 +127,13 @@ class PersonBatch(NamedTuple):
     joints: Tensor
     visible: Tensor
     to_image: Tensor
+
+
+def person_size(height: int) -> tuple[int, int]:
+    """(H, W) of crops of about a height: three quarters as wide, as in Simple Baselines, and both
+    the nearest multiples of 32, which networks need no padding for."""
+    rows = max(1, round(height / CELL))
+    return CELL * rows, CELL * max(1, round(0.75 * rows))
 
 
 def batch(

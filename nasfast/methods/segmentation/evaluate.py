@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from nasfast.data import ValTransform
 from nasfast.data.depth import DepthReading
 from nasfast.device import resolve_device
 from nasfast.inference.exported import EXPORT_SUFFIXES
@@ -27,7 +25,6 @@ from nasfast.methods import base
 from nasfast.methods.base import Split
 from nasfast.methods.segmentation.tasks import BINDINGS, Binding, Opened, Reading
 from nasfast.models.io import MODEL_FILE
-from nasfast.models.layers import resize
 from nasfast.tasks.base import DenseTask, prepare_images
 from nasfast.training.loop import Runtime
 from nasfast.training.pictures import spread
@@ -47,7 +44,7 @@ class EvaluateConfig(base.EvaluateConfig):
     scales: str = "1"
     """Factors of an image's sides, such as 0.75,1,1.25: the network sees each image at all of them,
     and its class probabilities are summed, or the logarithms of depths averaged. The result says
-    so; the latency is that of one pass."""
+    so; the latency is that of one pass. Keypoints have 1 alone."""
     flip: bool = False
     """Mirrored images as well."""
     depth: DepthReading = dataclasses.field(default_factory=DepthReading)
@@ -99,36 +96,22 @@ def open_split(
 
 def inputs(model: Model, data: str, split: Split, count: int) -> list[Tensor]:
     """See `nasfast.methods.base.Method.inputs`."""
-    _, _, part, _ = open_split(model, split, Reading(data, keep=False))
-    images = (part[index].image for index in spread(len(part), count))
-    return [model.preprocessing(image[None]) for image in images]
-
-
-def summed(
-    model: Callable[[Tensor], Tensor],
-    view_of: Callable[[Tensor, float, int], Tensor],
-    factors: Sequence[float],
-    flip: bool,
-    images: Tensor,
-) -> Tensor:
-    """What ``view_of`` makes of the outputs for images ``[N, 3, H, W]``, see `Binding.view`, summed
-    over scales and, with ``flip``, mirror images."""
-    height, width = images.shape[-2:]
-    total, views = images.new_zeros(()), len(factors) * (1 + flip)
-    for factor in factors:
-        scaled = resize(images, (max(1, round(factor * height)), max(1, round(factor * width))))
-        for view in (scaled, scaled.flip(-1)) if flip else (scaled,):
-            found = model(view)
-            found = found if view is scaled else found.flip(-1)
-            total = total + resize(view_of(found.float(), factor, views), (height, width))
-    return total
+    binding, opened, part, _ = open_split(model, split, Reading(data, keep=False))
+    transform = binding.as_scored(model)
+    chosen = spread(len(part), count)
+    images = (opened.task.load_batch(part, [index], transform)[0] for index in chosen)
+    return [model.preprocessing(image) for image in images]
 
 
 def scores_of(
-    model: Callable[[Tensor], Tensor], task: DenseTask[Any], part: Any, runtime: Runtime
+    model: Callable[[Tensor], Tensor],
+    task: DenseTask[Any],
+    part: Any,
+    transform: Any,
+    runtime: Runtime,
 ) -> Any:
-    """Scores on whole images, one at a time; the network pads them itself."""
-    loaded = (task.load_batch(part, [index], ValTransform(None)) for index in range(len(part)))
+    """Scores on the samples, one at a time; the network pads them itself."""
+    loaded = (task.load_batch(part, [index], transform) for index in range(len(part)))
     batches = ((prepare_images(images, runtime), targets) for images, targets in loaded)
     return task.score(batches, model, runtime)
 
@@ -136,7 +119,7 @@ def scores_of(
 def score(model: Model, data: str, split: Split, runtime: Runtime) -> dict[str, float]:
     """See `nasfast.methods.base.Method.score`."""
     binding, opened, part, _ = open_split(model, split, Reading(data, keep=False))
-    return binding.better(scores_of(model, opened.task, part, runtime))
+    return binding.better(scores_of(model, opened.task, part, binding.as_scored(model), runtime))
 
 
 def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
@@ -156,25 +139,27 @@ def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
     network: Callable[[Tensor], Tensor] = model
     views = f"{binding.views} {config.views}" if config.views else ""
     if views:
-        network = functools.partial(summed, model, binding.view, config.factors, config.flip)
-    scores = scores_of(network, opened.task, part, runtime)
-    height, width = part[0].mask.shape
+        network = binding.viewed(model, config.factors, config.flip)
+    transform = binding.as_scored(model)
+    scores = scores_of(network, opened.task, part, transform, runtime)
+    images, _ = opened.task.load_batch(part, [0], transform)
+    height, width = images.shape[-2:]
     latencies = measure_speed(
         path, model, (height, width), runtime, batch=config.batch, seconds=config.seconds
     )
     result = {
         "data": data,
         "split": config.split,
-        "images": len(part),
+        binding.samples: len(part),
         **({"resize_longer": reading.resize_longer} if reading.resize_longer else {}),
         **({"views": views} if views else {}),
         **binding.evaluated(part, scores, reading),
         **measure_size(path, model, (height, width)),
         **speed_json(latencies),
     }
-    images = f"{len(part)} {config.split} images of {part.name}"
-    images += f"; {views}" if views else ""
-    table = Table(title=escape(f"{config.label}, {images}"))
+    judged = f"{len(part)} {config.split} {binding.samples} of {part.name}"
+    judged += f"; {views}" if views else ""
+    table = Table(title=escape(f"{config.label}, {judged}"))
     table.add_column("measure")
     table.add_column("value", justify="right")
     binding.tabulate(table, part, scores)

@@ -9,7 +9,7 @@ from typing import Any, Self, TypeVar
 import torch
 from rich.console import Console
 
-from nasfast.data import TrainTransform, ValTransform, folder_of, shorter_side
+from nasfast.data import folder_of, shorter_side
 from nasfast.data.base import Division
 from nasfast.encoders import Encoder, load_encoder
 from nasfast.evaluation.candidate import CandidateEvaluator
@@ -61,13 +61,14 @@ class Inputs:
         self, config: DecoderSearchConfig, runtime: Runtime, caches: Caches | None = None
     ) -> FrozenEncoder:
         """Features of the encoder, in the cache or computed now."""
+        binding = binding_of(config)
         return FrozenEncoder(
             self.opened.task,
             self.encoder,
             config.stage0.samples,
             (
-                TrainTransform(config.stage0.crop, config.stage0.shorter_side),
-                ValTransform(config.val_crop),
+                binding.train_transform(config.stage0.crop, config.stage0.shorter_side),
+                binding.val_transform(config.val_crop),
             ),
             runtime,
             seed=config.seed,
@@ -83,15 +84,15 @@ def build(config: Config, interrupt: Interrupt, console: Console) -> tuple[Sampl
     check_placement(config.placement, workers)
     runtime = Runtime(torch.device(workers.devices[0]), interrupt.check)
     inputs = Inputs.open(config)
-    opened, folder = inputs.opened, folder_of(config.data)
-    found = binding_of(config).check(opened, Reading.of(config), folder, test=False)
+    opened, folder, binding = inputs.opened, folder_of(config.data), binding_of(config)
+    found = binding.check(opened, Reading.of(config), folder, test=False)
     warn(found, console)
-    config = fit_to_data(config, opened.splits, console)
+    config = binding.fitted(config) or fit_to_data(config, opened.splits, console)
     splits, encoder, space = opened.splits, inputs.encoder, config.decoders.space
     say(
         console,
-        f"data     {splits.train.name}: {len(splits.search_train)} frames to train candidates, "
-        f"{len(splits.search_val)} to score them, {opened.about}\n"
+        f"data     {splits.train.name}: {len(splits.search_train)} {binding.samples} to train "
+        f"candidates, {len(splits.search_val)} to score them, {opened.about}\n"
         f"encoder  {encoder.label}, "
         f"{config.encoder_weights or 'packaged weights (trained on generated scenes)'}\n"
         f"device   {workers}, {runtime.precision}\n"
@@ -137,7 +138,9 @@ def make_evaluator(config: DecoderSearchConfig, features: FrozenEncoder) -> Eval
     )
     stages: list[DecoderOnFeatures | EndToEnd] = [alone]
     if config.stage1.epochs > 0:
-        stages.append(EndToEnd(config.stage1, task, features.val_transform, features.runtime))
+        crop = binding_of(config).train_transform(config.stage1.crop, config.stage1.shorter_side)
+        transforms = crop, features.val_transform
+        stages.append(EndToEnd(config.stage1, task, transforms, features.runtime))
 
     def build(genotype: Any) -> EncoderDecoder:
         network = config.decoders.build(features.encoder, genotype, task.outputs, config.decoder)

@@ -26,7 +26,8 @@ DESCRIPTION = """Search a segmentation network: ``nasfast search segmentation``.
 
 ``--data DIR`` takes a folder of CamVid, Cityscapes or PASCAL VOC, or one with images/, masks/ and
 classes.txt; without it, generated street scenes. ``--task depth`` searches a network for depth, on
-a folder with images/ and depths/, of 7-Scenes, or of image_* and depth_*.
+a folder with images/ and depths/, of 7-Scenes, or of image_* and depth_*; ``--task keypoints`` one
+for the joints of people, on a folder of COCO or MPII.
 ``--resume RUN [--budget N]`` continues a run.
 (Fast NAS, CVPR 2019)
 ``nasfast search restoration --help`` shows the search of restoration networks.
@@ -43,9 +44,11 @@ class DecoderSearchConfig(SamplingSettings):
 
     data: str = "synthetic"
     """"synthetic", a folder of CamVid, Cityscapes or PASCAL VOC, or one with images/, masks/ and
-    classes.txt; for depth of 7-Scenes, or one with images/ and depths/: see docs/data.md."""
+    classes.txt; for depth of 7-Scenes, or one with images/ and depths/; for keypoints of COCO or
+    MPII: see docs/data.md."""
     task: TaskName = "segmentation"
-    """What networks are searched for: segmentation, a class for every pixel; depth, metres."""
+    """What networks are searched for: segmentation, a class for every pixel; depth, metres;
+    keypoints, joints of people."""
     preset: Literal["demo", "quick", "paper"] = "demo"
     """demo: a minute on a laptop (default for the synthetic set). quick: about 30 s per candidate
     on two cores (default for other data). paper: the published schedule, for a GPU."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from nasfast.cache import tensors_fingerprint
 from nasfast.data import TrainTransform, ValTransform, shorter_side
-from nasfast.data.base import halves
+from nasfast.data.base import Samples
 from nasfast.encoders import load_encoder
 from nasfast.methods.base import Architecture
 from nasfast.methods.dense import DenseTrainConfig, DenseTraining, located
@@ -42,6 +42,8 @@ class DecoderTrainConfig(DenseTrainConfig):
     """The loss weighs class k by its frequency to the power of minus this; 0 weighs all alike."""
     depth: DepthSettings = dataclasses.field(default_factory=DepthSettings)
     """Reading and loss of --task depth; default: the search's."""
+    turn: Annotated[float, Bound(0, 180)] = 40.0
+    """Greatest angle by which crops of people are turned, in degrees, for --task keypoints."""
     decoder: Any = None
     """Size of the decoder; each method has a type of its own."""
 
@@ -104,6 +106,21 @@ class DecoderTraining(DenseTraining):
         self.binding = binding_of(config)
         self.opened = self.binding.open(Reading.of(config))
         splits, train = self.opened.splits, self.opened.splits.train
+        crops = self.binding.own_crops(config, train) or self._cut(config, train)
+        super().__init__(
+            crops[0],
+            self.binding.training(self.opened, config, runtime),
+            train,
+            splits.val,
+            crops[1:],
+            out,
+            runtime,
+        )
+
+    _enlarging: Sequence[str] = ()
+
+    def _cut(self, config: DecoderTrainConfig, train: Samples) -> tuple[Any, Any, Any]:
+        """As `Binding.own_crops`, of crops that the images can fill."""
         # larger would enlarge every image, where validation takes them as they are
         found = [
             config.crop and enlarging("--crop", config.crop, train),
@@ -112,15 +129,8 @@ class DecoderTraining(DenseTraining):
         self._enlarging = [text for text in found if text]
         crop = config.crop or min(288, shorter_side(train))
         sides = (crop, config.crop_width or crop)
-        super().__init__(
-            dataclasses.replace(config, crop=crop),
-            self.binding.training(self.opened, config, runtime),
-            train,
-            splits.val,
-            (TrainTransform(sides, crop, config.scales, jitter=config.jitter), ValTransform(None)),
-            out,
-            runtime,
-        )
+        transform = TrainTransform(sides, crop, config.scales, jitter=config.jitter)
+        return dataclasses.replace(config, crop=crop), transform, ValTransform(None)
 
     def network(self) -> EncoderDecoder:
         settings = self.settings
@@ -141,7 +151,7 @@ class DecoderTraining(DenseTraining):
             for name in ("data", "mask_values", "resize_longer")
         )
         if same and reading.depth == DepthSettings().over(before["depth"]):
-            learned, held_out = halves(self.opened.splits.train, seed=search["seed"])
+            learned, held_out = self.binding.halves(self.opened.splits.train, search["seed"])
             found["training data"] = learned.fingerprint()
             found["validation data"] = held_out.fingerprint()
         if str(config.encoder_weights) == str(search.get("encoder_weights")):

@@ -91,6 +91,11 @@ class KeypointProcessor(Processor):
     task = "keypoints"
     preprocessing = Preprocessing(IMAGENET_MEAN, IMAGENET_STD)
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The joints."""
+        return self.skeleton.joints
+
     def result(self, reduced: Tensor, image: Tensor) -> Poses:
         """The joints of one person, who fills the image, by its maps ``[J, h, w]``."""
         height, width = image.shape[1:]

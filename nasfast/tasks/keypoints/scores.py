@@ -58,8 +58,8 @@ class KeypointScores:
         return self.figures["oks" if "oks" in self.figures else "pckh@0.5"]
 
     def as_dict(self) -> dict[str, float]:
-        """AP first, or PCKh@0.5 where there is none."""
-        return dict(self.figures)
+        """AP first, or PCKh@0.5 where there is none; "score" is the reward."""
+        return {**self.figures, "score": self.reward}
 
 
 def similarities(people: People, sigmas: Sequence[float]) -> Tensor:

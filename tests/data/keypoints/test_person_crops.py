@@ -79,7 +79,7 @@ def test_augmented_crops_keep_joints_on_their_dots():
         TRAIN(sample, (1, 0, 2))
     with pytest.raises(ValueError, match="expected turn from 0 to 180, got 200"):
         PersonTrainTransform(96, turn=200)
-    with pytest.raises(ValueError, match="expected scale_range .low, high. with 0 < low <= high"):
+    with pytest.raises(ValueError, match=r"expected scale_range .low, high. with 0 < low <= high"):
         PersonTrainTransform(96, scale_range=(0, 1))
 
 

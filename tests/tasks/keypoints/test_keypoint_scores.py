@@ -76,7 +76,7 @@ def test_pckh_by_hand():
     assert scores.figures["pckh@0.5"] == pytest.approx(12 / 13, **EXACT)
     assert scores.figures["pckh@0.1"] == pytest.approx(9 / 13, **EXACT)
     assert scores.reward == scores.figures["pckh@0.5"]
-    assert list(scores.as_dict()) == ["pckh@0.5", "pckh@0.1"]  # no OKS for MPII's joints
+    assert list(scores.as_dict()) == ["pckh@0.5", "pckh@0.1", "score"]  # no OKS for MPII's joints
     assert (scores.by, scores.joints[5], scores.joints[8]) == ("PCKh@0.5", 1, 0)
     assert scores.joints[15] is None
     unknown = keypoint_scores(people(truth.tolist(), off.tolist(), visible=visible), MPII)

@@ -7,14 +7,16 @@ from typing import Any, Literal
 
 from nasfast.methods.segmentation.tasks.base import Binding, Opened, Reading
 from nasfast.methods.segmentation.tasks.depth import DepthBinding
+from nasfast.methods.segmentation.tasks.keypoints import KeypointBinding
 from nasfast.methods.segmentation.tasks.segmentation import SegmentationBinding
 
 __all__ = ["BINDINGS", "Binding", "Opened", "Reading", "TaskName", "binding_of"]
 
-TaskName = Literal["segmentation", "depth"]
+TaskName = Literal["segmentation", "depth", "keypoints"]
 BINDINGS: Mapping[str, Binding[Any]] = {
     "segmentation": SegmentationBinding(),
     "depth": DepthBinding(),
+    "keypoints": KeypointBinding(),
 }
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -12,15 +13,18 @@ from typing import Any, ClassVar, Generic, TypeVar
 from rich.table import Table
 from torch import Tensor
 
-from nasfast.data.base import Division
+from nasfast.data import TrainTransform, ValTransform
+from nasfast.data.base import Division, halves
 from nasfast.data.checks import Findings
 from nasfast.inference.model import Model
+from nasfast.models.layers import resize
 from nasfast.tasks.base import DenseTask
 from nasfast.tasks.depth import DepthSettings
 from nasfast.training.loop import Runtime
 from nasfast.utils.errors import UserError
 
 S = TypeVar("S")
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class Binding(ABC, Generic[S]):
     """What "reward" and the metrics mean."""
     views: ClassVar[str]
     """How an evaluation joins several views of an image: "softmax summed"."""
+    samples: ClassVar[str] = "images"
+    """What a part of the data has."""
     foreign: ClassVar[Mapping[str, object]]
     """Settings of other tasks, with the values that they have where they are not given; "" for a
     group of them."""
@@ -98,6 +104,35 @@ class Binding(ABC, Generic[S]):
         """The task as a full training has it."""
         return opened.task
 
+    def halves(self, train: Any, seed: int) -> tuple[Any, Any]:
+        """What candidates of a search learn from, and what they are scored on."""
+        learned: Any
+        held_out: Any
+        learned, held_out = halves(train, seed=seed)
+        return learned, held_out
+
+    def train_transform(self, crop: int, shorter_side: int) -> Any:
+        """Of the samples that candidates learn from."""
+        return TrainTransform(crop, shorter_side)
+
+    def val_transform(self, crop: int | None) -> Any:
+        """Of the samples that candidates are scored on; None: whole images."""
+        return ValTransform(crop)
+
+    def fitted(self, settings: C) -> C | None:
+        """The settings of a search whose crops do not depend on the sizes of images; None where
+        they do."""
+        return None
+
+    def own_crops(self, settings: Any, train: Any) -> tuple[Any, Any, Any] | None:
+        """Settings of a training, and what makes the samples that it learns from and is scored on,
+        where crops do not depend on the sizes of images; None where they do."""
+        return None
+
+    def as_scored(self, model: Model) -> Any:
+        """What makes the samples that a network is judged on."""
+        return ValTransform(None)
+
     @abstractmethod
     def measured(self, opened: Opened[S], scores: S) -> dict[str, Any]:
         """What metrics.json says beside the scores by name."""
@@ -118,10 +153,17 @@ class Binding(ABC, Generic[S]):
     def require_fit(self, model: Model, opened: Opened[S], part: Any, data: str) -> None:
         """Raise UserError where the data asks something else than the network was trained for."""
 
-    @abstractmethod
+    def viewed(
+        self, model: Callable[[Tensor], Tensor], factors: Sequence[float], flip: bool
+    ) -> Callable[[Tensor], Tensor]:
+        """A network that sees images ``[N, 3, H, W]`` at several scales and, with ``flip``,
+        mirrored too: the sum of what `view` makes of its outputs."""
+        return functools.partial(summed, model, self.view, factors, flip)
+
     def view(self, output: Tensor, factor: float, views: int) -> Tensor:
         """An output ``[N, outputs, H, W]`` of an image that was resized by a factor, so that the
-        sum over all views is an output."""
+        sum over all views is an output. By default the sum is their mean."""
+        return output / views
 
     @abstractmethod
     def better(self, scores: S) -> dict[str, float]:
@@ -134,3 +176,23 @@ class Binding(ABC, Generic[S]):
     @abstractmethod
     def tabulate(self, table: Table, part: Any, scores: S) -> None:
         """The same as rows of a measure and a value."""
+
+
+def summed(
+    model: Callable[[Tensor], Tensor],
+    view_of: Callable[[Tensor, float, int], Tensor],
+    factors: Sequence[float],
+    flip: bool,
+    images: Tensor,
+) -> Tensor:
+    """What ``view_of`` makes of the outputs for images ``[N, 3, H, W]``, see `Binding.view`, summed
+    over scales and, with ``flip``, mirror images."""
+    height, width = images.shape[-2:]
+    total, views = images.new_zeros(()), len(factors) * (1 + flip)
+    for factor in factors:
+        scaled = resize(images, (max(1, round(factor * height)), max(1, round(factor * width))))
+        for view in (scaled, scaled.flip(-1)) if flip else (scaled,):
+            found = model(view)
+            found = found if view is scaled else found.flip(-1)
+            total = total + resize(view_of(found.float(), factor, views), (height, width))
+    return total

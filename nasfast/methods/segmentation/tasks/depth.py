@@ -44,7 +44,9 @@ class DepthBinding(Binding[DepthScores]):
         }
     )
     views = "logarithms averaged"
-    foreign = MappingProxyType({"mask_values": None, "omit": (), "class_balance": 0.3})
+    foreign = MappingProxyType(
+        {"mask_values": None, "omit": (), "class_balance": 0.3, "turn": 40.0}
+    )
 
     def open(self, reading: Reading) -> Opened[DepthScores]:
         splits = load_depth_splits(
