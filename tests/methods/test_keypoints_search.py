@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import nasfast
-from nasfast.commands import check, evaluate, export, predict, search, train
+from nasfast.commands import check, evaluate, predict, search, train
 from nasfast.data.keypoints import SyntheticPeople
 from nasfast.methods.registry import METHODS
 from nasfast.methods.segmentation.tasks import BINDINGS
@@ -132,7 +132,7 @@ def test_data_of_other_joints(trained, people, tmp_path):
     assert next(iter(method.score(model, str(people), "val", RUNTIME))) == "AP"
 
 
-def test_people_are_found_and_files_exported(trained, people, tmp_path):
+def test_people_are_found(trained, people, tmp_path):
     boxes = tmp_path / "boxes.json"
     boxes.write_text(json.dumps([{"image": "val0.png", "bbox": [5, 5, 40, 50]}]))
     words = [str(people / "images" / "val0.png"), "--out", str(tmp_path / "out")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -23,7 +24,7 @@ from nasfast.data.keypoints import (
     person_size,
 )
 from nasfast.data.keypoints.checks import check_keypoints
-from nasfast.data.keypoints.transforms import PADDING
+from nasfast.data.keypoints.transforms import CELL, PADDING
 from nasfast.inference.model import Model
 from nasfast.methods.segmentation.tasks.base import Binding, Opened, Reading
 from nasfast.tasks.keypoints import KeypointScores, KeypointTask
@@ -106,7 +107,7 @@ class KeypointBinding(Binding[KeypointScores]):
         height = settings.crop
         if height is None:
             longest = max(max(r - x, b - y) for x, y, r, b in (p.box for p in train.people()))
-            height = min(HEIGHT, round(PADDING * longest))
+            height = min(HEIGHT, CELL * math.ceil(PADDING * longest / CELL))
         rows, columns = person_size(height)
         if settings.crop_width is not None:
             columns = person_size(settings.crop_width)[0]
