@@ -27,7 +27,8 @@ class RestorerConfig(Bounded):
     """Size of the network around a genotype; the defaults are the published denoiser."""
 
     width: Channels = 20
-    """Channels F of a state at level 0; levels 1 and 2 have 2 F and 4 F."""
+    """Channels F of a state at level 0; others have 2 F and 4 F, or 1.5 F where widths are free,
+    the nearest even number, the larger one of two."""
     stem: Channels = 64
     """Channels of the stem."""
     head: Channels = 128
@@ -109,6 +110,11 @@ class ASPP(nn.Module):
         return out
 
 
+def build_head(in_channels: int, config: RestorerConfig) -> nn.Module:
+    """What reads the last cell."""
+    return (ASPP if config.atrous else ConvBNReLU)(in_channels, config.head)
+
+
 class Restorer(nn.Module):
     """A genotype as a network.
 
@@ -129,16 +135,17 @@ class Restorer(nn.Module):
         out = len(genotype.nodes) * config.width  # channels of a cell at level 0
         self.stem1 = ConvBNReLU(channels, stem, 3)
         self.stem2 = ConvBN(stem, stem, 3)
-        widths = [stem, stem, *(out << level for level in genotype.levels)]
+        states = genotype.channels(config.width)
+        widths = [stem, stem, *(len(genotype.nodes) * size for size in states)]
         self.cells = nn.ModuleList(
-            DerivedCell(genotype.nodes, (widths[i], widths[i + 1]), config.width << level)
-            for i, level in enumerate(genotype.levels)
+            DerivedCell(genotype.nodes, (widths[i], widths[i + 1]), size)
+            for i, size in enumerate(states)
         )
         has_low = 0 in genotype.levels
         self.reduce = None
         if config.dead_reduce or not has_low:
             self.reduce = ConvBN(stem, out, 3, affine=False)
-        self.aspp = ASPP(widths[-1], head) if config.atrous else ConvBNReLU(widths[-1], head)
+        self.aspp = build_head(widths[-1], config)
         self.low_level = ConvBNReLU(out, low)
         self.refine = nn.Sequential(
             DepthwiseSeparable(head + low, head), DepthwiseSeparable(head, head)

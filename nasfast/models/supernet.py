@@ -24,6 +24,8 @@ from nasfast.models.mixed_op import Memory, MixedOp, PlainMixedOp
 from nasfast.spaces.ir_nas import (
     PRIMITIVES,
     IRNASGenotype,
+    IRNASSpace,
+    Widths,
     derive_nodes,
     moves,
     num_edges,
@@ -50,6 +52,11 @@ class SupernetConfig(Bounded):
     """Nodes of a cell, N."""
     width: Channels = 10
     """Channels W of a state at level 0; levels 1 and 2 have 2 W and 4 W."""
+    searched_depth: bool = False
+    """Whether networks of fewer layers are searched too. Beside the publication."""
+    widths: Widths = "published"
+    """What a layer can have. published: W, 2 W, 4 W. free: 1.5 W too, the nearest even number, the
+    larger one of two; beside the publication."""
     memory: Memory = "recompute"
     """Whether backward reads what forward saved, or computes it again from the states of the
     cells: about 60 times less memory for 1.5 times the work."""
@@ -64,10 +71,22 @@ class SupernetConfig(Bounded):
                 f"SupernetConfig.width: expected an even number, got {self.width}; half the "
                 "channels share the offsets of a deformable convolution"
             )
+        if self.searched_depth and self.layers == 1:
+            raise UserError(
+                "SupernetConfig.searched_depth: expected at least 2 layers, got 1; raise layers"
+            )
+        _ = self.space
         if self.memory not in get_args(Memory):
             raise UserError(
                 f'SupernetConfig.memory: expected "save" or "recompute", got {self.memory!r}'
             )
+
+    @property
+    def space(self) -> IRNASSpace:
+        """All networks that can be found."""
+        return IRNASSpace(
+            self.layers, self.nodes, widths=self.widths, searched_depth=self.searched_depth
+        )
 
 
 class Mix(Protocol):

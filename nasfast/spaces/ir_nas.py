@@ -2,8 +2,11 @@
 
 One cell of N nodes serves every layer. Node i sums two operations on two of its 2 + i states:
 state 0 is the input from two layers before, 1 the input from the layer before, 2 + j is node j.
-Layer l = 1, 2, .. runs at a level 0, 1 or 2, its width doubling with each; levels of neighbouring
-layers differ by one at most, and before the first layer stands level 0.
+Layer l = 1, 2, .. runs at a level 0, 1 or 2, its width doubling with each. Widths of neighbouring
+layers differ by a factor of two at most, and before the first layer stands level 0.
+
+Two options are beside the publication: "free" widths, which have a level of 1.5 times the basic
+width too, and a searched depth, networks of 1 to L layers.
 """
 
 import itertools
@@ -11,9 +14,9 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, Literal, get_args
 
 from nasfast.spaces.base import (
     Decision,
@@ -32,7 +35,10 @@ REACH = {"conv3x3": 1, "sep3x3": 2, "dil3x3": 2, "def3x3": 3, "skip": 0}
 """Pixels that an operation's output depends on, to each side. That of def3x3 has no bound: here are
 the convolution of its offsets, its taps, and offsets of up to a pixel."""
 SKIP = PRIMITIVES.index("skip")
-LEVELS = 3
+
+Widths = Literal["published", "free"]
+FACTORS: dict[Widths, tuple[float, ...]] = {"published": (1, 2, 4), "free": (1, 1.5, 2, 4)}
+"""Width of each level, in multiples of the basic width W."""
 
 Edge = tuple[str, int]
 """(operation, state it reads)."""
@@ -44,21 +50,42 @@ def num_edges(nodes: int) -> int:
     return nodes * (nodes + 3) // 2
 
 
-def num_levels(layer: int) -> int:
+def channels(width: int, level: int, widths: Widths = "published") -> int:
+    """Channels of a state at a level, for the basic width W. 1.5 W is the even number that is
+    nearest, the larger one of two: halves of the channels share offsets of a deformable
+    convolution."""
+    exact = width * FACTORS[widths][level]
+    return 2 * math.floor(exact / 2 + 0.5) if FACTORS[widths][level] == 1.5 else int(exact)
+
+
+@cache
+def targets(level: int, widths: Widths = "published") -> range:
+    """Levels that the layer after one of `level` can have: at most twice or half as wide."""
+    factors = FACTORS[widths]
+    within = [i for i, f in enumerate(factors) if factors[level] / 2 <= f <= factors[level] * 2]
+    return range(within[0], within[-1] + 1)
+
+
+@cache
+def num_levels(layer: int, widths: Widths = "published") -> int:
     """Levels that layer 1, 2, .. can have; 0 is what stands before the first."""
-    return min(layer + 1, LEVELS)
+    return targets(num_levels(layer - 1, widths) - 1, widths).stop if layer else 1
 
 
-def moves(layers: int) -> tuple[tuple[int, int], ...]:
-    """(layer, level before it) of each row of beta: a source and its moves by -1, 0, +1 levels."""
+def steps(widths: Widths = "published") -> range:
+    """Of a source to its targets, the differences of levels: the columns of beta."""
+    levels = range(len(FACTORS[widths]))
+    most = max(target - level for level in levels for target in targets(level, widths))
+    return range(-most, most + 1)
+
+
+def moves(layers: int, widths: Widths = "published") -> tuple[tuple[int, int], ...]:
+    """(layer, level before it) of each row of beta: a source, and its moves by `steps` levels."""
     return tuple(
-        (layer, level) for layer in range(1, layers + 1) for level in range(num_levels(layer - 1))
+        (layer, level)
+        for layer in range(1, layers + 1)
+        for level in range(num_levels(layer - 1, widths))
     )
-
-
-def targets(level: int) -> range:
-    """Levels that the layer after one of `level` can have."""
-    return range(max(level - 1, 0), min(level + 2, LEVELS))
 
 
 @dataclass(frozen=True)
@@ -68,6 +95,12 @@ class IRNASGenotype:
     nodes: tuple[Node, ...]
     """The two edges of each node, from different states, the lower state first."""
     levels: tuple[int, ...]
+    widths: Widths = "published"
+    """What the levels stand for."""
+
+    def channels(self, width: int) -> tuple[int, ...]:
+        """Of the states of each layer, for the basic width W."""
+        return tuple(channels(width, level, self.widths) for level in self.levels)
 
     @property
     def skips(self) -> int:
@@ -89,17 +122,24 @@ class IRNASGenotype:
         return replace(self, nodes=min(orders))
 
     def to_json(self) -> dict[str, object]:
-        """{"space": .., "nodes": [[[op, state], [op, state]], ..], "levels": [level, ..]}"""
-        return {
+        """{"space": .., "nodes": [[[op, state], [op, state]], ..], "levels": [level, ..]}, and
+        "widths" where they are not the published ones."""
+        form: dict[str, object] = {
             "space": "ir_nas",
             "nodes": [[list(edge) for edge in node] for node in self.nodes],
             "levels": list(self.levels),
         }
+        return form if self.widths == "published" else form | {"widths": self.widths}
 
     @classmethod
     def from_json(cls, obj: object) -> "IRNASGenotype":
         """Read `to_json`, of any number of nodes and layers; UserError names the field."""
-        if not isinstance(obj, dict) or set(obj) != {"space", "nodes", "levels"}:
+        if not isinstance(obj, dict) or {*obj, "widths"} != {
+            "space",
+            "nodes",
+            "levels",
+            "widths",
+        }:
             got = sorted(map(str, obj)) if isinstance(obj, dict) else repr(obj)
             raise UserError(
                 f'genotype: expected an object of "space", "nodes" and "levels", got {got}'
@@ -109,6 +149,9 @@ class IRNASGenotype:
                 f'space: expected "ir_nas", got {obj["space"]!r}; '
                 "read the genotype with the space that wrote it"
             )
+        widths = obj.get("widths", "published")
+        if widths not in get_args(Widths):
+            raise UserError(f"widths: {_one_of_widths(widths)}; read it with a newer nasfast")
         nodes = [
             _node(
                 _edge(edge, f"node{i}.edge{j}")
@@ -116,8 +159,9 @@ class IRNASGenotype:
             )
             for i, node in enumerate(_list(obj["nodes"], "nodes", None, "[node, ..]"))
         ]
-        genotype = cls(tuple(nodes), tuple(_list(obj["levels"], "levels", None, "[level, ..]")))
-        IRNASSpace(len(genotype.levels), len(nodes)).encode(genotype)
+        levels = _list(obj["levels"], "levels", None, "[level, ..]")
+        genotype = cls(tuple(nodes), tuple(levels), widths)
+        IRNASSpace(len(levels), len(nodes), widths=widths).encode(genotype)
         return genotype
 
 
@@ -127,12 +171,18 @@ class IRNASSpace(Space[IRNASGenotype]):
 
     layers: int = 4
     nodes: int = 5
+    widths: Widths = field(default="published", kw_only=True)
+    """What levels a layer can have."""
+    searched_depth: bool = field(default=False, kw_only=True)
+    """Whether networks of fewer layers are of the space too."""
 
     def __post_init__(self) -> None:
-        for field in ("layers", "nodes"):
-            if getattr(self, field) < 1:
+        if self.widths not in get_args(Widths):
+            raise UserError(f"IRNASSpace.widths: {_one_of_widths(self.widths)}; correct the value")
+        for name in ("layers", "nodes"):
+            if getattr(self, name) < 1:
                 raise UserError(
-                    f"IRNASSpace.{field}: expected at least 1, got {getattr(self, field)}"
+                    f"IRNASSpace.{name}: expected at least 1, got {getattr(self, name)}"
                 )
 
     @property
@@ -142,7 +192,8 @@ class IRNASSpace(Space[IRNASGenotype]):
     @cached_property
     def decisions(self) -> tuple[Decision, ...]:
         """Of each node the pair of states and the two operations, which share the head "cell.op";
-        then the path, an index into all valid sequences of levels in lexicographic order."""
+        then the path, an index into all valid sequences of levels, the shorter ones first, those of
+        one length in lexicographic order."""
         decisions = []
         for i in range(self.nodes):
             inputs = f"cell.node{i}.inputs"
@@ -150,7 +201,13 @@ class IRNASSpace(Space[IRNASGenotype]):
                 Decision(inputs, inputs, math.comb(2 + i, 2)),
                 *(Decision(f"cell.node{i}.op{j}", "cell.op", len(OPS)) for j in (0, 1)),
             ]
-        return (*decisions, Decision("path", "path", _num_paths(0, self.layers)))
+        paths = sum(_num_paths(0, layers, self.widths) for layers in self.depths)
+        return (*decisions, Decision("path", "path", paths))
+
+    @property
+    def depths(self) -> range:
+        """Layers that a network can have."""
+        return range(1 if self.searched_depth else self.layers, self.layers + 1)
 
     def size(self) -> int:
         """Exact number of genotypes, not deduplicated by canonical form."""
@@ -164,15 +221,26 @@ class IRNASSpace(Space[IRNASGenotype]):
             pair, *ops = choices[3 * i : 3 * i + 3]
             low, high = _pairs(2 + i)[pair]
             nodes.append(((OPS[ops[0]], low), (OPS[ops[1]], high)))
-        return IRNASGenotype(tuple(nodes), _path(choices[-1], self.layers))
+        index = choices[-1]
+        for layers in self.depths:
+            if index < (paths := _num_paths(0, layers, self.widths)):
+                break
+            index -= paths
+        return IRNASGenotype(tuple(nodes), _path(index, layers, self.widths), self.widths)
 
     def encode(self, genotype: IRNASGenotype) -> tuple[int, ...]:
         """The choices that decode to `genotype`; UserError if it is not of this space."""
         lengths = (len(genotype.levels), len(genotype.nodes))
-        if lengths != (self.layers, self.nodes):
+        if lengths[0] not in self.depths or lengths[1] != self.nodes:
+            layers = f"1 to {self.layers}" if self.searched_depth else f"{self.layers}"
             raise UserError(
-                f"genotype: expected {self.layers} levels and {self.nodes} nodes, got {lengths[0]} "
+                f"genotype: expected {layers} levels and {self.nodes} nodes, got {lengths[0]} "
                 f"and {lengths[1]}; make an IRNASSpace of that size"
+            )
+        if genotype.widths != self.widths:
+            raise UserError(
+                f'genotype: expected levels of "{self.widths}" widths, got those of '
+                f'"{genotype.widths}"; make an IRNASSpace of these'
             )
         choices = []
         for i, ((op0, low), (op1, high)) in enumerate(genotype.nodes):
@@ -187,7 +255,10 @@ class IRNASSpace(Space[IRNASGenotype]):
                     f"{low!r} and {high!r}"
                 )
             choices += [_pairs(2 + i).index((low, high)), OPS.index(op0), OPS.index(op1)]
-        return (*choices, _path_index(genotype.levels))
+        shorter = sum(
+            _num_paths(0, layers, self.widths) for layers in self.depths if layers < lengths[0]
+        )
+        return (*choices, shorter + _path_index(genotype.levels, self.widths))
 
     def sample(self, rng: random.Random) -> IRNASGenotype:
         """Uniform over genotypes."""
@@ -198,7 +269,8 @@ class IRNASSpace(Space[IRNASGenotype]):
         return self.decode(mutate_choices(self.decisions, self.encode(genotype), rng))
 
     def features(self, genotype: IRNASGenotype) -> Mapping[str, float]:
-        """Of the cell; and the levels, how often they occur and follow each other."""
+        """Of the cell; and the levels, how often they occur and follow each other; the number of
+        layers where it is searched."""
         labels, sources = ["before last", "last"], list[tuple[int, ...]]([(), ()])
         states = [0, 1]
         for node in genotype.nodes:
@@ -212,6 +284,8 @@ class IRNASSpace(Space[IRNASGenotype]):
         levels = genotype.levels
         path = Counter(f"level{level}" for level in levels)
         path.update(f"level{b} after {a}" for a, b in itertools.pairwise(levels))
+        if self.searched_depth:
+            path["layers"] = len(levels)
         return features | path
 
     def from_json(self, obj: object) -> IRNASGenotype:
@@ -255,32 +329,53 @@ def derive_nodes(
         table[min(skips, key=lambda edge: table[edge][SKIP])][SKIP] = 0.0
 
 
-def viterbi(probabilities: Sequence[Sequence[float]], layers: int) -> tuple[int, ...]:
+def viterbi(
+    probabilities: Sequence[Sequence[float]],
+    layers: int,
+    widths: Widths = "published",
+    depths: Sequence[float] | None = None,
+) -> tuple[int, ...]:
     """The levels whose product of move probabilities is largest (section 3.2).
 
     Of equal products the one from the lower level is kept, and at the end the lowest level.
 
+    Where the depth is searched, each number of layers has such a path, and that one is taken whose
+    depth's probability times the geometric mean of its moves' is largest, the shorter one of
+    equals. The mean, as the product falls with every layer, whatever the supernet learned.
+
     Args:
-        probabilities: one row per source in the order of :func:`moves`, columns -1, 0, +1; what
-            leaves the levels is not read.
-        layers: layers of the network.
+        probabilities: one row per source in the order of :func:`moves`, columns as
+            :func:`steps`; what leaves the levels is not read.
+        layers: layers of the network, at most where the depth is searched.
+        widths: what levels there are.
+        depths: probability of 1, 2, .. layers; None where the depth is not searched.
 
     Raises:
         ValueError: rows or columns of another number.
     """
-    rows = moves(layers)
-    _check_table("probabilities", probabilities, len(rows), 3)
+    rows, columns = moves(layers, widths), steps(widths)
+    _check_table("probabilities", probabilities, len(rows), len(columns))
+    if depths is not None:
+        _check_table("depths", [depths], 1, layers)
     table = dict(zip(rows, probabilities))
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (1.0, ())}
+    exits: list[tuple[float, tuple[int, ...]]] = []
     for layer in range(1, layers + 1):
         paths: dict[int, tuple[float, tuple[int, ...]]] = {}
         for source, (product, levels) in sorted(best.items()):
-            for target in targets(source):
-                score = product * table[layer, source][target - source + 1]
+            for target in targets(source, widths):
+                score = product * table[layer, source][target - source - columns.start]
                 if target not in paths or score > paths[target][0]:
                     paths[target] = score, (*levels, target)
         best = paths
-    return max((best[level] for level in sorted(best)), key=lambda path: path[0])[1]
+        exits.append(max((best[level] for level in sorted(best)), key=lambda path: path[0]))
+    if depths is None:
+        return exits[-1][1]
+    worth = [
+        depth * product ** (1 / len(levels))
+        for depth, (product, levels) in zip(depths, exits, strict=True)
+    ]
+    return exits[worth.index(max(worth))][1]
 
 
 @cache
@@ -289,37 +384,44 @@ def _pairs(states: int) -> list[tuple[int, int]]:
 
 
 @cache
-def _num_paths(level: int, layers: int) -> int:
+def _num_paths(level: int, layers: int, widths: Widths) -> int:
     """Sequences of `layers` levels after `level`."""
-    return sum(_num_paths(target, layers - 1) for target in targets(level)) if layers else 1
+    if not layers:
+        return 1
+    return sum(_num_paths(target, layers - 1, widths) for target in targets(level, widths))
 
 
-def _path(index: int, layers: int) -> tuple[int, ...]:
+def _path(index: int, layers: int, widths: Widths) -> tuple[int, ...]:
     """Sequence of levels number `index` in lexicographic order."""
     levels: list[int] = []
     for left in reversed(range(layers)):
-        for target in targets(levels[-1] if levels else 0):
-            if index < _num_paths(target, left):
+        for target in targets(levels[-1] if levels else 0, widths):
+            if index < _num_paths(target, left, widths):
                 levels.append(target)
                 break
-            index -= _num_paths(target, left)
+            index -= _num_paths(target, left, widths)
     return tuple(levels)
 
 
-def _path_index(levels: Sequence[int]) -> int:
+def _path_index(levels: Sequence[int], widths: Widths) -> int:
     """Inverse of `_path`; UserError names a level that the one before does not reach."""
     index, before = 0, 0
     for layer, level in enumerate(levels, 1):
-        reached = targets(before)
+        reached = targets(before, widths)
         if type(level) is not int or level not in reached:
             raise UserError(
                 f"levels: expected layer {layer} at one of {sorted(reached)}, which level "
                 f"{before} before it reaches, got {level!r}"
             )
         left = len(levels) - layer
-        index += sum(_num_paths(target, left) for target in reached if target < level)
+        index += sum(_num_paths(target, left, widths) for target in reached if target < level)
         before = level
     return index
+
+
+def _one_of_widths(got: object) -> str:
+    choices = " or ".join(f'"{name}"' for name in get_args(Widths))
+    return f"expected {choices}, got {got!r}"
 
 
 def _node(edges: Iterable[Edge]) -> Node:

@@ -316,11 +316,14 @@ def test_an_empty_size_class(tiny_sampled, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("strategy", ["predictor", "evolution"])
-def test_a_search_at_one_size_resumes_exactly(strategy, tiny_sampled, tmp_path):
+@pytest.mark.parametrize(
+    ("strategy", "space"),
+    [("predictor", "--supernet.searched-depth --supernet.widths free"), ("evolution", "")],
+)
+def test_a_search_at_one_size_resumes_exactly(strategy, space, tiny_sampled, tmp_path):
     """With enough candidates for mutants and for a model of the rewards."""
     flags = f"""
-        --strategy {strategy} --params 4K --budget 4 --batch 1 --recipe.steps 1
+        {space} --strategy {strategy} --params 4K --budget 4 --batch 1 --recipe.steps 1
         --predictor.initial 2 --predictor.pool 20 --evolution.population 2
     """
     at = tiny_sampled.index("--network.width")
@@ -333,6 +336,7 @@ def test_a_search_at_one_size_resumes_exactly(strategy, tiny_sampled, tmp_path):
     assert checkpoint(run)["strategy"]["strategy"] == strategy
     records = outcome(run)
     assert all(3000 <= r["evaluation"]["costs"]["params"] <= 5000 for r in records)
+    assert {r["genotype"].get("widths") for r in records} == {"free" if space else None}
     if strategy == "predictor":  # what is trained is as wide as it was in the search
         recipe = "--rank 2 --device cpu --steps 1 --crop 16 --batch-size 2"
         assert train.main([str(run), *recipe.split()]) == 0

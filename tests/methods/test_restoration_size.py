@@ -28,9 +28,14 @@ def built(genotype, width, channels, scale):
 
 
 @settings(max_examples=25)
-@given(st.integers(0, 2**32), st.integers(500, 10**6), st.sampled_from([(1, 1), (3, 2)]))
-def test_the_width_comes_closest(seed, target, images):
-    genotype = IRNASSpace(3, 2).sample(random.Random(seed))
+@given(
+    st.integers(0, 2**32),
+    st.integers(500, 10**6),
+    st.sampled_from([(1, 1), (3, 2)]),
+    st.sampled_from([IRNASSpace(3, 2), IRNASSpace(3, 2, widths="free", searched_depth=True)]),
+)
+def test_the_width_comes_closest(seed, target, images, space):
+    genotype = space.sample(random.Random(seed))
     width, step = fitted_width(genotype, target, SMALL, *images), width_step(genotype)
     assert width % step == 0
     count = parameters_by_width(genotype, SMALL, *images)

@@ -63,6 +63,27 @@ def test_parameters_of_derainers(levels, parameters):
     assert count_parameters(published(DERAIN_B, levels, 15, 3)) == parameters
 
 
+@pytest.mark.parametrize(
+    ("levels", "parameters"),
+    [
+        # 1.5 W = 6: stem 54 + 12, 324 + 12; joints 2 (36 + 12); convolution 324 + 12; head 30 + 10;
+        # in place of level 0 216; low level 12 + 6; decoder 72 + 16 + 40 + 10, 45 + 10 + 25 + 10, 6
+        ((1,), 1342),
+        # W = 4 behind it: joints 2 (24 + 8), convolution 144 + 8; head 20 + 10; no 216
+        ((1, 0), 1342 + 64 + 152 + 30 - 40 - 216),
+        # another of 1.5 W: joints (6 + 4) 6 + 4 * 6, convolution 336, head 30 + 10
+        ((1, 0, 1), 1332 + 84 + 336 + 40 - 30),
+    ],
+)
+def test_parameters_of_any_depth_and_free_widths(levels, parameters):
+    """By hand: a convolution has k² in out weights, BatchNorm 2 C."""
+    config = dataclasses.replace(SMALL, atrous=False)
+    genotype = IRNASGenotype(((("skip", 0), ("conv3x3", 1)),), levels, "free")
+    network = Restorer(genotype, config, 1)
+    assert count_parameters(network) == parameters
+    assert network(torch.rand(1, 1, 8, 9)).shape == (1, 1, 8, 9)
+
+
 def test_one_path_of_29_has_the_published_size():
     space = IRNASSpace(4, 1)
     paths = [space.decode([0, 0, 0, path]).levels for path in range(29)]

@@ -5,17 +5,19 @@ import re
 
 import pytest
 from drawn import genotypes
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nasfast.spaces import IRNASGenotype, IRNASSpace
 from nasfast.spaces.ir_nas import (
     OPS,
     PRIMITIVES,
+    channels,
     derive_nodes,
     moves,
     num_edges,
     num_levels,
+    steps,
     targets,
     viterbi,
 )
@@ -23,13 +25,23 @@ from nasfast.spaces.ir_nas import (
 SPACE = IRNASSpace(layers=4, nodes=5)
 
 
-def paths(layers):
+FREE = IRNASSpace(layers=4, nodes=1, widths="free", searched_depth=True)
+
+
+def paths(layers, factors=(1, 2, 4)):
     """All valid sequences of levels, by trying every sequence."""
     return [
         levels
-        for levels in itertools.product(range(3), repeat=layers)
-        if all(abs(a - b) <= 1 for a, b in itertools.pairwise((0, *levels)))
+        for levels in itertools.product(range(len(factors)), repeat=layers)
+        if all(
+            max(factors[a], factors[b]) <= 2 * min(factors[a], factors[b])
+            for a, b in itertools.pairwise((0, *levels))
+        )
     ]
+
+
+def free_paths(layers):
+    return paths(layers, (1, 1.5, 2, 4))
 
 
 def test_sizes_of_the_supernet():
@@ -41,6 +53,26 @@ def test_sizes_of_the_supernet():
     assert (*OPS, "none") == PRIMITIVES
 
 
+def test_free_widths():
+    """From W = 5: 7.5, and twice 7.5; even numbers, the larger one of two that are as near."""
+    assert [[channels(w, level, "free") for level in range(4)] for w in (4, 5, 6, 10)] == [
+        [4, 6, 8, 16],
+        [5, 8, 10, 20],
+        [6, 10, 12, 24],
+        [10, 16, 20, 40],
+    ]
+    assert [channels(5, level) for level in range(3)] == [5, 10, 20]
+    assert [[*targets(level, "free")] for level in range(4)] == [
+        [0, 1, 2],
+        [0, 1, 2],
+        [0, 1, 2, 3],
+        [2, 3],
+    ]
+    assert [num_levels(layer, "free") for layer in (0, 1, 2, 12)] == [1, 3, 4, 4]
+    assert ([*steps()], [*steps("free")]) == ([-1, 0, 1], [-2, -1, 0, 1, 2])
+    assert moves(2, "free") == ((1, 0), (2, 0), (2, 1), (2, 2))
+
+
 # The space
 
 
@@ -49,6 +81,17 @@ def test_paths(layers, count):
     space = IRNASSpace(layers, 1)
     assert space.size() == count * 5**2
     assert [space.decode([0, 0, 0, path]).levels for path in range(count)] == paths(layers)
+
+
+def test_paths_of_any_depth_and_free_widths():
+    expected = [path for layers in (1, 2, 3, 4) for path in free_paths(layers)]
+    assert FREE.size() == len(expected) * 5**2 == (3 + 10 + 32 + 102) * 5**2
+    found = [FREE.decode([0, 0, 0, path]) for path in range(len(expected))]
+    assert [genotype.levels for genotype in found] == expected
+    assert FREE.features(found[3])["layers"] == 2
+    form = found[3].to_json()
+    assert form["widths"] == "free"
+    assert "widths" not in SPACE.decode([0] * 16).to_json(), "as it was before there were others"
 
 
 def test_decisions_in_sampling_order():
@@ -150,6 +193,25 @@ def product(levels, probabilities):
     return result
 
 
+@settings(max_examples=25)
+@given(data=st.data())
+def test_the_best_of_all_depths_and_widths(data):
+    probabilities = data.draw(table(len(moves(3, "free")), 5))
+    depths = data.draw(table(1, 3))[0]
+    rows = dict(zip(moves(3, "free"), probabilities, strict=True))
+
+    def worth(levels):
+        steps = zip(itertools.count(1), (0, *levels), levels)
+        product = math.prod(rows[layer, a][2 + b - a] for layer, a, b in steps)
+        return depths[len(levels) - 1] * product ** (1 / len(levels))
+
+    every = [path for layers in (1, 2, 3) for path in free_paths(layers)]
+    found = viterbi(probabilities, 3, "free", depths)
+    assert found in every
+    assert worth(found) == pytest.approx(max(map(worth, every)))
+    assert viterbi(probabilities, 3, "free") in free_paths(3), "where the depth is not searched"
+
+
 @pytest.mark.parametrize("layers", [1, 2, 3, 4])
 @given(data=st.data())
 def test_viterbi_finds_the_best_path(layers, data):
@@ -171,6 +233,29 @@ def test_viterbi_at_the_borders_and_in_ties():
 # Errors
 
 
+@pytest.mark.parametrize(
+    ("levels", "widths", "message"),
+    [
+        ((0,) * 5, "free", "expected 1 to 4 levels and 1 nodes, got 5 and 1; make an IRNASSpace"),
+        (
+            (0, 1),
+            "published",
+            'expected levels of "free" widths, got those of "published"; make an IRNASSpace of',
+        ),
+    ],
+)
+def test_genotype_beyond_the_searched_space(levels, widths, message):
+    genotype = IRNASGenotype(FREE.decode([0] * 4).nodes, levels, widths)
+    for refused in (lambda: FREE.encode(genotype), lambda: FREE.from_json(genotype.to_json())):
+        with pytest.raises(ValueError, match=re.escape(f"genotype: {message}")):
+            refused()
+
+
+def test_unknown_widths():
+    with pytest.raises(ValueError, match=re.escape(f"IRNASSpace.{WIDTHS}; correct the value")):
+        IRNASSpace(widths="x")
+
+
 def test_genotype_of_another_space():
     message = (
         "genotype: expected 4 levels and 5 nodes, got 3 and 4; make an IRNASSpace of that size"
@@ -184,6 +269,8 @@ def test_genotype_of_another_space():
 GOOD = IRNASSpace(2, 2).decode([0] * 7).to_json()
 SKIP = ["skip", 0]
 STATES = "node0: expected two different states of 0..1, the lower first, got"
+WIDTHS = 'widths: expected "published" or "free", got \'x\''
+FOUR = "levels: expected layer 2 at one of [0, 1, 2], which level 1 before it reaches, got 4"
 LAYER = "levels: expected layer {} at one of [0, 1], which level 0 before it reaches, got {}"
 
 
@@ -193,6 +280,8 @@ LAYER = "levels: expected layer {} at one of [0, 1], which level 0 before it rea
         ([1], 'genotype: expected an object of "space", "nodes" and "levels", got [1]'),
         ({"nodes": 1}, 'an object of "space", "nodes" and "levels", got [\'nodes\']'),
         (GOOD | {"space": "x"}, "space: expected \"ir_nas\", got 'x'; read the genotype with"),
+        (GOOD | {"widths": "x"}, f"{WIDTHS}; read it with a newer nasfast"),
+        (GOOD | {"widths": "free", "levels": [1, 4]}, FOUR),
         (GOOD | {"nodes": []}, "nodes: expected a list, [node, ..], got []"),
         (GOOD | {"nodes": None}, "nodes: expected a list, [node, ..], got None"),
         (
@@ -227,5 +316,7 @@ def test_malformed_json(obj, message):
 def test_tables_of_another_size():
     with pytest.raises(ValueError, match=r"probabilities: expected 5 rows of 6, got 4 of 6"):
         derive_nodes([[0.1] * 6] * 4, 2)
+    with pytest.raises(ValueError, match=r"depths: expected 1 rows of 2, got 1 of 3"):
+        viterbi([[0.1] * 3] * 3, 2, depths=[0.1] * 3)
     with pytest.raises(ValueError, match=r"probabilities: expected 3 rows of 3, got 3 of 3, 6"):
         viterbi([[0.1] * 6, [0.1] * 3, [0.1] * 3], 2)

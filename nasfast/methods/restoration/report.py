@@ -18,7 +18,14 @@ from nasfast.runs.records import Record
 from nasfast.runs.study import Study
 from nasfast.searches.collapse import STAGE as SUPERNET
 from nasfast.searches.collapse import collapse_warning
-from nasfast.spaces.ir_nas import PRIMITIVES, IRNASGenotype, moves, num_levels, targets
+from nasfast.spaces.ir_nas import (
+    FACTORS,
+    PRIMITIVES,
+    IRNASGenotype,
+    moves,
+    num_levels,
+    targets,
+)
 
 __all__ = ["RestorationReport", "cell_graph", "path_graph"]
 
@@ -63,7 +70,7 @@ class RestorationReport:
             [
                 figure(
                     path_graph(genotype),
-                    "Layers from left to right; a level is twice as wide as the one above it.",
+                    "Layers from left to right, wider levels below; W is the basic width.",
                 )
             ],
         )
@@ -96,11 +103,15 @@ def cell_graph(genotype: IRNASGenotype) -> Element:
 
 def path_graph(genotype: IRNASGenotype) -> Element:
     """SVG of the widths: every level that a layer can have, and the path through them."""
-    path = (0, *genotype.levels)
-    places = [(layer, level) for layer in range(len(path)) for level in range(num_levels(layer))]
+    path, widths = (0, *genotype.levels), genotype.widths
+    places = [
+        (layer, level) for layer in range(len(path)) for level in range(num_levels(layer, widths))
+    ]
     nodes = [
         Node(
-            f"{2**level} W" if layer else "stem", layer, "op" if path[layer] == level else "unused"
+            f"{FACTORS[widths][level]:g} W" if layer else "stem",
+            layer,
+            "op" if path[layer] == level else "unused",
         )
         for layer, level in places
     ]
@@ -108,7 +119,7 @@ def path_graph(genotype: IRNASGenotype) -> Element:
         Edge(i, places.index((layer + 1, target)), "faint")
         for i, (layer, source) in enumerate(places)
         if layer < len(genotype.levels)
-        for target in targets(source)
+        for target in targets(source, widths)
         if (source, target) != path[layer : layer + 2]
     ]
     chosen = [places.index(place) for place in enumerate(path)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
 from collections.abc import Generator
@@ -87,12 +88,11 @@ class SizeClass(IRNASSpace):
 def space_of(config: SearchConfig) -> SizeClass:
     """The architectures that the settings let a search sample."""
     return SizeClass(
-        config.supernet.layers,
-        config.supernet.nodes,
-        config.size,
-        config.network,
-        config.channels,
-        config.task.scale,
+        **dataclasses.asdict(config.supernet.space),
+        sizes=config.size,
+        network=config.network,
+        channels=config.channels,
+        scale=config.task.scale,
     )
 
 

@@ -16,7 +16,6 @@ from nasfast.methods.restoration.sampled import sampled_search
 from nasfast.methods.restoration.settings import SearchConfig
 from nasfast.searches.bilevel import SupernetSearch
 from nasfast.searches.sampling import SamplingSearch
-from nasfast.spaces.ir_nas import IRNASSpace
 from nasfast.tasks.restoration.patches import ImagePatches
 from nasfast.training.loop import Runtime
 from nasfast.utils.cli import say
@@ -39,14 +38,13 @@ def build(
     for part in (data.val, data.train):
         part.read_all()  # before a run is made: a file may be damaged
     halves = data.halves()
-    space = IRNASSpace(config.supernet.layers, config.supernet.nodes)
     say(
         console,
         f"task     {config.task.label}\n"
         f"data     {data.train.name}: {len(halves[0])} images for the weights, {len(halves[1])} "
         f"for the architecture, {len(data.val)} to score\n"
         f"device   {workers}, {runtime.precision}\n"
-        f"space    {space.size():.2e} networks; strategy {config.strategy}",
+        f"space    {config.supernet.space.size():.2e} networks; strategy {config.strategy}",
     )
     config = fit_to_scale(config, console)
     if config.samples:

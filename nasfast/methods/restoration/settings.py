@@ -62,7 +62,7 @@ class SearchConfig(SamplingSettings):
     bilevel: BilevelConfig = field(default_factory=BilevelConfig)
     """The search on the supernet."""
     supernet: SupernetConfig = field(default_factory=SupernetConfig)
-    """Size of the supernet; sampled networks take layers and nodes from it."""
+    """Size of the supernet; sampled networks take layers, nodes and widths from it."""
     network: RestorerConfig = field(default_factory=RestorerConfig)
     """Size of the networks that are found; --params decides the width of sampled ones."""
     temperature: Temperature = field(default_factory=Temperature)
@@ -101,6 +101,11 @@ class SearchConfig(SamplingSettings):
             raise UserError(
                 f"params: expected {SAMPLED}, got {self.strategy}; a search by gradient is not "
                 "held to a size"
+            )
+        if self.supernet.searched_depth or self.supernet.widths != "published":
+            raise UserError(
+                f"supernet.searched_depth, supernet.widths: expected {SAMPLED}, got "
+                f"{self.strategy}; a search by gradient is of the published space"
             )
         if self.objectives.costs:
             raise UserError(

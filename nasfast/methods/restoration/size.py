@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from nasfast.models.mixed_op import build_branch
-from nasfast.models.restorer import Restorer, RestorerConfig
+from nasfast.models.restorer import Restorer, RestorerConfig, build_head
 from nasfast.spaces.ir_nas import IRNASGenotype
 from nasfast.training.cost import count_parameters
 from nasfast.utils.cli import flag_value
@@ -149,24 +149,52 @@ def width_step(genotype: IRNASGenotype) -> int:
 def parameters_by_width(
     genotype: IRNASGenotype, config: RestorerConfig, channels: int, scale: int = 1
 ) -> Callable[[int], int]:
-    """Parameters of a network of any width: of its convolutions, and of one without any."""
-    edges = (("skip", 0), ("skip", 1))
-    bare = dataclasses.replace(genotype, nodes=(edges,) * len(genotype.nodes))
-    rest = _network(bare, dataclasses.replace(config, width=1), channels, scale)
+    """Parameters of a network of any width: of its convolutions, of what brings states to the cells
+    and the head, and of what every network has."""
+    config = dataclasses.replace(config, width=1)
     ops = [_branch(op) for node in genotype.nodes for op, _ in node if op != "skip"]
-    return lambda width: (
-        rest(width) + sum(op(width << level) for op in ops for level in genotype.levels)
-    )
+    joints = _joints(len(genotype.nodes), config)
+    frame = _frame(len(genotype.nodes), 0 in genotype.levels, config, channels, scale)
+
+    def parameters(width: int) -> int:
+        states = genotype.channels(width)
+        return frame(width) + joints(states) + sum(op(size) for op in ops for size in states)
+
+    return parameters
+
+
+def _joints(nodes: int, config: RestorerConfig) -> Callable[[tuple[int, ...]], int]:
+    """Parameters of the pointwise convolutions with BatchNorm before the cells, and of the head, by
+    the channels of the cells' states."""
+    head = _head(config)
+
+    def parameters(states: tuple[int, ...]) -> int:
+        maps = [config.stem, config.stem, *(nodes * size for size in states)]
+        inputs = zip(maps, maps[1:], states, strict=False)
+        return head(maps[-1]) + sum((a + b + 4) * size for a, b, size in inputs)
+
+    return parameters
 
 
 @functools.cache
-def _network(
-    genotype: IRNASGenotype, config: RestorerConfig, channels: int, scale: int
+def _head(config: RestorerConfig) -> Callable[[int], int]:
+    """Parameters of the head by the channels that it reads."""
+    return _quadratic(lambda size: build_head(size, config))
+
+
+@functools.cache
+def _frame(
+    nodes: int, has_low: bool, config: RestorerConfig, channels: int, scale: int
 ) -> Callable[[int], int]:
-    """Parameters of a network by its width."""
-    return _quadratic(
-        lambda width: Restorer(genotype, dataclasses.replace(config, width=width), channels, scale)
+    """Parameters by width of stem and decoder, with or without a layer at level 0: what a network
+    of one layer of identities has beside its joints."""
+    cell = (("skip", 0), ("skip", 1))
+    bare = IRNASGenotype((cell,) * nodes, (0 if has_low else 1,))
+    joints = _joints(nodes, config)
+    whole = _quadratic(
+        lambda width: Restorer(bare, dataclasses.replace(config, width=width), channels, scale)
     )
+    return lambda width: whole(width) - joints(bare.channels(width))
 
 
 @functools.cache
