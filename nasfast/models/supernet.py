@@ -4,6 +4,10 @@ All layers run at the resolution of the images. A layer has up to three levels, 
 the basic width in channels; all cells mix operations by the same alphas, and betas mix the outputs
 of the previous layer's levels. Routes are summed first and the cell is called once per level ("cell
 sharing", section 3.2).
+
+Two options are beside the publication. Widths of 1.5 times the basic one make a fourth level. Where
+the depth is searched, each layer has an exit, a decoder of its own, and the output mixes the images
+of all exits by the softmax of their logits.
 """
 
 from __future__ import annotations
@@ -26,10 +30,12 @@ from nasfast.spaces.ir_nas import (
     IRNASGenotype,
     IRNASSpace,
     Widths,
+    channels,
     derive_nodes,
     moves,
     num_edges,
     num_levels,
+    steps,
     targets,
     viterbi,
 )
@@ -51,12 +57,12 @@ class SupernetConfig(Bounded):
     nodes: Annotated[int, Bound(1, 64)] = 5
     """Nodes of a cell, N."""
     width: Channels = 10
-    """Channels W of a state at level 0; levels 1 and 2 have 2 W and 4 W."""
+    """Channels W of a state at level 0."""
     searched_depth: bool = False
-    """Whether networks of fewer layers are searched too. Beside the publication."""
+    """Whether networks of fewer layers are searched too; beside the publication."""
     widths: Widths = "published"
-    """What a layer can have. published: W, 2 W, 4 W. free: 1.5 W too, the nearest even number, the
-    larger one of two; beside the publication."""
+    """Channels that a layer can have. published: W, 2 W, 4 W. free: 1.5 W too, as the nearest even
+    number, the larger one of two; beside the publication."""
     memory: Memory = "recompute"
     """Whether backward reads what forward saved, or computes it again from the states of the
     cells: about 60 times less memory for 1.5 times the work."""
@@ -75,11 +81,16 @@ class SupernetConfig(Bounded):
             raise UserError(
                 "SupernetConfig.searched_depth: expected at least 2 layers, got 1; raise layers"
             )
-        _ = self.space
-        if self.memory not in get_args(Memory):
-            raise UserError(
-                f'SupernetConfig.memory: expected "save" or "recompute", got {self.memory!r}'
-            )
+        for name, kind in (("memory", Memory), ("widths", Widths)):
+            if getattr(self, name) not in (choices := get_args(kind)):
+                wanted = " or ".join(f'"{choice}"' for choice in choices)
+                raise UserError(
+                    f"SupernetConfig.{name}: expected {wanted}, got {getattr(self, name)!r}"
+                )
+
+    def channels(self, level: int) -> int:
+        """Of a state at a level."""
+        return channels(self.width, level, self.widths)
 
     @property
     def space(self) -> IRNASSpace:
@@ -136,16 +147,17 @@ class Router(nn.Module):
 
     def __init__(self, config: SupernetConfig, layer: int) -> None:
         super().__init__()
-        self.sources = num_levels(layer - 1)
+        self.sources = num_levels(layer - 1, config.widths)
+        self.targets = [targets(source, config.widths) for source in range(self.sources)]
+        self.first = steps(config.widths).start
         self.maps = config.nodes if layer > 1 else 1  # the first layer reads the stem
-        width = config.width
         self.convs = nn.ModuleDict(
             {
                 f"{source}to{level}": ConvBN(
-                    config.nodes * width << source, width << level, affine=False
+                    config.nodes * config.channels(source), config.channels(level), affine=False
                 )
-                for source in range(self.sources)
-                for level in targets(source)
+                for source, levels in enumerate(self.targets)
+                for level in levels
             }
         )
 
@@ -153,15 +165,17 @@ class Router(nn.Module):
         """One input per level, ``[N, C, H, W]``.
 
         Args:
-            moves: probabilities ``[sources, 3]`` of the moves -1, 0, +1.
+            moves: probabilities ``[sources, steps]`` of the moves by -1, 0, +1 levels, or more.
             maps: the nodes of all source levels, each ``[N, C, H, W]``.
         """
         sums: dict[int, Tensor] = {}
         for source in range(self.sources):
             nodes = maps[source * self.maps : (source + 1) * self.maps]
             x = concatenate(*nodes) if len(nodes) > 1 else nodes[0]
-            for level in targets(source):
-                term = moves[source, level - source + 1] * self.convs[f"{source}to{level}"](x)
+            for level in self.targets[source]:
+                term = moves[source, level - source - self.first] * self.convs[
+                    f"{source}to{level}"
+                ](x)
                 sums[level] = sums[level] + term if level in sums else term
         return tuple(sums[level] for level in sorted(sums))
 
@@ -220,44 +234,58 @@ class Supernet(nn.Module):
         alphas: logits ``[edges, K]`` of the operations, for all cells; edges in the order of
             nodes, then of states.
         betas: logits ``[rows, 3]`` of the moves of a source by -1, 0, +1 levels, rows in the order
-            of :func:`nasfast.spaces.ir_nas.moves`. Moves that leave the levels have probability 0.
+            of :func:`nasfast.spaces.ir_nas.moves`; ``[rows, 5]`` and by -2 to +2 where widths are
+            free. Moves that leave the levels, or are too far, have probability 0.
+        depths: logits ``[layers]`` of the exits; None where the depth is not searched.
     """
 
-    forbidden: Tensor  # [rows, 3]
+    forbidden: Tensor  # as betas
 
     def __init__(self, config: SupernetConfig, channels: int, scale: int = 1) -> None:
         super().__init__()
         self.config, self.channels, self.scale = config, channels, scale
-        rows, layers = moves(config.layers), range(1, config.layers + 1)
+        widths, layers = config.widths, range(1, config.layers + 1)
+        rows, columns = moves(config.layers, widths), steps(widths)
         self.alphas = nn.Parameter(torch.ones(num_edges(config.nodes), len(PRIMITIVES)))
-        self.betas = nn.Parameter(torch.ones(len(rows), 3))
+        self.betas = nn.Parameter(torch.ones(len(rows), len(columns)))
+        self.depths = nn.Parameter(torch.ones(config.layers)) if config.searched_depth else None
         forbidden = [
-            [level + step not in targets(level) for step in (-1, 0, 1)] for _, level in rows
+            [level + step not in targets(level, widths) for step in columns] for _, level in rows
         ]
         self.register_buffer("forbidden", torch.tensor(forbidden), persistent=False)
 
-        width, levels = config.width, range(num_levels(config.layers))
-        out = config.nodes * width
+        levels = range(num_levels(config.layers, widths))
         self.stem = Stem(config, channels)
         self.routers = nn.ModuleList(Router(config, layer) for layer in layers)
         self.wideners = nn.ModuleList(
-            ConvBN(width << level, width << level + 1, affine=False) for level in levels[:-1]
+            ConvBN(config.channels(level), config.channels(level + 1), affine=False)
+            for level in levels[:-1]
         )
         self.cells = nn.ModuleList(
-            MixedCell(config, width << level)
+            MixedCell(config, config.channels(level))
             for layer in layers
-            for level in range(num_levels(layer))
+            for level in range(num_levels(layer, widths))
         )
-        self.heads = nn.ModuleList(Head(out << level, out) for level in levels)
-        self.tail = Tail(len(levels) * out, channels, scale)
+        self.heads, self.tail = self._exit(config.layers)
+        self.exits = nn.ModuleList()  # of the layers before the last
+        if config.searched_depth:
+            self.exits.extend(nn.ModuleList(self._exit(layer)) for layer in layers[:-1])
+
+    def _exit(self, layer: int) -> tuple[nn.ModuleList, Tail]:
+        """Heads of all levels of a layer, and what brings them together."""
+        config, levels = self.config, range(num_levels(layer, self.config.widths))
+        out = config.nodes * config.width
+        heads = nn.ModuleList(Head(config.nodes * config.channels(level), out) for level in levels)
+        return heads, Tail(len(levels) * out, self.channels, self.scale)
 
     def architecture(self) -> list[nn.Parameter]:
         """What the architecture's optimizer trains."""
-        return [self.alphas, self.betas]
+        return [self.alphas, self.betas, *([] if self.depths is None else [self.depths])]
 
     def weights(self) -> list[nn.Parameter]:
         """What the weights' optimizer trains: all other parameters."""
-        return [p for name, p in self.named_parameters() if name not in ("alphas", "betas")]
+        names = ("alphas", "betas", "depths")
+        return [p for name, p in self.named_parameters() if name not in names]
 
     def forward(self, images: Tensor, mix: Mix | None = None) -> Tensor:
         """Restored images in 0..1, ``[N, c, scale H, scale W]``.
@@ -274,29 +302,35 @@ class Supernet(nn.Module):
         active: Sequence[Sequence[int] | None] = [None] * len(weights)
         if mix is not None and mix.active is not None:
             active = mix.active
-        sources = [num_levels(layer) for layer in range(self.config.layers)]
+        sources = [num_levels(layer, self.config.widths) for layer in range(self.config.layers)]
         routes = torch.split(self.move_probabilities(), sources)
-        cells = iter(self.cells)
+        cells, exits = iter(self.cells), [*self.exits, (self.heads, self.tail)]
+        early, restored = len(routes) - len(exits), []  # layers that have no exit
 
         reduced, stem = self._run(self.stem, images)
         before, nodes = [reduced], [[stem]]  # by level: inputs, and outputs, of the layer before
-        for router, route in zip(self.routers, routes, strict=True):
+        for layer, (router, route) in enumerate(zip(self.routers, routes, strict=True)):
             inputs = self._run(router, route, *itertools.chain(*nodes))
-            if len(before) < len(inputs):
+            while len(before) < len(inputs):
                 before = [*before, self._run(self.wideners[len(before) - 1], before[-1])]
             nodes = [
                 cell(before_last, last, weights, active)
                 for before_last, last, cell in zip(before, inputs, cells)
             ]
             before = inputs
-        heads = [self._run(head, *maps) for head, maps in zip(self.heads, nodes, strict=True)]
-        restored: Tensor = self._run(self.tail, *heads)
-        return restored
+            if layer >= early:
+                heads, tail = exits[layer - early]
+                maps = [self._run(head, *states) for head, states in zip(heads, nodes, strict=True)]
+                restored.append(self._run(tail, *maps))
+        mixed: Tensor = restored[-1]
+        if (depths := self.depth_probabilities()) is not None:
+            mixed = sum(share * image for share, image in zip(depths, restored, strict=True))
+        return mixed
 
     def derive(
         self, operations: Tensor | None = None, max_skips: int | None = None
     ) -> IRNASGenotype:
-        """The network that alphas and betas stand for (section 3.1 and 3.2).
+        """The network that alphas, betas and depths stand for (section 3.1 and 3.2).
 
         Args:
             operations: what each is worth, ``[edges, K]``; None is the softmax of the alphas.
@@ -304,25 +338,37 @@ class Supernet(nn.Module):
         """
         with torch.no_grad():
             alphas = self.alphas.softmax(1) if operations is None else operations
-            betas = self.move_probabilities()
+            betas, depths = self.move_probabilities(), self.depth_probabilities()
         nodes = derive_nodes(alphas.tolist(), self.config.nodes, max_skips)
-        return IRNASGenotype(nodes, viterbi(betas.tolist(), self.config.layers))
+        levels = viterbi(
+            betas.tolist(),
+            self.config.layers,
+            self.config.widths,
+            None if depths is None else depths.tolist(),
+        )
+        return IRNASGenotype(nodes, levels, self.config.widths)
 
-    def entropies(self, operations: Tensor | None = None) -> tuple[float, float]:
-        """Entropy in nats of the operations of an edge and of the moves of a source, on average.
+    def entropies(self, operations: Tensor | None = None) -> tuple[float, ...]:
+        """Entropy in nats of the operations of an edge and of the moves of a source, on average,
+        and where the depth is searched that of the exits.
 
         Args:
             operations: their probabilities ``[edges, K]``; None is the softmax of the alphas.
         """
         with torch.no_grad():
             alphas = self.alphas.softmax(1) if operations is None else operations
-            tables = alphas, self.move_probabilities()
-            alpha, beta = (torch.special.entr(table).sum(1).mean().item() for table in tables)
-        return alpha, beta
+            tables = [alphas, self.move_probabilities()]
+            if (depths := self.depth_probabilities()) is not None:
+                tables.append(depths[None])
+            return tuple(torch.special.entr(table).sum(1).mean().item() for table in tables)
 
-    def move_probabilities(self) -> Tensor:  # [rows, 3]
-        """Of each source, its moves by -1, 0, +1 levels."""
+    def move_probabilities(self) -> Tensor:  # as betas
+        """Of each source, its moves by -1, 0, +1 levels, or -2 to +2."""
         return self.betas.masked_fill(self.forbidden, -torch.inf).softmax(1)
+
+    def depth_probabilities(self) -> Tensor | None:  # [layers]
+        """Of networks of 1, 2, .. layers, where the depth is searched."""
+        return None if self.depths is None else self.depths.softmax(0)
 
     def _run(self, module: nn.Module, *inputs: Tensor) -> Any:
         """``module(*inputs)``, keeping only the inputs for backward if memory is "recompute"."""

@@ -1,4 +1,4 @@
-"""Bilevel search on a supernet: alphas and betas by one optimizer, weights by another.
+"""Bilevel search on a supernet: alphas, betas and depths by one optimizer, weights by another.
 
 IR-NAS (CVPR 2020), section 3, first order. In a step the architecture learns on images of its own
 before the weights learn on theirs; the first epochs are for the weights alone. After every epoch
@@ -57,6 +57,8 @@ from nasfast.utils.seeding import derive_seed
 
 Batch = tuple[Tensor, ...]
 """Inputs and targets of a step."""
+ENTROPIES = ("alpha_entropy", "beta_entropy", "depth_entropy")
+"""Metrics of an epoch, as `Supernet.entropies` gives them; the last where the depth is searched."""
 TUNING = 0.1
 """Learning rate between choices by perturbation, as a share of the first one."""
 
@@ -85,7 +87,7 @@ class WeightsConfig(Bounded):
 
 @dataclass(frozen=True)
 class ArchitectureConfig(Bounded):
-    """Training of alphas and betas (Adam)."""
+    """Training of alphas, betas and depths (Adam)."""
 
     lr: Positive = 1e-3
     """Learning rate."""
@@ -130,7 +132,7 @@ class BilevelConfig(Bounded):
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     """Training of the weights."""
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
-    """Training of alphas and betas."""
+    """Training of the architecture."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -273,7 +275,7 @@ class SupernetSearch:
         with timed(seconds, f"{STAGE}_validate"):
             restored, similarity, shown = training.score()
         model = training.model
-        alpha_entropy, beta_entropy = model.entropies(training.decided(model.alphas.softmax(1)))
+        entropies = model.entropies(training.decided(model.alphas.softmax(1)))
         genotype = model.derive(training.operations(), self.bilevel.architecture.max_skips)
         canonical = genotype.canonical().to_json()
         first = next((r for r in study.records if r.canonical == canonical), None)
@@ -282,8 +284,7 @@ class SupernetSearch:
             "psnr": restored,
             "ssim": similarity,
             **losses,
-            "alpha_entropy": alpha_entropy,
-            "beta_entropy": beta_entropy,
+            **dict(zip(ENTROPIES, entropies, strict=False)),
         }
         record = Record(
             index=training.epoch - 1,
@@ -320,7 +321,7 @@ class SupernetSearch:
             f"[{done:>{len(str(total))}}/{total}] loss {metrics['loss']:.4f}"
             f"{'' if arch is None else f' / {arch:.4f}'}  "
             f"{metrics['psnr']:.2f} dB {metrics['ssim']:.4f}  "
-            f"entropy {metrics['alpha_entropy']:.3f} {metrics['beta_entropy']:.3f}  "
+            f"entropy {' '.join(f'{metrics[name]:.3f}' for name in ENTROPIES if name in metrics)}  "
             f"{sum(record.evaluation.seconds.values()):.1f} s  {state}"
         )
 
@@ -379,7 +380,7 @@ class SupernetTraining:
         """Epochs that are finished, those after choices too."""
         self.choices: Perturbation | None = None
         """Made by perturbation, once the search has ended."""
-        self._path: dict[str, list[Tensor]] = {"alphas": [], "betas": []}
+        self._path: dict[str, list[Tensor]] = {name: [] for name in self._architecture()}
 
     def train_epoch(self) -> dict[str, float]:
         """One pass over the images of the weights; mean losses by name.
@@ -411,8 +412,8 @@ class SupernetTraining:
             batch = self._weight_patches.batch(indices, self._generators["weights"])
             losses["loss"].append(self._step("weights", self._weight_step, batch))
         self.epoch = epoch
-        self._path["alphas"].append(self.operations().float().cpu())
-        self._path["betas"].append(model.move_probabilities().detach().float().cpu())
+        for name, table in self._architecture().items():
+            self._path[name].append(table.detach().float().cpu())
         means = {name: torch.stack(values).mean().item() for name, values in losses.items()}
         for name, mean in means.items():
             if not math.isfinite(mean):
@@ -474,6 +475,12 @@ class SupernetTraining:
     def operations(self) -> Tensor:  # [edges, K]
         """What each is worth, 1 or 0 where one has been chosen."""
         return self.decided(self._probabilities())
+
+    def _architecture(self) -> dict[str, Tensor]:
+        """Probabilities by the name of their logits."""
+        tables = {"alphas": self.operations(), "betas": self.model.move_probabilities()}
+        depths = self.model.depth_probabilities()
+        return tables if depths is None else tables | {"depths": depths}
 
     def decided(self, table: Tensor) -> Tensor:  # [edges, K]
         """The table with 1 or 0 where an operation has been chosen."""

@@ -93,15 +93,28 @@ def test_what_a_search_leaves(bilevel_run, tiny_images):
     assert json.loads((bilevel_run / "best.json").read_text())["index"] == 4
 
 
-@pytest.mark.parametrize("strategy", ["proxyless", "gumbel"])
-def test_single_paths_resume_exactly(strategy, tiny_bilevel, tmp_path):
-    argv = [*tiny_bilevel, "--strategy", strategy, "--bilevel.epochs", "3", "--runs"]
+@pytest.mark.parametrize(
+    ("strategy", "space"),
+    [("proxyless", ""), ("gumbel", "--supernet.searched-depth --supernet.widths free")],
+)
+def test_single_paths_resume_exactly(strategy, space, tiny_bilevel, tmp_path):
+    flags = ["--strategy", strategy, "--bilevel.epochs", "3", *space.split()]
+    argv = [*tiny_bilevel, *flags, "--runs"]
     assert search.main([*argv, str(tmp_path / "whole")]) == 0
     (whole,) = (tmp_path / "whole").iterdir()
     run = crashed([*argv, str(tmp_path / "run")], tmp_path / "run", before_a_checkpoint)
     assert search.main(["--resume", str(run)]) == 0
     assert_same(run, whole)
-    assert checkpoint(run)["relaxation"]["strategy"] == strategy
+    state, (*_, last) = checkpoint(run), outcome(run)
+    assert state["relaxation"]["strategy"] == strategy
+    assert last["genotype"].get("widths") == ("free" if space else None)
+    if space:
+        depths = state["depths"]
+        assert depths.shape == (3, 2)
+        assert not torch.equal(depths[0], depths[2])
+        entropy = torch.special.entr(depths[2]).sum().item()
+        metrics = last["evaluation"]["metrics"]["supernet"]
+        assert metrics["depth_entropy"] == pytest.approx(entropy)
 
 
 @pytest.fixture

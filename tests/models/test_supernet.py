@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import re
 from types import SimpleNamespace
@@ -8,11 +9,15 @@ import torch.nn.functional as F
 from kept import kept_for_backward
 
 from nasfast.models.supernet import MixedCell, Supernet, SupernetConfig
-from nasfast.spaces.ir_nas import PRIMITIVES, IRNASSpace, moves
+from nasfast.spaces.ir_nas import PRIMITIVES, IRNASSpace, moves, targets
 
 TINY = SupernetConfig(layers=3, nodes=2, width=4, memory="save", fused=False)
 DENOISING = SupernetConfig(memory="save", fused=False)  # as published
 DERAINING = SupernetConfig(layers=3, nodes=4, memory="save", fused=False)
+
+
+FREE = SupernetConfig(2, 2, 4, searched_depth=True, widths="free", memory="save", fused=False)
+"""Its layers have 3 and 4 levels."""
 
 
 def make(config=TINY, channels=1, scale=1, like=None):
@@ -24,6 +29,8 @@ def make(config=TINY, channels=1, scale=1, like=None):
     with torch.no_grad():
         net.alphas.normal_()
         net.betas.normal_()
+        if net.depths is not None:
+            net.depths.normal_()
     return net
 
 
@@ -68,9 +75,10 @@ def test_one_cell_call_per_layer_and_level(layers, cells, images):
     assert len(calls) == len(set(calls)) == cells
 
 
-def forward_by_hand(net, images, nodes=2, layers=3):
-    """The forward pass in training mode as the paper's equations, level by level."""
-    state = net.state_dict()
+def forward_by_hand(net, images, layers, nodes=2):
+    """The forward pass in training mode as the paper's equations, level by level; where the depth
+    is searched, the images of all exits by their probabilities."""
+    state, widths = net.state_dict(), net.config.widths
 
     def conv_bn(name, x, padding=0, groups=1, dilation=1, conv="0", bn="1"):
         weight = state[f"{name}.{conv}.weight"]
@@ -78,23 +86,35 @@ def forward_by_hand(net, images, nodes=2, layers=3):
         affine = (state.get(f"{name}.{bn}.weight"), state.get(f"{name}.{bn}.bias"))
         return F.batch_norm(x, None, None, *affine, training=True)
 
+    def decoded(h, heads="heads", tail="tail"):
+        maps = []
+        for level, x in h.items():
+            head = f"{heads}.{level}"
+            atrous = F.relu(conv_bn(f"{head}.atrous", x, 16, x.shape[1], 16))
+            atrous = F.relu(conv_bn(f"{head}.atrous.3", atrous))
+            pointwise = F.relu(conv_bn(f"{head}.pointwise", x))
+            maps.append(F.relu(conv_bn(f"{head}.fuse", torch.cat([atrous, pointwise], 1))))
+        x = F.relu(conv_bn(f"{tail}.refine", torch.cat(maps, 1), 1))
+        last = (state[f"{tail}.conv.{name}"] for name in ("weight", "bias"))
+        return F.conv2d(x, *last, padding=1).sigmoid()
+
     alphas, betas = net.alphas.softmax(1), net.betas.exp()
-    rows = {source: betas[i] for i, source in enumerate(moves(layers))}
+    rows = {source: betas[i] for i, source in enumerate(moves(layers, widths))}
+    middle = len(betas[0]) // 2  # of the moves: none
     first = F.relu(conv_bn("stem.conv1", images, 1))
     h = {0: conv_bn("stem.conv2", first, 1)}
     before_last = {0: conv_bn("stem.reduce", first, 1)}
-    cell = 0
+    cell, outputs = 0, []
     for layer in range(1, layers + 1):
         routed = {}
         for source, x in h.items():
-            reached = [t for t in (source - 1, source, source + 1) if t in (0, 1, 2)]
-            total = sum(rows[layer, source][t - source + 1] for t in reached)
+            reached = [*targets(source, widths)]
+            total = sum(rows[layer, source][t - source + middle] for t in reached)
             for t in reached:
-                beta = rows[layer, source][t - source + 1] / total
+                beta = rows[layer, source][t - source + middle] / total
                 term = beta * conv_bn(f"routers.{layer - 1}.convs.{source}to{t}", x)
                 routed[t] = routed.get(t, 0) + term
-        new = max(routed)
-        if new not in before_last:
+        for new in [level for level in routed if level not in before_last]:
             before_last[new] = conv_bn(f"wideners.{new - 1}", before_last[new - 1])
         h = {}
         for level in sorted(routed):
@@ -111,28 +131,33 @@ def forward_by_hand(net, images, nodes=2, layers=3):
             h[level] = torch.cat(states[2:], 1)
             cell += 1
         before_last = routed
-    heads = []
-    for level, x in h.items():
-        head = f"heads.{level}"
-        atrous = F.relu(conv_bn(f"{head}.atrous", x, 16, x.shape[1], 16))
-        atrous = F.relu(conv_bn(f"{head}.atrous.3", atrous))
-        pointwise = F.relu(conv_bn(f"{head}.pointwise", x))
-        heads.append(F.relu(conv_bn(f"{head}.fuse", torch.cat([atrous, pointwise], 1))))
-    x = F.relu(conv_bn("tail.refine", torch.cat(heads, 1), 1))
-    return F.conv2d(x, state["tail.conv.weight"], state["tail.conv.bias"], padding=1).sigmoid()
+        outputs.append(h)
+    if net.depths is None:
+        return decoded(outputs[-1])
+    names = [*((f"exits.{i}.0", f"exits.{i}.1") for i in range(layers - 1)), ("heads", "tail")]
+    images = [decoded(h, *pair) for h, pair in zip(outputs, names, strict=True)]
+    return sum(p * image for p, image in zip(net.depths.softmax(0), images, strict=True))
 
 
-def test_forward_is_the_published_one(images):
-    net = make()
-    torch.testing.assert_close(net(images), forward_by_hand(net, images), rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize("config", [TINY, FREE])
+def test_forward_is_the_published_one(config, images):
+    net = make(config)
+    out = forward_by_hand(net, images, layers=config.layers)
+    torch.testing.assert_close(net(images), out, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
-    "options", [{"memory": "recompute"}, {"fused": True}, {"fused": True, "memory": "recompute"}]
+    ("config", "options"),
+    [
+        (TINY, {"memory": "recompute"}),
+        (TINY, {"fused": True}),
+        (TINY, {"fused": True, "memory": "recompute"}),
+        (FREE, {"fused": True, "memory": "recompute"}),
+    ],
 )
-def test_ways_to_compute_agree(images, options):
-    plain = make()
-    other = make(with_options(**options), like=plain)
+def test_ways_to_compute_agree(images, config, options):
+    plain = make(config)
+    other = make(dataclasses.replace(config, **options), like=plain)
     assert plain.state_dict().keys() == other.state_dict().keys()
     (out, gradients), (other_out, other_gradients) = step(plain, images), step(other, images)
     torch.testing.assert_close(other_out, out, rtol=1e-9, atol=1e-9)
@@ -243,6 +268,28 @@ def test_derivation():
     IRNASSpace(3, 2).encode(genotype)
 
 
+def test_derivation_of_depth_and_free_widths():
+    net = make(FREE)
+    assert sum(p.numel() for p in net.architecture()) == 5 * 6 + (1 + 3) * 5 + 2
+    assert len([*net.weights(), *net.architecture()]) == len([*net.parameters()])
+    with torch.no_grad():
+        for logits in net.architecture():
+            logits.fill_(1.0)
+    genotype = net.derive()
+    assert (genotype.levels, genotype.widths) == ((0,), "free")
+    moves_entropy = (3 * math.log(3) + math.log(4)) / 4  # of the stem and of three levels
+    assert net.entropies()[1:] == pytest.approx((moves_entropy, math.log(2)))
+    with torch.no_grad():
+        net.betas[0, 3] = 3.0  # to 1.5 W, and from there narrower, and wider
+        net.betas[2, 1] = 2.0
+        net.betas[2, 0] = net.betas[2, 4] = 50.0  # beyond twice or half as wide
+    assert net.derive().levels == (1,)
+    with torch.no_grad():
+        net.depths[1] = 2.0
+    assert net.derive().levels == (1, 0)
+    FREE.space.encode(net.derive())
+
+
 def test_memory_of_the_plain_formulation():
     """Against the account by hand: 17 + 72 / C maps an edge, with the stem, routers and decoder."""
     with torch.device("meta"):
@@ -271,6 +318,11 @@ def test_memory_of_recomputing():
         ({"nodes": 0}, "SupernetConfig.nodes: expected a value from 1 to 64, got 0"),
         ({"width": 0}, "SupernetConfig.width: expected a value from 1 to 16,384, got 0"),
         ({"width": 5}, "SupernetConfig.width: expected an even number, got 5; half the channels"),
+        (
+            {"layers": 1, "searched_depth": True},
+            "SupernetConfig.searched_depth: expected at least 2 layers, got 1; raise layers",
+        ),
+        ({"widths": "x"}, 'SupernetConfig.widths: expected "published" or "free", got \'x\''),
         ({"memory": "none"}, 'SupernetConfig.memory: expected "save" or "recompute", got \'none\''),
     ],
 )

@@ -1,6 +1,7 @@
 """Drawings of architectures: complete, apart and inside."""
 
 import random
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -15,6 +16,7 @@ from nasfast.spaces.template_nas import AGGREGATIONS, OPERATIONS
 
 FAST_NAS = [FastNASSpace().sample(random.Random(i)) for i in range(20)]
 IR_NAS = [IRNASSpace(layers=4, nodes=3 + i % 3).sample(random.Random(i)) for i in range(20)]
+FREE = IRNASSpace(layers=4, nodes=2, widths="free", searched_depth=True)
 TEMPLATE_NAS = [TemplateNASSpace().sample(random.Random(i)) for i in range(20)]
 
 
@@ -50,6 +52,13 @@ def test_ir_nas_has_every_node_and_edge(genotype):
     assert len(drawn(path, "accent")) == 4
     assert len(drawn(path, "edge")) == 2 + 5 + 7 + 7
     assert drawn(path, "op") == ["stem", *(f"{2**level} W" for level in genotype.levels)]
+
+
+def test_any_depth_and_free_widths():
+    """From the stem to 3 widths, from these to 3, 3 and 4, from these to 3, 3, 4 and 2."""
+    path = restoration.path_graph(replace(FREE.decode([0] * 7), levels=(1, 2, 3)))
+    assert drawn(path, "op") == ["stem", "1.5 W", "2 W", "4 W"]
+    assert (len(drawn(path, "accent")), len(drawn(path, "edge"))) == (3, 3 + 10 + 12)
 
 
 @pytest.mark.parametrize("genotype", TEMPLATE_NAS)

@@ -77,6 +77,23 @@ def test_supernet_history(study):
         ElementTree.fromstring(chart)
 
 
+def test_history_of_depths_and_free_widths(study):
+    space = IRNASSpace(layers=3, nodes=2, widths="free", searched_depth=True)
+    fifth = record(4, space.decode([0] * 7), None)  # one layer
+    fifth.evaluation.metrics["supernet"]["depth_entropy"] = 0.9
+    study.append(fifth)
+    depths = torch.tensor([[0.2, 0.5, 0.3]]).repeat(5, 1)
+    betas = torch.full((5, 8, 5), 0.2)
+    betas[:, 7, 0] = 0.4
+    study.save_checkpoint(
+        {"alphas": torch.full((5, 5, 6), 1 / 6), "betas": betas, "depths": depths}
+    )
+    page = write_report(study, REPORT).read_text()
+    assert "exit, epoch 5: 2 layers 0.500" in page
+    assert "layer 3, level 3, epoch 5: narrower by two 0.400" in page
+    assert "number of layers (uniform: 1.10)" in page
+
+
 def test_a_collapse_stands_first(study):
     assert 'class="warning"' not in write_report(study, REPORT).read_text()
     nodes = ((("skip", 0), ("skip", 1)), (("skip", 0), ("conv3x3", 1)))

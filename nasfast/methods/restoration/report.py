@@ -24,12 +24,13 @@ from nasfast.spaces.ir_nas import (
     IRNASGenotype,
     moves,
     num_levels,
+    steps,
     targets,
 )
 
 __all__ = ["RestorationReport", "cell_graph", "path_graph"]
 
-WIDTHS = ("narrower", "same", "wider")
+MOVES = {-2: "narrower by two", -1: "narrower", 0: "same", 1: "wider", 2: "wider by two"}
 
 
 class RestorationReport:
@@ -81,7 +82,9 @@ class RestorationReport:
             yield Section("Warning", [element("p", f"{warning[0].upper()}{warning[1:]}.")], True)
         state = study.load_checkpoint() or {}
         if study.records and "alphas" in state:
-            yield from _supernet_history(study.records, state["alphas"], state["betas"])
+            yield from _supernet_history(
+                study.records, state["alphas"], state["betas"], state.get("depths")
+            )
 
 
 def cell_graph(genotype: IRNASGenotype) -> Element:
@@ -128,9 +131,10 @@ def path_graph(genotype: IRNASGenotype) -> Element:
 
 
 def _supernet_history(
-    records: tuple[Record, ...], alphas: Tensor, betas: Tensor
+    records: tuple[Record, ...], alphas: Tensor, betas: Tensor, depths: Tensor | None
 ) -> Iterator[Section]:
-    """Of probabilities alphas [epochs, edges, K] and betas [epochs, moves, 3]."""
+    """Of probabilities alphas [epochs, edges, K], betas [epochs, moves, 3 or 5] and, where the
+    depth is searched, depths [epochs, layers]."""
     changes = [
         after.index
         for before, after in itertools.pairwise(records)
@@ -167,23 +171,34 @@ def _supernet_history(
     edges = [(state, node) for node in range(count) for state in range(2 + node)][:count]
     edge_labels = [f"{state} → node {node}" for state, node in edges]
     uniform = math.log(len(PRIMITIVES))
-    layers = len(IRNASGenotype.from_json(records[-1].genotype).levels)
-    move_labels = [f"layer {layer}, level {level}" for layer, level in moves(layers)]
+    genotype = IRNASGenotype.from_json(records[-1].genotype)
+    layers = len(genotype.levels) if depths is None else depths.shape[1]
+    sources = moves(layers, genotype.widths)
+    move_labels = [f"layer {layer}, level {level}" for layer, level in sources]
+    move_names = [MOVES[step] for step in steps(genotype.widths)]
+    entropies = {
+        "alpha_entropy": f"operations of an edge (uniform: {uniform:.2f})",
+        "beta_entropy": "moves of a level",
+    }
+    drawn_depths: list[Element] = []
+    if depths is not None:
+        entropies["depth_entropy"] = f"number of layers (uniform: {math.log(layers):.2f})"
+        names = ["1 layer", *(f"{layer} layers" for layer in range(2, layers + 1))]
+        drawn_depths = [
+            element("h3", "Number of layers"),
+            *heat_map(depths[:, None].tolist(), ["exit"], names, "epoch"),
+        ]
     yield Section(
         "Supernet history",
         [
             element("h3", "Entropy, nats"),
             element("p", "How undecided the choices are: 0 where one has all the probability."),
-            *chart(
-                {
-                    "alpha_entropy": f"operations of an edge (uniform: {uniform:.2f})",
-                    "beta_entropy": "moves of a level",
-                }
-            ),
+            *chart(entropies),
             element("h3", "Operations"),
             *heat_map(alphas.tolist(), edge_labels, PRIMITIVES, "epoch"),
             element("h3", "Widths"),
-            *heat_map(betas.tolist(), move_labels, WIDTHS, "epoch"),
+            *heat_map(betas.tolist(), move_labels, move_names, "epoch"),
+            *drawn_depths,
             element(
                 "p",
                 "A row is an edge of the cell, from a state to a node, or a source of the layer "

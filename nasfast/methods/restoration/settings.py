@@ -102,11 +102,6 @@ class SearchConfig(SamplingSettings):
                 f"params: expected {SAMPLED}, got {self.strategy}; a search by gradient is not "
                 "held to a size"
             )
-        if self.supernet.searched_depth or self.supernet.widths != "published":
-            raise UserError(
-                f"supernet.searched_depth, supernet.widths: expected {SAMPLED}, got "
-                f"{self.strategy}; a search by gradient is of the published space"
-            )
         if self.objectives.costs:
             raise UserError(
                 f"objective: expected {SAMPLED}, got {self.strategy}; a search by gradient looks "
