@@ -109,9 +109,12 @@ def load_teacher(path: Path, classes: Sequence[str], task: str = "segmentation")
     model, description = load_model(path, EncoderDecoder)
     trained, trained_for = description.get("classes", ()), description.get("task", "segmentation")
     if (tuple(trained), trained_for) != (tuple(classes), task):
+        expected, got = ", ".join(classes) or task, ", ".join(trained) or "no classes"
+        if trained_for != task:
+            expected, got = task, trained_for
         raise UserError(
-            f"teacher {path}: expected a network for {', '.join(classes) or task}, got one for "
-            f"{', '.join(trained) or trained_for}; train one on this data first"
+            f"teacher {path}: expected a network for {expected}, got one for {got}; train one on "
+            "this data first"
         )
     return model
 

@@ -25,11 +25,9 @@ from nasfast.utils.files import data_path, expanded
 DESCRIPTION = """Search a segmentation network: ``nasfast search segmentation``.
 
 ``--data DIR`` takes a folder of CamVid, Cityscapes or PASCAL VOC, or one with images/, masks/ and
-classes.txt; without it, generated street scenes. ``--task depth`` searches a network for depth, on
-a folder with images/ and depths/, of 7-Scenes, or of image_* and depth_*; ``--task keypoints`` one
-for the joints of people, on a folder of COCO or MPII.
-``--resume RUN [--budget N]`` continues a run.
-(Fast NAS, CVPR 2019)
+classes.txt; without it, generated street scenes. ``--task depth`` and ``--task keypoints`` search
+for other tasks, on data as docs/data.md has it.
+``--resume RUN [--budget N]`` continues a run. (Fast NAS, CVPR 2019)
 ``nasfast search restoration --help`` shows the search of restoration networks.
 """
 
@@ -43,12 +41,9 @@ class DecoderSearchConfig(SamplingSettings):
     """What is searched."""
 
     data: str = "synthetic"
-    """"synthetic", a folder of CamVid, Cityscapes or PASCAL VOC, or one with images/, masks/ and
-    classes.txt; for depth of 7-Scenes, or one with images/ and depths/; for keypoints of COCO or
-    MPII: see docs/data.md."""
+    """"synthetic", or a folder of the task's layouts: see docs/data.md."""
     task: TaskName = "segmentation"
-    """What networks are searched for: segmentation, a class for every pixel; depth, metres;
-    keypoints, joints of people."""
+    """A class for every pixel, depth in metres, or the joints of people."""
     preset: Literal["demo", "quick", "paper"] = "demo"
     """demo: a minute on a laptop (default for the synthetic set). quick: about 30 s per candidate
     on two cores (default for other data). paper: the published schedule, for a GPU."""
