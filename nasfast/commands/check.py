@@ -3,7 +3,8 @@
 Prints what is read and what is not, sizes, the share of each class and of void, and warns of what
 would mislead a search: classes that never occur, images that are both in train and in val. Draws a
 dozen images, under their masks where they have some. Exit status: 0, or 1 with warnings, or 2 with
-an error. ``nasfast check restoration`` reads the folder as that method would.
+an error. ``nasfast check restoration`` reads the folder as that method would, and
+``nasfast check --task depth`` or ``keypoints`` as data for that task.
 """
 
 from __future__ import annotations

@@ -74,6 +74,7 @@ def test_a_training_takes_the_task_from_its_run(trained, rooms):
     metrics = json.loads((trained / "metrics.json").read_text())
     assert (metrics["crop"], metrics["cap"]) == ("none", 3.5)
     assert metrics["split"] == "val of rooms (depths up to 3.5 m), 2 images"
+    assert 0 < metrics["mean_depth_of_each_pixel"]["delta1"] < 1
     assert [list(entry)[:2] for entry in metrics["validation"]] == [["epoch", "delta1"]] * 2
     description = nasfast.load(trained).description
     assert description["output"] == "natural logarithm of the depth in metres"

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from nasfast.data import TrainTransform, ValTransform
-from nasfast.data.depth import DepthSample, load_depth_splits
+from nasfast.data.depth import DepthSample, StreetDepths, load_depth_splits
 from nasfast.encoders import load_encoder
 from nasfast.models.build import build_segmenter
 from nasfast.models.decoders import DecoderConfig
 from nasfast.spaces.fast_nas import FastNASSpace
 from nasfast.tasks.depth import DepthMap, DepthSettings, DepthTask
 from nasfast.tasks.depth.losses import LOSSES
-from nasfast.tasks.depth.scores import DepthErrors
+from nasfast.tasks.depth.scores import DepthErrors, mean_depth_scores
 from nasfast.training.loop import NonFiniteLossError, Runtime
 
 CPU = torch.device("cpu")
@@ -77,6 +77,23 @@ def test_scores_against_numpy():
     got = errors.compute()
     assert got.as_dict() == pytest.approx(expected, abs=1e-6)
     assert got.deviation == pytest.approx(t.std(), abs=1e-6)
+
+
+def test_the_mean_of_each_pixel_by_hand():
+    """Means 2 and 5 of what is known; the last pixel, known nowhere, gets the mean of all."""
+
+    class Depths(StreetDepths):
+        def __init__(self, *depths):
+            super().__init__(len(depths), (1, 3), stream="val")
+            self.depths = depths
+
+        def __getitem__(self, index):
+            return DepthSample(torch.zeros(3, 1, 3), torch.tensor([self.depths[index]]))
+
+    train = Depths([1.0, 5.0, 0.0], [3.0, 0.0, 0.0])
+    got = mean_depth_scores(train, Depths([2.0, 4.0, 3.0], [0.0, 0.0, 6.0]))
+    assert got.abs_rel == pytest.approx((0 + 1 / 4 + 0 + 3 / 6) / 4)
+    assert mean_depth_scores(train, StreetDepths(1, (1, 4), stream="val")) is None
 
 
 def loss(name, predicted, truth):

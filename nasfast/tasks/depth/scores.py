@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nasfast.data.depth import DepthDataset
+from nasfast.training.pictures import spread
+
 DELTA = 1.25
 LEAST = 1e-3
 """Metres that predictions are raised to before they are scored."""
@@ -44,6 +47,23 @@ class DepthScores:
     def as_dict(self) -> dict[str, float]:
         """The seven metrics."""
         return {name: value for name, value in vars(self).items() if name != "deviation"}
+
+
+def mean_depth_scores(
+    train: DepthDataset, part: DepthDataset, cap: float | None = None
+) -> DepthScores | None:
+    """Scores on a part of predicting at each pixel the mean depth that it has in train, of up to
+    1,000 samples: what a network has to beat. None where sizes differ."""
+    if len({*train.sizes(), *part.sizes()}) > 1:
+        return None
+    depths = [train[index].mask.double() for index in spread(len(train), 1000)]
+    zero = torch.zeros_like(depths[0])
+    total, count = sum(depths, zero), sum(((depth > 0).double() for depth in depths), zero)
+    mean = (total / count).where(count > 0, total.sum() / count.sum())
+    errors = DepthErrors(torch.device("cpu"), cap)
+    for index in range(len(part)):
+        errors.update(mean, part[index].mask)
+    return errors.compute()
 
 
 class DepthErrors:

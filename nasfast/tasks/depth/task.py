@@ -20,7 +20,7 @@ from nasfast.models.layers import resize
 from nasfast.tasks.base import DenseTask, Frames, Targets
 from nasfast.tasks.depth.losses import LOSSES, DepthSettings
 from nasfast.tasks.depth.processor import DepthMap, DepthProcessor
-from nasfast.tasks.depth.scores import DepthErrors, DepthScores
+from nasfast.tasks.depth.scores import DepthErrors, DepthScores, mean_depth_scores
 from nasfast.training.loop import NonFiniteLossError, Runtime
 
 T = TypeVar("T")
@@ -52,6 +52,11 @@ class DepthTask(DenseTask[DepthScores]):
     def typical(self) -> float:
         """Of the training depths, in metres."""
         return typical_depth(self.splits.train)
+
+    @functools.cached_property
+    def baseline(self) -> DepthScores | None:
+        """On val, of the mean depth that each pixel has in train."""
+        return mean_depth_scores(self.splits.train, self.splits.val, self.settings.cap)
 
     @torch.no_grad()
     def begin(self, network: DenseNetwork) -> None:

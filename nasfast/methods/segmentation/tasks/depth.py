@@ -65,7 +65,9 @@ class DepthBinding(Binding[DepthScores]):
         return check_depths(opened.splits, root, test=test)
 
     def measured(self, opened: Opened[DepthScores], scores: DepthScores) -> dict[str, Any]:
-        return _counted(_task(opened).settings)
+        task = _task(opened)
+        baseline = task.baseline and {"mean_depth_of_each_pixel": task.baseline.as_dict()}
+        return {**_counted(task.settings), **(baseline or {})}
 
     def described(
         self, opened: Opened[DepthScores], scores: DepthScores, settings: Any
@@ -83,7 +85,13 @@ class DepthBinding(Binding[DepthScores]):
 
     def text(self, opened: Opened[DepthScores], scores: DepthScores, split: str) -> str:
         found = [f"  {LABELS[name]:<26} {value:.4f}" for name, value in scores.as_dict().items()]
-        return "\n".join([*found[1:], f"{self.metric[1]} {scores.delta1:.4f} on {split}"])
+        lines = [*found[1:], f"{self.metric[1]} {scores.delta1:.4f} on {split}"]
+        if (baseline := _task(opened).baseline) is not None:
+            lines.append(
+                f"the mean depth of each pixel in train: {self.metric[1]} {baseline.delta1:.4f}, "
+                f"RMSE {baseline.rmse:.4f} m"
+            )
+        return "\n".join(lines)
 
     def of_model(self, model: Model, reading: Reading) -> Reading:
         """Other data has a scale of its own."""
