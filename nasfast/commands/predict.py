@@ -4,8 +4,9 @@ MODEL is a model.safetensors, the directory of a training, or a run. IMAGES are 
 everything below them, and quoted patterns such as 'photos/**/*.jpg'. DIR gets the task's result for
 each image (a mask as a palette PNG and an overlay, depths as a PNG of 16 bits and in colours, the
 restored image, or objects or joints as JSON and drawn) under the image's name, in the folders that
-it came in, and predictions.json, which says what belongs to what. Detection also writes coco-results.json, the objects of all images with the
-category ids of the training data; an image's id is its name there, or the number that this is.
+it came in, and predictions.json, which says what belongs to what. Detection also writes
+coco-results.json, the objects of all images with the category ids of the training data; an image's
+id is its name there, or the number that this is.
 Keypoints write it too, with the joints of people. Where these are says --boxes, a list in JSON of
 {"image": name, "bbox": [left, top, width, height]}, or the coco-results.json of a detector, whose
 category 1 is taken; without it an image is one person.
