@@ -9,29 +9,27 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from nasfast.data.base import UnknownLayout, digest
+from nasfast.data.depth_maps import files_of_depth, read_depth
 from nasfast.data.images import (
     MODES,
-    WIDE_MODES,
     by_stem,
     for_each,
     identity,
     list_folder,
     measure,
-    open_image,
     planes,
     read_image,
     require_eight_bits,
 )
-from nasfast.utils.errors import UserError, cause
+from nasfast.utils.errors import UserError
 
 GREY_MODES = ("1", "L", "LA")
 CLEAN_FOLDER, DEPTH_FOLDER = "clean", "depth"
@@ -254,10 +252,8 @@ def open_folder(
         beside = by_stem(files, CLEAN_SUFFIX), by_stem(files, DEGRADED_SUFFIX)
         groups = _partners(*beside, "degraded")
     elif depths:
-        found = list_folder(depths)
-        arrays = [path for path in found.others if path.suffix == ".npy"]
         files = list_folder(clean).images if os.path.isdir(clean) else files
-        groups = _partners(by_stem(files), by_stem([*found.images, *arrays]), "depth")
+        groups = _partners(by_stem(files), by_stem(files_of_depth(depths)), "depth")
     else:
         groups = [(path,) for path in files]
     if not groups:
@@ -294,10 +290,13 @@ class _Files(ImageSource):
         self.paths, self._channels = paths[:count], channels
         self.depth = paths[count] if len(paths) > count else None
         sizes = [_measure(path, channels) for path in self.paths]
-        sizes += [measure_depth(self.depth)] if self.depth else []
         self.size = sizes[0]
-        if sizes[-1] != sizes[0]:
-            first, second = (f"{p} of {h}x{w}" for p, (h, w) in zip(paths, sizes, strict=True))
+        self._require_size(self.paths[-1], sizes[-1])
+
+    def _require_size(self, path: Path, size: tuple[int, ...]) -> None:
+        if size != self.size:
+            pairs = ((self.paths[0], self.size), (path, size))
+            first, second = (f"{path} of {height}x{width}" for path, (height, width) in pairs)
             raise UserError(
                 f"data: expected pairs of one size, got {first} and {second} (height x width); "
                 "replace or remove this pair"
@@ -305,7 +304,9 @@ class _Files(ImageSource):
 
     def read(self) -> ImagePair:
         images = [read_image(path, self._channels) for path in self.paths]
-        depth = read_depth(self.depth) if self.depth else None
+        depth = relative_depth(self.depth) if self.depth else None
+        if self.depth and depth is not None:
+            self._require_size(self.depth, depth.shape[1:])
         return ImagePair(self.name, images[0], images[1] if self.degradation else None, depth)
 
     def identify(self) -> str:
@@ -313,57 +314,20 @@ class _Files(ImageSource):
         return digest("files", self.name, *map(identity, self.paths), *depth)
 
 
-def measure_depth(path: Path) -> tuple[int, int]:
-    """Height and width from a header, of an array ``[H, W]`` in npy or an image of 16 or 32 bits.
-
-    Raises:
-        UserError: the file cannot be read, or is neither.
-    """
-    if path.suffix == ".npy":
-        array = _load(path)
-        if array.ndim != 2 or array.dtype.kind not in "fiu":
-            raise UserError(
-                f"depth {path}: expected an array of numbers [H, W], got {array.dtype} "
-                f"{list(array.shape)}; save one value a pixel"
-            )
-        return array.shape
-    header = measure(path, "depth")
-    if header.mode not in WIDE_MODES:
-        raise UserError(
-            f"depth {path} has mode {header.mode}: expected 16 or 32 bits a pixel, or npy; 8 bits "
-            "are a picture of depth"
-        )
-    return header.size
-
-
-def read_depth(path: Path) -> Tensor:
+def relative_depth(path: Path) -> Tensor:
     """Depth relative to the farthest point, float32 ``[1, H, W]``, so that its unit is of no
     matter.
 
     Raises:
-        UserError: the file cannot be read, or a pixel has no depth (0, below, or not finite).
+        UserError: the file cannot be read, or a pixel has no depth.
     """
-    array = _load(path) if path.suffix == ".npy" else np.array(open_image(path, "depth"))
-    depth = torch.from_numpy(array.astype(np.float32))[None]
-    holes = int((~(depth.isfinite() & (depth > 0))).sum())
-    if holes:
+    depth = read_depth(path, 1)[None]
+    if holes := int((depth == 0).sum()):
         raise UserError(
             f"depth {path}: expected values above 0, got {holes} of {depth.numel()} pixels "
             "without; fill these holes"
         )
     return depth / depth.max()
-
-
-def _load(path: Path) -> NDArray[Any]:
-    """The array of an npy file, its values not read yet."""
-    try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(
-            f"depth {path} cannot be read: {cause(error)}; replace the file or take it out of the "
-            "folder"
-        ) from error
-    return array
 
 
 class _Drawing(ImageSource):

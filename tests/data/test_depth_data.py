@@ -10,7 +10,7 @@ from nasfast.data import SyntheticStreets, folder_of
 from nasfast.data.depth import DepthReading, DepthSample, StreetDepths, load_depth_splits
 from nasfast.data.depth.base import Counted
 from nasfast.data.depth.checks import check_depths
-from nasfast.data.depth.files import read_depth
+from nasfast.data.depth_maps import read_depth
 from nasfast.utils.errors import UserError
 
 MM = DepthReading(scale=1000)
