@@ -90,9 +90,17 @@ _DEPTH = (
 )
 
 
-def _decoder(published: object, figures: Sequence[float], depth: Sequence[float]) -> ZooEntry:
+_KEYPOINTS = ("MPII: PCKh@0.5", "MPII: PCKh@0.1", "COCO: AP", "COCO: AR")
+
+
+def _decoder(
+    published: object,
+    figures: Sequence[float],
+    depth: Sequence[float],
+    keypoints: Sequence[float],
+) -> ZooEntry:
     """Of Fast NAS, from the published form, (parameters, multiply-adds, mIoU), and the scores of
-    `_DEPTH` of the same network with one output."""
+    `_DEPTH` of the same network with one output and of `_KEYPOINTS` with one for each joint."""
     return ZooEntry(
         method="segmentation",
         genotype=FastNASSpace().from_json(published),
@@ -107,6 +115,10 @@ def _decoder(published: object, figures: Sequence[float], depth: Sequence[float]
         | {
             f"depth, NYU Depth v2: {measure}": figure
             for measure, figure in zip(_DEPTH, depth, strict=True)
+        }
+        | {
+            f"keypoints, {measure}": figure
+            for measure, figure in zip(_KEYPOINTS, keypoints, strict=True)
         },
         note="Published multiply-adds of the three decoders follow no one rule: ours, of all "
         "convolutions without auxiliary heads, are fewer by 5.9 %, 3.2 % and 2.8 %. With the "
@@ -192,16 +204,19 @@ ZOO = {
         [[8, [0, 0, 5, 2], [0, 2, 8, 8], [0, 5, 1, 4]], [[3, 3], [3, 2], [3, 0]]],
         (2.6e6, 4.47e9, 0.780),
         (0.523, 0.184, 0.136, 0.089, 0.830, 0.967, 0.992),
+        (0.865, 0.314, 0.658, 0.691),
     ),
     "fast_nas_arch1": _decoder(
         [[2, [1, 0, 3, 6], [0, 1, 2, 8], [2, 0, 6, 1]], [[2, 3], [3, 1], [4, 4]]],
         (2.8e6, 2.95e9, 0.771),
         (0.526, 0.183, 0.131, 0.086, 0.832, 0.968, 0.992),
+        (0.870, 0.320, 0.659, 0.694),
     ),
     "fast_nas_arch2": _decoder(
         [[5, [0, 0, 4, 1], [3, 2, 0, 1], [5, 6, 5, 0]], [[1, 3], [4, 3], [2, 2]]],
         (2.9e6, 3.47e9, 0.773),
         (0.525, 0.189, 0.140, 0.093, 0.820, 0.966, 0.992),
+        (0.871, 0.318, 0.659, 0.693),
     ),
     "template_nas_arch0": _templates(
         [
@@ -301,7 +316,7 @@ def create_model(
             the directory with one; a genotype or its JSON form.
         num_classes: of a segmentation or detection network; default: those of ``pretrained`` or of
             the model file, else those of the publication: 21 for Fast NAS, 19 for Template-NAS, 80
-            for NAS-FCOS. 1 for depth.
+            for NAS-FCOS. 1 for depth, 17 for the joints of COCO, 16 for those of MPII.
         channels: 1 or 3, of the images of a restoration network; default: those of the
             architecture, else 1.
         pretrained: a model.safetensors of this network, loaded strictly; a classifier of another

@@ -62,6 +62,20 @@ def test_published_counts_for_depth(arch, parameters, rmse, delta):
     assert figures["depth, NYU Depth v2: delta < 1.25"] == delta
 
 
+@pytest.mark.parametrize(
+    ("arch", "parameters", "pckh", "ap"),
+    [(0, 2_618_369, 0.865, 0.658), (1, 2_798_593, 0.870, 0.659), (2, 2_841_601, 0.871, 0.659)],
+)
+def test_published_counts_for_keypoints(arch, parameters, pckh, ap):
+    """As for depth, and 3 x 3 x 64 weights and a bias of the classifier for each other joint."""
+    name = f"fast_nas_arch{arch}"
+    network = create_model(name, num_classes=17, faithful=True)
+    assert count_parameters(network) == parameters + 16 * 577
+    figures = {figure.measure: figure.published for figure in nasfast.model_info(name).figures}
+    assert figures["keypoints, MPII: PCKh@0.5"] == pckh
+    assert figures["keypoints, COCO: AP"] == ap
+
+
 @pytest.mark.parametrize(("name", "layers", "nodes"), [("denoise", 4, 5), ("derain", 3, 4)])
 def test_restorers_of_the_zoo(name, layers, nodes):
     entry = ZOO[f"irnas-{name}"]
