@@ -175,7 +175,9 @@ def test_a_training_on_other_files_takes_no_scale_from_the_run(tmp_path):
 
 
 def test_a_teacher_for_another_task(trained):
-    with pytest.raises(UserError, match="expected a network for segmentation, got one for depth; train"):
+    with pytest.raises(
+        UserError, match="expected a network for segmentation, got one for depth; train"
+    ):
         load_teacher(trained / "model.safetensors", ("a", "b"))
     assert load_teacher(trained / "model.safetensors", (), "depth")
 
