@@ -52,6 +52,11 @@ USAGE = {
         ("--bilevel.ssim-weight -1", "BilevelConfig.ssim_weight: expected a"),
         ("--bilevel.architecture.max-skips -1", "ArchitectureConfig.max_skips: expected a"),
         ("--bilevel.architecture.auxiliary-skip -1", "ArchitectureConfig.auxiliary_skip:"),
+        ("--supernet.widths wide", "wide"),
+        (
+            "--supernet.layers 1 --supernet.searched-depth",
+            "SupernetConfig.searched_depth: expected at least",
+        ),
         ("--bilevel.warmup 99", "warmup: expected fewer epochs than"),
         ("--bilevel.weights.lr 0", "WeightsConfig.lr: expected a value above"),
         ("--strategy darts --params 9K", "params: expected a --strategy that"),
