@@ -305,7 +305,7 @@ class DenseTraining(ABC):
     def summary(self) -> str:
         settings = self.settings
         lines = [
-            f"data     {settings.data}, {len(self.train)} images",
+            f"data     {settings.data}, {len(self.train)} {self.task.samples}",
             self.seen,
             f"size     {count_parameters(self.model) / 1e6:.2f} M parameters",
         ]
@@ -477,7 +477,7 @@ class DenseTraining(ABC):
         images, _ = task.load_batch(val, [0], self._val_transform)
         size = (images.shape[-2], images.shape[-1])
         kept = self._best["epoch"] if self._best else self.done
-        split = f"val of {val.name}, {len(val)} images"
+        split = f"val of {val.name}, {len(val)} {task.samples}"
         if self._best:
             split += f", which epoch {kept} of {self.done} was chosen on"
         metrics: dict[str, Any] = {

@@ -75,6 +75,8 @@ class DenseTask(ABC, Generic[S]):
 
     name: ClassVar[str]
     """On the command line and in model files."""
+    samples: ClassVar[str] = "images"
+    """What a part of the data has."""
 
     @property
     @abstractmethod

@@ -90,6 +90,7 @@ def test_a_training_takes_the_task_from_its_run(trained):
     metrics = json.loads((trained / "metrics.json").read_text())
     assert (metrics["size"], metrics["joints_by"]) == ([32, 32], "OKS")
     assert len(metrics["joints"]) == 13
+    assert metrics["split"].endswith(" people")
     assert "pckh@0.5" not in metrics  # COCO has no heads
     model = nasfast.load(trained)
     assert model.task == "keypoints"

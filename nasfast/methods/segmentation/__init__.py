@@ -127,7 +127,7 @@ class DecoderMethod(Method):
 
 
 class Segmentation(DecoderMethod):
-    """Decoders for segmentation or depth on an encoder, sampled by a controller."""
+    """Decoders for segmentation, depth or keypoints on an encoder, sampled by a controller."""
 
     name = "segmentation"
     space = FastNASSpace().name

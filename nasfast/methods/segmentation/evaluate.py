@@ -150,14 +150,14 @@ def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
     result = {
         "data": data,
         "split": config.split,
-        binding.samples: len(part),
+        opened.task.samples: len(part),
         **({"resize_longer": reading.resize_longer} if reading.resize_longer else {}),
         **({"views": views} if views else {}),
         **binding.evaluated(part, scores, reading),
         **measure_size(path, model, (height, width)),
         **speed_json(latencies),
     }
-    judged = f"{len(part)} {config.split} {binding.samples} of {part.name}"
+    judged = f"{len(part)} {config.split} {opened.task.samples} of {part.name}"
     judged += f"; {views}" if views else ""
     table = Table(title=escape(f"{config.label}, {judged}"))
     table.add_column("measure")

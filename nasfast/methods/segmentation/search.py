@@ -91,7 +91,7 @@ def build(config: Config, interrupt: Interrupt, console: Console) -> tuple[Sampl
     splits, encoder, space = opened.splits, inputs.encoder, config.decoders.space
     say(
         console,
-        f"data     {splits.train.name}: {len(splits.search_train)} {binding.samples} to train "
+        f"data     {splits.train.name}: {len(splits.search_train)} {opened.task.samples} to train "
         f"candidates, {len(splits.search_val)} to score them, {opened.about}\n"
         f"encoder  {encoder.label}, "
         f"{config.encoder_weights or 'packaged weights (trained on generated scenes)'}\n"

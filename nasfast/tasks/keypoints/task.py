@@ -41,6 +41,7 @@ class KeypointTask(DenseTask[KeypointScores]):
     """
 
     name: ClassVar[str] = "keypoints"
+    samples: ClassVar[str] = "people"
 
     splits: KeypointSplits
 

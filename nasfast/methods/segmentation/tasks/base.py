@@ -72,8 +72,6 @@ class Binding(ABC, Generic[S]):
     """What "reward" and the metrics mean."""
     views: ClassVar[str]
     """How an evaluation joins several views of an image: "softmax summed"."""
-    samples: ClassVar[str] = "images"
-    """What a part of the data has."""
     foreign: ClassVar[Mapping[str, object]]
     """Settings of other tasks, with the values that they have where they are not given; "" for a
     group of them."""

@@ -65,7 +65,6 @@ class KeypointBinding(Binding[KeypointScores]):
         }
     )
     views = "heatmaps averaged"
-    samples = "people"
     foreign = MappingProxyType(
         {
             "mask_values": None,
