@@ -194,3 +194,14 @@ def test_the_mean_depth_is_the_baseline_of_the_reward(rooms):
         RUNTIME,
     )
     assert scores.reward == pytest.approx((scores.delta1 / 2) ** 0.5)
+
+
+@pytest.mark.parametrize("name", ["segmentation", "templates"])
+def test_reports_speak_of_the_task_of_their_run(name):
+    method = METHODS[name]
+    settings = method.search_with({"task": "depth", "depth.cap": 10})
+    assert (settings.task, settings.depth.cap) == ("depth", 10)
+    report = method.report_of({"task": "depth"})
+    assert report.metric == ("delta1", "delta < 1.25")
+    assert {"stage0", "stage1", "gate", "rmse"} <= report.terms.keys()
+    assert method.report_of({}).metric == method.report.metric == ("miou", "mIoU")
