@@ -243,6 +243,8 @@ def open_folder(
     files, clean = list_folder(folder).images, folder / CLEAN_FOLDER
     depths = folder / DEPTH_FOLDER if depth and os.path.isdir(folder / DEPTH_FOLDER) else None
     kind = _degraded_in(folder) if os.path.isdir(clean) else None
+    if not files and kind is None and os.path.isdir(clean):
+        files = list_folder(clean).images
     groups: list[tuple[Path, ...]]
     if kind:
         inner = by_stem(list_folder(clean).images), by_stem(list_folder(folder / kind).images)
@@ -252,7 +254,6 @@ def open_folder(
         beside = by_stem(files, CLEAN_SUFFIX), by_stem(files, DEGRADED_SUFFIX)
         groups = _partners(*beside, "degraded")
     elif depths:
-        files = list_folder(clean).images if os.path.isdir(clean) else files
         groups = _partners(by_stem(files), by_stem(files_of_depth(depths)), "depth")
     else:
         groups = [(path,) for path in files]

@@ -295,6 +295,12 @@ def test_folders_that_cannot_be_used(tmp_path, sizes, text):
     assert str(caught.value).startswith(text.format(root=tmp_path))
 
 
+def test_clean_images_beside_what_a_task_does_not_read(tmp_path):
+    for stem in ("clean/a", "clean/b", "clean/c", "depth/a"):
+        save(tmp_path / f"{stem}.png", 20, 30)
+    assert len(open_folder(tmp_path, 3)) == 3
+
+
 def cut_in_the_pixels(whole):
     return whole[:-500]
 

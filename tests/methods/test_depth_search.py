@@ -13,7 +13,7 @@ from nasfast.commands import check, evaluate, predict, search, train
 from nasfast.data.depth import DepthReading, load_depth_splits
 from nasfast.methods.base import Architecture
 from nasfast.methods.registry import METHODS
-from nasfast.methods.segmentation.tasks import BINDINGS, Reading
+from nasfast.methods.segmentation.tasks import BINDINGS, Reading, binding_of
 from nasfast.methods.segmentation.train import TrainConfig, resolve
 from nasfast.models.io import load_teacher
 from nasfast.tasks.depth import DepthSettings
@@ -172,6 +172,24 @@ def test_a_training_on_other_files_takes_no_scale_from_the_run(tmp_path):
     ):
         assert resolve(config, found).depth == DepthSettings(scale=scale, cap=10)
         assert resolve(config, found).task == "depth"
+
+
+@pytest.mark.parametrize("task", BINDINGS)
+def test_a_training_for_another_task_has_nothing_of_the_search_that_it_has_no_use_for(
+    task, tmp_path
+):
+    """The networks of one task are trained for the others."""
+    searches = {
+        "segmentation": {"mask_values": "0,1", "resize_longer": 1024},
+        "depth": {"depth": {"scale": 500, "cap": 10, "loss": "berhu"}, "resize_longer": 640},
+        "keypoints": {},
+    }
+    for name, settings in searches.items():
+        found = Architecture([], tmp_path, {"data": "/a", "task": name, **settings})
+        config = resolve(TrainConfig(Path("run"), data="/b", task=task), found)
+        assert binding_of(config) is BINDINGS[task]
+        kept = config.resize_longer == settings.get("resize_longer")
+        assert kept == (task != "keypoints" or "resize_longer" not in settings)
 
 
 def test_a_teacher_for_another_task(trained):

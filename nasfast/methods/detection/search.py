@@ -183,6 +183,8 @@ def _require_heads(config: SearchConfig, features: FrozenEncoder) -> None:
     try:
         config.latencies(space_of(config, NASFCOSGenotype()), make_longer(config, features))
     except UserError as error:
+        if config.head_phase.width == config.detector.width:
+            raise
         raise UserError(
             f"latency-table {config.latency_table}: expected times of the heads of the second "
             f"phase too, whose width is {config.head_phase.width}, got a table for "

@@ -133,7 +133,7 @@ def evaluate(config: EvaluateConfig) -> tuple[Mapping[str, Any], Table]:
     model = load(path, config.device)
     runtime = Runtime(resolve_device(str(model.device)))
     data = config.source(model.description)
-    BINDINGS[model.task].refuse_foreign(config, model.task)
+    BINDINGS[model.task].refuse_foreign(config, f"a network for {model.task}", "leave it out")
     reading = Reading.of(config, data=data, seed=0, keep=False)
     binding, opened, part, reading = open_split(model, config.split, reading)
     network: Callable[[Tensor], Tensor] = model

@@ -15,7 +15,7 @@ from nasfast.methods.base import Architecture
 from nasfast.methods.dense import DenseTrainConfig, DenseTraining, located
 from nasfast.methods.segmentation.crops import enlarging
 from nasfast.methods.segmentation.decoders import FAST_NAS, Decoders
-from nasfast.methods.segmentation.tasks import Reading, TaskName, binding_of
+from nasfast.methods.segmentation.tasks import BINDINGS, Reading, TaskName, binding_of
 from nasfast.models.decoders import FULL_DECODER, DecoderConfig, EncoderDecoder
 from nasfast.spaces.base import Genotype
 from nasfast.tasks.depth import DepthSettings
@@ -77,16 +77,19 @@ FIRST = (
 
 
 def resolve(config: C, architecture: Architecture) -> C:
-    """Fill in data, task, how data is read, and encoder of the search."""
+    """Fill in data, task, how data is read, and encoder of the search; what another task has no use
+    for stays out."""
     search = architecture.search
     resolved: C = located(config, search.get("encoder_weights"))
+    task = config.task or search.get("task", "segmentation")
+    search = {k: v for k, v in search.items() if k not in BINDINGS[task].foreign}
     before = dict(search.get("depth", {}))
     if config.data is not None and data_path(config.data) != search.get("data"):
         before.pop("scale", None)  # of other files
     return dataclasses.replace(
         resolved,
         data=config.data or search.get("data", "synthetic"),
-        task=config.task or search.get("task", "segmentation"),
+        task=task,
         depth=config.depth.over(before),
         mask_values=config.mask_values or search.get("mask_values"),
         resize_longer=config.resize_longer or search.get("resize_longer"),
@@ -146,7 +149,7 @@ class DecoderTraining(DenseTraining):
         config, found = self.settings, {}
         reading = Reading.of(config, seed=search["seed"])
         before = {"depth": {}, **search}
-        same = all(
+        same = (config.task or "segmentation") == search.get("task", "segmentation") and all(
             getattr(config, name) == search.get(name)
             for name in ("data", "mask_values", "resize_longer")
         )

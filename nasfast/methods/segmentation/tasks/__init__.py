@@ -28,5 +28,6 @@ def binding_of(settings: Any) -> Binding[Any]:
     """
     name = settings.task or "segmentation"
     binding = BINDINGS[name]
-    binding.refuse_foreign(settings, name)
+    remedy = "leave it out, or give another --task"
+    binding.refuse_foreign(settings, f"--task {name}", remedy)
     return binding

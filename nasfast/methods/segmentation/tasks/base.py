@@ -76,8 +76,9 @@ class Binding(ABC, Generic[S]):
     """Settings of other tasks, with the values that they have where they are not given; "" for a
     group of them."""
 
-    def refuse_foreign(self, settings: Any, name: str) -> None:
-        """Raise UserError for settings that mean nothing for this task."""
+    def refuse_foreign(self, settings: Any, where: str, remedy: str) -> None:
+        """Raise UserError for settings that mean nothing for this task, which is called as in
+        ``where``."""
         for setting, default in self.foreign.items():
             value = getattr(settings, setting, default)
             if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -86,8 +87,8 @@ class Binding(ABC, Generic[S]):
             if value != default:
                 flag = setting.replace("_", "-")
                 raise UserError(
-                    f"{flag}: expected none with --task {name}, which has no use for it, got "
-                    f"{value}; leave it out, or give another --task"
+                    f"{flag}: expected none with {where}, which has no use for it, got {value}; "
+                    f"{remedy}"
                 )
 
     @abstractmethod
