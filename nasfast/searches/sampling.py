@@ -235,6 +235,11 @@ class SamplingSettings(SearchSettings):
                 channels=channels,
             )
             return Latencies(target, space, evaluator.deployed, heartbeat=runtime.heartbeat)
+        if not self.latency_table.is_file():
+            raise UserError(
+                f"latency-table: expected a file of nasfast profile, got {self.latency_table}, "
+                "which is none; make it on the target"
+            )
         profile = Profile.read(self.latency_table)
         images = (self.latency_batch, channels, *size)
         if profile.target.shape != images:

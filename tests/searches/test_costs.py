@@ -285,6 +285,11 @@ def test_the_phase_of_settings(words, limits, front, timed, tmp_path):
             f"latency-table {table}: expected times for images [1, 3, 16, 32], got a table for "
             "[1, 3, 8, 8]; give --latency-size and --latency-batch, or make another with nasfast"
         )
+        gone = dataclasses.replace(settings, latency_table=tmp_path / "gone.json")
+        with pytest.raises(
+            UserError, match=r"^latency-table: expected a file of .*/gone.json, whi"
+        ):
+            gone.phase("evolution", SPACE, 0, evaluator, 6, InProcess())
         settings = dataclasses.replace(settings, latency_table=table)
         with pytest.raises(UserError, match=f"^{re.escape(message)}"):
             settings.phase("evolution", SPACE, 0, evaluator, 6, InProcess())

@@ -163,12 +163,13 @@ def _size(annotated: Annotated) -> tuple[int, int]:
 def require_people(dataset: KeypointDataset, part: str) -> None:
     """Raise UserError where a part of the data has nobody to learn from, or to score on."""
     if not len(dataset):
-        others = ""
-        if isinstance(dataset, PeopleFiles) and dataset.jointless:
-            others = f", only {dataset.jointless} without joints"
+        others = list[str]()
+        if isinstance(dataset, PeopleFiles):
+            counts = {"without joints": dataset.jointless, "without a box": len(dataset.flat)}
+            others = [f"only {count} {what}" for what, count in counts.items() if count]
+        got = ", ".join(["none", *others])
         raise UserError(
-            f"{dataset.name}: expected people with labelled joints in {part}, got none{others}; "
-            "label some"
+            f"{dataset.name}: expected people with labelled joints in {part}, got {got}; label some"
         )
 
 
@@ -178,6 +179,11 @@ def halves(
     """Images and people of data that are not divided, as those of train and of val: 20 % of the
     images with people, by a hash of the name, validate."""
     used = sorted({pose.image for pose in poses})
+    if len(used) < 2:
+        raise UserError(
+            f"{source}: expected people with labelled joints in at least 2 images, got {len(used)} "
+            f"of {len(images)}; label some"
+        )
     names = [images[i].image.name for i in used]
     parts = []
     for chosen in part_by_hash(used, names, source):

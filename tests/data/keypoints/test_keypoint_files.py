@@ -176,6 +176,20 @@ def test_nobody_with_joints(tmp_path):
         load_keypoint_splits(tmp_path)
 
 
+def test_nobody_with_a_box(tmp_path):
+    write_coco(tmp_path, [person(0, 0, bbox=[10, 5, 0, 50])])
+    text = "expected people with labelled joints in train, got none, only 1 without a box; label"
+    with pytest.raises(UserError, match=text):
+        load_keypoint_splits(tmp_path)
+
+
+def test_nobody_in_data_that_are_not_divided(tmp_path):
+    write_coco(tmp_path, [person(0, 0, iscrowd=1)], parts=["train"])
+    text = r"train2017.json: expected people with labelled joints in at least 2 images, got 0 of 6"
+    with pytest.raises(UserError, match=f"{text}; label some$"):
+        load_keypoint_splits(tmp_path)
+
+
 def test_what_is_left_out_is_said(tmp_path):
     """A joint outside of the image, boxes without area and beside the image, and no joints."""
     people = [
