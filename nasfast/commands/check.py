@@ -38,7 +38,7 @@ def findings_of(argv: Sequence[str]) -> tuple[CheckConfig, Findings]:
     Raises:
         UserError: the data cannot be opened.
     """
-    unknown = []
+    unknown: dict[str, list[str]] = {}
     for method in _methods(argv):
         config = tyro.cli(
             method.check_settings, args=argv, description=__doc__, prog="nasfast check"
@@ -48,10 +48,10 @@ def findings_of(argv: Sequence[str]) -> tuple[CheckConfig, Findings]:
         try:
             return config, method.check(config)
         except UnknownLayout as error:
-            unknown.append(f"{method.name}: {error}")
+            unknown.setdefault(str(error), []).append(method.name)
         except FaultyFiles as error:
             return config, Findings(errors=error.faults)
-    raise UserError("; ".join(unknown))
+    raise UserError("; ".join(f"{', '.join(names)}: {text}" for text, names in unknown.items()))
 
 
 def _methods(argv: Sequence[str]) -> list[Method]:

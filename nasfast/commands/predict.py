@@ -325,7 +325,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, text in work.failed.items():
         say(errors, f"failed: {text if name in text else f'{name}: {text}'}")
     total = len(work.names) + len(sources.failed)
-    say(console, f"{len(work.done)} of {total} done{', stopped' if stopped else ''}; {config.out}")
+    place = f"; {config.out}" if work.done else ""
+    say(console, f"{len(work.done)} of {total} done{', stopped' if stopped else ''}{place}")
     if stopped:
         return 130
     return 1 if work.failed else 0

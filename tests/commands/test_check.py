@@ -102,7 +102,7 @@ def test_images_for_restoration(folder, capsys):
     assert check.main(["--data", "cats/raw"]) == 2
     err = capsys.readouterr().err
     assert err.startswith(
-        f"error: segmentation: data: {folder}/raw has no known layout: expected CamVid ("
+        f"error: segmentation, templates: data: {folder}/raw has no known layout: expected CamVid ("
     )
     assert f"; restoration: data: {folder}/raw holds no images: expected train/ + test/" in err
 

@@ -92,7 +92,9 @@ def test_one_damaged_image_does_not_stop_the_others(photos, tmp_path, capsys):
     printed = capsys.readouterr()
     assert f"failed: image {damaged} cannot be read: " in printed.err
     assert f"failed: {photos / 'nowhere.png'}: expected a file, a folder or a" in printed.err
-    assert "6 of 8 done" in printed.out
+    assert f"6 of 8 done; {out}" in printed.out
+    assert run(damaged, "--out", tmp_path / "none") == 1
+    assert capsys.readouterr().out.endswith("0 of 1 done\n"), "there is no such folder"
 
 
 @pytest.mark.parametrize(
