@@ -256,8 +256,10 @@ def test_model_info_is_typed_and_reads_well():
     lines = str(info).splitlines()
     assert lines[:2] == ["fast_nas_arch1, segmentation", api.ZOO["fast_nas_arch1"].source]
     assert json.loads(lines[2]) == info.genotype
-    assert lines[8] == ""
-    assert " ".join(lines[9:]) == info.note
+    depth, pose = lines[8], next(line for line in lines if line.startswith("keypoints, "))
+    assert depth.split() == ["depth,", "NYU", "Depth", "v2:", "RMSE,", "m", "0.526", "-"]
+    assert pose.split()[-1] == "-", "figures of other tasks stand beside those of segmentation"
+    assert " ".join(str(info).split("\n\n")[-1].splitlines()) == info.note
     assert "fewer by 5.9 %, 3.2 % and 2.8 %" in info.note
     assert nasfast.model_info("irnas-derain").note == ""
     assert [line.split() for line in lines[4:8]] == [

@@ -17,8 +17,8 @@ from search_runs import outcome
 from nasfast.commands import search, train
 from nasfast.data import load_splits
 from nasfast.encoders import MobileNetV2
-from nasfast.methods.segmentation import search as segmentation
 from nasfast.methods.segmentation.settings import SearchConfig, parse
+from nasfast.methods.segmentation.tasks import segmentation
 from nasfast.searches.sampling import SamplingSearch
 from nasfast.spaces.fast_nas import FastNASSpace
 from nasfast.tasks.segmentation import SegmentationTask

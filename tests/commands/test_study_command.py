@@ -11,7 +11,7 @@ from search_runs import Crash
 import nasfast
 from nasfast.commands import study, train
 from nasfast.methods.registry import METHODS
-from nasfast.methods.segmentation.train import SegmentationTraining
+from nasfast.methods.segmentation.train import DecoderTraining
 from nasfast.runs.correlation import FOLDER, CorrelationStudy, draw
 from nasfast.runs.study import Study
 from nasfast.training.loop import NonFiniteLossError
@@ -63,13 +63,13 @@ class Elsewhere:
 @pytest.fixture
 def begun(monkeypatch):
     """What `finish` is given: (architecture, seed) of each network that was trained."""
-    found, finish = [], SegmentationTraining.finish
+    found, finish = [], DecoderTraining.finish
 
     def counted(training):
         found.append(training.out.name)
         return finish(training)
 
-    monkeypatch.setattr(SegmentationTraining, "finish", counted)
+    monkeypatch.setattr(DecoderTraining, "finish", counted)
     return found
 
 
@@ -145,15 +145,15 @@ def test_failures_are_counted_out(run, monkeypatch, capsys):
             raise NonFiniteLossError("training loss is nan after 1 steps")
         return "loss"
 
-    monkeypatch.setattr(SegmentationTraining, "round", fail)
+    monkeypatch.setattr(DecoderTraining, "round", fail)
     assert study.main([str(run), *ALONE, *FLAGS]) == 1
     assert capsys.readouterr().err.startswith(
         "error: study: all of the 6 trainings failed (6 x training loss is nan after 1 steps); "
     )
     monkeypatch.undo()
-    bad, round_ = results(run)["top"][0], SegmentationTraining.round
+    bad, round_ = results(run)["top"][0], DecoderTraining.round
     monkeypatch.setattr(
-        SegmentationTraining,
+        DecoderTraining,
         "round",
         lambda t: fail(t) if f"arch-{bad}-seed-1" == t.out.name else round_(t),
     )

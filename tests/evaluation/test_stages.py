@@ -19,6 +19,7 @@ from nasfast.evaluation.frozen_encoder import FrozenEncoder
 from nasfast.evaluation.stages import Stage0Config, Stage1Config
 from nasfast.methods.segmentation.search import Inputs, make_evaluator
 from nasfast.methods.segmentation.settings import SearchConfig
+from nasfast.methods.segmentation.tasks import Opened
 from nasfast.models.build import build_segmenter
 from nasfast.models.decoders import DecoderConfig
 from nasfast.spaces.fast_nas import FastNASSpace
@@ -53,7 +54,8 @@ def make(cache_dir, stage0=STAGE0, stage1=STAGE1, *, teacher=None, runtime=RUNTI
     splits = split_for_search(train, val, seed=0, fraction=0.3)
     usual = {"seed": 7, "cache_dir": cache_dir, "decoder": DECODER}
     config = SearchConfig(stage0=stage0, stage1=stage1, **usual | settings)
-    features = Inputs(splits, make_encoder(), teacher).features(config, runtime)
+    opened = Opened(splits, SegmentationTask(splits), "classes")
+    features = Inputs(opened, make_encoder(), teacher).features(config, runtime)
     evaluator = make_evaluator(config, features)
     evaluator.features = features
     return evaluator

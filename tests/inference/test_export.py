@@ -210,7 +210,10 @@ def test_scores_of_one_size_that_is_no_multiple_of_the_stride(folder):
     network = nn.Conv2d(3, len(frames.classes), 3, stride=2, padding=1)
     made = Model(network, processor_of(description), description)
     model, _, exported = written(made, folder / "fixed.pt2", format="pt2", size=(36, 53))
-    scores = [scores_of(each, task, frames, runtime).miou for each in (model, exported)]
+    scores = [
+        scores_of(each, task, frames, ValTransform(None), runtime).miou
+        for each in (model, exported)
+    ]
     padded = task.batches(frames, in_order(3, 1), ValTransform(None), runtime)
     scores.append(task.score(padded, model, runtime).miou)
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)

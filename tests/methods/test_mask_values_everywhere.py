@@ -26,7 +26,7 @@ def cells(tmp_path):
 def test_search(cells, tiny_weights):
     words = f"--data {cells} --mask-values 0,255 --encoder-weights {tiny_weights}"
     config = parse([*words.split(), "--resize-longer", "40"])
-    mask = Inputs.open(config).splits.search_val[0].mask
+    mask = Inputs.open(config).opened.splits.search_val[0].mask
     assert (mask.shape, mask.unique().tolist()) == ((27, 40), [0, 1])
     # as config.toml holds them
     assert (config.mask_values, config.resize_longer) == ("0,255", 40)
