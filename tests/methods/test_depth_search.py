@@ -97,7 +97,7 @@ def test_an_evaluation_names_crop_and_cap(trained, rooms, capsys):
     assert after["views"] == "logarithms averaged over scales 1, 1.5 and mirror images"
     assert "rooms (Eigen crop, depths up to 9 m)" in " ".join(capsys.readouterr().out.split())
     assert evaluate.main([str(trained), *flags, "--mask-values", "0,1"]) == 2
-    assert "mask-values: expected none with --task depth" in capsys.readouterr().err
+    assert "mask-values: expected none with a network for depth" in capsys.readouterr().err
 
 
 def test_views_of_a_network_that_is_right_agree():

@@ -113,7 +113,7 @@ def test_an_evaluation_with_the_flip_test(trained, people, capsys):
     assert after["oks"] != before["oks"]
     for more, text in (
         (["--scales", "1,2"], "scales: expected 1 for keypoints, whose crops have one size"),
-        (["--mask-values", "0,1"], "mask-values: expected none with --task keypoints"),
+        (["--mask-values", "0,1"], "mask-values: expected none with a network for keypoints"),
         (["--data", "synthetic", "--split", "test"], "split test: expected data with that part"),
     ):
         assert evaluate.main([str(trained), *flags, *more]) == 2
@@ -169,7 +169,9 @@ def test_settings_of_other_tasks(settings, text):
 
 def test_turning_is_for_people(tmp_path):
     with pytest.raises(UserError, match="turn: expected none with --task depth"):
-        BINDINGS["depth"].refuse_foreign(TrainConfig(tmp_path, turn=10), "depth")
+        BINDINGS["depth"].refuse_foreign(
+            TrainConfig(tmp_path, turn=10), "--task depth", "leave it out"
+        )
 
 
 @pytest.mark.parametrize(
