@@ -139,14 +139,9 @@ def load_splits(
             for count, stream in ((512, "train"), (128, "val"))
         )
         return split_for_search(train, val, seed=seed)
-    if not root.is_dir():
-        raise UserError(
-            f"data: expected 'synthetic' or a folder, got {str(source)!r}; give an existing folder"
-        )
-    layout = layout_of(root, LAYOUTS)
-    if layout is None:
-        raise unknown_layout(root, LAYOUTS)
-    parts = layout.open(root, cache_in_memory=cache_in_memory, mask_values=mask_values)
+    parts = layout_in(root, LAYOUTS).open(
+        root, cache_in_memory=cache_in_memory, mask_values=mask_values
+    )
     require_classes(parts.train, parts.val)
     open_test = parts.open_test
     return split_for_search(
@@ -164,7 +159,19 @@ def layout_of(root: Path, layouts: Mapping[str, L]) -> L | None:
     return next((layout for layout in layouts.values() if layout.fits(root)), None)
 
 
-def unknown_layout(root: Path, layouts: Mapping[str, AnyLayout]) -> UnknownLayout:
+def layout_in(root: Path, layouts: Mapping[str, L]) -> L:
+    """The same; UserError where it is no folder, or fits none."""
+    if not root.is_dir():
+        raise UserError(
+            f"data: expected 'synthetic' or a folder, got {str(root)!r}; give an existing folder"
+        )
+    layout = layout_of(root, layouts)
+    if layout is None:
+        raise _unknown_layout(root, layouts)
+    return layout
+
+
+def _unknown_layout(root: Path, layouts: Mapping[str, AnyLayout]) -> UnknownLayout:
     """Says what is known, what is there, and which folder nearby is of a known kind."""
     inside = sorted(root.iterdir())
     known = " or ".join(f"{name} ({layout.text})" for name, layout in layouts.items())

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ LOSSY = (".jpeg", ".jpg")
 TILES = 12
 OPACITY = 0.6
 """Of the classes' colours over an image."""
+TEST_FOLDERS = ("test/*", "images/test*/*", "test20??/*")
+"""Patterns of what the layouts of detection and key points have for a test part."""
 
 Row = Mapping[str, str | int | float | None]
 
@@ -82,7 +84,7 @@ def check_splits(
     warnings += overlaps(files)
     facts: dict[str, Sequence[Row]] = {}
     if test:
-        broken = _unreadable(on_disk.values())
+        broken = broken_files(on_disk.values())
         facts["parts"] = [_part(part, dataset) for part, dataset in parts.items()]
         facts["classes"] = _histogram(parts)
     root = splits.home or root
@@ -140,11 +142,7 @@ def check_images(
             }
             for part, images in parts.items()
         ]
-        for images in parts.values():
-            try:
-                images.read_all()
-            except FaultyFiles as error:
-                errors += error.faults
+        errors += broken_files(parts.values())
     if root is not None:
         unread, more = unread_files(root, read, ())
         warnings += more
@@ -170,17 +168,6 @@ def require_classes(train: SegmentationDataset, val: SegmentationDataset) -> Non
                 f"in the masks of {part}, got {some([dataset.classes[k] for k in present])}"
                 f"{'' if present else 'none'}; {_void(dataset, counts)}{remedy}"
             )
-
-
-def _unreadable(data: Iterable[FileDataset]) -> list[str]:
-    """Errors about frames that cannot be read."""
-    found: list[str] = []
-    for dataset in data:
-        try:
-            dataset.read_all()
-        except FaultyFiles as error:
-            found += error.faults
-    return found
 
 
 def _on_disk(dataset: SegmentationDataset) -> FileDataset | None:
@@ -214,6 +201,24 @@ def _unscorable(splits: Splits, omit: Sequence[int]) -> list[str]:
             f"candidates ({names}), got all of them; the reward would have nothing to count"
         ]
     return []
+
+
+class ReadsAll(Protocol):
+    """Data in files."""
+
+    def read_all(self) -> None:
+        """Read every file that is not kept. FaultyFiles names those that cannot be read."""
+
+
+def broken_files(data: Iterable[ReadsAll]) -> list[str]:
+    """Errors about files that cannot be read."""
+    found: list[str] = []
+    for each in data:
+        try:
+            each.read_all()
+        except FaultyFiles as error:
+            found += error.faults
+    return found
 
 
 def few(count: int) -> list[str]:

@@ -39,6 +39,30 @@ LAMPS = np.array([[200, 40, 30], [235, 230, 200]], np.float32)
 STREAMS = ("train", "val", "pretrain")
 
 
+def require_drawable(
+    data: object, seed: int, size: tuple[int, int], least: int, stream: str, **count: int
+) -> None:
+    """Refuse what no data set is drawn from.
+
+    Args:
+        data: a data set, for its name.
+        seed: from 0 on.
+        size: (height, width) of its images, at least ``least`` each.
+        least: in pixels.
+        stream: one of `STREAMS`.
+        count: how many are drawn, at least 1, by the name of the argument.
+    """
+    name, ((counted, number),) = type(data).__name__, count.items()
+    if number < 1:
+        raise UserError(f"{name}: expected {counted} >= 1, got {number}")
+    if seed < 0:
+        raise UserError(f"{name}: expected seed >= 0, got {seed}")
+    if min(size) < least:
+        raise ValueError(f"{name}: expected size of at least {least}x{least}, got {size}")
+    if stream not in STREAMS:
+        raise ValueError(f"{name}: expected stream of {STREAMS}, got {stream!r}")
+
+
 class SyntheticStreets(SegmentationDataset):
     """Street scenes, sample i determined by (seed, stream, i) alone.
 
@@ -56,14 +80,7 @@ class SyntheticStreets(SegmentationDataset):
         stream: str = "train",
         cache_in_memory: bool = False,
     ) -> None:
-        if num_samples < 1:
-            raise UserError(f"SyntheticStreets: expected num_samples >= 1, got {num_samples}")
-        if seed < 0:
-            raise UserError(f"SyntheticStreets: expected seed >= 0, got {seed}")
-        if min(size) < 32:
-            raise ValueError(f"SyntheticStreets: expected size of at least 32x32, got {size}")
-        if stream not in STREAMS:
-            raise ValueError(f"SyntheticStreets: expected stream of {STREAMS}, got {stream!r}")
+        require_drawable(self, seed, size, 32, stream, num_samples=num_samples)
         self.name, self.classes = "synthetic", tuple(CLASSES)
         self.ignore_index, self.colors = IGNORE, tuple(CLASSES.values())
         self._num_samples, self._seed, self._size, self._stream = num_samples, seed, size, stream

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -147,6 +147,12 @@ class Decoder(DenseDecoder):
         if not (self.training and self.with_aux):
             return output, []
         return output, [head(x) for head, x in zip(self.aux_heads, blocks, strict=True)]
+
+
+def output_layers(decoder: DenseDecoder) -> Iterator[nn.Conv2d]:
+    """The last convolution of the output and of each auxiliary one."""
+    for head in (decoder.conv_clf, *decoder.aux_heads):
+        yield [module for module in head.modules() if isinstance(module, nn.Conv2d)][-1]
 
 
 class DenseNetwork(nn.Module):

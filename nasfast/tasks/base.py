@@ -287,6 +287,11 @@ class DenseTask(ABC, Generic[S]):
         return self.score(batches, lambda images: model(images)[0], runtime)
 
 
+def enlarged(maps: Tensor, size: tuple[int, int], value: float = 0) -> Tensor:
+    """Maps ``[.., h, w]`` with a value on the right and at the bottom, up to ``size`` = (H, W)."""
+    return F.pad(maps, (0, size[1] - maps.shape[-1], 0, size[0] - maps.shape[-2]), value=value)
+
+
 def pad_images(images: Tensor) -> Tensor:
     """Images ``[N, c, H, W]`` whose last row and column are repeated up to multiples of `STRIDE`.
 

@@ -22,7 +22,7 @@ from nasfast.data import (
 )
 from nasfast.data.checks import OPACITY
 from nasfast.models.layers import resize
-from nasfast.tasks.base import ClassScore, DenseTask, Frames, Targets
+from nasfast.tasks.base import ClassScore, DenseTask, Frames, Targets, enlarged
 from nasfast.tasks.processor import Prediction, Preprocessing, Processor
 from nasfast.training.loop import NonFiniteLossError, Runtime
 from nasfast.training.metrics import ConfusionMatrix, SegmentationScores
@@ -170,9 +170,7 @@ class SegmentationTask(DenseTask[SegmentationScores]):
 
     def pad_targets(self, targets: Targets, size: tuple[int, int]) -> Targets:
         """With the ignore index."""
-        labels = targets["labels"]
-        room = (0, size[1] - labels.shape[-1], 0, size[0] - labels.shape[-2])
-        return {"labels": F.pad(labels, room, value=self.ignore_index)}
+        return {"labels": enlarged(targets["labels"], size, self.ignore_index)}
 
     def criterion(self, output: Tensor, targets: Targets) -> Tensor:
         """Mean cross-entropy at the labels' resolution; a batch without a single labelled pixel

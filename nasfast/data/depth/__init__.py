@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from nasfast.data import layout_of, unknown_layout
+from nasfast.data import layout_in
 from nasfast.data.depth.base import (
     Counted,
     DepthDataset,
@@ -86,15 +86,8 @@ def load_depth_splits(
                 "depth.scale: expected a folder of depth files, got synthetic; leave it out"
             )
         parts = DepthParts(StreetDepths(512, stream="train"), StreetDepths(128, stream="val"))
-    elif not root.is_dir():
-        raise UserError(
-            f"data: expected 'synthetic' or a folder, got {str(source)!r}; give an existing folder"
-        )
     else:
-        layout = layout_of(root, LAYOUTS)
-        if layout is None:
-            raise unknown_layout(root, LAYOUTS)
-        parts = layout.open(root, reading.scale)
+        parts = layout_in(root, LAYOUTS).open(root, reading.scale)
 
     def counted(dataset: DepthDataset) -> DepthDataset:
         return Counted(dataset, reading, resize_longer, keep=cache_in_memory)

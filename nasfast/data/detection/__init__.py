@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from nasfast.data import layout_of, unknown_layout
+from nasfast.data import layout_in
 from nasfast.data.detection.base import (
     BoxSample,
     BoxSubset,
@@ -30,7 +30,6 @@ from nasfast.data.detection.transforms import (
 )
 from nasfast.data.detection.voc import BOXES_LAYOUT, box_folders, open_boxes_voc
 from nasfast.data.detection.yolo import YOLO_LAYOUT, open_yolo, yolo_folders
-from nasfast.utils.errors import UserError
 
 __all__ = [
     "FILL",
@@ -87,13 +86,6 @@ def load_detection_splits(
         )
         return divide(DetectionParts(train, val), seed=seed, fraction=held_out)
     root = Path(source)
-    if not root.is_dir():
-        raise UserError(
-            f"data: expected 'synthetic' or a folder, got {str(source)!r}; give an existing folder"
-        )
-    layout = layout_of(root, LAYOUTS)
-    if layout is None:
-        raise unknown_layout(root, LAYOUTS)
-    parts = layout.open(root, cache_in_memory)
+    parts = layout_in(root, LAYOUTS).open(root, cache_in_memory)
     require_boxes(parts.train, parts.val)
     return divide(parts, seed=seed, fraction=held_out)

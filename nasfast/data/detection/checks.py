@@ -12,8 +12,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from nasfast.data.checks import (
+    TEST_FOLDERS,
     Findings,
     Row,
+    broken_files,
     dozen,
     few,
     overlaps,
@@ -24,7 +26,6 @@ from nasfast.data.detection.base import BoxSample, DetectionDataset, DetectionSp
 from nasfast.data.detection.files import BoxFiles
 from nasfast.data.detection.transforms import resized
 from nasfast.data.folder import some
-from nasfast.data.images import FaultyFiles
 from nasfast.data.sheet import HEIGHT, WIDTH
 
 SMALL, MEDIUM = 32**2, 96**2
@@ -65,15 +66,11 @@ def check_detection(
     if test:
         facts["parts"] = [_part(part, data, objects[part]) for part, data in parts.items()]
         facts["classes"] = _histogram(parts, objects)
-        for dataset in on_disk.values():
-            try:
-                dataset.read_all()
-            except FaultyFiles as error:
-                errors += error.faults
+        errors += broken_files(on_disk.values())
     root = splits.home or root
     if root is not None and files:
         read = [path for each in files.values() for path in each]
-        aside = (*splits.aside, *(() if test else ("test/*", "images/test*/*", "test20??/*")))
+        aside = (*splits.aside, *(() if test else TEST_FOLDERS))
         unread, more = unread_files(root, read, aside)
         warnings += more
         if test and unread:

@@ -15,8 +15,7 @@ import torch
 
 from nasfast.data.base import digest
 from nasfast.data.detection.base import BoxSample, DetectionDataset, box_colors
-from nasfast.data.synthetic import STREAMS, Array, Canvas, Mask
-from nasfast.utils.errors import UserError
+from nasfast.data.synthetic import STREAMS, Array, Canvas, Mask, require_drawable
 
 VERSION = 2  # part of the fingerprint: raise it with every change of what is drawn
 CLASSES = ("disc", "ring", "square", "triangle")
@@ -47,14 +46,7 @@ class SyntheticShapes(DetectionDataset):
         stream: str = "train",
         cache_in_memory: bool = False,
     ) -> None:
-        if num_samples < 1:
-            raise UserError(f"SyntheticShapes: expected num_samples >= 1, got {num_samples}")
-        if seed < 0:
-            raise UserError(f"SyntheticShapes: expected seed >= 0, got {seed}")
-        if min(size) < 64:
-            raise ValueError(f"SyntheticShapes: expected size of at least 64x64, got {size}")
-        if stream not in STREAMS:
-            raise ValueError(f"SyntheticShapes: expected stream of {STREAMS}, got {stream!r}")
+        require_drawable(self, seed, size, 64, stream, num_samples=num_samples)
         self.name, self.classes = "synthetic", CLASSES
         self.category_ids = tuple(range(1, len(CLASSES) + 1))
         self.colors = box_colors(len(CLASSES))

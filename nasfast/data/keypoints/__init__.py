@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from nasfast.data import layout_of, unknown_layout
+from nasfast.data import layout_in
 from nasfast.data.keypoints.base import (
     COCO,
     MPII,
@@ -37,7 +37,6 @@ from nasfast.data.keypoints.transforms import (
     person_map,
     person_size,
 )
-from nasfast.utils.errors import UserError
 
 __all__ = [
     "COCO",
@@ -96,14 +95,7 @@ def load_keypoint_splits(
         )
         return divide(KeypointParts(train, val), seed=seed)
     root = Path(source)
-    if not root.is_dir():
-        raise UserError(
-            f"data: expected 'synthetic' or a folder, got {str(source)!r}; give an existing folder"
-        )
-    layout = layout_of(root, LAYOUTS)
-    if layout is None:
-        raise unknown_layout(root, LAYOUTS)
-    parts = layout.open(root, cache_in_memory)
+    parts = layout_in(root, LAYOUTS).open(root, cache_in_memory)
     for part, dataset in (("train", parts.train), ("val", parts.val)):
         require_people(dataset, part)
     open_test = parts.open_test and functools.partial(_test, parts.open_test)

@@ -9,9 +9,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nasfast.data.checks import Findings, Row, dozen, few, overlaps, range_of_sizes, unread_files
+from nasfast.data.checks import (
+    TEST_FOLDERS,
+    Findings,
+    Row,
+    broken_files,
+    dozen,
+    few,
+    overlaps,
+    range_of_sizes,
+    unread_files,
+)
 from nasfast.data.folder import some
-from nasfast.data.images import FaultyFiles
 from nasfast.data.keypoints.base import LEFT, MIDDLE, RIGHT, KeypointDataset, KeypointSplits
 from nasfast.data.keypoints.drawing import drawn
 from nasfast.data.keypoints.files import PeopleFiles
@@ -51,15 +60,11 @@ def check_keypoints(
     if test:
         facts["parts"] = [_part(part, data) for part, data in parts.items()]
         facts["joints"] = _histogram(parts)
-        for dataset in on_disk.values():
-            try:
-                dataset.read_all()
-            except FaultyFiles as error:
-                errors += error.faults
+        errors += broken_files(on_disk.values())
     root = splits.home or root
     if root is not None and files:
         read = [path for each in files.values() for path in each]
-        aside = (*splits.aside, *(() if test else ("test/*", "images/test*/*", "test20??/*")))
+        aside = (*splits.aside, *(() if test else TEST_FOLDERS))
         unread, more = unread_files(root, read, aside)
         warnings += more
         if test and unread:

@@ -18,8 +18,7 @@ from torch import Tensor
 from nasfast.data.base import digest
 from nasfast.data.keypoints.base import KeypointDataset, Person, Skeleton, labelled
 from nasfast.data.keypoints.mpii import BOXED, HEAD
-from nasfast.data.synthetic import STREAMS, Array, Canvas, Mask
-from nasfast.utils.errors import UserError
+from nasfast.data.synthetic import STREAMS, Array, Canvas, Mask, require_drawable
 
 VERSION = 1  # part of the fingerprint: raise it with every change of what is drawn
 JOINTS = (
@@ -57,14 +56,7 @@ class SyntheticPeople(KeypointDataset):
         *,
         stream: str = "train",
     ) -> None:
-        if num_scenes < 1:
-            raise UserError(f"SyntheticPeople: expected num_scenes >= 1, got {num_scenes}")
-        if seed < 0:
-            raise UserError(f"SyntheticPeople: expected seed >= 0, got {seed}")
-        if min(size) < 64:
-            raise ValueError(f"SyntheticPeople: expected size of at least 64x64, got {size}")
-        if stream not in STREAMS:
-            raise ValueError(f"SyntheticPeople: expected stream of {STREAMS}, got {stream!r}")
+        require_drawable(self, seed, size, 64, stream, num_scenes=num_scenes)
         self.name, self.skeleton, self.head_from = "synthetic", Skeleton(JOINTS), BOXED
         self._identity = (seed, stream, num_scenes, tuple(size))
         drawn = [

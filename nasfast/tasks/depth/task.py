@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from nasfast.data import Transform, batch
 from nasfast.data.depth import DepthDataset, DepthSplits, typical_depth
-from nasfast.models.decoders import DenseNetwork
+from nasfast.models.decoders import DenseNetwork, output_layers
 from nasfast.models.layers import resize
-from nasfast.tasks.base import DenseTask, Frames, Targets
+from nasfast.tasks.base import DenseTask, Frames, Targets, enlarged
 from nasfast.tasks.depth.losses import LOSSES, DepthSettings
 from nasfast.tasks.depth.processor import DepthMap, DepthProcessor
 from nasfast.tasks.depth.scores import DepthErrors, DepthScores, mean_depth_scores
@@ -61,9 +61,7 @@ class DepthTask(DenseTask[DepthScores]):
     @torch.no_grad()
     def begin(self, network: DenseNetwork) -> None:
         """All outputs begin around the typical depth, instead of at one metre."""
-        decoder = network.decoder
-        for head in (decoder.conv_clf, *decoder.aux_heads):
-            last = [module for module in head.modules() if isinstance(module, torch.nn.Conv2d)][-1]
+        for last in output_layers(network.decoder):
             assert last.bias is not None
             last.bias.fill_(math.log(self.typical))
 
@@ -85,8 +83,7 @@ class DepthTask(DenseTask[DepthScores]):
 
     def pad_targets(self, targets: Targets, size: tuple[int, int]) -> Targets:
         """With 0, which is not known."""
-        depth = targets["depth"]
-        return {"depth": F.pad(depth, (0, size[1] - depth.shape[-1], 0, size[0] - depth.shape[-2]))}
+        return {"depth": enlarged(targets["depth"], size)}
 
     def criterion(self, output: Tensor, targets: Targets) -> Tensor:
         """The loss of the settings at the targets' resolution; 0 without a known pixel."""

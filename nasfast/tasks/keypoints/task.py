@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nasfast.data.keypoints import KeypointDataset, KeypointSplits, batch, mapped
-from nasfast.models.decoders import DenseNetwork
+from nasfast.models.decoders import DenseNetwork, output_layers
 from nasfast.models.layers import resize
-from nasfast.tasks.base import ClassScore, DenseTask, Frames, Targets
+from nasfast.tasks.base import ClassScore, DenseTask, Frames, Targets, enlarged
 from nasfast.tasks.detection.scores import check_packages
 from nasfast.tasks.keypoints.heatmaps import FINEST, decode, energy, heatmaps
 from nasfast.tasks.keypoints.processor import KeypointProcessor, Poses
@@ -65,9 +65,7 @@ class KeypointTask(DenseTask[KeypointScores]):
     def begin(self, network: DenseNetwork) -> None:
         """All maps begin near 0, which most of their cells stay: a deviation of 0.001, as in Simple
         Baselines."""
-        decoder = network.decoder
-        for head in (decoder.conv_clf, *decoder.aux_heads):
-            last = [module for module in head.modules() if isinstance(module, nn.Conv2d)][-1]
+        for last in output_layers(network.decoder):
             assert last.bias is not None
             last.bias.zero_()
             nn.init.normal_(last.weight, std=0.001)
@@ -186,5 +184,4 @@ class KeypointTask(DenseTask[KeypointScores]):
 
 def _padded(inside: Tensor, size: tuple[int, int]) -> Tensor:
     """ "inside" for images of (H, W)."""
-    rows, columns = (side // FINEST for side in size)
-    return F.pad(inside, (0, columns - inside.shape[-1], 0, rows - inside.shape[-2]))
+    return enlarged(inside, (size[0] // FINEST, size[1] // FINEST))

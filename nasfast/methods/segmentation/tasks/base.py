@@ -72,19 +72,25 @@ class Binding(ABC, Generic[S]):
     """What "reward" and the metrics mean."""
     views: ClassVar[str]
     """How an evaluation joins several views of an image: "softmax summed"."""
-    foreign: ClassVar[Mapping[str, object]]
-    """Settings of other tasks, with the values that they have where they are not given; "" for a
-    group of them."""
+    foreign: ClassVar[tuple[str, ...]]
+    """Settings of other tasks, or groups of them."""
 
     def refuse_foreign(self, settings: Any, where: str, remedy: str) -> None:
         """Raise UserError for settings that mean nothing for this task, which is called as in
         ``where``."""
-        for setting, default in self.foreign.items():
-            value = getattr(settings, setting, default)
-            if dataclasses.is_dataclass(value) and not isinstance(value, type):
-                given = dataclasses.asdict(value).items()
-                value = ", ".join(f"{k} {v}" for k, v in given if v is not None)
+        plain = {
+            each.name: each.default
+            if each.default_factory is dataclasses.MISSING
+            else each.default_factory()
+            for each in dataclasses.fields(settings)
+            if each.name in self.foreign
+        }
+        for setting, default in plain.items():
+            value = getattr(settings, setting)
             if value != default:
+                if dataclasses.is_dataclass(value) and not isinstance(value, type):
+                    given = dataclasses.asdict(value).items()
+                    value = ", ".join(f"{k} {v}" for k, v in given if v is not None)
                 flag = setting.replace("_", "-")
                 raise UserError(
                     f"{flag}: expected none with {where}, which has no use for it, got {value}; "

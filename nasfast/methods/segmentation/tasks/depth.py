@@ -44,9 +44,7 @@ class DepthBinding(Binding[DepthScores]):
         }
     )
     views = "logarithms averaged"
-    foreign = MappingProxyType(
-        {"mask_values": None, "omit": (), "class_balance": 0.3, "turn": 40.0}
-    )
+    foreign = ("mask_values", "omit", "class_balance", "turn")
 
     def open(self, reading: Reading) -> Opened[DepthScores]:
         splits = load_depth_splits(

@@ -65,15 +65,7 @@ class KeypointBinding(Binding[KeypointScores]):
         }
     )
     views = "heatmaps averaged"
-    foreign = MappingProxyType(
-        {
-            "mask_values": None,
-            "resize_longer": None,
-            "omit": (),
-            "class_balance": 0.3,
-            "depth": "",
-        }
-    )
+    foreign = ("mask_values", "resize_longer", "omit", "class_balance", "depth")
 
     def open(self, reading: Reading) -> Opened[KeypointScores]:
         splits = load_keypoint_splits(reading.data, seed=reading.seed, cache_in_memory=reading.keep)

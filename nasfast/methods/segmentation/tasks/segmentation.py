@@ -34,7 +34,7 @@ class SegmentationBinding(Binding[SegmentationScores]):
         }
     )
     views = "softmax summed"
-    foreign = MappingProxyType({"depth": "", "turn": 40.0})
+    foreign = ("depth", "turn")
 
     def open(self, reading: Reading) -> Opened[SegmentationScores]:
         splits = load_splits(
