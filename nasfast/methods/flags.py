@@ -66,7 +66,14 @@ def _shortened(default: Any, first: Sequence[str]) -> Any:
         for field in dataclasses.fields(cls)
         if field.name not in first
     }
-    short = type(cls.__name__, (cls,), {"__annotations__": hidden, "__doc__": cls.__doc__})
+    # a factory is no attribute of the class, and would not be inherited
+    factories = {
+        field.name: dataclasses.field(default_factory=field.default_factory)
+        for field in dataclasses.fields(cls)
+        if field.name in hidden and field.default_factory is not dataclasses.MISSING
+    }
+    body = {"__annotations__": hidden, "__doc__": cls.__doc__, **factories}
+    short = type(cls.__name__, (cls,), body)
     values = {field.name: getattr(default, field.name) for field in dataclasses.fields(cls)}
     shortened: Any = dataclasses.dataclass(frozen=True, kw_only=True)(short)
     return shortened(**values)

@@ -78,23 +78,15 @@ class Binding(ABC, Generic[S]):
     def refuse_foreign(self, settings: Any, where: str, remedy: str) -> None:
         """Raise UserError for settings that mean nothing for this task, which is called as in
         ``where``."""
-        plain = {
-            each.name: each.default
-            if each.default_factory is dataclasses.MISSING
-            else each.default_factory()
-            for each in dataclasses.fields(settings)
-            if each.name in self.foreign
-        }
-        for setting, default in plain.items():
-            value = getattr(settings, setting)
-            if value != default:
-                if dataclasses.is_dataclass(value) and not isinstance(value, type):
-                    given = dataclasses.asdict(value).items()
-                    value = ", ".join(f"{k} {v}" for k, v in given if v is not None)
-                flag = setting.replace("_", "-")
+        for each in dataclasses.fields(settings):
+            value, default = getattr(settings, each.name), each.default
+            if each.default_factory is not dataclasses.MISSING:
+                default = each.default_factory()
+            if each.name in self.foreign and _shown(value) != _shown(default):
+                flag = each.name.replace("_", "-")
                 raise UserError(
-                    f"{flag}: expected none with {where}, which has no use for it, got {value}; "
-                    f"{remedy}"
+                    f"{flag}: expected none with {where}, which has no use for it, got "
+                    f"{_shown(value)}; {remedy}"
                 )
 
     @abstractmethod
@@ -201,3 +193,11 @@ def summed(
             found = found if view is scaled else found.flip(-1)
             total = total + resize(view_of(found.float(), factor, views), (height, width))
     return total
+
+
+def _shown(value: object) -> str:
+    """A setting, or those of a group that are given."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        given = dataclasses.asdict(value).items()
+        return ", ".join(f"{name} {each}" for name, each in given if each is not None)
+    return str(value)
