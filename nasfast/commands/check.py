@@ -4,7 +4,7 @@ Prints what is read and what is not, sizes, the share of each class and of void,
 would mislead a search: classes that never occur, images that are both in train and in val. Draws a
 dozen images, under their masks where they have some. Exit status: 0, or 1 with warnings, or 2 with
 an error. ``nasfast check restoration`` reads the folder as that method would, and
-``nasfast check --task depth`` or ``keypoints`` as data for that task.
+``nasfast check --task depth``, ``keypoints`` or ``dehazing`` as data for that task.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from nasfast.data.images import FaultyFiles
 from nasfast.data.sheet import draw_sheet
 from nasfast.methods.base import CheckConfig, Method
 from nasfast.methods.registry import METHODS
-from nasfast.utils.cli import printable, reports_errors, say
+from nasfast.utils.cli import flag_value, printable, reports_errors, say
+from nasfast.utils.config import choices
 from nasfast.utils.errors import UserError
 from nasfast.utils.files import atomic_file, require_place
 
@@ -58,10 +59,12 @@ def _methods(argv: Sequence[str]) -> list[Method]:
     """The method that a command line names, or all that have its flags."""
     given = (re.split("[=.]", word[2:])[0] for word in argv if word[:2] == "--")
     flags = {name.replace("-", "_") for name in given}
+    task = flag_value(argv, "--task")
     fitting = [
         method
         for method in METHODS.values()
         if flags <= {field.name for field in dataclasses.fields(method.check_settings)}
+        and (task is None or task in choices(method.check_settings, "task"))
     ]
     named = [METHODS[word] for word in argv if word in METHODS]
     return named or fitting or list(METHODS.values())

@@ -188,7 +188,9 @@ class RestorationData:
         return digest("restoration", *(part.fingerprint() for part in parts))
 
 
-def open_images(source: str | Path, channels: int, *, depth: bool = False) -> RestorationData:
+def open_images(
+    source: str | Path, channels: int, *, depth: bool = False, pairs: str | None = None
+) -> RestorationData:
     """Open a data set for restoration and divide it.
 
     `source` is "synthetic" (110 drawn images) or a folder: `train/` and `test/` (and `val/`,
@@ -203,6 +205,7 @@ def open_images(source: str | Path, channels: int, *, depth: bool = False) -> Re
         source: "synthetic" or a folder.
         channels: 1 converts to grey (ITU-R 601 luma, PIL's "L"), 3 to RGB.
         depth: read `depth/` where it is.
+        pairs: which folder of degraded images to take where there are several.
 
     Raises:
         UserError: no such folder, unknown layout, unreadable or unfit file, an image without its
@@ -219,12 +222,12 @@ def open_images(source: str | Path, channels: int, *, depth: bool = False) -> Re
     for top in (root, root / "images"):
         if os.path.isdir(top / "train") and os.path.isdir(top / "test"):
             name = root.resolve().name
-            opened = partial(open_folder, channels=channels, name=name, depth=depth)
+            opened = partial(open_folder, channels=channels, name=name, depth=depth, pairs=pairs)
             train = opened(top / "train")
             if os.path.isdir(top / "val"):
                 train += opened(top / "val")
             return _divide(train, opened(top / "test"))
-    images = open_folder(root, channels, depth=depth)
+    images = open_folder(root, channels, depth=depth, pairs=pairs)
     if len(images) < 3:
         raise UserError(
             f"{root}: expected at least 3 images (training, validation, test), got {len(images)}; "
@@ -237,12 +240,17 @@ def open_images(source: str | Path, channels: int, *, depth: bool = False) -> Re
 
 
 def open_folder(
-    folder: Path, channels: int, *, name: str | None = None, depth: bool = False
+    folder: Path,
+    channels: int,
+    *,
+    name: str | None = None,
+    depth: bool = False,
+    pairs: str | None = None,
 ) -> ImageSet:
     """All images or pairs of one folder, sorted by name; for errors see `open_images`."""
     files, clean = list_folder(folder).images, folder / CLEAN_FOLDER
     depths = folder / DEPTH_FOLDER if depth and os.path.isdir(folder / DEPTH_FOLDER) else None
-    kind = _degraded_in(folder) if os.path.isdir(clean) else None
+    kind = _degraded_in(folder, pairs) if os.path.isdir(clean) else None
     if not files and kind is None and os.path.isdir(clean):
         files = list_folder(clean).images
     groups: list[tuple[Path, ...]]
@@ -264,13 +272,16 @@ def open_folder(
     return ImageSet(name or folder.resolve().name, channels, for_each(opened, groups))
 
 
-def _degraded_in(folder: Path) -> str | None:
-    """Name of the folder of degraded images in a folder; UserError where there are two."""
+def _degraded_in(folder: Path, wanted: str | None) -> str | None:
+    """Name of the folder of degraded images in a folder; UserError where there are two, and none is
+    the wanted one."""
     found = [name for name in DEGRADED_FOLDERS if os.path.isdir(folder / name)]
+    if wanted in found:
+        return wanted
     if len(found) > 1:
         raise UserError(
             f"data: expected one folder of degraded images beside {folder / CLEAN_FOLDER}, got "
-            f"{' and '.join(f'{name}/' for name in found)}; move one elsewhere"
+            f"{' and '.join(f'{name}/' for name in found)}; name the task, or move one elsewhere"
         )
     return found[0] if found else None
 

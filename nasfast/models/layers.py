@@ -314,3 +314,19 @@ def concatenate(*maps: Tensor) -> Tensor:
     """
     result: Tensor = _Concatenate.apply(*maps)  # type: ignore[no-untyped-call]
     return result
+
+
+def to_blocks(images: Tensor, side: int) -> Tensor:
+    """Each block of pixels as one: ``[N, c, H, W]`` to ``[N, c side^2, ceil(H / side), ceil(W /
+    side)]``. Blocks that leave the image repeat its last row and column."""
+    height, width = images.shape[-2:]
+    padded = F.pad(images, (0, -width % side, 0, -height % side), mode="replicate")
+    return F.pixel_unshuffle(padded, side)
+
+
+def change_slowly(images: Tensor, blocks: Tensor, side: int) -> Tensor:
+    """gain * image + offset, for images ``[N, c, H, W]`` and a gain and an offset of each value of
+    a block, ``[N, 2 c, ceil(H / side), ceil(W / side)]``, which are enlarged bilinearly."""
+    maps = F.interpolate(blocks, scale_factor=side, mode="bilinear")
+    gain, offset = maps[..., : images.shape[-2], : images.shape[-1]].chunk(2, 1)
+    return gain * images + offset

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,15 +12,18 @@ from nasfast.models.layers import (
     ConvBN,
     ConvBNReLU,
     DepthwiseSeparable,
+    change_slowly,
     check_images,
     concatenate,
+    to_blocks,
 )
 from nasfast.models.mixed_op import build_branch
 from nasfast.spaces.ir_nas import REACH, IRNASGenotype, Node
-from nasfast.utils.config import Bounded, Channels
+from nasfast.utils.config import Bound, Bounded, Channels
 
 ATROUS_RATES = (2, 4, 6)
 """Dilations in the head, in pixels."""
+MAX_REDUCTION = 64
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,20 @@ class RestorerConfig(Bounded):
     atrous: bool = True
     """Whether the head has atrous branches (ASPP), as published first, or is one pointwise
     convolution, as the authors' later denoisers have it: half the time of a small network."""
+    reduction: Annotated[int, Bound(1, MAX_REDUCTION)] = 1
+    """Above 1, the network reads blocks of so many pixels to a side as one (a pixel unshuffle), and
+    predicts a gain and an offset of each value, which change slowly: enlarged bilinearly, they give
+    gain * image + offset. It sees so many times as far. Not as published; for haze."""
     dead_reduce: bool = False
     """Also build the convolution that stands in for a missing level 0 where no layer misses it. The
     published parameter counts include it; nothing reads it."""
 
 
-def reach(genotype: IRNASGenotype) -> int:
+def reach(genotype: IRNASGenotype, reduction: int = 1) -> int:
     """Pixels that an output of a `Restorer` depends on, to each side; with deformable convolutions,
     those that weigh."""
+    if reduction > 1:  # two blocks more: its own, and the neighbour that it is enlarged from
+        return reduction * (reach(genotype) + 2)
     before_last, last = 1, 2  # the stem
     for _ in genotype.levels:
         states = [before_last, last]
@@ -131,9 +141,14 @@ class Restorer(nn.Module):
         super().__init__()
         self.genotype, self.config = genotype, config
         self.channels, self.scale = channels, scale
+        if config.reduction > 1 and scale > 1:
+            raise ValueError(
+                f"Restorer: expected a reduction of 1 where images are enlarged, got "
+                f"{config.reduction} for a scale of {scale}"
+            )
         stem, head, low = config.stem, config.head, config.low_level
         out = len(genotype.nodes) * config.width  # channels of a cell at level 0
-        self.stem1 = ConvBNReLU(channels, stem, 3)
+        self.stem1 = ConvBNReLU(channels * config.reduction**2, stem, 3)
         self.stem2 = ConvBN(stem, stem, 3)
         states = genotype.channels(config.width)
         widths = [stem, stem, *(len(genotype.nodes) * size for size in states)]
@@ -150,7 +165,8 @@ class Restorer(nn.Module):
         self.refine = nn.Sequential(
             DepthwiseSeparable(head + low, head), DepthwiseSeparable(head, head)
         )
-        self.last = nn.Conv2d(head, channels * scale**2, 1)
+        per_value = 1 if config.reduction == 1 else 2
+        self.last = nn.Conv2d(head, per_value * channels * scale**2, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Restored images, not clamped, ``[N, c, scale H, scale W]``.
@@ -162,6 +178,19 @@ class Restorer(nn.Module):
             ValueError: images of another number of channels.
         """
         check_images("Restorer", images, self.channels)
+        side = self.config.reduction
+        if side == 1:
+            restored = F.pixel_shuffle(self._last(images), self.scale)
+        else:
+            restored = change_slowly(images, self._last(to_blocks(images, side)), side)
+        if not self.config.residual:
+            return restored
+        if self.scale > 1:
+            images = F.interpolate(images, scale_factor=self.scale, mode="bicubic")
+        return images - restored
+
+    def _last(self, images: Tensor) -> Tensor:
+        """What the last convolution gives."""
         before_last = self.stem1(images)
         last = self.stem2(before_last)
         low = None if 0 in self.genotype.levels or self.reduce is None else self.reduce(last)
@@ -170,9 +199,5 @@ class Restorer(nn.Module):
             if level == 0:
                 low = last
         x = self.refine(concatenate(self.aspp(F.relu(last)), self.low_level(low)))
-        restored = F.pixel_shuffle(self.last(x), self.scale)
-        if not self.config.residual:
-            return restored
-        if self.scale > 1:
-            images = F.interpolate(images, scale_factor=self.scale, mode="bicubic")
-        return images - restored
+        out: Tensor = self.last(x)
+        return out

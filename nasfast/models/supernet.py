@@ -23,7 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nasfast.models.layers import ConvBN, DepthwiseSeparable, check_images, concatenate
+from nasfast.models.layers import (
+    ConvBN,
+    DepthwiseSeparable,
+    change_slowly,
+    check_images,
+    concatenate,
+    to_blocks,
+)
 from nasfast.models.mixed_op import Memory, MixedOp, PlainMixedOp
 from nasfast.spaces.ir_nas import (
     PRIMITIVES,
@@ -209,17 +216,18 @@ class Stem(nn.Module):
 
 
 class Tail(nn.Module):
-    """Heads of all levels to images in 0..1."""
+    """Heads of all levels to images in 0..1, or to what changes slowly, without bounds."""
 
-    def __init__(self, in_channels: int, channels: int, scale: int) -> None:
+    def __init__(self, in_channels: int, channels: int, scale: int, slow: bool) -> None:
         super().__init__()
         self.refine = ConvBN(in_channels, in_channels, 3, affine=False)
-        self.conv = nn.Conv2d(in_channels, channels * scale**2, 3, padding=1)
-        self.scale = scale
+        out = 2 * channels if slow else channels * scale**2
+        self.conv = nn.Conv2d(in_channels, out, 3, padding=1)
+        self.scale, self.slow = scale, slow
 
     def forward(self, *heads: Tensor) -> Tensor:  # each [N, C, H, W]
-        x = self.conv(F.relu(self.refine(concatenate(*heads))))
-        return F.pixel_shuffle(x, self.scale).sigmoid()
+        x: Tensor = self.conv(F.relu(self.refine(concatenate(*heads))))
+        return x if self.slow else F.pixel_shuffle(x, self.scale).sigmoid()
 
 
 class Supernet(nn.Module):
@@ -229,6 +237,8 @@ class Supernet(nn.Module):
         config: its size.
         channels: c of the images.
         scale: enlargement of height and width, by a pixel shuffle at the end.
+        reduction: side of the blocks of pixels that are read as one, as in `RestorerConfig`; above
+            1, what the heads predict is subtracted from the images.
 
     Attributes:
         alphas: logits ``[edges, K]`` of the operations, for all cells; edges in the order of
@@ -241,9 +251,12 @@ class Supernet(nn.Module):
 
     forbidden: Tensor  # as betas
 
-    def __init__(self, config: SupernetConfig, channels: int, scale: int = 1) -> None:
+    def __init__(
+        self, config: SupernetConfig, channels: int, scale: int = 1, reduction: int = 1
+    ) -> None:
         super().__init__()
         self.config, self.channels, self.scale = config, channels, scale
+        self.reduction = reduction
         widths, layers = config.widths, range(1, config.layers + 1)
         rows, columns = moves(config.layers, widths), steps(widths)
         self.alphas = nn.Parameter(torch.ones(num_edges(config.nodes), len(PRIMITIVES)))
@@ -255,7 +268,7 @@ class Supernet(nn.Module):
         self.register_buffer("forbidden", torch.tensor(forbidden), persistent=False)
 
         levels = range(num_levels(config.layers, widths))
-        self.stem = Stem(config, channels)
+        self.stem = Stem(config, channels * reduction**2)
         self.routers = nn.ModuleList(Router(config, layer) for layer in layers)
         self.wideners = nn.ModuleList(
             ConvBN(config.channels(level), config.channels(level + 1), affine=False)
@@ -276,7 +289,7 @@ class Supernet(nn.Module):
         config, levels = self.config, range(num_levels(layer, self.config.widths))
         out = config.nodes * config.width
         heads = nn.ModuleList(Head(config.nodes * config.channels(level), out) for level in levels)
-        return heads, Tail(len(levels) * out, self.channels, self.scale)
+        return heads, Tail(len(levels) * out, self.channels, self.scale, self.reduction > 1)
 
     def architecture(self) -> list[nn.Parameter]:
         """What the architecture's optimizer trains."""
@@ -288,7 +301,7 @@ class Supernet(nn.Module):
         return [p for name, p in self.named_parameters() if name not in names]
 
     def forward(self, images: Tensor, mix: Mix | None = None) -> Tensor:
-        """Restored images in 0..1, ``[N, c, scale H, scale W]``.
+        """Restored images, ``[N, c, scale H, scale W]``; in 0..1, but for those of a reduction.
 
         Args:
             images: ``[N, c, H, W]``.
@@ -307,7 +320,8 @@ class Supernet(nn.Module):
         cells, exits = iter(self.cells), [*self.exits, (self.heads, self.tail)]
         early, restored = len(routes) - len(exits), []  # layers that have no exit
 
-        reduced, stem = self._run(self.stem, images)
+        read = images if self.reduction == 1 else to_blocks(images, self.reduction)
+        reduced, stem = self._run(self.stem, read)
         before, nodes = [reduced], [[stem]]  # by level: inputs, and outputs, of the layer before
         for layer, (router, route) in enumerate(zip(self.routers, routes, strict=True)):
             inputs = self._run(router, route, *itertools.chain(*nodes))
@@ -325,7 +339,9 @@ class Supernet(nn.Module):
         mixed: Tensor = restored[-1]
         if (depths := self.depth_probabilities()) is not None:
             mixed = sum(share * image for share, image in zip(depths, restored, strict=True))
-        return mixed
+        if self.reduction == 1:
+            return mixed
+        return images - change_slowly(images, mixed, self.reduction)
 
     def derive(
         self, operations: Tensor | None = None, max_skips: int | None = None

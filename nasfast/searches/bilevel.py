@@ -336,7 +336,9 @@ class SupernetTraining:
         self._names = search.val.names
         self._loss = RestorationLoss(search.bilevel.ssim_weight)
         torch.manual_seed(derive_seed(search.seed, "supernet"))
-        self.model = Supernet(search.supernet, search.val.channels, search.task.scale)
+        self.model = Supernet(
+            search.supernet, search.val.channels, search.task.scale, search.network.reduction
+        )
         self.runtime.place(self.model)
         weights, architecture = search.bilevel.weights, search.bilevel.architecture
         device = self.runtime.device

@@ -7,7 +7,6 @@ from typing import Any
 
 from nasfast.data.base import default_colors
 from nasfast.data.keypoints import Skeleton
-from nasfast.models.restorer import reach
 from nasfast.spaces.ir_nas import IRNASGenotype
 from nasfast.tasks.depth import DepthProcessor
 from nasfast.tasks.detection.processor import DetectionProcessor
@@ -33,7 +32,8 @@ def processor_of(description: Mapping[str, Any]) -> Processor:
     if "task" in description and not detects:
         genotype = IRNASGenotype.from_json(description["genotype"])
         task = task_from_json(description["task"])
-        return RestorationProcessor(task, description["channels"], reach(genotype))
+        reduction = description.get("restorer", {}).get("reduction", 1)
+        return RestorationProcessor.of(task, description["channels"], genotype, reduction)
     classes = tuple(description["classes"])
     colors = description.get("colors") or default_colors(len(classes))
     colors = tuple((r, g, b) for r, g, b in colors)

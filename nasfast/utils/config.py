@@ -120,6 +120,16 @@ def _bounds_in(hint: Any) -> list[Bound]:
     return [bound for part in get_args(hint) for bound in _bounds_in(part)]
 
 
+def choices(cls: type, name: str) -> tuple[Any, ...]:
+    """The values of the Literal in the type of a dataclass's field; none where there is no such
+    field."""
+    hint = get_type_hints(cls).get(name)
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return tuple(
+        value for option in options if get_origin(option) is Literal for value in get_args(option)
+    )
+
+
 def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     """Rebuild a (nested) dataclass; fields that the mapping lacks keep their defaults.
 

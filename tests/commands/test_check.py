@@ -107,6 +107,27 @@ def test_images_for_restoration(folder, capsys):
     assert f"; restoration: data: {folder}/raw holds no images: expected train/ + test/" in err
 
 
+def test_what_a_task_reads_of_images(folder, capsys):
+    for i in range(6):
+        for kind in ("clean", "hazy", "noisy"):
+            save_image(folder.parent / "scenes" / kind / f"{i}.png", i)
+    (folder.parent / "scenes/noisy/3.png").unlink()
+    command = ["--data", "scenes", "--task"]
+    assert check.main([*command, "dehazing"]) == 1
+    out = capsys.readouterr().out
+    assert "test  │      1 │     1 │ 8x12" in out
+    assert "another folder │ noisy" in out
+    for task, text in {
+        "denoising": "data: {}/clean/3.png has no degraded partner",
+        "inpainting": "data: expected one folder of degraded images beside {}/clean, got hazy/ and",
+    }.items():
+        assert check.main([*command, task]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {text.format(folder.parent / 'scenes')}")
+    with pytest.raises(SystemExit):
+        check.main([*command, "repainting"])
+    assert "invalid choice 'repainting' for argument '--task'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("layout", ["cityscapes", "voc"])
 def test_layouts_of_benchmarks(layout, folder, capsys):
     root = folder.parent / layout
@@ -130,6 +151,10 @@ def test_layouts_of_benchmarks(layout, folder, capsys):
 def test_drawn_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert check.main(["restoration", "--data", "synthetic"]) == 0
+    assert check.main(["--data", "synthetic", "--task", "dehazing"]) == 0
+    assert check.main(["--data", "synthetic", "--task", "dehazing", "--channels", "1"]) == 2
+    assert "dehazing: expected colour images, got synthetic with" in capsys.readouterr().err
+    assert check.main(["--data", "synthetic", "--task", "deraining"]) == 0
     assert capsys.readouterr().out.endswith("12 images: synthetic-check.png\n")
 
 

@@ -273,7 +273,7 @@ def test_an_image_that_cannot_be_used_is_named(flat, how, monkeypatch):
         (
             {"clean/a": (20, 30), "hazy/a": (20, 30), "noisy/a": (20, 30)},
             "data: expected one folder of degraded images beside {root}/clean, got hazy/ and "
-            "noisy/; move one elsewhere",
+            "noisy/; name the task, or move one elsewhere",
         ),
         ({}, f"data: {{root}} holds no images: expected {LAYOUTS}; found notes.txt"),
         (
@@ -293,6 +293,17 @@ def test_folders_that_cannot_be_used(tmp_path, sizes, text):
     with pytest.raises(UserError) as caught:
         open_images(tmp_path, 3)
     assert str(caught.value).startswith(text.format(root=tmp_path))
+
+
+def test_a_task_decides_between_folders_of_degraded_images(tmp_path):
+    for stem in (f"{folder}/{name}" for folder in ("clean", "hazy", "noisy") for name in "abc"):
+        save(tmp_path / f"{stem}.png", 20, 30)
+    for pairs in ("hazy", "noisy"):
+        data = open_images(tmp_path, 3, pairs=pairs)
+        assert {paths[1].parent.name for paths in data.train.files} == {pairs}
+        assert data.test.degradations == {pairs}
+    with pytest.raises(UserError, match="got hazy/ and noisy/"):
+        open_images(tmp_path, 3, pairs="rainy")
 
 
 def test_clean_images_beside_what_a_task_does_not_read(tmp_path):

@@ -1,5 +1,6 @@
 """Exported networks compute what PyTorch computes, and say what they are."""
 
+import dataclasses
 import json
 import sys
 import zipfile
@@ -66,17 +67,18 @@ def templates():
     return TemplateNetwork(Taps(16), decoder), description
 
 
-def restorer(scale):
+def restorer(scale, reduction=1):
     """With a deformable convolution; in super-resolution also a shuffle and an enlargement."""
     nodes = ((("def3x3", 0), ("sep3x3", 1)),)
     genotype = IRNASGenotype(nodes, (0,))
-    config = RestorerConfig(4, 4, 4, 4, residual=True, atrous=False)
+    config = RestorerConfig(4, 4, 4, 4, residual=True, atrous=False, reduction=reduction)
     name = "denoising" if scale == 1 else "super-resolution"
     task = {"task": name} | ({"scale": scale} if scale > 1 else {})
     description = {
         "task": task_from_json(task).describe(),
         "channels": 3,
         "genotype": genotype.to_json(),
+        "restorer": dataclasses.asdict(config),
     }
     return Restorer(genotype, config, 3, scale), description
 
@@ -114,6 +116,12 @@ def upscaler(folder):
 
 
 @pytest.fixture(scope="module")
+def blocks(folder):
+    """Of pixels, which the network reads as one."""
+    return written(model_of(restorer(1, reduction=4)), folder / "blocks.onnx")
+
+
+@pytest.fixture(scope="module")
 def program(folder):
     """The same for an archive of torch.export."""
     return written(model_of(restorer(1)), folder / "restorer.pt2", format="pt2")
@@ -124,7 +132,9 @@ def template_graph(folder):
     return written(model_of(templates()), folder / "templates.onnx")
 
 
-@pytest.mark.parametrize("name", ["segmentation", "upscaler", "program", "template_graph"])
+@pytest.mark.parametrize(
+    "name", ["segmentation", "upscaler", "blocks", "program", "template_graph"]
+)
 def test_equals_pytorch_in_three_sizes_and_batches_1_and_3(name, request):
     model, _, exported = request.getfixturevalue(name)
     batches = [torch.randn(batch, 3, *size) for size in SIZES for batch in (1, 3)]

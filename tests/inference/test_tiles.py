@@ -1,5 +1,7 @@
 """Tiles give what the whole image gives, and the network sees none that is larger."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -17,6 +19,8 @@ from nasfast.models.zoo import ZOO
 from nasfast.spaces.fast_nas import FastNASSpace
 from nasfast.spaces.ir_nas import IRNASGenotype
 from nasfast.tasks.processor import Tiling
+from nasfast.tasks.restoration.dehazing import Dehazing
+from nasfast.tasks.restoration.processor import RestorationProcessor
 from nasfast.tasks.segmentation import SegmentationProcessor
 
 SMALL = RestorerConfig(width=4, stem=4, head=8, low_level=4)
@@ -96,6 +100,24 @@ def test_a_restored_image_has_no_seams(config, scale):
     assert (restored - whole).abs().max() < 1e-5
     half, _ = tiled(network, images, Tiling(2 * halo + 9, halo // 2), scale)
     assert (half - whole).abs().max() > 1e-4  # it is the halo that does it
+
+
+@torch.no_grad()
+def test_blocks_of_pixels_have_no_seams():
+    config = dataclasses.replace(ENLARGING, reduction=4)
+    network = with_statistics(build_restorer(PLAIN, config, 1), 1)
+    processor = RestorationProcessor.of(Dehazing(), 1, PLAIN, 4)
+    halo, images = processor.reach, torch.rand(1, 1, 400, 331)
+    assert processor.tiling == Tiling(2048, halo, multiple=4)
+    side = 2 * halo + 32
+
+    def padded(piece):
+        rest = (0, side - piece.shape[-1], 0, side - piece.shape[-2])
+        return network(F.pad(piece, rest, mode="replicate"))
+
+    restored, seen = tiled(padded, images, Tiling(side, halo, multiple=4))
+    assert len(seen) > 4
+    assert (restored - network(images)).abs().max() < 1e-5
 
 
 @torch.no_grad()

@@ -193,7 +193,11 @@ ERRORS = {
             "--task.sigma real",
             "denoising: expected pairs in clean/ + noisy/ or degraded/, as the noise is real, got ",
         ),
-        ("--bilevel.crop 41", "ImagePatches: expected images of at least 41x41 pixels, the si"),
+        (
+            "--task super-resolution --network.reduction 2",
+            "network.reduction: expected 1 with super-resolution, which enlarges images, got 2; l",
+        ),
+        ("--bilevel.crop 41", "crop: expected images of at least 41x41 pixels, the si"),
     ],
     "train": [
         ("RUN --rank 99", "train: expected a rank from 1 to "),
@@ -240,7 +244,11 @@ ERRORS = {
         NO_DATA,
         BAD_TASK,
         ("--channels 3", "image IMAGES/"),
-        ("--crop 48", "ImagePatches: expected images of at least 48x48 pixels, the size of a "),
+        (
+            "--task super-resolution --network.reduction 2",
+            "network.reduction: expected 1 with super-resolution, which enlarges images, got 2; l",
+        ),
+        ("--crop 48", "crop: expected images of at least 48x48 pixels, the size of a "),
     ],
     "evaluate": [
         (

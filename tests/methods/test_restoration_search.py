@@ -396,6 +396,8 @@ def test_presets(tmp_path):
     assert (supernet.layers, supernet.nodes, supernet.width) == (4, 5, 10)
     assert bilevel.architecture == ArchitectureConfig(1e-3, 1e-3, "alpha", None, 0.0)
     assert paper.network == RestorerConfig()
+    haze = parse(["restoration", "--preset", "paper", "--task", "dehazing"])
+    assert (haze.channels, haze.network) == (3, RestorerConfig(reduction=4))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import re
 
 import pytest
@@ -56,6 +57,57 @@ def test_parameters_of_denoisers(nodes, levels, parameters, without_reduce):
     assert count_parameters(net, exclude="reduce") == without_reduce
     with torch.device("meta"):
         assert count_parameters(make(levels, RestorerConfig(), nodes=nodes)) == without_reduce
+
+
+def slowly_by_hand(net, images):
+    """What a network that reads blocks makes of one image, in loops over pixels."""
+    side, (channels, height, width) = net.config.reduction, images.shape[1:]
+    rows, columns = -(-height // side), -(-width // side)
+    blocks = images.new_zeros(1, channels * side**2, rows, columns)
+    for c, y, x in itertools.product(range(channels), range(side * rows), range(side * columns)):
+        value = images[0, c, min(y, height - 1), min(x, width - 1)]
+        blocks[0, (c * side + y % side) * side + x % side, y // side, x // side] = value
+    maps = net._last(blocks)[0]
+
+    def enlarged(k, y, x):
+        low, shares = [], []
+        for place, count in ((y, rows), (x, columns)):
+            place = min(max((place + 0.5) / side - 0.5, 0), count - 1)
+            low.append(int(place))
+            shares.append(place - int(place))
+        total = 0
+        for down, across in itertools.product((0, 1), (0, 1)):
+            weight = abs(1 - down - shares[0]) * abs(1 - across - shares[1])
+            row, column = min(low[0] + down, rows - 1), min(low[1] + across, columns - 1)
+            total += weight * maps[k, row, column]
+        return total
+
+    out = images.clone()
+    for c, y, x in itertools.product(range(channels), range(height), range(width)):
+        gain, offset = enlarged(c, y, x), enlarged(channels + c, y, x)
+        out[0, c, y, x] = gain * images[0, c, y, x] + offset
+    return images - out if net.config.residual else out
+
+
+@pytest.mark.parametrize(("residual", "size"), [(True, (7, 9)), (False, (8, 4)), (True, (1, 2))])
+@torch.no_grad()
+def test_a_reduction_changes_images_slowly(residual, size):
+    config = dataclasses.replace(SMALL, reduction=4, residual=residual)
+    net = make(config=config, channels=3).double().eval()
+    images = torch.rand(1, 3, *size, dtype=torch.float64)
+    torch.testing.assert_close(net(images), slowly_by_hand(net, images), rtol=0, atol=1e-12)
+
+
+def test_parameters_of_a_reduction():
+    """The first convolution reads 16 values for one, the last gives two for one."""
+    plain = count_parameters(make(config=SMALL, channels=3))
+    reduced = count_parameters(make(config=dataclasses.replace(SMALL, reduction=4), channels=3))
+    assert reduced - plain == 9 * SMALL.stem * 3 * 15 + 3 * (SMALL.head + 1)
+
+
+def test_a_reduction_does_not_enlarge():
+    with pytest.raises(ValueError, match="expected a reduction of 1 where images are enlarged, go"):
+        make(config=dataclasses.replace(SMALL, reduction=2), scale=2)
 
 
 @pytest.mark.parametrize(("levels", "parameters"), [((1, 1, 1), 591_523), ((1, 2, 2), 1_086_283)])

@@ -20,9 +20,9 @@ FREE = SupernetConfig(2, 2, 4, searched_depth=True, widths="free", memory="save"
 """Its layers have 3 and 4 levels."""
 
 
-def make(config=TINY, channels=1, scale=1, like=None):
+def make(config=TINY, channels=1, scale=1, reduction=1, like=None):
     """A supernet in float64: alphas and betas all different, or the state of another."""
-    net = Supernet(config, channels, scale).double()
+    net = Supernet(config, channels, scale, reduction).double()
     if like is not None:
         net.load_state_dict(like.state_dict())
         return net
@@ -96,7 +96,8 @@ def forward_by_hand(net, images, layers, nodes=2):
             maps.append(F.relu(conv_bn(f"{head}.fuse", torch.cat([atrous, pointwise], 1))))
         x = F.relu(conv_bn(f"{tail}.refine", torch.cat(maps, 1), 1))
         last = (state[f"{tail}.conv.{name}"] for name in ("weight", "bias"))
-        return F.conv2d(x, *last, padding=1).sigmoid()
+        x = F.conv2d(x, *last, padding=1)
+        return x if net.reduction > 1 else x.sigmoid()
 
     alphas, betas = net.alphas.softmax(1), net.betas.exp()
     rows = {source: betas[i] for i, source in enumerate(moves(layers, widths))}
@@ -242,6 +243,15 @@ def test_super_resolution(images):
     out = net(torch.rand(1, 3, 5, 6, dtype=torch.float64))
     assert out.shape == (1, 3, 15, 18)
     assert 0 < out.min() < out.max() < 1
+
+
+def test_a_reduction_changes_images_slowly():
+    net = make(channels=3, reduction=2)
+    images = torch.rand(2, 3, 7, 8, dtype=torch.float64)
+    blocks = F.pixel_unshuffle(F.pad(images, (0, 0, 0, 1), mode="replicate"), 2)
+    maps = F.interpolate(forward_by_hand(net, blocks, net.config.layers), None, 2, "bilinear")
+    gain, offset = maps[:, :3, :7], maps[:, 3:, :7]
+    torch.testing.assert_close(net(images), images - (gain * images + offset))
 
 
 def test_derivation():

@@ -176,21 +176,19 @@ def test_super_resolution_patches():
     assert targets.shape == (2, 1, 24, 24)
     with pytest.raises(ValueError) as error:
         ImagePatches(random_images((40, 40)), SuperResolution(3), 32)
-    assert str(error.value) == (
-        "ImagePatches: expected crop to be a positive multiple of the scale 3, got 32"
-    )
+    assert str(error.value) == ("crop: expected a positive multiple of the scale 3, got 32")
 
 
 def test_images_must_hold_a_patch():
     with pytest.raises(ValueError) as error:
         ImagePatches(random_images((64, 64), (63, 80)), Denoising(), 64)
     assert str(error.value) == (
-        "ImagePatches: expected images of at least 64x64 pixels, the size of a patch, got 1.png of "
+        "crop: expected images of at least 64x64 pixels, the size of a patch, got 1.png of "
         "63x80 (height x width); choose a smaller patch or leave the image out"
     )
     with pytest.raises(ValueError) as error:
         ImagePatches(random_images((64, 64)), Denoising(), 64, crops=0)
-    assert str(error.value) == "ImagePatches: expected crops of at least 1, got 0"
+    assert str(error.value) == "crops: expected at least 1 patch of each image, got 0"
 
 
 PAIRS, CLEAN = random_images((20, 20), paired="rainy"), random_images((20, 20))

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from nasfast.data.restoration import ImageSet, open_images
+from nasfast.data.restoration import ImageSet
 from nasfast.device import resolve_device
 from nasfast.inference.model import Model, load
 from nasfast.inference.speed import (
@@ -120,7 +120,7 @@ def _task(model: Model) -> RestorationTask:
 
 
 def _open_split(model: Model, task: RestorationTask, data: str, split: Split) -> ImageSet:
-    opened = open_images(data, model.preprocessing.channels, depth=task.takes_depth)
+    opened = task.open(data, model.preprocessing.channels)
     images: ImageSet = getattr(opened, split)
     return images
 

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from nasfast.data.restoration import RestorationData, open_images
+from nasfast.data.restoration import RestorationData
 from nasfast.evaluation.candidate import CandidateEvaluator, SeedOf
 from nasfast.methods.restoration.settings import SearchConfig
 from nasfast.methods.restoration.size import TOLERANCE, Size, parameters_by_width
 from nasfast.methods.restoration.train import TrainingRun
-from nasfast.models.restorer import Restorer, RestorerConfig, reach
+from nasfast.models.restorer import Restorer, RestorerConfig
 from nasfast.searches.sampling import SamplingSearch
 from nasfast.spaces.ir_nas import IRNASGenotype, IRNASSpace
-from nasfast.tasks.restoration.patches import ImagePatches
+from nasfast.tasks.restoration.patches import ImagePatches, patch_side
 from nasfast.tasks.restoration.pictures import before_and_after
 from nasfast.tasks.restoration.processor import RestorationProcessor
 from nasfast.tasks.restoration.scoring import Scores, costs, evaluate, input_size
@@ -153,7 +153,7 @@ def sampled_search(
 
 def evaluator_on(config: SearchConfig, device: str) -> CandidateEvaluator[IRNASGenotype, Restorer]:
     """A worker's evaluator."""
-    data = open_images(config.data, config.channels, depth=config.task.takes_depth)
+    data = config.task.open(config.data, config.channels)
     return make_evaluator(config, data, Runtime(torch.device(device)))
 
 
@@ -161,7 +161,8 @@ def make_evaluator(
     config: SearchConfig, data: RestorationData, runtime: Runtime
 ) -> CandidateEvaluator[IRNASGenotype, Restorer]:
     """An evaluator of one stage."""
-    patches = ImagePatches(data.train, config.task, config.recipe.crop)
+    crop = patch_side(config.recipe.crop, config.network.reduction, data.train)
+    patches = ImagePatches(data.train, config.task, crop)
     stage = ShortTraining(config, data, patches, runtime)
     return CandidateEvaluator(
         stage.build,
@@ -169,8 +170,8 @@ def make_evaluator(
         [stage],
         runtime,
         image=(config.channels, *input_size(config.task, data.val)),
-        processor=lambda genotype: RestorationProcessor(
-            config.task, config.channels, reach(genotype)
+        processor=lambda genotype: RestorationProcessor.of(
+            config.task, config.channels, genotype, config.network.reduction
         ),
         seed=config.seed,
         inputs={

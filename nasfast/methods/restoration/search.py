@@ -10,13 +10,12 @@ from rich.console import Console
 
 from nasfast.data import folder_of
 from nasfast.data.checks import check_images
-from nasfast.data.restoration import open_images
 from nasfast.methods.base import warn
 from nasfast.methods.restoration.sampled import sampled_search
 from nasfast.methods.restoration.settings import SearchConfig
 from nasfast.searches.bilevel import SupernetSearch
 from nasfast.searches.sampling import SamplingSearch
-from nasfast.tasks.restoration.patches import ImagePatches
+from nasfast.tasks.restoration.patches import ImagePatches, patch_side
 from nasfast.training.loop import Runtime
 from nasfast.utils.cli import say
 from nasfast.utils.interrupt import Interrupt
@@ -32,15 +31,17 @@ def build(
         else config.worker_config(1)
     )
     runtime = Runtime(torch.device(workers.devices[0]), interrupt.check)
-    data = open_images(config.data, config.channels, depth=config.task.takes_depth)
-    config = dataclasses.replace(config, task=config.task.of(data.train))
+    config.task.require_reduction(config.network.reduction)
+    data = config.task.open(config.data, config.channels)
+    given = config.task
+    config = dataclasses.replace(config, task=given.of(data.train))
     warn(check_images(data, folder_of(config.data)), console)
     for part in (data.val, data.train):
         part.read_all()  # before a run is made: a file may be damaged
     halves = data.halves()
     say(
         console,
-        f"task     {config.task.label}\n"
+        f"task     {config.task.instead_of(given)}\n"
         f"data     {data.train.name}: {len(halves[0])} images for the weights, {len(halves[1])} "
         f"for the architecture, {len(data.val)} to score\n"
         f"device   {workers}, {runtime.precision}\n"
@@ -49,9 +50,10 @@ def build(
     config = fit_to_scale(config, console)
     if config.samples:
         return sampled_search(config, data, workers, runtime), config
+    bilevel, reduction = config.bilevel, config.network.reduction
+    crop = patch_side(bilevel.crop, reduction, data.train)
     weights, architecture = (
-        ImagePatches(half, config.task, config.bilevel.crop, crops=config.bilevel.crops)
-        for half in halves
+        ImagePatches(half, config.task, crop, crops=bilevel.crops) for half in halves
     )
     search = SupernetSearch(
         config.task,
@@ -59,7 +61,7 @@ def build(
         val=data.val,
         supernet=config.supernet,
         network=config.network,
-        bilevel=config.bilevel,
+        bilevel=bilevel,
         strategy=config.strategy,
         temperature=config.temperature,
         runtime=runtime,

@@ -55,7 +55,11 @@ def _with_task(default: C, name: str | None) -> C:
     settings: Any = default
     if name is not None and name != getattr(settings.task, "task", None):
         task = task_from_json({"task": name})
-        colour = {"channels": 3} if task.colour and hasattr(settings, "channels") else {}
-        settings = dataclasses.replace(settings, task=task, **colour)
+        own: dict[str, Any] = {}
+        if task.colour and hasattr(settings, "channels"):
+            own["channels"] = 3
+        if hasattr(settings, "network"):
+            own["network"] = dataclasses.replace(settings.network, reduction=task.reduction)
+        settings = dataclasses.replace(settings, task=task, **own)
     changed: C = settings
     return changed

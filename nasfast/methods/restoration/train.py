@@ -16,7 +16,6 @@ import tyro
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from nasfast.data.restoration import open_images
 from nasfast.methods.base import Architecture, TrainSettings, check_same_images
 from nasfast.methods.restoration.size import Size, parameters_by_width, sized
 from nasfast.methods.restoration.task_flags import override_with_task, parse_with_task
@@ -27,7 +26,7 @@ from nasfast.spaces.ir_nas import IRNASGenotype
 from nasfast.tasks.restoration import RestorationTask, task_from_json
 from nasfast.tasks.restoration.denoising import Denoising
 from nasfast.tasks.restoration.loss import RestorationLoss
-from nasfast.tasks.restoration.patches import ImagePatches
+from nasfast.tasks.restoration.patches import ImagePatches, patch_side
 from nasfast.tasks.restoration.pictures import before_and_after
 from nasfast.tasks.restoration.scoring import costs, evaluate, input_size
 from nasfast.training import batch_norm, processes
@@ -60,7 +59,8 @@ class Recipe(Bounded):
     batch_size: BatchSize = 8
     """Patches per step."""
     crop: Pixels = 48
-    """Side of a patch, in pixels of the target."""
+    """Side of a patch, in pixels of the target; so many times as long as --network.reduction, as
+    far as the images go."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """adamw: one cycle to zero. sgd: momentum 0.9, polynomial decay of power 0.9, biases at twice
     the learning rate and without weight decay, as published."""
@@ -295,6 +295,7 @@ class RestorationTraining:
         self, config: TrainConfig, genotype: IRNASGenotype, out: Path, runtime: Runtime
     ) -> None:
         processes.require_one("restoration")
+        config.task.require_reduction(config.network.reduction)
         config = dataclasses.replace(
             config,
             crop=config.task.fitting(config.crop),
@@ -308,12 +309,14 @@ class RestorationTraining:
             )
         )
         assert config.data is not None
-        self.data = open_images(config.data, config.channels, depth=config.task.takes_depth)
+        self.data = config.task.open(config.data, config.channels)
+        self._given = config.task
         config = dataclasses.replace(config, task=config.task.of(self.data.train))
         self.settings, self.genotype, self.out, self.runtime = config, genotype, out, runtime
         for part in (self.data.val, self.data.train):
             part.read_all()  # a damaged file is not found out after hours
-        patches = ImagePatches(self.data.train, config.task, config.crop)
+        self.side = patch_side(config.crop, config.network.reduction, self.data.train)
+        patches = ImagePatches(self.data.train, config.task, self.side)
         torch.manual_seed(derive_seed(config.seed, "train"))
         self.model = Restorer(genotype, config.network, config.channels, config.task.scale)
         runtime.place(self.model)
@@ -332,9 +335,9 @@ class RestorationTraining:
     @property
     def summary(self) -> str:
         return (
-            f"task     {self.settings.task.label}\n"
+            f"task     {self.settings.task.instead_of(self._given)}\n"
             f"data     {self.settings.data}, {len(self.data.train)} images\n"
-            f"patches  {self.settings.crop} pixels\n"
+            f"patches  {self.side} pixels\n"
             f"size     {count_parameters(self.model):,} parameters, width "
             f"{self.settings.network.width}"
         )

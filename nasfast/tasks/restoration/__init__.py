@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import get_args
+from typing import Literal, get_args
 
 from nasfast.tasks.restoration.base import RestorationTask
 from nasfast.tasks.restoration.dehazing import Dehazing
@@ -18,6 +18,7 @@ Task = Denoising | Deraining | SuperResolution | Inpainting | Dehazing
 """Every restoration task. To add one: a file beside this one and its class in this line."""
 TASKS: dict[str, type[Task]] = {cls.task: cls for cls in get_args(Task)}
 """The tasks by name."""
+TaskName = Literal["denoising", "deraining", "super-resolution", "inpainting", "dehazing"]
 
 
 def task_from_json(description: object) -> Task:
@@ -33,4 +34,4 @@ def task_from_json(description: object) -> Task:
     return from_mapping(TASKS[name], settings, name)
 
 
-__all__ = ["TASKS", "RestorationTask", "Task", "task_from_json"]
+__all__ = ["TASKS", "RestorationTask", "Task", "TaskName", "task_from_json"]

@@ -6,13 +6,21 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
 import tyro
 from torch import Tensor
 
-from nasfast.data.restoration import ANY_TASK, CLEAN_FOLDER, ImagePair, ImageSet
+from nasfast.data.restoration import (
+    ANY_TASK,
+    CLEAN_FOLDER,
+    ImagePair,
+    ImageSet,
+    RestorationData,
+    open_images,
+)
 from nasfast.utils.errors import UserError
 
 Predict = Callable[[Tensor], Tensor]
@@ -33,6 +41,9 @@ class RestorationTask(ABC):
     """Whether the task uses the depth of clean images."""
     colour: ClassVar[bool] = False
     """Whether grey images mean nothing to the task."""
+    reduction: ClassVar[int] = 1
+    """What networks for the task reduce images by, if not told otherwise: above 1 where the
+    degradation changes slowly, and the whole of an image tells of it."""
 
     @property
     def scale(self) -> int:
@@ -60,6 +71,16 @@ class RestorationTask(ABC):
     def conditions(self) -> tuple[RestorationTask, ...]:
         """The tasks of one fixed difficulty that a table has a column for."""
         return (self,)
+
+    def instead_of(self, given: RestorationTask) -> str:
+        """The label; where `of` made it of another task, also that one's."""
+        if self == given:
+            return self.label
+        return f"{self.label}, as the data has pairs, instead of {given.label}"
+
+    def open(self, source: str | Path, channels: int) -> RestorationData:
+        """The data set with what the task reads of it; for errors see `open_images`."""
+        return open_images(source, channels, depth=self.takes_depth, pairs=self.pairs)
 
     def describe(self) -> dict[str, Any]:
         """The task as JSON; ``nasfast.tasks.restoration.task_from_json`` reads it."""
@@ -93,6 +114,14 @@ class RestorationTask(ABC):
         """
         self.check(images)
         return self
+
+    def require_reduction(self, reduction: int) -> None:
+        """Raise UserError where a network that reduces images cannot do the task."""
+        if reduction > 1 and self.scale > 1:
+            raise UserError(
+                f"network.reduction: expected 1 with {self.task}, which enlarges images, got "
+                f"{reduction}; leave it out"
+            )
 
     def require_ranges(self, limits: Mapping[str, tuple[float, float]]) -> None:
         """Raise UserError where a field is no range (low, high) within its limits."""

@@ -15,6 +15,13 @@ from nasfast.utils.errors import UserError
 RESCALE = (0.8, 1.2)
 
 
+def patch_side(side: int, reduction: int, images: ImageSet) -> int:
+    """The side of patches for a network that reduces images: so many times as long, as far as the
+    smallest image goes."""
+    least = min(map(min, images.sizes), default=side)
+    return max(side, min(reduction * side, least))
+
+
 class ImagePatches:
     """Random patches of images, as pairs of a degraded input and a clean target.
 
@@ -42,15 +49,14 @@ class ImagePatches:
     ) -> None:
         if crop < 1 or crop % task.scale:
             raise UserError(
-                f"ImagePatches: expected crop to be a positive multiple of the scale "
-                f"{task.scale}, got {crop}"
+                f"crop: expected a positive multiple of the scale {task.scale}, got {crop}"
             )
         if crops < 1:
-            raise UserError(f"ImagePatches: expected crops of at least 1, got {crops}")
+            raise UserError(f"crops: expected at least 1 patch of each image, got {crops}")
         for name, size in zip(images.names, images.sizes, strict=True):
             if min(size) < crop:
                 raise UserError(
-                    f"ImagePatches: expected images of at least {crop}x{crop} pixels, the size of "
+                    f"crop: expected images of at least {crop}x{crop} pixels, the size of "
                     f"a patch, got {name} of {size[0]}x{size[1]} (height x width); choose a "
                     "smaller patch or leave the image out"
                 )

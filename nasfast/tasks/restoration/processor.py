@@ -9,6 +9,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from nasfast.models.restorer import reach
+from nasfast.spaces.ir_nas import IRNASGenotype
 from nasfast.tasks.processor import Prediction, Preprocessing, Processor, Tiling
 from nasfast.tasks.restoration.base import RestorationTask
 from nasfast.utils.files import atomic_file
@@ -46,8 +48,17 @@ class RestorationProcessor(Processor):
     channels: int
     reach: int
     """Pixels that an output depends on, to each side."""
+    reduction: int = 1
+    """Side of the blocks of pixels that the network reads as one."""
 
     resizes = False
+
+    @classmethod
+    def of(
+        cls, task: RestorationTask, channels: int, genotype: IRNASGenotype, reduction: int
+    ) -> RestorationProcessor:
+        """For the network of an architecture."""
+        return cls(task, channels, reach(genotype, reduction), reduction)
 
     @property
     def task(self) -> str:
@@ -64,7 +75,8 @@ class RestorationProcessor(Processor):
     @property
     def tiling(self) -> Tiling:
         """A tile without its halo is what the whole image would have given there."""
-        return Tiling(side=512, halo=self.reach)
+        side = 512 * self.reduction
+        return Tiling(side, halo=self.reach, multiple=self.reduction)
 
     def reduce(self, output: Tensor) -> Tensor:
         """Clamped to 0..1 and rounded to 8 bits."""
