@@ -267,12 +267,12 @@ def _boxes(
             wrong = (
                 f"a category of {some(list(categories)) or 'none'}, got category_id {category!r}"
             )
-        elif not isinstance(edges, list) or len(edges) != 4 or not all(map(is_number, edges)):
+        elif not isinstance(edges, list) or len(edges) != 4 or not all(map(is_finite, edges)):
             wrong = f"bbox [left, top, width, height], got {str(edges)[:40]}"
         else:
             left, top, width, height = edges
-            area = number(known.get("area"))
             ignored = any(known.get(key) in (1, "1") for key in ("iscrowd", "ignore"))
+            area = number(known.get("area"))
             area = area if area > 0 else math.nan
             box = Box(left, top, left + width, top + height, category, ignored, area)
             boxes.setdefault(image, []).append(box)
@@ -334,6 +334,11 @@ def stated_size(image: Mapping[str, Any]) -> tuple[int, int] | None:
 def number(value: object) -> float:
     """NaN for what is no number."""
     return float(value) if is_number(value) else math.nan
+
+
+def is_finite(value: object) -> bool:
+    """Whether it is a number, and not infinite."""
+    return is_number(value) and math.isfinite(value)
 
 
 def is_number(value: object) -> TypeGuard[float]:

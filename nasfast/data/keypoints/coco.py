@@ -13,7 +13,7 @@ from nasfast.data.detection.coco import (
     Lists,
     coco_file,
     image_paths,
-    is_number,
+    is_finite,
     number,
     read_lists,
     stated_size,
@@ -129,25 +129,33 @@ def _category(path: Path, lists: Lists) -> tuple[int, Skeleton]:
 def _poses(path: Path, lists: Lists, category: int, skeleton: Skeleton) -> tuple[list[Pose], int]:
     """The people with joints, and how many have none. FaultyFiles names the annotations that are
     not as the format has it."""
+    others = {int(each["id"]) for each in lists.categories} - {category}
     places = {image: index for index, image in enumerate(lists.images)}
     poses, faults, jointless = list[Pose](), list[str](), 0
     for place, each in enumerate(lists.annotations):
         known: Mapping[str, Any] = each if isinstance(each, dict) else {}
-        if known.get("category_id") != category and known:
+        kind = known.get("category_id")
+        if isinstance(kind, int) and kind in others:
             continue
-        box, joints, image = map(known.get, ("bbox", "keypoints", "image_id"))
+        box, joints, image, area = map(known.get, ("bbox", "keypoints", "image_id", "area"))
         source = f"{path}: annotation {known.get('id', f'at {place}')}"
         if not isinstance(image, int | str) or image not in places:
             wrong = f"the id of one of the {len(places)} images, got image_id {image!r}"
-        elif not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
+        elif kind != category:
+            wrong = (
+                f"category_id {category}, that of the joints, or of another category, got {kind!r}"
+            )
+        elif not isinstance(box, list) or len(box) != 4 or not all(map(is_finite, box)):
             wrong = f"bbox [left, top, width, height], got {str(box)[:40]}"
+        elif area is not None and not (is_finite(area) and area >= 0):
+            wrong = f"an area in pixels, or none, got {area!r}"
         elif not isinstance(joints, list) or len(joints) != 3 * len(skeleton):
             got = f"{len(joints)} numbers" if isinstance(joints, list) else repr(joints)
             wrong = (
                 f"keypoints of {3 * len(skeleton)} numbers, x, y and visibility of "
                 f"{len(skeleton)} joints, got {got}"
             )
-        elif not all(map(is_number, joints)) or set(joints[2::3]) - {0, 1, 2}:
+        elif not all(map(is_finite, joints)) or set(joints[2::3]) - {0, 1, 2}:
             wrong = f"keypoints [x, y, 0, 1 or 2, ..], got {str(joints)[:40]}"
         else:
             if known.get("iscrowd") in (1, "1"):
@@ -157,14 +165,13 @@ def _poses(path: Path, lists: Lists, category: int, skeleton: Skeleton) -> tuple
                 jointless += 1
                 continue
             left, top, width, height = box
-            area = number(known.get("area"))
             poses.append(
                 Pose(
                     source,
                     places[image],
                     (left, top, left + width, top + height),
                     [(x + 0.5, y + 0.5, int(seen)) for x, y, seen in triples],
-                    area if area > 0 else math.nan,
+                    number(area) or math.nan,
                 )
             )
             continue

@@ -98,11 +98,18 @@ class PeopleFiles(KeypointDataset):
         """The people that can be used."""
         faults, people = list[str](), list[Person]()
         for pose in poses:
-            numbers = [*pose.box, *(v for x, y, seen in pose.joints if seen for v in (x, y))]
-            if not all(map(math.isfinite, numbers)):
+            seen = {
+                f"of {name}": (x, y)
+                for name, (x, y, known) in zip(self.skeleton.joints, pose.joints, strict=True)
+                if known
+            }
+            places = {"of the box": pose.box, **seen}
+            endless = [name for name, place in places.items() if not all(map(math.isfinite, place))]
+            if endless:
+                got = ", ".join(f"{value:g}" for value in places[endless[0]])
                 faults.append(
-                    f"{pose.source}: expected finite coordinates, got {numbers}; correct it or "
-                    "remove it"
+                    f"{pose.source}: expected finite coordinates {endless[0]}, got {got}; correct "
+                    "it or remove it"
                 )
                 continue
             size = self.sizes[pose.image]

@@ -134,6 +134,9 @@ def _wrong(entry: Any) -> str | None:
         return f"joints [[x, y], ..], got {str(joints)[:40]}"
     if not all(value in (0, 1) for value in seen):
         return f"joints_vis of 0 and 1, got {str(seen)[:40]}"
+    for name, joint, known in zip(MPII_JOINTS, joints, seen, strict=True):
+        if known and not all(map(math.isfinite, joint)):
+            return f"finite coordinates of {name}, got {joint}"
     if not _numbers(entry["center"], 2):
         return f"center [x, y], got {entry['center']!r}"
     if not is_number(entry["scale"]) or not 0 < entry["scale"] < math.inf:

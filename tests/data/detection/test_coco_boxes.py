@@ -109,7 +109,7 @@ BOX = "annotation 5: expected bbox [left, top, width, height], got "
         ({"bbox": [1, 2, 10**400, 4]}, BOX + "[1, 2, 1000"),
         (
             {"bbox": [1, 2, float("nan"), 4]},
-            "image 1: box of 'cell': expected finite edges, got left 1, top 2, right nan, bottom 6",
+            BOX + "[1, 2, nan, 4]; correct it or remove it",
         ),
         (
             {"bbox": [9, 9, -2, 4]},

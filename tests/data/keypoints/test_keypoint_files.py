@@ -17,6 +17,8 @@ from nasfast.data.keypoints.base import SIGMAS, Skeleton
 from nasfast.data.keypoints.checks import check_keypoints
 from nasfast.utils.errors import UserError
 
+NAN = float("nan")
+
 SIZE = (60, 80)
 COCO_NAMES = ["nose", "left_wrist", "right_wrist"]
 
@@ -137,6 +139,13 @@ def test_mpii(tmp_path):
         ({"keypoints": [1, 2, 3] * 3}, r"keypoints \[x, y, 0, 1 or 2, \.\.\], got \[1, 2, 3"),
         ({"bbox": [1, 2, 3]}, r"bbox \[left, top, width, height\], got \[1, 2, 3\]"),
         ({"image_id": 77}, "the id of one of the 6 images, got image_id 77"),
+        ({"bbox": [1, 2, NAN, 4]}, r"bbox \[left, top, width, height\], got \[1, 2, nan, 4\]"),
+        ({"keypoints": [1, NAN, 2] * 3}, r"keypoints \[x, y, 0, 1 or 2, \.\.\], got \[1, nan, 2"),
+        ({"area": "big"}, "an area in pixels, or none, got 'big'"),
+        ({"area": -4}, "an area in pixels, or none, got -4"),
+        ({"area": NAN}, "an area in pixels, or none, got nan"),
+        ({"category_id": 7}, "category_id 1, that of the joints, or of another category, got 7"),
+        ({"category_id": [1]}, r"category_id 1, that of the joints, or of another category, got"),
     ],
 )
 def test_faulty_people_of_coco(tmp_path, changes, text):
@@ -219,6 +228,10 @@ def test_what_is_left_out_is_said(tmp_path):
         ({"joints": [[1, 2]]}, "joints of 16 joints, got 1"),
         ({"joints_vis": [1] * 15}, "joints_vis of 16 joints, got 15"),
         ({"joints_vis": [3] * 16}, r"joints_vis of 0 and 1, got \[3, 3"),
+        (
+            {"joints": [[NAN, 2]] + [[1, 2]] * 15},
+            r"finite coordinates of right_ankle, got \[nan, 2\]",
+        ),
         ({"scale": 0}, "a scale above 0, got 0"),
         ({"center": [1]}, r"center \[x, y\], got \[1\]"),
         ({"head_box": [9, 9, 9, 20]}, r"head_box \[left, top, right, bottom\] of some area, got"),
