@@ -397,7 +397,7 @@ def test_presets(tmp_path):
     assert bilevel.architecture == ArchitectureConfig(1e-3, 1e-3, "alpha", None, 0.0)
     assert paper.network == RestorerConfig()
     haze = parse(["restoration", "--preset", "paper", "--task", "dehazing"])
-    assert (haze.channels, haze.network) == (3, RestorerConfig(reduction=4))
+    assert (haze.channels, haze.network) == (3, RestorerConfig(reduction=8))
 
 
 @pytest.mark.parametrize(

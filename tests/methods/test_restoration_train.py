@@ -89,7 +89,7 @@ def test_names_of_the_zoo():
     assert config.channels == 1
     assert config.out == Path("runs/irnas-denoise/train-1").resolve()
     haze = config_of(["irnas-denoise", "--task", "dehazing"])
-    assert (haze.network.reduction, haze.channels, haze.crop) == (4, 3, 48)
+    assert (haze.network.reduction, haze.channels, haze.crop) == (8, 3, 48)
     plain = config_of(["irnas-denoise", "--task=dehazing", "--network.reduction", "1"])
     assert plain.network == config.network
     rain = config_of(["irnas-derain", "--seed", "3"])
@@ -137,7 +137,7 @@ def test_pairs_and_depth_from_training_to_evaluation(
     assert train.main([str(path), *SMALL.split(), *flags.split(), "--data", str(data)]) == 0
     out_text = capsys.readouterr().out
     assert f"task     {label}\n" in out_text
-    # blocks of 4x4 pixels, and patches as large as the images are
+    # blocks of 8x8 pixels, and patches as large as the images are
     assert f"patches  {20 if 'dehazing' in flags else 16} pixels\n" in out_text
     argv = [str(out), "--device", "cpu", "--seconds", "0.01"]
     assert evaluate.main([*argv, "--baselines"]) == 0

@@ -31,7 +31,7 @@ class Dehazing(RestorationTask):
     pairs: ClassVar[str] = "hazy"
     takes_depth: ClassVar[bool] = True
     colour: ClassVar[bool] = True
-    reduction: ClassVar[int] = 4
+    reduction: ClassVar[int] = 8
 
     beta: tuple[float, float] = (0.6, 1.8)
     """Scattering of the haze, for a depth of 1: 0.6 leaves 55 % of the light, 1.8 leaves 17 %."""
