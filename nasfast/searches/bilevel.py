@@ -121,14 +121,15 @@ class BilevelConfig(Bounded):
     batch_size: BatchSize = 12
     """Patches per step, from each of the two halves of the images."""
     crop: Pixels = 64
-    """Side of a patch, in pixels of the target."""
+    """Side of a patch, in pixels of the target; so many times as long as --network.reduction, as
+    far as the images go."""
     crops: Annotated[int, Bound(1, 10**4)] = 1
     """Patches of each image in an epoch."""
     ssim_weight: Weight = 0.6
     """lambda: weight of log10(1 / SSIM) beside the squared error."""
     val_crop: Pixels | None = None
-    """Score the supernet on the centre of each validation image, of this side at most; default:
-    on whole images."""
+    """Score the supernet on the centre of each validation image, of this side at most, times the reduction;
+    default: on whole images."""
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     """Training of the weights."""
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
@@ -332,7 +333,9 @@ class SupernetTraining:
     def __init__(self, search: SupernetSearch) -> None:
         self.runtime, self._config, self._seed = search.runtime, search.bilevel, search.seed
         self._weight_patches, self._architecture_patches = search.halves
-        self._val = _centres(search.task, search.val, search.bilevel.val_crop, search.seed)
+        side = search.bilevel.val_crop
+        side = side and side * search.network.reduction
+        self._val = _centres(search.task, search.val, side, search.seed)
         self._names = search.val.names
         self._loss = RestorationLoss(search.bilevel.ssim_weight)
         torch.manual_seed(derive_seed(search.seed, "supernet"))

@@ -94,6 +94,7 @@ def test_every_preset_has_patches_for_every_task(preset, task, settings):
         if strategy != "random":
             (half, _) = built.halves
             inputs, targets = half.batch([0], generator)
+            side = max(side, min(config.network.reduction * side, 96))  # of the drawn images
             assert targets.shape[-1] == config.task.scale * inputs.shape[-1] == side
 
 
