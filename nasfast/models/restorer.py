@@ -46,9 +46,10 @@ class RestorerConfig(Bounded):
     """Whether the head has atrous branches (ASPP), as published first, or is one pointwise
     convolution, as the authors' later denoisers have it: half the time of a small network."""
     reduction: Annotated[int, Bound(1, MAX_REDUCTION)] = 1
-    """Above 1, the network reads blocks of so many pixels to a side as one (a pixel unshuffle), and
-    predicts a gain and an offset of each value, which change slowly: enlarged bilinearly, they give
-    gain * image + offset. It sees so many times as far. Not as published; for haze."""
+    """Above 1, the network reads blocks of so many pixels to a side as one (a pixel unshuffle and a
+    pointwise convolution), and predicts a gain and an offset of each value, which change slowly:
+    enlarged bilinearly, they give gain * image + offset. It sees so many times as far. Not as
+    published; for haze."""
     dead_reduce: bool = False
     """Also build the convolution that stands in for a missing level 0 where no layer misses it. The
     published parameter counts include it; nothing reads it."""
@@ -57,8 +58,8 @@ class RestorerConfig(Bounded):
 def reach(genotype: IRNASGenotype, reduction: int = 1) -> int:
     """Pixels that an output of a `Restorer` depends on, to each side; with deformable convolutions,
     those that weigh."""
-    if reduction > 1:  # two blocks more: its own, and the neighbour that it is enlarged from
-        return reduction * (reach(genotype) + 2)
+    if reduction > 1:  # less a block, as blocks are read by a pointwise convolution, and two more:
+        return reduction * (reach(genotype) + 1)  # its own, and what it is enlarged from
     before_last, last = 1, 2  # the stem
     for _ in genotype.levels:
         states = [before_last, last]
@@ -148,7 +149,8 @@ class Restorer(nn.Module):
             )
         stem, head, low = config.stem, config.head, config.low_level
         out = len(genotype.nodes) * config.width  # channels of a cell at level 0
-        self.stem1 = ConvBNReLU(channels * config.reduction**2, stem, 3)
+        side = 3 if config.reduction == 1 else 1  # a block is a window already
+        self.stem1 = ConvBNReLU(channels * config.reduction**2, stem, side)
         self.stem2 = ConvBN(stem, stem, 3)
         states = genotype.channels(config.width)
         widths = [stem, stem, *(len(genotype.nodes) * size for size in states)]

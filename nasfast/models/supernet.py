@@ -204,9 +204,10 @@ class Head(nn.Module):
 class Stem(nn.Module):
     """Images to the inputs of the first layer: one before last, and what its router reads."""
 
-    def __init__(self, config: SupernetConfig, channels: int) -> None:
+    def __init__(self, config: SupernetConfig, channels: int, reduction: int) -> None:
         super().__init__()
-        self.conv1 = ConvBN(channels, STEM, 3, affine=False)
+        side = 3 if reduction == 1 else 1
+        self.conv1 = ConvBN(channels * reduction**2, STEM, side, affine=False)
         self.conv2 = ConvBN(STEM, config.nodes * config.width, 3, affine=False)
         self.reduce = ConvBN(STEM, config.width, 3, affine=False)
 
@@ -268,7 +269,7 @@ class Supernet(nn.Module):
         self.register_buffer("forbidden", torch.tensor(forbidden), persistent=False)
 
         levels = range(num_levels(config.layers, widths))
-        self.stem = Stem(config, channels * reduction**2)
+        self.stem = Stem(config, channels, reduction)
         self.routers = nn.ModuleList(Router(config, layer) for layer in layers)
         self.wideners = nn.ModuleList(
             ConvBN(config.channels(level), config.channels(level + 1), affine=False)

@@ -128,8 +128,8 @@ class BilevelConfig(Bounded):
     ssim_weight: Weight = 0.6
     """lambda: weight of log10(1 / SSIM) beside the squared error."""
     val_crop: Pixels | None = None
-    """Score the supernet on the centre of each validation image, of this side at most, times the reduction;
-    default: on whole images."""
+    """Score the supernet on the centre of each validation image, of this side at most, times the
+    reduction; default: on whole images."""
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     """Training of the weights."""
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)

@@ -102,7 +102,7 @@ def forward_by_hand(net, images, layers, nodes=2):
     alphas, betas = net.alphas.softmax(1), net.betas.exp()
     rows = {source: betas[i] for i, source in enumerate(moves(layers, widths))}
     middle = len(betas[0]) // 2  # of the moves: none
-    first = F.relu(conv_bn("stem.conv1", images, 1))
+    first = F.relu(conv_bn("stem.conv1", images, 1 if net.reduction == 1 else 0))
     h = {0: conv_bn("stem.conv2", first, 1)}
     before_last = {0: conv_bn("stem.reduce", first, 1)}
     cell, outputs = 0, []
