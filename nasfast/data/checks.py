@@ -88,15 +88,13 @@ def check_splits(
         facts["parts"] = [_part(part, dataset) for part, dataset in parts.items()]
         facts["classes"] = _histogram(parts)
     root = splits.home or root
+    masks = [mask for dataset in on_disk.values() for _, mask in dataset.pairs]
+    images = [path for part in files.values() for path in part]
+    aside = (*splits.aside, *(() if test else ("test/*", "testannot/*")))
     if root is not None and files:
-        masks = [mask for dataset in on_disk.values() for _, mask in dataset.pairs]
-        images = [path for part in files.values() for path in part]
-        aside = (*splits.aside, *(() if test else ("test/*", "testannot/*")))
         warnings += _orphans(root, images, masks, aside)
-        unread, more = unread_files(root, [*images, *masks], aside)
-        warnings += more
-        if test and unread:
-            facts["not read"] = unread
+    unread, more = beside(root, [*images, *masks], aside, test)
+    facts, warnings = {**facts, **unread}, [*warnings, *more]
     findings = Findings(facts, tuple(warnings), (*errors, *broken))
     if not test or broken:
         return findings
@@ -143,11 +141,8 @@ def check_images(
             for part, images in parts.items()
         ]
         errors += broken_files(parts.values())
-    if root is not None:
-        unread, more = unread_files(root, read, ())
-        warnings += more
-        if test and unread:
-            facts["not read"] = unread
+    unread, more = beside(root, read, (), test)
+    facts, warnings = {**facts, **unread}, [*warnings, *more]
     tiles = _pairs(parts) if test and not errors else {}
     return Findings(facts, tuple(warnings), tuple(errors), tiles)
 
@@ -343,7 +338,27 @@ def _orphans(
     return [f"{len(orphans)} masks have no image: {file_names(orphans)}"] if orphans else []
 
 
-def unread_files(
+def left_out(part: str, *kinds: tuple[Sequence[str], str]) -> list[str]:
+    """A warning for each kind of places that there are some of; its text says "of {}", the part."""
+    return [
+        f"{len(places)} {text.format(part)}: {some(places, 2, 200)}"
+        for places, text in kinds
+        if places
+    ]
+
+
+def beside(
+    root: Path | None, read: Sequence[Path], aside: Sequence[str], test: bool
+) -> tuple[dict[str, Sequence[Row]], list[str]]:
+    """The table of the files of a folder that are not read, where a ``test`` wants one, and what
+    about them may mislead; neither for data that is drawn."""
+    if root is None or not read:
+        return {}, []
+    unread, warnings = _unread_files(root, read, aside)
+    return {"not read": unread} if test and unread else {}, warnings
+
+
+def _unread_files(
     root: Path, read: Sequence[Path], aside: Sequence[str]
 ) -> tuple[list[Row], list[str]]:
     """Files under a folder that no part holds and whose path none of the patterns fits, by why:

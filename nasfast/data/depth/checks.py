@@ -12,12 +12,12 @@ from torch import Tensor
 from nasfast.data.checks import (
     Findings,
     Row,
+    beside,
     dozen,
     few,
     file_names,
     overlaps,
     range_of_sizes,
-    unread_files,
 )
 from nasfast.data.depth import DepthDataset, DepthSplits, colored_depth, typical_depth
 from nasfast.utils.errors import UserError
@@ -55,11 +55,8 @@ def check_depths(splits: DepthSplits, root: Path | None = None, *, test: bool = 
                 )
         facts["parts"] = rows
     both = [path for dataset in parts.values() for pair in dataset.pairs for path in pair]
-    if root is not None and both:
-        unread, more = unread_files(root, both, splits.aside)
-        warnings += more
-        if test and unread:
-            facts["not read"] = unread
+    unread, more = beside(root, both, splits.aside, test)
+    facts, warnings = {**facts, **unread}, [*warnings, *more]
     findings = Findings(facts, tuple(warnings), tuple(errors))
     if not test or errors:
         return findings

@@ -15,12 +15,13 @@ from nasfast.data.checks import (
     TEST_FOLDERS,
     Findings,
     Row,
+    beside,
     broken_files,
     dozen,
     few,
+    left_out,
     overlaps,
     range_of_sizes,
-    unread_files,
 )
 from nasfast.data.detection.base import BoxSample, DetectionDataset, DetectionSplits, Objects
 from nasfast.data.detection.files import BoxFiles
@@ -67,14 +68,10 @@ def check_detection(
         facts["parts"] = [_part(part, data, objects[part]) for part, data in parts.items()]
         facts["classes"] = _histogram(parts, objects)
         errors += broken_files(on_disk.values())
-    root = splits.home or root
-    if root is not None and files:
-        read = [path for each in files.values() for path in each]
-        aside = (*splits.aside, *(() if test else TEST_FOLDERS))
-        unread, more = unread_files(root, read, aside)
-        warnings += more
-        if test and unread:
-            facts["not read"] = unread
+    read = [path for each in files.values() for path in each]
+    aside = (*splits.aside, *(() if test else TEST_FOLDERS))
+    unread, more = beside(splits.home or root, read, aside, test)
+    facts, warnings = {**facts, **unread}, [*warnings, *more]
     findings = Findings(facts, tuple(warnings), tuple(errors))
     if not test or errors:
         return findings
@@ -107,13 +104,12 @@ def _boxes(part: str, dataset: DetectionDataset, objects: Objects) -> list[str]:
     """Warnings about boxes that were mended, that are many, or that do not suit the strides."""
     found = []
     if isinstance(dataset, BoxFiles):
-        for places, text in (
+        found += left_out(
+            part,
             (dataset.dropped, "boxes of {} have no area and are left out"),
             (dataset.clipped, "boxes of {} cross the border of the image and are clipped"),
             (dataset.resized, "annotations of {} are of another size than the image, which counts"),
-        ):
-            if places:
-                found.append(f"{len(places)} {text.format(part)}: {some(places, 2, 200)}")
+        )
     counts = torch.tensor(dataset.counts())
     empty = (counts == 0).float().mean().item()
     if empty > MUCH:

@@ -13,12 +13,13 @@ from nasfast.data.checks import (
     TEST_FOLDERS,
     Findings,
     Row,
+    beside,
     broken_files,
     dozen,
     few,
+    left_out,
     overlaps,
     range_of_sizes,
-    unread_files,
 )
 from nasfast.data.folder import some
 from nasfast.data.keypoints.base import LEFT, MIDDLE, RIGHT, KeypointDataset, KeypointSplits
@@ -61,14 +62,10 @@ def check_keypoints(
         facts["parts"] = [_part(part, data) for part, data in parts.items()]
         facts["joints"] = _histogram(parts)
         errors += broken_files(on_disk.values())
-    root = splits.home or root
-    if root is not None and files:
-        read = [path for each in files.values() for path in each]
-        aside = (*splits.aside, *(() if test else TEST_FOLDERS))
-        unread, more = unread_files(root, read, aside)
-        warnings += more
-        if test and unread:
-            facts["not read"] = unread
+    read = [path for each in files.values() for path in each]
+    aside = (*splits.aside, *(() if test else TEST_FOLDERS))
+    unread, more = beside(splits.home or root, read, aside, test)
+    facts, warnings = {**facts, **unread}, [*warnings, *more]
     findings = Findings(facts, tuple(warnings), tuple(errors))
     if not test or errors:
         return findings
@@ -80,13 +77,12 @@ def _people(part: str, dataset: KeypointDataset) -> list[str]:
     """Warnings about joints and people that were left out, and about small people."""
     found = []
     if isinstance(dataset, PeopleFiles):
-        for places, text in (
+        found += left_out(
+            part,
             (dataset.flat, "people of {} have a box without area in the image and are left out"),
             (dataset.outside, "joints of {} lie outside of the image and count as not labelled"),
             (dataset.resized, "annotations of {} are of another size than the image, which counts"),
-        ):
-            if places:
-                found.append(f"{len(places)} {text.format(part)}: {some(places, 2, 200)}")
+        )
         if dataset.jointless:
             found.append(
                 f"{dataset.jointless} people of {part} have no labelled joint and are left out"
