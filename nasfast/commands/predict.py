@@ -65,8 +65,8 @@ class PredictConfig:
     """auto: a network gets an image at about the size of those it was scored on (no restoration);
     none: as it is; a number: its shorter side. The result always has the image's own size."""
     tile: int | None = None
-    """Greatest side that the network sees at once, in pixels; default: 1024, restoration 512,
-    detection the whole image. Less needs less memory."""
+    """Greatest side that the network sees at once, in pixels; default: 1024, restoration 512
+    (2048 where it reads blocks), detection the whole image. Less needs less memory."""
     batch: int = 8
     """Most images of one size that go through the network together."""
     autocast: bool = False

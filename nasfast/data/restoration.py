@@ -281,7 +281,8 @@ def _degraded_in(folder: Path, wanted: str | None) -> str | None:
     if len(found) > 1:
         raise UserError(
             f"data: expected one folder of degraded images beside {folder / CLEAN_FOLDER}, got "
-            f"{' and '.join(f'{name}/' for name in found)}; name the task, or move one elsewhere"
+            f"{' and '.join(f'{name}/' for name in found)}; name the task of one of "
+            "them, or move one elsewhere"
         )
     return found[0] if found else None
 

@@ -326,7 +326,8 @@ def to_blocks(images: Tensor, side: int) -> Tensor:
 
 def change_slowly(images: Tensor, blocks: Tensor, side: int) -> Tensor:
     """gain * image + offset, for images ``[N, c, H, W]`` and a gain and an offset of each value of
-    a block, ``[N, 2 c, ceil(H / side), ceil(W / side)]``, which are enlarged bilinearly."""
-    maps = F.interpolate(blocks, scale_factor=side, mode="bilinear")
+    a block, ``[N, 2 c, ceil(H / side), ceil(W / side)]``, which are enlarged bilinearly, in the
+    images' dtype: steps of bfloat16 would be seen in a sky."""
+    maps = F.interpolate(blocks.to(images.dtype), scale_factor=side, mode="bilinear")
     gain, offset = maps[..., : images.shape[-2], : images.shape[-1]].chunk(2, 1)
     return gain * images + offset

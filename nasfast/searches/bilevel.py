@@ -552,8 +552,9 @@ class SupernetTraining:
             inputs, target = (self.runtime.move(image) for image in (inputs, target))
             with self.runtime.autocast():
                 restored = self.model(inputs, mix)
-            ratios.append(psnr(restored.float(), target))
-            similarities.append(ssim(restored.float(), target))
+            restored = restored.float().clamp(0, 1)
+            ratios.append(psnr(restored, target))
+            similarities.append(ssim(restored, target))
             if index in keep:
                 maps = (images[0].float().cpu() for images in (target, inputs, restored))
                 clean, degraded, output = maps

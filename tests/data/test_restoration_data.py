@@ -273,7 +273,7 @@ def test_an_image_that_cannot_be_used_is_named(flat, how, monkeypatch):
         (
             {"clean/a": (20, 30), "hazy/a": (20, 30), "noisy/a": (20, 30)},
             "data: expected one folder of degraded images beside {root}/clean, got hazy/ and "
-            "noisy/; name the task, or move one elsewhere",
+            "noisy/; name the task of one of them, or move one elsewhere",
         ),
         ({}, f"data: {{root}} holds no images: expected {LAYOUTS}; found notes.txt"),
         (

@@ -14,6 +14,7 @@ from nasfast.data.detection.coco import (
     coco_file,
     image_paths,
     is_finite,
+    is_number,
     number,
     read_lists,
     stated_size,
@@ -138,6 +139,7 @@ def _poses(path: Path, lists: Lists, category: int, skeleton: Skeleton) -> tuple
         if isinstance(kind, int) and kind in others:
             continue
         box, joints, image, area = map(known.get, ("bbox", "keypoints", "image_id", "area"))
+        crowd = known.get("iscrowd") in (1, "1")
         source = f"{path}: annotation {known.get('id', f'at {place}')}"
         if not isinstance(image, int | str) or image not in places:
             wrong = f"the id of one of the {len(places)} images, got image_id {image!r}"
@@ -147,7 +149,7 @@ def _poses(path: Path, lists: Lists, category: int, skeleton: Skeleton) -> tuple
             )
         elif not isinstance(box, list) or len(box) != 4 or not all(map(is_finite, box)):
             wrong = f"bbox [left, top, width, height], got {str(box)[:40]}"
-        elif area is not None and not (is_finite(area) and area >= 0):
+        elif area is not None and not crowd and not (is_finite(area) and area >= 0):
             wrong = f"an area in pixels, or none, got {area!r}"
         elif not isinstance(joints, list) or len(joints) != 3 * len(skeleton):
             got = f"{len(joints)} numbers" if isinstance(joints, list) else repr(joints)
@@ -155,10 +157,10 @@ def _poses(path: Path, lists: Lists, category: int, skeleton: Skeleton) -> tuple
                 f"keypoints of {3 * len(skeleton)} numbers, x, y and visibility of "
                 f"{len(skeleton)} joints, got {got}"
             )
-        elif not all(map(is_finite, joints)) or set(joints[2::3]) - {0, 1, 2}:
+        elif not all(map(is_number, joints)) or set(joints[2::3]) - {0, 1, 2}:
             wrong = f"keypoints [x, y, 0, 1 or 2, ..], got {str(joints)[:40]}"
         else:
-            if known.get("iscrowd") in (1, "1"):
+            if crowd:
                 continue
             triples = list(zip(*(joints[k::3] for k in range(3)), strict=True))
             if not any(seen for _, _, seen in triples):

@@ -15,7 +15,8 @@ from nasfast.utils.config import from_mapping
 from nasfast.utils.errors import UserError
 
 Task = Denoising | Deraining | SuperResolution | Inpainting | Dehazing
-"""Every restoration task. To add one: a file beside this one and its class in this line."""
+"""Every restoration task. To add one: a file beside this one, its class in this line and its
+name in `TaskName`."""
 TASKS: dict[str, type[Task]] = {cls.task: cls for cls in get_args(Task)}
 """The tasks by name."""
 TaskName = Literal["denoising", "deraining", "super-resolution", "inpainting", "dehazing"]

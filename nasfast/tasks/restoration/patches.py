@@ -17,9 +17,15 @@ RESCALE = (0.8, 1.2)
 
 def patch_side(side: int, reduction: int, images: ImageSet) -> int:
     """The side of patches for a network that reduces images: so many times as long, as far as the
-    smallest image goes."""
+    smallest image goes. UserError where that is no more than a block."""
     least = min(map(min, images.sizes), default=side)
-    return max(side, min(reduction * side, least))
+    found = max(side, min(reduction * side, least))
+    if 1 < reduction >= found:
+        raise UserError(
+            f"network.reduction: expected blocks smaller than the patches of {found} pixels, got "
+            f"{reduction}; lower it"
+        )
+    return found
 
 
 class ImagePatches:

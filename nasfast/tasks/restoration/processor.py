@@ -75,7 +75,7 @@ class RestorationProcessor(Processor):
     @property
     def tiling(self) -> Tiling:
         """A tile without its halo is what the whole image would have given there."""
-        side = 512 * self.reduction
+        side = max(512 * min(self.reduction, 4), 4 * self.reach if self.reduction > 1 else 0)
         return Tiling(side, halo=self.reach, multiple=self.reduction)
 
     def reduce(self, output: Tensor) -> Tensor:

@@ -140,7 +140,10 @@ def test_mpii(tmp_path):
         ({"bbox": [1, 2, 3]}, r"bbox \[left, top, width, height\], got \[1, 2, 3\]"),
         ({"image_id": 77}, "the id of one of the 6 images, got image_id 77"),
         ({"bbox": [1, 2, NAN, 4]}, r"bbox \[left, top, width, height\], got \[1, 2, nan, 4\]"),
-        ({"keypoints": [1, NAN, 2] * 3}, r"keypoints \[x, y, 0, 1 or 2, \.\.\], got \[1, nan, 2"),
+        (
+            {"keypoints": [1, 2, 2, 3, NAN, 2, 5, 6, 2]},
+            "finite coordinates of left_wrist, got 3.5, nan",
+        ),
         ({"area": "big"}, "an area in pixels, or none, got 'big'"),
         ({"area": -4}, "an area in pixels, or none, got -4"),
         ({"area": NAN}, "an area in pixels, or none, got nan"),
