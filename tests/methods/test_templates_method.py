@@ -81,7 +81,7 @@ def test_a_found_network_is_trained_and_used(whole, tiny_data, tmp_path, capsys)
     predicted = tmp_path / "predicted"
     assert predict.main([str(out), str(photo), "--device", "cpu", "--out", str(predicted)]) == 0
     assert list(predicted.glob("*-overlay.png"))
-    assert export.main([str(out), "--format", "pt2", "--out", str(tmp_path / "net.pt2")]) == 0
+    assert export.main([str(out), "--out", str(tmp_path / "net.onnx")]) == 0
 
 
 def test_damage_is_one_line(whole, tmp_path, capsys):
