@@ -67,13 +67,11 @@ def _methods(argv: Sequence[str]) -> list[Method]:
         and (task is None or task in choices(method.check_settings, "task"))
     ]
     named = [METHODS[word] for word in argv if word in METHODS]
-    if not named and task is not None and not fitting:
-        known = {name for each in METHODS.values() for name in choices(each.check_settings, "task")}
-        if task not in known:
-            raise UserError(
-                f"task: expected one of {', '.join(sorted(filter(None, known)))}, got {task!r}; "
-                "correct the name"
-            )
+    known = {name for each in METHODS.values() for name in choices(each.check_settings, "task")}
+    if not named and task is not None and task not in known:
+        raise UserError(
+            f"task: expected one of {', '.join(sorted(known))}, got {task!r}; correct the name"
+        )
     return named or fitting or list(METHODS.values())
 
 

@@ -173,9 +173,8 @@ class Model(nn.Module):
                 a shorter or a longer side gets every image so. "none" never resizes; a number is
                 the shorter side for every image. The result has the image's own size.
             tile: greatest side of what the network sees at once, in pixels; None: 1024, for
-                restoration 512 (up to 2048 and more where it reads blocks), and for detection
-                the whole image. It decides the memory that is
-                needed.
+                restoration 512 (2048 where it reads blocks), and for detection the whole image. It
+                decides the memory that is needed.
             batch: most neighbours of one size that go through the network together. Their pixels
                 are never more than those of a tile.
             autocast: compute in bfloat16 where the device does natively, as evaluations do.
