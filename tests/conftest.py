@@ -27,6 +27,18 @@ else:
     settings.load_profile("tests")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--nightly", action="store_true", help="tests/hardening at full size, which takes hours"
+    )
+
+
+@pytest.fixture(scope="session")
+def nightly(request: pytest.FixtureRequest) -> bool:
+    """Whether tests that draw many cases shall draw all of them, not the few that CI has time for."""
+    return bool(request.config.getoption("--nightly"))
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Every test starts from the same random state."""
