@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def nightly(request: pytest.FixtureRequest) -> bool:
-    """Whether tests that draw many cases shall draw all of them, not the few that CI has time for."""
+    """Whether tests draw all of their many cases, not the few that CI has time for."""
     return bool(request.config.getoption("--nightly"))
 
 

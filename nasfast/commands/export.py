@@ -43,6 +43,7 @@ from nasfast.training.loop import Runtime
 from nasfast.utils.cli import reports_errors
 from nasfast.utils.errors import UserError
 from nasfast.utils.files import require_place
+from nasfast.utils.locks import writing
 
 CALIBRATION = 32
 """Training images that the ranges of activations are taken from."""
@@ -135,7 +136,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if size is not None:
         calibration = [F.interpolate(each, size, mode="bilinear") for each in calibration]
     # beside the target, which it replaces in one step once it is known to be right
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+    with (
+        writing(out),
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder,
+    ):
         file = Path(folder) / out.name
         print(f"exporting {path} as {config.format}, which takes up to a minute", flush=True)
         export(model, file, format=config.format, size=size, argmax=config.argmax, nms=config.nms)

@@ -42,6 +42,7 @@ from nasfast.utils.cli import reports_errors, say
 from nasfast.utils.errors import UserError, text_for_user
 from nasfast.utils.files import atomic_write, expanded, require_place
 from nasfast.utils.interrupt import Interrupt, StopRequested
+from nasfast.utils.locks import writing_to
 
 INDEX = "predictions.json"
 COCO_RESULTS = "coco-results.json"
@@ -287,6 +288,22 @@ def _holds(out: Path, word: str) -> bool:
     return path.is_dir() and path.resolve().is_relative_to(out.resolve())
 
 
+def _predict(
+    config: PredictConfig, model: Model, sources: Sources, console: Console
+) -> tuple[Predictions, bool]:
+    """Predict while no other process writes to the folder; whether it was stopped by Ctrl-C."""
+    with writing_to(config.out, INDEX), Interrupt() as interrupt:
+        work = Predictions(config, model, sources)
+        try:
+            work.run(interrupt, console)
+        except StopRequested:
+            return work, True
+        finally:
+            if work.done:
+                work.write_index()
+    return work, False
+
+
 @reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status: 1 where an image failed, 130 after Ctrl-C."""
@@ -312,16 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sources.ignored:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sources.ignored.most_common())
         say(console, f"ignored {sources.ignored.total()} files that are no images: {kinds}")
-    work = Predictions(config, model, sources)
-    stopped = False
-    with Interrupt() as interrupt:
-        try:
-            work.run(interrupt, console)
-        except StopRequested:
-            stopped = True
-        finally:
-            if work.done:
-                work.write_index()
+    work, stopped = _predict(config, model, sources, console)
     for name, text in work.failed.items():
         say(errors, f"failed: {text if name in text else f'{name}: {text}'}")
     total = len(work.names) + len(sources.failed)

@@ -34,6 +34,7 @@ from nasfast.utils.cli import reports_errors
 from nasfast.utils.config import Bound, Bounded, Count, Positive, Seed
 from nasfast.utils.errors import UserError
 from nasfast.utils.files import atomic_file, expanded
+from nasfast.utils.locks import writing
 
 _GENOTYPE = [[2, [1, 0, 3, 6], [0, 1, 2, 8], [2, 0, 6, 1]], [[2, 3], [3, 1], [4, 4]]]
 
@@ -87,7 +88,7 @@ def pretrain(config: PretrainConfig) -> None:
     """Train, score on unseen frames and write the weights."""
     path, runtime = config.path, Runtime(resolve_device(config.device))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
+    with writing(path), atomic_file(config.path) as file:
         # takes the room: a full disk shows before the training, not after it
         file.write(_packed(MobileNetV2(config.width), {}))
         file.flush()

@@ -31,6 +31,7 @@ from nasfast.utils.cli import flag_value, reports_errors, say
 from nasfast.utils.errors import UserError
 from nasfast.utils.files import expanded, require_place
 from nasfast.utils.interrupt import Interrupt
+from nasfast.utils.locks import writing
 
 NEEDED = {"objective": ("score", "latency:1"), "strategy": "random"}
 """Settings of a search that has latencies and samples networks; it does not begin."""
@@ -117,7 +118,10 @@ def write(
         if not config.out.exists():
             require_place(config.out, "give another --out")
     settings = dataclasses.replace(settings, constraint=(), latency_table=None)
-    with Interrupt() as interrupt:
+    place = config.bundle or config.out
+    assert place is not None
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with writing(place), Interrupt() as interrupt:
         search, _ = method.build(settings, interrupt, console)
         try:
             costing = search.phase.costing if isinstance(search, SamplingSearch) else None

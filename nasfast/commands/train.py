@@ -14,7 +14,7 @@ import itertools
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
@@ -31,15 +31,23 @@ from nasfast.models.zoo import list_models
 from nasfast.report import write_report
 from nasfast.runs.checkpoint import load_checkpoint, restoring, save_checkpoint
 from nasfast.runs.records import Record
-from nasfast.runs.study import Study, locked
+from nasfast.runs.study import Study
 from nasfast.spaces.base import Genotype
 from nasfast.training import processes
 from nasfast.training.loop import Runtime
 from nasfast.utils.cli import flag_value, refuse_others, reports_errors, say
 from nasfast.utils.config import from_mapping
 from nasfast.utils.errors import UserError, about, did_you_mean
-from nasfast.utils.files import atomic_write, data_path, expanded, read_toml, require_place
+from nasfast.utils.files import (
+    atomic_write,
+    data_path,
+    expanded,
+    read_toml,
+    remove_unfinished,
+    require_place,
+)
 from nasfast.utils.interrupt import Interrupt, StopRequested
+from nasfast.utils.locks import claimed, is_free, locked
 from nasfast.utils.pareto import spread
 
 
@@ -98,8 +106,7 @@ def resolve(
         genotype = method.genotype(architecture.genotype)
     config = method.resolve(config, architecture)
     assert config.data is not None
-    numbered = (architecture.home / f"train-{n}" for n in itertools.count(1))
-    out = expanded(config.out) if config.out else next(p for p in numbered if not p.exists())
+    out = expanded(config.out) if config.out else next(filter(is_free, numbered(architecture.home)))
     return (
         dataclasses.replace(
             config,
@@ -109,6 +116,11 @@ def resolve(
         ),
         genotype,
     )
+
+
+def numbered(home: Path) -> Iterator[Path]:
+    """Directories of the trainings of a run."""
+    return (home / f"train-{n}" for n in itertools.count(1))
 
 
 def fit(training: Training, out: Path, console: Console) -> None:
@@ -136,23 +148,41 @@ def _write_config(out: Path, config: TrainSettings) -> None:
     atomic_write(out / "config.toml", tomli_w.dumps(plain))
 
 
-def _make_directory(out: Path, config: TrainSettings, genotype: Genotype) -> None:
-    out.mkdir(parents=True)
+def _describe(out: Path, config: TrainSettings, genotype: Genotype) -> None:
     _write_config(out, config)
     atomic_write(out / "genotype.json", json.dumps(genotype.to_json()) + "\n")
     atomic_write(out / "env.json", json.dumps(machine_info(), indent=2) + "\n")
 
 
-@dataclasses.dataclass(frozen=True)
+def _taken(out: Path) -> UserError:
+    return UserError(
+        f"train: {out} exists and is never overwritten; give another --out, or continue it with "
+        f"--resume {out}"
+    )
+
+
+@dataclasses.dataclass
 class Session:
-    """One training from its settings to its model file."""
+    """One training from its settings to its model file.
+
+    Attributes:
+        method: of the architecture.
+        config: the settings.
+        genotype: the architecture.
+        out: directory of the result. Where nobody has named it, another process may take it before
+            the training begins, which then takes the next number.
+        begun: whether it goes on from there.
+        named: whether the user named the directory.
+        moved: whether the data is elsewhere than when it began.
+    """
 
     method: Method
     config: TrainSettings
     genotype: Genotype
     out: Path
+    begun: bool
+    named: bool = True
     moved: bool = False
-    """Whether the data is elsewhere than when it began."""
 
     @classmethod
     def begin(
@@ -169,15 +199,13 @@ class Session:
                 f"train: expected one architecture, got front={config.front}; give a rank, of "
                 "study.ranking(), or train the front with nasfast train RUN --front"
             )
+        named = config.out is not None
         config, genotype = resolve(method, config, architecture)
         assert config.out is not None
-        if config.out.exists():
-            raise UserError(
-                f"train: {config.out} exists and is never overwritten; give another --out, or "
-                f"continue it with --resume {config.out}"
-            )
+        if not is_free(config.out):
+            raise _taken(config.out)
         require_place(config.out, "give another --out")
-        return cls(method, config, genotype, config.out)
+        return cls(method, config, genotype, config.out, begun=False, named=named)
 
     @classmethod
     def resume(cls, arguments: Resume) -> Self:
@@ -207,7 +235,7 @@ class Session:
             )
         with about(out / "genotype.json"):
             genotype = method.genotype(form)
-        return cls(method, config, genotype, out, arguments.data is not None)
+        return cls(method, config, genotype, out, begun=True, moved=arguments.data is not None)
 
     def run(self, console: Console) -> str:
         """Train to the end; what to print. The report of the run that the training is in shows its
@@ -231,9 +259,12 @@ class Session:
 
     def _train(self, runtime: Runtime, console: Console, stack: ExitStack) -> str:
         writes = processes.rank() == 0
-        begun = self.out.exists()
-        if writes and begun:
+        if not self.begun:
+            self.out = processes.agreed(lambda: self._claim(stack))
+            self.config = dataclasses.replace(self.config, out=self.out)
+        elif writes:
             stack.enter_context(locked(self.out))
+            remove_unfinished(self.out, "checkpoint.pt")
         training = self.method.training(self.config, self.genotype, self.out, runtime)
         checkpoint = self.out / "checkpoint.pt"
         remedy = "restore it from a copy, or remove it: the training then begins again"
@@ -241,9 +272,8 @@ class Session:
         if state is not None:
             with restoring(checkpoint, remedy):
                 training.load_state_dict(state)
-        if writes and not begun:  # only now: data or weights may have been refused
-            _make_directory(self.out, training.settings, self.genotype)
-            stack.enter_context(locked(self.out))
+        if writes and not self.begun:  # only now: data or weights may have been refused
+            _describe(self.out, training.settings, self.genotype)
             changed = changes(self.config, training)
             if changed:
                 say(
@@ -257,6 +287,21 @@ class Session:
         say(console, f"{about_it}\nout      {self.out}")
         fit(training, self.out, console)
         return training.finish() if writes else ""
+
+    def _claim(self, stack: ExitStack) -> Path:
+        """Make the directory and hold it; it goes again where nothing is written to it."""
+        for out in [self.out] if self.named else numbered(self.out.parent):
+            with ExitStack() as attempt:
+                try:
+                    free = attempt.enter_context(claimed(out))
+                except UserError:
+                    if self.named:
+                        raise
+                    continue
+                if free:
+                    stack.enter_context(attempt.pop_all())
+                    return out
+        raise _taken(self.out)
 
 
 @reports_errors
@@ -281,7 +326,7 @@ def _main(argv: list[str]) -> int:
         todo = each_of_front(config, console)
         for done, each in enumerate(todo, 1):
             session = Session.begin(method, each)
-            processes.barrier()  # all have found the same free directory before one makes it
+            processes.barrier()  # all have found the directory free before one claims it
             status = _run(session, console)
             if status:
                 ranks = [str(other.rank) for other in todo[done:]]

@@ -25,10 +25,14 @@ from nasfast.report.trainings import trainings
 from nasfast.runs.records import Record
 from nasfast.runs.study import Study
 from nasfast.utils.files import atomic_write
+from nasfast.utils.locks import writing
 
 __all__ = ["write_report"]
 
 MAX_ROWS = 100  # of the table of architectures; records.jsonl has them all
+
+_PATIENCE = 60.0
+"""Seconds to wait for another process that writes the page, which takes one or two."""
 
 
 def write_report(study: Study, hook: MethodReport, *, baseline: Study | None = None) -> Path:
@@ -38,6 +42,13 @@ def write_report(study: Study, hook: MethodReport, *, baseline: Study | None = N
         hook: the method's part.
         baseline: a search of the same budget to compare with, usually a random one.
     """
+    path = study.path / "report.html"
+    with writing(path, _PATIENCE):  # the last to write has read what the others wrote
+        atomic_write(path, _page(study, hook, baseline))
+    return path
+
+
+def _page(study: Study, hook: MethodReport, baseline: Study | None) -> str:
     head = element(
         "head",
         element("meta", charset="utf-8"),
@@ -46,9 +57,7 @@ def write_report(study: Study, hook: MethodReport, *, baseline: Study | None = N
         element("style", (files("nasfast.report") / "style.css").read_text("utf-8")),
     )
     page = element("html", head, element("body", *_parts(study, hook, baseline)), lang="en")
-    path = study.path / "report.html"
-    atomic_write(path, "<!doctype html>\n" + tostring(page, encoding="unicode", method="html"))
-    return path
+    return "<!doctype html>\n" + tostring(page, encoding="unicode", method="html")
 
 
 @dataclass(frozen=True)

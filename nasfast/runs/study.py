@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import errno
-import fcntl
 import itertools
 import json
 import os
@@ -20,8 +19,8 @@ import re
 import shutil
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
@@ -41,9 +40,11 @@ from nasfast.utils.files import (
     naming,
     read_object,
     read_toml,
+    remove_unfinished,
     require_place,
     sync_directory,
 )
+from nasfast.utils.locks import LOCK, acquire, release
 
 __all__ = ["Ranking", "Study"]
 
@@ -84,7 +85,7 @@ class Study:
                 "give a directory that a search wrote, such as runs/<date>-<method>-<name>"
             )
         if not read_only:
-            self._lock = _acquire(path / "lock")
+            self._lock = acquire(path / LOCK, path)
             _writers.add(self)
         try:
             self.config = read_toml(path / "config.toml")
@@ -94,8 +95,8 @@ class Study:
                 self.objectives = _objectives(self.config.get("objective", ["score"]))
             self._read_records()
             if not read_only:
-                for stale in (path / "checkpoint").glob(".*.tmp"):
-                    stale.unlink()
+                for folder in (path / PREDICTIONS, path / "checkpoint"):
+                    remove_unfinished(folder)
                 self.write_best()
                 self._write_front()
         except BaseException:
@@ -352,7 +353,7 @@ class Study:
     def close(self) -> None:
         """Release the lock; calling it again does nothing."""
         if self._lock is not None:
-            os.close(self._lock)
+            release(self._lock)
             self._lock = None
 
     def __enter__(self) -> Self:
@@ -481,35 +482,6 @@ def _stem(method: str, name: str) -> str:
                 f"directory name), got {value!r}"
             )
     return f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{method}-{name}"
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Inside, no other process writes to the folder.
-
-    Raises:
-        UserError: another one does.
-    """
-    descriptor = _acquire(folder / "lock")
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _acquire(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(descriptor, 32).decode(errors="replace") or "that has just started"
-        os.close(descriptor)
-        raise UserError(
-            f"{path.parent} is being written by process {holder}; wait for it or stop it first"
-        ) from None
-    os.truncate(descriptor, 0)
-    os.write(descriptor, str(os.getpid()).encode())
-    return descriptor
 
 
 _writers: weakref.WeakSet[Study] = weakref.WeakSet()

@@ -10,13 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
 
 from nasfast.utils.errors import UserError
 from nasfast.utils.interrupt import StopRequested
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -58,6 +60,21 @@ def size() -> int:
 def barrier() -> None:
     """Wait for all processes."""
     summed(torch.zeros(()))
+
+
+def agreed(decide: Callable[[], T]) -> T:
+    """What the process of rank 0 decides, in every process; a UserError there is one in each."""
+    found: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            found[0] = decide()
+        except UserError as error:
+            found[1] = error
+    if size() > 1:
+        distributed.broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return cast("T", found[0])
 
 
 def device(name: str) -> str:

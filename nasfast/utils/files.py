@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import tempfile
 import tomllib
@@ -25,9 +26,15 @@ __all__ = [
     "read_object",
     "read_text",
     "read_toml",
+    "remove_unfinished",
     "require_place",
     "sync_directory",
 ]
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside the path that no other process or thread takes, or can foresee."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 @contextmanager
@@ -36,9 +43,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
     A reader, or a crash, sees the old file or the whole new one.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        with naming(path, instead_of=temporary), open(temporary, "wb") as file:
+        with (
+            naming(path, instead_of=temporary),
+            open(temporary, "wb", opener=lambda name, _: os.open(name, flags, 0o666)) as file,
+        ):
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -93,8 +104,7 @@ def require_place(path: Path, remedy: str) -> None:
 
 def atomic_directory(path: Path, files: Mapping[str, bytes]) -> None:
     """Make a directory of these files appear in one step; one that is there is replaced."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same number
+    temporary = _temporary(path)
     temporary.mkdir(parents=True)
     try:
         for name, data in files.items():
@@ -104,6 +114,16 @@ def atomic_directory(path: Path, files: Mapping[str, bytes]) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sync_directory(path.parent)
+
+
+def remove_unfinished(folder: Path, name: str = "*") -> None:
+    """Remove the temporary files and directories that killed processes left in a folder, of a name
+    that no other process writes to."""
+    for left in folder.glob(f".{name}.*.tmp"):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def sync_directory(path: Path) -> None:

@@ -21,11 +21,11 @@ from nasfast.methods import dense
 from nasfast.methods.segmentation.train import TrainConfig
 from nasfast.models.io import load_model
 from nasfast.runs.checkpoint import save_checkpoint
-from nasfast.runs.study import locked
 from nasfast.training import processes
 from nasfast.training.graphs import CudaGraph
 from nasfast.training.loop import Runtime
 from nasfast.utils.errors import UserError
+from nasfast.utils.locks import locked
 
 EVERYTHING = [
     *("--schedule", "poly", "--warmup", "0.2", "--freeze-epochs", "1", "--ema", "0.9"),
@@ -137,6 +137,7 @@ def test_parts_of_processes_are_equal(tiny_training, tmp_path, monkeypatch, caps
     monkeypatch.setattr(processes, "size", lambda: 2)
     monkeypatch.setattr(processes, "rank", lambda: 0)
     monkeypatch.setattr(processes, "barrier", lambda: None)
+    monkeypatch.setattr(processes, "agreed", lambda decide: decide())
     assert train.main([*tiny_training, "--batch-size", "3", "--out", str(tmp_path / "t")]) == 2
     assert capsys.readouterr().err == (
         "error: batch_size: expected a multiple of the 2 processes, which get equal parts, got 3; "

@@ -13,6 +13,7 @@ from nasfast.utils.files import (
     atomic_write,
     data_path,
     expanded,
+    remove_unfinished,
 )
 
 
@@ -27,15 +28,17 @@ def test_write_and_replace(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_a_directory_appears_where_a_killed_process_of_the_same_number_left_its_own(tmp_path):
+def test_what_killed_processes_left_is_in_nobodys_way_and_removed(tmp_path):
     """In a container every process may have the number 1."""
     left = tmp_path / f".files.{os.getpid()}.tmp"
     left.mkdir()
     (left / "half").touch()
+    (tmp_path / ".a.7-12.tmp").symlink_to(tmp_path)
     for content in (b"first", b"second"):
         atomic_directory(tmp_path / "files", {"a": content})
         assert (tmp_path / "files" / "a").read_bytes() == content
         assert os.listdir(tmp_path / "files") == ["a"]
+    remove_unfinished(tmp_path)
     assert os.listdir(tmp_path) == ["files"]
 
 

@@ -1,0 +1,176 @@
+"""Folders and files that one process at a time writes to.
+
+The kernel frees a lock when the process that holds it ends, however it ends. A forked child gives
+up what its parent holds: it may outlive a parent that is killed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from nasfast.utils.errors import UserError
+
+__all__ = ["LOCK", "acquire", "claimed", "is_free", "locked", "release", "writing", "writing_to"]
+
+LOCK = "lock"
+"""File in a folder that is written to; it holds the number of the process that last did."""
+
+_TURN = 0.05
+"""Seconds between two attempts."""
+
+_held: set[int] = set()
+
+
+def acquire(path: Path, subject: Path, patience: float = 0.0) -> int:
+    """Open a lock file, made where there is none, and hold it alone; `release` gives it back.
+
+    Args:
+        path: the lock file.
+        subject: what is written while it is held.
+        patience: seconds to wait for another process.
+
+    Raises:
+        UserError: another process holds it.
+        OSError: it cannot be made, or is a symbolic link.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(path, flags, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 32).decode(errors="replace") or "that has just started"
+            os.close(descriptor)
+            if time.monotonic() < deadline:
+                time.sleep(_TURN)
+                continue
+            raise UserError(
+                f"{subject} is being written by process {holder}; wait for it or stop it first"
+            ) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if _is_at(path, descriptor):
+            break
+        os.close(descriptor)  # who held it has removed it
+    os.truncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
+    _held.add(descriptor)
+    return descriptor
+
+
+def release(descriptor: int) -> None:
+    """Give up a lock; that of a parent process is given up already."""
+    if descriptor in _held:
+        _held.remove(descriptor)
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside, no other process writes to the folder.
+
+    Raises:
+        UserError: another one does.
+    """
+    descriptor = acquire(folder / LOCK, folder)
+    try:
+        yield
+    finally:
+        release(descriptor)
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a folder may be claimed: it is not there, or holds nothing but the lock of a process
+    that was killed before it wrote."""
+    try:
+        return {entry.name for entry in os.scandir(folder)} <= {LOCK}
+    except FileNotFoundError:
+        return True
+    except NotADirectoryError:
+        return False
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Make a folder, and keep other processes from writing to it: True inside, or False where it
+    holds something already. Left without anything in it, it is removed.
+
+    Raises:
+        UserError: another process is about to write there.
+        OSError: it cannot be made.
+    """
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = acquire(folder / LOCK, folder)
+            break
+        except FileNotFoundError:  # who had it has removed it just now
+            continue
+        except FileExistsError:  # likewise, unless something else is in the way
+            if os.path.lexists(folder) and not folder.is_dir():
+                raise
+    try:
+        yield is_free(folder)
+    finally:
+        if is_free(folder):
+            with suppress(OSError):
+                (folder / LOCK).unlink()
+                folder.rmdir()
+        release(descriptor)
+
+
+@contextmanager
+def writing(path: Path, patience: float = 0.0) -> Iterator[None]:
+    """Inside, no other process that asks writes the file or folder of this name.
+
+    Args:
+        path: of the file or folder.
+        patience: seconds to wait for another process.
+
+    Raises:
+        UserError: another one does.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    descriptor = acquire(lock, path, patience)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        release(descriptor)
+
+
+@contextmanager
+def writing_to(folder: Path, name: str) -> Iterator[None]:
+    """`writing` for a file in a folder; one that was made here goes again where nothing came into
+    it."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with writing(folder / name):
+            yield
+    finally:
+        if new:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _release_in_child() -> None:
+    for descriptor in list(_held):
+        release(descriptor)
+
+
+os.register_at_fork(after_in_child=_release_in_child)
