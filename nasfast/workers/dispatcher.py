@@ -10,6 +10,7 @@ from nasfast.evaluation.candidate import Evaluator, G
 from nasfast.runs.records import Evaluation
 from nasfast.utils.errors import UserError
 from nasfast.workers.protocol import Answer, Defect, Job, Pool, Ready, WorkerDied
+from nasfast.workers.watch import Watch
 
 _POLL = 0.1
 """Seconds between looks at the heartbeat."""
@@ -23,11 +24,14 @@ class Dispatcher(Generic[G]):
     """Evaluates batches on a pool of workers, which it starts at once.
 
     A candidate whose worker died is evaluated once more; if that one dies too, it is a failure with
-    the cause of the second death. Workers that died are replaced.
+    the cause of the second death. Workers that died are replaced, and one that no longer does
+    anything is named by a warning.
     """
 
     def __init__(self, pool: Pool[G], workers: int) -> None:
         self._pool = pool
+        self._watch = Watch(pool.activity)
+        self._starting: set[int] = set()
         self._idle: list[int] = []
         self._running: dict[int, Job[G]] = {}  # by worker
         self._lost: dict[int, int] = {}  # deaths by worker, since its last evaluation
@@ -36,7 +40,7 @@ class Dispatcher(Generic[G]):
         self._retried: set[int] = set()  # indices
         try:
             for worker in range(workers):
-                pool.start(worker)
+                self._start(worker)
         except BaseException:
             pool.close()
             raise
@@ -63,11 +67,17 @@ class Dispatcher(Generic[G]):
                 for worker, answer in self._pool.wait(_POLL):
                     self._take(worker, answer, evaluator)
                 self._hand_out(progress)
+                running = {worker: job.index for worker, job in self._running.items()}
+                self._watch.look(dict.fromkeys(self._starting) | running)
             yield self._done.pop(job.index)
 
     def close(self) -> None:
         """End all workers."""
         self._pool.close()
+
+    def _start(self, worker: int) -> None:
+        self._starting.add(worker)
+        self._pool.start(worker)
 
     def _hand_out(self, progress: Callable[[int], None]) -> None:
         while self._idle and self._waiting:
@@ -84,6 +94,7 @@ class Dispatcher(Generic[G]):
                 self._idle.append(worker)
             case Ready():
                 _require_same_inputs(answer, evaluator)
+                self._starting.discard(worker)
                 self._idle.append(worker)
             case Defect(message=None):
                 raise WorkerError(f"in a worker:\n{answer.traceback}")
@@ -101,7 +112,7 @@ class Dispatcher(Generic[G]):
                         feedback=evaluator.feedback,
                         failure=f"worker died twice: {answer.cause}",
                     )
-                self._pool.start(worker)
+                self._start(worker)
 
     def _requeue(self, worker: int, death: WorkerDied) -> Job[G] | None:
         """Queue the job of a dead worker again; returns it instead if that was the second time."""

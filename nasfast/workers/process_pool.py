@@ -15,6 +15,7 @@ from typing import Any, Final, Generic, Literal
 
 from nasfast.evaluation.candidate import G
 from nasfast.workers.protocol import Answer, Builder, Job, Worker, WorkerDied
+from nasfast.workers.watch import Activity
 
 _PRELOAD = ["nasfast.methods.registry", "torch._dynamo"]
 """Imported once, by the server that workers are forked from: they start in milliseconds and share
@@ -92,6 +93,11 @@ class ProcessPool(Generic[G]):
             return f"exited with status {status}"
         cause = f"killed by signal {-status} ({signal.Signals(-status).name})"
         return f"{cause}, out of memory?" if -status == signal.SIGKILL else cause
+
+    def activity(self, worker: int) -> Activity:
+        """What a worker does."""
+        process = self._workers[worker].process.pid
+        return Activity() if process is None else Activity.of(process)
 
     def close(self) -> None:
         """Kill all workers: none has anything to save."""

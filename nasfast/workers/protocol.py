@@ -14,6 +14,7 @@ from nasfast.evaluation.candidate import Evaluator, G
 from nasfast.runs.records import Evaluation
 from nasfast.spaces.base import Genotype
 from nasfast.utils.errors import text_for_user
+from nasfast.workers.watch import Activity
 
 G_in = TypeVar("G_in", bound=Genotype, contravariant=True)
 G_out = TypeVar("G_out", bound=Genotype, covariant=True)
@@ -104,6 +105,9 @@ class Pool(Protocol[G_in]):
 
     def wait(self, seconds: float) -> list[tuple[int, Answer]]:
         """Answers as they come; none after ``seconds`` without one."""
+
+    def activity(self, worker: int) -> Activity:
+        """What a worker does, as far as it is known."""
 
     def close(self) -> None:
         """End all workers at once."""

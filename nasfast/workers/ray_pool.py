@@ -12,6 +12,7 @@ from typing import Any, Generic
 
 from nasfast.evaluation.candidate import G
 from nasfast.workers.protocol import Answer, Builder, Job, Worker, WorkerDied
+from nasfast.workers.watch import Activity
 
 _OBJECT_STORE = 100_000_000
 """Bytes of a local cluster's object store: genotypes and evaluations pass through it, no arrays."""
@@ -102,6 +103,10 @@ class RayPool(Generic[G]):
             last = str(error).strip().splitlines()[-1]
             return WorkerDied(last.partition(" Some common causes")[0], working=True)
         return answer
+
+    def activity(self, worker: int) -> Activity:
+        """Ray does not tell."""
+        return Activity()
 
     def close(self) -> None:
         """Kill all actors, and the local cluster."""

@@ -24,6 +24,7 @@ from nasfast.utils.interrupt import Interrupt, StopRequested
 from nasfast.workers import Job, WorkerConfig, WorkerError
 from nasfast.workers.dispatcher import Dispatcher
 from nasfast.workers.protocol import Ready, Worker, WorkerDied
+from nasfast.workers.watch import Activity
 
 KILLED = "killed by signal 9 (SIGKILL), out of memory?"
 TWO = WorkerConfig(workers=2, threads=3)
@@ -68,6 +69,9 @@ class Script:
         count = self.choose.randint(0, len(self.pending))
         out, self.pending = self.pending[:count], self.pending[count:]
         return out
+
+    def activity(self, worker):
+        return Activity()
 
     def close(self): ...
 

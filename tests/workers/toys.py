@@ -49,6 +49,8 @@ class Toy:
         match todo:
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
             case "exit":
                 os._exit(3)
             case "defect":
