@@ -18,6 +18,8 @@ import pytest
 import torch
 from builds import Builds
 
+pytest_plugins = ["tiny_restoration"]
+
 try:
     from hypothesis import settings
 except ImportError:  # a machine that is lent for its GPU may lack it
@@ -159,6 +161,7 @@ def own_run(tiny_run: Path, tiny_data: Path, tiny_weights: Path, tmp_path: Path)
     shutil.copytree(tiny_data, tmp_path / "data" / tiny_data.name)
     shutil.copy(tiny_weights, tmp_path / "encoder.safetensors")
     settings = tomllib.loads((run / "config.toml").read_text())
+    del settings["checksum"]
     settings["data"] = str(tmp_path / "data" / tiny_data.name)
     settings["encoder_weights"] = str(tmp_path / "encoder.safetensors")
     (run / "config.toml").write_text(tomli_w.dumps(settings))

@@ -46,7 +46,7 @@ ONLY = {
     "runs": {"torch", "tomli_w", "utils"},
     "ops": {"torch", "_C", "onnxscript"},  # the last inside the function that exports
     "device": {"torch", "ops", "utils"},
-    "utils": {"torch"},
+    "utils": {"torch", "safetensors", "tomli_w"},
 }
 # Wheels of the first two fail to import beside a CPU build of torch; the others are not installed.
 FORBIDDEN = {"torchvision", "timm", "bench", "tests"}

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from search_runs import read_sealed
 
 import nasfast
 from nasfast.commands import search, train
@@ -180,7 +181,7 @@ def front_run(tmp_path, monkeypatch):
 def trained(run):
     """Genotypes of the trainings in a run, in their order."""
     folders = sorted(run.glob("train-*"))
-    return [json.loads((folder / "genotype.json").read_text()) for folder in folders]
+    return [read_sealed(folder / "genotype.json") for folder in folders]
 
 
 @pytest.mark.parametrize(("count", "chosen"), [(1, [0]), (2, [0, 1]), (9, [0, 1])])

@@ -17,7 +17,6 @@ from typing import Annotated
 import torch
 import tyro
 from rich.console import Console
-from safetensors.torch import save
 from torch import Tensor
 
 from nasfast.data import SyntheticStreets, TrainTransform, ValTransform
@@ -35,6 +34,7 @@ from nasfast.utils.config import Bound, Bounded, Count, Positive, Seed
 from nasfast.utils.errors import UserError
 from nasfast.utils.files import atomic_file, expanded
 from nasfast.utils.locks import writing
+from nasfast.utils.seals import packed
 
 _GENOTYPE = [[2, [1, 0, 3, 6], [0, 1, 2, 8], [2, 0, 6, 1]], [[2, 3], [3, 1], [4, 4]]]
 
@@ -107,7 +107,7 @@ def _packed(encoder: MobileNetV2, results: Mapping[str, float]) -> bytes:
     }
     described = {"name": encoder.name, "width": encoder.width}
     metadata = {"nasfast.encoder": json.dumps(described), "nasfast.pretrain": json.dumps(results)}
-    return save(weights, metadata)
+    return packed(weights, metadata)
 
 
 def _train(config: PretrainConfig, runtime: Runtime, console: Console) -> tuple[MobileNetV2, float]:

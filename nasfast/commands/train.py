@@ -19,7 +19,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
-import tomli_w
 import tyro
 from rich.console import Console
 
@@ -49,6 +48,7 @@ from nasfast.utils.files import (
 from nasfast.utils.interrupt import Interrupt, StopRequested
 from nasfast.utils.locks import claimed, is_free, locked
 from nasfast.utils.pareto import spread
+from nasfast.utils.seals import sealed_json, sealed_toml, unsealed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,12 +145,12 @@ def changes(config: TrainSettings, training: Training) -> list[str]:
 def _write_config(out: Path, config: TrainSettings) -> None:
     text = json.dumps(dataclasses.asdict(config), default=str)
     plain = json.loads(text, object_hook=lambda o: {k: v for k, v in o.items() if v is not None})
-    atomic_write(out / "config.toml", tomli_w.dumps(plain))
+    atomic_write(out / "config.toml", sealed_toml(plain))
 
 
 def _describe(out: Path, config: TrainSettings, genotype: Genotype) -> None:
     _write_config(out, config)
-    atomic_write(out / "genotype.json", json.dumps(genotype.to_json()) + "\n")
+    atomic_write(out / "genotype.json", sealed_json(genotype.to_json()))
     atomic_write(out / "env.json", json.dumps(machine_info(), indent=2) + "\n")
 
 
@@ -222,7 +222,7 @@ class Session:
             )
         form = read_genotype(out / "genotype.json")
         method = method_of_genotype(form)
-        settings = read_toml(out / "config.toml")
+        settings = unsealed(read_toml(out / "config.toml"), out / "config.toml")
         config = from_mapping(method.train_settings, settings, str(out / "config.toml"))
         if arguments.device is not None:
             config = dataclasses.replace(config, device=arguments.device)

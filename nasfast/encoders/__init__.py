@@ -17,6 +17,7 @@ from nasfast.encoders.base import Encoder, FeatureInfo, tensor_mismatch
 from nasfast.encoders.mobilenet_v2 import MobileNetV2
 from nasfast.encoders.resnet import FORMS, ResNet, size_of
 from nasfast.utils.errors import UserError, cause, out_of_memory
+from nasfast.utils.seals import require_tensors
 from nasfast.utils.tensors import load_saved
 
 __all__ = [
@@ -65,7 +66,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.suffix == ".safetensors":
         with _open(path) as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return _bare(tensors), dict(file.metadata() or {})
+            metadata = require_tensors(path, tensors, file.metadata() or {})
+        return _bare(tensors), metadata
     if path.suffix not in {".pth", ".pt"}:
         raise UserError(
             f"weights: expected a .safetensors, .pth or .pt file, got {path.name}; convert it first"
@@ -175,7 +177,9 @@ def load_encoder(
             build().check(state, str(path))
     except UserError:
         raise
-    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+    except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        if out_of_memory(error):
+            raise
         raise UserError(
             f"weights {path}: expected the metadata nasfast.encoder to be a JSON object with the "
             f"width of the encoder, got {described[:80]!r}; give another file"

@@ -22,6 +22,7 @@ from nasfast.latency.timing import Run, Target, deployed, rounds, threads
 from nasfast.spaces.base import G, Genotype, Space
 from nasfast.utils.errors import UserError, cause, out_of_memory
 from nasfast.utils.files import naming
+from nasfast.utils.seals import sealed, unsealed
 
 PROFILE, MEASURED = "latency.json", "latencies.jsonl"
 """Files of a run: the table of predictions, and a line for each network that was measured."""
@@ -186,7 +187,7 @@ class Latencies(Generic[G]):
     def _keep(self, line: dict[str, object]) -> None:
         assert self._file is not None, "prepare comes first"
         with naming(self._file), open(self._file, "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(sealed(line)) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -211,7 +212,9 @@ def _read(path: Path) -> dict[str, float | str]:
     for number, line in enumerate((whole + end).splitlines(), 1):
         try:
             entry = json.loads(line)
-            found[str(entry["key"])] = _latency(entry)
+            if not isinstance(entry, dict):
+                raise TypeError(entry)
+            found[str(entry["key"])] = _latency(unsealed(entry, path))
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(
                 f"{path}, line {number}: expected the latency of a network, got {line[:60]!r}; "

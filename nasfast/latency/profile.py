@@ -23,6 +23,7 @@ from nasfast.latency.table import LatencyTable, Operators
 from nasfast.latency.timing import Target, deployed, median_time, rounds, single, threads
 from nasfast.utils.errors import UserError, about
 from nasfast.utils.files import atomic_directory, atomic_write, read_object
+from nasfast.utils.seals import sealed_json, unsealed
 
 VERSION = 2
 """Of the file."""
@@ -93,12 +94,12 @@ class Profile:
         operators = {operator: {"ms": self.times.get(operator)} for operator in known}
         networks = [(operators, {"ms": time}) for operators, time in self.networks]
         form = _form(self.target, self.space, operators, networks)
-        atomic_write(path, json.dumps(form) + "\n")
+        atomic_write(path, sealed_json(form))
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """Inverse of `write`; UserError for another file, or one of a newer version."""
-        form = read_object(path)
+        form = unsealed(read_object(path), path)
         remedy = "make it with nasfast profile"
         if form.get("version") != VERSION:
             raise UserError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import time
 from abc import ABC, abstractmethod
@@ -40,6 +39,7 @@ from nasfast.training.polyak import WeightAverage
 from nasfast.utils.config import BatchSize, Bound, Count, Decay, MaxNorm, Pixels, Positive, Weight
 from nasfast.utils.errors import UserError
 from nasfast.utils.files import atomic_directory, atomic_write, expanded
+from nasfast.utils.seals import sealed_json
 from nasfast.utils.seeding import derive_seed
 
 IMAGES = "images"
@@ -501,7 +501,7 @@ class DenseTraining(ABC):
         save_model(self.out / MODEL_FILE, model, description)
         files = drawn(lambda: task.show(model, scores, val, self._val_transform, runtime))
         atomic_directory(self.out / PREDICTIONS, files)
-        atomic_write(self.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        atomic_write(self.out / "metrics.json", sealed_json(metrics))
         return self.text(scores, split)
 
     def text(self, scores: Any, split: str) -> str:

@@ -20,6 +20,7 @@ from nasfast.spaces.template_nas import is_templates
 from nasfast.utils.config import from_mapping
 from nasfast.utils.errors import UserError, about
 from nasfast.utils.files import read_toml
+from nasfast.utils.seals import unsealed
 
 _ALL: tuple[Method, ...] = (Segmentation(), Templates(), Detection(), Restoration())
 METHODS = {method.name: method for method in _ALL}
@@ -72,7 +73,7 @@ def method_of_source(argv: Sequence[str]) -> tuple[Method, Mapping[str, Any]]:
         path = Path(word)
         named = [method for method in METHODS.values() if word in method.zoo]
         if (path / "records.jsonl").is_file() and (path / "config.toml").is_file():
-            settings = read_toml(path / "config.toml")
+            settings = unsealed(read_toml(path / "config.toml"), path / "config.toml")
             method = method_named(settings.get("method", DEFAULT))
             # some go with a strategy only
             taken = {"strategy", *(f.name for f in fields(method.train_settings))} & settings.keys()

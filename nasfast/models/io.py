@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import torch
-from safetensors.torch import save
 from torch import nn
 
 from nasfast.encoders import read_metadata, read_weights, tensor_mismatch
@@ -20,6 +19,7 @@ from nasfast.models.decoders import EncoderDecoder
 from nasfast.utils.config import from_mapping
 from nasfast.utils.errors import UserError, out_of_memory
 from nasfast.utils.files import atomic_write
+from nasfast.utils.seals import packed
 
 MODEL_FILE = "model.safetensors"
 """Name of a trained network in the directory of its training."""
@@ -40,7 +40,7 @@ def save_model(path: Path, model: nn.Module, description: Mapping[str, Any]) -> 
     key, family = family_of(model)
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     text = json.dumps({"version": VERSION, **description, **family.describe(model)})
-    atomic_write(path, save(tensors, {key: text}))
+    atomic_write(path, packed(tensors, {key: text}))
 
 
 def model_method(path: Path) -> tuple[str, str | None]:

@@ -43,6 +43,7 @@ from nasfast.spaces.template_nas import TemplateNASGenotype, TemplateNASSpace, i
 from nasfast.utils.config import from_mapping
 from nasfast.utils.errors import UserError, about, did_you_mean
 from nasfast.utils.files import read_json
+from nasfast.utils.seals import unsealed
 
 FAST_NAS = "Fast NAS: Nekrasov et al., CVPR 2019, arXiv 1810.10804"
 TEMPLATE_NAS = "Template-NAS: Nekrasov et al., WACV 2020, arXiv 1904.02365"
@@ -438,7 +439,8 @@ def read_architecture(path: Path) -> object:
     if path.suffix == ".safetensors":
         network, _ = load_model(path)
         return family_of(network)[1].describe(network)
-    return read_json(path)
+    content = read_json(path)
+    return unsealed(content, path) if isinstance(content, dict) else content
 
 
 def _json(genotype: object) -> object:

@@ -9,7 +9,6 @@ study-results.json holds a `CorrelationStudy` and, below "summary", the figures 
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from nasfast.runs.study import Study
 from nasfast.utils.config import from_mapping
 from nasfast.utils.errors import UserError
 from nasfast.utils.files import atomic_write, read_object
+from nasfast.utils.seals import sealed_json, unsealed
 from nasfast.utils.seeding import derive_seed
 from nasfast.utils.statistics import ceiling, noise, rank_correlations
 
@@ -90,7 +90,7 @@ class CorrelationStudy:
         path = run / FOLDER / RESULTS
         if not path.is_file():
             return None
-        form = read_object(path)
+        form = unsealed(read_object(path), path)
         version = form.pop("version", None)
         if version != VERSION:
             raise UserError(
@@ -104,7 +104,7 @@ class CorrelationStudy:
         """Replace the file of a run, with the summary, which is returned."""
         summary = self.summary(study)
         form = {"version": VERSION, **dataclasses.asdict(self), "summary": summary}
-        atomic_write(study.path / FOLDER / RESULTS, json.dumps(form, indent=2) + "\n")
+        atomic_write(study.path / FOLDER / RESULTS, sealed_json(form))
         return summary
 
     @property

@@ -12,8 +12,9 @@ from typing import Any, Self
 
 from nasfast import __version__
 from nasfast.utils.errors import UserError
+from nasfast.utils.seals import unsealed
 
-VERSION = 4
+VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, obj: object, where: str = "evaluation", version: int = VERSION) -> Self:
-        """Inverse of `to_json`; UserError names the field, its expected type and the value."""
+        """Inverse of `to_json`, and of `sealed` after it; UserError names the field, its expected
+        type and the value."""
         form = _object(obj, where)
         if version == 1:
             form = _upgraded(form, where)
@@ -165,8 +167,9 @@ class Record:
 
     @classmethod
     def from_json(cls, obj: object, where: str = "record") -> Self:
-        """Inverse of `to_json`; UserError names the field, its expected type and the value."""
-        form = dict(_object(obj, where))
+        """Inverse of `to_json`, and of `sealed` after it; UserError names the field, its expected
+        type and the value."""
+        form = unsealed(_object(obj, where), where)
         version = form.pop("version", 1)
         if type(version) is not int or version < 1:
             raise _refuse(version, f"{where}.version", "an integer from 1")

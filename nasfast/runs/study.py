@@ -25,8 +25,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
-import tomli_w
-
 from nasfast import __version__
 from nasfast.runs.checkpoint import load_checkpoint, restoring, save_checkpoint
 from nasfast.runs.objectives import Objectives, front
@@ -45,6 +43,7 @@ from nasfast.utils.files import (
     sync_directory,
 )
 from nasfast.utils.locks import LOCK, acquire, release
+from nasfast.utils.seals import sealed, sealed_json, sealed_toml, unsealed
 
 __all__ = ["Ranking", "Study"]
 
@@ -88,8 +87,8 @@ class Study:
             self._lock = acquire(path / LOCK, path)
             _writers.add(self)
         try:
-            self.config = read_toml(path / "config.toml")
-            self.env = read_object(path / "env.json")
+            self.config = unsealed(read_toml(path / "config.toml"), path / "config.toml")
+            self.env = unsealed(read_object(path / "env.json"), path / "env.json")
             self.method, self._ranking = self._read_description()
             with about(path / "config.toml"):
                 self.objectives = _objectives(self.config.get("objective", ["score"]))
@@ -125,8 +124,8 @@ class Study:
             ranking: what the best architecture is.
         """
         stem = _stem(method, name)
-        toml = tomli_w.dumps({k: _toml(v, k) for k, v in config.items() if v is not None})
-        environment = json.dumps(env, indent=2) + "\n"
+        toml = sealed_toml({k: _toml(v, k) for k, v in config.items() if v is not None})
+        environment = sealed_json(env)
         description = {"version": VERSION, "method": method, "ranking": ranking}
         root.mkdir(parents=True, exist_ok=True)
         for attempt in itertools.count(1):
@@ -139,7 +138,7 @@ class Study:
         (path / "checkpoint").mkdir()
         atomic_write(path / "config.toml", toml)
         atomic_write(path / "env.json", environment)
-        atomic_write(path / "study.json", json.dumps(description) + "\n")
+        atomic_write(path / "study.json", sealed_json(description))
         atomic_write(path / "records.jsonl", "")  # last: without it nothing takes this for a run
         sync_directory(root)
         return cls(path)
@@ -228,7 +227,7 @@ class Study:
                 f"record index: expected {len(self._records)} (the records so far), got "
                 f"{record.index}; append every record once, in order"
             )
-        line = (json.dumps(record.to_json(), separators=(",", ":")) + "\n").encode()
+        line = (json.dumps(sealed(record.to_json()), separators=(",", ":")) + "\n").encode()
         path = self.path / "records.jsonl"
         with naming(path), open(path, "ab", buffering=0) as file:
             size = file.tell()
@@ -271,7 +270,7 @@ class Study:
         """Note in config.toml where the data is now."""
         self._require_lock()
         self.config = self.config | {"data": data}
-        atomic_write(self.path / "config.toml", tomli_w.dumps(self.config))
+        atomic_write(self.path / "config.toml", sealed_toml(self.config))
 
     def write_best(self) -> None:
         """Write the best record to best.json, atomically, unless it is there already, and remove
@@ -283,7 +282,7 @@ class Study:
             if old != self._files_of(self.best):
                 shutil.rmtree(old)
         path = self.path / "best.json"
-        data = (json.dumps(self.best.to_json(), indent=2) + "\n").encode()
+        data = sealed_json(self.best.to_json()).encode()
         if not path.exists() or path.read_bytes() != data:
             atomic_write(path, data)
 
@@ -294,7 +293,7 @@ class Study:
             return
         records = [record.to_json() for record in self.front()]
         form = {"objectives": ["score", *self.objectives.costs], "front": records}
-        data = (json.dumps(form, indent=2) + "\n").encode()
+        data = sealed_json(form).encode()
         path = self.path / "front.json"
         if not path.exists() or path.read_bytes() != data:
             atomic_write(path, data)
@@ -302,13 +301,13 @@ class Study:
     def write_published(self, costs: Mapping[str, Mapping[str, float]]) -> None:
         """Keep costs of published architectures, by name, for the report."""
         self._require_lock()
-        atomic_write(self.path / PUBLISHED, json.dumps(costs, indent=2) + "\n")
+        atomic_write(self.path / PUBLISHED, sealed_json(costs))
 
     @property
     def published(self) -> dict[str, dict[str, float]]:
         """What `write_published` kept."""
         path = self.path / PUBLISHED
-        return read_object(path) if path.is_file() else {}
+        return unsealed(read_object(path), path) if path.is_file() else {}
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Replace checkpoint/state.pt atomically. `state`: tensors and plain Python values only."""
@@ -384,7 +383,7 @@ class Study:
                     f'"method", got {method!r}; restore the file from a copy'
                 )
             return method, "last" if self.env.get("choice") == "last" else "score"
-        found = read_object(path)
+        found = unsealed(read_object(path), path)
         version, method = found.get("version"), found.get("method")
         ranking = next((kind for kind in get_args(Ranking) if kind == found.get("ranking")), None)
         if type(version) is int and version > VERSION:

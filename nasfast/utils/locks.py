@@ -90,7 +90,7 @@ def is_free(folder: Path) -> bool:
     """Whether a folder may be claimed: it is not there, or holds nothing but the lock of a process
     that was killed before it wrote."""
     try:
-        return {entry.name for entry in os.scandir(folder)} <= {LOCK}
+        return {entry.name for entry in os.scandir(folder)} == {LOCK}
     except FileNotFoundError:
         return True
     except NotADirectoryError:

@@ -9,8 +9,15 @@ import zipfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from nasfast.utils.errors import UserError, out_of_memory
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's elements, in their order."""
+    plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return plain.numpy().data if len(plain) else memoryview(b"")
 
 
 def load_saved(path: Path) -> object:

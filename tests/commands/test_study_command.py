@@ -15,6 +15,7 @@ from nasfast.methods.segmentation.train import DecoderTraining
 from nasfast.runs.correlation import FOLDER, CorrelationStudy, draw
 from nasfast.runs.study import Study
 from nasfast.training.loop import NonFiniteLossError
+from nasfast.utils.seals import unsealed
 from nasfast.workers import WorkerConfig
 
 FLAGS = [
@@ -199,7 +200,9 @@ def test_settings_that_are_refused(words, text, run, capsys):
 def test_architectures_of_each_phase(run):
     """As of a search in two: the first three records, then the others."""
     lines = (run / "records.jsonl").read_text().splitlines()
-    records = [json.loads(line) | {"phase": int(i > 2)} for i, line in enumerate(lines)]
+    records = [
+        unsealed(json.loads(line), "") | {"phase": int(i > 2)} for i, line in enumerate(lines)
+    ]
     (run / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     found = Study.open(run, read_only=True)
     first, second = ({record.index for record in study.pool_of(found, n)} for n in (1, 2))

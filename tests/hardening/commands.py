@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -48,27 +48,39 @@ class Command:
 
 def start(argv: Sequence[object], errors: Path) -> Command:
     """Start ``nasfast ARGV``, with stderr to a file, and what it prints beside that."""
+    return call(_nasfast, errors, [str(word) for word in argv])
+
+
+def call(function: Callable[..., object], errors: Path, *arguments: object) -> Command:
+    """Start a function of a module, which returns an exit status, likewise; an error that is meant
+    for the user is one line, and status 2."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nasfast.api", "nasfast.__main__", "torch._dynamo"])
-    process = context.Process(target=_run, args=([str(word) for word in argv], errors))
+    process = context.Process(target=_run, args=(function, errors, arguments))
     process.start()
     return Command(process, errors)
 
 
-def _run(argv: list[str], errors: Path) -> None:
+def _nasfast(argv: list[str]) -> int:
+    from nasfast.__main__ import main
+
+    sys.argv = ["nasfast", *argv]
+    return main()
+
+
+def _run(function: Callable[..., object], errors: Path, arguments: Sequence[object]) -> None:
     import torch
 
-    from nasfast.__main__ import main
+    from nasfast.utils.cli import reports_errors
 
     for stream, path in ((1, errors.with_suffix(".out")), (2, errors)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, stream)
         os.close(file)
     torch.set_num_threads(1)
-    sys.argv = ["nasfast", *argv]
     status: object = 1
     try:
-        status = main()
+        status = reports_errors(function)(*arguments)
     except SystemExit as stop:
         status = stop.code
     except BaseException:

@@ -89,6 +89,7 @@ DAMAGE = {
 def test_damaged(path, name):
     (*places, last), value, text = DAMAGE[name]
     form = part = json.loads(path.read_text())
+    del form["checksum"]
     for place in places:
         part = part[place]
     if value is ...:
@@ -99,6 +100,16 @@ def test_damaged(path, name):
     with pytest.raises(UserError, match=rf"^{path}: .*{re.escape(text)}") as error:
         Profile.read(path)
     assert "\n" not in str(error.value)
+
+
+def test_another_time(path):
+    """No value of it looks damaged."""
+    form = json.loads(path.read_text())
+    form["networks"][0]["ms"] *= 2
+    path.write_text(json.dumps(form))
+    text = f"{path}: expected what nasfast wrote, with the checksum {form['checksum']}, got other"
+    with pytest.raises(UserError, match=f"^{re.escape(text)}"):
+        Profile.read(path)
 
 
 @pytest.mark.parametrize(

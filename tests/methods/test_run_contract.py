@@ -22,6 +22,7 @@ from search_runs import (
     drawn_moments,
     killed_and_resumed,
     outcome,
+    read_sealed,
     start,
     wait_for_records,
 )
@@ -152,7 +153,7 @@ def test_what_a_training_leaves(trained):
     assert {path.name for path in out.iterdir()} >= wanted | {"model.safetensors"}
     best = json.loads((Path(source) / "best.json").read_text())["genotype"]
     assert json.loads((out / "metrics.json").read_text())["genotype"] == best
-    assert json.loads((out / "genotype.json").read_text()) == best
+    assert read_sealed(out / "genotype.json") == best
 
 
 def test_a_training_whose_data_moved(trained, tmp_path, capsys):
@@ -162,6 +163,7 @@ def test_a_training_whose_data_moved(trained, tmp_path, capsys):
     settings = tomllib.loads((out / "config.toml").read_text())
     here = shutil.copytree(settings["data"], tmp_path / "there" / Path(settings["data"]).name)
     gone = settings["data"] + "-gone"
+    del settings["checksum"]
     (out / "config.toml").write_text(tomli_w.dumps(settings | {"data": gone}))
     assert train.main(["--resume", str(out)]) == 2
     assert capsys.readouterr().err == (

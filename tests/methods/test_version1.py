@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from search_runs import read_sealed
 
 from nasfast.commands import evaluate, search, train
 
@@ -31,7 +32,7 @@ def test_a_sampled_search_continues(name, budget, tmp_path, monkeypatch):
     assert after[: len(before)] == before
     assert [record["index"] for record in after] == list(range(len(after)))
     assert sum(record["duplicate_of"] is None for record in after) == budget
-    assert after[-1]["version"] == 4
+    assert after[-1]["version"] == 5
     assert after[-1]["evaluation"]["costs"]["params"] > 0
 
 
@@ -49,7 +50,7 @@ def test_the_last_architecture_of_a_search_by_gradient_is_trained(tmp_path):
     run = run_of("restoration", tmp_path)
     flags = "--device cpu --steps 1 --batch-size 1 --crop 16"
     assert train.main([str(run), *flags.split(), "--out", str(tmp_path / "out")]) == 0
-    genotype = json.loads((tmp_path / "out" / "genotype.json").read_text())
+    genotype = read_sealed(tmp_path / "out" / "genotype.json")
     assert genotype == records_of(run)[-1]["genotype"]
 
 

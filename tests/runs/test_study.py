@@ -18,6 +18,7 @@ import torch
 from nasfast.runs.records import VERSION, Evaluation, Record
 from nasfast.runs.study import Study
 from nasfast.utils.errors import UserError
+from nasfast.utils.seals import unsealed
 
 OLD = Path(__file__).parents[1] / "fixtures" / "version1"
 NOW = datetime.datetime(2026, 1, 2, 3, 4, 5)
@@ -62,7 +63,7 @@ def test_create_lays_out_the_directory(study, tmp_path):
     files = {"study.json", "config.toml", "env.json", "records.jsonl", "lock", "checkpoint"}
     assert {path.name for path in study.path.iterdir()} == files
     description = {"version": 2, "method": "segmentation", "ranking": "score"}
-    assert json.loads((study.path / "study.json").read_text()) == description
+    assert unsealed(json.loads((study.path / "study.json").read_text()), "") == description
 
 
 @pytest.mark.parametrize("whole", range(4))
@@ -296,7 +297,11 @@ def test_runs_of_version_1(run, tmp_path):
     with Study.open(path) as study:
         assert study.records == records
         study.append(better)
-    assert Record.from_json(json.loads((path / "best.json").read_text())) == study.best == better
+    assert (
+        Record.from_json(unsealed(json.loads((path / "best.json").read_text()), ""))
+        == study.best
+        == better
+    )
     assert file.read_text().startswith(before)
     assert Study.open(path, read_only=True).records == (*records, better)
 
@@ -312,15 +317,15 @@ def test_records_of_a_newer_version(study):
     append_all(study, [make_record(0, 0.1), make_record(1, 0.2)])
     study.close()
     file = study.path / "records.jsonl"
-    forms = [json.loads(line) for line in file.read_text().splitlines()]
+    forms = [unsealed(json.loads(line), "") for line in file.read_text().splitlines()]
     for form in forms:
         form |= {"version": VERSION + 1, "energy": {"joule": 3}}
     file.write_text("".join(json.dumps(form) + "\n" for form in forms))
-    with pytest.warns(UserWarning, match="records of version 5, this nasfast knows 4") as caught:
+    with pytest.warns(UserWarning, match="records of version 6, this nasfast knows 5") as caught:
         reopened = Study.open(study.path)
     assert len(caught) == 1
     with reopened:
-        assert json.loads((study.path / "best.json").read_text()) == forms[1]
+        assert unsealed(json.loads((study.path / "best.json").read_text()), "") == forms[1]
         reopened.append(make_record(2))
     form = json.loads(file.read_text().splitlines()[2])
     assert (form["version"], set(forms[0]) - set(form)) == (VERSION, {"energy"})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -47,6 +46,7 @@ from nasfast.utils.config import (
 )
 from nasfast.utils.errors import UserError
 from nasfast.utils.files import atomic_directory, atomic_write
+from nasfast.utils.seals import sealed_json
 from nasfast.utils.seeding import derive_seed
 
 
@@ -422,5 +422,5 @@ class RestorationTraining:
         save_model(self.out / MODEL_FILE, model, description)
         files = drawn(lambda: before_and_after(scores.kept))
         atomic_directory(self.out / PREDICTIONS, files)
-        atomic_write(self.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        atomic_write(self.out / "metrics.json", sealed_json(metrics))
         return f"PSNR {scores.psnr:.3f} dB, SSIM {scores.ssim:.4f} on {metrics['split']}"

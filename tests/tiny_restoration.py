@@ -1,15 +1,17 @@
-"""A small restoration search and training, shared by the tests of its entry points."""
+"""A small restoration search and training, shared by the tests of its entry points.
+
+A plugin of `conftest.py`: what the commands need is imported where it is used, as there.
+"""
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
-from nasfast.commands import search, train
 
 
 def draw(folder, count, size=(40, 48)):
     """Grey images of one edge and one gradient each, `size` = height and width."""
+    from PIL import Image
+
     folder.mkdir(parents=True)
     rng = np.random.default_rng(len(folder.name))
     for i in range(count):
@@ -43,6 +45,8 @@ def tiny_bilevel(tiny_images):
 @pytest.fixture(scope="session")
 def bilevel_run(tiny_bilevel, tmp_path_factory):
     """Run directory of that search, never interrupted; not to be written to."""
+    from nasfast.commands import search
+
     torch.set_num_threads(1)
     runs = tmp_path_factory.mktemp("restoration")
     assert search.main([*tiny_bilevel, "--runs", str(runs)]) == 0
@@ -60,6 +64,8 @@ def tiny_restorer(bilevel_run):
 @pytest.fixture(scope="session")
 def trained_restorer(tiny_restorer, tmp_path_factory):
     """Directory of that training, never interrupted; not to be written to."""
+    from nasfast.commands import train
+
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("trained_restorer") / "train"
     assert train.main([*tiny_restorer, "--out", str(out)]) == 0
