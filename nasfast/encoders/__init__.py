@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,8 @@ from torch import Tensor
 from nasfast.encoders.base import Encoder, FeatureInfo, tensor_mismatch
 from nasfast.encoders.mobilenet_v2 import MobileNetV2
 from nasfast.encoders.resnet import FORMS, ResNet, size_of
-from nasfast.utils.errors import UserError, cause, out_of_memory
+from nasfast.utils.errors import UserError, about, cause, out_of_memory
+from nasfast.utils.files import parse_json
 from nasfast.utils.seals import require_tensors
 from nasfast.utils.tensors import load_saved
 
@@ -165,7 +165,7 @@ def load_encoder(
         )
     build: Callable[[], MobileNetV2 | ResNet]
     try:
-        known = json.loads(described)
+        known = parse_json(described)
         with torch.device("meta"):  # nothing is allocated before the shapes have been compared
             if size is None:
                 width = known.get("width", 1.0)
@@ -174,7 +174,9 @@ def load_encoder(
                 strided = known.get("stride_in_1x1", False)
                 strided = strided if stride_in_1x1 is None else stride_in_1x1
                 build = functools.partial(ResNet, size, stride_in_1x1=bool(strided))
-            build().check(state, str(path))
+            with about(f"weights {path}"):
+                bare = build()
+            bare.check(state, str(path))
     except UserError:
         raise
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:

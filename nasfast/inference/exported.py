@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from nasfast.device import resolve_device
 from nasfast.tasks.detection.postprocess import Boxes
 from nasfast.utils.errors import UserError, cause
+from nasfast.utils.files import parse_json
 
 EXPORT_SUFFIXES = (".onnx", ".pt2")
 METADATA = "nasfast"
@@ -124,11 +124,11 @@ def read_description(path: Path) -> dict[str, Any]:
             "metadata; export it from the model.safetensors"
         )
     try:
-        description: dict[str, Any] = json.loads(text)
+        description: dict[str, Any] = parse_json(text)
         missing = [key for key in NEEDED if key not in description["export"]]
         if missing:
             raise KeyError(", ".join(missing))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, error) from error
     return description
 

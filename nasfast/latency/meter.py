@@ -21,7 +21,7 @@ from nasfast.latency.profile import Profile, measured_profile, operators_on
 from nasfast.latency.timing import Run, Target, deployed, rounds, threads
 from nasfast.spaces.base import G, Genotype, Space
 from nasfast.utils.errors import UserError, cause, out_of_memory
-from nasfast.utils.files import naming
+from nasfast.utils.files import naming, parse_json
 from nasfast.utils.seals import sealed, unsealed
 
 PROFILE, MEASURED = "latency.json", "latencies.jsonl"
@@ -211,7 +211,7 @@ def _read(path: Path) -> dict[str, float | str]:
     whole, end, torn = path.read_bytes().rpartition(b"\n")
     for number, line in enumerate((whole + end).splitlines(), 1):
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             if not isinstance(entry, dict):
                 raise TypeError(entry)
             found[str(entry["key"])] = _latency(unsealed(entry, path))

@@ -17,8 +17,8 @@ from nasfast.encoders import read_metadata, read_weights, tensor_mismatch
 from nasfast.models.build import FAMILIES, Family, family_of
 from nasfast.models.decoders import EncoderDecoder
 from nasfast.utils.config import from_mapping
-from nasfast.utils.errors import UserError, out_of_memory
-from nasfast.utils.files import atomic_write
+from nasfast.utils.errors import UserError, cause, out_of_memory
+from nasfast.utils.files import atomic_write, parse_json
 from nasfast.utils.seals import packed
 
 MODEL_FILE = "model.safetensors"
@@ -53,7 +53,7 @@ def model_method(path: Path) -> tuple[str, str | None]:
     metadata = read_metadata(path)
     key = _format(path, metadata, nn.Module)
     try:
-        description = json.loads(metadata[key])
+        description = parse_json(metadata[key])
     except (ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
     if not isinstance(description, dict):
@@ -81,7 +81,7 @@ def load_model(path: Path, network: type[nn.Module] = nn.Module) -> tuple[Any, d
     tensors, metadata = read_weights(path)
     key = _format(path, metadata, network)
     try:
-        description = json.loads(metadata[key])
+        description = parse_json(metadata[key])
         if not isinstance(description, dict):
             raise TypeError("its description is no JSON object")
         build = _builder(path, FAMILIES[key], description)
@@ -92,7 +92,7 @@ def load_model(path: Path, network: type[nn.Module] = nn.Module) -> tuple[Any, d
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         if out_of_memory(error):
             raise
-        raise _damaged(path, str(error)) from error
+        raise _damaged(path, cause(error)) from error
     if problem:
         raise _damaged(path, f"of its weights {problem}")
     model = build()

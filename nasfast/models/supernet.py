@@ -33,6 +33,8 @@ from nasfast.models.layers import (
 )
 from nasfast.models.mixed_op import Memory, MixedOp, PlainMixedOp
 from nasfast.spaces.ir_nas import (
+    MAX_LAYERS,
+    MAX_NODES,
     PRIMITIVES,
     IRNASGenotype,
     IRNASSpace,
@@ -59,9 +61,9 @@ ATROUS_RATE = 16
 class SupernetConfig(Bounded):
     """Size of a supernet; the defaults are the published search for denoising."""
 
-    layers: Annotated[int, Bound(1, 64)] = 4
+    layers: Annotated[int, Bound(1, MAX_LAYERS)] = 4
     """Layers of cells."""
-    nodes: Annotated[int, Bound(1, 64)] = 5
+    nodes: Annotated[int, Bound(1, MAX_NODES)] = 5
     """Nodes of a cell, N."""
     width: Channels = 10
     """Channels W of a state at level 0."""

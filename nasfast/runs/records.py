@@ -6,12 +6,13 @@ stage was the last by name, and "params" and "macs" stood outside "costs". Versi
 kept as they are.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from nasfast import __version__
-from nasfast.utils.errors import UserError
+from nasfast.utils.errors import UserError, shown
 from nasfast.utils.seals import unsealed
 
 VERSION = 5
@@ -226,7 +227,7 @@ def _fields(
 
 def _refuse(obj: object, where: str, expected: str) -> UserError:
     return UserError(
-        f"{where}: expected {expected}, got {obj!r}; the line is damaged or was edited"
+        f"{where}: expected {expected}, got {shown(obj)}; the line is damaged or was edited"
     )
 
 
@@ -248,9 +249,16 @@ def _float(obj: object, where: str) -> float:
     return float(obj)  # type: ignore[arg-type]
 
 
+def _finite(obj: object, where: str) -> float:
+    """As `_float`; what is not finite is the failure of a candidate, and no reward."""
+    if not math.isfinite(number := _float(obj, where)):
+        raise _refuse(obj, where, "a finite number")
+    return number
+
+
 def _number(obj: object, where: str) -> float:
     """As `_float`, but an integer stays one."""
-    return obj if type(obj) is int else _float(obj, where)
+    return obj if type(obj) is int else _finite(obj, where)
 
 
 def _str(obj: object, where: str) -> str:
@@ -279,15 +287,15 @@ def _mapping(read: Reader) -> Reader:
 
 
 _EVALUATION: dict[str, Reader] = {
-    "rewards": _mapping(_float),
+    "rewards": _mapping(_finite),
     "metrics": _mapping(_mapping(_float)),
-    "gate": _optional(_float),
+    "gate": _optional(_finite),
     "costs": _mapping(_number),
-    "seconds": _mapping(_float),
+    "seconds": _mapping(_finite),
     "stages": _list(_str),
     "feedback": _str,
     "failure": _optional(_str),
-    "stopped": _optional(_mapping(_float)),
+    "stopped": _optional(_mapping(_finite)),
 }
 _RECORD: dict[str, Reader] = {
     "index": _int,

@@ -36,6 +36,7 @@ from nasfast.utils.files import (
     atomic_write,
     expanded,
     naming,
+    parse_json,
     read_object,
     read_toml,
     remove_unfinished,
@@ -412,7 +413,7 @@ class Study:
         lines = data.splitlines(keepends=True)
         for number, line in enumerate(lines, start=1):
             try:
-                parsed = json.loads(line)
+                parsed = parse_json(line)
                 torn = not line.endswith(b"\n")
             except (ValueError, RecursionError) as error:
                 if number < len(lines):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Protocol, Self, TypeVar
 
-from nasfast.utils.errors import UserError
+from nasfast.utils.errors import UserError, shown
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def check_choices(decisions: Sequence[Decision], choices: Sequence[int]) -> None
     for decision, choice in zip(decisions, choices, strict=True):
         if type(choice) is not int or not 0 <= choice < decision.size:
             raise UserError(
-                f"{decision.name}: expected an integer in 0..{decision.size - 1}, got {choice!r}; "
-                "check that the genotype was made for this space"
+                f"{decision.name}: expected an integer in 0..{decision.size - 1}, got "
+                f"{shown(choice)}; check that the genotype was made for this space"
             )
 
 

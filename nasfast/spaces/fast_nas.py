@@ -16,7 +16,7 @@ from nasfast.spaces.base import (
     mutate_choices,
     sample_choices,
 )
-from nasfast.utils.errors import UserError
+from nasfast.utils.errors import UserError, shown
 
 PRIMITIVES = (
     "conv1x1",
@@ -247,7 +247,7 @@ class FastNASSpace(Space[FastNASGenotype]):
                 )
             if obj["space"] != self.name:
                 raise UserError(
-                    f'space: expected "{self.name}", got {obj["space"]!r}; '
+                    f'space: expected "{self.name}", got {shown(obj["space"])}; '
                     "read the genotype with the space that wrote it"
                 )
             cell, connections = obj["cell"], obj["connections"]
@@ -265,7 +265,8 @@ class FastNASSpace(Space[FastNASGenotype]):
             if decision.head == "cell.op" and choice not in range(len(PRIMITIVES)):
                 known = ", ".join(f"{i} {name}" for i, name in enumerate(PRIMITIVES))
                 raise UserError(
-                    f"{decision.name}: expected the index of a primitive, {known}; got {choice!r}"
+                    f"{decision.name}: expected the index of a primitive, {known}; got "
+                    f"{shown(choice)}"
                 )
         return self.decode(choices)
 
@@ -273,5 +274,5 @@ class FastNASSpace(Space[FastNASGenotype]):
 def _list(obj: object, where: str, length: int, form: str) -> list[int]:
     """`obj` if it is a list of that length, else UserError; `decode` checks the items."""
     if not isinstance(obj, list | tuple) or len(obj) != length:
-        raise UserError(f"{where}: expected a list of {length}, {form}, got {obj!r}")
+        raise UserError(f"{where}: expected a list of {length}, {form}, got {shown(obj)}")
     return list(obj)

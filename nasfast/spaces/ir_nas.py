@@ -26,7 +26,7 @@ from nasfast.spaces.base import (
     mutate_choices,
     sample_choices,
 )
-from nasfast.utils.errors import UserError
+from nasfast.utils.errors import UserError, shown
 
 PRIMITIVES = ("conv3x3", "sep3x3", "dil3x3", "def3x3", "skip", "none")
 OPS = tuple(name for name in PRIMITIVES if name != "none")
@@ -39,6 +39,11 @@ SKIP = PRIMITIVES.index("skip")
 Widths = Literal["published", "free"]
 FACTORS: dict[Widths, tuple[float, ...]] = {"published": (1, 2, 4), "free": (1, 1.5, 2, 4)}
 """Width of each level, in multiples of the basic width W."""
+
+MAX_LAYERS = 64
+"""Layers of a network, at most."""
+MAX_NODES = 8
+"""Nodes of a cell, at most: the canonical order is found among all N! of them."""
 
 Edge = tuple[str, int]
 """(operation, state it reads)."""
@@ -140,13 +145,13 @@ class IRNASGenotype:
             "levels",
             "widths",
         }:
-            got = sorted(map(str, obj)) if isinstance(obj, dict) else repr(obj)
+            got = sorted(map(str, obj)) if isinstance(obj, dict) else shown(obj)
             raise UserError(
                 f'genotype: expected an object of "space", "nodes" and "levels", got {got}'
             )
         if obj["space"] != "ir_nas":
             raise UserError(
-                f'space: expected "ir_nas", got {obj["space"]!r}; '
+                f'space: expected "ir_nas", got {shown(obj["space"])}; '
                 "read the genotype with the space that wrote it"
             )
         widths = obj.get("widths", "published")
@@ -179,10 +184,10 @@ class IRNASSpace(Space[IRNASGenotype]):
     def __post_init__(self) -> None:
         if self.widths not in get_args(Widths):
             raise UserError(f"IRNASSpace.widths: {_one_of_widths(self.widths)}; correct the value")
-        for name in ("layers", "nodes"):
-            if getattr(self, name) < 1:
+        for name, most in (("layers", MAX_LAYERS), ("nodes", MAX_NODES)):
+            if not 1 <= getattr(self, name) <= most:
                 raise UserError(
-                    f"IRNASSpace.{name}: expected at least 1, got {getattr(self, name)}"
+                    f"IRNASSpace.{name}: expected 1 to {most}, got {getattr(self, name)}"
                 )
 
     @property
@@ -247,12 +252,12 @@ class IRNASSpace(Space[IRNASGenotype]):
             for j, op in enumerate((op0, op1)):
                 if op not in OPS:
                     raise UserError(
-                        f"node{i}.edge{j}: expected one of {', '.join(OPS)}, got {op!r}"
+                        f"node{i}.edge{j}: expected one of {', '.join(OPS)}, got {shown(op)}"
                     )
             if (low, high) not in _pairs(2 + i):
                 raise UserError(
                     f"node{i}: expected two different states of 0..{1 + i}, the lower first, got "
-                    f"{low!r} and {high!r}"
+                    f"{shown(low)} and {shown(high)}"
                 )
             choices += [_pairs(2 + i).index((low, high)), OPS.index(op0), OPS.index(op1)]
         shorter = sum(
@@ -411,7 +416,7 @@ def _path_index(levels: Sequence[int], widths: Widths) -> int:
         if type(level) is not int or level not in reached:
             raise UserError(
                 f"levels: expected layer {layer} at one of {sorted(reached)}, which level "
-                f"{before} before it reaches, got {level!r}"
+                f"{before} before it reaches, got {shown(level)}"
             )
         left = len(levels) - layer
         index += sum(_num_paths(target, left, widths) for target in reached if target < level)
@@ -421,7 +426,7 @@ def _path_index(levels: Sequence[int], widths: Widths) -> int:
 
 def _one_of_widths(got: object) -> str:
     choices = " or ".join(f'"{name}"' for name in get_args(Widths))
-    return f"expected {choices}, got {got!r}"
+    return f"expected {choices}, got {shown(got)}"
 
 
 def _node(edges: Iterable[Edge]) -> Node:
@@ -432,7 +437,7 @@ def _node(edges: Iterable[Edge]) -> Node:
 def _edge(obj: object, where: str) -> Edge:
     op, state = _list(obj, where, 2, "[op, state]")
     if type(state) is not int:
-        raise UserError(f"{where}: expected the number of a state, got {state!r}")
+        raise UserError(f"{where}: expected the number of a state, got {shown(state)}")
     return op, state
 
 
@@ -440,7 +445,7 @@ def _list(obj: object, where: str, length: int | None, form: str) -> list[Any]:
     """`obj` if it is a list of that length, None for any but 0, else UserError."""
     if not isinstance(obj, list | tuple) or len(obj) != (length or max(len(obj), 1)):
         kind = f"a list of {length}" if length else "a list"
-        raise UserError(f"{where}: expected {kind}, {form}, got {obj!r}")
+        raise UserError(f"{where}: expected {kind}, {form}, got {shown(obj)}")
     return list(obj)
 
 

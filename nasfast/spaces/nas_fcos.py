@@ -19,7 +19,7 @@ from nasfast.spaces.base import (
     mutate_choices,
     sample_choices,
 )
-from nasfast.utils.errors import UserError
+from nasfast.utils.errors import UserError, shown
 
 FPN_OPS = (
     "sep_conv_3x3",
@@ -283,7 +283,7 @@ class NASFCOSSpace(Space[NASFCOSGenotype]):
     def _choice(allowed: list[int], names: Sequence[str], op: int) -> int:
         if op not in allowed:
             known = ", ".join(names[i] for i in allowed)
-            got = names[op] if type(op) is int and 0 <= op < len(names) else repr(op)
+            got = names[op] if type(op) is int and 0 <= op < len(names) else shown(op)
             raise UserError(
                 f"genotype: expected operations of {known}, got {got}; give one of the same "
                 "--primitives"
@@ -360,7 +360,7 @@ class NASFCOSSpace(Space[NASFCOSGenotype]):
             raise UserError(
                 f'genotype: expected the keys "space" ("{self.name}"), "fpn" and "head", or a '
                 f"list of {BLOCKS} blocks, alone or with [share] and [operations], got "
-                f"{_short(obj)}; give a best.json or genotype that nasfast wrote"
+                f"{shown(obj)}; give a best.json or genotype that nasfast wrote"
             )
         return _checked(
             NASFCOSGenotype(
@@ -429,11 +429,6 @@ def _check(what: str, number: object, size: int) -> None:
 
 def _wrong(what: str, expected: str, got: object) -> UserError:
     return UserError(
-        f"genotype: {what}: expected {expected}, got {_short(got)}; give a best.json or genotype "
+        f"genotype: {what}: expected {expected}, got {shown(got)}; give a best.json or genotype "
         "that nasfast wrote"
     )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

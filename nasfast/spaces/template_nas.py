@@ -17,7 +17,7 @@ from nasfast.spaces.base import (
     mutate_choices,
     sample_choices,
 )
-from nasfast.utils.errors import UserError
+from nasfast.utils.errors import UserError, shown
 
 OPERATIONS = ("sep3x3", "sep5x5", "gap", "maxpool3x3", "sep5x5_d6", "skip")
 REACH = {"sep3x3": 1, "sep5x5": 2, "maxpool3x3": 1, "sep5x5_d6": 12}
@@ -261,7 +261,7 @@ class TemplateNASSpace(Space[TemplateNASGenotype]):
                 )
             if obj["space"] != self.name:
                 raise UserError(
-                    f'space: expected "{self.name}", got {obj["space"]!r}; '
+                    f'space: expected "{self.name}", got {shown(obj["space"])}; '
                     "read the genotype with the space that wrote it"
                 )
             templates, layers = obj["templates"], obj["layers"]
@@ -278,7 +278,7 @@ class TemplateNASSpace(Space[TemplateNASGenotype]):
             words = {"op": OPERATIONS, "aggregation": AGGREGATIONS}.get(decision.head)
             if words and choice not in range(len(words)):
                 known = ", ".join(f"{i} {word}" for i, word in enumerate(words))
-                raise UserError(f"{decision.name}: expected one of {known}; got {choice!r}")
+                raise UserError(f"{decision.name}: expected one of {known}; got {shown(choice)}")
         return self.decode(choices)
 
 
@@ -299,5 +299,5 @@ def _rows(choices: Sequence[int], length: int) -> Iterator[Sequence[int]]:
 def _list(obj: object, where: str, length: int, form: str) -> list[Any]:
     """`obj` if it is a list of that length, else UserError; `decode` checks the items."""
     if not isinstance(obj, list | tuple) or len(obj) != length:
-        raise UserError(f"{where}: expected a list of {length}, {form}, got {obj!r}")
+        raise UserError(f"{where}: expected a list of {length}, {form}, got {shown(obj)}")
     return list(obj)

@@ -22,7 +22,7 @@ from typing import (
     get_type_hints,
 )
 
-from nasfast.utils.errors import UserError, about
+from nasfast.utils.errors import UserError, about, shown
 
 T = TypeVar("T")
 
@@ -262,6 +262,4 @@ def _checked(value: Any, kind: type | tuple[type, ...], where: str, expected: st
 
 
 def _refuse(value: Any, where: str, expected: str) -> UserError:
-    got = repr(value)
-    got = got if len(got) < 160 else f"{got[:160]} .."
-    return UserError(f"{where}: expected {expected}, got {got}; correct the value")
+    return UserError(f"{where}: expected {expected}, got {shown(value)}; correct the value")

@@ -67,6 +67,15 @@ def about(subject: object) -> Iterator[None]:
         raise UserError(f"{subject}: {error}") from error
 
 
+def shown(value: object) -> str:
+    """A value from a file as an error shows it: short, however long or deep it is."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} of many within each other"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ "; did you mean X?" for the known word that is most like it, or nothing."""
     close = difflib.get_close_matches(word, list(known), n=1)

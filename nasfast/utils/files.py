@@ -22,14 +22,20 @@ __all__ = [
     "data_path",
     "expanded",
     "naming",
+    "parse_json",
     "read_json",
     "read_object",
     "read_text",
     "read_toml",
     "remove_unfinished",
     "require_place",
+    "require_shallow",
     "sync_directory",
 ]
+
+
+DEPTH = 64
+"""Lists and objects within each other, at most, in a JSON or TOML file."""
 
 
 def _temporary(path: Path) -> Path:
@@ -182,11 +188,34 @@ def read_json(path: Path) -> Any:
     """Content of a JSON file; UserError where it is not JSON."""
     text = read_text(path)
     try:
-        return json.loads(text)
+        return parse_json(text)
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: expected JSON, got {text[:40]!r} ({cause(error)}); restore it from a copy"
         ) from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+        ValueError: it is not JSON.
+        RecursionError: it is nested too deeply for whatever reads it, which calls itself.
+    """
+    content = json.loads(text)
+    require_shallow(content)
+    return content
+
+
+def require_shallow(content: object) -> None:
+    """Raise RecursionError where lists and objects are nested more deeply than any file needs."""
+    level = [content] if isinstance(content, list | dict) else []
+    for _ in range(DEPTH):
+        parts = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [part for each in parts for part in each if isinstance(part, list | dict)]
+        if not level:
+            return
+    raise RecursionError(f"nested more than {DEPTH} deep")
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -203,7 +232,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Content of a TOML file; UserError where it is not TOML."""
     text = read_text(path)
     try:
-        return tomllib.loads(text)
+        content = tomllib.loads(text)
+        require_shallow(content)
+        return content
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: expected TOML, got {text[:40]!r} ({cause(error)}); restore it from a copy"

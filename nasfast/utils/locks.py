@@ -87,14 +87,14 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def is_free(folder: Path) -> bool:
-    """Whether a folder may be claimed: it is not there, or holds nothing but the lock of a process
-    that was killed before it wrote."""
+    """Whether a folder may be claimed: there is nothing of that name, or it holds the lock of a
+    process that was killed before it wrote, and nothing else."""
     try:
         return {entry.name for entry in os.scandir(folder)} == {LOCK}
     except FileNotFoundError:
         return True
     except NotADirectoryError:
-        return False
+        return not os.path.lexists(folder)  # a file is where a folder above should be
 
 
 @contextmanager

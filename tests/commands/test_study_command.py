@@ -107,7 +107,7 @@ def test_a_killed_study_trains_what_is_missing(run, begun, monkeypatch, capsys):
         f"error: study {run}: expected epochs 1, as the study began, got 2; give that, or move "
         f"{run / FOLDER} away for another study"
     )
-    changed = results(run)
+    changed = unsealed(results(run), "")
     changed["inputs"]["training data"] = "other"
     (run / FOLDER / "study-results.json").write_text(json.dumps(changed))
     assert study.main([str(run), *ALONE, *FLAGS, "--seeds", "3"]) == 2
