@@ -483,39 +483,6 @@ MAP = torch.zeros(2, 3, 4, 5)
 STRIDES = "got shape (2, 3, 4, 5) with strides (60, 20, 5, 1); make it contiguous before the call"
 
 
-@pytest.mark.parametrize(
-    ("layout", "tensor", "message"),
-    [
-        ("map", MAP, f"a channels-last tensor, {STRIDES}"),
-        ("slice", MAP, f"a channels-last tensor, {STRIDES}"),
-        (
-            "dense",
-            torch.zeros(6)[::2],
-            "a contiguous tensor, got shape (3,) with strides (2,); make it contiguous before "
-            "the call",
-        ),
-        (
-            "map",
-            MAP.double(),
-            "a tensor of torch.float32 on cpu, got torch.float64 on cpu; convert it before the "
-            "call",
-        ),
-        (
-            "map",
-            MAP.to("meta"),
-            "a tensor of torch.float32 on cpu, got torch.float32 on meta; convert it before the "
-            "call",
-        ),
-    ],
-    ids=["map", "slice", "dense", "dtype", "device"],
-)
-def test_what_a_kernel_reads_is_checked(layout: str, tensor: Tensor, message: str) -> None:
-    """Final validation: kernels do not check again."""
-    with pytest.raises(ValueError) as error:
-        _native.check("op", torch.zeros(1), torch.float32, layout, tensor)
-    assert str(error.value) == f"op: expected {message}"
-
-
 def test_slices_of_channels() -> None:
     """Read in place where the pixels lie evenly apart."""
     last = torch.zeros(2, 7, 4, 5).contiguous(memory_format=torch.channels_last)
