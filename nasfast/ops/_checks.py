@@ -144,11 +144,6 @@ def check_wanted(op: str, wanted: Sequence[bool], count: int) -> None:
         raise wrong(op, "wanted", f"of {count} flags", len(wanted), "pass one for each gradient")
 
 
-def check_eps(op: str, eps: float) -> None:
-    if not 0 < eps < math.inf:
-        raise wrong(op, "eps", "above 0", eps, "change it")
-
-
 def output_size(
     op: str,
     image: Sequence[int],

@@ -9,6 +9,7 @@ on CUDA the reference runs, whose normalisation is cuDNN's.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -116,7 +117,8 @@ def _check(
         raise _wrong("grad", like, f"{grad.dtype} of shape {tuple(grad.shape)}", "convert it")
     if grad is not None:
         _checks.check_device(_OP, "grad", grad, input)
-    _checks.check_eps(_OP, eps)
+    if not 0 < eps < math.inf:  # as F.batch_norm
+        raise _wrong("eps", "above 0", eps, "change it")
     return Sizes(pixels, channels, _native.double_bits(eps))
 
 

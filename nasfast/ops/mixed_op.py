@@ -177,6 +177,7 @@ class Sizes(NamedTuple):
     tf32: int = 0
 
 
+_OPTIONAL = (*(f"branches.{name}" for name in Branches._fields), "scale", "shift")
 _TOGETHER = (
     ("deform", "deform_bias", "offset_weight", "offset_bias"),
     ("depthwise1", "pointwise1", "depthwise2", "pointwise2"),
@@ -187,8 +188,10 @@ def _check_kinds(input: Any, factors: Any, branches: Any, scale: Any, shift: Any
     if not isinstance(branches, Branches):
         raise _checks.wrong_kind(_OP, "branches", "Branches", branches, "pass ops.Branches(..)")
     _checks.check_tensors(_OP, input=input, factors=factors)
-    for name, tensor in zip((*Branches._fields, "scale", "shift"), (*branches, scale, shift)):
-        if tensor is not None and type(tensor) is not Tensor and not isinstance(tensor, Tensor):
+    for name, tensor in zip(_OPTIONAL, (*branches, scale, shift), strict=True):
+        if tensor is not None and (
+            type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_nested
+        ):
             _checks.check_tensors(_OP, optional=[name], **{name: tensor})
 
 
@@ -205,8 +208,8 @@ def _check(
     """Sizes of a call whose tensors fit together."""
     if input is None or factors is None:
         _check_kinds(input, factors, branches, scale, shift)
-    if batch_norm:
-        _checks.check_eps(_OP, eps)
+    if batch_norm and not 0 <= eps < math.inf:
+        raise _wrong("eps", "of at least 0", eps, "change it")
     _checks.check_float(_OP, input)
     if input.dim() != 4 or 0 in input.shape[1:]:
         raise _wrong(
