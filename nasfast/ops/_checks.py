@@ -171,8 +171,8 @@ def output_size(
 
 
 def check_output(op: str, shape: Sequence[int]) -> None:
-    """Of sizes that are known: an output that memory may hold."""
-    if math.prod(shape) >= 2**47:
+    """Of sizes that are known: an output that memory may hold, were its batch not empty."""
+    if math.prod(max(size, 1) for size in shape) >= 2**47:
         raise wrong(op, "padding", "that gives fewer than 2**47 outputs", list(shape), "change it")
 
 

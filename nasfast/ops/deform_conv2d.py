@@ -345,6 +345,8 @@ def _plan(
     which leave none of it in the caches: as much as the convolution of a small map.
     """
     input = tensors[0]
+    if input is None:
+        _check_kinds(*tensors[:5])
     assert input is not None
     choices = _native.convolution_settings(input)
     key = (*map(_native.describe, tensors), *stride, *padding, *dilation, choices)

@@ -9,7 +9,6 @@ written shows.
 from __future__ import annotations
 
 import argparse
-import collections
 import json
 import math
 import mmap
@@ -19,8 +18,7 @@ import resource
 import signal
 import struct
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,7 +167,7 @@ class Draw:
             if self.chance(0.25):
                 return same[self.one(*same)](), True
             return made[self.one(*made)](), False
-        except RuntimeError:  # PyTorch cannot make such a one
+        except (RuntimeError, TypeError, IndexError):  # PyTorch cannot make such a one
             return object(), False
 
     def special(self, tensor: Tensor) -> Tensor:
@@ -944,44 +942,41 @@ def near(
 # ---- the process
 
 
-@contextmanager
-def bounds() -> Iterator[None]:
-    """Little address space, NaN in fresh memory."""
+def limit_memory() -> None:
+    """Little address space, so that an absurd allocation fails at once."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + SPARE, used + SPARE))
-    torch.use_deterministic_algorithms(True)
-    yield
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("targets", nargs="+", choices=TARGETS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--count", type=int, default=1)
-    parser.add_argument("--progress", type=Path, help="file of 8 bytes: the call that runs")
+    parser.add_argument("--first", type=int, default=0, help="call of the first target")
+    parser.add_argument("--count", type=int, default=1, help="of calls of each target, from 0 on")
+    parser.add_argument("--progress", type=Path, help="file of 16 bytes: target and call that run")
     arguments = parser.parse_args()
     file = None
     if arguments.progress is not None:
         opened = arguments.progress.open("r+b")
-        file = mmap.mmap(opened.fileno(), 8)
-    outcomes: collections.Counter[str] = collections.Counter()
-    warnings.simplefilter("ignore")  # of PyTorch, of tensors that it makes
-    with bounds():
-        for number in range(arguments.first, arguments.first + arguments.count):
+        file = mmap.mmap(opened.fileno(), 16)
+    warnings.simplefilter("ignore")  # of PyTorch, about tensors that it makes
+    limit_memory()
+    torch.use_deterministic_algorithms(True)  # NaN in fresh memory
+    for at, target in enumerate(arguments.targets):
+        first = arguments.first if at == 0 else 0
+        for number in range(first, max(arguments.count, first + 1)):
             if file is not None:
-                file[:] = struct.pack("q", number)
+                file[:] = struct.pack("2q", at, number)
             signal.alarm(SECONDS)
-            said = "the arguments"
+            said, line = "the arguments", {"target": target, "number": number}
             try:
-                call, said = make(arguments.target, arguments.seed, number)
-                outcomes[judge(arguments.target, call, said)] += 1
+                call, said = make(target, arguments.seed, number)
+                line["outcome"] = judge(target, call, said)
             except Failure as failure:
-                outcomes["failed"] += 1
-                line = {"number": number, "changed": said, "failure": str(failure)[:600]}
-                print(json.dumps(line), flush=True)
+                line |= {"outcome": "failed", "changed": said, "failure": str(failure)[:600]}
             signal.alarm(0)
-    print(json.dumps({"outcomes": outcomes}), flush=True)
+            print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
