@@ -921,7 +921,7 @@ def near(
 ) -> None:
     got, want = result.double(), wanted.double()
     finite = (
-        want.isfinite() & (want.abs() < torch.finfo(result.dtype).max)
+        want.isfinite() & (want.abs() <= torch.finfo(result.dtype).max)
         if (result.is_floating_point())
         else torch.ones_like(want, dtype=torch.bool)
     )
