@@ -501,7 +501,8 @@ def _kernel_backward(*arguments: Any) -> tuple[Tensor, ...]:
     g = _with_settings(g, input, _BATCH if norm else _FIXED, eps)
     last = torch.channels_last
     kept = raw.contiguous(memory_format=last) if norm and raw.numel() else None
-    map = offset.contiguous(memory_format=last) if offset.numel() else None
+    sampled = kept is not None and b.deform is not None
+    map = offset.contiguous(memory_format=last) if sampled else None
     statistics = statistics.contiguous()
     if not norm or kept is None:
         kept, map = _scratch(g, ready, norm, b.deform is not None, False)

@@ -217,7 +217,9 @@ def test_what_crashed() -> None:
         assert str(refused.value) == f"batch_norm_relu: expected statistics {message}"
 
     backward = torch.ops.nasfast.mixed_op_backward
-    backward(*mixed_arguments())
+    for offset in (torch.zeros(()), torch.zeros(3)):  # nothing reads it
+        found = backward(*mixed_arguments(offset=offset))
+        torch.testing.assert_close(found, backward(*mixed_arguments()))
     remedy = "pass what the forward pass returned"
     for changes, message in (
         ({"statistics": torch.empty(0)}, "statistics of shape (5, 2, 2), got (0,)"),
