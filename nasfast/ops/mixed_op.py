@@ -78,7 +78,8 @@ def mixed_op(
         recompute: keep nothing but the input for the backward pass, which then computes the
             branches again; else their results before normalisation are kept.
 
-    The statistics take no gradient; they are 0 for what is not normalised by the batch. Sums are
+    The statistics take no gradient; they are 0 for what is not normalised by the batch, and for an
+    empty one. Where the input of a ReLU is NaN, its gradient is 0, not NaN as PyTorch's. Sums are
     in float32, or float64 for float64; factors, biases, scale and shift may be float32 beside a
     half-precision input. Autocast casts the input and the weights.
 
@@ -124,7 +125,7 @@ def mixed_op_reference(
 
     def norm(name: str, raw: Tensor) -> Tensor:
         at = MAPS.index(name)
-        if batch_norm:
+        if batch_norm and g.batch:
             variance, mean = torch.var_mean(raw, (0, 2, 3), correction=0)
             statistics[at] = torch.stack([mean, variance]).detach()
             raw = (raw - mean[:, None, None]) * (variance + eps).rsqrt()[:, None, None]

@@ -427,6 +427,12 @@ def test_eps(value: float) -> None:
         assert str(error.value) == f"mixed_op: expected eps of at least 0, got {value}; change it"
 
 
+def test_statistics_of_an_empty_batch() -> None:
+    for function in both("mixed_op"):
+        _, statistics = function(**RIGHT["mixed_op"] | {"input": IMAGE[:0]})
+        assert statistics.eq(0).all()
+
+
 def test_int8_is_not_stored() -> None:
     """Neither op nor reference, in any combination with floats."""
     for stored, to in (
