@@ -21,15 +21,16 @@ inline void check_sizes(const Params& p) {
                  {"offsets of a pixel", p.offset_groups * p.kernel_h * p.kernel_w}};
     for (const auto& [name, size] : sizes)
         if (size > 1 << 30)
-            throw std::runtime_error(std::string("deform_conv2d: CUDA wants at most 2^30 ") + name +
-                                     ", got " + std::to_string(size) + "; split the call");
+            throw std::invalid_argument(std::string("deform_conv2d: CUDA wants at most 2^30 ") + name +
+                                        ", got " + std::to_string(size) + "; split the call");
 }
 
 // The grid of so many blocks.
 inline dim3 grid(int64_t blocks) {
     if (blocks > 0x7fffffff)
-        throw std::runtime_error("deform_conv2d: CUDA wants at most 2^31 - 1 tiles of output pixels, got " +
-                                 std::to_string(blocks) + "; split the batch");
+        throw std::invalid_argument(
+            "deform_conv2d: CUDA wants at most 2^31 - 1 tiles of output pixels, got " +
+            std::to_string(blocks) + "; split the batch");
     return dim3(unsigned(blocks));
 }
 

@@ -227,13 +227,13 @@ inline void check_sizes(const Params& p) {
     } sizes[] = {{"channels", p.channels, 15}, {"rows", p.height, 24}, {"columns", p.width, 24}};
     for (const auto& [name, size, power] : sizes)
         if (size > int64_t(1) << power)
-            throw std::runtime_error("mixed_op: CUDA wants at most 2^" + std::to_string(power) + " " + name +
-                                     ", got " + std::to_string(size) + "; split the call");
+            throw std::invalid_argument("mixed_op: CUDA wants at most 2^" + std::to_string(power) + " " +
+                                        name + ", got " + std::to_string(size) + "; split the call");
     const int64_t tiles =
         p.batch * ((p.height + kTileHeight - 1) / kTileHeight) * ((p.width + kTileWidth - 1) / kTileWidth);
     if (tiles > 0x7fffffff)
-        throw std::runtime_error("mixed_op: CUDA wants at most 2^31 - 1 tiles of pixels, got " +
-                                 std::to_string(tiles) + "; split the batch");
+        throw std::invalid_argument("mixed_op: CUDA wants at most 2^31 - 1 tiles of pixels, got " +
+                                    std::to_string(tiles) + "; split the batch");
 }
 
 // Queues a kernel to be packed, and returns it as a source.

@@ -1,13 +1,15 @@
 """Checks of arguments that ops share, and the form of every op's errors.
 
-Each function raises ``ValueError``: "<op>: expected <argument> <condition>, got <value>; <remedy>".
+"<op>: expected <argument> <condition>, got <value>; <remedy>" is a ``TypeError`` where an argument
+is of a wrong kind, else a ``ValueError``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from operator import index
-from typing import SupportsIndex
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ Ints = int | Sequence[int]
 Pair = tuple[int, int]
 
 _LEAST = {"stride": 1, "padding": 0, "dilation": 1}
+_BELOW = {"stride": 2**63, "padding": 2**47, "dilation": 2**63}
+"""Kernels compute positions in 64 bits, from several paddings; memory has addresses of 47 bits."""
 
 
 def wrong(op: str, argument: str, condition: str, got: object, remedy: str) -> ValueError:
@@ -25,15 +29,70 @@ def wrong(op: str, argument: str, condition: str, got: object, remedy: str) -> V
     return ValueError(f"{op}: expected {argument} {condition}, got {got}; {remedy}")
 
 
-def pair(op: str, argument: str, value: Ints) -> Pair:
+def wrong_kind(op: str, argument: str, kind: str, got: object, remedy: str) -> TypeError:
+    """The error to raise for an argument that is no ``kind``."""
+    return TypeError(f"{op}: expected {argument} as {kind}, got {type(got).__name__}; {remedy}")
+
+
+def check_tensors(op: str, *, optional: Sequence[str] = (), **tensors: object) -> None:
+    """What is read as a tensor is one, in dense memory; the ``optional`` may be None."""
+    for name, tensor in tensors.items():
+        if tensor is None and name in optional:
+            continue
+        if not isinstance(tensor, Tensor):
+            kind = "a tensor or None" if name in optional else "a tensor"
+            raise wrong_kind(op, name, kind, tensor, "pass a torch.Tensor")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            got = "a nested one" if tensor.is_nested else tensor.layout
+            raise TypeError(f"{op}: expected {name} as a dense tensor, got {got}; convert it")
+
+
+def number(op: str, argument: str, value: Any) -> float:
+    """A setting that is one number."""
+    if type(value) is float:
+        return value
+    try:
+        if isinstance(value, str | bytes):
+            raise TypeError
+        return float(value)
+    except OverflowError:  # of an integer
+        raise wrong(op, argument, "as a finite number", value, "change it") from None
+    except (TypeError, ValueError, RuntimeError):
+        raise wrong_kind(op, argument, "a number", value, "pass a float") from None
+
+
+def flag(op: str, argument: str, value: object) -> bool:
+    """A setting that is on or off."""
+    if not isinstance(value, bool):
+        raise wrong_kind(op, argument, "a bool", value, "pass True or False")
+    return value
+
+
+def integer(op: str, argument: str, value: Any) -> int:
+    """A setting that is one integer."""
+    if type(value) is int:
+        return value
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    try:
+        return index(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise wrong_kind(op, argument, "an integer", value, "pass an int") from None
+
+
+def pair(op: str, argument: str, value: Any) -> Pair:
     """(vertical, horizontal) of a setting that is one integer for both, or two."""
     if type(value) is int:
         return value, value
-    both = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if len(both) != 2 or not all(isinstance(size, int | SupportsIndex) for size in both):
-        raise wrong(op, argument, "as one integer or two (vertical, horizontal)", value, "pass two")
-    first, second = (size if isinstance(size, torch.SymInt) else index(size) for size in both)
-    return first, second
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    both = tuple(value) if several else (value, value)
+    try:
+        if len(both) != 2:
+            raise TypeError
+        return integer(op, argument, both[0]), integer(op, argument, both[1])
+    except TypeError:
+        form = "as one integer or two (vertical, horizontal)"
+        raise wrong(op, argument, form, value, "pass two") from None
 
 
 def check_float(op: str, input: Tensor) -> None:
@@ -70,8 +129,19 @@ def check_device(op: str, name: str, tensor: Tensor, input: Tensor) -> None:
 def check_settings(op: str, **settings: Pair) -> None:
     """Stride, padding and dilation, by name."""
     for name, values in settings.items():
+        if len(values) != 2:  # of a registered op
+            raise wrong(op, name, "as two integers (vertical, horizontal)", values, "pass two")
         if min(values) < _LEAST[name]:
             raise wrong(op, name, f"of at least {_LEAST[name]}", tuple(values), "change it")
+        if max(values) >= _BELOW[name]:
+            below = f"below 2**{_BELOW[name].bit_length() - 1}"
+            raise wrong(op, name, below, tuple(values), "change it")
+
+
+def check_wanted(op: str, wanted: Sequence[bool], count: int) -> None:
+    """Which gradients a registered backward pass computes."""
+    if len(wanted) != count:
+        raise wrong(op, "wanted", f"of {count} flags", len(wanted), "pass one for each gradient")
 
 
 def output_size(
@@ -98,3 +168,18 @@ def output_size(
             "enlarge the image or the padding",
         )
     return height, width
+
+
+def check_output(op: str, shape: Sequence[int]) -> None:
+    """Of sizes that are known: an output that memory may hold, were its batch not empty."""
+    if math.prod(max(size, 1) for size in shape) >= 2**47:
+        raise wrong(op, "padding", "that gives fewer than 2**47 outputs", list(shape), "change it")
+
+
+def effective(sizes: Sequence[int], steps: Pair) -> Pair:
+    """Strides of an output, or dilations of a kernel: 1 along a side of one pixel.
+
+    There they mean nothing and may be of any size, which kernels would compute with.
+    """
+    vertical, horizontal = steps
+    return 1 if sizes[0] == 1 else vertical, 1 if sizes[1] == 1 else horizontal

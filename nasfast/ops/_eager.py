@@ -27,13 +27,16 @@ def call(
     kernel: Callable[..., Any],
     differentiable: Callable[..., Any],
     reference: Callable[..., Any],
+    check_kinds: Callable[..., None],
 ) -> Any:
     """The result of an op: by its kernel, by its reference, or by the dispatcher.
 
-    ``differentiable`` is the kernel made by :func:`make_differentiable`.
+    ``differentiable`` is the kernel made by :func:`make_differentiable`. ``check_kinds`` refuses
+    what is no tensor; kernel and reference do that themselves.
     """
     if is_eager(op, tensors):
         return (differentiable if torch.is_grad_enabled() else kernel)(*arguments)
+    check_kinds(*tensors)
     if is_differentiated_forward():
         return reference(*arguments)
     return getattr(torch.ops.nasfast, op).default(*arguments)
@@ -75,6 +78,8 @@ def is_eager(op: str, tensors: Sequence[Tensor | None]) -> bool:
     if torch.compiler.is_compiling():
         return False
     first = tensors[0]
+    if type(first) not in _PLAIN:
+        return False
     assert first is not None
     device = first.device.type
     if (

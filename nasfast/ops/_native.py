@@ -6,11 +6,12 @@ its reference. ``nasfast info`` shows both.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import struct
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -142,55 +143,110 @@ def double_bits(value: float) -> int:
     return int(struct.unpack("q", struct.pack("d", value))[0])
 
 
-def check(entry: str, like: Tensor, dtype: torch.dtype, layout: str, tensor: Tensor | None) -> None:
-    """Final validation: kernels do not check again.
+class Pointer(NamedTuple):
+    """What a kernel reads or writes behind one of its pointers."""
 
-    ``layout`` is "map" (channels last), "slice" (of the channels of such a map) or "dense"
-    (contiguous, or channels last).
+    name: str
+    dtype: torch.dtype | None  # None: any
+    nbytes: int | None  # None: what ``holds`` knows
+    layout: torch.memory_format | None = torch.contiguous_format
+    holds: Callable[[Tensor], bool] | None = None
+    """Of a tensor in another layout."""
+    needed: bool | int = True
+    """False where it may be null; the index of another pointer where it may be if that one is."""
 
-    Raises:
-        ValueError: another dtype, another device than that of ``like``, another layout.
-    """
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        dtype: torch.dtype,
+        elements: int,
+        layout: torch.memory_format = torch.contiguous_format,
+        needed: bool | int = True,
+    ) -> Pointer:
+        """To so many elements in a layout."""
+        return cls(name, dtype, elements * dtype.itemsize, layout, None, needed)
+
+
+POINTERS: dict[str, Callable[[torch.dtype, tuple[int, ...]], tuple[Pointer, ...]]] = {}
+"""Entry of the extension, without "_cuda": its pointers, by the dtype and the sizes of a call."""
+
+
+def pointers(
+    *entries: str,
+) -> Callable[[Callable[..., tuple[Pointer, ...]]], Callable[..., tuple[Pointer, ...]]]:
+    """Registers the function that describes the pointers of entries."""
+
+    def register(
+        function: Callable[..., tuple[Pointer, ...]],
+    ) -> Callable[..., tuple[Pointer, ...]]:
+        for entry in entries:
+            POINTERS[entry] = functools.lru_cache(1024)(function)
+        return function
+
+    return register
+
+
+def _refuse(entry: str, pointer: Pointer, tensor: Tensor | None, device: torch.device) -> NoReturn:
+    """Raises the error that says what is wrong with a tensor for a pointer."""
+    name = f"{entry}: expected {pointer.name}"
     if tensor is None:
-        return
-    if tensor.device != like.device or tensor.dtype != dtype:
+        raise ValueError(f"{name} as a tensor, got None; pass it")
+    if tensor.device != device or tensor.dtype != (pointer.dtype or tensor.dtype):
         raise ValueError(
-            f"{entry}: expected a tensor of {dtype} on {like.device}, got {tensor.dtype} on "
+            f"{name} of {pointer.dtype or tensor.dtype} on {device}, got {tensor.dtype} on "
             f"{tensor.device}; convert it before the call"
         )
-    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    if not (
-        last
-        or (layout == "slice" and pixel_step(tensor) is not None)
-        or (layout == "dense" and tensor.is_contiguous())
-    ):
-        layout = "contiguous" if layout == "dense" else "channels-last"
-        raise ValueError(
-            f"{entry}: expected a {layout} tensor, got shape {tuple(tensor.shape)} with strides "
-            f"{tensor.stride()}; make it contiguous before the call"
-        )
+    got = f"shape {tuple(tensor.shape)} with strides {tensor.stride()}"
+    if tensor.nbytes != pointer.nbytes and pointer.nbytes is not None:
+        raise ValueError(f"{name} of {pointer.nbytes} bytes, got {got}; pass all of them")
+    if tensor.numel() and not tensor.data_ptr():
+        raise ValueError(f"{name} with memory, got {got} without it; allocate it before the call")
+    layout = {torch.channels_last: "channels-last", torch.contiguous_format: "contiguous"}
+    kind = "matching" if pointer.layout is None else layout[pointer.layout]
+    raise ValueError(f"{name} as a {kind} tensor, got {got}; make it contiguous before the call")
 
 
 def call(
     entry: str, dtype: torch.dtype, sizes: tuple[int, ...], tensors: Sequence[Tensor | None]
 ) -> None:
-    """Runs a kernel of the extension on the device of the tensors, which :func:`check` has seen.
+    """Runs a kernel of the extension on the device of the tensors.
 
     ``sizes`` and ``tensors`` stand in the order of the kernel's C++ structs; None becomes a null
-    pointer. On CUDA it runs on the current stream, with workspace from PyTorch's allocator.
+    pointer. This is the final validation, of every pointer: kernels do not check again. On CUDA it
+    runs on the current stream, with workspace from PyTorch's allocator.
 
     Raises:
+        ValueError: a tensor that is not what :data:`POINTERS` says of the entry.
         RuntimeError: the kernel cannot be launched.
     """
-    pointers = tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
     first = tensors[0]
     assert first is not None
-    device = first.device
-    if device.type == "cpu":
-        getattr(C, entry)(DTYPES[dtype], sizes, pointers)
+    device, on_cpu = first.device, first.is_cpu
+    addresses = []
+    for pointer, tensor in zip(POINTERS[entry](dtype, sizes), tensors, strict=True):
+        _, kind, nbytes, layout, holds, needed = pointer
+        if tensor is None:
+            if needed is not False and (needed is True or tensors[needed] is not None):
+                _refuse(entry, pointer, None, device)
+            addresses.append(0)
+            continue
+        address = tensor.data_ptr()
+        if (
+            (tensor.dtype is not kind and kind is not None)
+            or (tensor.nbytes != nbytes and nbytes is not None)
+            or not (tensor.is_cpu if on_cpu else tensor.device == device)
+            or not (address or not tensor.numel())
+            or (layout is not None and not tensor.is_contiguous(memory_format=layout))
+            or (holds is not None and not holds(tensor))
+        ):
+            _refuse(entry, pointer, tensor, device)
+        addresses.append(address)
+    if on_cpu:
+        getattr(C, entry)(DTYPES[dtype], sizes, addresses)
         return
     with torch.cuda.device(device):
         size = getattr(C, f"{entry}_cuda_workspace")(DTYPES[dtype], sizes)
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
         stream = torch.cuda.current_stream().cuda_stream
-        getattr(C, f"{entry}_cuda")(DTYPES[dtype], sizes, pointers, workspace.data_ptr(), stream)
+        getattr(C, f"{entry}_cuda")(DTYPES[dtype], sizes, addresses, workspace.data_ptr(), stream)

@@ -9,6 +9,7 @@ on CUDA the reference runs, whose normalisation is cuDNN's.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -35,15 +36,17 @@ def batch_norm_relu(
     it.
 
     Raises:
+        TypeError: what is no tensor, or no number.
         ValueError: tensors that do not fit together, or a batch of one pixel.
     """
     output, statistics = _eager.call(
         _OP,
         (input, weight, bias),
-        (input, weight, bias, float(eps)),
+        (input, weight, bias, _checks.number(_OP, "eps", eps)),
         _kernel,
         _differentiable,
         batch_norm_relu_reference,
+        _check_kinds,
     )
     return output, statistics
 
@@ -52,7 +55,8 @@ def batch_norm_relu_reference(
     input: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
     """:func:`batch_norm_relu` in plain PyTorch: any device and float dtype."""
-    pixels = _check(input, weight, bias, eps).pixels
+    _check_kinds(input, weight, bias)
+    pixels = _check(input, weight, bias, _checks.number(_OP, "eps", eps)).pixels
     mean, variance = torch.zeros_like(weight).detach(), torch.ones_like(weight).detach()
     # a running average of momentum 1 is the batch's own
     normal = F.batch_norm(input, mean, variance, weight, bias, True, momentum=1.0, eps=eps)
@@ -69,10 +73,21 @@ class Sizes(NamedTuple):
     """The bits of a double."""
 
 
+def _check_kinds(input: Any, weight: Any, bias: Any) -> None:
+    _checks.check_tensors(_OP, input=input, weight=weight, bias=bias)
+
+
 def _check(
-    input: Tensor, weight: Tensor, bias: Tensor, eps: float, grad: Tensor | None = None
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    grad: Tensor | None = None,
+    statistics: Tensor | None = None,
 ) -> Sizes:
     """Sizes of a call whose tensors fit together."""
+    if input is None or weight is None or bias is None:
+        _check_kinds(input, weight, bias)
     _checks.check_float(_OP, input)
     _checks.check_dimensions(_OP, "input", input, 4)
     batch, channels, height, width = input.shape
@@ -85,9 +100,14 @@ def _check(
             "a single one has no variance: normalise it with running statistics",
         )
     sums = _native.accumulate(input.dtype)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        remedy = "it has one value per channel of input"
-        _checks.check_shape(_OP, name, tensor, (channels,), remedy)
+    for name, tensor, shape in (
+        ("weight", weight, (channels,)),
+        ("bias", bias, (channels,)),
+        ("statistics", statistics, (2, channels)),
+    ):
+        if tensor is None:
+            continue
+        _checks.check_shape(_OP, name, tensor, shape, "it has one value per channel of input")
         if tensor.dtype != sums:
             dtype = f"of {sums} beside an input of {input.dtype}"
             raise _wrong(name, dtype, tensor.dtype, f"convert it with {name}.to({sums})")
@@ -95,9 +115,36 @@ def _check(
     if grad is not None and (grad.shape, grad.dtype) != (input.shape, input.dtype):
         like = f"like input, {input.dtype} of shape {tuple(input.shape)}"
         raise _wrong("grad", like, f"{grad.dtype} of shape {tuple(grad.shape)}", "convert it")
-    if eps < 0:
-        raise _wrong("eps", "of at least 0", eps, "change it")
+    if grad is not None:
+        _checks.check_device(_OP, "grad", grad, input)
+    if not 0 < eps < math.inf:  # as F.batch_norm
+        raise _wrong("eps", "above 0", eps, "change it")
     return Sizes(pixels, channels, _native.double_bits(eps))
+
+
+@_native.pointers("batch_norm_relu_forward")
+def _forward_pointers(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[_native.Pointer, ...]:
+    pixels, channels, _ = sizes
+    sums, map, last = _native.accumulate(dtype), pixels * channels, torch.channels_last
+    return (
+        _native.Pointer.of("input", dtype, map, last),
+        _native.Pointer.of("weight", sums, channels),
+        _native.Pointer.of("bias", sums, channels),
+        _native.Pointer.of("output", dtype, map, last),
+        _native.Pointer.of("statistics", sums, 2 * channels),
+    )
+
+
+@_native.pointers("batch_norm_relu_backward")
+def _backward_pointers(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[_native.Pointer, ...]:
+    input, weight, bias, output, statistics = _forward_pointers(dtype, sizes)
+    return (
+        output._replace(name="grad"),
+        *(input, weight, bias, statistics),
+        input._replace(name="grad_input"),
+        weight._replace(name="grad_weight"),
+        bias._replace(name="grad_bias"),
+    )
 
 
 def _kernel(input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -106,13 +153,6 @@ def _kernel(input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Te
     x, w, b = _native.as_map(input, dtype), weight.contiguous(), bias.contiguous()
     y = torch.empty_like(x)
     statistics = w.new_empty(2, sizes.channels)
-    for kind, layout, tensor in (
-        (dtype, "map", x),
-        (w.dtype, "dense", w),
-        (w.dtype, "dense", b),
-        (dtype, "map", y),
-    ):
-        _native.check(entry, x, kind, layout, tensor)
     _native.call(entry, dtype, sizes, (x, w, b, y, statistics))
     return _native.as_like(y, input), statistics
 
@@ -120,15 +160,13 @@ def _kernel(input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Te
 def _kernel_backward(
     grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sizes = _check(input, weight, bias, eps, grad)
+    if grad is None or statistics is None:
+        _checks.check_tensors(_OP, grad=grad, statistics=statistics)
+    sizes = _check(input, weight, bias, eps, grad, statistics)
     entry, dtype = "batch_norm_relu_backward", _native.storage(input)
     dy, x = _native.as_map(grad, dtype), _native.as_map(input, dtype)
-    vectors = w, b, s = weight.contiguous(), bias.contiguous(), statistics.contiguous()
+    w, b, s = weight.contiguous(), bias.contiguous(), statistics.contiguous()
     dx, dw, db = torch.empty_like(x), torch.empty_like(w), torch.empty_like(b)
-    for tensor in (dy, x, dx):
-        _native.check(entry, x, dtype, "map", tensor)
-    for tensor in vectors:
-        _native.check(entry, x, w.dtype, "dense", tensor)
     _native.call(entry, dtype, sizes, (dy, x, w, b, s, dx, dw, db))
     return _native.as_like(dx, input), dw, db
 
@@ -142,7 +180,9 @@ def _fake(input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tens
 def _fake_backward(
     grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(input, weight, bias, eps, grad)
+    if grad is None or statistics is None:
+        _checks.check_tensors(_OP, grad=grad, statistics=statistics)
+    _check(input, weight, bias, eps, grad, statistics)
     output = torch.empty_like(input, memory_format=_native.memory_format(input))
     return output, torch.empty_like(weight), torch.empty_like(bias)
 

@@ -50,6 +50,7 @@ def deform_conv2d(
     convolution that predicts offset and mask) is read in place; other maps are copied into it.
 
     Raises:
+        TypeError: what is no tensor, or no integer.
         ValueError: tensors that do not fit together, with what was expected and what came.
     """
     stride, padding, dilation = _pairs(stride, padding, dilation)
@@ -60,6 +61,7 @@ def deform_conv2d(
         _kernel,
         _differentiable,
         deform_conv2d_reference,
+        _check_kinds,
     )
     return output
 
@@ -79,6 +81,17 @@ class DeformConv2d(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
+        in_channels, out_channels, groups = (
+            _checks.integer(_OP, name, value)
+            for name, value in (
+                ("in_channels", in_channels),
+                ("out_channels", out_channels),
+                ("groups", groups),
+            )
+        )
+        for name, size in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if not 1 <= size < 2**31:
+                raise _wrong(name, "from 1 to 2**31 - 1", size, "change it")
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise _wrong(
                 "groups",
@@ -91,6 +104,10 @@ class DeformConv2d(nn.Module):
         self.stride = _pair("stride", stride)
         self.padding = _pair("padding", padding)
         self.dilation = _pair("dilation", dilation)
+        if not 1 <= min(self.kernel_size) <= max(self.kernel_size) < 2**31:
+            raise _wrong("kernel_size", "from 1 to 2**31 - 1", self.kernel_size, "change it")
+        sizes = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        _checks.check_settings(_OP, **sizes)
         self.weight = nn.Parameter(
             torch.empty(out_channels, in_channels // groups, *self.kernel_size)
         )
@@ -129,13 +146,14 @@ def deform_conv2d_reference(
 ) -> Tensor:
     """:func:`deform_conv2d` in plain PyTorch: any device and float dtype, differentiable twice."""
     stride, padding, dilation = _pairs(stride, padding, dilation)
+    _check_kinds(input, offset, weight, bias, mask)
     g = _check(input, offset, weight, bias, stride, padding, dilation, mask)
     dtype, layout = input.dtype, _native.memory_format(input)
     input, offset, weight, bias, mask = _at_least_float32(input, offset, weight, bias, mask)
     n, c, d, k = g.batch, g.channels, g.offset_groups, g.kernel_h * g.kernel_w
 
     def positions(out: int, stride: int, pad: int) -> Tensor:
-        return torch.arange(out, device=input.device, dtype=input.dtype) * stride - pad
+        return (torch.arange(out, device=input.device) * stride - pad).to(input.dtype)
 
     tap = torch.arange(k, device=input.device)
     tap_y = (tap // g.kernel_w * g.dilation_h).view(k, 1, 1)
@@ -160,9 +178,11 @@ def deform_conv2d_reference(
     columns = (1 - wy) * ((1 - wx) * corner(0, 0) + wx * corner(0, 1)) + wy * (
         (1 - wx) * corner(1, 0) + wx * corner(1, 1)
     )
-    if mask is not None:
-        columns = columns * mask.reshape(n, d, 1, k, g.out_height, g.out_width)
-    columns = columns.where(inside.unsqueeze(2), 0)
+    inside = inside.unsqueeze(2)
+    columns = columns.where(inside, 0)
+    if mask is not None:  # zero with its gradient outside, whatever it and the image hold
+        mask = mask.reshape(n, d, 1, k, g.out_height, g.out_width)
+        columns = columns * mask.where(inside, 0)
     columns = columns.reshape(n, g.groups, c // g.groups * k, g.out_height * g.out_width)
     matrix = weight.reshape(g.groups, g.out_channels // g.groups, c // g.groups * k)
     output = (matrix @ columns).reshape(n, g.out_channels, g.out_height, g.out_width)
@@ -207,6 +227,11 @@ def _pairs(stride: Ints, padding: Ints, dilation: Ints) -> tuple[Pair, Pair, Pai
     return _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation)
 
 
+def _check_kinds(input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> None:
+    tensors = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
+    _checks.check_tensors(_OP, optional=("bias", "mask"), **tensors)
+
+
 def _check(
     input: Tensor,
     offset: Tensor,
@@ -219,6 +244,8 @@ def _check(
     grad: Tensor | None = None,
 ) -> Geometry:
     """Sizes of a call whose tensors fit together."""
+    if input is None or offset is None or weight is None:
+        _check_kinds(input, offset, weight, bias, mask)
     _checks.check_float(_OP, input)
     for name, tensor, dims in (
         ("input", input, 4),
@@ -318,6 +345,8 @@ def _plan(
     which leave none of it in the caches: as much as the convolution of a small map.
     """
     input = tensors[0]
+    if input is None:
+        _check_kinds(*tensors[:5])
     assert input is not None
     choices = _native.convolution_settings(input)
     key = (*map(_native.describe, tensors), *stride, *padding, *dilation, choices)
@@ -374,17 +403,15 @@ def _ready(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
 def _sizes(
     g: Geometry, ready: tuple[Tensor | None, ...], choices: tuple[bool, bool]
 ) -> tuple[int, ...]:
-    input, offset, weight, bias, mask, grad = ready
-    assert input is not None
+    _, offset, weight, _, mask, _ = ready
     assert weight is not None
-    entry, dtype = "deform_conv2d", input.dtype
-    sums = _native.accumulate(dtype)
-    _native.check(entry, input, dtype, "map", input)
-    _native.check(entry, input, sums, "slice", offset)
-    _native.check(entry, input, dtype, "dense", weight)
-    _native.check(entry, input, sums, "dense", bias)
-    _native.check(entry, input, sums, "slice", mask)
-    _native.check(entry, input, dtype, "map", grad)
+    stride_h, stride_w = _checks.effective((g.out_height, g.out_width), (g.stride_h, g.stride_w))
+    dilation_h, dilation_w = _checks.effective(
+        (g.kernel_h, g.kernel_w), (g.dilation_h, g.dilation_w)
+    )
+    g = g._replace(
+        stride_h=stride_h, stride_w=stride_w, dilation_h=dilation_h, dilation_w=dilation_w
+    )
     offset_step, mask_step = (
         0 if map is None else _native.pixel_step(map) or 0 for map in (offset, mask)
     )
@@ -393,6 +420,105 @@ def _sizes(
         *Layout(
             offset_step, mask_step, _native.memory_format(weight) == torch.channels_last, *choices
         ),
+    )
+
+
+def _reads(
+    dtype: torch.dtype, g: Geometry, layout: Layout
+) -> tuple[_native.Pointer, _native.Pointer, _native.Pointer, _native.Pointer]:
+    """The pointers of input, offset, mask and weight."""
+    sums, last = _native.accumulate(dtype), torch.channels_last
+    samples = g.offset_groups * g.kernel_h * g.kernel_w
+    pixels = g.batch * g.out_height * g.out_width
+
+    def sliced(name: str, channels: int, step: int, needed: bool) -> _native.Pointer:
+        nbytes = pixels * channels * sums.itemsize
+        if step == channels:
+            return _native.Pointer(name, sums, nbytes, last, None, needed)
+
+        def holds(tensor: Tensor) -> bool:
+            return tensor.dim() == 4 and _native.pixel_step(tensor) == step
+
+        return _native.Pointer(name, sums, nbytes, None, holds, needed)
+
+    return (
+        _native.Pointer.of("input", dtype, g.batch * g.channels * g.height * g.width, last),
+        sliced("offset", samples * 2, layout.offset_step, True),
+        sliced("mask", samples, layout.mask_step, False),
+        _native.Pointer.of("weight", dtype, _weight_elements(g), _weight_layout(layout)),
+    )
+
+
+def _dense(pointer: _native.Pointer) -> _native.Pointer:
+    """The gradient of what may be a slice."""
+    name, dtype, nbytes, *_ = pointer
+    return _native.Pointer(f"grad_{name}", dtype, nbytes, torch.channels_last, needed=False)
+
+
+def _weight_elements(g: Geometry) -> int:
+    return g.out_channels * (g.channels // g.groups) * g.kernel_h * g.kernel_w
+
+
+def _weight_layout(layout: Layout) -> torch.memory_format:
+    return torch.channels_last if layout.weight_channels_last else torch.contiguous_format
+
+
+def _parts_of(sizes: tuple[int, ...]) -> tuple[Geometry, Layout]:
+    """What ``Params`` consist of."""
+    count = len(Geometry._fields)
+    return Geometry(*sizes[:count]), Layout(*sizes[count : count + len(Layout._fields)])
+
+
+@_native.pointers("deform_conv2d_forward")
+def _forward_pointers(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[_native.Pointer, ...]:
+    g, layout = _parts_of(sizes)
+    sums, size = _native.accumulate(dtype), g.batch * g.out_channels * g.out_height * g.out_width
+    return (
+        *_reads(dtype, g, layout),
+        _native.Pointer.of("bias", sums, g.out_channels, needed=False),
+        _native.Pointer.of("output", dtype, size, torch.channels_last),
+    )
+
+
+@_native.pointers("deform_conv2d_backward")
+def _backward_pointers(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[_native.Pointer, ...]:
+    g, layout = _parts_of(sizes)
+    sums = _native.accumulate(dtype)
+    input, offset, mask, weight = _reads(dtype, g, layout)
+    size = g.batch * g.out_channels * g.out_height * g.out_width
+    return (
+        _native.Pointer.of("grad", dtype, size, torch.channels_last),
+        *(input, offset, mask, weight),
+        input._replace(name="grad_input", needed=False),
+        _dense(offset),
+        _native.Pointer.of("grad_weight", sums, _weight_elements(g), _weight_layout(layout), False),
+        _native.Pointer.of("grad_bias", sums, g.out_channels, needed=False),
+        _dense(mask),
+    )
+
+
+@_native.pointers("deform_conv2d_columns_forward")
+def _columns_forward_pointers(
+    dtype: torch.dtype, sizes: tuple[int, ...]
+) -> tuple[_native.Pointer, ...]:
+    g, layout = _parts_of(sizes)
+    input, offset, mask, _ = _reads(dtype, g, layout)
+    elements = sizes[-1] * g.kernel_h * g.kernel_w * g.channels
+    return input, offset, mask, _native.Pointer.of("columns", dtype, elements)
+
+
+@_native.pointers("deform_conv2d_columns_backward")
+def _columns_backward_pointers(
+    dtype: torch.dtype, sizes: tuple[int, ...]
+) -> tuple[_native.Pointer, ...]:
+    input, offset, mask, columns = _columns_forward_pointers(dtype, sizes)
+    sums, last = _native.accumulate(dtype), torch.channels_last
+    return (
+        columns._replace(name="grad_columns"),
+        *(input, offset, mask, columns._replace(needed=False)),
+        _native.Pointer.of("grad_input", sums, math.prod(sizes[:4]), last, False),
+        _dense(offset),
+        _dense(mask),
     )
 
 
@@ -433,6 +559,9 @@ def _kernel_backward(
     dilation: Pair,
     wanted: list[bool],  # of input, offset, weight, bias, mask
 ) -> tuple[Tensor, ...]:
+    if grad is None:
+        _checks.check_tensors(_OP, grad=grad)
+    _checks.check_wanted(_OP, wanted, 5)
     tensors: tuple[Tensor | None, ...] = (input, offset, weight, None, mask, grad)
     g, sizes = _plan(tensors, stride, padding, dilation)
     ready = tensors if sizes else _ready(tensors)
@@ -618,6 +747,9 @@ def _fake_backward(
     dilation: Pair,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
+    if grad is None:
+        _checks.check_tensors(_OP, grad=grad)
+    _checks.check_wanted(_OP, wanted, 5)
     g = _check(input, offset, weight, None, stride, padding, dilation, mask, grad)
 
     def like(tensor: Tensor | None, want: bool) -> Tensor:

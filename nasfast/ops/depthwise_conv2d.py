@@ -30,11 +30,14 @@ def depthwise_conv2d(
 ) -> Tensor:  # [N, C, Ho, Wo], in the memory format of input
     """Convolution of every channel with a kernel of its own; outside the image the input is zero.
 
+    There a tap adds nothing, whatever its weight: PyTorch's convolutions differ where that is NaN.
+
     Both tensors have one dtype; sums are in float32, or float64 for float64. Autocast casts both.
     Results are the same for any number of threads. Channels last is the native memory format;
     other maps are copied into it.
 
     Raises:
+        TypeError: what is no tensor, or no integer.
         ValueError: tensors that do not fit together, with what was expected and what came.
     """
     padding, dilation = _pair("padding", padding), _pair("dilation", dilation)
@@ -45,6 +48,7 @@ def depthwise_conv2d(
         _kernel,
         _differentiable,
         depthwise_conv2d_reference,
+        _check_kinds,
     )
     return output
 
@@ -54,6 +58,7 @@ def depthwise_conv2d_reference(
 ) -> Tensor:
     """:func:`depthwise_conv2d` in plain PyTorch: any device and float dtype."""
     padding, dilation = _pair("padding", padding), _pair("dilation", dilation)
+    _check_kinds(input, weight)
     _check(input, weight, padding, dilation)
     dtype, layout = input.dtype, _native.memory_format(input)
     if dtype in HALF and input.device.type == "cpu":
@@ -80,10 +85,16 @@ class Geometry(NamedTuple):
     dilation_w: int
 
 
+def _check_kinds(input: Any, weight: Any) -> None:
+    _checks.check_tensors(_OP, input=input, weight=weight)
+
+
 def _check(
     input: Tensor, weight: Tensor, padding: Pair, dilation: Pair, grad: Tensor | None = None
 ) -> Geometry:
     """Sizes of a call whose tensors fit together."""
+    if input is None or weight is None:
+        _check_kinds(input, weight)
     _checks.check_float(_OP, input)
     for name, tensor in (("input", input), ("weight", weight), ("grad", grad)):
         if tensor is not None:
@@ -121,13 +132,44 @@ def _check(
     )
 
 
+def _sizes(g: Geometry) -> Geometry:
+    """``Params``."""
+    _checks.check_output(_OP, (g.batch, g.channels, g.out_height, g.out_width))
+    if g.kernel_h != 1 and g.kernel_w != 1:
+        return g
+    dilation = _checks.effective((g.kernel_h, g.kernel_w), (g.dilation_h, g.dilation_w))
+    return Geometry(*g[:-2], *dilation)
+
+
+@_native.pointers("depthwise_conv2d_forward")
+def _forward_pointers(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[_native.Pointer, ...]:
+    g, last = Geometry(*sizes), torch.channels_last
+    maps = g.batch * g.channels
+    return (
+        _native.Pointer.of("input", dtype, maps * g.height * g.width, last),
+        _native.Pointer.of("weight", dtype, g.channels * g.kernel_h * g.kernel_w),
+        _native.Pointer.of("output", dtype, maps * g.out_height * g.out_width, last),
+    )
+
+
+@_native.pointers("depthwise_conv2d_backward")
+def _backward_pointers(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[_native.Pointer, ...]:
+    input, weight, output = _forward_pointers(dtype, sizes)
+    g = Geometry(*sizes)
+    elements = g.channels * g.kernel_h * g.kernel_w
+    return (
+        output._replace(name="grad"),
+        *(input, weight),
+        input._replace(name="grad_input", needed=False),
+        _native.Pointer.of("grad_weight", _native.accumulate(dtype), elements, needed=False),
+    )
+
+
 def _kernel(input: Tensor, weight: Tensor, padding: Pair, dilation: Pair) -> Tensor:
-    g = _check(input, weight, padding, dilation)
+    g = _sizes(_check(input, weight, padding, dilation))
     entry, dtype = "depthwise_conv2d_forward", _native.storage(input)
     x, w = _native.as_map(input, dtype), weight.to(dtype).contiguous()
     y = _native.empty_map(x, (g.batch, g.channels, g.out_height, g.out_width))
-    for layout, tensor in (("map", x), ("dense", w), ("map", y)):
-        _native.check(entry, x, dtype, layout, tensor)
     _native.call(entry, dtype, g, (x, w, y))
     return _native.as_like(y, input)
 
@@ -140,7 +182,10 @@ def _kernel_backward(
     dilation: Pair,
     wanted: list[bool],  # of input, weight
 ) -> tuple[Tensor, Tensor]:
-    g = _check(input, weight, padding, dilation, grad)
+    if grad is None:
+        _checks.check_tensors(_OP, grad=grad)
+    _checks.check_wanted(_OP, wanted, 2)
+    g = _sizes(_check(input, weight, padding, dilation, grad))
     entry, dtype = "depthwise_conv2d_backward", _native.storage(input)
     dy, x, w = (
         _native.as_map(grad, dtype),
@@ -149,8 +194,6 @@ def _kernel_backward(
     )
     dx = _native.empty_map(x, x.shape) if wanted[0] else None
     dw = torch.empty_like(w, dtype=_native.accumulate(dtype)) if wanted[1] else None
-    for layout, tensor in (("map", dy), ("map", x), ("dense", w), ("map", dx)):
-        _native.check(entry, x, dtype, layout, tensor)
     _native.call(entry, dtype, g, (dy, x, w, dx, dw))
     none = input.new_empty(0)
     return (
@@ -168,6 +211,9 @@ def _fake(input: Tensor, weight: Tensor, padding: Pair, dilation: Pair) -> Tenso
 def _fake_backward(
     grad: Tensor, input: Tensor, weight: Tensor, padding: Pair, dilation: Pair, wanted: list[bool]
 ) -> tuple[Tensor, Tensor]:
+    if grad is None:
+        _checks.check_tensors(_OP, grad=grad)
+    _checks.check_wanted(_OP, wanted, 2)
     _check(input, weight, padding, dilation, grad)
     dx = torch.empty_like(input, memory_format=_native.memory_format(input))
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ _BYTES = 3
 _STORED = (*_KINDS, torch.uint8)
 _MOST = 16  # fields of a call of the kernel
 _ALIGN = 16  # bytes
+_CORES = os.cpu_count() or 1
 
 
 class Field(NamedTuple):
@@ -63,12 +65,14 @@ def feature_gather(
     graph, and a row whose index is none of the samples is left as it is.
 
     Raises:
+        TypeError: what is no tensor, integer or dtype.
         ValueError: tensors that do not fit together, with what was expected and what came; on a CPU
             also an index that is none of the samples.
     """
-    torch.ops.nasfast.feature_gather.default(
-        data, indices, offset, tuple(shape), dtype, out, threads
-    )
+    field = _field(offset, shape, dtype)
+    threads = _checks.integer(_OP, "threads", threads)
+    _check_kinds(data, indices, [out])
+    torch.ops.nasfast.feature_gather.default(data, indices, *field, out, threads)
     return out
 
 
@@ -81,7 +85,8 @@ def feature_gather_reference(
     out: Tensor,
 ) -> Tensor:
     """:func:`feature_gather` in plain PyTorch, on any device."""
-    field = Field(offset, tuple(shape), dtype)
+    field = _field(offset, shape, dtype)
+    _check_kinds(data, indices, [out])
     _check(data, indices, [field], [out])
     _check_range(indices, len(data))
     if not out.numel():
@@ -104,15 +109,61 @@ def gather_fields(
     together from several ``data`` by a call for each.
 
     Raises:
+        TypeError: what is no tensor, integer or field.
         ValueError: tensors that do not fit together, with what was expected and what came.
     """
+    threads = _threads(threads)
+    _check_fields(fields, outs)
+    _check_kinds(data, indices, outs)
     _check(data, indices, fields, outs)
     for first in range(0, len(fields), _MOST):
         part = slice(first, first + _MOST)
         _run(data, indices, fields[part], outs[part], threads)
 
 
-_wrong = functools.partial(_checks.wrong, "feature_gather")
+_OP = "feature_gather"
+_wrong = functools.partial(_checks.wrong, _OP)
+
+
+def _field(offset: Any, shape: Any, dtype: Any) -> Field:
+    """A field of these, which are of the right kinds."""
+    if isinstance(shape, str) or not isinstance(shape, Sequence):
+        raise _checks.wrong_kind(_OP, "shape", "a sequence of integers", shape, "pass a tuple")
+    if not isinstance(dtype, torch.dtype):
+        raise _checks.wrong_kind(_OP, "dtype", "a torch.dtype", dtype, "pass torch.float16")
+    sizes = tuple([s if type(s) is int else _checks.integer(_OP, "shape", s) for s in shape])
+    return Field(_checks.integer(_OP, "offset", offset), sizes, dtype)
+
+
+def _threads(threads: Any) -> int:
+    """As many as asked for, of those that the processor has."""
+    count = _checks.integer(_OP, "threads", threads)
+    if count < 1:
+        raise _wrong("threads", "of at least 1", count, "change it")
+    return min(count, _CORES)
+
+
+def _check_kinds(data: Any, indices: Any, outs: Sequence[Any]) -> None:
+    for tensor in (data, indices, *outs):
+        if type(tensor) is not Tensor or tensor.layout is not torch.strided:
+            _checks.check_tensors(_OP, data=data, indices=indices)
+            _checks.check_tensors(_OP, out=tensor)
+        elif not torch.compiler.is_compiling() and (
+            tensor.is_neg() or tensor._is_zerotensor() or tensor.is_nested
+        ):
+            name = "data" if tensor is data else "indices" if tensor is indices else "out"
+            raise _wrong(name, "as plain memory", "a lazy or nested tensor", f"copy {name}")
+
+
+def _check_fields(fields: Any, outs: Any) -> None:
+    for name, value in (("fields", fields), ("outs", outs)):
+        if not isinstance(value, list | tuple):
+            raise _checks.wrong_kind(_OP, name, "a list", value, "pass a list")
+    if len(fields) != len(outs):
+        raise _wrong("outs", f"for {len(fields)} fields", len(outs), "pass one for each field")
+    for field in fields:
+        if type(field) is not Field or type(field.shape) is not tuple:
+            raise _checks.wrong_kind(_OP, "fields", "a list of Field", field, "pass ops.Field(..)")
 
 
 def _check(data: Tensor, indices: Tensor, fields: Sequence[Field], outs: Sequence[Tensor]) -> None:
@@ -124,7 +175,7 @@ def _check(data: Tensor, indices: Tensor, fields: Sequence[Field], outs: Sequenc
             f"{data.dtype} {list(data.shape)} with strides {data.stride()}",
             "view the blocks as bytes",
         )
-    if len(data) > 1 and data.stride(0) % _ALIGN:
+    if len(data) > 1 and data.stride(0) % _ALIGN and data.shape[1]:
         raise _wrong(
             "data",
             f"with rows a multiple of {_ALIGN} bytes apart",
@@ -145,7 +196,12 @@ def _check(data: Tensor, indices: Tensor, fields: Sequence[Field], outs: Sequenc
             raise _wrong(name, f"on {device}, as data", tensor.device, "move it")
     size = data.shape[1]
     plan = _plan if isinstance(size, int) else _plan.__wrapped__  # a symbol has no hash
-    plan(tuple(fields), tuple(out.dtype for out in outs), size)
+    try:
+        plan(tuple(fields), tuple(out.dtype for out in outs), size)
+    except TypeError:  # of what has no hash
+        for field in fields:
+            _field(*field)
+        raise
     for field, out in zip(fields, outs, strict=True):
         shape = (len(indices), *field.shape)
         if out.shape != shape or not out.is_contiguous():
@@ -175,6 +231,9 @@ def _plan(fields: tuple[Field, ...], dtypes: tuple[torch.dtype, ...], size: int)
 
 
 def _check_field(field: Field, size: int) -> None:
+    _field(*field)  # of the right kinds
+    if min(field.shape, default=0) < 0:
+        raise _wrong("shape", "of sizes of at least 0", field.shape, "read it from the layout")
     if field.dtype not in _STORED:
         kinds = ", ".join(map(str, _STORED))
         raise _wrong("dtype", f"to be one of {kinds}", field.dtype, "store it as one of these")
@@ -199,6 +258,36 @@ def _check_range(indices: Tensor, samples: int) -> None:
             low if low < 0 else high,
             "draw them from what data holds",
         )
+
+
+@functools.lru_cache(256)
+def _forward_pointers(
+    rows: int, samples: int, stride: int, plan: tuple[int, ...]
+) -> tuple[_native.Pointer, ...]:
+    count = len(plan) // 4
+    fields = [plan[4 * i : 4 * i + 4] for i in range(count)]
+    itemsize = {code: dtype.itemsize for dtype, code in _KINDS.items()} | {_BYTES: 1}
+    end = max(offset + size * itemsize[kind] for kind, _, offset, size in fields)
+
+    def blocks(tensor: Tensor) -> bool:
+        inside = tensor.dim() == 2 and tensor.shape[0] == samples and tensor.shape[1] >= end
+        return inside and tensor.stride() == (stride, 1)
+
+    sizes = [rows * size * itemsize[kind] for _, kind, _, size in fields]
+    return (
+        _native.Pointer("data", torch.uint8, None, None, blocks),
+        _native.Pointer.of("indices", torch.int64, rows),
+        *[_native.Pointer("out", None, size) for size in sizes],
+        *[_native.Pointer("out", None, 0, needed=False)] * (_MOST - count),
+    )
+
+
+def _pointers(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[_native.Pointer, ...]:
+    rows, samples, stride, _, count = sizes[:5]
+    return _forward_pointers(rows, samples, stride, sizes[5 : 5 + 4 * count])
+
+
+_native.POINTERS["feature_gather_forward"] = _pointers
 
 
 def _run(
@@ -233,10 +322,12 @@ def _gather(
     out: Tensor,
     threads: int,
 ) -> None:
+    if data is None or indices is None or out is None:
+        _check_kinds(data, indices, [out])
     field = Field(offset, tuple(shape), dtype)
     _check(data, indices, [field], [out])
     _check_range(indices, len(data))
-    _run(data, indices, [field], [out], threads)
+    _run(data, indices, [field], [out], _threads(threads))
 
 
 def _fake(

@@ -78,13 +78,19 @@ def mixed_op(
         recompute: keep nothing but the input for the backward pass, which then computes the
             branches again; else their results before normalisation are kept.
 
-    The statistics take no gradient; they are 0 for what is not normalised by the batch. Sums are
+    The statistics take no gradient; they are 0 for what is not normalised by the batch, and for an
+    empty one. Where the input of a ReLU is NaN, its gradient is 0, not NaN as PyTorch's. Sums are
     in float32, or float64 for float64; factors, biases, scale and shift may be float32 beside a
     half-precision input. Autocast casts the input and the weights.
 
     Raises:
+        TypeError: what is no tensor, no number or no bool.
         ValueError: tensors that do not fit together, with what was expected and what came.
     """
+    eps = _checks.number(_OP, "eps", eps)
+    _checks.flag(_OP, "batch_norm", batch_norm)
+    _checks.flag(_OP, "recompute", recompute)
+    _check_kinds(input, factors, branches, scale, shift)
     if _eager.is_differentiated_forward():
         return mixed_op_reference(
             input, factors, branches, scale, shift, batch_norm=batch_norm, eps=eps
@@ -106,8 +112,11 @@ def mixed_op_reference(
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     """:func:`mixed_op` in plain PyTorch: any device and float dtype, differentiable twice."""
+    eps = _checks.number(_OP, "eps", eps)
+    _checks.flag(_OP, "batch_norm", batch_norm)
+    _check_kinds(input, factors, branches, scale, shift)
     b = branches
-    g = _check(input, factors, b, scale, shift, batch_norm)
+    g = _check(input, factors, b, scale, shift, batch_norm, eps)
     half = input.dtype in _checks.HALF
     sums = torch.float32 if half else input.dtype
     x = input.to(sums)
@@ -116,7 +125,7 @@ def mixed_op_reference(
 
     def norm(name: str, raw: Tensor) -> Tensor:
         at = MAPS.index(name)
-        if batch_norm:
+        if batch_norm and g.batch:
             variance, mean = torch.var_mean(raw, (0, 2, 3), correction=0)
             statistics[at] = torch.stack([mean, variance]).detach()
             raw = (raw - mean[:, None, None]) * (variance + eps).rsqrt()[:, None, None]
@@ -169,10 +178,22 @@ class Sizes(NamedTuple):
     tf32: int = 0
 
 
+_OPTIONAL = (*(f"branches.{name}" for name in Branches._fields), "scale", "shift")
 _TOGETHER = (
     ("deform", "deform_bias", "offset_weight", "offset_bias"),
     ("depthwise1", "pointwise1", "depthwise2", "pointwise2"),
 )
+
+
+def _check_kinds(input: Any, factors: Any, branches: Any, scale: Any, shift: Any) -> None:
+    if not isinstance(branches, Branches):
+        raise _checks.wrong_kind(_OP, "branches", "Branches", branches, "pass ops.Branches(..)")
+    _checks.check_tensors(_OP, input=input, factors=factors)
+    for name, tensor in zip(_OPTIONAL, (*branches, scale, shift), strict=True):
+        if tensor is not None and (
+            type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_nested
+        ):
+            _checks.check_tensors(_OP, optional=[name], **{name: tensor})
 
 
 def _check(
@@ -182,9 +203,14 @@ def _check(
     scale: Tensor | None,
     shift: Tensor | None,
     batch_norm: bool,
+    eps: float,
     grad: Tensor | None = None,
 ) -> Sizes:
     """Sizes of a call whose tensors fit together."""
+    if input is None or factors is None:
+        _check_kinds(input, factors, branches, scale, shift)
+    if batch_norm and not 0 <= eps < math.inf:
+        raise _wrong("eps", "of at least 0", eps, "change it")
     _checks.check_float(_OP, input)
     if input.dim() != 4 or 0 in input.shape[1:]:
         raise _wrong(
@@ -229,6 +255,7 @@ def _check_branches(channels: int, branches: Branches) -> int:
             )
     if branches.offset_weight is None:
         return 1
+    _checks.check_dimensions(_OP, "branches.offset_weight", branches.offset_weight, 4)
     outputs = branches.offset_weight.shape[0]
     offset_groups = outputs // 27
     if offset_groups == 0 or outputs % 27 or channels % offset_groups:
@@ -247,6 +274,61 @@ def _weight_shapes(c: int, offset_groups: int) -> dict[str, tuple[int, ...]]:
     deformable = square, (c,), (outputs, c, 3, 3), (outputs,)
     shapes = square, square, *deformable, *(depthwise, pointwise) * 2
     return dict(zip(Branches._fields, shapes, strict=True))
+
+
+def _branch_pointers(dtype: torch.dtype, g: Sizes, first: int) -> list[_native.Pointer]:
+    """``Branches`` in csrc/mixed_op/mixed_op.h, which begins at pointer ``first``."""
+    sums, last = _native.accumulate(dtype), torch.channels_last
+    constants = len(MAPS) * g.channels
+    found = []
+    for name, shape in _weight_shapes(g.channels, g.offset_groups).items():
+        kind, layout = (dtype, last) if len(shape) == 4 else (sums, torch.contiguous_format)
+        group = next((group for group in _TOGETHER if name in group[1:]), None)
+        needed = False if group is None else first + Branches._fields.index(group[0])
+        found.append(_native.Pointer.of(name, kind, math.prod(shape), layout, needed))
+    return [
+        *found,
+        _native.Pointer.of("factors", sums, len(FACTORS)),
+        _native.Pointer.of("scale", sums, constants, needed=False),
+        _native.Pointer.of("shift", sums, constants, needed=False),
+    ]
+
+
+def _kept_pointers(dtype: torch.dtype, g: Sizes, first: int) -> tuple[_native.Pointer, ...]:
+    """Raw maps, offsets and statistics, with the branches from pointer ``first`` on."""
+    sums, last = _native.accumulate(dtype), torch.channels_last
+    pixels = g.batch * g.height * g.width
+    deform, normalised = first + Branches._fields.index("deform"), g.norm != _FIXED
+    return (
+        _native.Pointer.of("raw", dtype, len(MAPS) * pixels * g.channels, last, normalised),
+        _native.Pointer.of("offset", sums, pixels * g.offset_groups * 27, last, deform),
+        _native.Pointer.of("statistics", sums, len(MAPS) * 2 * g.channels, needed=normalised),
+    )
+
+
+@_native.pointers("mixed_op_forward")
+def _forward_pointers(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[_native.Pointer, ...]:
+    g = Sizes(*sizes)
+    map = math.prod(g[:4])
+    return (
+        _native.Pointer.of("input", dtype, map, torch.channels_last),
+        *_branch_pointers(dtype, g, 1),
+        *_kept_pointers(dtype, g, 1),
+        _native.Pointer.of("output", dtype, map, torch.channels_last, g.norm != _GIVEN),
+    )
+
+
+@_native.pointers("mixed_op_backward")
+def _backward_pointers(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[_native.Pointer, ...]:
+    g, sums = Sizes(*sizes), _native.accumulate(dtype)
+    input = _native.Pointer.of("input", dtype, math.prod(g[:4]), torch.channels_last)
+    branches = _branch_pointers(dtype, g, 2)
+    return (
+        input._replace(name="grad"),
+        *(input, *branches, *_kept_pointers(dtype, g, 2)),
+        input._replace(name="grad_input", needed=False),
+        *[b._replace(name=f"grad_{b.name}", needed=False) for b in _branch_pointers(sums, g, 2)],
+    )
 
 
 class _Ready(NamedTuple):
@@ -281,10 +363,6 @@ def _ready(
     weights = [weight(b.conv), weight(b.dil), weight(b.deform), weight(b.offset_weight)]
     separable = [weight(tensor) for tensor in b[6:]]
     constants = [constant(t) for t in (b.deform_bias, b.offset_bias, factors, scale, shift)]
-    for tensor in (*weights, *separable):
-        _native.check(_OP, x, dtype, "map", tensor)
-    for tensor in constants:
-        _native.check(_OP, x, sums, "dense", tensor)
     conv, dil, deform, offset = weights
     deform_bias, offset_bias, *rest = constants
     return _Ready(x, (conv, dil, deform, deform_bias, offset, offset_bias, *separable, *rest))
@@ -361,7 +439,7 @@ def _kernel(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """output, statistics, and raw maps and offsets where a backward pass needs them kept."""
     input, factors, *weights, scale, shift, batch_norm, eps, recompute = arguments
     b = Branches(*weights)
-    g = _check(input, factors, b, scale, shift, batch_norm)
+    g = _check(input, factors, b, scale, shift, batch_norm, eps)
     ready = _ready(input, factors, b, scale, shift)
     output = _map(ready.input, g.channels, ready.dtype)
     statistics = ready.input.new_zeros((len(MAPS), 2, g.channels), dtype=ready.sums)
@@ -377,13 +455,42 @@ def _kernel(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return output.to(input.dtype), statistics, kept(raw), kept(offset)
 
 
+def _check_backward(arguments: Sequence[Any]) -> Sizes:
+    """Sizes of a backward pass whose tensors fit together, with those that were kept for it."""
+    grad, input, factors, *weights, scale, shift, statistics, raw, offset, norm, eps, wanted = (
+        arguments
+    )
+    _checks.check_tensors(_OP, grad=grad, statistics=statistics, raw=raw, offset=offset)
+    _checks.check_wanted(_OP, wanted, 14)
+    b = Branches(*weights)
+    g = _check(input, factors, b, scale, shift, norm, eps, grad)
+    if not norm:
+        return g
+    dtype = input.dtype if input.is_cuda else _native.storage(input)
+    sums, remedy = _native.accumulate(dtype), "pass what the forward pass returned"
+    size = g.batch, g.height, g.width
+    expected: dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]] = {
+        "statistics": (statistics, sums, (len(MAPS), 2, g.channels))
+    }
+    if raw.numel():
+        expected["raw"] = raw, dtype, (len(MAPS) * size[0], g.channels, *size[1:])
+        if b.deform is not None:
+            expected["offset"] = offset, sums, (size[0], g.offset_groups * 27, *size[1:])
+    for name, (tensor, dtype, shape) in expected.items():
+        _checks.check_shape(_OP, name, tensor, shape, remedy)
+        _checks.check_device(_OP, name, tensor, input)
+        if tensor.dtype != dtype:
+            raise _wrong(name, f"of {dtype}", tensor.dtype, remedy)
+    return g
+
+
 def _kernel_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of input, factors, weights of branches, scale and shift; empty if not wanted."""
+    g = _check_backward(arguments)
     grad, input, factors, *weights, scale, shift, statistics, raw, offset, norm, eps, wanted = (
         arguments
     )
     b = Branches(*weights)
-    g = _check(input, factors, b, scale, shift, norm, grad=grad)
     sources = (input, factors, *b, scale, shift)
     ready = _ready(input, factors, b, scale, shift)
     if input.numel() == 0:
@@ -393,8 +500,11 @@ def _kernel_backward(*arguments: Any) -> tuple[Tensor, ...]:
         )
     dy = grad.to(ready.dtype).contiguous(memory_format=torch.channels_last)
     g = _with_settings(g, input, _BATCH if norm else _FIXED, eps)
-    kept = raw if norm and raw.numel() else None
-    map = offset if offset.numel() else None
+    last = torch.channels_last
+    kept = raw.contiguous(memory_format=last) if norm and raw.numel() else None
+    sampled = kept is not None and b.deform is not None
+    map = offset.contiguous(memory_format=last) if sampled else None
+    statistics = statistics.contiguous()
     if not norm or kept is None:
         kept, map = _scratch(g, ready, norm, b.deform is not None, False)
         if norm:
@@ -468,9 +578,9 @@ def _differentiate(
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, ...]:
-    input, factors, *weights, scale, shift, batch_norm, _, recompute = arguments
+    input, factors, *weights, scale, shift, batch_norm, eps, recompute = arguments
     b = Branches(*weights)
-    g = _check(input, factors, b, scale, shift, batch_norm)
+    g = _check(input, factors, b, scale, shift, batch_norm, eps)
     dtype = input.dtype if input.is_cuda else _native.storage(input)
     sums = _native.accumulate(dtype)
     keep = batch_norm and not recompute
@@ -484,6 +594,7 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    _check_backward(arguments)
     _, input, *rest = arguments
     sources, wanted = (input, *rest[:13]), arguments[-1]
     device: torch.device = input.device

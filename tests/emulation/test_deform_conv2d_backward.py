@@ -269,6 +269,40 @@ def test_gradient_not_finite(
         assert_near(gradient.where(finite, before), reference, TOLERANCE[dtype])
 
 
+@every_dtype
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_samples_outside_of_an_image_that_is_not_finite(
+    kernels: Kernels, dtype: torch.dtype, deterministic: bool
+) -> None:
+    """They and their gradients are zero, whatever the first pixel and their own masks hold."""
+    case = Case("", size=(5, 8))
+    tensors, grad = case.tensors(dtype), cotangent(case, dtype)
+    input, offset, _, _, mask = tensors
+    assert input is not None
+    assert offset is not None
+    assert mask is not None
+    outside = torch.rand(mask.shape) < 0.5
+    offset[:, ::2][outside] = 100.0
+    mask[outside] = float("nan")
+    input[:, :, 0, 0] = float("nan")
+    expected = gradients(case, tensors, grad)
+    actual = kernels.run(case, dtype, tensors, grad, deterministic=deterministic)
+    for index in (INPUT, OFFSET, MASK):
+        gradient, reference = actual[index], expected[index]
+        assert gradient is not None
+        assert reference is not None
+        finite = reference.isfinite()
+        assert torch.equal(gradient.isfinite(), finite)
+        zeros = torch.zeros_like(reference)
+        assert_near(
+            gradient.double().where(finite, zeros),
+            reference.where(finite, zeros),
+            TOLERANCE[dtype],
+        )
+        if index == MASK:
+            assert gradient[outside].eq(0).all()
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
@@ -283,7 +317,7 @@ def test_sizes_out_of_range(kernels: Kernels, field: int, value: int, message: s
         lambda: kernels.module.deform_conv2d_backward_cuda(0, sizes, [0] * 10, 0, 0),
         lambda: kernels.module.deform_conv2d_backward_cuda_workspace(0, sizes),
     ):
-        with pytest.raises(RuntimeError) as caught:
+        with pytest.raises(ValueError) as caught:
             call()
         assert str(caught.value) == f"deform_conv2d: CUDA wants {message}"
 

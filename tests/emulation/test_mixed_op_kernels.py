@@ -215,7 +215,7 @@ def test_sizes_out_of_range(mixed: Kernels, field: int, value: int, message: str
         lambda: module.mixed_op_backward_cuda(0, sizes, [0] * 32, 0, 0),
         lambda: module.mixed_op_backward_cuda_workspace(0, sizes),
     ):
-        with pytest.raises(RuntimeError) as caught:
+        with pytest.raises(ValueError) as caught:
             call()
         assert str(caught.value) == f"mixed_op: CUDA wants at most {message}"
 

@@ -92,7 +92,7 @@ BATCH_NORM_RELU = Op(
             {"weight": torch.ones(5, device="meta")},
             "weight on the device of input, cpu, got meta; move it with weight.to(input.device)",
         ),
-        "eps": ({"eps": -1.0}, "eps of at least 0, got -1.0; change it"),
+        "eps": ({"eps": -1.0}, "eps above 0, got -1.0; change it"),
     },
     parallel=["wide", "chunks"],
     drawn=st.tuples(
