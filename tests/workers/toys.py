@@ -51,6 +51,8 @@ class Toy:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "exit":
                 os._exit(3)
+            case "say why":
+                os._exit(2)
             case "defect":
                 raise KeyError("no such thing")
             case "refuse":
