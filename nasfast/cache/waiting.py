@@ -111,16 +111,21 @@ def try_lock(file: int, kind: int) -> bool:
 
 def lock_holders(file: int) -> set[int]:
     """The processes that hold a lock of an open file, as far as the system shows them."""
-    inode, holders = os.fstat(file).st_ino, set[int]()
+    status = os.fstat(file)
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    holders: dict[bool, set[int]] = {True: set(), False: set()}
     try:
         lines = _LOCKS.read_text().splitlines()
     except OSError:
         return set()
     for line in lines:
         words = line.split()  # 1: FLOCK ADVISORY WRITE pid major:minor:inode 0 EOF
-        if words[1] == "FLOCK" and int(words[5].split(":")[2]) == inode:
-            holders.add(int(words[4]))
-    return {pid for pid in holders if pid > 0}
+        if words[1] != "FLOCK":
+            continue
+        where, _, inode = words[5].rpartition(":")
+        if int(inode) == status.st_ino and int(words[4]) > 0:
+            holders[where == device].add(int(words[4]))
+    return holders[True] or holders[False]  # some file systems show files another device
 
 
 def effort(pid: int) -> int | None:
