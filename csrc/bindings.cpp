@@ -9,6 +9,7 @@
 
 #include "batch_norm_relu/batch_norm_relu.h"
 #include "common/fields.hpp"
+#include "common/fork.hpp"
 #include "common/isa.hpp"
 #include "deform_conv2d/deform_conv2d.h"
 #include "depthwise_conv2d/depthwise_conv2d.h"
@@ -73,6 +74,7 @@ py::dict device_info() {
 PYBIND11_MODULE(_C, m) {
     isa();  // a processor or setting that cannot work fails the import, with the reason
     m.def("isa_level", [] { return isa_name(isa()); });
+    m.def("end_threads", &end_threads, py::call_guard<py::gil_scoped_release>());
     NASFAST_BIND(batch_norm_relu, forward, Forward);
     NASFAST_BIND(batch_norm_relu, backward, Backward);
     NASFAST_BIND(deform_conv2d, forward, Forward);

@@ -7,8 +7,10 @@
 
 #include <cerrno>
 #include <map>
+#include <system_error>
 
 #include "feature_cache/feature_cache.h"
+#include "feature_cache/file_map.h"
 
 namespace nasfast::feature_cache {
 
@@ -57,6 +59,27 @@ inline void bind(pybind11::module_& m) {
             return 0;
         },
         Released());
+    // Begins of files in memory, as buffers of bytes. The line is what a SIGBUS from one prints.
+    namespace py = pybind11;
+    py::class_<FileMap> map(m, "FileMap", py::buffer_protocol());
+    py::enum_<FileMap::Access>(map, "Access")
+        .value("READ", FileMap::Access::read)
+        .value("WRITE", FileMap::Access::write)
+        .value("PRIVATE", FileMap::Access::private_);
+    map.def(py::init([](int file, size_t bytes, FileMap::Access access, const py::bytes& line) {
+           try {
+               return new FileMap(file, bytes, access, line);
+           } catch (const std::system_error& error) {
+               errno = error.code().value();
+               PyErr_SetFromErrno(PyExc_OSError);
+               throw py::error_already_set();
+           }
+       }))
+        .def_buffer([](const FileMap& self) {
+            return py::buffer_info(static_cast<uint8_t*>(self.data()), static_cast<py::ssize_t>(self.size()),
+                                   !self.is_writable());
+        });
+    m.def("feature_cache_is_shorter", &is_shorter);
 }
 
 }  // namespace nasfast::feature_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -184,9 +185,14 @@ def fetch_ahead(
         indices = next(remaining, None)
         return None if indices is None else fetch(slot, indices)
 
-    thread = ThreadPoolExecutor(1, "nasfast-batches")
+    thread, pid = ThreadPoolExecutor(1, "nasfast-batches"), os.getpid()
     try:
         while True:
+            if os.getpid() != pid:
+                raise RuntimeError(
+                    "feature cache: expected the process that began these batches, got a forked "
+                    "child, which has no thread that fetches them; begin new ones there"
+                )
             running.extend((slot, thread.submit(draw, slot)) for slot in free)
             free.clear()
             slot, future = running[0]

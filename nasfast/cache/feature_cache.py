@@ -10,7 +10,6 @@ import math
 import os
 import re
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nasfast.cache import places
+from nasfast.cache import places, trust
 from nasfast.cache.batches import Batch, HostSamples
 from nasfast.cache.header import STATE, Header
 from nasfast.cache.layout import STORAGES, BlockLayout, stored
@@ -131,7 +130,7 @@ class FeatureCache:
         Raises:
             UserError: a file of another key, foreign, damaged or in use by processes of another
                 machine or container; samples of several sizes, or more than the bound lets RAM
-                hold.
+                hold; a directory or file of another user; a process that stopped while it filled.
             ValueError: no samples, or arrays that cannot be stored.
             OSError: a directory that cannot be written, or is too small for the whole.
         """
@@ -242,7 +241,7 @@ class FeatureCache:
         """What its samples take in shared memory or on the device."""
         if isinstance(self._samples, DeviceSamples):
             return self._samples.data.nbytes
-        return self.segment.data.nbytes if self.segment.header.placement == "ram" else 0
+        return self.segment.data.nbytes if places.is_ram(self.segment.path) else 0
 
     def _over(self, samples: HostSamples | DeviceSamples) -> FeatureCache:
         if samples is self._samples:
@@ -327,19 +326,21 @@ class _Request:
         """Encode what nobody else does, and wait for the rest."""
         if segment.census().complete:
             return
-        filler, start = Filler(segment), 0
+        filler, start, wait = Filler(segment), 0, None
         try:
             while not segment.census().complete:
                 self.heartbeat()
                 rows = filler.claim(self.chunk, start)
                 if len(rows):
+                    wait = None
                     begin = start = int(rows[0]) // self.chunk * self.chunk
                     size = min(self.chunk, segment.count - begin)
                     encoded = self._rows(rows, rows - begin, size)
                     filler.write(rows, segment.header.layout.pack(encoded))
                     start += self.chunk
                 elif not filler.reap():
-                    time.sleep(places.TURN)
+                    wait = wait or filler.wait()
+                    wait.turn()
         except BaseException:
             filler.release()
             raise
@@ -382,7 +383,19 @@ def _path(key: Mapping[str, str], config: CacheConfig) -> Path:
 
 
 def _directory(config: CacheConfig) -> Path:
-    return expanded(config.directory or default_directory()).absolute()
+    return used_directory(config.directory)
+
+
+def used_directory(asked: Path | None) -> Path:
+    """The folder of caches on disk: what was asked for, or the default; where others may write to
+    it, this user's folder in it (`trust.private_directory`).
+
+    Raises:
+        UserError: another user's, in which this one may make no folder.
+    """
+    directory = trust.private_directory(expanded(asked or default_directory()).absolute())
+    # what lies there itself goes with its last user
+    return directory / "files" if directory == places.ram_directory() else directory
 
 
 def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:

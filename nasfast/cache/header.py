@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from nasfast.cache.layout import STORAGES, BlockLayout, aligned
+from nasfast.cache.layout import STORAGES, BlockLayout, aligned, require, short, whole
 from nasfast.ops import _native
-from nasfast.utils.errors import UserError
+from nasfast.utils.errors import UserError, cause
 
 MAGIC = b"NASFEATS"
 VERSION = 1
@@ -24,6 +24,7 @@ HOST = 48  # where the filling host stands
 _PREFIX = struct.Struct("<8sQQQQ")  # magic, version, bytes of the JSON, table, blocks
 _JSON = 128  # first byte of the JSON
 _PAGE = 4096
+_LONGEST = 1 << 20  # bytes of JSON; a header has a few hundred
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,11 @@ class Header:
     def read(cls, path: Path, file: int) -> tuple[Header, int, int]:
         """The header of a file; offsets of the table and of the blocks.
 
+        All of it is checked here, and nothing later: a header that opens describes this file.
+
         Raises:
             UserError: a foreign file, another version, a kind that earlier ones wrote, a damaged
-                header or a truncated file.
+                header, fields that do not fit each other, or a truncated file.
         """
         size = os.fstat(file).st_size
         prefix = os.pread(file, _JSON, 0)
@@ -79,7 +82,12 @@ class Header:
                 f"feature cache {path}: expected format version {VERSION}, got {version}; delete "
                 "it, or use the nasfast that made it"
             )
-        text = os.pread(file, min(length, size), _JSON)
+        if length > _LONGEST:
+            raise UserError(
+                f"feature cache {path}: damaged header, expected at most {_LONGEST} bytes of JSON, "
+                f"got {length}; delete it"
+            )
+        text = os.pread(file, length, _JSON)
         expected = int.from_bytes(prefix[_PREFIX.size : HOST], "little")
         got = _checksum_of(prefix[: _PREFIX.size] + text)
         if got != expected:
@@ -87,27 +95,60 @@ class Header:
                 f"feature cache {path}: damaged header, expected the checksum {expected:016x}, got "
                 f"{got:016x}; delete it"
             )
-        fields = json.loads(text)
-        fields.pop("first", None)
-        total = fields.pop("total", fields["count"])  # both of earlier versions
-        if total != fields["count"]:
+        try:
+            header = cls._from_json(text)
+            require("table", aligned(_JSON + length, _PAGE), table)
+            require("blocks", aligned(table + STATE.size * header.count, _PAGE), blocks)
+        except UserError as error:
+            raise UserError(f"feature cache {path}: {error}; delete it") from error
+        end = blocks + header.count * header.layout.sample_bytes
+        if size != end:
+            fault = "truncated" if size < end else "too long"
             raise UserError(
-                f"feature cache {path}: expected all {total} samples in one file, got "
-                f"{fields['count']}, as an earlier version split them; delete it"
-            )
-        if fields["storage"] not in STORAGES:
-            raise UserError(
-                f"feature cache {path}: expected maps stored as {', '.join(STORAGES)}, got "
-                f"{fields['storage']} of an earlier version; delete it"
-            )
-        layout = BlockLayout.from_json(fields.pop("arrays"), fields.pop("sample_bytes"))
-        header = cls(layout=layout, **fields)
-        end = blocks + header.count * layout.sample_bytes
-        if size < end:
-            raise UserError(
-                f"feature cache {path}: truncated, expected {end} bytes, got {size}; delete it"
+                f"feature cache {path}: {fault}, expected {end} bytes, got {size}; delete it"
             )
         return header, table, blocks
+
+    @classmethod
+    def _from_json(cls, text: bytes) -> Header:
+        """Raises UserError where a field is not what :meth:`encode` writes."""
+        try:
+            fields = json.loads(text.decode(), object_pairs_hook=_object)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"expected a header in JSON, got {cause(error)}") from error
+        if not isinstance(fields, dict):
+            raise UserError(f"expected a header of named fields, got {short(fields)}")
+        first, total = fields.pop("first", 0), fields.pop("total", fields.get("count"))  # earlier's
+        names = ["arrays", "count", "key", "placement", "sample_bytes", "storage"]
+        require("fields of the header", names, sorted(fields))
+        count = whole("count", fields["count"], 1)
+        if whole("total", total, 1) != count:
+            raise UserError(
+                f"expected all {total} samples in one file, got {count}, as an earlier version "
+                "split them"
+            )
+        require("first", 0, whole("first", first, 0))
+        if fields["storage"] not in STORAGES:
+            raise UserError(
+                f"expected maps stored as {', '.join(STORAGES)}, got {short(fields['storage'])} of "
+                "an earlier version"
+            )
+        if fields["placement"] not in ("file", "ram"):
+            raise UserError(f"placement: expected file or ram, got {short(fields['placement'])}")
+        key = fields["key"]
+        if not isinstance(key, dict) or not all(isinstance(value, str) for value in key.values()):
+            raise UserError(f"key: expected texts by name, got {short(key)}")
+        layout = BlockLayout.from_json(fields["arrays"], fields["sample_bytes"], fields["storage"])
+        return cls(key, fields["storage"], fields["placement"], count, layout)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two values of {short(twice)}")
+    return found
 
 
 def checksum(block: Tensor, index: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,6 +48,28 @@ class ArraySpec:
     """Of one sample: maps ``[H, W, C]``, labels ``[H, W]``."""
     offset: int
     """First byte in the block."""
+
+    @classmethod
+    def from_json(cls, fields: object) -> Self:
+        """The array that a header describes.
+
+        Raises:
+            UserError: it is none.
+        """
+        names = ["dtype", "name", "offset", "shape"]
+        if not isinstance(fields, dict) or sorted(fields) != names:
+            raise UserError(f"arrays: expected {', '.join(names)} of each, got {short(fields)}")
+        name, dtype, shape = fields["name"], fields["dtype"], fields["shape"]
+        if not isinstance(name, str):
+            raise UserError(f"name: expected a text, got {short(name)}")
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            known = ", ".join(DTYPES)
+            raise UserError(f"dtype of {short(name)}: expected one of {known}, got {short(dtype)}")
+        if not isinstance(shape, list) or len(shape) > 3:
+            text = f"expected at most three sides, got {short(shape)}"
+            raise UserError(f"shape of {short(name)}: {text}")
+        sides = tuple(whole(f"shape of {short(name)}", side, 0) for side in shape)
+        return cls(name, DTYPES[dtype], sides, whole("offset", fields["offset"], 0))
 
     @property
     def nbytes(self) -> int:
@@ -93,6 +116,8 @@ class BlockLayout:
             spec = ArraySpec(name, array.dtype, tuple(array.shape[1:]), end)
             specs.append(spec)
             end = aligned(end + spec.nbytes)
+        if end == 0:
+            raise ValueError(f"feature cache: expected values in {', '.join(rows)}, got none")
         return cls(tuple(specs), end)
 
     def pack(self, rows: Mapping[str, Tensor]) -> Tensor:
@@ -133,11 +158,46 @@ class BlockLayout:
         ]
 
     @classmethod
-    def from_json(cls, arrays: list[dict[str, Any]], sample_bytes: int) -> Self:
-        specs = (
-            ArraySpec(a["name"], DTYPES[a["dtype"]], tuple(a["shape"]), a["offset"]) for a in arrays
-        )
-        return cls(tuple(specs), sample_bytes)
+    def from_json(cls, arrays: object, sample_bytes: object, storage: str) -> Self:
+        """The layout that a header describes.
+
+        Raises:
+            UserError: it is none that :meth:`of` gives.
+        """
+        if not isinstance(arrays, list) or not arrays:
+            raise UserError(f"arrays: expected a list of them, got {short(arrays)}")
+        specs: list[ArraySpec] = []
+        end = 0
+        for found in arrays:
+            spec = ArraySpec.from_json(found)
+            require(f"offset of {short(spec.name)}", end, spec.offset)
+            if spec.name in [other.name for other in specs]:
+                raise UserError(f"arrays: expected one of a name, got two of {short(spec.name)}")
+            if spec.is_map and spec.dtype.is_floating_point and storage != "auto":
+                require(f"dtype of {short(spec.name)}", storage, dtype_name(spec.dtype))
+            specs.append(spec)
+            end = aligned(end + spec.nbytes)
+        require("sample_bytes", end, whole("sample_bytes", sample_bytes, ALIGN))
+        return cls(tuple(specs), end)
+
+
+def whole(name: str, value: object, least: int) -> int:
+    """A whole number of a header that a file can have: below 2^63. True and 1.0 are none."""
+    if type(value) is not int or not least <= value < 1 << 63:
+        raise UserError(f"{name}: expected a whole number from {least} on, got {short(value)}")
+    return value
+
+
+def require(name: str, expected: object, got: object) -> None:
+    """Raises UserError where a value of a header is not what the others ask for."""
+    if got != expected:
+        raise UserError(f"{name}: expected {expected}, got {short(got)}")
+
+
+def short(value: object) -> str:
+    """A value of a header, as far as it fits into a line."""
+    text = reprlib.repr(value)
+    return text if len(text) < 80 else f"{text[:80]} .."
 
 
 def stored(arrays: Mapping[str, Tensor], n: int, storage: str) -> dict[str, Tensor]:

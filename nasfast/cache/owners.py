@@ -29,12 +29,17 @@ def this_process() -> int:
     return owner_word(os.getpid(), start)
 
 
+def pid_of(word: int) -> int:
+    """The pid of an owner."""
+    return word & (1 << _PID_BITS) - 1
+
+
 def is_alive(word: int) -> bool:
     """Whether the owner runs: a process of its pid that started when it did, and is no zombie.
 
     A word that nobody wrote (a damaged one) has no living owner.
     """
-    pid = word & (1 << _PID_BITS) - 1
+    pid = pid_of(word)
     if word >> 62 != _TAG or pid == 0:
         return False
     start = _start_time(pid)
@@ -46,7 +51,7 @@ def is_alive(word: int) -> bool:
         return False
     except PermissionError:
         return True  # another user's, hidden in /proc
-    return _state(pid) is None  # else it ended meanwhile
+    return state(pid) is None  # else it ended meanwhile
 
 
 def host() -> bytes:
@@ -56,7 +61,7 @@ def host() -> bytes:
     return boot.bytes + namespace.to_bytes(8, "little")
 
 
-def _state(pid: int) -> list[str] | None:
+def state(pid: int) -> list[str] | None:
     """The fields of /proc/<pid>/stat behind the name, from the third on; None without a process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
@@ -67,7 +72,7 @@ def _state(pid: int) -> list[str] | None:
 
 def _start_time(pid: int) -> int | None:
     """Ticks since boot at which a process started; None if there is none, or a zombie."""
-    fields = _state(pid)
+    fields = state(pid)
     if fields is None or fields[0] in "ZX":
         return None
     return int(fields[19])

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import mmap
 import os
 import time
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nasfast.cache import owners, places
+from nasfast.cache import owners, places, trust, waiting
 from nasfast.cache.header import HOST, STATE, Header, checksum, extension
 from nasfast.utils.errors import UserError
-from nasfast.utils.files import naming, sync_directory
+from nasfast.utils.files import naming
 
-_NORESERVE = 0x4000  # MAP_NORESERVE: a private map of a large file is no claim on memory
 _PATIENCE = 2.0  # seconds to wait for processes that only inspect a file
 
 
@@ -39,12 +38,26 @@ class Census:
         return self.published == self.count
 
 
+def _mapped(path: Path, file: int, size: int, access: str) -> Any:
+    """The first bytes of a file in memory, as a buffer.
+
+    A file that is cut short after it was looked at ends the process as the page is read: with a
+    line that says so, as nothing can be raised from there.
+    """
+    line = (
+        f"error: feature cache {path}: expected {size} bytes, got fewer: it was cut short, or its "
+        "disk failed, while it was read; delete it, and start again: --resume continues a search\n"
+    )
+    kinds = extension().FileMap.Access
+    return extension().FileMap(file, size, getattr(kinds, access), os.fsencode(line))
+
+
 class _Table:
     """The states of a segment's samples, in shared memory."""
 
-    def __init__(self, file: int, start: int, count: int, access: int) -> None:
+    def __init__(self, path: Path, file: int, start: int, count: int, access: str) -> None:
         # all from the start of the file, so that any size of pages will do
-        mapped = mmap.mmap(file, start + STATE.size * count, mmap.MAP_SHARED, access)
+        mapped = _mapped(path, file, start + STATE.size * count, access)
         self._bytes = np.frombuffer(mapped, np.uint8)[start:]
         self.address: int = self._bytes.ctypes.data
         self._count = count
@@ -80,16 +93,16 @@ class Segment:
         self.path, self._file, self._writable = path, file, writable
         self.header, table, self._blocks = Header.read(path, file)
         self._table_at = table
-        self._table = _Table(file, table, self.count, mmap.PROT_READ)
+        self._table = _Table(path, file, table, self.count, "READ")
         size = self.count * self.header.layout.sample_bytes
+        self._end = self._blocks + size
         # private: torch wants memory that may be written, and the file is never touched
-        flags = mmap.MAP_PRIVATE | _NORESERVE
-        whole = mmap.mmap(file, self._blocks + size, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+        whole = _mapped(path, file, self._end, "PRIVATE")
         raw = torch.frombuffer(whole, dtype=torch.uint8, offset=self._blocks, count=size)
         self.data = raw.view(self.count, self.header.layout.sample_bytes)
         self._seen = np.zeros(self.count, np.uint8)
-        ram = self.header.placement == "ram"
-        self._detach = weakref.finalize(self, _detach, path, file, os.getpid(), ram)
+        self._pid = os.getpid()
+        self._detach = weakref.finalize(self, _detach, path, file, self._pid)
 
     @property
     def count(self) -> int:
@@ -101,17 +114,17 @@ class Segment:
 
         Raises:
             FileNotFoundError: there is none.
-            UserError: it is no cache, or damaged.
+            UserError: it is no cache, or damaged; others may write to it, or hold it locked.
         """
-        with places.settled(path.parent):
+        with places.settled(path.parent) as directory:
             try:
-                file, writable = os.open(path, os.O_RDWR), True
+                file, writable = trust.open_trusted(directory, path, os.O_RDWR), True
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM):
                     raise
-                file, writable = os.open(path, os.O_RDONLY), False
+                file, writable = trust.open_trusted(directory, path, os.O_RDONLY), False
             try:
-                fcntl.flock(file, fcntl.LOCK_SH)
+                places.share(file, path)
                 return cls(path, file, writable=writable)
             except BaseException:
                 os.close(file)
@@ -132,9 +145,16 @@ class Segment:
 
         Raises:
             ValueError: no row of the segment.
-            UserError: a sample whose bytes are not those that were published.
+            UserError: a sample whose bytes are not those that were published, or a file that was
+                cut short.
             RuntimeError: a sample that is not published.
         """
+        if self._detach.alive and extension().feature_cache_is_shorter(self._file, self._end):
+            raise UserError(
+                f"feature cache {self.path}: expected {self._end} bytes, got "
+                f"{os.fstat(self._file).st_size}: it was cut short while it was read; delete it, "
+                "and start again: --resume continues a search"
+            )
         rows = rows.to("cpu", torch.int64).contiguous()
         while (position := self._find_broken(rows)) >= 0:
             fault = self._fault(int(rows[position]))
@@ -164,8 +184,9 @@ class Segment:
 
     def in_use(self) -> bool:
         """Whether others have the file open."""
-        alone = places.alone(self._file)
-        fcntl.flock(self._file, fcntl.LOCK_SH)
+        with self._own() as segment:
+            alone = places.alone(segment._file)
+            places.share(segment._file, self.path)
         return not alone
 
     def repair(self, rows: list[int]) -> None:
@@ -175,16 +196,30 @@ class Segment:
             OSError: the file cannot be written.
             UserError: others use it, and may have read those rows before.
         """
-        table = self._writable_table()
-        alone = places.alone(self._file)
-        for row in rows if alone else ():
-            table.free(owners.PUBLISHED, row, row + 1)
-        fcntl.flock(self._file, fcntl.LOCK_SH)
+        with self._own() as segment:
+            table = segment._writable_table()
+            alone = places.alone(segment._file)
+            for row in rows if alone else ():
+                table.free(owners.PUBLISHED, row, row + 1)
+            places.share(segment._file, self.path)
         if not alone:
             raise UserError(
                 f"feature cache {self.path}: in use, its damaged samples stay; end the processes "
                 "that use it first"
             )
+
+    @contextmanager
+    def _own(self) -> Iterator[Segment]:
+        """A segment whose lock is this process's: in a forked child it is its parent's too, and the
+        file is attached anew."""
+        if self._pid == os.getpid():
+            yield self
+            return
+        segment = Segment.open(self.path)
+        try:
+            yield segment
+        finally:
+            segment.close()
 
     def touch(self) -> None:
         """Note that the file is used; its time of access is when it was last attached."""
@@ -194,8 +229,7 @@ class Segment:
     def _writable_table(self) -> _Table:
         if not self._writable:
             raise places.not_writable(self.path, errno.EACCES)
-        access = mmap.PROT_READ | mmap.PROT_WRITE
-        return _Table(self._file, self._table_at, self.count, access)
+        return _Table(self.path, self._file, self._table_at, self.count, "WRITE")
 
     def _sums(self, row: int) -> tuple[int, int]:
         """The checksum of a row's bytes, and the one that was published."""
@@ -269,13 +303,32 @@ class Filler:
         """Free what this process has claimed and not published."""
         self._table.free(self._owner)
 
+    def wait(self) -> waiting.Wait:
+        """For those who have claimed what is left. They get on as long as they publish, or compute:
+        to encode may take long."""
+
+        def sign() -> object:
+            claims = sorted(self._claims().items())
+            return [(word, n, waiting.effort(owners.pid_of(word))) for word, n in claims]
+
+        path = self._segment.path
+        return waiting.Wait(
+            path,
+            lambda: {owners.pid_of(word) for word in self._claims()},
+            "has claimed samples",
+            "to publish the samples that it has claimed",
+            f"continue or end that process, or {places.remedy(path.parent)}",
+            sign,
+        )
+
     def reap(self) -> int:
         """Free the claims of processes that have died; returns how many there were."""
         return sum(self._table.free(w) for w in self._claims() if not owners.is_alive(w))
 
-    def _claims(self) -> set[int]:
-        """The owners of what is claimed."""
-        return set(self._table.words()) - {owners.FREE, owners.PUBLISHED}
+    def _claims(self) -> dict[int, int]:
+        """How many samples each owner has claimed."""
+        words = self._table.words()
+        return {word: n for word, n in words.items() if word not in (owners.FREE, owners.PUBLISHED)}
 
     def _take_over(self) -> None:
         """Make this host the one whose pids the table holds."""
@@ -298,8 +351,8 @@ class Filler:
                     "container; wait until it has ended, or give another --cache-dir"
                 )
             else:
-                time.sleep(places.TURN)
-        fcntl.flock(self._file, fcntl.LOCK_SH)
+                time.sleep(waiting.TURN)
+        places.share(self._file, self._segment.path)
 
 
 def create(
@@ -314,12 +367,29 @@ def create(
     Raises:
         OSError: the directory cannot be written or has no room for the whole file.
     """
+    try:
+        trust.make_directory(path.parent)
+    except OSError as error:
+        raise places.not_writable(path.parent, error.errno or errno.EIO) from error
+    with places.opened(path.parent) as directory:
+        segment = _create(directory, path, begin, heartbeat)
+        with naming(path.parent):
+            os.fsync(directory)  # the name
+    return segment
+
+
+def _create(
+    directory: int,
+    path: Path,
+    begin: Callable[[], tuple[Header, Tensor]],
+    heartbeat: Callable[[], None],
+) -> Segment | None:
     temporary = path.with_name(f".{path.name}.tmp")
-    file = places.creation_lock(temporary, heartbeat)
+    file = places.creation_lock(directory, temporary, heartbeat)
     segment = None
     try:
-        if path.exists():
-            temporary.unlink()
+        if os.access(path.name, os.F_OK, dir_fd=directory, follow_symlinks=False):
+            os.unlink(temporary.name, dir_fd=directory)
             os.close(file)
             return None
         header, blocks = begin()
@@ -339,26 +409,29 @@ def create(
             places.write_at(file, states.ljust(header.count * STATE.size, b"\0"), table)
             os.fsync(file)
         with places.settled(path.parent):
-            os.rename(temporary, path)
-            fcntl.flock(file, fcntl.LOCK_SH)
+            os.rename(temporary.name, path.name, src_dir_fd=directory, dst_dir_fd=directory)
+            places.share(file, path)
             segment = Segment(path, file, writable=True)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(temporary.name, dir_fd=directory)
         if segment is None:
             os.close(file)
         else:
             segment.close()  # the file is its own
         raise
-    sync_directory(path.parent)
     return segment
 
 
-def _detach(path: Path, file: int, pid: int, ram: bool) -> None:
+def _detach(path: Path, file: int, pid: int) -> None:
     # a forked child shares the lock, which stays its parent's
     if pid == os.getpid():
-        if ram:
-            with suppress(FileNotFoundError), places.settled(path.parent):
-                if places.alone(file) and places.names(path, file):
-                    path.unlink()
-        fcntl.flock(file, fcntl.LOCK_UN)  # its maps would hold on to it
+        if places.is_ram(path):
+            with (
+                suppress(OSError, UserError),
+                places.settled(path.parent, places.PATIENCE) as there,
+            ):
+                if places.alone(file) and places.names(there, path.name, file):
+                    os.unlink(path.name, dir_fd=there)
+        fcntl.flock(file, fcntl.LOCK_UN)  # a forked child would hold on to it
     os.close(file)

@@ -11,9 +11,10 @@ from typing import Annotated, ClassVar
 
 import tyro
 
-from nasfast.cache import default_directory, places
+from nasfast.cache import places
+from nasfast.cache.feature_cache import used_directory
 from nasfast.cache.segment import Segment
-from nasfast.utils.cli import reports_errors
+from nasfast.utils.cli import reports_errors, visible
 from nasfast.utils.errors import UserError
 from nasfast.utils.files import expanded
 
@@ -25,7 +26,8 @@ Names = Annotated[tuple[str, ...], tyro.conf.Positional]
 @dataclass(frozen=True)
 class _Directories:
     cache_dir: Path | None = None
-    """Folder of the caches; by default $NASFAST_CACHE or ~/.cache/nasfast."""
+    """Folder of the caches; by default $NASFAST_CACHE or ~/.cache/nasfast. Where others may write
+    to it, your folder nasfast-<uid> in it."""
 
     def files(self, names: Sequence[str] = ()) -> list[Path]:
         """The caches' files, on disk and in RAM; those of some names (or paths) only.
@@ -35,9 +37,7 @@ class _Directories:
         """
         directory, ram = self.directory, places.ram_directory()
         places.sweep(ram)  # or they could be removed while they are read
-        found = [
-            path for place in (directory, ram) for path in sorted(place.glob(f"*{places.SUFFIX}"))
-        ]
+        found = [path for place in (directory, ram) for path in places.caches(place)]
         chosen = []
         for name in names:
             path = expanded(name)
@@ -55,7 +55,7 @@ class _Directories:
 
     @property
     def directory(self) -> Path:
-        return expanded(self.cache_dir or default_directory())
+        return used_directory(self.cache_dir)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Ls(_Directories):
         for path in files:
             print(path)
             try:
-                status = path.stat()
+                status = path.lstat()
                 total += status.st_blocks * 512
                 segment = Segment.open(path)
             except (OSError, ValueError) as error:
@@ -77,11 +77,13 @@ class Ls(_Directories):
             use = "in use" if segment.in_use() else "not in use"
             segment.close()
             age = _age(time.time() - max(status.st_atime, status.st_mtime))
+            place = "ram" if places.is_ram(path) else "file"
             print(
-                f"  {header.placement}, {census.published} of {census.count} samples published, "
+                f"  {place}, {census.published} of {census.count} samples published, "
                 f"{census.claimed} claimed, {_size(status.st_blocks * 512)}, used {age} ago, {use}"
             )
-            print(f"  {', '.join(f'{name} {_short(value)}' for name, value in header.key.items())}")
+            key = ", ".join(f"{name} {_short(value)}" for name, value in header.key.items())
+            print(f"  {visible(key)}")
         print(f"{len(files)} files, {_size(total)}")
         return 0
 
@@ -138,7 +140,12 @@ class Rm(_Directories):
             raise UserError("rm: expected names, --all or --older-than, got none of them")
         files, freed, kept = self._chosen(), 0, 0
         for path in files:
-            done = places.remove(path, force=self.force)
+            try:
+                done = places.remove(path, force=self.force)
+            except (OSError, UserError) as error:
+                kept += 1
+                print(error)
+                continue
             if done is None and path.exists():
                 kept += 1
                 print(f"{path}: in use, stays; --force removes it anyway")
@@ -159,7 +166,7 @@ class Rm(_Directories):
                 f"rm: expected --older-than as 30d, 12h or 90m, got {self.older_than!r}"
             )
         limit = time.time() - int(match[1]) * _SECONDS[match[2]]
-        used = ((path, path.stat()) for path in files)
+        used = ((path, path.lstat()) for path in files)
         return [path for path, s in used if max(s.st_atime, s.st_mtime) < limit]
 
 

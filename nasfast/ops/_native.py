@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import struct
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,6 +26,24 @@ except ImportError as error:
     C, ERROR = None, f"nasfast._C cannot be imported: {error} ({remedy})"
     if not isinstance(error, ModuleNotFoundError):  # it is there, but fails
         warnings.warn(ERROR, RuntimeWarning, stacklevel=2)
+
+_threads_ended = True
+
+
+def _before_fork() -> None:
+    """OpenMP's threads do not come along, and its next parallel loop in the child would wait for
+    them for ever, that of torch as well: they end before, and both processes begin new ones."""
+    global _threads_ended
+    _threads_ended = C.end_threads()
+
+
+def _after_fork() -> None:
+    if not _threads_ended:  # the library is too old to end them: without others none is waited for
+        torch.set_num_threads(1)
+
+
+if C is not None:
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 
 BACKENDS: dict[str, dict[str, str]] = {}
 """Op, device type: what runs there. Every op registers its own."""

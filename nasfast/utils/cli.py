@@ -55,6 +55,11 @@ def printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
+def visible(text: str) -> str:
+    """Text of others on one line: escapes for line breaks, and for commands to the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def refuse_others(settings: type, argv: Sequence[str], remedy: str) -> None:
     """Raise UserError at a flag of the command line that is no field of the settings.
 

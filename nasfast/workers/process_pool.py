@@ -14,7 +14,7 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any, Final, Generic, Literal
 
 from nasfast.evaluation.candidate import G
-from nasfast.workers.protocol import Answer, Builder, Job, Worker, WorkerDied
+from nasfast.workers.protocol import Answer, Builder, Defect, Job, Worker, WorkerDied
 from nasfast.workers.watch import Activity
 
 _PRELOAD = ["nasfast.methods.registry", "torch._dynamo"]
@@ -24,6 +24,15 @@ its memory. The second is what torch imports when the first optimizer is made.""
 
 _BEGUN: Final = "begun"
 """A worker's message that it has received a job."""
+
+
+_SAID_WHY = 2
+"""Exit status of a worker that has printed what is wrong, where it could not raise: a feature cache
+was cut short as it was read. No candidate is at fault, and another worker would fare no better."""
+_SAID = (
+    "workers: expected a worker to go on, got the error that it printed above; mend that, and "
+    "continue with --resume"
+)
 
 
 @dataclass
@@ -79,20 +88,20 @@ class ProcessPool(Generic[G]):
         try:
             message: Answer | Literal["begun"] = worker_process.pipe.recv()
         except (EOFError, OSError):
-            return WorkerDied(self._end(worker), worker_process.working)
+            status = self._end(worker)
+            if status == _SAID_WHY:
+                return Defect("", _SAID)
+            return WorkerDied(_cause(status), worker_process.working)
         worker_process.working = message == _BEGUN
         return None if message == _BEGUN else message
 
-    def _end(self, worker: int) -> str:
+    def _end(self, worker: int) -> int:
         worker_process = self._workers.pop(worker)
         worker_process.pipe.close()
         worker_process.process.join()
         status = worker_process.process.exitcode or 0
         worker_process.process.close()
-        if status >= 0:
-            return f"exited with status {status}"
-        cause = f"killed by signal {-status} ({signal.Signals(-status).name})"
-        return f"{cause}, out of memory?" if -status == signal.SIGKILL else cause
+        return status
 
     def activity(self, worker: int) -> Activity:
         """What a worker does."""
@@ -105,6 +114,14 @@ class ProcessPool(Generic[G]):
             worker_process.process.kill()
         for worker in list(self._workers):
             self._end(worker)
+
+
+def _cause(status: int) -> str:
+    """What an exit status means."""
+    if status >= 0:
+        return f"exited with status {status}"
+    cause = f"killed by signal {-status} ({signal.Signals(-status).name})"
+    return f"{cause}, out of memory?" if -status == signal.SIGKILL else cause
 
 
 def start_server() -> None:

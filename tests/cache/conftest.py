@@ -27,7 +27,15 @@ def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     def make(options: str) -> Path:
         directory = tmp_path / f"mount{len(mounted)}"
         directory.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", options, "nasfast-test", str(directory)]
+        command = [
+            "mount",
+            "-t",
+            "tmpfs",
+            "-o",
+            f"mode=755,{options}",
+            "nasfast-test",
+            str(directory),
+        ]
         try:
             done = subprocess.run(command, capture_output=True, text=True)
         except FileNotFoundError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import subprocess
 import sys
@@ -85,10 +86,13 @@ def test_ls_of_ram_shows_what_is_used(directory, ram, run):
 
 
 def test_one_that_cannot_be_opened_leaves_the_others(directory, path, run):
-    """Another user's, or removed at this moment."""
+    """Another user's, or a link, which is not followed."""
     gone = directory / "0.features"
     gone.symlink_to(directory / "nowhere")
-    error = f"[Errno 2] No such file or directory: '{gone}'"
+    error = (
+        f"feature cache {gone}: expected a plain file, got a symbolic link of {getpass.getuser()}; "
+        "remove it"
+    )
     status, out = run("ls")
     assert status == 0
     assert out.startswith(f"{gone}\n  {error}\n{path}\n  file, 5 of 5 samples published")

@@ -140,14 +140,104 @@ def test_a_flipped_byte_in_the_header(path, at):
         ),
         (
             {"storage": "int8"},
-            "expected maps stored as auto, float16, bfloat16, float32, got int8 of an earlier "
-            "version; delete it",
+            "expected maps stored as auto, float16, bfloat16, float32, got 'int8' of an "
+            "earlier version; delete it",
         ),
     ],
 )
 def test_kinds_of_earlier_versions(path, fields, message):
     rewrite(path, fields)
     refuses(path, message)
+
+
+TAP = {"name": "tap0", "dtype": "float16", "shape": [7, 4, 3], "offset": 0}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"count": True}, "count: expected a whole number from 1 on, got True"),
+        ({"count": 5.0}, "count: expected a whole number from 1 on, got 5.0"),
+        ({"count": 0}, "count: expected a whole number from 1 on, got 0"),
+        (
+            {"count": 1 << 63, "total": 1 << 63},
+            "count: expected a whole number from 1 on, got 9223372036854775808",
+        ),
+        ({"count": 300}, "blocks: expected 12288, got 8192"),
+        ({"first": 1000, "total": 5}, "first: expected 0, got 1000"),
+        ({"placement": "cloud"}, "placement: expected file or ram, got 'cloud'"),
+        ({"key": {"a": 1}}, "key: expected texts by name, got {'a': 1}"),
+        ({"key": "abc"}, "key: expected texts by name, got 'abc'"),
+        (
+            {"more": 1},
+            "fields of the header: expected ['arrays', 'count', 'key', 'placement', "
+            "'sample_bytes', 'storage'], got ['arrays', 'count', 'key', 'more', 'placement', "
+            "'sample_bytes', ...]",
+        ),
+        ({"sample_bytes": 0}, "sample_bytes: expected a whole number from 64 on, got 0"),
+        ({"sample_bytes": 448}, "sample_bytes: expected 384, got 448"),
+        ({"storage": "float32"}, "dtype of 'tap0': expected float32, got 'float16'"),
+        ({"arrays": []}, "arrays: expected a list of them, got []"),
+        ({"arrays": [[]]}, "arrays: expected dtype, name, offset, shape of each, got []"),
+        ({"arrays": [TAP | {"name": 3}]}, "name: expected a text, got 3"),
+        (
+            {"arrays": [TAP | {"dtype": "int8"}]},
+            "dtype of 'tap0': expected one of uint8, float16, bfloat16, float32, int16, int32, "
+            "int64, got 'int8'",
+        ),
+        (
+            {"arrays": [TAP | {"shape": [1, 1, 1, 1]}]},
+            "shape of 'tap0': expected at most three sides, got [1, 1, 1, 1]",
+        ),
+        (
+            {"arrays": [TAP | {"shape": [-1]}]},
+            "shape of 'tap0': expected a whole number from 0 on, got -1",
+        ),
+        ({"arrays": [TAP | {"offset": 64}]}, "offset of 'tap0': expected 0, got 64"),
+        (
+            {"arrays": [TAP, TAP | {"offset": 192}]},
+            "arrays: expected one of a name, got two of 'tap0'",
+        ),
+    ],
+)
+def test_fields_that_do_not_fit(path, fields, message):
+    rewrite(path, fields)
+    refuses(path, f"{message}; delete it")
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "message"),
+    [
+        (16, 1 << 62, "damaged header, expected at most 1048576 bytes of JSON, got ...; delete it"),
+        (24, 0, "table: expected 4096, got 0; delete it"),
+        (32, 1 << 63, "blocks: expected 8192, got 9223372036854775808; delete it"),
+    ],
+)
+def test_a_table_or_blocks_elsewhere(path, at, value, message):
+    change(path, at, value.to_bytes(8, "little"))
+    if at > 16:
+        rewrite(path, {})
+    refuses(path, message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"[" * 5000, "expected a header in JSON, got maximum recursion depth exceeded..."),
+        (b'{"a": 1, "a": 2}', "expected a header in JSON, got two values of 'a'"),
+        (b"NaN", "expected a header of named fields, got nan"),
+        (b"\xff", "expected a header in JSON, got 'utf-8' codec can't decode ..."),
+    ],
+)
+def test_no_object_of_fields(path, text, message):
+    write(path, text)
+    refuses(path, f"{message}; delete it")
+
+
+def test_a_longer_file(path):
+    size = path.stat().st_size
+    os.truncate(path, size + 1)
+    refuses(path, f"too long, expected {size} bytes, got {size + 1}; delete it")
 
 
 def test_a_file_of_an_earlier_version(path):
@@ -159,7 +249,12 @@ def rewrite(path, fields):
     """The same file with other fields in the header."""
     data = path.read_bytes()
     length = int.from_bytes(data[16:24], "little")
-    text = json.dumps(json.loads(data[128 : 128 + length]) | fields).encode()
+    write(path, json.dumps(json.loads(data[128 : 128 + length]) | fields).encode())
+
+
+def write(path, text):
+    """The same file with another header."""
+    data = path.read_bytes()
     prefix = data[:16] + len(text).to_bytes(8, "little") + data[24:40]
     change(path, 0, prefix + xxh64(prefix + text, 0).to_bytes(8, "little"))
     change(path, 128, text)

@@ -34,7 +34,7 @@ def test_pack_and_view(arrays):
     layout = BlockLayout.of(rows)
     blocks = layout.pack(rows)
     assert blocks.shape == (n, layout.sample_bytes)
-    assert BlockLayout.from_json(layout.to_json(), layout.sample_bytes) == layout
+    assert BlockLayout.from_json(layout.to_json(), layout.sample_bytes, "auto") == layout
     for spec, (name, array) in zip(layout.arrays, arrays.items(), strict=True):
         read = layout.view(blocks, spec)
         assert spec.name == name

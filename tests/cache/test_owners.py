@@ -66,13 +66,13 @@ def test_a_process_that_proc_hides_is_alive(monkeypatch):
     def refuse(pid, signal):
         raise PermissionError
 
-    monkeypatch.setattr(owners, "_state", lambda pid: None)
+    monkeypatch.setattr(owners, "state", lambda pid: None)
     monkeypatch.setattr(os, "kill", refuse)
     assert owners.is_alive(owners.owner_word(5, 7))
 
 
 def test_no_proc(monkeypatch):
-    monkeypatch.setattr(owners, "_state", lambda pid: None)
+    monkeypatch.setattr(owners, "state", lambda pid: None)
     with raises(
         UserError,
         f"feature cache: expected the start time of process {os.getpid()} in /proc, got none; "

@@ -64,14 +64,18 @@ def test_sweep_keeps_files_on_disk_and_ram_in_use(tmp_path, ram):
 def test_sweep_leaves_what_it_may_not_open(tmp_path, monkeypatch, code):
     (path := tmp_path / ".a.features.tmp").write_bytes(b"")
 
-    def refuse(*args):
-        raise OSError(code, os.strerror(code))
+    opened = os.open
+
+    def refuse(name, flags, *mode, **keywords):
+        if name == path.name:
+            raise OSError(code, os.strerror(code))
+        return opened(name, flags, *mode, **keywords)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", refuse)
         assert places.sweep(tmp_path) == 0
         code = errno.EIO
-        with raises(OSError, f"[Errno {errno.EIO}] Input/output error"):
+        with raises(OSError, f"[Errno {errno.EIO}] Input/output error: '{path}'"):
             places.sweep(tmp_path)
     assert path.exists()
 
@@ -118,21 +122,28 @@ def test_a_creator_waits_for_another_with_a_heartbeat(tmp_path):
     assert sorted(i for call in first_calls + second_calls for i in call) == [0, 1, 2, 3, 4]
 
 
-def test_a_waiting_creator_may_stop(tmp_path):
+@pytest.fixture
+def descriptor(tmp_path):
+    """Of the directory of the caches."""
+    with places.opened(tmp_path) as directory:
+        yield directory
+
+
+def test_a_waiting_creator_may_stop(tmp_path, descriptor):
     temporary = tmp_path / ".x.features.tmp"
-    file = places.creation_lock(temporary, lambda: None)
+    file = places.creation_lock(descriptor, temporary, lambda: None)
 
     def stop():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        places.creation_lock(temporary, stop)
+        places.creation_lock(descriptor, temporary, stop)
     os.close(file)
 
 
-def test_a_waiting_creator_sees_that_the_file_got_its_name(tmp_path):
+def test_a_waiting_creator_sees_that_the_file_got_its_name(tmp_path, descriptor):
     temporary = tmp_path / ".x.features.tmp"
-    file = places.creation_lock(temporary, lambda: None)
+    file = places.creation_lock(descriptor, temporary, lambda: None)
     turns = []
 
     def turn():
@@ -140,22 +151,11 @@ def test_a_waiting_creator_sees_that_the_file_got_its_name(tmp_path):
         if len(turns) == 1:
             temporary.rename(tmp_path / "x.features")  # still locked
 
-    other = places.creation_lock(temporary, turn)
-    assert places.names(temporary, other)
-    assert not places.names(temporary, file)
+    other = places.creation_lock(descriptor, temporary, turn)
+    assert places.names(descriptor, temporary.name, other)
+    assert not places.names(descriptor, temporary.name, file)
     os.close(file)
     os.close(other)
-
-
-def test_ram_directory_of_another_user(tmp_path, ram, monkeypatch):
-    ram.mkdir()
-    monkeypatch.setattr(os, "getuid", lambda: 12345)
-    with raises(
-        OSError,
-        f"[Errno 13] feature cache: cannot write to {ram}: Permission denied; give another "
-        "--cache-dir",
-    ):
-        build(tmp_path, placement="ram")
 
 
 @pytest.fixture

@@ -6,9 +6,11 @@ import errno
 import gc
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import traceback
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -274,9 +276,12 @@ def test_an_interrupt_as_a_new_file_is_attached(path, monkeypatch):
     blocks = torch.empty(0, header.layout.sample_bytes, dtype=torch.uint8)
     closed, close = [], os.close
 
+    settled = places.settled
+
     @contextmanager
     def interrupted(directory):
-        yield
+        with settled(directory) as file:
+            yield file
         raise KeyboardInterrupt
 
     def note(file):
@@ -290,7 +295,7 @@ def test_an_interrupt_as_a_new_file_is_attached(path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             segments.create(path.with_name("new.features"), lambda: (header, blocks), lambda: None)
         gc.collect()
-    assert len(closed) == 1
+    assert len(set(closed)) == len(closed) == 3  # of the file and, twice, its directory
 
 
 @pytest.fixture
@@ -324,13 +329,19 @@ def test_no_room_where_none_can_be_reserved(unreserved, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sparse_copy_is_allocated_before_it_is_filled(path):
+def test_a_sparse_copy_is_allocated_before_it_is_filled(tmp_path):
+    content = {"tap": torch.zeros(COUNT, 1, 64, 64)}
+    cache = build(tmp_path, content)
+    cache.close()
+    (path,) = cache.paths
+    data = path.read_bytes()
+    with path.open("wb") as file:  # its zeros become a hole, as `cp --sparse` leaves them
+        file.write(data[:8192])
+        file.truncate(len(data))
     set_words(path, [0])
-    size = path.stat().st_size + (1 << 20)
-    os.truncate(path, size)  # a hole, as `cp --sparse` leaves them
-    assert path.stat().st_blocks * 512 < size
-    fill(path, encoder(arrays()))
-    assert path.stat().st_blocks * 512 >= size
+    assert path.stat().st_blocks * 512 < len(data)
+    fill(path, encoder(content))
+    assert path.stat().st_blocks * 512 >= len(data)
 
 
 def test_a_copy_is_a_cache(path, tmp_path):
@@ -371,6 +382,75 @@ def test_a_forked_child_leaves_its_parents_lock(path, tmp_path):
     assert ram.paths[0].exists()
     ram.close()
     assert not ram.paths[0].exists()
+
+
+def forked(run):
+    """The status of a forked process that runs a function."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            signal.alarm(60)
+            run()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitpid(pid, 0)[1]
+
+
+def test_a_forked_child_sees_that_its_parent_uses_the_file(path):
+    """They share the descriptor, and its lock would be the child's as well."""
+    segment = Segment.open(path)
+
+    def child():
+        assert segment.in_use()
+        with raises(UserError, f"feature cache {path}: in use, its damaged samples stay; ..."):
+            segment.repair([1])
+
+    assert not segment.in_use()
+    assert forked(child) == 0
+    assert segment.published() == [0, 1, 2, 3, 4]
+    assert places.remove(path) is None  # the lock is still the parent's
+
+
+def test_a_forked_child_reads_batches(tmp_path):
+    """With as many threads as the parent, which has used them."""
+    content = arrays(count=64)
+    cache = build(tmp_path, content)
+    indices = torch.arange(64)
+
+    def read(ahead):
+        for batch in cache.batches([indices, indices], torch.float32, ahead):
+            assert torch.equal(batch["tap0"], content["tap0"].float())
+        assert torch.equal(cache.batch(indices)["labels"], content["labels"])
+
+    torch.set_num_threads(2)
+    try:
+        read(0)
+        assert forked(lambda: [read(ahead) for ahead in (0, 1)]) == 0
+        read(1)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_batches_that_the_parent_began_end_in_a_forked_child(tmp_path):
+    """Their thread did not come along: the child would wait for it."""
+    cache = build(tmp_path)
+    batches = cache.batches([torch.tensor([i]) for i in range(5)])
+    next(batches)
+
+    def child():
+        with raises(
+            RuntimeError,
+            "feature cache: expected the process that began these batches, got a forked child, "
+            "which has no thread that fetches them; begin new ones there",
+        ):
+            next(batches)
+
+    assert forked(child) == 0
+    assert len(list(batches)) == 4
 
 
 def test_a_forked_child_reads_what_is_published_later(tmp_path):
@@ -419,10 +499,10 @@ def test_an_incomplete_cache_that_cannot_be_written(path, monkeypatch):
     set_words(path, [0])
     opened = os.open
 
-    def refuse(name, flags, *mode):
+    def refuse(name, flags, *mode, **keywords):
         if flags & os.O_RDWR and not flags & os.O_CREAT:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        return opened(name, flags, *mode)
+        return opened(name, flags, *mode, **keywords)
 
     monkeypatch.setattr(os, "open", refuse)
     message = (

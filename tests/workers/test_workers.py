@@ -154,6 +154,17 @@ def test_evaluations_come_in_order_whoever_dies(tmp_path):
             assert evaluation.gate == 0.5
 
 
+def test_a_worker_that_could_only_print_what_is_wrong(tmp_path):
+    """No candidate fails for it."""
+    message = (
+        "workers: expected a worker to go on, got the error that it printed above; mend that, and "
+        "continue with --resume"
+    )
+    with pytest.raises(UserError) as caught:
+        evaluate({1: "say why"}, tmp_path, TWO, count=3)
+    assert str(caught.value) == message
+
+
 def test_a_death_is_noticed_at_once(tmp_path):
     """While it is idle, too: the next batch finds another worker in its place."""
     evaluator = Toy({}, tmp_path)

@@ -53,6 +53,8 @@ class Toy:
                 os.kill(os.getpid(), signal.SIGSTOP)
             case "exit":
                 os._exit(3)
+            case "say why":
+                os._exit(2)
             case "defect":
                 raise KeyError("no such thing")
             case "refuse":
