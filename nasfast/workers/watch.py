@@ -7,7 +7,9 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+
+from nasfast.cache.owners import state
+from nasfast.cache.waiting import effort
 
 _LOOK = 1.0
 """Seconds between two looks at the workers."""
@@ -36,13 +38,10 @@ class Activity:
     @classmethod
     def of(cls, process: int) -> Activity:
         """That of a process of this machine, as Linux tells it."""
-        try:
-            # the name, in brackets, may hold anything
-            fields = Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()
-            ticks = int(fields[11]) + int(fields[12])
-        except (OSError, IndexError, ValueError):  # another system, or it has ended
+        fields, ticks = state(process), effort(process)
+        if fields is None or ticks is None:  # another system, or it has ended
             return cls(process)
-        return cls(process, ticks / os.sysconf("SC_CLK_TCK"), fields[0] in (b"T", b"t"))
+        return cls(process, ticks / os.sysconf("SC_CLK_TCK"), fields[0] in "Tt")
 
 
 @dataclass
