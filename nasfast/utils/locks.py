@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nasfast.utils.errors import UserError
+from nasfast.utils.files import naming
 
 __all__ = ["LOCK", "acquire", "claimed", "is_free", "locked", "release", "writing", "writing_to"]
 
@@ -43,7 +44,8 @@ def acquire(path: Path, subject: Path, patience: float = 0.0) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(path, flags, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with naming(path):  # of a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(descriptor, 32).decode(errors="replace") or "that has just started"
             os.close(descriptor)
