@@ -504,13 +504,13 @@ def norm_reference(input: Any, weight: Any, bias: Any, eps: Any) -> tuple[Tensor
 def batch_norm_relu(draw: Draw) -> Call:
     arguments = norm_arguments(draw)
     functions = differentiable(draw, arguments, NORM, ops.batch_norm_relu, norm_reference)
-    return Call(arguments, *functions, least=30, finite=("weight", "bias"))
+    return Call(arguments, *functions, least=30, finite=("weight", "bias"), jumps=True)
 
 
 def batch_norm_relu_registered(draw: Draw) -> Call:
     arguments = norm_arguments(draw)
     functions = differentiable(draw, arguments, NORM, registered("batch_norm_relu"), norm_reference)
-    return Call(arguments, *functions, least=30, finite=("weight", "bias"))
+    return Call(arguments, *functions, least=30, finite=("weight", "bias"), jumps=True)
 
 
 def batch_norm_relu_backward(draw: Draw) -> Call:
