@@ -504,13 +504,13 @@ def norm_reference(input: Any, weight: Any, bias: Any, eps: Any) -> tuple[Tensor
 def batch_norm_relu(draw: Draw) -> Call:
     arguments = norm_arguments(draw)
     functions = differentiable(draw, arguments, NORM, ops.batch_norm_relu, norm_reference)
-    return Call(arguments, *functions, least=30, finite=("weight", "bias"))
+    return Call(arguments, *functions, least=100, finite=("weight", "bias"), jumps=True)
 
 
 def batch_norm_relu_registered(draw: Draw) -> Call:
     arguments = norm_arguments(draw)
     functions = differentiable(draw, arguments, NORM, registered("batch_norm_relu"), norm_reference)
-    return Call(arguments, *functions, least=30, finite=("weight", "bias"))
+    return Call(arguments, *functions, least=100, finite=("weight", "bias"), jumps=True)
 
 
 def batch_norm_relu_backward(draw: Draw) -> Call:
@@ -529,7 +529,7 @@ def batch_norm_relu_backward(draw: Draw) -> Call:
 
     expect = wanted_gradients(reference, NORM)
     return Call(
-        arguments, run, expect, ("statistics", "eps", "input"), least=30, finite=("weight", "bias")
+        arguments, run, expect, ("statistics", "eps", "input"), least=100, finite=("weight", "bias")
     )
 
 
@@ -920,7 +920,7 @@ def compare(call: Call, copies: Arguments, results: Sequence[Any]) -> None:
         except Failure:
             if not call.jumps:
                 raise
-            near(*where, slack=2 * largest_jump(call, copies, at, wanted.detach(), dtype))
+            near(*where, slack=8 * largest_jump(call, copies, at, wanted.detach(), dtype))
 
 
 STEP = {torch.float64: 2**-50, torch.bfloat16: 2**-9}  # float16 is computed in float32, 2**-21
