@@ -261,7 +261,7 @@ class MixedOp(PlainMixedOp):
         """Whether the modules of the branches do what the pass does, and no more."""
         for name, op in self.ops._modules.items():
             if name in runs:
-                for module in cast(list[nn.Module], [op, *cast(nn.Module, op)._modules.values()]):
+                for module in cast(list[nn.Module], [op, *op._modules.values()]):
                     if type(module) not in _FUSED or has_hooks(module):
                         return False
         return True
