@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -53,6 +54,29 @@ def runs_own_ops(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def convolution_dtype(x: Tensor) -> torch.dtype:
+    """What a convolution of ``x`` gives: autocast's dtype where it is on, but float64 stays."""
+    device = x.device.type
+    if (
+        x.dtype == torch.float64
+        or not torch.amp.is_autocast_available(device)
+        or not torch.is_autocast_enabled(device)
+    ):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its ``forward``: pruning, weight normalisation,
+    sharding and whoever looks at maps act there."""
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 class _Pairs(torch.autograd.Function):
     # steps of two channels are slow: only additions and copies take them
 
@@ -78,9 +102,7 @@ def weigh_pairs(x: Tensor, weight: Tensor) -> Tensor:
 
     PyTorch's takes one group after the other on a CPU, five times as long.
     """
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = convolution_dtype(x)
     result: Tensor = _Pairs.apply(x.to(dtype), weight.to(dtype))  # type: ignore[no-untyped-call]
     return result
 
@@ -132,15 +154,19 @@ class Conv2d(nn.Conv2d):
             return weigh_pairs(x, self.weight)
         if not (self._float32_on_cpu and x.device.type == "cpu"):
             return super().forward(x)
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast("cpu", enabled=False):
-            return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+            y: Tensor = self._conv_forward(x.to(dtype), self.weight.to(dtype), None)
+        return y.to(convolution_dtype(x))
 
 
 def normalized(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     """``norm(x)``. One value a channel has no variance: such a batch of one map ``[1, C, 1, 1]`` is
     normalised with the running statistics, in training as well."""
-    if norm.training and x.numel() == x.shape[1]:
-        stats = norm.running_mean, norm.running_var
+    stats = norm.running_mean, norm.running_var
+    # others than PyTorch's own take statistics from several processes
+    own = type(norm) is nn.BatchNorm2d and norm.training and stats[0] is not None
+    if own and x.numel() == x.shape[1]:
         return F.batch_norm(x, *stats, norm.weight, norm.bias, eps=norm.eps)
     y: Tensor = norm(x)
     return y
@@ -149,20 +175,33 @@ def normalized(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
 def norm_relu(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     """``relu(normalized(x, norm))``; in training on a CPU as the one operation
     :func:`batch_norm_relu`."""
-    momentum = norm.momentum
-    own = norm.training and norm.affine and norm.weight.dtype != torch.bfloat16
-    own = own and type(norm) is nn.BatchNorm2d  # others take statistics from several processes
-    own = own and x.numel() > x.shape[1]
-    if not own or momentum is None or not runs_own_ops(x):
+    if not (norm.training and runs_own_ops(x) and _runs_fused(x, norm)):
         return F.relu(normalized(x, norm), inplace=True)
     y, (mean, variance) = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
-    if norm.running_mean is not None and norm.running_var is not None:
-        pixels = x.numel() // x.shape[1]
-        norm.running_mean.lerp_(mean, momentum)
-        norm.running_var.lerp_(variance * (pixels / (pixels - 1)), momentum)
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
+    if norm.track_running_stats:
+        momentum = cast(float, norm.momentum)
+        if norm.running_mean is not None and norm.running_var is not None:
+            pixels = x.numel() // x.shape[1]
+            norm.running_mean.lerp_(mean, momentum)
+            norm.running_var.lerp_(variance * (pixels / (pixels - 1)), momentum)
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
     return y
+
+
+def _runs_fused(x: Tensor, norm: nn.BatchNorm2d) -> bool:
+    """Whether :func:`batch_norm_relu` does what the module does in training."""
+    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (
+        type(norm) is nn.BatchNorm2d  # others take statistics from several processes
+        and norm.affine
+        and norm.bias is not None
+        and norm.weight.dtype == sums  # not so of networks in half precision
+        and norm.momentum is not None
+        and 0 < norm.eps < math.inf  # PyTorch's module has the words for others
+        and x.numel() > x.shape[1]
+        and not has_hooks(norm)
+    )
 
 
 class ConvBN(nn.Sequential):

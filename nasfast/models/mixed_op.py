@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nasfast.models.layers import Conv2d
+from nasfast.models.layers import Conv2d, convolution_dtype, has_hooks
 from nasfast.ops import Branches, DeformConv2d, mixed_op
 from nasfast.ops.mixed_op import FACTORS, MAPS
 from nasfast.spaces.ir_nas import PRIMITIVES
@@ -49,6 +50,12 @@ class SepBranch(nn.Module):
         self.pointwise2 = Conv2d(channels, channels, 1)
         self.bn2 = _norm(channels, norm, affine)
 
+    def parameters_of_pass(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """In the order of :class:`nasfast.ops.Branches`."""
+        convs = self.depthwise1, self.pointwise1, self.depthwise2, self.pointwise2
+        first, second, third, fourth = (conv.weight for conv in convs)
+        return first, second, third, fourth
+
     def forward(self, r: Tensor) -> Tensor:  # [N, C, H, W]
         inner = self.bn1(self.pointwise1(self.depthwise1(r)))
         out: Tensor = self.bn2(self.pointwise2(self.depthwise2(F.relu(inner))))
@@ -69,6 +76,11 @@ class DeformBranch(nn.Module):
         self.offset = nn.Conv2d(channels, 27 * offset_groups, 3, padding=1)
         self.deform = DeformConv2d(channels, channels, 3, padding=1)
         self.bn = _norm(channels, norm, affine)
+
+    def parameters_of_pass(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """In the order of :class:`nasfast.ops.Branches`."""
+        deform, offset = self.deform, self.offset
+        return deform.weight, deform.bias, offset.weight, offset.bias
 
     def forward(self, r: Tensor) -> Tensor:  # [N, C, H, W]
         out = self.offset(r)  # [N, D * 27, H, W]
@@ -163,6 +175,13 @@ class MixedOp(PlainMixedOp):
 
     Results, parameters and state dict are the same; time and memory are a fraction.
 
+    A call takes the plain formulation, with its time and memory, where the pass cannot do the same:
+
+    - some BatchNorms that run are frozen and others are not, or those that normalise by the batch
+      differ in ``eps``, or only some have a scale or a shift;
+    - a module inside has hooks (pruning sets them) or was replaced by one of another class;
+    - the batch is empty.
+
     Args:
         memory: ``"save"`` keeps the branches' results before normalisation for the backward pass;
             ``"recompute"`` keeps the state alone and computes them again.
@@ -184,7 +203,6 @@ class MixedOp(PlainMixedOp):
             )
         super().__init__(channels, primitives, norm, affine, offset_groups)
         self.memory = memory
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         slots = {"conv3x3": "bn", "sep3x3": "bn2", "dil3x3": "bn", "def3x3": "bn"}
         norms = [(i, name, slots[name]) for i, name in enumerate(FACTORS[:4]) if name in self.ops]
         if "sep3x3" in self.ops:
@@ -198,30 +216,55 @@ class MixedOp(PlainMixedOp):
         active: Iterable[int] | None = None,
         into: Tensor | None = None,
     ) -> Tensor:
-        runs = {
-            self.primitives[k] for k in (range(len(self.primitives)) if active is None else active)
-        }
+        """As of :class:`PlainMixedOp`.
+
+        Raises:
+            ValueError: maps of one value a channel, which a BatchNorm in training cannot normalise,
+                or an ``eps`` that is not above 0.
+        """
+        chosen = range(len(self.primitives)) if active is None else tuple(active)
+        runs = {self.primitives[k] for k in chosen}
+        if "skip" in runs and convolution_dtype(x) != x.dtype:  # autocast casts the others alone
+            skip = self.primitives.index("skip")
+            rest = self.forward(x, weights, [k for k in chosen if k != skip], into)
+            return rest + weights[skip] * x
         if runs <= {"none"}:
-            return torch.zeros_like(x) if into is None else into
-        norms = [(at, self._norm_of(name, bn)) for at, name, bn in self._norms if name in runs]
-        scale, shift = self._scale_and_shift(norms)
+            total = torch.zeros_like(x) if into is None else into
+            return _wide(total, x) if runs else total
+        if not self._is_as_made(runs):
+            return super().forward(x, weights, chosen, into)
+        norms = _Norms(
+            [
+                (at, cast(nn.BatchNorm2d, self.ops[name]._modules[slot]))
+                for at, name, slot in self._norms
+                if name in runs
+            ]
+        )
+        norms.check(x)
+        if x.shape[0] == 0 or not norms.alike:
+            return super().forward(x, weights, chosen, into)
         output, statistics = mixed_op(
             x,
-            self._factors(weights, runs),
+            self._factors(weights.to(torch.promote_types(x.dtype, torch.float32)), runs),
             self._branches(runs),
-            scale,
-            shift,
-            batch_norm=self.training and bool(self._norms),
-            eps=norms[0][1].eps if norms else 0.0,
+            *norms.scale_and_shift(),
+            batch_norm=norms.batch,
+            eps=norms.eps[0] if norms.batch else 0.0,
             recompute=self.memory == "recompute",
         )
-        if self.training and norms:
-            _update_running_statistics(norms, statistics, x.numel() // x.shape[1])
-        return output if into is None else into + output
+        if norms.batch:
+            norms.update(statistics, x.numel() // x.shape[1])
+        output = output if into is None else into + output
+        return _wide(output, x) if "none" in runs else output
 
-    def _norm_of(self, name: str, bn: str) -> nn.BatchNorm2d:
-        found: nn.BatchNorm2d = self.ops[name].get_submodule(bn)  # type: ignore[assignment]
-        return found
+    def _is_as_made(self, runs: set[str]) -> bool:
+        """Whether the modules of the branches do what the pass does, and no more."""
+        for name, op in self.ops._modules.items():
+            if name in runs:
+                for module in cast(list[nn.Module], [op, *op._modules.values()]):
+                    if type(module) not in _FUSED or has_hooks(module):
+                        return False
+        return True
 
     def _factors(self, weights: Tensor, runs: set[str]) -> Tensor:
         """In the order of FACTORS, 0 for what does not run."""
@@ -232,73 +275,133 @@ class MixedOp(PlainMixedOp):
         return padded[order]
 
     def _branches(self, runs: set[str]) -> Branches:
-        ops: dict[str, Any] = {name: op for name, op in self.ops.items() if name in runs}
-        conv, dil = (
-            ops[name].conv.weight if name in ops else None for name in ("conv3x3", "dil3x3")
+        ops: dict[str, Any] = {name: op for name, op in self.ops._modules.items() if name in runs}
+        conv, dil, deform, separable = map(ops.get, ("conv3x3", "dil3x3", "def3x3", "sep3x3"))
+        none = None, None, None, None
+        return Branches(
+            None if conv is None else conv.conv.weight,
+            None if dil is None else dil.conv.weight,
+            *(none if deform is None else deform.parameters_of_pass()),
+            *(none if separable is None else separable.parameters_of_pass()),
         )
-        found = Branches(conv, dil)
-        if "def3x3" in ops:
-            op = ops["def3x3"]
-            found = found._replace(
-                deform=op.deform.weight,
-                deform_bias=op.deform.bias,
-                offset_weight=op.offset.weight,
-                offset_bias=op.offset.bias,
-            )
-        if "sep3x3" in ops:
-            op = ops["sep3x3"]
-            names = ("depthwise1", "pointwise1", "depthwise2", "pointwise2")
-            found = found._replace(**{name: getattr(op, name).weight for name in names})
-        return found
-
-    def _scale_and_shift(
-        self, norms: Sequence[tuple[int, nn.BatchNorm2d]]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Of every map, [5, C]: BatchNorm's own, with the running statistics in evaluation."""
-        if not norms or (self.training and not norms[0][1].affine):
-            return None, None
-        bns = [bn for _, bn in norms]
-        ones = torch.ones_like(bns[0].running_mean)  # type: ignore[arg-type]
-        scale, shift = torch.ones_like(ones), torch.zeros_like(ones)
-        if bns[0].affine:
-            scale, shift = (
-                torch.stack([getattr(bn, name) for bn in bns]) for name in ("weight", "bias")
-            )
-        if not self.training:
-            mean, var = (
-                torch.stack([getattr(bn, f"running_{name}") for bn in bns])
-                for name in ("mean", "var")
-            )
-            scale = scale * (var + bns[0].eps).rsqrt()
-            shift = shift - mean * scale
-        if len(norms) == len(MAPS):  # in their order
-            return scale, shift
-        scales, shifts = [ones] * len(MAPS), [torch.zeros_like(ones)] * len(MAPS)
-        for (at, _), of_map, to in zip(norms, scale.unbind(), shift.unbind(), strict=True):
-            scales[at], shifts[at] = of_map, to
-        return torch.stack(scales), torch.stack(shifts)
 
 
-@torch.no_grad()
-def _update_running_statistics(
-    norms: Sequence[tuple[int, nn.BatchNorm2d]], statistics: Tensor, count: int
-) -> None:
-    """As BatchNorm does: towards the mean and the unbiased variance of ``count`` values."""
-    buffers: list[Tensor] = []
-    targets: list[Tensor] = []
-    momenta: list[float] = []
-    counts: list[Any] = [bn.num_batches_tracked for _, bn in norms]
-    torch._foreach_add_(counts, 1)
-    rows = statistics.to(norms[0][1].running_mean.dtype)  # type: ignore[union-attr]
-    unbiased = rows[:, 1] * (count / (count - 1))
-    for at, bn in norms:
-        assert bn.running_mean is not None
-        assert bn.running_var is not None
-        assert bn.num_batches_tracked is not None
-        buffers += [bn.running_mean, bn.running_var]
-        targets += [rows[at, 0], unbiased[at]]
-        momentum = bn.momentum
-        if momentum is None:  # a cumulative average
-            momentum = 1 / bn.num_batches_tracked.item()
-        momenta += [momentum, momentum]
-    torch._foreach_lerp_(buffers, targets, momenta)
+_FUSED = {
+    *(ConvBranch, SepBranch, DeformBranch),
+    *(Conv2d, nn.Conv2d, DeformConv2d, nn.BatchNorm2d, nn.Identity),
+}
+"""Modules of branches; a subclass, as sharding and parametrisations make, does something else."""
+
+
+def _wide(total: Tensor, x: Tensor) -> Tensor:
+    """A sum to which "none" adds zeros of the dtype of ``x``."""
+    return total.to(torch.promote_types(total.dtype, x.dtype))
+
+
+class _Norms:
+    """The BatchNorms that run, with their positions in MAPS.
+
+    Attributes:
+        batch: whether they normalise by the batch, not by running statistics.
+        alike: whether one pass can do them all.
+    """
+
+    def __init__(self, norms: list[tuple[int, nn.BatchNorm2d]]) -> None:
+        self.modules = norms
+        self.means: list[Tensor | None] = []
+        self.scales: list[Tensor | None] = []
+        self.shifts: list[Tensor | None] = []
+        self.eps: list[float] = []
+        self.by_batch: list[bool] = []
+        forms = set()
+        for _, bn in self.modules:
+            # read once: attributes of modules are slow
+            mean, scale, shift, eps = bn.running_mean, bn.weight, bn.bias, bn.eps
+            batch = bn.training or mean is None
+            self.means.append(mean)
+            self.scales.append(scale)
+            self.shifts.append(shift)
+            self.eps.append(eps)
+            self.by_batch.append(batch)
+            dtypes = [None if t is None else t.dtype for t in (mean, scale, shift)]
+            forms.add((batch, eps if batch else None, *dtypes))
+        self.batch = True in self.by_batch
+        self.alike = len(forms) < 2
+
+    def check(self, x: Tensor) -> None:
+        """ValueError where a map cannot be normalised."""
+        for eps, batch in zip(self.eps, self.by_batch, strict=True):
+            if not (0 < eps < math.inf or (eps == 0 and not batch)):
+                raise ValueError(
+                    f"MixedOp: expected eps of BatchNorm above 0 and finite, got {eps}; change it"
+                )
+        if self.batch and x.shape[0] * math.prod(x.shape[2:]) == 1:
+            raise ValueError(
+                "MixedOp: expected more than one value per channel to normalise by, got input of "
+                f"shape {tuple(x.shape)}; use larger images or batches, or freeze BatchNorm with "
+                "eval()"
+            )
+
+    def scale_and_shift(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of every map, [5, C]: BatchNorm's own, with the running statistics unless it uses the
+        batch's."""
+        scale, shift = _rows(self.scales), _rows(self.shifts)
+        if not self.batch and self.modules:
+            mean, var = _rows(self.means), _rows([bn.running_var for _, bn in self.modules])
+            assert mean is not None
+            assert var is not None
+            same = len(set(self.eps)) == 1
+            eps = self.eps[0] if same else var.new_tensor(self.eps)[:, None]
+            deviation = (var + eps).rsqrt()
+            scale = deviation if scale is None else scale * deviation
+            shift = -mean * scale if shift is None else shift - mean * scale
+        return self._of_maps(scale, 1.0), self._of_maps(shift, 0.0)
+
+    def _of_maps(self, rows: Tensor | None, other: float) -> Tensor | None:
+        if rows is None or len(rows) == len(MAPS):  # in their order
+            return rows
+        found = [torch.full_like(rows[0], other)] * len(MAPS)
+        for (at, _), row in zip(self.modules, rows.unbind(), strict=True):
+            found[at] = row
+        return torch.stack(found)
+
+    def update(self, statistics: Tensor, count: int) -> None:
+        """As BatchNorm does: towards the mean and the unbiased variance of ``count`` values."""
+        buffers: list[Tensor] = []
+        targets: list[Tensor] = []
+        momenta: list[float] = []
+        counters: list[Any] = []
+        means: Sequence[Tensor] = ()
+        variances: Sequence[Tensor] = ()
+        for (at, bn), mean in zip(self.modules, self.means, strict=True):
+            if not (bn.training and bn.track_running_stats):
+                continue
+            batches = bn.num_batches_tracked
+            if batches is not None:
+                counters.append(batches)
+            if mean is None:
+                continue
+            if not means:
+                rows = statistics.to(mean.dtype)
+                means = rows[:, 0].unbind()
+                variances = (rows[:, 1] * (count / (count - 1))).unbind()
+            momentum = bn.momentum
+            if momentum is None:  # a cumulative average
+                momentum = 0.0 if batches is None else 1 / (batches.item() + 1)
+            assert bn.running_var is not None
+            buffers += [mean, bn.running_var]
+            targets += [means[at], variances[at]]
+            momenta += [momentum, momentum]
+        with torch.no_grad():
+            if counters:
+                torch._foreach_add_(counters, 1)
+            if buffers:
+                torch._foreach_lerp_(buffers, targets, momenta)
+
+
+def _rows(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """Vectors of the maps, or None, as a matrix; in float32 if they are in half precision."""
+    found = [tensor for tensor in tensors if tensor is not None]
+    if not found:
+        return None
+    return torch.stack(found).to(torch.promote_types(found[0].dtype, torch.float32))

@@ -5,49 +5,13 @@ import itertools
 import pytest
 import torch
 from kept import kept_for_backward
+from mixed_ops import CLOSE, MEMORIES, assert_same, assert_same_state, make_pair, step
 from torch import nn
 
 from nasfast.models.mixed_op import MixedOp, PlainMixedOp
 from nasfast.spaces.ir_nas import PRIMITIVES
 
-CLOSE = {"rtol": 1e-9, "atol": 1e-9}
-MEMORIES = ("save", "recompute")
 ACTIVE = (None, (), (5,), (4,), (4, 5), (0,), (3,), (1, 4), (0, 2, 3), (5, 1), (0, 1, 2, 3, 4, 5))
-
-
-def make_pair(memory="save", channels=4, **options):
-    """A fused and a plain operation in float64 with the same state, affine parameters drawn."""
-    fused = MixedOp(channels, memory=memory, **options).double()
-    plain = PlainMixedOp(channels, **options).double()
-    for module in fused.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.affine:
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
-    plain.load_state_dict(fused.state_dict())
-    return fused, plain
-
-
-def step(op, x, weights, active=None, into=None):
-    """Output, and gradients of state, weights, running sum and parameters, 0 if there is none."""
-    leaves = [x, weights, *([] if into is None else [into]), *op.parameters()]
-    leaves = [leaf.requires_grad_() for leaf in leaves]
-    running = None if into is None else into * 1
-    out = op(x, weights, active, into=running)
-    cotangent = torch.ones_like(out).cumsum(-1).sin()
-    if not out.requires_grad:  # where nothing but "none" runs
-        return [out, *map(torch.zeros_like, leaves)]
-    found = torch.autograd.grad(out, leaves, cotangent, materialize_grads=True)
-    return [out.detach(), *found]
-
-
-def assert_same(fused, plain):
-    for ours, reference in zip(fused, plain, strict=True):
-        torch.testing.assert_close(ours, reference, **CLOSE)
-
-
-def assert_same_state(fused, plain):
-    assert fused.state_dict().keys() == plain.state_dict().keys()
-    assert_same(fused.state_dict().values(), plain.state_dict().values())
 
 
 @pytest.fixture
@@ -196,21 +160,6 @@ def test_compile_fullgraph(x, weights, training):
     expected.sum().backward()
     assert_same([p.grad for p in fused.parameters()], [p.grad for p in plain.parameters()])
     assert_same_state(fused, plain)
-
-
-def test_autocast(x, weights):
-    """Parameters stay in float32 and get their gradients there; running statistics too."""
-    fused, plain = make_pair()
-    fused, plain, x, weights = fused.float(), plain.float(), x.float(), weights.float()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = fused(x, weights)
-    assert out.dtype == torch.bfloat16
-    expected = plain(x, weights)
-    torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
-    out.float().sum().backward()
-    assert {p.grad.dtype for p in fused.parameters()} == {torch.float32}
-    for ours, reference in zip(fused.buffers(), plain.buffers(), strict=True):
-        torch.testing.assert_close(ours, reference, rtol=0.02, atol=0.02)
 
 
 def test_unknown_memory():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from nasfast.models.layers import (
     OPS,
@@ -15,6 +16,7 @@ from nasfast.models.layers import (
     global_mean,
     largest,
     norm_relu,
+    normalized,
     resize,
 )
 from nasfast.spaces.fast_nas import PRIMITIVES
@@ -180,22 +182,105 @@ def test_concatenate_is_cat_with_gradients_that_are_maps() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("batch", [3, 0])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"momentum": 0.3}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}],
+    [
+        {},
+        {"momentum": 0.3},
+        {"momentum": None},
+        {"affine": False},
+        {"bias": False},
+        {"eps": 0.3},
+        {"track_running_stats": False},
+        {"track_running_stats": False, "momentum": None},
+    ],
     ids=str,
 )
-def test_norm_relu_is_the_modules(settings, training) -> None:
+def test_norm_relu_is_the_modules(settings, batch, training) -> None:
     norm, other = (nn.BatchNorm2d(6, **settings).train(training) for _ in range(2))
-    x = torch.randn(3, 6, 5, 4)
-    for _ in range(3):
+    for count in (3, batch, 3):
+        x = torch.randn(count, 6, 5, 4)
         torch.testing.assert_close(norm_relu(x, norm), F.relu(other(x)))
     torch.testing.assert_close(dict(norm.named_buffers()), dict(other.named_buffers()))
 
 
-def test_norm_relu_of_a_module_in_bfloat16() -> None:
-    norm, x = nn.BatchNorm2d(6).bfloat16(), torch.randn(3, 6, 5, 4).bfloat16()
-    assert torch.equal(norm_relu(x, norm), F.relu(norm(x)))
+@pytest.mark.parametrize(
+    "changes",
+    [{"track_running_stats": False}, {"num_batches_tracked": None}, {"training": False}],
+    ids=str,
+)
+def test_norm_relu_of_a_module_that_was_changed(changes) -> None:
+    norm, other = (nn.BatchNorm2d(6) for _ in range(2))
+    for _ in range(2):
+        x = torch.randn(3, 6, 5, 4)
+        torch.testing.assert_close(norm_relu(x, norm), F.relu(other(x)))
+        for module in (norm, other):
+            for name, value in changes.items():
+                setattr(module, name, value)
+    torch.testing.assert_close(dict(norm.named_buffers()), dict(other.named_buffers()))
+
+
+def test_norm_relu_calls_hooks() -> None:
+    """As pruning needs: the mask is laid on when the module is called."""
+    norm, x = nn.BatchNorm2d(6), torch.randn(3, 6, 5, 4)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    prune.l1_unstructured(norm, "weight", 2)
+    with torch.no_grad():
+        norm.weight_orig += 1
+    y = norm_relu(x, norm)
+    assert (y.amax((0, 2, 3)) == 0).sum() == 2
+    torch.testing.assert_close(y, F.relu(norm(x)))
+    y.sum().backward()
+    norm_relu(x, norm).sum().backward()  # no graph of the step before
+
+
+@pytest.mark.parametrize("eps", [0.0, -1.0])
+def test_norm_relu_refuses_an_eps_as_the_module_does(eps) -> None:
+    norm, x = nn.BatchNorm2d(6, eps=eps), torch.randn(3, 6, 5, 4)
+    for call in (lambda: norm_relu(x, norm), lambda: norm(x)):
+        with pytest.raises(
+            ValueError, match=f"eps must be positive during training, but got {eps}"
+        ):
+            call()
+
+
+def test_one_value_a_channel_without_running_statistics() -> None:
+    norm, x = nn.BatchNorm2d(6, track_running_stats=False), torch.randn(1, 6, 1, 1)
+    for call in (normalized, norm_relu):
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+            call(x, norm)
+
+
+def test_one_value_a_channel_of_a_module_that_sees_more() -> None:
+    """Other classes than PyTorch's read the batches of all processes, which wait for each other."""
+
+    class Shared(nn.BatchNorm2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 7
+
+    x = torch.ones(1, 6, 1, 1)
+    for call in (normalized, norm_relu):
+        assert torch.equal(call(x, Shared(6)), x + 7)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("wide", [False, True])
+def test_norm_relu_of_a_module_in_another_precision(dtype, training, wide) -> None:
+    """``wide``: its parameters stay in float32."""
+    norms = [nn.BatchNorm2d(6).to(dtype).train(training) for _ in range(2)]
+    if wide and dtype != torch.float64:
+        norms = [norm.float() for norm in norms]
+    x = torch.randn(3, 6, 5, 4).to(dtype)
+    results = []
+    for norm, call in zip(norms, (norm_relu, lambda x, norm: F.relu(norm(x)))):
+        leaf = x.clone().requires_grad_()
+        y = call(leaf, norm)
+        inputs = [leaf, norm.weight, norm.bias]
+        results.append([y, *torch.autograd.grad((y.float() ** 2).sum(), inputs), *norm.buffers()])
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want)
 
 
 def test_global_mean() -> None:
@@ -230,3 +315,28 @@ def test_convolutions_of_pairs(dtype):
         assert got.dtype == want.dtype
         torch.testing.assert_close(got, want, **tolerance)
     assert results[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("precision", ["module", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dilated_convolutions_of_ragged_channels_run_in_float32(dtype, precision):
+    """Also where the network is in half precision; they give the dtype of any convolution."""
+    conv, reference = Conv2d(24, 24, 3, 3), nn.Conv2d(24, 24, 3, 1, 3, 3, bias=False)
+    reference.load_state_dict(conv.state_dict())
+    x = torch.randn(4, 24, 40, 40).contiguous(memory_format=torch.channels_last)
+    if precision == "module":
+        conv, reference, x = conv.to(dtype), reference.to(dtype), x.to(dtype)
+    conv = conv.to(memory_format=torch.channels_last)
+    wide = conv.weight.detach().float().requires_grad_()
+    z = F.conv2d(x.float(), wide, None, 1, 3, 3)
+    direction = torch.linspace(-1, 1, z.numel()).view(z.shape)
+    (want,) = torch.autograd.grad((z * direction).sum(), [wide])
+    for _ in range(4):
+        dirty_heap()
+        with torch.autocast("cpu", dtype, enabled=precision == "autocast"):
+            y, expected = conv(x), reference(x)
+        assert y.dtype == expected.dtype == dtype
+        torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+        (got,) = torch.autograd.grad((y.float() * direction).sum(), [conv.weight])
+        assert got.dtype == conv.weight.dtype
+        assert (got.float() - want).norm() < 0.01 * want.norm()
