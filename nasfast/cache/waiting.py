@@ -80,9 +80,20 @@ class Wait:
         return text or "a process that this machine or container does not show"
 
 
-def lock(file: int, kind: int, subject: Path, remedy: str, bound: float | None = None) -> None:
+def idle() -> None:
+    """The heartbeat of who has nothing to do meanwhile."""
+
+
+def lock(
+    file: int,
+    kind: int,
+    subject: Path,
+    remedy: str,
+    bound: float | None = None,
+    heartbeat: Callable[[], None] = idle,
+) -> None:
     """Take a lock of an open file (``fcntl.LOCK_SH`` or ``LOCK_EX``), for which nobody makes others
-    wait long.
+    wait long; with a ``heartbeat`` each turn.
 
     Raises:
         UserError: another process holds one for too long.
@@ -97,6 +108,7 @@ def lock(file: int, kind: int, subject: Path, remedy: str, bound: float | None =
             f"end that process, or {remedy}",
             bound=bound,
         )
+        heartbeat()
         wait.turn()
 
 
