@@ -279,6 +279,15 @@ def test_progress_of_others_is_progress(monkeypatch):
     assert time.monotonic() - started > 0.2 + 6 * 0.05
 
 
+def test_a_pause_of_all_is_no_wait(monkeypatch):
+    """As by Ctrl-Z in a terminal: the others were stopped as well."""
+    wait, now = waiting.Wait(Path("x"), list, "does it", "to do it", "end it"), time.monotonic()
+    for hours in range(1, 4):
+        monkeypatch.setattr(time, "monotonic", lambda hours=hours: now + 3600 * hours)
+        wait.turn()
+    assert wait._waited == 3
+
+
 @pytest.mark.parametrize("what", ["a claim", "the file", "its creation", "RAM"])
 def test_a_heartbeat_stops_a_wait(path, ram, what):
     """Ctrl-C during a search."""
