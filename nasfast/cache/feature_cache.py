@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nasfast.cache import places, trust
+from nasfast.cache import places, trust, waiting
 from nasfast.cache.batches import Batch, HostSamples
 from nasfast.cache.header import STATE, Header
 from nasfast.cache.layout import STORAGES, BlockLayout, stored
@@ -37,7 +37,8 @@ class CacheConfig:
     """Where and how a feature cache is kept."""
 
     directory: Path | None = None
-    """Folder of the files; by default $NASFAST_CACHE or ~/.cache/nasfast."""
+    """Folder of the files; by default $NASFAST_CACHE or ~/.cache/nasfast. Where others may write to
+    it, this user's folder in it (:func:`used_directory`)."""
     placement: Literal["auto", "file", "ram", "device"] = "auto"
     """file: on disk, used again by the next search; ram: shared memory, gone with its last user;
     device: on disk, and read once into the memory of each GPU; auto: device on CUDA, else file."""
@@ -297,7 +298,7 @@ class _Request:
 
         while True:
             try:
-                segment = _attach(path, self.key, self.config)
+                segment = _attach(path, self.key, self.config, self.heartbeat)
             except FileNotFoundError:
                 places.sweep(path.parent, keep=path)
                 made = create(path, begin, self.heartbeat)
@@ -357,9 +358,14 @@ class _Request:
         return rows if len(indices) == size else {name: row[places] for name, row in rows.items()}
 
 
-def _attach(path: Path, key: Mapping[str, str], config: CacheConfig) -> Segment:
+def _attach(
+    path: Path,
+    key: Mapping[str, str],
+    config: CacheConfig,
+    heartbeat: Callable[[], None] = waiting.idle,
+) -> Segment:
     places.sweep(places.ram_directory(), keep=path)
-    segment = Segment.open(path)
+    segment = Segment.open(path, heartbeat)
     made = dict(segment.header.key) | {"storage": segment.header.storage}
     expected = dict(key) | {"storage": config.storage}
     differ = [name for name in made | expected if made.get(name) != expected.get(name)]

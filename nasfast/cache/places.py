@@ -229,13 +229,13 @@ def alone(file: int) -> bool:
     return waiting.try_lock(file, fcntl.LOCK_EX)
 
 
-def share(file: int, path: Path) -> None:
+def share(file: int, path: Path, heartbeat: Callable[[], None] = waiting.idle) -> None:
     """Hold the lock of an open file as all who use it do.
 
     Raises:
         UserError: somebody holds it alone for too long.
     """
-    waiting.lock(file, fcntl.LOCK_SH, path, remedy(path.parent))
+    waiting.lock(file, fcntl.LOCK_SH, path, remedy(path.parent), heartbeat=heartbeat)
 
 
 def names(directory: int, name: str, file: int) -> bool:
@@ -251,7 +251,9 @@ _holding = threading.local()
 
 
 @contextmanager
-def settled(directory: Path, bound: float | None = None) -> Iterator[int]:
+def settled(
+    directory: Path, bound: float | None = None, heartbeat: Callable[[], None] = waiting.idle
+) -> Iterator[int]:
     """An open directory, in which nobody else attaches, leaves or removes RAM segments.
 
     Between two kinds of lock a file has none for a moment, in which it would be swept. A garbage
@@ -265,7 +267,7 @@ def settled(directory: Path, bound: float | None = None) -> Iterator[int]:
         if directory != ram_directory() or getattr(_holding, "it", False):
             yield file
             return
-        waiting.lock(file, fcntl.LOCK_EX, directory, remedy(directory), bound)
+        waiting.lock(file, fcntl.LOCK_EX, directory, remedy(directory), bound, heartbeat)
         try:
             _holding.it = True
             yield file

@@ -109,14 +109,14 @@ class Segment:
         return self.header.count
 
     @classmethod
-    def open(cls, path: Path) -> Segment:
-        """Attach a file.
+    def open(cls, path: Path, heartbeat: Callable[[], None] = waiting.idle) -> Segment:
+        """Attach a file, with a heartbeat each turn of waiting for who holds it locked.
 
         Raises:
             FileNotFoundError: there is none.
             UserError: it is no cache, or damaged; others may write to it, or hold it locked.
         """
-        with places.settled(path.parent) as directory:
+        with places.settled(path.parent, heartbeat=heartbeat) as directory:
             try:
                 file, writable = trust.open_trusted(directory, path, os.O_RDWR), True
             except OSError as error:
@@ -124,7 +124,7 @@ class Segment:
                     raise
                 file, writable = trust.open_trusted(directory, path, os.O_RDONLY), False
             try:
-                places.share(file, path)
+                places.share(file, path, heartbeat)
                 return cls(path, file, writable=writable)
             except BaseException:
                 os.close(file)
@@ -408,9 +408,9 @@ def _create(
             # file systems can reserve room
             places.write_at(file, states.ljust(header.count * STATE.size, b"\0"), table)
             os.fsync(file)
-        with places.settled(path.parent):
+        with places.settled(path.parent, heartbeat=heartbeat):
             os.rename(temporary.name, path.name, src_dir_fd=directory, dst_dir_fd=directory)
-            places.share(file, path)
+            places.share(file, path, heartbeat)
             segment = Segment(path, file, writable=True)
     except BaseException:
         with suppress(FileNotFoundError):

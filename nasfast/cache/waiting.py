@@ -18,6 +18,7 @@ TURN = 0.02  # seconds between looks at what others do
 NOTICE = 5.0  # seconds until a wait says for whom it is
 BOUND = 300.0  # seconds without a sign of progress that end a wait
 _LOOK = 0.5  # seconds between looks for signs of progress
+_MOST = 1.0  # seconds that a turn counts for
 _LOCKS = Path("/proc/locks")
 
 
@@ -47,8 +48,8 @@ class Wait:
         self._subject, self._pids = subject, pids
         self._doing, self._due, self._remedy, self._sign = doing, due, remedy, sign
         self._bound = BOUND if bound is None else bound
-        self._began = self._progress = self._looked = time.monotonic()
-        self._seen = sign()
+        self._waited = self._still = self._unseen = 0.0  # seconds: in all, without progress, a look
+        self._last, self._seen = time.monotonic(), sign()
         self._told = False
 
     def turn(self) -> None:
@@ -59,16 +60,20 @@ class Wait:
         """
         time.sleep(TURN)
         now = time.monotonic()
-        if now - self._looked > min(_LOOK, self._bound / 4):
-            self._looked, seen = now, self._sign()
+        # a turn in which this process was stopped is none in which the others might have got on
+        passed, self._last = min(now - self._last, _MOST), now
+        self._waited, self._still = self._waited + passed, self._still + passed
+        self._unseen += passed
+        if self._unseen > min(_LOOK, self._bound / 4):
+            seen, self._unseen = self._sign(), 0.0
             if seen != self._seen:
-                self._seen, self._progress = seen, now
-        if now - self._progress > self._bound:
+                self._seen, self._still = seen, 0.0
+        if self._still > self._bound:
             raise UserError(
                 f"feature cache {self._subject}: expected {self._who()} {self._due}, got no sign "
                 f"of it for {_span(self._bound)}; {self._remedy}"
             )
-        if not self._told and now - self._began > NOTICE:
+        if not self._told and self._waited > NOTICE:
             self._told = True
             warnings.warn(
                 f"feature cache {self._subject}: waiting for {self._who()}, which {self._doing}",
@@ -80,9 +85,20 @@ class Wait:
         return text or "a process that this machine or container does not show"
 
 
-def lock(file: int, kind: int, subject: Path, remedy: str, bound: float | None = None) -> None:
+def idle() -> None:
+    """The heartbeat of who has nothing to do meanwhile."""
+
+
+def lock(
+    file: int,
+    kind: int,
+    subject: Path,
+    remedy: str,
+    bound: float | None = None,
+    heartbeat: Callable[[], None] = idle,
+) -> None:
     """Take a lock of an open file (``fcntl.LOCK_SH`` or ``LOCK_EX``), for which nobody makes others
-    wait long.
+    wait long; with a ``heartbeat`` each turn.
 
     Raises:
         UserError: another process holds one for too long.
@@ -97,6 +113,7 @@ def lock(file: int, kind: int, subject: Path, remedy: str, bound: float | None =
             f"end that process, or {remedy}",
             bound=bound,
         )
+        heartbeat()
         wait.turn()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,14 @@ from pathlib import Path
 import pytest
 
 from nasfast.cache import places
+
+
+@pytest.fixture(autouse=True)
+def umask() -> Iterator[None]:
+    """Directories that tests make are those of one user, whatever the umask of who runs them."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
 
 
 @pytest.fixture(autouse=True)

@@ -279,8 +279,8 @@ def test_an_interrupt_as_a_new_file_is_attached(path, monkeypatch):
     settled = places.settled
 
     @contextmanager
-    def interrupted(directory):
-        with settled(directory) as file:
+    def interrupted(directory, **arguments):
+        with settled(directory, **arguments) as file:
             yield file
         raise KeyboardInterrupt
 

@@ -279,14 +279,40 @@ def test_progress_of_others_is_progress(monkeypatch):
     assert time.monotonic() - started > 0.2 + 6 * 0.05
 
 
-def test_a_heartbeat_stops_a_wait(path):
+def test_a_pause_of_all_is_no_wait(monkeypatch):
+    """As by Ctrl-Z in a terminal: the others were stopped as well."""
+    wait, now = waiting.Wait(Path("x"), list, "does it", "to do it", "end it"), time.monotonic()
+    for hours in range(1, 4):
+        monkeypatch.setattr(time, "monotonic", lambda hours=hours: now + 3600 * hours)
+        wait.turn()
+    assert wait._waited == 3
+
+
+@pytest.mark.parametrize("what", ["a claim", "the file", "its creation", "RAM"])
+def test_a_heartbeat_stops_a_wait(path, ram, what):
     """Ctrl-C during a search."""
+    placement = "ram" if what == "RAM" else "file"
+    ram.mkdir()
+    ram.chmod(0o700)
+    key = KEY
+    if what == "its creation":
+        key = {"another": "one"}
+        new = build(path.parent, key=key)
+        new.close()
+        (temporary,) = (p.rename(p.with_name(f".{p.name}.tmp")) for p in new.paths)
+    holding = {
+        "a claim": claim(path),
+        "the file": locked(path),
+        "its creation": locked(temporary) if what == "its creation" else None,
+        "RAM": locked(ram),
+    }
 
     def stop():
         raise KeyboardInterrupt
 
-    with process(claim(path)), pytest.raises(KeyboardInterrupt):
-        FeatureCache.load_or_build(KEY, COUNT, encoder({}), CacheConfig(path.parent), stop)
+    config = CacheConfig(path.parent, placement=placement)
+    with process(holding[what]), pytest.raises(KeyboardInterrupt):
+        FeatureCache.load_or_build(key, COUNT, encoder(arrays()), config, stop)
 
 
 # ---- who it is
