@@ -118,7 +118,8 @@ class Header:
             raise UserError(f"expected a header in JSON, got {cause(error)}") from error
         if not isinstance(fields, dict):
             raise UserError(f"expected a header of named fields, got {short(fields)}")
-        first, total = fields.pop("first", 0), fields.pop("total", fields.get("count"))  # earlier's
+        # both of earlier versions
+        first, total = fields.pop("first", 0), fields.pop("total", fields.get("count"))
         names = ["arrays", "count", "key", "placement", "sample_bytes", "storage"]
         require("fields of the header", names, sorted(fields))
         count = whole("count", fields["count"], 1)

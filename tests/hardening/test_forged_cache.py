@@ -145,7 +145,7 @@ def test_any_field_of_a_forged_header(
     every, seen = list(places(fields)), []
 
     @settings(
-        max_examples=20_000 if nightly else 150,
+        max_examples=5_000 if nightly else 150,
         suppress_health_check=list(HealthCheck),
         derandomize=not nightly,
     )
