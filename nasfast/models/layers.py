@@ -179,13 +179,15 @@ def norm_relu(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
         return F.relu(normalized(x, norm), inplace=True)
     y, (mean, variance) = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
     if norm.track_running_stats:
-        momentum = cast(float, norm.momentum)
-        if norm.running_mean is not None and norm.running_var is not None:
+        # read once: attributes of modules are slow
+        running_mean, running_var = norm.running_mean, norm.running_var
+        batches, momentum = norm.num_batches_tracked, cast(float, norm.momentum)
+        if running_mean is not None and running_var is not None:
             pixels = x.numel() // x.shape[1]
-            norm.running_mean.lerp_(mean, momentum)
-            norm.running_var.lerp_(variance * (pixels / (pixels - 1)), momentum)
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
+            running_mean.lerp_(mean, momentum)
+            running_var.lerp_(variance * (pixels / (pixels - 1)), momentum)
+        if batches is not None:
+            batches.add_(1)
     return y
 
 

@@ -405,7 +405,7 @@ class Supernet(nn.Module):
 @contextmanager
 def _statistics_kept(module: nn.Module) -> Iterator[None]:
     """BatchNorm leaves its running statistics alone: they have seen this batch already."""
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None

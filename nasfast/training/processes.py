@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn import functional as F
 
 from nasfast.utils.errors import UserError
 from nasfast.utils.interrupt import StopRequested
@@ -144,7 +145,8 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 class SummedBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the batches of all processes, on any device; sums are in float64."""
+    """BatchNorm over the batches of all processes, on any device; sums are in float64. One value a
+    channel in all of them is normalised with the running statistics."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -154,22 +156,32 @@ class SummedBatchNorm(nn.BatchNorm2d):
         sums = torch.cat([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3)), own])
         sums = _Sum.apply(sums)  # type: ignore[no-untyped-call]
         count = sums[-1]
+        if count < 2 and self.running_mean is not None:
+            stats = self.running_mean, self.running_var
+            return F.batch_norm(x, *stats, self.weight, self.bias, eps=self.eps)
         mean, square = (sums[:-1] / count).chunk(2)
         variance = (square - mean.square()).clamp(min=0)
-        if self.running_mean is not None and self.running_var is not None:
-            momentum = 0.1 if self.momentum is None else self.momentum
-            with torch.no_grad():
-                self.running_mean.lerp_(mean.to(self.running_mean), momentum)
-                unbiased = (variance * count / (count - 1)).to(self.running_var)
-                self.running_var.lerp_(unbiased, momentum)
-                if self.num_batches_tracked is not None:
-                    self.num_batches_tracked.add_(1)
+        if self.track_running_stats:
+            self._update(mean.detach(), variance.detach() * count / (count - 1))
         scale = (variance + self.eps).rsqrt()
         y = (wide - mean[:, None, None]) * scale[:, None, None]
-        if self.affine:
-            y = y * self.weight[:, None, None] + self.bias[:, None, None]
+        if self.weight is not None:
+            y = y * self.weight[:, None, None]
+        if self.bias is not None:
+            y = y + self.bias[:, None, None]
         result: Tensor = y.to(x.dtype)
         return result
+
+    def _update(self, mean: Tensor, variance: Tensor) -> None:
+        """Running statistics and their counter, as of PyTorch's module."""
+        momentum = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if momentum is None:  # a cumulative average
+                momentum = 1 / self.num_batches_tracked.item()
+        if self.running_mean is not None and self.running_var is not None:
+            self.running_mean.lerp_(mean.to(self.running_mean), momentum or 0.0)
+            self.running_var.lerp_(variance.to(self.running_var), momentum or 0.0)
 
 
 class _Sum(torch.autograd.Function):
