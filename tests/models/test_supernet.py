@@ -325,7 +325,7 @@ def test_memory_of_recomputing():
     ("options", "message"),
     [
         ({"layers": 0}, "SupernetConfig.layers: expected a value from 1 to 64, got 0"),
-        ({"nodes": 0}, "SupernetConfig.nodes: expected a value from 1 to 64, got 0"),
+        ({"nodes": 0}, "SupernetConfig.nodes: expected a value from 1 to 8, got 0"),
         ({"width": 0}, "SupernetConfig.width: expected a value from 1 to 16,384, got 0"),
         ({"width": 5}, "SupernetConfig.width: expected an even number, got 5; half the channels"),
         (
