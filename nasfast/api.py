@@ -50,7 +50,7 @@ def search(
     Args:
         method: "segmentation", "detection" or another of ``nasfast search --help``.
         resume: directory of a run to continue, instead of a new one; `settings` are then some of
-            budget, device, workers, devices, engine.
+            budget, device, workers, devices, engine, data, cache_dir, placement.
         quiet: whether to print nothing.
         settings: every setting of ``nasfast search METHOD --help`` by its name, with underscores:
             ``data``, ``preset``, ``budget``. Those of a group are a mapping, as in

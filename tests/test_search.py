@@ -269,3 +269,11 @@ def test_a_teacher(tiny_search, tiny_run, tiny_model, tmp_path, monkeypatch):
     assert taught[0]
     assert not taught[-1]
     assert taught == sorted(taught, reverse=True)
+
+
+def test_resume_with_another_cache(own_run, tmp_path, capsys):
+    """Where the one before may no longer be used."""
+    flags = ["--cache-dir", str(tmp_path / "cache"), "--placement", "file"]
+    assert search.main(["--resume", str(own_run), "--budget", "7", *flags]) == 0
+    assert list((tmp_path / "cache").glob("*.features"))
+    assert capsys.readouterr().err == ""

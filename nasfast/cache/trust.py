@@ -55,13 +55,10 @@ def private_directory(directory: Path) -> Path:
 
 
 def make_directory(directory: Path) -> None:
-    """Make a directory, and those above it, for this user alone; one that is there stays."""
-    try:
-        os.mkdir(directory, 0o700)
-    except FileExistsError:
-        return
-    except FileNotFoundError:
-        make_directory(directory.parent)
+    """Make a directory for this user alone, in one that is made if need be; one that is there
+    stays."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
         os.mkdir(directory, 0o700)
 
 

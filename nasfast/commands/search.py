@@ -56,6 +56,10 @@ class Resume:
     """Other workers."""
     data: str | None = None
     """Where the data is now, if it has moved; its content has to be the same."""
+    cache_dir: Path | None = None
+    """Another folder for the features of the encoder, which are computed again there."""
+    placement: Literal["auto", "file", "ram", "device"] | None = None
+    """Another place for them."""
 
 
 def _settings_to_resume(study: Study, arguments: Resume) -> tuple[Method, SearchSettings]:
@@ -66,9 +70,14 @@ def _settings_to_resume(study: Study, arguments: Resume) -> tuple[Method, Search
         config = method.continued(config, study.load_checkpoint() or {}, arguments.budget)
     given: dict[str, Any] = {
         name: getattr(arguments, name)
-        for name in ("device", "workers", "devices", "engine")
+        for name in ("device", "workers", "devices", "engine", "cache_dir", "placement")
         if getattr(arguments, name) is not None
     }
+    for name in given.keys() - {field.name for field in dataclasses.fields(config)}:
+        raise UserError(
+            f"resume {study.path}: expected no {name} for {method.name}, which keeps no features; "
+            "leave it out"
+        )
     if "device" in given:
         given.setdefault("devices", None)
     elif "devices" in given:

@@ -290,7 +290,8 @@ class Session:
 
     def _claim(self, stack: ExitStack) -> Path:
         """Make the directory and hold it; it goes again where nothing is written to it."""
-        for out in [self.out] if self.named else numbered(self.out.parent):
+        others = filter(is_free, numbered(self.out.parent))
+        for out in [self.out] if self.named else others:
             with ExitStack() as attempt:
                 try:
                     free = attempt.enter_context(claimed(out))

@@ -214,7 +214,9 @@ def _read(path: Path) -> dict[str, float | str]:
             entry = parse_json(line)
             if not isinstance(entry, dict):
                 raise TypeError(entry)
-            found[str(entry["key"])] = _latency(unsealed(entry, path))
+            found[str(entry["key"])] = _latency(unsealed(entry, "latency"))
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}") from error
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(
                 f"{path}, line {number}: expected the latency of a network, got {line[:60]!r}; "

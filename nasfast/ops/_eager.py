@@ -17,7 +17,7 @@ from nasfast.ops import _native
 
 _c: Any = torch._C  # what PyTorch's own Python modules use of it
 _forward_ad: Any = torch.autograd.forward_ad
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def call(
@@ -78,7 +78,7 @@ def is_eager(op: str, tensors: Sequence[Tensor | None]) -> bool:
     if torch.compiler.is_compiling():
         return False
     first = tensors[0]
-    if type(first) not in _PLAIN:
+    if type(first) not in PLAIN:
         return False
     assert first is not None
     device = first.device.type
@@ -95,7 +95,7 @@ def is_eager(op: str, tensors: Sequence[Tensor | None]) -> bool:
     plain = _plain_keys(device)
     for tensor in tensors:
         if tensor is not None and (
-            type(tensor) not in _PLAIN or _c._dispatch_keys(tensor).raw_repr() not in plain
+            type(tensor) not in PLAIN or _c._dispatch_keys(tensor).raw_repr() not in plain
         ):
             return False
     return True

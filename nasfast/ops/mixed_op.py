@@ -191,7 +191,9 @@ def _check_kinds(input: Any, factors: Any, branches: Any, scale: Any, shift: Any
     _checks.check_tensors(_OP, input=input, factors=factors)
     for name, tensor in zip(_OPTIONAL, (*branches, scale, shift), strict=True):
         if tensor is not None and (
-            type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_nested
+            type(tensor) not in _eager.PLAIN
+            or tensor.layout is not torch.strided
+            or tensor.is_nested
         ):
             _checks.check_tensors(_OP, optional=[name], **{name: tensor})
 

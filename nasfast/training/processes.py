@@ -64,12 +64,12 @@ def barrier() -> None:
 
 
 def agreed(decide: Callable[[], T]) -> T:
-    """What the process of rank 0 decides, in every process; a UserError there is one in each."""
+    """What the process of rank 0 decides, in every process; an error there is one in each."""
     found: list[Any] = [None, None]
     if rank() == 0:
         try:
             found[0] = decide()
-        except UserError as error:
+        except (UserError, OSError) as error:
             found[1] = error
     if size() > 1:
         distributed.broadcast_object_list(found)

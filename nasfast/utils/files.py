@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import secrets
@@ -122,10 +123,11 @@ def atomic_directory(path: Path, files: Mapping[str, bytes]) -> None:
     sync_directory(path.parent)
 
 
-def remove_unfinished(folder: Path, name: str = "*") -> None:
-    """Remove the temporary files and directories that killed processes left in a folder, of a name
-    that no other process writes to."""
-    for left in folder.glob(f".{name}.*.tmp"):
+def remove_unfinished(folder: Path, name: str | None = None) -> None:
+    """Remove the temporary files and directories that killed processes left in a folder, of a name,
+    or any, that no other process writes to."""
+    begin = "*" if name is None else glob.escape(name)
+    for left in folder.glob(f".{begin}.*.tmp"):
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
         else:

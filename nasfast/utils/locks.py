@@ -7,6 +7,7 @@ up what its parent holds: it may outlive a parent that is killed.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nasfast.utils.errors import UserError
-from nasfast.utils.files import naming
+from nasfast.utils.files import naming, remove_unfinished
 
 __all__ = ["LOCK", "acquire", "claimed", "is_free", "locked", "release", "writing", "writing_to"]
 
@@ -23,6 +24,9 @@ LOCK = "lock"
 
 _TURN = 0.05
 """Seconds between two attempts."""
+
+_ATTEMPTS = 1000
+"""To make a folder that others remove at the same time."""
 
 _held: set[int] = set()
 
@@ -61,8 +65,13 @@ def acquire(path: Path, subject: Path, patience: float = 0.0) -> int:
         if _is_at(path, descriptor):
             break
         os.close(descriptor)  # who held it has removed it
-    os.truncate(descriptor, 0)
-    os.write(descriptor, str(os.getpid()).encode())
+    try:
+        with naming(path):  # of a full disk
+            os.truncate(descriptor, 0)
+            os.write(descriptor, str(os.getpid()).encode())
+    except BaseException:
+        os.close(descriptor)
+        raise
     _held.add(descriptor)
     return descriptor
 
@@ -97,6 +106,8 @@ def is_free(folder: Path) -> bool:
         return True
     except NotADirectoryError:
         return not os.path.lexists(folder)  # a file is where a folder above should be
+    except PermissionError:  # another user's
+        return False
 
 
 @contextmanager
@@ -108,15 +119,14 @@ def claimed(folder: Path) -> Iterator[bool]:
         UserError: another process is about to write there.
         OSError: it cannot be made.
     """
-    while True:
+    for attempt in itertools.count(1):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = acquire(folder / LOCK, folder)
             break
-        except FileNotFoundError:  # who had it has removed it just now
-            continue
-        except FileExistsError:  # likewise, unless something else is in the way
-            if os.path.lexists(folder) and not folder.is_dir():
+        except (FileNotFoundError, FileExistsError):
+            # who had it has removed it just now, unless something else is in the way
+            if attempt == _ATTEMPTS or (os.path.lexists(folder) and not folder.is_dir()):
                 raise
     try:
         yield is_free(folder)
@@ -142,6 +152,7 @@ def writing(path: Path, patience: float = 0.0) -> Iterator[None]:
     lock = path.with_name(f".{path.name}.lock")
     descriptor = acquire(lock, path, patience)
     try:
+        remove_unfinished(path.parent, path.name)
         yield
     finally:
         lock.unlink(missing_ok=True)

@@ -19,6 +19,8 @@ _LONG = 600.0
 """Seconds with a candidate after which a worker is named whose use of a processor is unknown, if
 that is also `_TIMES` as long as any candidate took before."""
 _TIMES = 10
+_FIRST = 360.0
+"""Seconds that stand for the longest candidate before there was one."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Watch:
         watched.quiet = watched.quiet + seconds if activity.used == watched.used else 0.0
         watched.used = activity.used
         if activity.used is None:
-            lost = watched.there > max(_LONG, _TIMES * self._longest)
+            lost = watched.there > max(_LONG, _TIMES * (self._longest or _FIRST))
             what = f"has not answered for {watched.there:.0f} s"
         else:
             lost = watched.quiet > _QUIET

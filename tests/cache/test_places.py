@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from samples import COUNT, KEY, arrays, build, encoder, raises
 
-from nasfast.cache import CacheConfig, FeatureCache, places
+from nasfast.cache import CacheConfig, FeatureCache, places, trust
 from nasfast.cache.segment import Segment
 
 
@@ -233,3 +235,19 @@ def test_attaching_waits_while_ram_segments_settle(tmp_path, ram):
         assert not attached
     thread.join(10)
     assert attached
+
+
+def test_many_make_a_directory_at_once(tmp_path: Path) -> None:
+    """Each finds it missing; its parents have the modes that the umask gives."""
+    for number in range(50):
+        place = tmp_path / str(number) / "above" / "cache"
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(trust.make_directory, [place] * 8))
+        assert stat.S_IMODE(place.stat().st_mode) == 0o700
+        assert stat.S_IMODE(place.parent.stat().st_mode) == 0o777 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

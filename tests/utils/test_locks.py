@@ -177,3 +177,32 @@ def test_a_forked_child_holds_nothing(tmp_path):
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+def test_a_full_disk_does_not_leave_a_lock_held(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(OSError, match="No space left") as caught, locked(tmp_path):
+            pass
+    assert caught.value.filename == str(tmp_path / "lock")
+    with locked(tmp_path):
+        pass
+
+
+def test_what_killed_processes_left_of_a_file_goes(tmp_path):
+    (tmp_path / ".net[1].onnx.12-ab.tmp").touch()
+    (tmp_path / ".net1.onnx.12-ab.tmp").touch()
+    with writing(tmp_path / "net[1].onnx"):
+        assert sorted(os.listdir(tmp_path)) == [".net1.onnx.12-ab.tmp", ".net[1].onnx.lock"]
+
+
+def test_a_folder_that_may_not_be_read_is_not_free(tmp_path, monkeypatch):
+    def refuse(_):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "train-1").mkdir()
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert not is_free(tmp_path / "train-1")

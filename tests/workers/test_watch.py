@@ -60,6 +60,7 @@ def test_the_time_in_which_the_search_is_stopped_does_not_count(clock):
 def test_one_elsewhere_is_named_when_it_takes_far_longer_than_others(clock):
     seen = Watch(lambda worker: Activity())
     assert warned(seen, {0: 0}, clock, 100) == []
+    assert warned(Watch(lambda worker: Activity()), {0: 0}, clock, 3600) == []  # the first
     assert warned(seen, {0: 1}, clock, 2000) == [
         "workers: worker 0 has not answered for 1001 s at candidate 1, for which the search waits; "
         "look at it, or stop the search and continue it with --resume"
