@@ -19,7 +19,7 @@ from nasfast.inference.model import load
 from nasfast.latency.profile import Profile
 from nasfast.utils.errors import UserError
 
-CACHE = {"encoder": "of a test"}
+CACHE, COUNT = {"encoder": "of a test"}, 12
 
 
 @dataclass
@@ -53,9 +53,19 @@ def read_encoder(path, whole):
     return 0
 
 
+def encode(indices):
+    """What a cache holds."""
+    values = torch.arange(8 * 6 * 6) * (indices[:, None] + 1)
+    maps = (values % 1009).bfloat16().view(-1, 8, 6, 6)
+    return {"tap0": maps, "labels": (values[:, :256] % 251).byte().view(-1, 16, 16)}
+
+
 def read_cache(path, whole):
-    """Every sample of a cache."""
-    found, expected = (FeatureCache.open(CACHE, CacheConfig(p, "file")) for p in (path, whole))
+    """Every sample of a cache, as a search reads it: those that are missing are encoded again."""
+    found, expected = (
+        FeatureCache.load_or_build(CACHE, COUNT, encode, CacheConfig(p, "file"))
+        for p in (path, whole)
+    )
     indices = torch.arange(expected.count)
     one, other = found.batch(indices), expected.batch(indices)
     assert found.count == expected.count
@@ -153,12 +163,7 @@ def encoder_subject(tmp_path_factory):
 @pytest.fixture(scope="session")
 def cache_subject(tmp_path_factory):
     whole = tmp_path_factory.mktemp("damage")
-    generator = torch.Generator().manual_seed(0)
-    maps = torch.randn(12, 8, 6, 6, generator=generator).bfloat16()
-    labels = torch.randint(0, 9, (12, 24, 24), generator=generator).byte()
-    FeatureCache.load_or_build(
-        CACHE, 12, lambda i: {"tap0": maps[i], "labels": labels[i]}, CacheConfig(whole, "file")
-    ).close()
+    FeatureCache.load_or_build(CACHE, COUNT, encode, CacheConfig(whole, "file")).close()
     (file,) = whole.rglob("*.features")
 
     def read(place, errors):
