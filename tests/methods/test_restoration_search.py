@@ -537,3 +537,12 @@ def test_parameters_of_a_sample_are_counted_without_its_network(scale):
     for genotype in (sizes.sample(rng) for _ in range(8)):
         network = Restorer(genotype, sizes.network, 3, scale)
         assert sizes.parameters(genotype) == count_parameters(network)
+
+
+def test_a_run_without_features_has_no_cache(bilevel_run, tmp_path, capsys):
+    run = shutil.copytree(bilevel_run, tmp_path / "run")
+    assert search.main(["--resume", str(run), "--placement", "ram"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: resume {run}: expected no placement for restoration, which keeps no features; "
+        "leave it out\n"
+    )
