@@ -38,12 +38,12 @@ def within(function, *arguments):
 
 @pytest.fixture
 def refused(tmp_path):
-    """The line by which a reader refuses what it is given, in less than 20 s of a busy machine."""
+    """The line by which a reader refuses what it is given, soon even on a busy machine."""
 
     def read(function, *arguments):
         begun = time.monotonic()
         status, text = call(within, tmp_path / "errors", function, *arguments).end()
-        assert time.monotonic() - begun < 20
+        assert time.monotonic() - begun < 120
         (tmp_path / "errors").unlink()
         assert (status, text.count("\n"), text[:7]) == (2, 1, "error: "), text
         assert len(text) < 1000
@@ -53,8 +53,10 @@ def refused(tmp_path):
 
 
 @pytest.mark.parametrize("times", [65, 400, 900, 990, 100_000])
-def test_nesting(times, own_run, tmp_path, refused):
+def test_nesting(times, own_run, tmp_path, refused, nightly):
     """Some depths can be read, and not be written or shown."""
+    if times != 990 and not nightly:
+        pytest.skip("one depth is enough: --nightly")
     path = tmp_path / "genotype.json"
     path.write_text('{"space": "ir_nas", "levels": [0], "nodes": ' + deep(times) + "}")
     assert f"{path}: expected JSON, got" in refused(read_json, path)
@@ -131,7 +133,9 @@ def test_encoders(width, tmp_path, refused):
 
 
 @pytest.mark.parametrize("value", [10**6, 10**12, 10**30, 1e300, float("nan")])
-def test_networks(value, tiny_model, tmp_path, refused):
+def test_networks(value, tiny_model, tmp_path, refused, nightly):
+    if value != 10**30 and not nightly:
+        pytest.skip("one value is enough: --nightly")
     from safetensors import safe_open
 
     path = tmp_path / "model.safetensors"
@@ -154,7 +158,9 @@ def settings(path):
 
 
 @pytest.mark.parametrize("value", [10**12, -(10**30), float("inf"), float("nan"), "x" * 10**6])
-def test_settings(value, tmp_path, refused):
+def test_settings(value, tmp_path, refused, nightly):
+    if value != 10**12 and not nightly:
+        pytest.skip("one value is enough: --nightly")
     path = tmp_path / "config.toml"
     for name in ("budget", "batch", "seed", "threads"):
         path.write_text(tomli_w.dumps({name: value}))

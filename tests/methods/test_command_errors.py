@@ -162,8 +162,8 @@ ERRORS = {
         (
             "RUN --seed 3",
             "resume: expected some of --resume, --budget, --device, --workers, --devices, "
-            "--engine, --data, --cache-dir, --placement, got --seed; a run keeps its settings: start "
-            "a new one with others",
+            "--engine, --data, --cache-dir, --placement, got --seed; a run keeps its settings: "
+            "start a new one with others",
         ),
         ("RUN --budget 0", "SearchConfig.budget: expected a value from 1 to 1,000,000,000, got 0"),
         (
