@@ -18,12 +18,6 @@ import torch
 
 from nasfast.commands import search
 from nasfast.runs.study import Study
-from nasfast.utils.seals import unsealed
-
-
-def read_sealed(path):
-    """The object in a JSON file of a run or a training, without its checksum."""
-    return unsealed(json.loads(path.read_text()), path)
 
 
 def outcome(run):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from search_runs import outcome, read_sealed
+from search_runs import outcome
 
 from nasfast.commands import search, train
 from nasfast.data import load_splits
@@ -23,6 +23,7 @@ from nasfast.searches.sampling import SamplingSearch
 from nasfast.spaces.fast_nas import FastNASSpace
 from nasfast.tasks.segmentation import SegmentationTask
 from nasfast.utils.config import from_mapping
+from nasfast.utils.seals import read_sealed
 
 SPACE = FastNASSpace()
 WIDTH = '{"width": 0.35}'

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from search_runs import read_sealed
 
 import nasfast
 from nasfast.commands import search, train
@@ -25,6 +24,7 @@ from nasfast.spaces.fast_nas import FastNASSpace
 from nasfast.training.loop import Runtime
 from nasfast.utils.errors import UserError
 from nasfast.utils.interrupt import StopRequested
+from nasfast.utils.seals import read_sealed
 
 PUBLISHED = [[8, [0, 0, 5, 2], [0, 2, 8, 8], [0, 5, 1, 4]], [[3, 3], [3, 2], [3, 0]]]
 

@@ -42,9 +42,8 @@ from nasfast.training.loop import NonFiniteLossError, Runtime
 from nasfast.utils.cli import reports_errors, say
 from nasfast.utils.config import Bound, Bounded, Count, from_mapping
 from nasfast.utils.errors import NothingFoundError, UserError
-from nasfast.utils.files import read_object
 from nasfast.utils.interrupt import Interrupt, StopRequested
-from nasfast.utils.seals import unsealed
+from nasfast.utils.seals import read_sealed
 from nasfast.utils.statistics import LEAST
 from nasfast.workers import Engine, Job, WorkerConfig, cores
 
@@ -120,7 +119,7 @@ class Trainer:
                 session = self._session(genotype, out, self.planned[index][1])
                 session.train(self.runtime, Console(quiet=True))
             (out / "checkpoint.pt").unlink(missing_ok=True)  # three times as large as the network
-            metrics = unsealed(read_object(out / METRICS), out / METRICS)
+            metrics = read_sealed(out / METRICS)
             score, seconds = metrics.get(self.metric), float(metrics.get("seconds", 0.0))
             if isinstance(score, float | int) and math.isfinite(score):
                 rewards = {self.feedback: float(score)}

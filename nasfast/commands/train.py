@@ -41,14 +41,13 @@ from nasfast.utils.files import (
     atomic_write,
     data_path,
     expanded,
-    read_toml,
     remove_unfinished,
     require_place,
 )
 from nasfast.utils.interrupt import Interrupt, StopRequested
 from nasfast.utils.locks import claimed, is_free, locked
 from nasfast.utils.pareto import spread
-from nasfast.utils.seals import sealed_json, sealed_toml, unsealed
+from nasfast.utils.seals import read_sealed_toml, sealed_json, sealed_toml
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +221,7 @@ class Session:
             )
         form = read_genotype(out / "genotype.json")
         method = method_of_genotype(form)
-        settings = unsealed(read_toml(out / "config.toml"), out / "config.toml")
+        settings = read_sealed_toml(out / "config.toml")
         config = from_mapping(method.train_settings, settings, str(out / "config.toml"))
         if arguments.device is not None:
             config = dataclasses.replace(config, device=arguments.device)

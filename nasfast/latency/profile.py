@@ -22,8 +22,8 @@ from nasfast.latency.operators import Operator, operators_of
 from nasfast.latency.table import LatencyTable, Operators
 from nasfast.latency.timing import Target, deployed, median_time, rounds, single, threads
 from nasfast.utils.errors import UserError, about
-from nasfast.utils.files import atomic_directory, atomic_write, read_object
-from nasfast.utils.seals import sealed_json, unsealed
+from nasfast.utils.files import atomic_directory, atomic_write
+from nasfast.utils.seals import read_sealed, sealed_json
 
 VERSION = 2
 """Of the file."""
@@ -99,7 +99,7 @@ class Profile:
     @classmethod
     def read(cls, path: Path) -> Self:
         """Inverse of `write`; UserError for another file, or one of a newer version."""
-        form = unsealed(read_object(path), path)
+        form = read_sealed(path)
         remedy = "make it with nasfast profile"
         if form.get("version") != VERSION:
             raise UserError(

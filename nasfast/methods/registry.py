@@ -19,8 +19,7 @@ from nasfast.models.zoo import read_architecture
 from nasfast.spaces.template_nas import is_templates
 from nasfast.utils.config import from_mapping
 from nasfast.utils.errors import UserError, about
-from nasfast.utils.files import read_toml
-from nasfast.utils.seals import unsealed
+from nasfast.utils.seals import read_sealed_toml
 
 _ALL: tuple[Method, ...] = (Segmentation(), Templates(), Detection(), Restoration())
 METHODS = {method.name: method for method in _ALL}
@@ -73,7 +72,7 @@ def method_of_source(argv: Sequence[str]) -> tuple[Method, Mapping[str, Any]]:
         path = Path(word)
         named = [method for method in METHODS.values() if word in method.zoo]
         if (path / "records.jsonl").is_file() and (path / "config.toml").is_file():
-            settings = unsealed(read_toml(path / "config.toml"), path / "config.toml")
+            settings = read_sealed_toml(path / "config.toml")
             method = method_named(settings.get("method", DEFAULT))
             # some go with a strategy only
             taken = {"strategy", *(f.name for f in fields(method.train_settings))} & settings.keys()

@@ -16,8 +16,8 @@ from nasfast.runs.study import PREDICTIONS, Study
 from nasfast.tasks.base import CLASSES
 from nasfast.training.pictures import FAILED
 from nasfast.utils.errors import UserError
-from nasfast.utils.files import read_json, read_object
-from nasfast.utils.seals import unsealed
+from nasfast.utils.files import read_json
+from nasfast.utils.seals import read_sealed
 
 __all__ = ["by_number", "predictions"]
 
@@ -56,7 +56,7 @@ def _trained(study: Study, hook: MethodReport) -> Iterator[_Network]:
     found |= {path.parent for path in study.path.glob("*/metrics.json")}
     for folder in sorted(found - {study.path / PREDICTIONS}, key=by_number):
         file = folder / "metrics.json"
-        metrics = unsealed(read_object(file), file) if file.is_file() else {}
+        metrics = read_sealed(file) if file.is_file() else {}
         genotype = metrics.get("genotype")
         index = next((r.index for r in study.ranking() if r.genotype == genotype), None)
         notes = [f"Architecture {index}, trained in full"] if index is not None else []

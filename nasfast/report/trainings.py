@@ -10,8 +10,7 @@ from nasfast.report.html import element
 from nasfast.report.numbers import number
 from nasfast.report.predictions import by_number
 from nasfast.runs.study import Study
-from nasfast.utils.files import read_object
-from nasfast.utils.seals import unsealed
+from nasfast.utils.seals import read_sealed
 
 __all__ = ["trainings"]
 
@@ -21,7 +20,7 @@ def trainings(study: Study, hook: MethodReport) -> Iterator[Section]:
     key, label = hook.metric
     curves, notes, epochs = {}, [], 1
     for path in sorted(study.path.glob("*/metrics.json"), key=lambda path: by_number(path.parent)):
-        metrics = unsealed(read_object(path), path)
+        metrics = read_sealed(path)
         points = [(e["epoch"] - 1, e[key]) for e in metrics.get("validation", []) if key in e]
         if len(points) < 2:
             continue

@@ -20,8 +20,8 @@ from nasfast.runs.records import Record
 from nasfast.runs.study import Study
 from nasfast.utils.config import from_mapping
 from nasfast.utils.errors import UserError
-from nasfast.utils.files import atomic_write, read_object
-from nasfast.utils.seals import sealed_json, unsealed
+from nasfast.utils.files import atomic_write
+from nasfast.utils.seals import read_sealed, sealed_json
 from nasfast.utils.seeding import derive_seed
 from nasfast.utils.statistics import ceiling, noise, rank_correlations
 
@@ -90,7 +90,7 @@ class CorrelationStudy:
         path = run / FOLDER / RESULTS
         if not path.is_file():
             return None
-        form = unsealed(read_object(path), path)
+        form = read_sealed(path)
         version = form.pop("version", None)
         if version != VERSION:
             raise UserError(

@@ -37,14 +37,12 @@ from nasfast.utils.files import (
     expanded,
     naming,
     parse_json,
-    read_object,
-    read_toml,
     remove_unfinished,
     require_place,
     sync_directory,
 )
 from nasfast.utils.locks import LOCK, acquire, release
-from nasfast.utils.seals import sealed, sealed_json, sealed_toml, unsealed
+from nasfast.utils.seals import read_sealed, read_sealed_toml, sealed, sealed_json, sealed_toml
 
 __all__ = ["Ranking", "Study"]
 
@@ -88,8 +86,8 @@ class Study:
             self._lock = acquire(path / LOCK, path)
             _writers.add(self)
         try:
-            self.config = unsealed(read_toml(path / "config.toml"), path / "config.toml")
-            self.env = unsealed(read_object(path / "env.json"), path / "env.json")
+            self.config = read_sealed_toml(path / "config.toml")
+            self.env = read_sealed(path / "env.json")
             self.method, self._ranking = self._read_description()
             with about(path / "config.toml"):
                 self.objectives = _objectives(self.config.get("objective", ["score"]))
@@ -308,7 +306,7 @@ class Study:
     def published(self) -> dict[str, dict[str, float]]:
         """What `write_published` kept."""
         path = self.path / PUBLISHED
-        return unsealed(read_object(path), path) if path.is_file() else {}
+        return read_sealed(path) if path.is_file() else {}
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Replace checkpoint/state.pt atomically. `state`: tensors and plain Python values only."""
@@ -384,7 +382,7 @@ class Study:
                     f'"method", got {method!r}; restore the file from a copy'
                 )
             return method, "last" if self.env.get("choice") == "last" else "score"
-        found = unsealed(read_object(path), path)
+        found = read_sealed(path)
         version, method = found.get("version"), found.get("method")
         ranking = next((kind for kind in get_args(Ranking) if kind == found.get("ranking")), None)
         if type(version) is int and version > VERSION:

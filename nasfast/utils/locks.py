@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import itertools
 import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -126,7 +127,7 @@ def claimed(folder: Path) -> Iterator[bool]:
             break
         except (FileNotFoundError, FileExistsError):
             # who had it has removed it just now, unless something else is in the way
-            if attempt == _ATTEMPTS or (os.path.lexists(folder) and not folder.is_dir()):
+            if attempt == _ATTEMPTS or _is_in_the_way(folder):
                 raise
     try:
         yield is_free(folder)
@@ -172,6 +173,14 @@ def writing_to(folder: Path, name: str) -> Iterator[None]:
         if new:
             with suppress(OSError):
                 folder.rmdir()
+
+
+def _is_in_the_way(path: Path) -> bool:
+    """Whether a file, or a link that leads nowhere, has the path, which may go at any time."""
+    try:
+        return not stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return path.is_symlink()
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

@@ -19,11 +19,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from nasfast.utils.errors import UserError
+from nasfast.utils.files import read_object, read_toml
 from nasfast.utils.tensors import raw_bytes
 
 __all__ = [
     "CHECKSUM",
     "packed",
+    "read_sealed",
+    "read_sealed_toml",
     "require_seal",
     "require_tensors",
     "sealed",
@@ -69,6 +72,16 @@ def unsealed(form: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
             form[CHECKSUM], _sum(content), where, "remove its checksum where it was edited"
         )
     return content
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; UserError where it is none, or not what nasfast wrote."""
+    return unsealed(read_object(path), path)
+
+
+def read_sealed_toml(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file, likewise."""
+    return unsealed(read_toml(path), path)
 
 
 def require_seal(written: object, found: str, where: Path | str, remedy: str) -> None:

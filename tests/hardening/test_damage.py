@@ -10,7 +10,7 @@ import pytest
 import torch
 from commands import call, start
 from damage import damage
-from search_runs import drawn_moments, outcome, read_sealed, shown
+from search_runs import drawn_moments, outcome, shown
 
 from nasfast.cache import CacheConfig, FeatureCache
 from nasfast.commands import pretrain
@@ -18,6 +18,7 @@ from nasfast.encoders import load_encoder
 from nasfast.inference.model import load
 from nasfast.latency.profile import Profile
 from nasfast.utils.errors import UserError
+from nasfast.utils.seals import read_sealed
 
 CACHE, COUNT = {"encoder": "of a test"}, 12
 
@@ -124,40 +125,26 @@ def training_subject(tiny_model, tmp_path_factory):
     )
 
 
+def subject_of(whole, name, read):
+    """One file, which a function reads beside the whole one."""
+
+    def start_reading(place, errors):
+        return call(read, errors, place / name, whole / name)
+
+    return Subject(whole, [name], start_reading, lambda place: None)
+
+
 @pytest.fixture(scope="session")
 def model_subject(tiny_model):
-    name = "model.safetensors"
-
-    def read(place, errors):
-        return call(read_model, errors, place / name, tiny_model / name)
-
-    return Subject(tiny_model, [name], read, lambda place: None)
+    return subject_of(tiny_model, "model.safetensors", read_model)
 
 
 @pytest.fixture(scope="session")
 def encoder_subject(tmp_path_factory):
-    whole = tmp_path_factory.mktemp("damage")
-    name = "encoder.safetensors"
-    flags = [
-        "--frames",
-        "16",
-        "--epochs",
-        "1",
-        "--batch-size",
-        "2",
-        "--crop",
-        "32",
-        "--width",
-        "0.1",
-        "--device",
-        "cpu",
-    ]
-    assert pretrain.main([*flags, "--out", str(whole / name)]) == 0
-
-    def read(place, errors):
-        return call(read_encoder, errors, place / name, whole / name)
-
-    return Subject(whole, [name], read, lambda place: None)
+    whole, name = tmp_path_factory.mktemp("damage"), "encoder.safetensors"
+    flags = "--frames 16 --epochs 1 --batch-size 2 --crop 32 --width 0.1 --device cpu"
+    assert pretrain.main([*flags.split(), "--out", str(whole / name)]) == 0
+    return subject_of(whole, name, read_encoder)
 
 
 @pytest.fixture(scope="session")

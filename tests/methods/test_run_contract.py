@@ -22,7 +22,6 @@ from search_runs import (
     drawn_moments,
     killed_and_resumed,
     outcome,
-    read_sealed,
     start,
     wait_for_records,
 )
@@ -31,6 +30,7 @@ from nasfast.commands import search, train
 from nasfast.methods.segmentation import search as segmentation
 from nasfast.runs.checkpoint import save_checkpoint
 from nasfast.runs.study import Study
+from nasfast.utils.seals import read_sealed
 
 SEARCHES = {
     "segmentation": ("tiny_search", "tiny_run"),

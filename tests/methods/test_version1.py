@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from search_runs import read_sealed
 
 from nasfast.commands import evaluate, search, train
+from nasfast.utils.seals import read_sealed
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "version1"
 
