@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import nasfast
 from nasfast.ops import _native
 from nasfast.utils.errors import UserError
+
+
+_MODE: Any = torch.utils.deterministic  # its property is unknown to type checkers
 
 
 def resolve_device(name: str) -> torch.device:
@@ -43,6 +49,34 @@ def resolve_device(name: str) -> torch.device:
             f"devices of this machine), got {name!r}; use 'cuda' for the first one"
         )
     return torch.device(name)
+
+
+def use_deterministic_algorithms() -> None:
+    """From now on results on CUDA repeat bit for bit.
+
+    Otherwise sums of gradients by atomic additions, as of bilinear resizing and deformable
+    convolutions, and some of cuDNN's algorithms have another order in every run. What has no
+    deterministic way still runs, and PyTorch warns of it.
+    """
+    # cuBLAS reads it with its first product; one of the two settings that PyTorch accepts
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    _MODE.fill_uninitialized_memory = False  # nothing here reads such memory
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Inside, :func:`use_deterministic_algorithms` where it is wanted."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = _MODE.fill_uninitialized_memory
+    if wanted:
+        use_deterministic_algorithms()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+        _MODE.fill_uninitialized_memory = filled
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
 
 import nasfast
-from nasfast.device import autocast_dtype, machine_info, resolve_device
+from nasfast.device import autocast_dtype, deterministic, machine_info, resolve_device
 
 
 def test_resolve_device() -> None:
@@ -93,3 +94,23 @@ def test_machine_info() -> None:
     assert info["threads"] == torch.get_num_threads()
     assert info["cpu"]
     assert json.loads(json.dumps(info)) == info
+
+
+def test_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's mode, as it was before once it is left."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+
+    def modes() -> tuple[bool, bool, bool]:
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+        )
+
+    before = modes()
+    with deterministic(False):
+        assert modes() == before == (False, False, True)
+    with deterministic(True):
+        assert modes() == (True, True, False)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert modes() == before

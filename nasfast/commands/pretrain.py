@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nasfast.data import SyntheticStreets, TrainTransform, ValTransform
 from nasfast.data.base import split_for_search
-from nasfast.device import resolve_device
+from nasfast.device import deterministic, resolve_device
 from nasfast.encoders import MobileNetV2
 from nasfast.models.build import build_segmenter
 from nasfast.models.decoders import DecoderConfig
@@ -64,6 +64,8 @@ class PretrainConfig(Bounded):
     """Decides weights, frames and order."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    deterministic: bool = False
+    """On CUDA: the same bits in every run, by slower ways; a CPU gives them anyway."""
 
     @property
     def path(self) -> Path:
@@ -88,7 +90,7 @@ def pretrain(config: PretrainConfig) -> None:
     """Train, score on unseen frames and write the weights."""
     path, runtime = config.path, Runtime(resolve_device(config.device))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path), atomic_file(config.path) as file:
+    with deterministic(config.deterministic), writing(path), atomic_file(config.path) as file:
         # takes the room: a full disk shows before the training, not after it
         file.write(_packed(MobileNetV2(config.width), {}))
         file.flush()

@@ -24,7 +24,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from nasfast.device import machine_info
+from nasfast.device import deterministic, machine_info
 from nasfast.methods.base import Method
 from nasfast.methods.flags import HELP
 from nasfast.methods.registry import DEFAULT, METHODS, method_named
@@ -197,6 +197,7 @@ class Session(contextlib.ExitStack):
     def _build(self, method: Method, config: SearchSettings) -> SearchSettings:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        self.enter_context(deterministic(config.deterministic))
         self.method = method
         self.search, config = method.build(config, self._interrupt, self.console)
         self.callback(self.search.close)

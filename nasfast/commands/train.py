@@ -22,7 +22,7 @@ from typing import Self
 import tyro
 from rich.console import Console
 
-from nasfast.device import machine_info, resolve_device
+from nasfast.device import deterministic, machine_info, resolve_device
 from nasfast.methods.base import Architecture, Method, Training, TrainSettings
 from nasfast.methods.registry import method_of_genotype, method_of_source, read_genotype
 from nasfast.models.io import MODEL_FILE
@@ -254,6 +254,7 @@ class Session:
     def train(self, runtime: Runtime, console: Console) -> str:
         """The same on a given device, without a report."""
         with ExitStack() as stack:
+            stack.enter_context(deterministic(self.config.deterministic))
             return self._train(runtime, console, stack)
 
     def _train(self, runtime: Runtime, console: Console, stack: ExitStack) -> str:

@@ -45,6 +45,8 @@ class TrainSettings(Bounded):
     """Decides initial weights, crops and order."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    deterministic: bool = False
+    """On CUDA: the same bits in every run, by slower ways; a CPU gives them anyway."""
 
 
 Split = Literal["train", "val", "test"]

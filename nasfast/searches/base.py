@@ -24,6 +24,8 @@ class SearchSettings(Bounded):
     """Decides everything that is drawn."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    deterministic: bool = False
+    """On CUDA: the same bits in every run, by slower ways; a CPU gives them anyway."""
     threads: Annotated[int, Bound(1, 1024)] | None = None
     """Threads that a network is computed with; default: as many as there are cores, or that many
     shared out among a batch of candidates."""

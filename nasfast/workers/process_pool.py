@@ -13,6 +13,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from typing import Any, Final, Generic, Literal
 
+import torch
+
 from nasfast.evaluation.candidate import G
 from nasfast.workers.protocol import Answer, Builder, Defect, Job, Worker, WorkerDied
 from nasfast.workers.watch import Activity
@@ -54,6 +56,7 @@ class ProcessPool(Generic[G]):
 
     def __init__(self, builders: Sequence[tuple[str, Builder[G]]], threads: int) -> None:
         self._builders, self._threads = builders, threads
+        self._deterministic = torch.are_deterministic_algorithms_enabled()
         self._workers: dict[int, _Worker] = {}
 
     def start(self, worker: int) -> None:
@@ -63,7 +66,7 @@ class ProcessPool(Generic[G]):
         device, build = self._builders[worker % len(self._builders)]
         process = get_context("forkserver").Process(
             target=_serve,
-            args=(theirs, Worker(build, device, self._threads)),
+            args=(theirs, Worker(build, device, self._threads, self._deterministic)),
             name=f"nasfast-worker-{worker}",
             daemon=True,
         )

@@ -10,6 +10,7 @@ from typing import Generic, Protocol, TypeAlias, TypeVar
 
 import torch
 
+from nasfast.device import use_deterministic_algorithms
 from nasfast.evaluation.candidate import Evaluator, G
 from nasfast.runs.records import Evaluation
 from nasfast.spaces.base import Genotype
@@ -67,13 +68,18 @@ Answer: TypeAlias = Ready | Evaluation | Defect | WorkerDied
 class Worker(Generic[G]):
     """An evaluator in a process of its own; errors are answers."""
 
-    def __init__(self, build: Builder[G], device: str, threads: int) -> None:
+    def __init__(
+        self, build: Builder[G], device: str, threads: int, deterministic: bool = False
+    ) -> None:
         self._build, self._device, self._threads = build, device, threads
+        self._deterministic = deterministic
 
     def start(self) -> Ready | Defect:
         """Build the evaluator."""
         try:
             torch.set_num_threads(self._threads)
+            if self._deterministic:
+                use_deterministic_algorithms()
             if self._device.startswith("cuda:"):  # "cuda" is the current one, perhaps Ray's choice
                 torch.cuda.set_device(self._device)
             self._evaluate = self._build(self._device)

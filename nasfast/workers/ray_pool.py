@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, Generic
 
+import torch
+
 from nasfast.evaluation.candidate import G
 from nasfast.workers.protocol import Answer, Builder, Job, Worker, WorkerDied
 from nasfast.workers.watch import Activity
@@ -56,7 +58,7 @@ class RayPool(Generic[G]):
         self._class = ray.remote(Worker).options(
             num_cpus=self._wanted["CPU"], num_gpus=self._wanted["GPU"]
         )
-        self._arguments = build, device, threads
+        self._arguments = build, device, threads, torch.are_deterministic_algorithms_enabled()
         self._placed: list[Any] = []  # references, ready as soon as the actor has a process
         self._patient_until: float | None = time.monotonic() + _PATIENCE
         self._actors: dict[int, Any] = {}

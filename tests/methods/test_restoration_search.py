@@ -197,6 +197,25 @@ def training_of(argv):
     return bilevel.SupernetTraining(found)
 
 
+def test_deterministic(tiny_bilevel, bilevel_run, tiny_restorer, tmp_path, monkeypatch):
+    """All steps are taken in PyTorch's mode, in which a CPU gives the same values."""
+    modes, step = [], torch.optim.Optimizer.zero_grad
+
+    def spied(optimizer, *arguments, **named):
+        modes.append(torch.are_deterministic_algorithms_enabled())
+        step(optimizer, *arguments, **named)
+
+    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", spied)
+    assert search.main([*tiny_bilevel, "--runs", str(tmp_path), "--deterministic"]) == 0
+    (run,) = tmp_path.iterdir()
+    assert outcome(run) == outcome(bilevel_run)
+    found = len(modes)
+    assert train.main([*tiny_restorer, "--out", str(tmp_path / "out"), "--deterministic"]) == 0
+    assert len(modes) > found
+    assert all(modes)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_it_stops_when_the_architecture_stays(tiny_bilevel, tmp_path, capsys):
     flags = ["--bilevel.architecture.lr", "1e-9", "--bilevel.patience", "2"]
     argv = [*tiny_bilevel, *flags, "--bilevel.epochs", "40", "--runs", str(tmp_path)]

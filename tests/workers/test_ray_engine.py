@@ -12,6 +12,7 @@ import pytest
 from toys import evaluate, toy
 
 from nasfast.commands import search
+from nasfast.device import deterministic
 from nasfast.workers import WorkerConfig, WorkerError, ray_pool
 from nasfast.workers.ray_pool import RayPool
 
@@ -52,11 +53,12 @@ def test_deaths(tmp_path):
         handlers.add(signal.getsignal(signal.SIGTERM))
 
     plan = {1: "kill", 2: "once: kill"}
-    first, second, third, last = evaluate(plan, tmp_path, TWO, show=show)
+    with deterministic(True):
+        first, second, third, last = evaluate(plan, tmp_path, TWO, show=show)
     assert len(handlers) == 1
     assert not ray.is_initialized()
     assert [e.rewards for e in (first, third, last)] == [{"stage0": i} for i in (0.0, 2.0, 3.0)]
-    assert first.metrics == {"stage0": {"threads": 1.0}}
+    assert first.metrics == {"stage0": {"threads": 1.0, "deterministic": 1.0}}
     assert (first.files, last.files) == ({"index.txt": b"0"}, {"index.txt": b"3"})
     assert second.failure is not None
     assert second.failure.startswith(

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from search_runs import exists
 from toys import COSTS, GENOTYPE, Toy, evaluate, jobs, toy
 
+from nasfast.device import deterministic
 from nasfast.runs.records import Evaluation
 from nasfast.utils.errors import UserError
 from nasfast.utils.interrupt import Interrupt, StopRequested
@@ -150,7 +151,7 @@ def test_evaluations_come_in_order_whoever_dies(tmp_path):
             failure = f"worker died twice: {causes[index]}"
             assert evaluation == Evaluation({}, {}, COSTS, 0.5, {}, "stage0", failure)
         else:
-            assert evaluation.metrics == {"stage0": {"threads": 3.0}}
+            assert evaluation.metrics == {"stage0": {"threads": 3.0, "deterministic": 0.0}}
             assert evaluation.gate == 0.5
 
 
@@ -233,6 +234,12 @@ def test_a_worker_computes_on_its_gpu(device, chosen, tmp_path, monkeypatch):
     worker = Worker(functools.partial(toy, {}, tmp_path), device, torch.get_num_threads())
     assert isinstance(worker.start(), Ready)
     assert set_devices == chosen
+
+
+def test_workers_are_deterministic_where_the_search_is(tmp_path):
+    with deterministic(True):
+        (evaluation,) = evaluate({}, tmp_path, TWO, count=1)
+    assert evaluation.metrics == {"stage0": {"threads": 3.0, "deterministic": 1.0}}
 
 
 # ---- the workers

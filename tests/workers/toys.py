@@ -63,7 +63,10 @@ class Toy:
                 mark.write_text(str(os.getpid()))
                 mark.rename(self.place / "asleep")  # only now it is seen, whole
                 time.sleep(60)
-        metrics = {"threads": float(torch.get_num_threads())}
+        metrics = {
+            "threads": float(torch.get_num_threads()),
+            "deterministic": float(torch.are_deterministic_algorithms_enabled()),
+        }
         rewards, files = {"stage0": float(index)}, {"index.txt": str(index).encode()}
         return Evaluation(
             rewards, {"stage0": metrics}, COSTS, gates.get("stage0"), {}, "stage0", files=files
