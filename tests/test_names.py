@@ -151,6 +151,7 @@ def test_help_of_search_is_short_and_names_everything():
     assert "more flags; nasfast search --help-all describes them\n" in text
     assert re.search(r"^  stage0 +--stage0.samples --stage0.crop ", text, re.M)
     assert set(FLAG.findall(help_of("search", "--help-all"))) <= set(FLAG.findall(text)) | {
+        "--no-deterministic",
         "--decoder.no-aux-cell",
         "--stage1.no-gate-epochs",
         "--ppo.no-embed-decisions",
