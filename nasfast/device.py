@@ -16,7 +16,6 @@ import nasfast
 from nasfast.ops import _native
 from nasfast.utils.errors import UserError
 
-
 _MODE: Any = torch.utils.deterministic  # its property is unknown to type checkers
 
 

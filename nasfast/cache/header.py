@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from nasfast.cache.layout import STORAGES, BlockLayout, aligned, require, short, whole
+from nasfast.cache.layout import STORAGES, BlockLayout, aligned, require, whole
 from nasfast.ops import _native
-from nasfast.utils.errors import UserError, cause
+from nasfast.utils.errors import UserError, cause, shown
 
 MAGIC = b"NASFEATS"
 VERSION = 1
@@ -117,7 +117,7 @@ class Header:
         except (ValueError, RecursionError) as error:
             raise UserError(f"expected a header in JSON, got {cause(error)}") from error
         if not isinstance(fields, dict):
-            raise UserError(f"expected a header of named fields, got {short(fields)}")
+            raise UserError(f"expected a header of named fields, got {shown(fields)}")
         # both of earlier versions
         first, total = fields.pop("first", 0), fields.pop("total", fields.get("count"))
         names = ["arrays", "count", "key", "placement", "sample_bytes", "storage"]
@@ -131,14 +131,14 @@ class Header:
         require("first", 0, whole("first", first, 0))
         if fields["storage"] not in STORAGES:
             raise UserError(
-                f"expected maps stored as {', '.join(STORAGES)}, got {short(fields['storage'])} of "
+                f"expected maps stored as {', '.join(STORAGES)}, got {shown(fields['storage'])} of "
                 "an earlier version"
             )
         if fields["placement"] not in ("file", "ram"):
-            raise UserError(f"placement: expected file or ram, got {short(fields['placement'])}")
+            raise UserError(f"placement: expected file or ram, got {shown(fields['placement'])}")
         key = fields["key"]
         if not isinstance(key, dict) or not all(isinstance(value, str) for value in key.values()):
-            raise UserError(f"key: expected texts by name, got {short(key)}")
+            raise UserError(f"key: expected texts by name, got {shown(key)}")
         layout = BlockLayout.from_json(fields["arrays"], fields["sample_bytes"], fields["storage"])
         return cls(key, fields["storage"], fields["placement"], count, layout)
 
@@ -148,7 +148,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"two values of {short(twice)}")
+        raise ValueError(f"two values of {shown(twice)}")
     return found
 
 

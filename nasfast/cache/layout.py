@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nasfast.ops import Field
-from nasfast.utils.errors import UserError
+from nasfast.utils.errors import UserError, shown
 
 ALIGN = 64  # bytes: blocks and arrays start at multiples, for whole vector and cache-line loads
 
@@ -58,17 +57,17 @@ class ArraySpec:
         """
         names = ["dtype", "name", "offset", "shape"]
         if not isinstance(fields, dict) or sorted(fields) != names:
-            raise UserError(f"arrays: expected {', '.join(names)} of each, got {short(fields)}")
+            raise UserError(f"arrays: expected {', '.join(names)} of each, got {shown(fields)}")
         name, dtype, shape = fields["name"], fields["dtype"], fields["shape"]
         if not isinstance(name, str):
-            raise UserError(f"name: expected a text, got {short(name)}")
+            raise UserError(f"name: expected a text, got {shown(name)}")
         if not isinstance(dtype, str) or dtype not in DTYPES:
             known = ", ".join(DTYPES)
-            raise UserError(f"dtype of {short(name)}: expected one of {known}, got {short(dtype)}")
+            raise UserError(f"dtype of {shown(name)}: expected one of {known}, got {shown(dtype)}")
         if not isinstance(shape, list) or len(shape) > 3:
-            text = f"expected at most three sides, got {short(shape)}"
-            raise UserError(f"shape of {short(name)}: {text}")
-        sides = tuple(whole(f"shape of {short(name)}", side, 0) for side in shape)
+            text = f"expected at most three sides, got {shown(shape)}"
+            raise UserError(f"shape of {shown(name)}: {text}")
+        sides = tuple(whole(f"shape of {shown(name)}", side, 0) for side in shape)
         return cls(name, DTYPES[dtype], sides, whole("offset", fields["offset"], 0))
 
     @property
@@ -165,16 +164,16 @@ class BlockLayout:
             UserError: it is none that :meth:`of` gives.
         """
         if not isinstance(arrays, list) or not arrays:
-            raise UserError(f"arrays: expected a list of them, got {short(arrays)}")
+            raise UserError(f"arrays: expected a list of them, got {shown(arrays)}")
         specs: list[ArraySpec] = []
         end = 0
         for found in arrays:
             spec = ArraySpec.from_json(found)
-            require(f"offset of {short(spec.name)}", end, spec.offset)
+            require(f"offset of {shown(spec.name)}", end, spec.offset)
             if spec.name in [other.name for other in specs]:
-                raise UserError(f"arrays: expected one of a name, got two of {short(spec.name)}")
+                raise UserError(f"arrays: expected one of a name, got two of {shown(spec.name)}")
             if spec.is_map and spec.dtype.is_floating_point and storage != "auto":
-                require(f"dtype of {short(spec.name)}", storage, dtype_name(spec.dtype))
+                require(f"dtype of {shown(spec.name)}", storage, dtype_name(spec.dtype))
             specs.append(spec)
             end = aligned(end + spec.nbytes)
         require("sample_bytes", end, whole("sample_bytes", sample_bytes, ALIGN))
@@ -184,20 +183,14 @@ class BlockLayout:
 def whole(name: str, value: object, least: int) -> int:
     """A whole number of a header that a file can have: below 2^63. True and 1.0 are none."""
     if type(value) is not int or not least <= value < 1 << 63:
-        raise UserError(f"{name}: expected a whole number from {least} on, got {short(value)}")
+        raise UserError(f"{name}: expected a whole number from {least} on, got {shown(value)}")
     return value
 
 
 def require(name: str, expected: object, got: object) -> None:
     """Raises UserError where a value of a header is not what the others ask for."""
     if got != expected:
-        raise UserError(f"{name}: expected {expected}, got {short(got)}")
-
-
-def short(value: object) -> str:
-    """A value of a header, as far as it fits into a line."""
-    text = reprlib.repr(value)
-    return text if len(text) < 80 else f"{text[:80]} .."
+        raise UserError(f"{name}: expected {expected}, got {shown(got)}")
 
 
 def stored(arrays: Mapping[str, Tensor], n: int, storage: str) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,12 @@ DEFECT = (
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """A full disk, a used up quota, and a limit on the size of files."""
+
+
+_SHORT = reprlib.Repr()
+"""It looks at the first items of the first levels alone."""
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 20
 
 
 class UserError(ValueError):
@@ -69,10 +76,7 @@ def about(subject: object) -> Iterator[None]:
 
 def shown(value: object) -> str:
     """A value from a file as an error shows it: short, however long or deep it is."""
-    try:
-        text = repr(value)
-    except RecursionError:
-        text = f"a {type(value).__name__} of many within each other"
+    text = _SHORT.repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
