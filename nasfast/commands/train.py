@@ -49,6 +49,9 @@ from nasfast.utils.locks import claimed, is_free, locked
 from nasfast.utils.pareto import spread
 from nasfast.utils.seals import read_sealed_toml, sealed_json, sealed_toml
 
+_EARLY = ("env.json", "config.toml")
+"""Written before a training has begun: a folder that a killed one left with no more is free."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Resume:
@@ -105,7 +108,9 @@ def resolve(
         genotype = method.genotype(architecture.genotype)
     config = method.resolve(config, architecture)
     assert config.data is not None
-    out = expanded(config.out) if config.out else next(filter(is_free, numbered(architecture.home)))
+    out = (
+        expanded(config.out) if config.out else next(filter(_is_free, numbered(architecture.home)))
+    )
     return (
         dataclasses.replace(
             config,
@@ -148,9 +153,14 @@ def _write_config(out: Path, config: TrainSettings) -> None:
 
 
 def _describe(out: Path, config: TrainSettings, genotype: Genotype) -> None:
-    _write_config(out, config)
-    atomic_write(out / "genotype.json", sealed_json(genotype.to_json()))
     atomic_write(out / "env.json", json.dumps(machine_info(), indent=2) + "\n")
+    _write_config(out, config)
+    # last: with it the training has begun, and is resumed
+    atomic_write(out / "genotype.json", sealed_json(genotype.to_json()))
+
+
+def _is_free(out: Path) -> bool:
+    return is_free(out, _EARLY)
 
 
 def _taken(out: Path) -> UserError:
@@ -201,7 +211,7 @@ class Session:
         named = config.out is not None
         config, genotype = resolve(method, config, architecture)
         assert config.out is not None
-        if not is_free(config.out):
+        if not _is_free(config.out):
             raise _taken(config.out)
         require_place(config.out, "give another --out")
         return cls(method, config, genotype, config.out, begun=False, named=named)
@@ -290,11 +300,11 @@ class Session:
 
     def _claim(self, stack: ExitStack) -> Path:
         """Make the directory and hold it; it goes again where nothing is written to it."""
-        others = filter(is_free, numbered(self.out.parent))
+        others = filter(_is_free, numbered(self.out.parent))
         for out in [self.out] if self.named else others:
             with ExitStack() as attempt:
                 try:
-                    free = attempt.enter_context(claimed(out))
+                    free = attempt.enter_context(claimed(out, _EARLY))
                 except UserError:
                     if self.named:
                         raise

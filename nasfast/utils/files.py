@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import json
 import os
@@ -32,6 +33,7 @@ __all__ = [
     "require_place",
     "require_shallow",
     "sync_directory",
+    "unfinished",
 ]
 
 
@@ -121,6 +123,11 @@ def atomic_directory(path: Path, files: Mapping[str, bytes]) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sync_directory(path.parent)
+
+
+def unfinished(name: str) -> bool:
+    """Whether a file of this name is the temporary one of another."""
+    return fnmatch.fnmatchcase(name, ".*.*.tmp")
 
 
 def remove_unfinished(folder: Path, name: str | None = None) -> None:

@@ -11,12 +11,12 @@ import itertools
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nasfast.utils.errors import UserError
-from nasfast.utils.files import naming, remove_unfinished
+from nasfast.utils.files import naming, remove_unfinished, unfinished
 
 __all__ = ["LOCK", "acquire", "claimed", "is_free", "locked", "release", "writing", "writing_to"]
 
@@ -98,11 +98,18 @@ def locked(folder: Path) -> Iterator[None]:
         release(descriptor)
 
 
-def is_free(folder: Path) -> bool:
-    """Whether a folder may be claimed: there is nothing of that name, or it holds the lock of a
-    process that was killed before it wrote, and nothing else."""
+def is_free(folder: Path, early: Collection[str] = ()) -> bool:
+    """Whether a folder may be claimed: there is nothing of that name, or nothing in it but the lock
+    of a process that was killed as it began, with what it had written by then.
+
+    Args:
+        folder: that is to be made.
+        early: names of the files that are written before there is anything to keep.
+    """
     try:
-        return {entry.name for entry in os.scandir(folder)} == {LOCK}
+        names = {entry.name for entry in os.scandir(folder)}
+        begun = {name for name in names - {LOCK, *early} if not unfinished(name)}
+        return not names or (LOCK in names and not begun)
     except FileNotFoundError:
         return True
     except NotADirectoryError:
@@ -112,9 +119,9 @@ def is_free(folder: Path) -> bool:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[bool]:
+def claimed(folder: Path, early: Collection[str] = ()) -> Iterator[bool]:
     """Make a folder, and keep other processes from writing to it: True inside, or False where it
-    holds something already. Left without anything in it, it is removed.
+    holds something already. Left without anything in it, it is removed. `early`: as of `is_free`.
 
     Raises:
         UserError: another process is about to write there.
@@ -130,11 +137,17 @@ def claimed(folder: Path) -> Iterator[bool]:
             if attempt == _ATTEMPTS or _is_in_the_way(folder):
                 raise
     try:
-        yield is_free(folder)
+        free = is_free(folder, early)
+        if free:
+            remove_unfinished(folder)
+            for name in early:
+                (folder / name).unlink(missing_ok=True)
+        yield free
     finally:
-        if is_free(folder):
+        if is_free(folder, early):
             with suppress(OSError):
-                (folder / LOCK).unlink()
+                for name in (*early, LOCK):
+                    (folder / name).unlink(missing_ok=True)
                 folder.rmdir()
         release(descriptor)
 

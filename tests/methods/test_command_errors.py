@@ -226,9 +226,9 @@ ERRORS = {
             "directory; give another --out",
         ),
         (
-            "RUN --out EMPTY",
-            "train: EMPTY exists and is never overwritten; give another --out, or continue it with "
-            "--resume EMPTY",
+            "RUN --out RUN/checkpoint",
+            "train: RUN/checkpoint exists and is never overwritten; give another --out, or "
+            "continue it with --resume RUN/checkpoint",
         ),
     ],
     "train --resume": [

@@ -9,6 +9,7 @@ import pytest
 import torch
 from folders import save_image
 from PIL import Image
+from search_runs import assert_same_training
 from torch import nn
 
 from nasfast.commands import evaluate, train
@@ -244,6 +245,20 @@ def test_the_published_recipe():
 
 
 # ---- errors
+
+
+def test_one_that_was_killed_before_it_began_begins_again(
+    tiny_restorer, trained_restorer, tmp_path
+):
+    """Its folder has a configuration, but not yet the architecture."""
+    out = tmp_path / "train"
+    out.mkdir()
+    for name in ("lock", "env.json", "config.toml"):
+        shutil.copy(trained_restorer / name, out)
+    (out / ".genotype.json.12-ab.tmp").touch()
+    assert train.main([*tiny_restorer, "--out", str(out)]) == 0
+    assert_same_training(out, trained_restorer)
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
 
 
 def test_a_loss_that_is_not_finite(tiny_restorer, tmp_path, capsys):

@@ -91,6 +91,28 @@ def test_a_folder_of_a_process_that_was_killed_as_it_began_is_free(hold, tmp_pat
         assert free
 
 
+@pytest.mark.parametrize("left", [[], ["lock"], ["lock", "a"], ["lock", "a", ".b.12-ab.tmp"]])
+def test_what_a_process_had_written_as_it_was_killed_may_be_free(left, tmp_path):
+    """The lock shows that such a process wrote it: a user's own file of that name stays."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in left:
+        (folder / name).touch()
+    assert is_free(folder, ["a"])
+    assert is_free(folder) == ("a" not in left)
+    with claimed(folder, ["a"]) as free:
+        assert free
+        assert os.listdir(folder) == ["lock"]
+        (folder / "a").touch()
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "a").touch()
+    assert not is_free(folder, ["a"])
+    (folder / "lock").touch()
+    (folder / "b").touch()
+    assert not is_free(folder, ["a"])
+
+
 def test_a_file_and_a_broken_link_are_no_free_folders(tmp_path):
     (tmp_path / "file").touch()
     assert not is_free(tmp_path / "file")
