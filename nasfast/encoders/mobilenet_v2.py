@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nasfast.encoders.base import Encoder, FeatureInfo, tensor_mismatch
+from nasfast.ops.convolution import StridedDepthwiseConv2d
 from nasfast.utils.errors import UserError
 
 # expansion t, channels c, repeats n, stride s: table 2 of the paper
@@ -38,10 +39,9 @@ def _divisible_by_8(channels: float) -> int:
 def _conv_bn_relu6(
     in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1
 ) -> nn.Sequential:
+    conv = StridedDepthwiseConv2d if groups > 1 and stride > 1 else nn.Conv2d
     return nn.Sequential(
-        nn.Conv2d(
-            in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False
-        ),
+        conv(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False),
         nn.BatchNorm2d(out_channels),
         nn.ReLU6(inplace=True),
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nasfast.ops import batch_norm_relu, depthwise_conv2d
+from nasfast.ops.convolution import convolution_dtype, in_float32, learns_in_bfloat16
 from nasfast.spaces.fast_nas import PRIMITIVES
 from nasfast.utils.errors import UserError
 
@@ -52,18 +53,6 @@ def runs_own_ops(x: Tensor) -> bool:
     """Whether to use our ops that have a kernel for the CPU only. A compiler, or an export, does
     more with PyTorch's own."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def convolution_dtype(x: Tensor) -> torch.dtype:
-    """What a convolution of ``x`` gives: autocast's dtype where it is on, but float64 stays."""
-    device = x.device.type
-    if (
-        x.dtype == torch.float64
-        or not torch.amp.is_autocast_available(device)
-        or not torch.is_autocast_enabled(device)
-    ):
-        return x.dtype
-    return torch.get_autocast_dtype(device)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -116,6 +105,7 @@ class Conv2d(nn.Conv2d):
     Such a convolution runs in float32, which is also the faster way. A depthwise one is
     :func:`nasfast.ops.depthwise_conv2d`; where its stride divides its dilation it reads only the
     pixels whose coordinates the stride divides, and is one of stride 1 on them (30 times as fast).
+    With any other stride it learns in float32, see :class:`StridedDepthwiseConv2d`.
     """
 
     def __init__(
@@ -142,6 +132,7 @@ class Conv2d(nn.Conv2d):
         ragged = bool(in_channels % 16 or out_channels % 16)
         self._pairs = kernel == stride == 1 and in_channels == 2 * out_channels == 2 * groups
         self._depthwise = groups == in_channels == out_channels > 1 and dilation % stride == 0
+        self._strided = groups == in_channels == out_channels > 1 and stride > 1
         self._float32_on_cpu = dilation > 1 and (groups > 1 or ragged)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,12 +143,10 @@ class Conv2d(nn.Conv2d):
             return depthwise_conv2d(x, self.weight, *self._sizes)
         if self._pairs and runs_own_ops(x):
             return weigh_pairs(x, self.weight)
-        if not (self._float32_on_cpu and x.device.type == "cpu"):
-            return super().forward(x)
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        with torch.autocast("cpu", enabled=False):
-            y: Tensor = self._conv_forward(x.to(dtype), self.weight.to(dtype), None)
-        return y.to(convolution_dtype(x))
+        wide = self._strided and learns_in_bfloat16(self, x)
+        if wide or (self._float32_on_cpu and x.device.type == "cpu"):
+            return in_float32(self, x)
+        return super().forward(x)
 
 
 def normalized(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nasfast.models.layers import Conv2d, convolution_dtype, has_hooks
+from nasfast.models.layers import Conv2d, has_hooks
 from nasfast.ops import Branches, DeformConv2d, mixed_op
+from nasfast.ops.convolution import convolution_dtype
 from nasfast.ops.mixed_op import FACTORS, MAPS
 from nasfast.spaces.ir_nas import PRIMITIVES
 from nasfast.utils.errors import UserError
