@@ -1,7 +1,8 @@
 """Builds ``nasfast._C`` with CMake; everything else stands in pyproject.toml.
 
 Environment:
-    NASFAST_CUDA        auto (where nvcc is found), on or off
+    NASFAST_CUDA        on (CUDA kernels by nvcc), nvrtc (compiled when they are first used), auto
+                        (by nvcc where it is found), off
     NASFAST_CUDA_ARCHS  CUDA architectures as CMake names them (those of "80;90a-real;100-real;120"
                         that nvcc knows)
     MAX_JOBS            compiler processes at a time (one for each core)
@@ -57,6 +58,12 @@ class CMakeBuild(build_ext):
             target = Path(self.build_lib, module)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / module, target)
+            # what kernels are compiled from when they are first used, where there was no nvcc
+            for pattern in ("*.h", "*.hpp", "*.cuh", "*.cu"):
+                for source in ROOT.glob(f"csrc/*/{pattern}"):
+                    copy = target.parent / source.relative_to(ROOT)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(source, copy)
 
 
 setup(

@@ -18,7 +18,7 @@
 #include "mixed_op/mixed_op.h"
 #ifdef NASFAST_CUDA
 #include "bindings_cuda.hpp"
-#include "common/cuda_device.h"
+#include "bindings_device.hpp"
 #endif
 
 namespace py = pybind11;
@@ -58,17 +58,6 @@ constexpr bool is_bfloat16 = false;
 template <template <class> class Tensors>
 constexpr bool is_bfloat16<Tensors<bfloat16>> = true;
 
-#ifdef NASFAST_CUDA
-py::dict device_info() {
-    const CudaInfo info = cuda_info();
-    py::list devices;
-    for (const auto& device : info.devices)
-        devices.append(py::make_tuple(device.name, py::make_tuple(device.major, device.minor)));
-    return py::dict(py::arg("runtime") = info.runtime, py::arg("driver") = info.driver,
-                    py::arg("devices") = devices, py::arg("error") = info.error);
-}
-#endif
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -89,7 +78,7 @@ PYBIND11_MODULE(_C, m) {
                                         }));
     feature_cache::bind(m);
 #ifdef NASFAST_CUDA
-    m.def("cuda_info", &device_info);
     bind_cuda(m);
+    bind_device(m);
 #endif
 }

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "common/cuda_device.h"
 #include "common/fields.hpp"
 #include "deform_conv2d/deform_conv2d.h"
 #include "feature_gather/feature_gather.h"
@@ -11,24 +12,28 @@
 
 namespace nasfast {
 
-// <name>_cuda: (dtype, sizes, pointers, workspace, stream) -> None: queues the kernels, without the GIL, by
-// run(params, tensors, workspace, stream).
-// <name>_cuda_workspace: (dtype, sizes) -> bytes of the workspace, by workspace(T(), params).
+// <name>_cuda: (dtype, sizes, pointers, workspace, stream, device) -> None: queues the kernels, without the
+// GIL, by run(params, tensors, workspace, stream). <name>_cuda_workspace: (dtype, sizes, device) -> bytes of
+// the workspace, by workspace(T(), params). `device` is an index; whatever device is current, the call works
+// on this one and leaves the other current.
 template <class Params, template <class> class Tensors, class Workspace, class Run>
 void bind_cuda_kernel(pybind11::module_& m, const std::string& name, Workspace workspace, Run run) {
     using Address = uintptr_t;
     m.def((name + "_cuda").c_str(),
           [run](int64_t dtype, const Fields<Params>& sizes, const Fields<Tensors<float>>& pointers,
-                Address memory, Address stream) {
+                Address memory, Address stream, int device) {
+              const CurrentDevice current(device);
               with_type(dtype, [&](auto type) {
                   run(unpack<Params>(sizes), unpack<Tensors<decltype(type)>>(pointers),
                       reinterpret_cast<void*>(memory), reinterpret_cast<void*>(stream));
               });
           },
           pybind11::call_guard<pybind11::gil_scoped_release>());
-    m.def((name + "_cuda_workspace").c_str(), [workspace](int64_t dtype, const Fields<Params>& sizes) {
-        return with_type(dtype, [&](auto type) { return workspace(type, unpack<Params>(sizes)); });
-    });
+    m.def((name + "_cuda_workspace").c_str(),
+          [workspace](int64_t dtype, const Fields<Params>& sizes, int device) {
+              const CurrentDevice current(device);
+              return with_type(dtype, [&](auto type) { return workspace(type, unpack<Params>(sizes)); });
+          });
 }
 
 #define NASFAST_BIND_CUDA(op, way, Tensors)                                                    \

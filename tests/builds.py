@@ -79,6 +79,16 @@ class Builds:
                 assert "warning" not in said
         return self.folder / "emulation"
 
+    def nvrtc(self) -> Path:
+        """Folder of the module whose CUDA kernels are compiled when they are used."""
+        with self.once("nvrtc") as folder:
+            if folder:
+                done = configure(folder, NASFAST_CUDA="off", NASFAST_EMULATION="ON")
+                assert done.returncode == 0, done.stderr
+                said = run("cmake", "--build", folder / "build", "--target", "_C_nvrtc")
+                assert "warning" not in said
+        return self.folder / "nvrtc"
+
     def cuda_objects(self) -> dict[str, Path]:
         """Object files of the ops' CUDA kernels by op, for all architectures, without warnings.
 

@@ -31,7 +31,9 @@ else:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--nightly", action="store_true", help="tests/hardening at full size, which takes hours"
+        "--nightly",
+        action="store_true",
+        help="tests/hardening at full size, for hours, and all of test_nvrtc",
     )
 
 

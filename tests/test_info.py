@@ -37,14 +37,14 @@ def native(**members: Any) -> SimpleNamespace:
             native(),
             {
                 "extension": "nasfast/_C.so",
-                "CUDA kernels": "not built: NASFAST_CUDA=off, no nvcc or CMake < 3.25",
+                "CUDA kernels": "none: built without CUDA (NASFAST_CUDA=off)",
             },
         ),
         (
             native(cuda_info=lambda: {"runtime": 13000, "driver": 0, "devices": [], "error": "no"}),
             {
                 "extension": "nasfast/_C.so",
-                "CUDA kernels": "built with CUDA 13.0",
+                "CUDA kernels": "compiled by nvcc, of CUDA 13.0",
                 "CUDA driver": "none",
                 "CUDA devices": "none: no",
             },
@@ -60,7 +60,7 @@ def native(**members: Any) -> SimpleNamespace:
             ),
             {
                 "extension": "nasfast/_C.so",
-                "CUDA kernels": "built with CUDA 13.0",
+                "CUDA kernels": "compiled by nvcc, of CUDA 13.0",
                 "CUDA driver": "13.1",
                 "CUDA devices": "H200 (sm_90), T4 (sm_75)",
             },

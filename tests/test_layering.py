@@ -44,7 +44,8 @@ ONLY = {
     "data": {"torch", "numpy", "PIL", "utils"},
     "spaces": {"utils"},
     "runs": {"torch", "tomli_w", "utils"},
-    "ops": {"torch", "_C", "onnxscript"},  # the last inside the function that exports
+    # onnxscript inside the function that exports, cupy inside the one that compiles
+    "ops": {"torch", "_C", "onnxscript", "cupy_backends"},
     "device": {"torch", "ops", "utils"},
     "utils": {"torch", "safetensors", "tomli_w"},
 }

@@ -1,5 +1,7 @@
 #include <cuda_runtime_api.h>
 
+#include <stdexcept>
+
 #include "common/cuda_device.h"
 
 namespace nasfast {
@@ -21,6 +23,20 @@ CudaInfo cuda_info() {
         cudaGetLastError();  // a query must leave no error behind for the next launch to report
     }
     return info;
+}
+
+CurrentDevice::CurrentDevice(int device) : before_(0) {
+    cudaError_t status = cudaGetDevice(&before_);
+    if (status == cudaSuccess && before_ != device) status = cudaSetDevice(device);
+    if (status != cudaSuccess) {
+        cudaGetLastError();
+        throw std::runtime_error(std::string("device: ") + cudaGetErrorString(status));
+    }
+    if (before_ == device) before_ = -1;  // nothing to restore
+}
+
+CurrentDevice::~CurrentDevice() {
+    if (before_ >= 0) cudaSetDevice(before_);
 }
 
 }  // namespace nasfast

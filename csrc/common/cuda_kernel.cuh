@@ -1,7 +1,10 @@
-// What CUDA kernels and their host code are written with. nvcc compiles them for the GPU; with
-// NASFAST_EMULATION a C++ compiler compiles the same sources for the CPU (emulation/cuda_on_cpu.hpp).
+// What CUDA kernels and their host code are written with. The same sources are compiled
+// - by nvcc, kernels and host code together;
+// - where there is no nvcc, the host code by a C++ compiler (common/cuda_driver.hpp), and a kernel by NVRTC
+//   when it is first launched (nasfast/ops/_nvrtc.py);
+// - with NASFAST_EMULATION by a C++ compiler for the CPU (emulation/cuda_on_cpu.hpp).
 //
-// To run in both, a kernel
+// A kernel is launched as launch("<op>: <kernel>", NASFAST_KERNEL(the kernel), ..). To run in all, it
 // - takes shared memory from shared_memory() only and has blocks of whole warps;
 // - calls every warp-wide function with all 32 lanes;
 // - orders accesses to shared memory by __syncthreads() or __syncwarp() (a shuffle or mma orders nothing).
@@ -12,19 +15,26 @@
 
 #include "common/dtype.hpp"
 
-#ifdef NASFAST_EMULATION
+#if defined(NASFAST_EMULATION)
 #include "emulation/cuda_on_cpu.hpp"
+#elif !defined(__CUDACC__)
+#include "common/cuda_driver.hpp"
 #else
 
+#ifndef __CUDACC_RTC__
 #include <cuda_runtime.h>
 
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 
+#include "common/cuda_host.hpp"
+
 namespace nasfast::cuda {
 
 // ---- host
+
+#define NASFAST_KERNEL(...) __VA_ARGS__
 
 // Launches on `stream` (a cudaStream_t). `name` is "<op>: <kernel>". No grid, no launch.
 template <class... Parameters>
@@ -58,6 +68,11 @@ inline int multiprocessors() {
     }
     return count;
 }
+
+}  // namespace nasfast::cuda
+#endif
+
+namespace nasfast::cuda {
 
 // blockIdx.x, read anew by every call: what is derived from it needs no register in between.
 __device__ __forceinline__ unsigned block_index() {

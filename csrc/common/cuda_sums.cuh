@@ -31,7 +31,7 @@ __global__ void clear_kernel(Word* words, int64_t count) {
 
 inline void clear(const char* name, void* memory, int64_t bytes, void* stream) {
     const int64_t words = bytes / int64_t(sizeof(uint32_t));
-    launch(name, clear_kernel<uint32_t>, element_grid(words), kElementThreads, 0, stream,
+    launch(name, NASFAST_KERNEL(clear_kernel<uint32_t>), element_grid(words), kElementThreads, 0, stream,
            static_cast<uint32_t*>(memory), words);
 }
 
@@ -47,8 +47,8 @@ __global__ void add_parts_kernel(const A* parts, int number, int64_t count, A* r
 
 template <class A>
 void add_parts(const char* name, const A* parts, int number, int64_t count, A* result, void* stream) {
-    launch(name, add_parts_kernel<A>, element_grid(count), kElementThreads, 0, stream, parts, number, count,
-           result);
+    launch(name, NASFAST_KERNEL(add_parts_kernel<A>), element_grid(count), kElementThreads, 0, stream, parts,
+           number, count, result);
 }
 
 // ---- sums that are the same for every order of their terms
@@ -136,8 +136,8 @@ __global__ void find_exponent_kernel(const T* values, int64_t count, int64_t wid
 template <class T>
 void find_exponent(const char* name, const T* values, int64_t count, int64_t width, int64_t row_step,
                    unsigned* exponent, void* stream) {
-    launch(name, find_exponent_kernel<T>, element_grid(count), kElementThreads, 0, stream, values, count,
-           width, row_step, exponent);
+    launch(name, NASFAST_KERNEL(find_exponent_kernel<T>), element_grid(count), kElementThreads, 0, stream,
+           values, count, width, row_step, exponent);
 }
 
 inline int ceil_log2(int64_t value) {

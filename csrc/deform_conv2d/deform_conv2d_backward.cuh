@@ -560,14 +560,14 @@ void launch_data(const Params& p, const Layout& l, const Backward<T>& t, const B
                l, t, sums, grids.block_positions);
     };
     if constexpr (std::is_same_v<T, double>)
-        run(backward_data<T, false>);
+        run(NASFAST_KERNEL(backward_data<T, false>));
     else if constexpr (std::is_same_v<T, float>)
-        p.tf32 ? run(backward_data<T, true>) : run(backward_data<T, false>);
+        p.tf32 ? run(NASFAST_KERNEL(backward_data<T, true>)) : run(NASFAST_KERNEL(backward_data<T, false>));
     else
-        run(backward_data<T, true>);
+        run(NASFAST_KERNEL(backward_data<T, true>));
     if (t.grad_input && static_cast<void*>(t.grad_input) != sums.floating)
-        launch("deform_conv2d: finish_sums", finish_sums<T, A>, element_grid(l.elements), kElementThreads, 0,
-               stream, sums, t.grad_input);
+        launch("deform_conv2d: finish_sums", NASFAST_KERNEL(finish_sums<T, A>), element_grid(l.elements),
+               kElementThreads, 0, stream, sums, t.grad_input);
 }
 
 template <class T>
@@ -581,13 +581,14 @@ void launch_weight(const Params& p, const Layout& l, const Backward<T>& t, const
     };
     constexpr WeightTiles<T, 64>* tiles = nullptr;
     if constexpr (std::is_same_v<T, double>) {
-        run(backward_weight<T, false, 64>, tiles);
+        run(NASFAST_KERNEL(backward_weight<T, false, 64>), tiles);
     } else if constexpr (std::is_same_v<T, float>) {
-        p.tf32 ? run(backward_weight<T, true, 64>, tiles) : run(backward_weight<T, false, 64>, tiles);
+        p.tf32 ? run(NASFAST_KERNEL(backward_weight<T, true, 64>), tiles)
+               : run(NASFAST_KERNEL(backward_weight<T, false, 64>), tiles);
     } else if (grids.weight_rows == 64) {
-        run(backward_weight<T, true, 64>, tiles);
+        run(NASFAST_KERNEL(backward_weight<T, true, 64>), tiles);
     } else {
-        run(backward_weight<T, true, 256>, static_cast<WeightTiles<T, 256>*>(nullptr));
+        run(NASFAST_KERNEL(backward_weight<T, true, 256>), static_cast<WeightTiles<T, 256>*>(nullptr));
     }
     if (parts > 1) add_parts("deform_conv2d: add_parts", sums, parts, l.weights, t.grad_weight, stream);
 }
@@ -596,7 +597,7 @@ template <class T>
 void launch_bias(const Params& p, const Layout& l, const Backward<T>& t, const BackwardGrids<T>& grids,
                  void* workspace, void* stream) {
     auto* sums = static_cast<Accumulate<T>*>(workspace);
-    launch("deform_conv2d: backward_bias", backward_bias<T>, grids.bias, kThreads,
+    launch("deform_conv2d: backward_bias", NASFAST_KERNEL(backward_bias<T>), grids.bias, kThreads,
            kThreads * sizeof(Accumulate<T>), stream, t.grad, l.pixels, int(p.out_channels), sums);
     add_parts("deform_conv2d: add_parts", sums, int(grids.bias.y), p.out_channels, t.grad_bias, stream);
 }

@@ -235,9 +235,9 @@ void columns_forward(const Part& p, const ColumnsForward<T>& t, void* stream) {
     constexpr int chunk = Chunk<T>::size;
     const int chunks = plan.alike / chunk, slices = (chunks + 15) / 16;
     plan.slice = (chunks + slices - 1) / slices * chunk;
-    launch("deform_conv2d: columns_forward", columns_forward_kernel<T>, column_grid(p, plan), kColumnThreads,
-           plan.block_taps * kColumnPixels * int64_t(sizeof(ColumnCorners<Accumulate<T>>)), stream, p, t,
-           plan);
+    launch("deform_conv2d: columns_forward", NASFAST_KERNEL(columns_forward_kernel<T>), column_grid(p, plan),
+           kColumnThreads, plan.block_taps * kColumnPixels * int64_t(sizeof(ColumnCorners<Accumulate<T>>)),
+           stream, p, t, plan);
 }
 
 template <class T>
@@ -245,8 +245,8 @@ void columns_backward(const Part& p, const ColumnsBackward<T>& t, void* stream) 
     using A = Accumulate<T>;
     check_sizes(p);
     const auto plan = column_plan(p, kColumns);
-    launch("deform_conv2d: columns_backward", columns_backward_kernel<T>, column_grid(p, plan),
-           kColumnThreads,
+    launch("deform_conv2d: columns_backward", NASFAST_KERNEL(columns_backward_kernel<T>),
+           column_grid(p, plan), kColumnThreads,
            plan.block_taps * int64_t(kColumnPixels * sizeof(MaskedSample<A>) + kColumnThreads * sizeof(A)),
            stream, p, t, plan);
 }

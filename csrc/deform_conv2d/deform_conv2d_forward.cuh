@@ -420,7 +420,7 @@ void launch_forward(const Params& p, const Forward<T>& t, void* stream) {
         int(p.groups),
         columns % 4 == 0 && reinterpret_cast<uintptr_t>(t.output) % (4 * sizeof(T)) == 0,
     };
-    launch("deform_conv2d: forward", forward_kernel<Tile, chunked>,
+    launch("deform_conv2d: forward", NASFAST_KERNEL(forward_kernel<Tile, chunked>),
            grid(pixel_tiles * p.groups * column_tiles), 2 * Tile::M, tile_bytes<Tile> + C::bytes(at_once),
            stream, p, t, plan);
 }

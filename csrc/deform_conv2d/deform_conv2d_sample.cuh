@@ -13,24 +13,24 @@ inline void check_sizes(const Params& p) {
     const struct {
         const char* name;
         int64_t size;
-    } sizes[] = {{"channels of input", p.channels},
-                 {"channels of the output", p.out_channels},
-                 {"rows of input with the padding", p.height + 2 * p.pad_h},
-                 {"columns of input with the padding", p.width + 2 * p.pad_w},
-                 {"elements of weight for a channel", p.channels / p.groups * p.kernel_h * p.kernel_w},
-                 {"offsets of a pixel", p.offset_groups * p.kernel_h * p.kernel_w}};
+    } sizes[] = {
+        {"deform_conv2d: CUDA wants at most 2^30 channels of input", p.channels},
+        {"deform_conv2d: CUDA wants at most 2^30 channels of the output", p.out_channels},
+        {"deform_conv2d: CUDA wants at most 2^30 rows of input with the padding", p.height + 2 * p.pad_h},
+        {"deform_conv2d: CUDA wants at most 2^30 columns of input with the padding", p.width + 2 * p.pad_w},
+        {"deform_conv2d: CUDA wants at most 2^30 elements of weight for a channel",
+         p.channels / p.groups * p.kernel_h * p.kernel_w},
+        {"deform_conv2d: CUDA wants at most 2^30 offsets of a pixel",
+         p.offset_groups * p.kernel_h * p.kernel_w}};
     for (const auto& [name, size] : sizes)
-        if (size > 1 << 30)
-            throw std::invalid_argument(std::string("deform_conv2d: CUDA wants at most 2^30 ") + name +
-                                        ", got " + std::to_string(size) + "; split the call");
+        if (size > 1 << 30) refuse(name, size, "split the call");
 }
 
 // The grid of so many blocks.
 inline dim3 grid(int64_t blocks) {
     if (blocks > 0x7fffffff)
-        throw std::invalid_argument(
-            "deform_conv2d: CUDA wants at most 2^31 - 1 tiles of output pixels, got " +
-            std::to_string(blocks) + "; split the batch");
+        refuse("deform_conv2d: CUDA wants at most 2^31 - 1 tiles of output pixels", blocks,
+               "split the batch");
     return dim3(unsigned(blocks));
 }
 

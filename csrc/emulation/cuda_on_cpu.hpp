@@ -32,6 +32,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/cuda_host.hpp"
+#include "common/cuda_language.hpp"
 #include "common/dtype.hpp"
 
 #ifdef __SANITIZE_ADDRESS__
@@ -43,42 +45,6 @@
 #endif
 // Of the emulation itself, which reads and writes for other threads.
 #define NASFAST_UNCHECKED __attribute__((no_sanitize("thread"), noinline))
-
-// ---- the language
-
-#define __global__
-#define __device__
-#define __host__
-#define __forceinline__ inline
-#define __launch_bounds__(...)
-
-struct uint3 {
-    unsigned x = 0, y = 0, z = 0;
-};
-struct dim3 {
-    unsigned x, y, z;
-    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
-};
-struct alignas(8) float2 {
-    float x, y;
-};
-struct alignas(16) float4 {
-    float x, y, z, w;
-};
-struct alignas(8) uint2 {
-    unsigned x, y;
-};
-struct alignas(16) uint4 {
-    unsigned x, y, z, w;
-};
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-using std::max;
-using std::min;
-
-inline uint3 threadIdx, blockIdx;
-inline dim3 blockDim, gridDim;
 
 namespace nasfast::emulation {
 
@@ -138,6 +104,26 @@ struct Engine {
     std::mt19937_64 random;
 };
 inline Engine engine;
+
+// What of a launch a driver would be given, and the bytes of its arguments.
+struct Launch {
+    std::string name;
+    dim3 grid;
+    unsigned threads;
+    int64_t shared_bytes;
+    std::string arguments, padding;  // 0 in a byte of the second where the first has padding
+};
+inline std::vector<Launch> launches;  // while recording
+inline bool recording = false;
+
+template <class T>
+void record(Launch& launch, const T& argument) {
+    launch.arguments.append(reinterpret_cast<const char*>(&argument), sizeof(T));
+    T value = argument;
+    std::memset(static_cast<void*>(&value), 0xff, sizeof(T));
+    __builtin_clear_padding(&value);
+    launch.padding.append(reinterpret_cast<const char*>(&value), sizeof(T));
+}
 
 inline void set_order(uint64_t seed) {
     engine.seed = seed;
@@ -465,12 +451,19 @@ inline void __syncwarp() { nasfast::emulation::warp_barrier(); }
 
 // ---- common/cuda_kernel.cuh, in its order
 
+#define NASFAST_KERNEL(...) __VA_ARGS__
+
 namespace nasfast::cuda {
 
 template <class... Parameters>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
             int64_t shared_bytes, void* /*stream*/, std::decay_t<Parameters>... arguments) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+    if (emulation::recording) {
+        emulation::Launch launch{name, grid, threads, shared_bytes, {}, {}};
+        (emulation::record(launch, arguments), ...);
+        emulation::launches.push_back(launch);
+    }
     const auto call = [&] { kernel(arguments...); };
     emulation::run_grid(
         name, grid, threads, shared_bytes,

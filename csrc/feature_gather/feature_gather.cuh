@@ -143,7 +143,7 @@ inline void launch_gather(const Params& p, const Pointers& t, void* stream) {
         division.units = division.single ? field.elements : bytes / 16;
         division.blocks = blocks += (division.units + kThreads * kLoads - 1) / (kThreads * kLoads);
     }
-    launch("feature_gather: gather", gather_kernel,
+    launch("feature_gather: gather", NASFAST_KERNEL(gather_kernel),
            dim3(unsigned(blocks), unsigned(std::min(p.rows, kMostRows))), kThreads, 0, stream, plan);
 }
 

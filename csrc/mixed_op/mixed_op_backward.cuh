@@ -78,7 +78,7 @@ Parts<Accumulate<T>> sum_pixels(const SummedMaps<T>& maps, const Normalisation<A
                                 Accumulate<T>* memory, void* stream) {
     const ChannelGrid g(maps.channels);
     const dim3 grid = g.grid(maps.pixels, maps.channels, kMostParts);
-    launch("mixed_op: sum", sum_kernel<T>, grid, kElementThreads,
+    launch("mixed_op: sum", NASFAST_KERNEL(sum_kernel<T>), grid, kElementThreads,
            kElementThreads * int64_t(sizeof(Accumulate<T>)), stream, g, maps, norm, memory);
     return {memory, int(grid.x), maps.slots};
 }
@@ -162,8 +162,8 @@ __global__ void __launch_bounds__(kElementThreads)
 template <class A>
 void finish_outcomes(const Outcomes<A>& outcomes, const Parts<A>& parts, const Normalisation<A>& norm,
                      int64_t pixels, void* stream) {
-    launch("mixed_op: outcome", outcome_kernel<A>, dim3(unsigned(outcomes.count)), kElementThreads,
-           kElementThreads / 32 * int64_t(sizeof(A)), stream, outcomes, parts, norm, pixels);
+    launch("mixed_op: outcome", NASFAST_KERNEL(outcome_kernel<A>), dim3(unsigned(outcomes.count)),
+           kElementThreads, kElementThreads / 32 * int64_t(sizeof(A)), stream, outcomes, parts, norm, pixels);
 }
 
 // ---- gradients of maps
@@ -631,8 +631,8 @@ private:
         }
         dim3 grid = element_grid(int64_t(std::max(l.channels, l.offsets)) * kTaps * l.channels);
         grid.y = unsigned(results.count);
-        launch("mixed_op: kernel_result", kernel_result_kernel<T>, grid, kElementThreads, 0, stream, results,
-               l.channels);
+        launch("mixed_op: kernel_result", NASFAST_KERNEL(kernel_result_kernel<T>), grid, kElementThreads, 0,
+               stream, results, l.channels);
     }
 };
 

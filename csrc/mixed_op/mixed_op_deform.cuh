@@ -205,7 +205,7 @@ void deform_gradient(const Params& p, const Layout& l, const DeformGradient<T>& 
         kTilePixels * (columns | 1) * int64_t(sizeof(A));
     with_tile<T>(p, [&](auto* tile, auto tf32) {
         launch("mixed_op: deform",
-               deform_kernel<std::remove_reference_t<decltype(*tile)>, decltype(tf32)::value>,
+               NASFAST_KERNEL(deform_kernel<std::remove_reference_t<decltype(*tile)>, decltype(tf32)::value>),
                dim3(unsigned(l.tiles), kTaps / kTapsInRow), kTileThreads, bytes, stream, l,
                deform_params(p, job.padding.chunks * kElements<T>), job);
     });

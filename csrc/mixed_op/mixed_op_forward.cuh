@@ -154,8 +154,8 @@ void finish_moments(const Layout& l, const MapList& list, const A* parts, const 
                     A* statistics, void* stream) {
     dim3 grid((unsigned(l.channels) + kElementThreads / 32 - 1) / (kElementThreads / 32));
     grid.y = unsigned(list.count);
-    launch("mixed_op: finish_moments", finish_moments_kernel<A>, grid, kElementThreads, 0, stream, l, list,
-           parts, norm, statistics);
+    launch("mixed_op: finish_moments", NASFAST_KERNEL(finish_moments_kernel<A>), grid, kElementThreads, 0,
+           stream, l, list, parts, norm, statistics);
 }
 
 // ---- output
@@ -224,16 +224,15 @@ inline void check_sizes(const Params& p) {
         const char* name;
         int64_t size;
         int power;
-    } sizes[] = {{"channels", p.channels, 15}, {"rows", p.height, 24}, {"columns", p.width, 24}};
+    } sizes[] = {{"mixed_op: CUDA wants at most 2^15 channels", p.channels, 15},
+                 {"mixed_op: CUDA wants at most 2^24 rows", p.height, 24},
+                 {"mixed_op: CUDA wants at most 2^24 columns", p.width, 24}};
     for (const auto& [name, size, power] : sizes)
-        if (size > int64_t(1) << power)
-            throw std::invalid_argument("mixed_op: CUDA wants at most 2^" + std::to_string(power) + " " +
-                                        name + ", got " + std::to_string(size) + "; split the call");
+        if (size > int64_t(1) << power) refuse(name, size, "split the call");
     const int64_t tiles =
         p.batch * ((p.height + kTileHeight - 1) / kTileHeight) * ((p.width + kTileWidth - 1) / kTileWidth);
     if (tiles > 0x7fffffff)
-        throw std::invalid_argument("mixed_op: CUDA wants at most 2^31 - 1 tiles of pixels, got " +
-                                    std::to_string(tiles) + "; split the batch");
+        refuse("mixed_op: CUDA wants at most 2^31 - 1 tiles of pixels", tiles, "split the batch");
 }
 
 // Queues a kernel to be packed, and returns it as a source.
@@ -445,8 +444,8 @@ private:
         OutputMaps<T> output{{}, t.input, t.output, b.factors, bool(p.add)};
         for (int map = 0; map <= kDef; ++map) output.raw[map] = has(map) ? maps.raw[map] : nullptr;
         const ChannelGrid g(l.channels);
-        launch("mixed_op: output", output_kernel<T>, g.grid(l.pixels, l.channels, 1024), kElementThreads, 0,
-               stream, l, g, output, norm);
+        launch("mixed_op: output", NASFAST_KERNEL(output_kernel<T>), g.grid(l.pixels, l.channels, 1024),
+               kElementThreads, 0, stream, l, g, output, norm);
     }
 
     void run_merged(void* stream) {

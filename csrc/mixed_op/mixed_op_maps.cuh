@@ -223,7 +223,8 @@ void pad(const Params& p, const Layout& l, const PaddedMaps<T>& maps,
     dim3 grid = element_grid(l.pixels * l.padding.chunks);
     grid.x = std::min(grid.x, 512u);
     grid.y = unsigned(maps.count);
-    launch("mixed_op: pad", pad_kernel<T>, grid, kElementThreads, 0, stream, l, maps, norm, bool(p.tf32));
+    launch("mixed_op: pad", NASFAST_KERNEL(pad_kernel<T>), grid, kElementThreads, 0, stream, l, maps, norm,
+           bool(p.tf32));
 }
 
 // ---- packed kernels

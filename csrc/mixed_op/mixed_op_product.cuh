@@ -418,8 +418,9 @@ void multiply(const Params& p, const Layout& l, const Tasks<T, Sink>& tasks, voi
     const int64_t bytes = (kOffsetChunks + 1) * 16 + std::max(chunks * 16, results);
     with_tile<T>(p, [&](auto* tile, auto tf32) {
         launch("mixed_op: product",
-               product_kernel<std::remove_reference_t<decltype(*tile)>, decltype(tf32)::value, Sink>, grid,
-               kTileThreads, bytes, stream, l, deform_params(p, l.padding.chunks * kElements<T>), tasks,
+               NASFAST_KERNEL(
+                   product_kernel<std::remove_reference_t<decltype(*tile)>, decltype(tf32)::value, Sink>),
+               grid, kTileThreads, bytes, stream, l, deform_params(p, l.padding.chunks * kElements<T>), tasks,
                tasks.tasks[0].blocks());
     });
 }
@@ -433,7 +434,8 @@ void pack(const Params& p, const Packings<T>& packings, void* stream) {
     dim3 grid = element_grid(most);
     grid.y = unsigned(packings.count);
     with_tile<T>(p, [&](auto* tile, auto) {
-        launch("mixed_op: pack", pack_kernel<T, std::remove_reference_t<decltype(*tile)>::words>, grid,
+        launch("mixed_op: pack",
+               NASFAST_KERNEL(pack_kernel<T, std::remove_reference_t<decltype(*tile)>::words>), grid,
                kElementThreads, 0, stream, packings, int(p.channels), bool(p.tf32));
     });
 }

@@ -277,7 +277,7 @@ void weight_gradients(const Params& p, const Layout& l, const WeightTasks<Accumu
     }
     with_tile<T>(p, [&](auto* tile, auto) {
         launch("mixed_op: weight",
-               weight_kernel<Gradient<T, std::remove_reference_t<decltype(*tile)>::words>>,
+               NASFAST_KERNEL(weight_kernel<Gradient<T, std::remove_reference_t<decltype(*tile)>::words>>),
                dim3(unsigned(tasks.blocks), unsigned(tasks.parts)), kTileThreads,
                kMaxColumnChunks * int64_t(sizeof(int)) + chunks * int64_t(16), stream, l,
                deform_params(p, l.padding.chunks * kElements<T>), tasks, parts);

@@ -14,7 +14,7 @@ import nasfast
 import nasfast.ops  # every op registers its backends
 from nasfast.device import autocast_dtype, machine_info, resolve_device
 from nasfast.models.zoo import ZOO, list_models
-from nasfast.ops import _native
+from nasfast.ops import _native, _nvrtc
 from nasfast.utils.cli import reports_errors, say
 
 
@@ -24,9 +24,14 @@ def extension() -> dict[str, str]:
         return {"extension": f"missing: {_native.ERROR}", "CUDA kernels": "missing: no extension"}
     rows = {"extension": str(_native.C.__file__)}
     if not hasattr(_native.C, "cuda_info"):
-        return rows | {"CUDA kernels": "not built: NASFAST_CUDA=off, no nvcc or CMake < 3.25"}
+        return rows | {"CUDA kernels": f"none: {_native.NOT_BUILT}"}
     cuda = _native.C.cuda_info()
-    rows["CUDA kernels"] = f"built with CUDA {_version(cuda['runtime'])}"
+    rows["CUDA kernels"] = f"compiled by nvcc, of CUDA {_version(cuda['runtime'])}"
+    if hasattr(_native.C, "set_cuda_compiler"):
+        try:
+            rows["CUDA kernels"] = f"compiled when first used, by {_nvrtc.version()}"
+        except RuntimeError as error:
+            rows["CUDA kernels"] = f"none: {error}"
     rows["CUDA driver"] = _version(cuda["driver"]) if cuda["driver"] else "none"
     devices = [f"{name} (sm_{major}{minor})" for name, (major, minor) in cuda["devices"]]
     rows["CUDA devices"] = ", ".join(devices) or f"none: {cuda['error'] or 'no device found'}"

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from nasfast.ops import _nvrtc
+
 C: Any
 ERROR: str | None
 try:
@@ -44,11 +46,15 @@ def _after_fork() -> None:
 
 if C is not None:
     os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
+if hasattr(C, "set_cuda_compiler"):
+    C.set_cuda_compiler(_nvrtc.kernel_code)
 
 BACKENDS: dict[str, dict[str, str]] = {}
 """Op, device type: what runs there. Every op registers its own."""
 KERNELS: dict[str, set[str]] = {}
 """Op: device types on which it runs a kernel."""
+
+NOT_BUILT = "built without CUDA (NASFAST_CUDA=off)"
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """Codes of nasfast::DType in csrc/common/dtype.hpp."""
@@ -67,13 +73,20 @@ def isa_level() -> str:
 def has_kernel(op: str, device: str) -> bool:
     """Whether the extension has a kernel of the op for a device type; registers the answer."""
     reason = ERROR
-    if reason is None and device == "cuda" and not hasattr(C, f"{op}_forward_cuda"):
-        reason = "built without CUDA (NASFAST_CUDA=off, no nvcc or CMake < 3.25)"
+    if reason is None and device == "cuda":
+        reason = _without_cuda(f"{op}_forward_cuda")
     if reason is None:
         KERNELS.setdefault(op, set()).add(device)
     kernel = "C++ kernel" if device == "cpu" else "CUDA kernel"
     BACKENDS.setdefault(op, {})[device] = f"reference: {reason}" if reason else kernel
     return reason is None
+
+
+def _without_cuda(entry: str) -> str | None:
+    """Why an entry of the extension has no CUDA kernel, or None."""
+    if not hasattr(C, entry):
+        return NOT_BUILT
+    return _nvrtc.missing() if hasattr(C, "set_cuda_compiler") else None
 
 
 def storage(tensor: Tensor) -> torch.dtype:
@@ -233,7 +246,8 @@ def call(
 
     ``sizes`` and ``tensors`` stand in the order of the kernel's C++ structs; None becomes a null
     pointer. This is the final validation, of every pointer: kernels do not check again. On CUDA it
-    runs on the current stream, with workspace from PyTorch's allocator.
+    runs on the current stream of that device, whichever is the current one, with workspace from
+    PyTorch's allocator.
 
     Raises:
         ValueError: a tensor that is not what :data:`POINTERS` says of the entry.
@@ -264,8 +278,9 @@ def call(
     if on_cpu:
         getattr(C, entry)(DTYPES[dtype], sizes, addresses)
         return
-    with torch.cuda.device(device):
-        size = getattr(C, f"{entry}_cuda_workspace")(DTYPES[dtype], sizes)
-        workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        stream = torch.cuda.current_stream().cuda_stream
-        getattr(C, f"{entry}_cuda")(DTYPES[dtype], sizes, addresses, workspace.data_ptr(), stream)
+    index = device.index
+    size = getattr(C, f"{entry}_cuda_workspace")(DTYPES[dtype], sizes, index)
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    run = getattr(C, f"{entry}_cuda")
+    run(DTYPES[dtype], sizes, addresses, workspace.data_ptr(), stream, index)

@@ -43,10 +43,10 @@ def calls(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def entry(name: str) -> Any:
         def run(dtype: int, sizes: tuple[int, ...], pointers: tuple[int, ...]) -> None:
             called.append(name)
-            size = getattr(kernels.module, f"{name}_cuda_workspace")(dtype, sizes)
+            size = getattr(kernels.module, f"{name}_cuda_workspace")(dtype, sizes, 0)
             workspace = torch.empty(size + 256, dtype=torch.uint8)
             aligned = workspace.data_ptr() + -workspace.data_ptr() % 256
-            getattr(kernels.module, f"{name}_cuda")(dtype, sizes, pointers, aligned, 0)
+            getattr(kernels.module, f"{name}_cuda")(dtype, sizes, pointers, aligned, 0, 0)
 
         return run
 

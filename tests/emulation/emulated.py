@@ -232,11 +232,11 @@ class Kernels:
     ) -> None:
         """With a workspace that has no byte to spare."""
         code = DTYPES.index(dtype)
-        size = getattr(self.module, f"{name}_workspace")(code, sizes)
+        size = getattr(self.module, f"{name}_workspace")(code, sizes, 0)
         workspace = torch.full((size + 512,), 0xFF, dtype=torch.uint8)
         start = -workspace.data_ptr() % 256
         addresses = [0 if t is None else t.data_ptr() for t in pointers]
-        getattr(self.module, name)(code, sizes, addresses, workspace.data_ptr() + start, 0)
+        getattr(self.module, name)(code, sizes, addresses, workspace.data_ptr() + start, 0, 0)
         assert workspace[:start].eq(0xFF).all()
         assert workspace[start + size :].eq(0xFF).all()
 

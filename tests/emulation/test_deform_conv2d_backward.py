@@ -314,8 +314,8 @@ def test_sizes_out_of_range(kernels: Kernels, field: int, value: int, message: s
     sizes = list(Case("").sizes())
     sizes[field] = value
     for call in (
-        lambda: kernels.module.deform_conv2d_backward_cuda(0, sizes, [0] * 10, 0, 0),
-        lambda: kernels.module.deform_conv2d_backward_cuda_workspace(0, sizes),
+        lambda: kernels.module.deform_conv2d_backward_cuda(0, sizes, [0] * 10, 0, 0, 0),
+        lambda: kernels.module.deform_conv2d_backward_cuda_workspace(0, sizes, 0),
     ):
         with pytest.raises(ValueError) as caught:
             call()

@@ -122,13 +122,13 @@ def test_sizes_out_of_range(kernels: Kernels, field: int, value: int, message: s
     sizes = list(Case("").sizes())
     sizes[field] = value
     with pytest.raises(ValueError) as caught:
-        kernels.module.deform_conv2d_forward_cuda(0, sizes, [0] * 6, 0, 0)
+        kernels.module.deform_conv2d_forward_cuda(0, sizes, [0] * 6, 0, 0, 0)
     assert str(caught.value) == f"deform_conv2d: CUDA wants {message}"
 
 
 def test_unknown_dtype(kernels: Kernels) -> None:
     with pytest.raises(ValueError) as caught:
-        kernels.module.deform_conv2d_forward_cuda(4, Case("").sizes(), [0] * 6, 0, 0)
+        kernels.module.deform_conv2d_forward_cuda(4, Case("").sizes(), [0] * 6, 0, 0, 0)
     assert str(caught.value) == "dtype must be a code from 0 to 3, got 4"
 
 

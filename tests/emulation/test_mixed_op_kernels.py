@@ -210,10 +210,10 @@ def test_sizes_out_of_range(mixed: Kernels, field: int, value: int, message: str
     sizes[field] = value
     module = mixed.module
     for call in (
-        lambda: module.mixed_op_forward_cuda(0, sizes, [0] * 18, 0, 0),
-        lambda: module.mixed_op_forward_cuda_workspace(0, sizes),
-        lambda: module.mixed_op_backward_cuda(0, sizes, [0] * 32, 0, 0),
-        lambda: module.mixed_op_backward_cuda_workspace(0, sizes),
+        lambda: module.mixed_op_forward_cuda(0, sizes, [0] * 18, 0, 0, 0),
+        lambda: module.mixed_op_forward_cuda_workspace(0, sizes, 0),
+        lambda: module.mixed_op_backward_cuda(0, sizes, [0] * 32, 0, 0, 0),
+        lambda: module.mixed_op_backward_cuda_workspace(0, sizes, 0),
     ):
         with pytest.raises(ValueError) as caught:
             call()

@@ -16,7 +16,8 @@ from nasfast.ops import Field, _native, gather_fields
 
 # Entries of nasfast._C that run no kernel of an op. The cache maps what it gives to its own.
 NO_KERNELS = re.compile(
-    r"isa_level|cuda_info|end_threads|FileMap|feature_cache_\w+|\w+_cuda_workspace|__\w+__"
+    r"isa_level|cuda_info|cuda_kernels|set_cuda_compiler|end_threads|FileMap|feature_cache_\w+"
+    r"|\w+_cuda_workspace|__\w+__"
 )
 COLUMNS = ("deform_conv2d_columns_forward", "deform_conv2d_columns_backward")  # of CUDA alone
 
