@@ -88,7 +88,9 @@ void forward_impl(const Params& p, const Forward<T>& t) {
                        arena.take<A>(rows * panels.padded())};
     };
     const Tiling tiling(p, tile_pixels);
-    parallel_for(p.batch * tiling.per_image(), layout, [&](int64_t unit, Scratch& s) {
+    const int64_t tiles = p.batch * tiling.per_image();
+    const bool whole = p.groups * blocks.count == 1;  // else the next tile's would be gone from the L2 cache
+    parallel_for(tiles, layout, [&](int64_t unit, Scratch& s) {
         const Tile tile = tiling[unit];
         const int64_t pixels = tile.pixels();
         const T* const image = t.input + tile.image * p.height * p.width * p.channels;
@@ -105,6 +107,7 @@ void forward_impl(const Params& p, const Forward<T>& t) {
                 if (rows > count * taps)
                     for (int64_t i = 0; i < pixels; ++i)
                         std::fill(s.columns + i * rows + count * taps, s.columns + (i + 1) * rows, Operand());
+                if (whole && unit + 1 < tiles) prefetch_tile(p, t, tile, tiling[unit + 1]);
                 for (int64_t k = 0; k < rows; k += Product::kDepth)
                     Product::multiply(pixels, std::min(Product::kDepth, rows - k), s.columns + k, rows,
                                       panels, weights.get() + group * size, total, block * block_rows + k,
