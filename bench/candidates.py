@@ -231,15 +231,22 @@ def plain_depthwise(x: Tensor, weight: Tensor, padding: int, dilation: int) -> T
         return F.conv2d(x.to(weight.dtype), weight, *options).to(x.dtype)
 
 
+def without_sep_conv(**others: Any) -> AbstractContextManager[Any]:
+    def apart(x: Tensor, depthwise: nn.Module, pointwise: nn.Module) -> Any:
+        return pointwise(depthwise(x))
+
+    return mock.patch.multiple(nasfast.models.layers, separable=apart, **others)
+
+
 def without_depthwise() -> AbstractContextManager[Any]:
-    return mock.patch.object(nasfast.models.layers, "depthwise_conv2d", plain_depthwise)
+    return without_sep_conv(depthwise_conv2d=plain_depthwise)
 
 
 def without_norm_relu() -> AbstractContextManager[Any]:
     def apart(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
         return F.relu(norm(x), inplace=True)
 
-    return mock.patch.object(nasfast.models.layers, "norm_relu", apart)
+    return without_sep_conv(norm_relu=apart)
 
 
 class FromFiles:
@@ -301,6 +308,7 @@ ABLATIONS: dict[str, Variant] = {
     "logits to the host": Variant(task=ScoreOnHost),
     "optimizer in a loop": Variant(patch=looped_optimizer),
     "average in a loop": Variant(patch=looped_average),
+    "separable convolutions apart": Variant(patch=without_sep_conv),
     "PyTorch's depthwise": Variant(patch=without_depthwise),
     "BatchNorm, then ReLU": Variant(patch=without_norm_relu),
 }

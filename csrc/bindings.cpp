@@ -16,6 +16,7 @@
 #include "feature_cache/bindings_cpu.hpp"
 #include "feature_gather/feature_gather.h"
 #include "mixed_op/mixed_op.h"
+#include "sep_conv/sep_conv.h"
 #ifdef NASFAST_CUDA
 #include "bindings_cuda.hpp"
 #include "bindings_device.hpp"
@@ -72,6 +73,8 @@ PYBIND11_MODULE(_C, m) {
     NASFAST_BIND(depthwise_conv2d, backward, Backward);
     NASFAST_BIND(mixed_op, forward, Forward);
     NASFAST_BIND(mixed_op, backward, Backward);
+    NASFAST_BIND(sep_conv, forward, Forward);
+    NASFAST_BIND(sep_conv, backward, Backward);
     m.def("feature_gather_forward", cpu_entry<feature_gather::Params, feature_gather::Call, float>(
                                         [](const auto& params, const auto& pointers) {
                                             NASFAST_DISPATCH(feature_gather, forward, params, pointers);

@@ -27,6 +27,7 @@ if not BENCH.is_dir():
 sys.path.insert(0, str(BENCH))
 
 import bench_nms  # noqa: E402
+import bench_sep_conv  # noqa: E402
 import candidates  # noqa: E402
 import deform_conv2d_baselines as deform  # noqa: E402
 import dncnn  # noqa: E402
@@ -691,6 +692,16 @@ def test_the_plain_loop_suppresses_the_same(scene: str) -> None:
     kept = bench_nms.loop(boxes[0], scores[0], labels[0], bench_nms.THRESHOLD)
     ours = nms(*found, bench_nms.THRESHOLD, None)[0]
     assert ours[ours >= 0].tolist() == kept.tolist()
+
+
+def test_a_separable_convolution_and_its_modules() -> None:
+    """The bench compares what computes the same."""
+    case = bench_sep_conv.Case(2, 5, 9, 3, half=False)
+    calls = bench_sep_conv.calls(case)
+    torch.testing.assert_close(calls["nasfast"](), calls["modules"](), rtol=1e-3, atol=1e-4)
+    found = bench_sep_conv.measure(case, 3, bench_sep_conv.thread_clock)
+    assert [*found] == ["modules, ms", "nasfast, ms", "of the modules"]
+    assert float(str(found["of the modules"]).rstrip("x")) > 0
 
 
 # What strategies find

@@ -47,6 +47,13 @@ NASFAST_INLINE void by_tiles(int64_t width, int64_t dilation, const Body& body) 
 // zero, and left out.
 template <int Count, class A, int Width, class T, class Body>
 NASFAST_INLINE void by_inputs(const Params& p, const T* row, int64_t x, const Body& body) {
+    const int64_t step = p.dilation_w * p.channels;
+    if (x >= 0 && x + (Count - 1) * p.dilation_w < p.width) {
+        const T* const from = row + x * p.channels;
+#pragma GCC unroll 16
+        for (int i = 0; i < Count; ++i) body(i, load_as<A, Width>(from + i * step));
+        return;
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < Count; ++i) {
         const int64_t at = x + i * p.dilation_w;
@@ -62,9 +69,10 @@ const T* input_row(const Params& p, const T* image, int64_t y, int64_t tap_y) {
     return at < 0 || at >= p.height ? nullptr : image + at * p.width * p.channels;
 }
 
-template <int Taps, int Pixels, int Width, class T>
+// Pixel j of the tile goes to `to + j * dilation * step`.
+template <int Taps, int Pixels, int Width, class T, class To>
 NASFAST_INLINE void convolve_tile(const Params& p, const T* image, const Accumulate<T>* weight, int64_t y,
-                                  int64_t x, T* to) {
+                                  int64_t x, To* to, int64_t step) {
     using A = Accumulate<T>;
     Vector<A, Width> sum[Pixels] = {};
     for (int64_t ky = 0; ky < p.kernel_h; ++ky) {
@@ -85,7 +93,7 @@ NASFAST_INLINE void convolve_tile(const Params& p, const T* image, const Accumul
         }
     }
 #pragma GCC unroll 8
-    for (int j = 0; j < Pixels; ++j) store_as<T, Width>(to + (x + j * p.dilation_w) * p.channels, sum[j]);
+    for (int j = 0; j < Pixels; ++j) store_as<To, Width>(to + j * p.dilation_w * step, sum[j]);
 }
 
 // output = input * weights [kh, kw, C]; a unit is a row.
@@ -101,7 +109,8 @@ void convolve(const Params& p, const T* input, const Accumulate<T>* weights, T* 
                 by_tiles<kTile<A, w>>(p.out_width, p.dilation_w,
                                       [&](auto pixels, int64_t x) NASFAST_INLINE_LAMBDA {
                                           convolve_tile<decltype(taps)::value, decltype(pixels)::value, w>(
-                                              p, image + c, weights + c, unit % p.out_height, x, row + c);
+                                              p, image + c, weights + c, unit % p.out_height, x,
+                                              row + x * p.channels + c, p.channels);
                                       });
             });
         });

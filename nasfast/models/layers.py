@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nasfast.ops import batch_norm_relu, depthwise_conv2d
+from nasfast.ops import batch_norm_relu, depthwise_conv2d, sep_conv
 from nasfast.ops.convolution import convolution_dtype, in_float32, learns_in_bfloat16
 from nasfast.spaces.fast_nas import PRIMITIVES
 from nasfast.utils.errors import UserError
@@ -128,19 +128,19 @@ class Conv2d(nn.Conv2d):
             groups=groups,
             bias=False,
         )
-        self._sizes = padding // stride, dilation // stride
+        self.sizes = padding // stride, dilation // stride  # of the pixels that the stride leaves
         ragged = bool(in_channels % 16 or out_channels % 16)
         self._pairs = kernel == stride == 1 and in_channels == 2 * out_channels == 2 * groups
-        self._depthwise = groups == in_channels == out_channels > 1 and dilation % stride == 0
+        self.is_depthwise = groups == in_channels == out_channels > 1 and dilation % stride == 0
         self._strided = groups == in_channels == out_channels > 1 and stride > 1
         self._float32_on_cpu = dilation > 1 and (groups > 1 or ragged)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._depthwise and runs_own_ops(x):
+        if self.is_depthwise and runs_own_ops(x):
             step = self.stride[0]
             if step > 1:
                 x = x[..., ::step, ::step].contiguous(memory_format=torch.channels_last)
-            return depthwise_conv2d(x, self.weight, *self._sizes)
+            return depthwise_conv2d(x, self.weight, *self.sizes)
         if self._pairs and runs_own_ops(x):
             return weigh_pairs(x, self.weight)
         wide = self._strided and learns_in_bfloat16(self, x)
@@ -166,22 +166,29 @@ def norm_relu(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     :func:`batch_norm_relu`."""
     if not (norm.training and runs_own_ops(x) and _runs_fused(x, norm)):
         return F.relu(normalized(x, norm), inplace=True)
-    y, (mean, variance) = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
-    if norm.track_running_stats:
-        # read once: attributes of modules are slow
-        running_mean, running_var = norm.running_mean, norm.running_var
-        batches, momentum = norm.num_batches_tracked, cast(float, norm.momentum)
-        if running_mean is not None and running_var is not None:
-            pixels = x.numel() // x.shape[1]
-            running_mean.lerp_(mean, momentum)
-            running_var.lerp_(variance * (pixels / (pixels - 1)), momentum)
-        if batches is not None:
-            batches.add_(1)
+    y, statistics = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
+    _track(norm, statistics, x.numel() // x.shape[1])
     return y
 
 
+def _track(norm: nn.BatchNorm2d, statistics: Tensor, pixels: int) -> None:
+    """Running averages of the module after a batch of so many pixels a channel: mean and biased
+    variance ``[2, C]``."""
+    if not norm.track_running_stats:
+        return
+    mean, variance = statistics
+    # read once: attributes of modules are slow
+    running_mean, running_var = norm.running_mean, norm.running_var
+    batches, momentum = norm.num_batches_tracked, cast(float, norm.momentum)
+    if running_mean is not None and running_var is not None:
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(variance * (pixels / (pixels - 1)), momentum)
+    if batches is not None:
+        batches.add_(1)
+
+
 def _runs_fused(x: Tensor, norm: nn.BatchNorm2d) -> bool:
-    """Whether :func:`batch_norm_relu` does what the module does in training."""
+    """Whether :func:`batch_norm_relu` does what the module does in training on maps like ``x``."""
     sums = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
         type(norm) is nn.BatchNorm2d  # others take statistics from several processes
@@ -244,6 +251,58 @@ class SepConv(nn.Sequential):
             ]
             channels = out
         super().__init__(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = [*self]
+        for depthwise, pointwise in zip(layers[::2], layers[1::2], strict=True):
+            x = separable(x, cast(Conv2d, depthwise), cast(ConvBNReLU, pointwise))
+        return x
+
+
+def separable(x: Tensor, depthwise: Conv2d, pointwise: ConvBNReLU) -> Tensor:
+    """``pointwise(depthwise(x))``; in training on a CPU as the one operation :func:`sep_conv`."""
+    if not (depthwise.training and runs_own_ops(x) and _is_separable(x, depthwise, pointwise)):
+        y: Tensor = pointwise(depthwise(x))
+        return y
+    norm = cast(nn.BatchNorm2d, pointwise[1])
+    y, statistics = sep_conv(
+        x,
+        depthwise.weight,
+        cast(Tensor, pointwise[0].weight),
+        norm.weight,
+        norm.bias,
+        *depthwise.sizes,
+        norm.eps,
+    )
+    _track(norm, statistics, y.numel() // y.shape[1])
+    return y
+
+
+def _is_separable(x: Tensor, depthwise: Conv2d, pointwise: ConvBNReLU) -> bool:
+    """Whether :func:`sep_conv` does what the modules do in training."""
+    if type(depthwise) is not Conv2d or type(pointwise) is not ConvBNReLU or len(pointwise) != 3:
+        return False
+    conv, norm, relu = pointwise
+    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (
+        x.dim() == 4
+        and x.dtype.is_floating_point
+        and depthwise.is_depthwise
+        and depthwise.stride == (1, 1)
+        and depthwise.bias is None
+        and type(conv) is Conv2d
+        and conv.kernel_size == conv.stride == (1, 1)
+        and conv.groups == 1
+        and conv.bias is None
+        and depthwise.weight.dtype == conv.weight.dtype == sums
+        # without autocast a convolution refuses a map of another dtype
+        and (x.dtype == sums or torch.is_autocast_enabled("cpu"))
+        and type(relu) is nn.ReLU
+        and isinstance(norm, nn.BatchNorm2d)
+        and norm.training
+        and _runs_fused(x, norm)
+        and not any(has_hooks(module) for module in (depthwise, pointwise, conv, relu))
+    )
 
 
 class DepthwiseSeparable(nn.Sequential):

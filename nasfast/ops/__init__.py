@@ -11,6 +11,7 @@ from nasfast.ops.feature_gather import (
 )
 from nasfast.ops.mixed_op import Branches, mixed_op, mixed_op_reference
 from nasfast.ops.onnx import onnx_translation_table
+from nasfast.ops.sep_conv import sep_conv, sep_conv_reference
 
 __all__ = [
     "Branches",
@@ -28,4 +29,6 @@ __all__ = [
     "mixed_op",
     "mixed_op_reference",
     "onnx_translation_table",
+    "sep_conv",
+    "sep_conv_reference",
 ]

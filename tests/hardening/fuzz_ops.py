@@ -533,6 +533,68 @@ def batch_norm_relu_backward(draw: Draw) -> Call:
     )
 
 
+def sep_arguments(draw: Draw) -> Arguments:
+    dtype = draw.one(*DTYPES)
+    wide = _native.accumulate(dtype)
+    channels, out_channels = draw.between(1, 40), draw.between(1, 40)
+    kernel, padding, dilation = draw.pair(1, 5), draw.pair(0, 9), draw.pair(1, 3)
+    size = draw.pair(13, 16)  # as large as any of the dilated kernels
+    if draw.chance(0.05):  # only the middle of the kernel meets the image
+        kernel, padding = (3, 3), (2 ** draw.one(3, draw.between(24, 46)),) * 2
+        dilation = padding
+    return {
+        "input": draw.normal(draw.one(1, 2), channels, *size, dtype=dtype),
+        "depthwise": draw.normal(channels, 1, *kernel, dtype=wide),
+        "pointwise": draw.normal(out_channels, channels, 1, 1, dtype=wide),
+        "weight": draw.normal(out_channels, dtype=wide),
+        "bias": draw.normal(out_channels, dtype=wide),
+        "padding": draw.ints(padding),
+        "dilation": draw.ints(dilation),
+        "eps": draw.one(1e-3, 0.1, 1),
+    }
+
+
+SEPARABLE = ("input", "depthwise", "pointwise", "weight", "bias")
+
+
+def sep_conv(draw: Draw) -> Call:
+    arguments = sep_arguments(draw)
+    functions = differentiable(draw, arguments, SEPARABLE, ops.sep_conv, ops.sep_conv_reference)
+    return Call(arguments, *functions, least=300, finite=SEPARABLE[1:], jumps=True)
+
+
+def sep_outputs(**arguments: Any) -> tuple[Tensor, ...]:
+    """Output and statistics of the registered op, without the maps between."""
+    output, *_, statistics = registered("sep_conv")(*arguments.values())
+    return output, statistics
+
+
+def sep_conv_registered(draw: Draw) -> Call:
+    arguments = plain_pairs(sep_arguments(draw))
+    functions = differentiable(draw, arguments, SEPARABLE, sep_outputs, ops.sep_conv_reference)
+    return Call(arguments, *functions, least=300, finite=SEPARABLE[1:], jumps=True)
+
+
+def sep_conv_backward(draw: Draw) -> Call:
+    forward = plain_pairs(sep_arguments(draw))
+    output, middle, raw, statistics = registered("sep_conv")(*forward.values())
+    tensors = {name: forward.pop(name) for name in SEPARABLE}
+    saved = {"middle": middle, "raw": raw, "statistics": statistics}
+    grad = draw.normal(*output.shape, dtype=output.dtype)
+    arguments = {"grad": grad, **tensors, **saved, **forward, "input_wanted": True}
+
+    def reference(middle: Any, raw: Any, statistics: Any, input_wanted: Any, **others: Any) -> Any:
+        return ops.sep_conv_reference(**others)[0]
+
+    def run(arguments: Arguments) -> Sequence[Tensor]:
+        found: Sequence[Tensor] = registered("sep_conv_backward")(*arguments.values())
+        return found
+
+    fixed = (*SEPARABLE, *saved, *forward, "input_wanted")
+    expect = wanted_gradients(reference, SEPARABLE)
+    return Call(arguments, run, expect, fixed, least=300, finite=SEPARABLE[1:], jumps=True)
+
+
 def mixed_arguments(draw: Draw) -> Arguments:
     """Of the registered op: names of the branches stand beside the others."""
     dtype = draw.one(*DTYPES)
@@ -764,6 +826,9 @@ TARGETS: dict[str, Callable[[Draw], Call]] = {
     "mixed_op": mixed_op,
     "mixed_op.registered": mixed_op_registered,
     "mixed_op.backward": mixed_op_backward,
+    "sep_conv": sep_conv,
+    "sep_conv.registered": sep_conv_registered,
+    "sep_conv.backward": sep_conv_backward,
 }
 """What is called; the part before the point is the op."""
 REGISTERED = {

@@ -1,3 +1,4 @@
+import copy
 import random
 
 import pytest
@@ -6,10 +7,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
+from nasfast.models import layers
 from nasfast.models.layers import (
     OPS,
     Conv2d,
     GlobalAveragePool,
+    SepConv,
     Zero,
     build_op,
     concatenate,
@@ -19,6 +22,7 @@ from nasfast.models.layers import (
     normalized,
     resize,
 )
+from nasfast.ops import sep_conv
 from nasfast.spaces.fast_nas import PRIMITIVES
 
 # kernel, dilation, separable
@@ -340,3 +344,82 @@ def test_dilated_convolutions_of_ragged_channels_run_in_float32(dtype, precision
         (got,) = torch.autograd.grad((y.float() * direction).sum(), [conv.weight])
         assert got.dtype == conv.weight.dtype
         assert (got.float() - want).norm() < 0.01 * want.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kernel", [(3, 1), (5, 2)], ids=str)
+def test_sep_conv_is_the_modules(dtype, autocast, kernel) -> None:
+    """Output, gradients, running statistics and their count; ``autocast`` to bfloat16."""
+    separable = SepConv(20, *kernel, strides=(1, 1), out_channels=12)
+    separable.to(dtype)  # all in half precision goes the way of the modules
+    twin, exact = copy.deepcopy(separable), copy.deepcopy(separable).double()
+    x = torch.randn(3, 20, 9, 11).to(dtype).contiguous(memory_format=torch.channels_last)
+    results = []
+    for module in (separable, twin, exact):
+        leaf = x.clone().to(next(module.parameters()).dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = module(leaf) if module is separable else nn.Sequential.forward(module, leaf)
+        weights = torch.linspace(-1, 1, y.numel()).view_as(y)
+        gradients = torch.autograd.grad((y.double() * weights).sum(), [leaf, *module.parameters()])
+        results.append([y, *gradients, *module.buffers()])
+    ours = theirs = 0.0
+    for got, want, truth in zip(*results, strict=True):
+        assert got.dtype == want.dtype
+        norm = truth.double().norm()
+        ours += float((got.double() - truth).norm() / norm)
+        theirs += float((want.double() - truth).norm() / norm)
+    assert ours < 1.3 * theirs + 1e-4
+
+
+def fused(monkeypatch) -> list[int]:
+    """Grows by a call of sep_conv."""
+    calls = []
+
+    def counting(*arguments):
+        calls.append(1)
+        return sep_conv(*arguments)
+
+    monkeypatch.setattr(layers, "sep_conv", counting)
+    return calls
+
+
+def test_sep_conv_runs_fused(monkeypatch) -> None:
+    calls, x = fused(monkeypatch), torch.randn(2, 6, 5, 4)
+    SepConv(6, 3, strides=(1, 1))(x)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: module.eval(),
+        lambda module: module[1][1].eval(),
+        lambda module: module[0].register_forward_hook(lambda *_: None),
+        lambda module: module[1].register_forward_pre_hook(lambda *_: None),
+        lambda module: module[1][0].register_forward_hook(lambda *_: None),
+        lambda module: module[1][1].register_forward_hook(lambda *_: None),
+        lambda module: module[1][2].register_forward_hook(lambda *_: None),
+        lambda module: prune.l1_unstructured(module[0], "weight", 2),
+        lambda module: module[1].__setitem__(1, nn.BatchNorm2d(6, affine=False)),
+        lambda module: module[1].__setitem__(2, nn.ReLU6()),
+        lambda module: module.__setitem__(1, nn.Identity()),
+    ],
+)
+def test_sep_conv_of_a_module_that_was_changed(change, monkeypatch) -> None:
+    """Frozen norms, hooks and other modules go the way of the modules."""
+    calls, x = fused(monkeypatch), torch.randn(2, 6, 5, 4)
+    module = SepConv(6, 3)
+    twin = copy.deepcopy(module)
+    change(module), change(twin)
+    torch.testing.assert_close(module(x), nn.Sequential.forward(twin, x))
+    torch.testing.assert_close(dict(module.named_buffers()), dict(twin.named_buffers()))
+    assert not calls
+
+
+@pytest.mark.parametrize("shape", [(0, 6, 5, 4), (1, 6, 1, 1)], ids=str)
+def test_sep_conv_without_a_variance(shape, monkeypatch) -> None:
+    """No image, or one value a channel."""
+    calls, module = fused(monkeypatch), SepConv(6, 3)
+    assert module(torch.randn(shape)).shape == shape
+    assert not calls

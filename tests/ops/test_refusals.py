@@ -40,6 +40,13 @@ RIGHT: dict[str, dict[str, Any]] = {
         "scale": torch.ones(5, 2),
         "shift": torch.ones(5, 2),
     },
+    "sep_conv": {
+        "input": IMAGE,
+        "depthwise": torch.ones(2, 1, 3, 3),
+        "pointwise": torch.ones(3, 2, 1, 1),
+        "weight": torch.ones(3),
+        "bias": torch.ones(3),
+    },
 }
 OPTIONAL = (
     "bias of deform_conv2d",
