@@ -206,6 +206,10 @@ def batches_float32(store: Store) -> Pass:
     return lambda: store.cache.batches(store.order, torch.float32)
 
 
+def batches_float32_when_asked(store: Store) -> Pass:
+    return lambda: store.cache.batches(store.order, torch.float32, ahead=0)
+
+
 def views(store: Store) -> Pass:
     """Tensors over the memory map; nothing reads them."""
     return lambda: ([store.cache.sample(i) for i in b.tolist()] for b in store.order)
@@ -270,6 +274,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Store], Pass]] = {
     "views, read": views_read,
     "memory copy, float32": widening_copy,
     "batches, float32": batches_float32,
+    "batches, float32, none ahead": batches_float32_when_asked,
     "shared memory": shared_memory,
     "memmap": memmap,
     "torch.save files": files,

@@ -26,6 +26,7 @@ struct Params {
     int64_t samples;  // S
     int64_t stride;   // bytes from block to block
     int64_t threads;  // CPU: at most
+    int64_t way;      // CPU, of writing: 0 is the fastest, 1 to 3 those of feature_gather_cpu.cpp
     int64_t count;    // of the fields below
     Field fields[kFields];
 };

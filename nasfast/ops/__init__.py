@@ -5,6 +5,7 @@ from nasfast.ops.deform_conv2d import DeformConv2d, deform_conv2d, deform_conv2d
 from nasfast.ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_reference
 from nasfast.ops.feature_gather import (
     Field,
+    PreparedGather,
     feature_gather,
     feature_gather_reference,
     gather_fields,
@@ -17,6 +18,7 @@ __all__ = [
     "Branches",
     "DeformConv2d",
     "Field",
+    "PreparedGather",
     "batch_norm_relu",
     "batch_norm_relu_reference",
     "deform_conv2d",

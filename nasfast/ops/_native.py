@@ -239,22 +239,14 @@ def _refuse(entry: str, pointer: Pointer, tensor: Tensor | None, device: torch.d
     raise ValueError(f"{name} as a {kind} tensor, got {got}; make it contiguous before the call")
 
 
-def call(
-    entry: str, dtype: torch.dtype, sizes: tuple[int, ...], tensors: Sequence[Tensor | None]
-) -> None:
-    """Runs a kernel of the extension on the device of the tensors.
-
-    ``sizes`` and ``tensors`` stand in the order of the kernel's C++ structs; None becomes a null
-    pointer. This is the final validation, of every pointer: kernels do not check again. On CUDA it
-    runs on the current stream of that device, whichever is the current one, with workspace from
-    PyTorch's allocator.
-
-    Raises:
-        ValueError: a tensor that is not what :data:`POINTERS` says of the entry.
-        RuntimeError: the kernel cannot be launched.
-    """
-    first = tensors[0]
-    assert first is not None
+def _addresses(
+    entry: str,
+    dtype: torch.dtype,
+    sizes: tuple[int, ...],
+    tensors: Sequence[Tensor | None],
+    first: Tensor,
+) -> list[int]:
+    """Of tensors that are what :data:`POINTERS` says; all are on the device of the first."""
     device, on_cpu = first.device, first.is_cpu
     addresses = []
     for pointer, tensor in zip(POINTERS[entry](dtype, sizes), tensors, strict=True):
@@ -275,12 +267,54 @@ def call(
         ):
             _refuse(entry, pointer, tensor, device)
         addresses.append(address)
-    if on_cpu:
+    return addresses
+
+
+def call(
+    entry: str, dtype: torch.dtype, sizes: tuple[int, ...], tensors: Sequence[Tensor | None]
+) -> None:
+    """Runs a kernel of the extension on the device of the tensors.
+
+    ``sizes`` and ``tensors`` stand in the order of the kernel's C++ structs; None becomes a null
+    pointer. This is the final validation, of every pointer: kernels do not check again. On CUDA it
+    runs on the current stream of that device, whichever is the current one, with workspace from
+    PyTorch's allocator.
+
+    Raises:
+        ValueError: a tensor that is not what :data:`POINTERS` says of the entry.
+        RuntimeError: the kernel cannot be launched.
+    """
+    first = tensors[0]
+    assert first is not None
+    addresses = _addresses(entry, dtype, sizes, tensors, first)
+    if first.is_cpu:
         getattr(C, entry)(DTYPES[dtype], sizes, addresses)
         return
+    device = first.device
     index = device.index
     size = getattr(C, f"{entry}_cuda_workspace")(DTYPES[dtype], sizes, index)
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream
     run = getattr(C, f"{entry}_cuda")
     run(DTYPES[dtype], sizes, addresses, workspace.data_ptr(), stream, index)
+
+
+def prepare(
+    entry: str, dtype: torch.dtype, sizes: tuple[int, ...], tensors: Sequence[Tensor | None]
+) -> Callable[[], None]:
+    """:func:`call` of a CPU kernel, to be repeated: the pointers are validated now.
+
+    Keep the tensors. Nobody may be able to free or move their memory, see :func:`is_fixed`.
+
+    Raises:
+        ValueError: as :func:`call`.
+    """
+    first = tensors[0]
+    assert first is not None
+    addresses = _addresses(entry, dtype, sizes, tensors, first)
+    return functools.partial(getattr(C, entry), DTYPES[dtype], sizes, addresses)
+
+
+def is_fixed(tensor: Tensor) -> bool:
+    """Whether its memory stays in place as long as the tensor lives: another owns it, as NumPy."""
+    return tensor.is_cpu and not tensor.untyped_storage().resizable()

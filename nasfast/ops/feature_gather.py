@@ -8,9 +8,10 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ _STORED = (*_KINDS, torch.uint8)
 _MOST = 16  # fields of a call of the kernel
 _ALIGN = 16  # bytes
 _CORES = os.cpu_count() or 1
+_WAY = 0  # of writing on a CPU; others than 0 are for tests: all write the same
 
 
 class Field(NamedTuple):
@@ -113,16 +115,65 @@ def gather_fields(
         ValueError: tensors that do not fit together, with what was expected and what came.
     """
     threads = _threads(threads)
-    _check_fields(fields, outs)
-    _check_kinds(data, indices, outs)
-    _check(data, indices, fields, outs)
+    _check_all(data, indices, fields, outs)
     for first in range(0, len(fields), _MOST):
         part = slice(first, first + _MOST)
         _run(data, indices, fields[part], outs[part], threads)
 
 
+class PreparedGather:
+    """:func:`gather_fields` into the same memory, again and again: that is checked once.
+
+    On a CPU, where nobody can move the memory (NumPy's or a file's); else at every call.
+
+    Raises:
+        TypeError, ValueError: as :func:`gather_fields`.
+    """
+
+    def __init__(
+        self,
+        data: Tensor,  # uint8 [S, B]
+        fields: Sequence[Field],
+        outs: Sequence[Tensor],  # [N, *shape] of each field
+        rows: int,  # N
+        *,
+        threads: int = 1,
+    ) -> None:
+        self._given, self._threads = (data, fields, outs), _threads(threads)
+        self._indices = torch.from_numpy(np.empty(rows, np.int64))
+        self._calls: list[Callable[[], None]] | None = None
+        if not _has_kernel(data) or not all(map(_native.is_fixed, (data, *outs))):
+            return
+        _check_all(data, self._indices, fields, outs)
+        self._calls = []
+        for first in range(0, len(fields), _MOST):
+            part = slice(first, first + _MOST)
+            call = _kernel_call(data, self._indices, fields[part], outs[part], self._threads)
+            self._calls.append(_native.prepare(*call))
+
+    def __call__(self, indices: Tensor) -> None:
+        """Write the samples of ``indices`` (int64 ``[N]``)."""
+        data, fields, outs = self._given
+        expected = indices.is_cpu and indices.dtype == torch.int64
+        if self._calls is None or not expected or indices.shape != self._indices.shape:
+            gather_fields(data, indices, fields, outs, threads=self._threads)
+            return
+        self._indices.copy_(indices)
+        for call in self._calls:
+            call()
+        _note_written(outs)
+
+
 _OP = "feature_gather"
 _wrong = functools.partial(_checks.wrong, _OP)
+
+
+def _check_all(
+    data: Tensor, indices: Tensor, fields: Sequence[Field], outs: Sequence[Tensor]
+) -> None:
+    _check_fields(fields, outs)
+    _check_kinds(data, indices, outs)
+    _check(data, indices, fields, outs)
 
 
 def _field(offset: Any, shape: Any, dtype: Any) -> Field:
@@ -283,8 +334,8 @@ def _forward_pointers(
 
 
 def _pointers(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[_native.Pointer, ...]:
-    rows, samples, stride, _, count = sizes[:5]
-    return _forward_pointers(rows, samples, stride, sizes[5 : 5 + 4 * count])
+    rows, samples, stride, _, _, count = sizes[:6]
+    return _forward_pointers(rows, samples, stride, sizes[6 : 6 + 4 * count])
 
 
 _native.POINTERS["feature_gather_forward"] = _pointers
@@ -294,22 +345,37 @@ def _run(
     data: Tensor, indices: Tensor, fields: Sequence[Field], outs: Sequence[Tensor], threads: int
 ) -> None:
     """What :func:`_check` has seen, into at most 16 outs."""
-    if data.device.type not in _native.KERNELS.get("feature_gather", ()):
+    if not _has_kernel(data):
         inside = (indices >= 0) & (indices < len(data))
         rows = indices[inside]
         for field, out in zip(fields, outs, strict=True):
             new = out.new_empty(len(rows), *field.shape)
             out[inside] = feature_gather_reference(data, rows, *field, new)
         return
+    _native.call(*_kernel_call(data, indices, fields, outs, threads))
+    _note_written(outs)
+
+
+def _has_kernel(data: Tensor) -> bool:
+    return data.device.type in _native.KERNELS.get(_OP, ())
+
+
+def _kernel_call(
+    data: Tensor, indices: Tensor, fields: Sequence[Field], outs: Sequence[Tensor], threads: int
+) -> tuple[str, torch.dtype, tuple[int, ...], tuple[Tensor | None, ...]]:
+    """The arguments of :func:`_native.call`."""
     if data.data_ptr() % _ALIGN:
         address = f"an address {data.data_ptr() % _ALIGN} beyond one"
         raise _wrong("data", f"at a multiple of {_ALIGN} bytes", address, "copy it")
     plan = _plan(tuple(fields), tuple(out.dtype for out in outs), data.shape[1])
-    sizes = (len(indices), len(data), data.stride(0), threads, *plan)
+    sizes = (len(indices), len(data), data.stride(0), threads, _WAY, *plan)
     tensors = (data, indices, *outs, *[None] * (_MOST - len(outs)))
     # the kinds are among the sizes, so the dtype of the call decides nothing
-    _native.call("feature_gather_forward", torch.float32, sizes, tensors)
-    # a network that still needs for its gradient what was overwritten is to hear of it
+    return "feature_gather_forward", torch.float32, sizes, tensors
+
+
+def _note_written(outs: Sequence[Tensor]) -> None:
+    """A network that still needs for its gradient what was overwritten is to hear of it."""
     torch.autograd.graph.increment_version([out for out in outs if not out.is_inference()])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,16 @@ from op_harness import Sample as Base
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nasfast.ops import Field, _native, feature_gather, feature_gather_reference, gather_fields
+from nasfast.ops import (
+    Field,
+    PreparedGather,
+    _native,
+    feature_gather,
+    feature_gather_reference,
+    gather_fields,
+)
 
+module = importlib.import_module("nasfast.ops.feature_gather")
 OP: Any = torch.ops.nasfast.feature_gather.default
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PAIRS = [*((dtype, dtype) for dtype in (*FLOATS, torch.uint8)), *itertools.permutations(FLOATS, 2)]
@@ -174,6 +183,50 @@ def test_many_fields_in_one_call() -> None:
     gather_fields(data, indices, fields, outs)
     for field, out in zip(fields, outs, strict=True):
         assert torch.equal(out, expected(data, field, indices, torch.float32))
+
+
+@pytest.mark.parametrize("way", [1, 2, 3])
+@pytest.mark.parametrize("dtype", PAIRS)
+def test_every_way_of_writing(
+    way: int, dtype: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which one a batch gets depends on the processor."""
+    monkeypatch.setattr(module, "_WAY", way)
+    for sample in (*SAMPLES, Sample("pages", (57, 61, 7), indices=(1, 0, 1), samples=2)):
+        sample.check(dtype)
+
+
+def test_the_first_large_batch_chooses_a_way() -> None:
+    """It is written several times."""
+    LARGE.check((torch.float16, torch.float32))
+    LARGE.check((torch.float16, torch.float32))
+
+
+def fixed(tensor: Tensor) -> Tensor:
+    """The same in memory of NumPy."""
+    return torch.from_numpy(tensor.view(torch.uint8).numpy().copy()).view(tensor.dtype)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_prepared_gather(held: bool) -> None:
+    """Also where the memory may be moved between two calls."""
+    fields, data = fields_of(SAMPLES[0])
+    outs = [poisoned(3, field.shape, field.dtype) for field in fields]
+    if held:
+        data, outs = fixed(data), [fixed(out) for out in outs]
+    gather = PreparedGather(data, fields, outs, 3)
+    for indices in (torch.tensor([2, 0, 2]), torch.tensor([1, 4, 3])):
+        version = outs[0]._version
+        gather(indices)
+        for field, out in zip(fields, outs, strict=True):
+            assert torch.equal(out, expected(data, field, indices, field.dtype))
+        assert outs[0]._version > version
+    wrong = [out[:2] for out in outs]
+    with pytest.raises(ValueError, match=r"^feature_gather: expected out as"):
+        PreparedGather(data, fields, wrong, 3)(torch.tensor([2, 0, 2]))
+    for indices in (torch.tensor([2, 0]), torch.tensor([2.0, 0, 2])):
+        with pytest.raises(ValueError, match=r"^feature_gather: "):
+            gather(indices)
 
 
 def test_rows_of_other_data_are_left_alone() -> None:
