@@ -18,6 +18,8 @@ from nasfast.ops import _native
 _c: Any = torch._C  # what PyTorch's own Python modules use of it
 _forward_ad: Any = torch.autograd.forward_ad
 PLAIN = (Tensor, torch.nn.Parameter)
+CASTS: set[str] = set()
+"""Ops whose tensors autocast converts; it leaves those of others alone."""
 
 
 def call(
@@ -72,8 +74,9 @@ def make_differentiable(
 def is_eager(op: str, tensors: Sequence[Tensor | None]) -> bool:
     """Whether calling the kernel is all that PyTorch's dispatcher would do.
 
-    It is not where a mode, a transform, a compiler or autocast must see the call, nor where a
-    tensor is of a subclass or has no kernel on its device. The first tensor decides the device.
+    It is not where a mode, a transform, a compiler or an autocast that converts the op's tensors
+    must see the call, nor where a tensor is of a subclass or has no kernel on its device. The first
+    tensor decides the device.
     """
     if torch.compiler.is_compiling():
         return False
@@ -89,7 +92,7 @@ def is_eager(op: str, tensors: Sequence[Tensor | None]) -> bool:
         or _c._get_tracing_state() is not None
         or _forward_ad._current_level >= 0
         or device not in _native.KERNELS.get(op, ())
-        or torch.is_autocast_enabled(device)
+        or (op in CASTS and torch.is_autocast_enabled(device))
     ):
         return False
     plain = _plain_keys(device)

@@ -66,6 +66,7 @@ def implement(
 
 def autocast(op: str, make: Callable[[str], Function]) -> None:
     """What autocast does with the op: ``make`` makes it for a type of device."""
+    _eager.CASTS.add(op)
     for device in ("CPU", "CUDA"):
         LIBRARY.impl(op, make(device.lower()), f"Autocast{device}")
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from op_harness import Differentiable, Op, Tensors, arrange
 from torch import Tensor, nn
 
-from nasfast.ops import _native, batch_norm_relu, batch_norm_relu_reference
+from nasfast.ops import _eager, _native, batch_norm_relu, batch_norm_relu_reference
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,13 @@ def test_autocast_leaves_it_alone() -> None:
         floats, _ = batch_norm_relu(tensors[0].float(), *tensors[1:])
     assert torch.equal(output, batch_norm_relu(*tensors)[0])
     assert floats.dtype == torch.float32
+
+
+def test_autocast_needs_no_dispatcher() -> None:
+    """It converts none of the tensors, so that the kernel is called as it is without."""
+    tensors = Sample("").tensors(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _eager.is_eager("batch_norm_relu", tensors) == (_native.C is not None)
 
 
 @pytest.mark.cuda
