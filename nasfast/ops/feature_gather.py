@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,7 +123,7 @@ def gather_fields(
 class PreparedGather:
     """:func:`gather_fields` into the same memory, again and again: that is checked once.
 
-    On a CPU, where nobody can move the memory (NumPy's or a file's); else at every call.
+    On a CPU, where nobody can move the memory (Python's or a file's); else at every call.
 
     Raises:
         TypeError, ValueError: as :func:`gather_fields`.
@@ -140,7 +139,8 @@ class PreparedGather:
         threads: int = 1,
     ) -> None:
         self._given, self._threads = (data, fields, outs), _threads(threads)
-        self._indices = torch.from_numpy(np.empty(rows, np.int64))
+        memory = bytearray(8 * max(rows, 1))  # which nobody can move
+        self._indices = torch.frombuffer(memory, dtype=torch.int64)[:rows]
         self._calls: list[Callable[[], None]] | None = None
         if not _has_kernel(data) or not all(map(_native.is_fixed, (data, *outs))):
             return
