@@ -89,9 +89,10 @@ class BatchMemory:
         """What gathers ``rows`` samples of ``data``, always the same, into this memory, and the
         batch."""
         if self._prepared is None or self._prepared[:2] != (rows, threads):
-            arrays = self.first(rows)
-            gather = PreparedGather(data, self._layout.fields, arrays, rows, threads=threads)
-            self._prepared = rows, threads, gather, self.named(arrays)
+            with torch.inference_mode(False):
+                arrays = self.first(rows)
+                gather = PreparedGather(data, self._layout.fields, arrays, rows, threads=threads)
+                self._prepared = rows, threads, gather, self.named(arrays)
         return self._prepared[2:]
 
     def named(self, arrays: Sequence[Tensor]) -> Batch:

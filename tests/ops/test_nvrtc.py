@@ -131,7 +131,7 @@ def gather_call(device: int) -> list[Any]:
     return [
         "feature_gather_forward",
         0,
-        [5, 9, 64, 1, 1, *fields],
+        [5, 9, 64, 1, 0, 1, *fields],
         [128, 256, 512, *[0] * 15],
         device,
     ]
@@ -153,7 +153,7 @@ def test_launch(module: Path) -> None:
     ]
     words = [int.from_bytes(bytes.fromhex(launches[0][7])[i : i + 8], "little") for i in (0, 8, 16)]
     assert words == [5, 9, 64]
-    pointers = bytes.fromhex(launches[0][7])[8 * 69 : 8 * 72]
+    pointers = bytes.fromhex(launches[0][7])[8 * 70 : 8 * 73]
     assert [pointers[i] + 256 * pointers[i + 1] for i in (0, 8, 16)] == [128, 256, 512]
     assert len({words[7] for words in launches}) == 1
 
@@ -258,7 +258,7 @@ def test_errors_of_launches(
 
 def test_no_driver(module: Path, tmp_path: Path) -> None:
     code = f"import sys; sys.path.insert(0, {str(module)!r}); import _C_nvrtc as C\n"
-    code += "print(C.cuda_info()['error']); C.feature_gather_forward_cuda_workspace(0, [0] * 69, 0)"
+    code += "print(C.cuda_info()['error']); C.feature_gather_forward_cuda_workspace(0, [0] * 70, 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if "no CUDA driver" not in done.stdout:
         pytest.skip("there is a CUDA driver")
