@@ -111,6 +111,18 @@ def check_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int], remedy
         raise wrong(op, name, f"of shape {tuple(shape)}", tuple(tensor.shape), remedy)
 
 
+def check_depthwise(op: str, name: str, kernels: Tensor, input: Tensor) -> None:
+    """An image, and a kernel for each of its channels; both are of 4 dimensions."""
+    _, channels, height, width = input.shape
+    if height == 0 or width == 0 or channels == 0:
+        got = f"shape {tuple(input.shape)}"
+        raise wrong(op, "input", "of sizes above 0", got, "pass an image")
+    if kernels.shape[:2] != (channels, 1) or 0 in kernels.shape[2:]:
+        shape = f"of shape [{channels}, 1, kh, kw], one kernel for each channel of input"
+        remedy = "build the layer for the channels of its input"
+        raise wrong(op, name, shape, tuple(kernels.shape), remedy)
+
+
 def check_like(op: str, name: str, tensor: Tensor, input: Tensor, or_float32: bool = False) -> None:
     """Dtype and device of the input; ``or_float32`` also that beside a half-precision input."""
     or_float32 = or_float32 and input.dtype in HALF

@@ -18,7 +18,6 @@ from nasfast.ops import _checks, _eager, _native, _register
 from nasfast.ops._checks import HALF, Ints, Pair
 
 _OP = "depthwise_conv2d"
-_wrong = functools.partial(_checks.wrong, _OP)
 _pair = functools.partial(_checks.pair, _OP)
 
 
@@ -101,15 +100,9 @@ def _check(
             _checks.check_dimensions(_OP, name, tensor, 4)
             _checks.check_like(_OP, name, tensor, input)
     _checks.check_settings(_OP, padding=padding, dilation=dilation)
+    _checks.check_depthwise(_OP, "weight", weight, input)
     batch, channels, height, width = input.shape
-    if height == 0 or width == 0 or channels == 0:
-        got = f"shape {tuple(input.shape)}"
-        raise _wrong("input", "of sizes above 0", got, "pass an image")
     kernel_h, kernel_w = weight.shape[2:]
-    if weight.shape[:2] != (channels, 1) or kernel_h == 0 or kernel_w == 0:
-        shape = f"of shape [{channels}, 1, kh, kw], one kernel for each channel of input"
-        remedy = "build the layer for the channels of its input"
-        raise _wrong("weight", shape, tuple(weight.shape), remedy)
     kernel = kernel_h, kernel_w
     out_height, out_width = _checks.output_size(
         _OP, (height, width), kernel, (1, 1), padding, dilation

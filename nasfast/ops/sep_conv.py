@@ -155,15 +155,9 @@ def _check(
     _checks.check_dimensions(_OP, "depthwise", depthwise, 4)
     _checks.check_dimensions(_OP, "pointwise", pointwise, 4)
     _checks.check_settings(_OP, padding=padding, dilation=dilation)
+    _checks.check_depthwise(_OP, "depthwise", depthwise, input)
     batch, channels, height, width = input.shape
-    if height == 0 or width == 0 or channels == 0:
-        got = f"shape {tuple(input.shape)}"
-        raise _wrong("input", "of sizes above 0", got, "pass an image")
     kernel_h, kernel_w = depthwise.shape[2:]
-    if depthwise.shape[:2] != (channels, 1) or kernel_h == 0 or kernel_w == 0:
-        shape = f"of shape [{channels}, 1, kh, kw], one kernel for each channel of input"
-        remedy = "build the layer for the channels of its input"
-        raise _wrong("depthwise", shape, tuple(depthwise.shape), remedy)
     out_channels = pointwise.shape[0]
     if pointwise.shape[1:] != (channels, 1, 1) or out_channels == 0:
         shape = f"of shape [Co, {channels}, 1, 1], Co above 0"

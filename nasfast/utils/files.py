@@ -41,6 +41,10 @@ DEPTH = 64
 """Lists and objects within each other, at most, in a JSON or TOML file."""
 
 
+_LEFT = ".{}.*.tmp"
+"""Pattern of the names that `_temporary` gives for a file."""
+
+
 def _temporary(path: Path) -> Path:
     """A name beside the path that no other process or thread takes, or can foresee."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -127,14 +131,14 @@ def atomic_directory(path: Path, files: Mapping[str, bytes]) -> None:
 
 def unfinished(name: str) -> bool:
     """Whether a file of this name is the temporary one of another."""
-    return fnmatch.fnmatchcase(name, ".*.*.tmp")
+    return fnmatch.fnmatchcase(name, _LEFT.format("*"))
 
 
 def remove_unfinished(folder: Path, name: str | None = None) -> None:
     """Remove the temporary files and directories that killed processes left in a folder, of a name,
     or any, that no other process writes to."""
     begin = "*" if name is None else glob.escape(name)
-    for left in folder.glob(f".{begin}.*.tmp"):
+    for left in folder.glob(_LEFT.format(begin)):
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
         else:
