@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from nasfast.data import SyntheticStreets, ValTransform, split_for_search
 from nasfast.tasks.base import prepare_images
-from nasfast.tasks.segmentation import SegmentationTask, resize_labels
+from nasfast.tasks.segmentation import VECTOR, SegmentationTask, resize_labels
 from nasfast.training.loop import Runtime, in_order
 
 RUNTIME = Runtime(torch.device("cpu"))
@@ -52,6 +52,23 @@ def test_cross_entropy_against_torch(batch_of_two, weighted):
     weight = torch.rand(CLASSES) * 1e-3 if weighted else None
     expected = F.cross_entropy(logits, labels.long(), weight, ignore_index=255)
     torch.testing.assert_close(cross_entropy(logits, labels, weight), expected)
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("classes", [2, VECTOR - 1, VECTOR, VECTOR + 5])
+def test_gradients_of_cross_entropy_keep_the_memory_format(classes, memory_format):
+    logits = torch.randn(2, classes, 6, 5).contiguous(memory_format=memory_format)
+    logits.requires_grad_()
+    labels = torch.randint(0, classes, (2, 6, 5), dtype=torch.uint8)
+    labels[:, 0] = 255
+    seen = []
+    logits.register_hook(lambda grad: seen.append(grad.is_contiguous(memory_format=memory_format)))
+    cross_entropy(logits, labels).backward()
+    # rows of channels are a view: the gradient of planes lies in rows too
+    assert seen == [memory_format is torch.channels_last or classes < VECTOR]
+    exact = logits.detach().double().requires_grad_()
+    F.cross_entropy(exact, labels.long(), ignore_index=255).backward()
+    torch.testing.assert_close(logits.grad.double(), exact.grad, atol=1e-7, rtol=1e-5)
 
 
 def test_cross_entropy_is_at_the_labels_resolution(batch_of_two):
