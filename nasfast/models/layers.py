@@ -165,7 +165,9 @@ def norm_relu(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     """``relu(normalized(x, norm))``; in training on a CPU as the one operation
     :func:`batch_norm_relu`."""
     if not (norm.training and runs_own_ops(x) and _runs_fused(x, norm)):
-        return F.relu(normalized(x, norm), inplace=True)
+        # whoever looks at the module's output may keep it, and a hook on its backward pass forbids
+        # changes of it
+        return F.relu(normalized(x, norm), inplace=not has_hooks(norm))
     y, statistics = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
     _track(norm, statistics, x.numel() // x.shape[1])
     return y

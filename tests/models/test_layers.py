@@ -225,6 +225,19 @@ def test_norm_relu_of_a_module_that_was_changed(changes) -> None:
     torch.testing.assert_close(dict(norm.named_buffers()), dict(other.named_buffers()))
 
 
+def test_norm_relu_lets_hooks_keep_what_they_saw() -> None:
+    norm = nn.BatchNorm2d(3)
+    kept, gradients = [], []
+    norm.register_forward_hook(lambda module, args, output: kept.append(output))
+    norm.register_full_backward_hook(lambda module, inputs, outputs: gradients.append(outputs[0]))
+    x = torch.randn(2, 3, 4, 5)
+    y = norm_relu(x.requires_grad_(), norm)
+    y.sum().backward()
+    torch.testing.assert_close(y, F.relu(kept[0]))
+    assert (kept[0] < 0).any()
+    torch.testing.assert_close(gradients[0], (kept[0] > 0).float())
+
+
 def test_norm_relu_calls_hooks() -> None:
     """As pruning needs: the mask is laid on when the module is called."""
     norm, x = nn.BatchNorm2d(6), torch.randn(3, 6, 5, 4)
