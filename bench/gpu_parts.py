@@ -650,7 +650,7 @@ COMMANDS = ("tyro", "rich", "tomli_w", "safetensors", "PIL")
 PARTS = {
     "build": Part(build, 300, ("pip", "setuptools", "pybind11")),
     "smoke": Part(smoke, 180),
-    "tests": Part(tests, 260, ("pytest",)),
+    "tests": Part(tests, 260, ("pytest", "hypothesis")),
     "sanitizer": Part(sanitizer, 260),
     "deform_conv2d": Part(deform_conv2d, 470),
     "ncu": Part(ncu, 240),

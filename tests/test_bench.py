@@ -523,7 +523,7 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "import sys\n"
         "class Blocker:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name.partition('.')[0] in {(*COMMANDS, 'pytest')}:\n"
+        f"        if name.partition('.')[0] in {(*COMMANDS, 'pytest', 'hypothesis')}:\n"
         "            raise ModuleNotFoundError(f'blocked: {name}', name=name)\n"
         "sys.meta_path.insert(0, Blocker())\n"
     )
@@ -560,7 +560,7 @@ def test_gpu_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
         assert report[name]["machine"].startswith(harness.machine_line().partition(",")[0])
     install = "(without a network: --no-index --find-links FOLDER, where its wheels are)"
     for name, modules, packages in (
-        ("tests", "pytest", "pytest"),
+        ("tests", "pytest, hypothesis", "pytest hypothesis"),
         ("candidate", "safetensors, PIL", "safetensors pillow"),
         ("search", "tyro, rich, tomli_w, safetensors, PIL", "tyro rich tomli-w safetensors pillow"),
     ):
