@@ -18,7 +18,8 @@ namespace nasfast::batch_norm_relu::NASFAST_ISA {
 using namespace nasfast::NASFAST_ISA;
 
 constexpr int64_t kChunkBytes = 1 << 14;
-constexpr int kLanes = 4;  // sums side by side, for the sake of latency
+constexpr int64_t kCachedBytes = 1 << 21;  // of a map that is found in a cache, about
+constexpr int kLanes = 4;                  // sums side by side, for the sake of latency
 
 // Pixels in runs that one thread works on.
 struct Chunks {
@@ -31,15 +32,35 @@ struct Chunks {
     int64_t pixels(const Params& p, int64_t chunk) const { return std::min(size, p.pixels - chunk * size); }
 };
 
-// Calls body(chunk, begin, end, width, channel) for each chunk of pixels and vector of channels.
+// Asks for the memory in the same places of the next chunk. The processor does so by itself, but stops at the
+// end of each page.
+struct Ask {
+    template <class... T>
+    NASFAST_INLINE void operator()(const T*... at) const {
+        (__builtin_prefetch(reinterpret_cast<const char*>(at) + kChunkBytes, 0, 2), ...);
+    }
+};
+struct AskNothing {
+    template <class... T>
+    NASFAST_INLINE void operator()(const T*...) const {}
+};
+
+// Calls body(chunk, begin, end, width, channel, ask) for each chunk of pixels and vector of channels. `ask`
+// is Ask where maps leave the caches.
 template <class T, class Body>
 void by_chunks(const Params& p, const Chunks& chunks, const Body& body) {
-    parallel_for(chunks.count, [&](int64_t chunk) {
-        const int64_t begin = chunk * chunks.size, end = std::min(begin + chunks.size, p.pixels);
-        by_vectors<kWidth<Accumulate<T>>>(p.channels, [&](auto width, int64_t c) NASFAST_INLINE_LAMBDA {
-            body(chunk, begin, end, width, c);
+    const auto run = [&](auto ask) {
+        parallel_for(chunks.count, [&](int64_t chunk) {
+            const int64_t begin = chunk * chunks.size, end = std::min(begin + chunks.size, p.pixels);
+            by_vectors<kWidth<Accumulate<T>>>(p.channels, [&](auto width, int64_t c) NASFAST_INLINE_LAMBDA {
+                body(chunk, begin, end, width, c, ask);
+            });
         });
-    });
+    };
+    if (p.pixels * p.channels * static_cast<int64_t>(sizeof(T)) > kCachedBytes)
+        run(Ask());
+    else
+        run(AskNothing());
 }
 
 // Calls body(lane, pixel) for the pixels [begin, end).
@@ -104,15 +125,17 @@ void normalise(const Params& p, const T* input, const A* weight, const A* bias, 
     A *const scale = factors.get(), *const shift = scale + p.channels;
     affine(p, statistics, weight, bias, scale, shift);
     by_chunks<T>(p, Chunks(p, input),
-                 [&](int64_t, int64_t begin, int64_t end, auto width, int64_t c) NASFAST_INLINE_LAMBDA {
-                     constexpr int w = decltype(width)::value;
-                     const auto a = load<w>(scale + c), b = load<w>(shift + c);
-                     for (int64_t i = begin; i < end; ++i) {
-                         const int64_t at = i * p.channels + c;
-                         const Vector<A, w> y = load_as<A, w>(input + at) * a + b;
-                         store_as<T, w>(output + at, y < 0 ? Vector<A, w>{} : y);  // a NaN stays one
-                     }
-                 });
+                 [&](int64_t, int64_t begin, int64_t end, auto width, int64_t c, auto ask)
+                     NASFAST_INLINE_LAMBDA {
+                         constexpr int w = decltype(width)::value;
+                         const auto a = load<w>(scale + c), b = load<w>(shift + c);
+                         for (int64_t i = begin; i < end; ++i) {
+                             const int64_t at = i * p.channels + c;
+                             ask(input + at, output + at);
+                             const Vector<A, w> y = load_as<A, w>(input + at) * a + b;
+                             store_as<T, w>(output + at, y < 0 ? Vector<A, w>{} : y);  // a NaN stays one
+                         }
+                     });
 }
 
 template <class T>
@@ -121,21 +144,26 @@ void forward_impl(const Params& p, const Forward<T>& t) {
     const Chunks chunks(p, t.input);
     // of each chunk its sum, and the sum of squares around its own mean
     const Array<A> partial(chunks.count * 2 * p.channels);
-    by_chunks<T>(
-        p, chunks,
-        [&](int64_t chunk, int64_t begin, int64_t end, auto width, int64_t c) NASFAST_INLINE_LAMBDA {
-            constexpr int w = decltype(width)::value;
-            const auto value = [&](int64_t i) { return load_as<A, w>(t.input + i * p.channels + c); };
-            Vector<A, w> sum[kLanes] = {}, squares[kLanes] = {};
-            by_lanes(begin, end, [&](int lane, int64_t i) NASFAST_INLINE_LAMBDA { sum[lane] += value(i); });
-            const Vector<A, w> mean = total(sum) / static_cast<A>(end - begin);
-            by_lanes(begin, end, [&](int lane, int64_t i) NASFAST_INLINE_LAMBDA {
-                const Vector<A, w> d = value(i) - mean;
-                squares[lane] += d * d;
-            });
-            A* const to = partial.get() + chunk * 2 * p.channels + c;
-            store<w>(to, total(sum)), store<w>(to + p.channels, total(squares));
-        });
+    by_chunks<T>(p, chunks,
+                 [&](int64_t chunk, int64_t begin, int64_t end, auto width, int64_t c, auto ask)
+                     NASFAST_INLINE_LAMBDA {
+                         constexpr int w = decltype(width)::value;
+                         const auto value = [&](int64_t i) {
+                             return load_as<A, w>(t.input + i * p.channels + c);
+                         };
+                         Vector<A, w> sum[kLanes] = {}, squares[kLanes] = {};
+                         by_lanes(begin, end, [&](int lane, int64_t i) NASFAST_INLINE_LAMBDA {
+                             ask(t.input + i * p.channels + c);
+                             sum[lane] += value(i);
+                         });
+                         const Vector<A, w> mean = total(sum) / static_cast<A>(end - begin);
+                         by_lanes(begin, end, [&](int lane, int64_t i) NASFAST_INLINE_LAMBDA {
+                             const Vector<A, w> d = value(i) - mean;
+                             squares[lane] += d * d;
+                         });
+                         A* const to = partial.get() + chunk * 2 * p.channels + c;
+                         store<w>(to, total(sum)), store<w>(to + p.channels, total(squares));
+                     });
     combine(
         p, chunks.count, [&](int64_t chunk) { return chunks.pixels(p, chunk); }, partial.get(), t.statistics);
     normalise(p, t.input, t.weight, t.bias, t.statistics, t.output);
@@ -177,18 +205,20 @@ public:
         const Array<A> partial(chunks.count * 2 * p.channels);
         by_chunks<T>(
             p, chunks,
-            [&](int64_t chunk, int64_t begin, int64_t end, auto width, int64_t c) NASFAST_INLINE_LAMBDA {
-                constexpr int w = decltype(width)::value;
-                const Slopes<A, w> slopes = {
-                    load<w>(scale + c), load<w>(scale + p.channels + c), load<w>(statistics + c), {}, {}};
-                Vector<A, w> sum[kLanes] = {}, product[kLanes] = {}, g, x;
-                by_lanes(begin, end, [&](int lane, int64_t i) NASFAST_INLINE_LAMBDA {
-                    slopes.read(grad + i * p.channels + c, input + i * p.channels + c, g, x);
-                    sum[lane] += g, product[lane] += g * x;
+            [&](int64_t chunk, int64_t begin, int64_t end, auto width, int64_t c, auto ask)
+                NASFAST_INLINE_LAMBDA {
+                    constexpr int w = decltype(width)::value;
+                    const Slopes<A, w> slopes = {
+                        load<w>(scale + c), load<w>(scale + p.channels + c), load<w>(statistics + c), {}, {}};
+                    Vector<A, w> sum[kLanes] = {}, product[kLanes] = {}, g, x;
+                    by_lanes(begin, end, [&](int lane, int64_t i) NASFAST_INLINE_LAMBDA {
+                        ask(grad + i * p.channels + c, input + i * p.channels + c);
+                        slopes.read(grad + i * p.channels + c, input + i * p.channels + c, g, x);
+                        sum[lane] += g, product[lane] += g * x;
+                    });
+                    A* const to = partial.get() + chunk * 2 * p.channels + c;
+                    store<w>(to, total(sum)), store<w>(to + p.channels, total(product));
                 });
-                A* const to = partial.get() + chunk * 2 * p.channels + c;
-                store<w>(to, total(sum)), store<w>(to + p.channels, total(product));
-            });
         const Array<double> totals(2 * p.channels);
         add_up(p, chunks.count, partial.get(), totals.get());
         A *const mean_grad = scale + 2 * p.channels, *const slope = scale + 3 * p.channels;
@@ -220,14 +250,16 @@ void backward_impl(const Params& p, const Backward<T>& t) {
     using A = Accumulate<T>;
     const Sums<A> sums(p, t.grad, t.input, t.weight, t.bias, t.statistics, t.grad_weight, t.grad_bias);
     by_chunks<T>(p, Chunks(p, t.input),
-                 [&](int64_t, int64_t begin, int64_t end, auto width, int64_t c) NASFAST_INLINE_LAMBDA {
-                     constexpr int w = decltype(width)::value;
-                     const auto slopes = sums.template slopes<w>(c);
-                     for (int64_t i = begin; i < end; ++i) {
-                         const int64_t at = i * p.channels + c;
-                         store_as<T, w>(t.grad_input + at, slopes(t.grad + at, t.input + at));
-                     }
-                 });
+                 [&](int64_t, int64_t begin, int64_t end, auto width, int64_t c, auto ask)
+                     NASFAST_INLINE_LAMBDA {
+                         constexpr int w = decltype(width)::value;
+                         const auto slopes = sums.template slopes<w>(c);
+                         for (int64_t i = begin; i < end; ++i) {
+                             const int64_t at = i * p.channels + c;
+                             ask(t.grad + at, t.input + at, t.grad_input + at);
+                             store_as<T, w>(t.grad_input + at, slopes(t.grad + at, t.input + at));
+                         }
+                     });
 }
 
 }  // namespace nasfast::batch_norm_relu::NASFAST_ISA

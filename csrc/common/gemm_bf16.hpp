@@ -168,17 +168,40 @@ struct Bf16Product : PairPacking<kPanelVectors> {
     static void multiply(int64_t rows, int64_t depth, const bfloat16* a, int64_t a_row, const Panels& panels,
                          const bfloat16* packed, int64_t total, int64_t first, Into into, float* c,
                          int64_t c_row) {
-        by_panel(panels, [&](auto vectors, int64_t begin) {
-            constexpr int count = decltype(vectors)::value;
-            const bfloat16* const b = packed + total * begin + first * count * 16;
-            multiply_panel<count>(rows, depth, a, a_row, b, into, c + begin, c_row);
-        });
+        multiply(rows, depth, a, a_row, kTogether, panels, packed, total, first, into, c, c_row, [] {});
+    }
+    // The same, and calls between() after each block of sums.
+    template <class Between>
+    static void multiply(int64_t rows, int64_t depth, const bfloat16* a, int64_t a_row, const Panels& panels,
+                         const bfloat16* packed, int64_t total, int64_t first, Into into, float* c,
+                         int64_t c_row, const Between& between) {
+        multiply(rows, depth, a, a_row, kTogether, panels, packed, total, first, into, c, c_row, between);
+    }
+    // The same of an A that is packed in pairs as well, pairs of columns interleaved, `a_pair` elements a
+    // pair.
+    static void multiply_packed(int64_t rows, int64_t depth, const bfloat16* a, int64_t a_pair,
+                                const Panels& panels, const bfloat16* packed, Into into, float* c,
+                                int64_t c_row) {
+        multiply(rows, depth, a, kTogether, a_pair, panels, packed, depth, 0, into, c, c_row, [] {});
     }
 
 private:
-    template <int Rows, int Vectors>
-    NASFAST_INLINE static void block(int64_t depth, const bfloat16* a, int64_t a_row, const bfloat16* b,
-                                     Into into, float* c, int64_t c_row) {
+    static constexpr std::integral_constant<int64_t, 2> kTogether = {};
+
+    // Element (i, k) of A is at a[i * a_row + k / 2 * a_pair + k % 2].
+    template <class Row, class Pair, class Between>
+    static void multiply(int64_t rows, int64_t depth, const bfloat16* a, Row a_row, Pair a_pair,
+                         const Panels& panels, const bfloat16* packed, int64_t total, int64_t first,
+                         Into into, float* c, int64_t c_row, const Between& between) {
+        by_panel(panels, [&](auto vectors, int64_t begin) {
+            constexpr int count = decltype(vectors)::value;
+            const bfloat16* const b = packed + total * begin + first * count * 16;
+            multiply_panel<count>(rows, depth, a, a_row, a_pair, b, into, c + begin, c_row, between);
+        });
+    }
+    template <int Rows, int Vectors, class Row, class Pair>
+    NASFAST_INLINE static void block(int64_t depth, const bfloat16* a, Row a_row, Pair a_pair,
+                                     const bfloat16* b, Into into, float* c, int64_t c_row) {
         __m512 sum[Rows][Vectors];
 #pragma GCC unroll 16
         for (int i = 0; i < Rows; ++i)
@@ -192,7 +215,7 @@ private:
 #pragma GCC unroll 16
             for (int i = 0; i < Rows; ++i) {
                 int32_t pair;
-                __builtin_memcpy(&pair, a + i * a_row + k, sizeof(pair));
+                __builtin_memcpy(&pair, a + i * a_row + k / 2 * a_pair, sizeof(pair));
                 const __m512bh factor = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 4
                 for (int j = 0; j < Vectors; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], factor, row[j]);
@@ -208,15 +231,18 @@ private:
             }
     }
 
-    template <int Vectors>
-    static void multiply_panel(int64_t rows, int64_t depth, const bfloat16* a, int64_t a_row,
-                               const bfloat16* b, Into into, float* c, int64_t c_row) {
+    template <int Vectors, class Row, class Pair, class Between>
+    static void multiply_panel(int64_t rows, int64_t depth, const bfloat16* a, Row a_row, Pair a_pair,
+                               const bfloat16* b, Into into, float* c, int64_t c_row,
+                               const Between& between) {
         constexpr int full = panel_rows(Vectors);
         int64_t row = 0;
-        for (; row + full <= rows; row += full)
-            block<full, Vectors>(depth, a + row * a_row, a_row, b, into, c + row * c_row, c_row);
+        for (; row + full <= rows; row += full) {
+            block<full, Vectors>(depth, a + row * a_row, a_row, a_pair, b, into, c + row * c_row, c_row);
+            between();
+        }
         for (; row < rows; ++row)
-            block<1, Vectors>(depth, a + row * a_row, a_row, b, into, c + row * c_row, c_row);
+            block<1, Vectors>(depth, a + row * a_row, a_row, a_pair, b, into, c + row * c_row, c_row);
     }
 };
 

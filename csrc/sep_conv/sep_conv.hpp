@@ -15,7 +15,11 @@
 #include "common/parallel.hpp"
 #include "common/product.hpp"
 #include "depthwise_conv2d/depthwise_conv2d.hpp"
+#include "sep_conv/bands.hpp"
+#include "sep_conv/outer.hpp"
+#include "sep_conv/pairs.hpp"
 #include "sep_conv/sep_conv.h"
+#include "sep_conv/slice.hpp"
 
 namespace nasfast::sep_conv::NASFAST_ISA {
 
@@ -23,10 +27,15 @@ using namespace nasfast::NASFAST_ISA;
 namespace bn = batch_norm_relu::NASFAST_ISA;
 namespace dw = depthwise_conv2d::NASFAST_ISA;
 
-constexpr int64_t kTile = 64;    // pixels of a tile of a product
-constexpr int64_t kBand = 512;   // pixels of a band of the depthwise convolution, about
-constexpr int64_t kRows = 4;     // of a band, at least: the rows around it are read as well
 constexpr int64_t kPart = 2048;  // pixels that one partial sum of the pointwise weights' gradient covers
+
+#ifdef NASFAST_PAIRS
+template <class T>
+using SliceOf = PairSlice;
+#else
+template <class T>
+using SliceOf = Slice<Accumulate<T>>;
+#endif
 
 inline batch_norm_relu::Params norm_params(const Params& p) {
     return {p.batch * p.out_height * p.out_width, p.out_channels, p.eps};
@@ -44,44 +53,6 @@ inline depthwise_conv2d::Params turned(depthwise_conv2d::Params d) {
     d.pad_w = d.dilation_w * (d.kernel_w - 1) - d.pad_w;
     return d;
 }
-
-// Rows of an image, whose pixels lie together.
-struct Band {
-    int64_t image, row, rows;
-    int64_t first, pixels;  // of the map
-    int64_t tile;           // the first of its tiles among those of all bands
-};
-
-// A map divided into bands, and these into tiles.
-class Bands {
-public:
-    Bands(int64_t batch, int64_t height, int64_t width) : height_(height), width_(width) {
-        rows_ = std::clamp(kBand / width, std::min(kRows, height), height);
-        per_image_ = ceil_div(height, rows_), full_ = ceil_div(rows_ * width, kTile);
-        const int64_t last = (height - (per_image_ - 1) * rows_) * width;
-        tiles_ = (per_image_ - 1) * full_ + ceil_div(last, kTile);
-        count = batch * per_image_, tiles = batch * tiles_;
-    }
-    Band operator[](int64_t i) const {
-        const int64_t image = i / per_image_, in_image = i % per_image_, row = in_image * rows_;
-        const int64_t rows = std::min(rows_, height_ - row);
-        return {image,         row,
-                rows,          (image * height_ + row) * width_,
-                rows * width_, image * tiles_ + in_image * full_};
-    }
-    // Pixels of a tile.
-    int64_t pixels(int64_t tile) const {
-        const int64_t in_image = tile % tiles_, band = in_image / full_;
-        const int64_t rows = std::min(rows_, height_ - band * rows_);
-        return std::min(kTile, rows * width_ - in_image % full_ * kTile);
-    }
-    int64_t most_rows() const { return rows_; }
-
-    int64_t count, tiles;
-
-private:
-    int64_t height_, width_, rows_, per_image_, full_, tiles_;
-};
 
 // The pointwise weights as the right operand of a product, element (k, j) at weight[k * row + j * column].
 template <class Product, class A>
@@ -101,10 +72,23 @@ public:
     }
     int64_t depth() const { return depth_; }  // elements of a row of the left operand
     // c [pixels, padded columns] = a @ weights.
-    void multiply(int64_t pixels, const Operand* a, A* c) const {
-        for (int64_t k = 0; k < depth_; k += Product::kDepth)
-            Product::multiply(pixels, std::min(Product::kDepth, depth_ - k), a + k, depth_, panels,
-                              packed_.get(), depth_, k, k ? Into::add : Into::assign, c, panels.padded());
+    void multiply(int64_t pixels, const Operand* a, A* c, Ahead ahead) const {
+        const int64_t rows = panel_rows(ceil_div(panels.vectors, panels.count));
+        const auto part = [&](int64_t i, int64_t step, auto... between) {
+            for (int64_t k = 0; k < depth_; k += Product::kDepth)
+                Product::multiply(step, std::min(Product::kDepth, depth_ - k), a + i * depth_ + k, depth_,
+                                  panels, packed_.get(), depth_, k, k ? Into::add : Into::assign,
+                                  c + i * panels.padded(), panels.padded(), between...);
+        };
+#ifdef NASFAST_PAIRS
+        ahead.divide(
+            std::max<int64_t>(1, ceil_div(depth_, Product::kDepth) * panels.count * (pixels / rows)));
+        part(0, pixels, [&] { ahead(); });
+#else
+        const int64_t step = round_up(rows, Product::kRowMultiple);
+        ahead.divide(ceil_div(pixels, step));
+        for (int64_t i = 0; i < pixels; i += step) ahead(), part(i, std::min(step, pixels - i));
+#endif
     }
 
     const typename Product::Panels panels;
@@ -125,207 +109,6 @@ void clear_columns(int64_t pixels, int64_t begin, int64_t end, Operand* rows) {
     if (begin < end)
         for (int64_t i = 0; i < pixels; ++i)
             std::fill(rows + i * end + begin, rows + (i + 1) * end, Operand());
-}
-
-// The first `real` of Width elements, zeros behind them.
-template <class A, int Width, class T>
-NASFAST_INLINE Vector<A, Width> load_part(const T* from, int64_t real) {
-    if (real == Width) return load_as<A, Width>(from);
-    alignas(64) T part[Width] = {};
-    for (int64_t i = 0; i < real; ++i) part[i] = from[i];
-    return load_as<A, Width>(part);
-}
-template <int Width, class T, class V>
-NASFAST_INLINE void store_part(T* to, V value, int64_t real) {
-    if (real == Width) return store_as<T, Width>(to, value);
-    alignas(64) T part[Width];
-    store_as<T, Width>(part, value);
-    for (int64_t i = 0; i < real; ++i) to[i] = part[i];
-}
-
-// A vector of channels of the rows that a band of a depthwise convolution reads, in the type of the sums,
-// with the columns around the image: each element is converted once for all taps, and no tap needs a check.
-// Channels beyond the last are zero.
-template <class A>
-class Slice {
-public:
-    static constexpr int kVector = kWidth<A>;
-
-    Slice() = default;
-    Slice(Arena& arena, const depthwise_conv2d::Params& d, int64_t rows)
-        : length_(d.width + 2 * d.pad_w),
-          taps_(d.kernel_h * d.kernel_w),
-          values_(
-              arena.take<A>(std::min(d.height, rows + (d.kernel_h - 1) * d.dilation_h) * length_ * kVector)),
-          weights_(arena.take<A>(taps_ * kVector)),
-          sums_(arena.take<A>(taps_ * kVector)) {}
-
-    // For a band of outputs, the channels from c on.
-    template <class T>
-    void read(const depthwise_conv2d::Params& d, const Band& band, const T* image, const A* weights,
-              int64_t c) {
-        const int64_t real = std::min<int64_t>(kVector, d.channels - c);
-        begin_ = std::max<int64_t>(0, band.row - d.pad_h);
-        end_ = std::min(d.height, band.row + band.rows + (d.kernel_h - 1) * d.dilation_h - d.pad_h);
-        A* to = values_;
-        for (int64_t row = begin_; row < end_; ++row) {
-            const T* from = image + row * d.width * d.channels + c;
-            std::fill_n(to, d.pad_w * kVector, A(0)), to += d.pad_w * kVector;
-            for (int64_t x = 0; x < d.width; ++x, from += d.channels, to += kVector)
-                store<kVector>(to, load_part<A, kVector>(from, real));
-            std::fill_n(to, d.pad_w * kVector, A(0)), to += d.pad_w * kVector;
-        }
-        for (int64_t tap = 0; tap < taps_; ++tap)
-            store<kVector>(weights_ + tap * kVector,
-                           load_part<A, kVector>(weights + tap * d.channels + c, real));
-    }
-
-    // Calls body(x, sums) with the outputs of row y, `step` pixels apart from x on.
-    template <int Taps, int Pixels, class Step>
-    NASFAST_INLINE void convolve(const depthwise_conv2d::Params& d, int64_t y, int64_t x, Step step,
-                                 Vector<A, kVector> (&sum)[Pixels]) const {
-        by_rows<Taps>(d, y, x, [&](const A* row, int64_t tap) NASFAST_INLINE_LAMBDA {
-            Vector<A, kVector> factor[Taps];
-#pragma GCC unroll 5
-            for (int t = 0; t < Taps; ++t) factor[t] = load<kVector>(weights_ + (tap + t) * kVector);
-#pragma GCC unroll 16
-            for (int i = 0; i < Pixels + Taps - 1; ++i) {
-                const auto value = load<kVector>(row + i * step * kVector);
-#pragma GCC unroll 5
-                for (int t = 0; t < Taps; ++t)
-                    if (i - t >= 0 && i - t < Pixels) sum[i - t] += factor[t] * value;
-            }
-        });
-    }
-    // The same, and adds to the sums of the taps the products with what `own` has in the outputs' places.
-    template <int Taps, int Pixels, class Step>
-    NASFAST_INLINE void differentiate(const depthwise_conv2d::Params& d, int64_t y, int64_t x, Step step,
-                                      const Vector<A, kVector> (&own)[Pixels],
-                                      Vector<A, kVector> (&sum)[Pixels]) const {
-        by_rows<Taps>(d, y, x, [&](const A* row, int64_t tap) NASFAST_INLINE_LAMBDA {
-            Vector<A, kVector> factor[Taps], product[Taps];
-#pragma GCC unroll 5
-            for (int t = 0; t < Taps; ++t) {
-                factor[t] = load<kVector>(weights_ + (tap + t) * kVector);
-                product[t] = load<kVector>(sums_ + (tap + t) * kVector);
-            }
-#pragma GCC unroll 16
-            for (int i = 0; i < Pixels + Taps - 1; ++i) {
-                const auto value = load<kVector>(row + i * step * kVector);
-#pragma GCC unroll 5
-                for (int t = 0; t < Taps; ++t)
-                    if (i - t >= 0 && i - t < Pixels) {
-                        sum[i - t] += factor[t] * value;
-                        product[t] += own[i - t] * value;
-                    }
-            }
-#pragma GCC unroll 5
-            for (int t = 0; t < Taps; ++t) store<kVector>(sums_ + (tap + t) * kVector, product[t]);
-        });
-    }
-    A* sums() const { return sums_; }  // [taps, kVector]
-
-private:
-    // Calls body(inputs, tap) for each run of taps of output (y, x) whose inputs are in the image's rows.
-    template <int Taps, class Body>
-    NASFAST_INLINE void by_rows(const depthwise_conv2d::Params& d, int64_t y, int64_t x,
-                                const Body& body) const {
-        for (int64_t ky = 0; ky < d.kernel_h; ++ky) {
-            const int64_t row = y - d.pad_h + ky * d.dilation_h;
-            if (row < begin_ || row >= end_) continue;
-            for (int64_t kx = 0; kx < d.kernel_w; kx += Taps)
-                body(values_ + ((row - begin_) * length_ + x + kx * d.dilation_w) * kVector,
-                     ky * d.kernel_w + kx);
-        }
-    }
-
-    int64_t length_ = 0, taps_ = 0, begin_ = 0, end_ = 0;  // rows [begin, end)
-    A *values_ = nullptr, *weights_ = nullptr, *sums_ = nullptr;
-};
-
-// Whether slices are worth their memory: not where most of a row would be padding, nor where padding that no
-// output needs turns negative.
-inline bool is_sliced(const depthwise_conv2d::Params& d) {
-    return d.pad_w >= 0 && d.pad_w <= 2 * d.width + 32;
-}
-
-// Calls body(taps, pixels, step, x) for the tiles of a row, with taps, pixels and a step of 1 at compile
-// time.
-template <class A, class Body>
-NASFAST_INLINE void by_tiles(const depthwise_conv2d::Params& d, const Body& body) {
-    constexpr int most = dw::kPixels;
-    dw::by_taps(d.kernel_w, [&](auto taps) NASFAST_INLINE_LAMBDA {
-        if (d.dilation_w == 1)
-            dw::by_tiles<most>(d.out_width, 1, [&](auto pixels, int64_t x) NASFAST_INLINE_LAMBDA {
-                body(taps, pixels, std::integral_constant<int64_t, 1>(), x);
-            });
-        else
-            dw::by_tiles<most>(d.out_width, d.dilation_w, [&](auto pixels, int64_t x) NASFAST_INLINE_LAMBDA {
-                body(taps, pixels, d.dilation_w, x);
-            });
-    });
-}
-
-// A band of the depthwise convolution.
-template <class T, class A = Accumulate<T>>
-void convolve(const depthwise_conv2d::Params& d, const Band& band, const T* input, const A* weights,
-              Slice<A>& slice, T* output) {
-    constexpr int w = kWidth<A>;
-    for (int64_t c = 0; c < d.channels; c += w) {
-        const int64_t real = std::min<int64_t>(w, d.channels - c);
-        slice.read(d, band, input + band.image * d.height * d.width * d.channels, weights, c);
-        for (int64_t y = 0; y < band.rows; ++y) {
-            T* const row = output + (band.first + y * d.out_width) * d.channels + c;
-            by_tiles<A>(d, [&](auto taps, auto pixels, auto step, int64_t x) NASFAST_INLINE_LAMBDA {
-                constexpr int count = decltype(pixels)::value;
-                Vector<A, w> sum[count] = {};
-                slice.template convolve<decltype(taps)::value>(d, band.row + y, x, step, sum);
-#pragma GCC unroll 8
-                for (int j = 0; j < count; ++j)
-                    store_part<w>(row + (x + j * step) * d.channels, sum[j], real);
-            });
-        }
-    }
-}
-
-// A band of the gradient of the input, of that of an image of outputs through the convolution `d`, turned;
-// and of the band the gradient of the weights, [taps, C], in reverse order.
-template <class T, class A = Accumulate<T>>
-void differentiate(const depthwise_conv2d::Params& d, const Band& band, const T* grad, const A* weights,
-                   const T* input, Slice<A>& slice, T* grad_input, A* grad_weight) {
-    constexpr int w = kWidth<A>;
-    const int64_t taps = d.kernel_h * d.kernel_w;
-    for (int64_t c = 0; c < d.channels; c += w) {
-        const int64_t real = std::min<int64_t>(w, d.channels - c);
-        slice.read(d, band, grad, weights, c);
-        std::fill_n(slice.sums(), taps * w, A(0));
-        for (int64_t y = 0; y < band.rows; ++y) {
-            const int64_t first = (band.first + y * d.out_width) * d.channels + c;
-            by_tiles<A>(d, [&](auto at_once, auto pixels, auto step, int64_t x) NASFAST_INLINE_LAMBDA {
-                constexpr int count = decltype(pixels)::value;
-                const int64_t at = first + x * d.channels;
-                Vector<A, w> sum[count] = {}, own[count];
-#pragma GCC unroll 8
-                for (int j = 0; j < count; ++j)
-                    own[j] = load_part<A, w>(input + at + j * step * d.channels, real);
-                slice.template differentiate<decltype(at_once)::value>(d, band.row + y, x, step, own, sum);
-                if (grad_input)
-#pragma GCC unroll 8
-                    for (int j = 0; j < count; ++j)
-                        store_part<w>(grad_input + at + j * step * d.channels, sum[j], real);
-            });
-        }
-        for (int64_t tap = 0; tap < taps; ++tap)
-            std::copy_n(slice.sums() + tap * w, real, grad_weight + tap * d.channels + c);
-    }
-}
-
-// Asks for memory that will be read or written soon: products leave the memory idle.
-template <class T>
-NASFAST_INLINE void prefetch(const T* from, int64_t count) {
-    const char* const at = reinterpret_cast<const char*>(from);
-    for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += Arena::kLine)
-        __builtin_prefetch(at + i);
 }
 
 // A tile of a map as the left operand of a product: where it is, or in `rows`.
@@ -381,25 +164,32 @@ void forward_impl(const Params& p, const Forward<T>& t) {
     const int64_t padded = weights.panels.padded();
     const Array<A> sums(bands.tiles * 2 * p.out_channels);
     struct Scratch {
-        Slice<A> slice;
+        SliceOf<T> slice;
         typename Product::Operand* rows;
         A* product;
     };
     const bool sliced = is_sliced(d);
     if (!sliced) dw::convolve(d, t.input, taps.get(), t.middle);
     const auto layout = [&](Arena& arena) {
-        return Scratch{sliced ? Slice<A>(arena, d, bands.most_rows()) : Slice<A>(),
+        return Scratch{sliced ? SliceOf<T>(arena, d, bands.most_rows()) : SliceOf<T>(),
                        take_rows<Product>(arena, weights.depth()),
                        arena.take<A>(round_up(kTile, Product::kRowMultiple) * padded)};
     };
+    const int64_t input_size = p.batch * p.height * p.width * p.channels;
+    const int64_t input_ahead = (bands.most_rows() + (p.kernel_h - 1) * p.dilation_h - p.pad_h) * p.width;
     parallel_for(bands.count, layout, [&](int64_t unit, Scratch& s) {
         const Band band = bands[unit];
-        if (sliced) convolve(d, band, t.input, taps.get(), s.slice, t.middle);
+        if (sliced) s.slice.convolve(d, band, t.input, taps.get(), t.middle);
         for (int64_t at = 0; at < band.pixels; at += kTile) {
             const int64_t pixels = std::min(kTile, band.pixels - at), first = band.first + at;
+            Ahead ahead;
+            ahead.add(t.input, input_size, (first + input_ahead) * p.channels, pixels * p.channels);
+            ahead.add(t.raw, n.pixels * p.out_channels, first * p.out_channels, pixels * p.out_channels);
+            ahead.add(t.middle, n.pixels * p.channels, (first + band.pixels) * p.channels,
+                      pixels * p.channels);
             weights.multiply(pixels,
                              operand(pixels, p.channels, t.middle + first * p.channels, weights, s.rows),
-                             s.product);
+                             s.product, ahead);
             store_with_sums(pixels, p.out_channels, s.product, padded, t.raw + first * p.out_channels,
                             sums.get() + (band.tile + at / kTile) * 2 * p.out_channels);
         }
@@ -407,109 +197,6 @@ void forward_impl(const Params& p, const Forward<T>& t) {
     bn::combine(n, bands.tiles, [&](int64_t tile) { return bands.pixels(tile); }, sums.get(), t.statistics);
     bn::normalise(n, t.raw, t.weight, t.bias, t.statistics, t.output);
 }
-
-// Sums over pixels of the products of two maps' channels, sums [I, J padded], as a product of matrices.
-template <class Product>
-struct Outer;
-
-template <class A>
-struct Outer<VectorProduct<A>> {
-    using Product = VectorProduct<A>;
-
-    Outer(Arena& arena, int64_t, int64_t columns)
-        : packed(arena.take<A>(kTile * Panels<A>(columns).padded())) {}
-
-    // left [pixels, step], right [pixels, columns].
-    template <class T>
-    void add(int64_t pixels, int64_t rows, const A* left, int64_t step, int64_t columns, const T* right,
-             A* sums) {
-        const Panels<A> panels(columns);
-        for (int64_t panel = 0; panel < panels.count; ++panel) {
-            const int64_t begin = panels.begin(panel), width = panels.begin(panel + 1) - begin;
-            const int64_t real = std::min(width, columns - begin);
-            A* to = packed + pixels * begin;
-            for (int64_t i = 0; i < pixels; ++i, to += width) {
-                convert(right + i * columns + begin, real, to);
-                std::fill(to + real, to + width, A(0));
-            }
-        }
-        multiply(rows, pixels, left, 1, step, panels, packed, pixels, 0, Into::add, sums, panels.padded());
-    }
-
-    A* packed;
-};
-
-#ifdef NASFAST_BF16
-// Pairs of pixels, one in each half of 32 bits: of the channels of a map [pixels, step], from c on.
-NASFAST_INLINE Vector<uint32_t, 16> pairs(int64_t pixels, const bfloat16* from, int64_t step, int64_t pixel,
-                                          int64_t c, int64_t channels) {
-    const __mmask16 real = channels - c >= 16 ? 0xffff : (1u << (channels - c)) - 1;
-    const auto row = [&](int64_t i) NASFAST_INLINE_LAMBDA {
-        const __mmask16 mask = i < pixels ? real : 0;
-        return (Vector<uint32_t, 16>)_mm512_maskz_cvtepu16_epi32(
-            0xffff, _mm256_maskz_loadu_epi16(mask, from + i * step + c));
-    };
-    return row(pixel) | row(pixel + 1) << 16;
-}
-
-// A matrix [16, 16] of 32 bits, turned; rows of `to` are `step` apart.
-inline void transpose(Vector<uint32_t, 16> (&v)[16], uint32_t* to, int64_t step) {
-    // of the rows' indices and the lanes', one bit each is exchanged in turn
-    const auto exchange = [&](auto bit) NASFAST_INLINE_LAMBDA {
-        constexpr int b = decltype(bit)::value;
-        const auto lanes = (Vector<uint32_t, 16>){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        const auto low = (lanes & b) ? (lanes - b + 16) : lanes;
-        const auto high = (lanes & b) ? (lanes + 16) : (lanes + b);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i)
-            if (!(i & b)) {
-                const auto a = (__m512i)v[i], z = (__m512i)v[i | b];
-                v[i] = (Vector<uint32_t, 16>)_mm512_permutex2var_epi32(a, (__m512i)low, z);
-                v[i | b] = (Vector<uint32_t, 16>)_mm512_permutex2var_epi32(a, (__m512i)high, z);
-            }
-    };
-    exchange(std::integral_constant<int, 1>());
-    exchange(std::integral_constant<int, 2>());
-    exchange(std::integral_constant<int, 4>());
-    exchange(std::integral_constant<int, 8>());
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) store<16>(to + i * step, v[i]);
-}
-
-template <>
-struct Outer<Bf16Product> {
-    using Product = Bf16Product;
-    static constexpr int64_t kDepth = round_up(kTile, 32);  // pixels
-
-    Outer(Arena& arena, int64_t rows, int64_t columns)
-        : packed(arena.take<bfloat16>(kDepth * Product::Panels(columns).padded())),
-          turned(arena.take<bfloat16>(round_up(rows, 32) * kDepth)) {}
-
-    void add(int64_t pixels, int64_t rows, const bfloat16* left, int64_t step, int64_t columns,
-             const bfloat16* right, float* sums) {
-        const Product::Panels panels(columns);
-        const int64_t depth = round_up(pixels, 32);
-        for (int64_t panel = 0; panel < panels.count; ++panel) {
-            const int64_t begin = panels.begin(panel), width = panels.begin(panel + 1) - begin;
-            uint32_t* const to = reinterpret_cast<uint32_t*>(packed + depth * begin);
-            for (int64_t i = 0; i < depth; i += 2)
-                for (int64_t c = 0; c < width; c += 16)
-                    store<16>(to + i / 2 * width + c, pairs(pixels, right, columns, i, begin + c, columns));
-        }
-        for (int64_t i = 0; i < depth; i += 32)
-            for (int64_t c = 0; c < rows; c += 16) {
-                Vector<uint32_t, 16> v[16];
-#pragma GCC unroll 16
-                for (int j = 0; j < 16; ++j) v[j] = pairs(pixels, left, step, i + 2 * j, c, rows);
-                transpose(v, reinterpret_cast<uint32_t*>(turned + c * depth + i), depth / 2);
-            }
-        Product::multiply(rows, depth, turned, depth, panels, packed, depth, 0, Into::add, sums,
-                          panels.padded());
-    }
-
-    bfloat16 *packed, *turned;
-};
-#endif
 
 // to [size] = the partial sums [parts, size], added up in order.
 template <class A, class To>
@@ -555,14 +242,14 @@ void backward_impl(const Params& p, const Backward<T>& t) {
 
     const bool sliced = is_sliced(back);
     struct Scratch {
-        Slice<A> slice;
+        SliceOf<T> slice;
         Outer<Product> outer;
         Operand* rows;
         A* product;
         T* grad_middle;
     };
     const auto layout = [&](Arena& arena, int64_t pixels) {
-        return Scratch{sliced ? Slice<A>(arena, back, bands.most_rows()) : Slice<A>(),
+        return Scratch{sliced ? SliceOf<T>(arena, back, bands.most_rows()) : SliceOf<T>(),
                        {arena, p.out_channels, p.channels},
                        take_rows<Product>(arena, weights.depth()),
                        arena.take<A>(round_up(kTile, Product::kRowMultiple) * padded),
@@ -585,12 +272,14 @@ void backward_impl(const Params& p, const Backward<T>& t) {
                                          slopes(t.grad + from, t.raw + from));
                 }
             });
-            const int64_t next = std::min(kTile, n.pixels - first - pixels);
-            prefetch(t.grad + (first + pixels) * p.out_channels, next * p.out_channels);
-            prefetch(t.raw + (first + pixels) * p.out_channels, next * p.out_channels);
-            prefetch(t.middle + first * p.channels, pixels * p.channels);
+            Ahead ahead;
+            ahead.add(t.middle, n.pixels * p.channels, first * p.channels, pixels * p.channels);
+            ahead.add(t.grad, n.pixels * p.out_channels, (first + pixels) * p.out_channels,
+                      kTile * p.out_channels);
+            ahead.add(t.raw, n.pixels * p.out_channels, (first + pixels) * p.out_channels,
+                      kTile * p.out_channels);
             clear_columns(pixels, p.out_channels, weights.depth(), s.rows);
-            weights.multiply(pixels, s.rows, s.product);
+            weights.multiply(pixels, s.rows, s.product, ahead);
             store_product(pixels, p.channels, s.product, padded, grad_middle + at * p.channels);
             s.outer.add(pixels, p.out_channels, s.rows, weights.depth(), p.channels,
                         t.middle + first * p.channels, sums);
@@ -598,8 +287,8 @@ void backward_impl(const Params& p, const Backward<T>& t) {
     };
     // grad_input of a band, and its share of grad_depthwise; grad_middle begins with the band's image
     const auto depthwise = [&](int64_t band, Scratch& s, const T* grad_middle) {
-        differentiate(back, bands[band], grad_middle, taps_weights.get(), t.input, s.slice, t.grad_input,
-                      taps_partial.get() + band * taps_size);
+        s.slice.differentiate(back, bands[band], grad_middle, taps_weights.get(), t.input, t.grad_input,
+                              taps_partial.get() + band * taps_size);
     };
     const int64_t image_size = p.out_height * p.out_width * p.channels;
     const int64_t bands_of_image = bands.count / std::max<int64_t>(1, p.batch);
@@ -608,13 +297,21 @@ void backward_impl(const Params& p, const Backward<T>& t) {
         parallel_for(
             groups.count, [&](Arena& arena) { return layout(arena, groups.pixels); },
             [&](int64_t group, Scratch& s) {
-                for (int64_t part = 0; part < groups.parts; ++part)
-                    pointwise(group * groups.parts + part, s, s.grad_middle);
                 const int64_t end = std::min(p.batch, (group + 1) * groups.images);
-                for (int64_t image = group * groups.images; image < end; ++image)
-                    for (int64_t band = 0; band < bands_of_image; ++band)
-                        depthwise(image * bands_of_image + band, s,
-                                  s.grad_middle + image % groups.images * image_size);
+                int64_t band = group * groups.images * bands_of_image;
+                for (int64_t part = 0; part < groups.parts; ++part) {
+                    pointwise(group * groups.parts + part, s, s.grad_middle);
+                    // while they are in the cache: the bands whose rows are there
+                    const bool last = part + 1 == groups.parts;
+                    const int64_t rows = last ? p.out_height : (part + 1) * kPart / p.out_width;
+                    for (; band < end * bands_of_image; ++band) {
+                        const Band next = bands[band];
+                        const int64_t below =
+                            next.row + next.rows + p.dilation_h * (p.kernel_h - 1) - back.pad_h;
+                        if (std::min(p.out_height, below) > rows) break;
+                        depthwise(band, s, s.grad_middle + next.image % groups.images * image_size);
+                    }
+                }
             });
     } else {
         const Array<T> grad_middle(n.pixels * p.channels);

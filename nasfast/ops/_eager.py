@@ -18,8 +18,8 @@ from nasfast.ops import _native
 _c: Any = torch._C  # what PyTorch's own Python modules use of it
 _forward_ad: Any = torch.autograd.forward_ad
 PLAIN = (Tensor, torch.nn.Parameter)
-CASTS: set[str] = set()
-"""Ops whose tensors autocast converts; it leaves those of others alone."""
+CASTS: dict[str, Callable[[Sequence[Any], torch.dtype], bool]] = {}
+"""Whether autocast to a dtype converts tensors of an op; it leaves those of other ops alone."""
 
 
 def call(
@@ -92,7 +92,11 @@ def is_eager(op: str, tensors: Sequence[Tensor | None]) -> bool:
         or _c._get_tracing_state() is not None
         or _forward_ad._current_level >= 0
         or device not in _native.KERNELS.get(op, ())
-        or (op in CASTS and torch.is_autocast_enabled(device))
+        or (
+            op in CASTS
+            and torch.is_autocast_enabled(device)
+            and CASTS[op](tensors, torch.get_autocast_dtype(device))
+        )
     ):
         return False
     plain = _plain_keys(device)

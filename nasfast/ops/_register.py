@@ -64,9 +64,20 @@ def implement(
         LIBRARY.impl(op, reference, f"Autograd{device}")
 
 
-def autocast(op: str, make: Callable[[str], Function]) -> None:
-    """What autocast does with the op: ``make`` makes it for a type of device."""
-    _eager.CASTS.add(op)
+def _always(tensors: Sequence[Any], dtype: torch.dtype) -> bool:
+    return True
+
+
+def autocast(
+    op: str,
+    make: Callable[[str], Function],
+    converts: Callable[[Sequence[Any], torch.dtype], bool] = _always,
+) -> None:
+    """What autocast does with the op: ``make`` makes it for a type of device.
+
+    ``converts`` says whether it converts any of the tensors: where not, it needs no dispatcher.
+    """
+    _eager.CASTS[op] = converts
     for device in ("CPU", "CUDA"):
         LIBRARY.impl(op, make(device.lower()), f"Autocast{device}")
 

@@ -420,6 +420,13 @@ def _autocast(device: str) -> Callable[..., Any]:
     return op
 
 
+def _is_converted(tensors: Sequence[Any], dtype: torch.dtype) -> bool:
+    """Whether autocast has something to cast: not in training, where the map comes from another
+    operation and the parameters are float32."""
+    input, *parameters = (getattr(tensor, "dtype", None) for tensor in tensors)
+    return input != torch.float64 and (input != dtype or {*parameters} != {torch.float32})
+
+
 def _flops(*arguments: Any, out_shape: Sequence[Any], **rest: Any) -> int:
     """Two per multiply-add of the convolutions, as PyTorch counts them."""
     depthwise = arguments[1]
@@ -454,7 +461,7 @@ _register.define(
     _double_backward,
     _setup_backward,
 )
-_register.autocast(_OP, _autocast)
+_register.autocast(_OP, _autocast, _is_converted)
 _register.implement(
     _OP, _kernel, _kernel_backward, _reference, on_cuda="cuDNN, its normalisation and a ReLU"
 )

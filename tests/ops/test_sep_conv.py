@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from op_harness import TOLERANCE, Differentiable, Op, Tensors, arrange
 from torch import Tensor
 
-from nasfast.ops import _native, sep_conv, sep_conv_reference
+from nasfast.ops import _eager, _native, sep_conv, sep_conv_reference
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ SAMPLES = [
     Sample("5x5-dilation-6", kernel=(5, 5), padding=(12, 12), dilation=(6, 6), size=(11, 23)),
     Sample("dilation-2-3", padding=(0, 2), dilation=(2, 3)),
     Sample("kernel-4x3", kernel=(4, 3), padding=(0, 2)),
+    Sample("kernel-2x7", kernel=(2, 7), padding=(1, 3), dilation=(1, 2)),  # taps two at a time
     Sample("kernel-3x1", kernel=(3, 1), padding=(4, 0)),  # padding that no output needs
     Sample("kernel-1x3", kernel=(1, 3), padding=(0, 4)),
     Sample("far-taps", padding=(90, 90), dilation=(90, 90)),  # wider than the image
@@ -189,3 +190,13 @@ SEP_CONV = Op(
     ),
     convolutions=convolve,
 )
+
+
+def test_autocast_needs_a_dispatcher_only_to_cast() -> None:
+    tensors = Sample("").tensors(torch.bfloat16)
+    floats = Sample("").tensors(torch.float32)
+    halves = [tensors[0], *(parameter.bfloat16() for parameter in tensors[1:])]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _eager.is_eager("sep_conv", tensors) == (_native.C is not None)
+        assert not _eager.is_eager("sep_conv", floats)
+        assert not _eager.is_eager("sep_conv", halves)
