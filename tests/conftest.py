@@ -6,6 +6,7 @@ kernels run where it is missing, as on a machine that is lent for its GPU.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -20,6 +21,26 @@ from builds import Builds
 
 pytest_plugins = ["tiny_restoration"]
 
+# files that take longest: processes that run the suite together begin with them and end together
+LONGEST = (
+    "ops/test_all_ops.py",
+    "emulation/test_deform_conv2d_backward.py",
+    "methods/test_run_contract.py",
+    "test_bench.py",
+    "ops/test_hostile_offsets.py",
+    "methods/test_restoration_search.py",
+    "methods/test_templates_method.py",
+    "methods/test_detection_search.py",
+    "methods/test_restoration_train.py",
+    "workers/test_parallel_search.py",
+    "workers/test_ray_engine.py",
+    "inference/test_export.py",
+    "hardening/test_damage.py",
+    "hardening/test_kills.py",
+    "evaluation/test_stages.py",
+    "ops/test_nvrtc.py",
+)
+
 try:
     from hypothesis import settings
 except ImportError:  # a machine that is lent for its GPU may lack it
@@ -33,8 +54,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--nightly",
         action="store_true",
-        help="tests/hardening at full size, for hours, and all of test_nvrtc",
+        help="all cases of tests/hardening, for hours, and of the ops, kills and disassembly",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist: by the number of tests of a file
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """A garbage collection need not look at all that has been imported and collected."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -131,7 +168,7 @@ def tiny_search(
     torch.set_num_threads(1)
     flags = f"""
         --device cpu --budget 6 --decoder.agg-size 8
-        --stage0.samples 16 --stage0.crop 32 --stage0.shorter-side 32
+        --stage0.samples 8 --stage0.crop 32 --stage0.shorter-side 32
         --stage0.epochs 3 --stage0.batch-size 4 --stage0.polyak-decay 0.5
         --stage1.crop 32 --stage1.shorter-side 32 --stage1.batch-size 3
         --stage1.polyak-decay 0.5

@@ -9,10 +9,11 @@ import json
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -598,6 +599,16 @@ def test_a_case_that_fails_does_not_lose_the_others(tmp_path: Path) -> None:
     assert "| b | 3 ms |" in text
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Commands end at Ctrl-C, also where a shell runs the tests in the background and ignores it,
+    which commands would inherit."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_command_of_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = gpu_parts.Run("cpu", 1, True, tmp_path / "result", tmp_path / "log")
     run.log.write_text("begun\nthe end\n")

@@ -173,7 +173,7 @@ def test_damage_is_found_or_does_no_harm(name, request, tmp_path, nightly):
     subject = request.getfixturevalue(f"{name}_subject")
     seed = drawn_moments().getrandbits(32)
     served = 0
-    for number in range(round(SUBJECTS[name] * (1000 if nightly else 40))):
+    for number in range(round(SUBJECTS[name] * (1000 if nightly else 10))):
         rng = random.Random(seed + number)
         place = shutil.copytree(subject.whole, tmp_path / "place")
         file = rng.choice(subject.files)

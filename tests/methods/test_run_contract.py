@@ -57,15 +57,16 @@ def trained(request):
 # ---- searches
 
 
-def test_killed_anywhere_a_search_repeats_nothing_and_changes_nothing(searched, tmp_path):
+def test_killed_anywhere_a_search_repeats_nothing_and_changes_nothing(searched, tmp_path, nightly):
+    """Once, and with --nightly a second time after it was resumed."""
     argv, whole = searched
-    rng = drawn_moments()
+    rng, kills = drawn_moments(), 2 if nightly else 1
 
     def somewhere_after(count, process):
         wait_for_records(process, tmp_path, count)
         time.sleep(rng.uniform(0, 0.5))  # in the next candidate or epoch, or while it is written
 
-    waits = [functools.partial(somewhere_after, n) for n in sorted(rng.sample(range(5), 2))]
+    waits = [functools.partial(somewhere_after, n) for n in sorted(rng.sample(range(5), kills))]
     run = killed_and_resumed([*argv, "--runs", str(tmp_path)], tmp_path, waits)
     assert_same(run, whole)
     assert (run / "report.html").is_file()

@@ -65,6 +65,13 @@ every_op = every("op", values=DIFFERENTIABLE)
 autocast = pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 
 
+def skip_repetition(sample: Sample, nightly: bool) -> None:
+    """Without --nightly a combination that is tried on the first sample of an op is left out on
+    the others."""
+    if not nightly and sample is not OPS[sample.op].first:
+        pytest.skip("the first sample is enough: --nightly")
+
+
 def registered(sample: Sample, suffix: str = "") -> Any:
     return getattr(torch.ops.nasfast, sample.op + suffix).default
 
@@ -78,10 +85,11 @@ def test_equals_reference(sample: Any, dtype: Any) -> None:
 
 
 @every("op", values=[*OPS.values()])
-def test_equals_reference_for_drawn_sizes(op: Op) -> None:
-    """And drawn settings and memory layouts."""
+def test_equals_reference_for_drawn_sizes(op: Op, nightly: bool) -> None:
+    """And drawn settings and memory layouts; without --nightly the first of the many examples."""
+    examples = op.examples if nightly else min(op.examples, max(40, op.examples // 5))
 
-    @settings(REPRODUCIBLE, max_examples=op.examples)
+    @settings(REPRODUCIBLE, max_examples=examples)
     @given(op.drawn)
     def check(drawn: tuple[Any, Any]) -> None:
         torch.manual_seed(0)
@@ -92,19 +100,19 @@ def test_equals_reference_for_drawn_sizes(op: Op) -> None:
 
 
 @native
-@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("level", LEVELS)
-def test_instruction_sets(level: str, op: str) -> None:
-    """The kernels of each, in a process that is told to use them."""
+def test_instruction_sets(level: str) -> None:
+    """The kernels of each, of all ops, in one process that is told to use them."""
     best = _native.isa_level()
     if best not in LEVELS or LEVELS.index(level) >= LEVELS.index(best):
         pytest.skip(f"the other tests run on {best}")
     code = (
         f"assert _native.isa_level() == '{level}'\n"
         "torch.use_deterministic_algorithms(True)\n"  # which poisons memory
-        f"for sample in t.OPS['{op}'].samples:\n"
-        "    for dtype in sample.dtypes:\n"
-        "        sample.check(dtype)\n"
+        "for op in t.OPS.values():\n"
+        "    for sample in op.samples:\n"
+        "        for dtype in sample.dtypes:\n"
+        "            sample.check(dtype)\n"
     )
     run_python(code, NASFAST_ISA=level)
 
@@ -279,7 +287,9 @@ def test_autocast_hides_no_wrong_dtype(op: Op, dtype: torch.dtype) -> None:
 
 @few()
 @every("dtype", values=[torch.float32, torch.float64])
-def test_opcheck(sample: Any, dtype: torch.dtype) -> None:
+def test_opcheck(sample: Any, dtype: torch.dtype, nightly: bool) -> None:
+    if dtype == torch.float64:
+        skip_repetition(sample, nightly)
     tensors = sample.tensors(dtype)
     require_grad(tensors)
     torch.library.opcheck(registered(sample), sample.arguments(tensors))
@@ -310,7 +320,9 @@ def test_opcheck_backward(sample: Any, wanted: list[bool], differentiate: bool) 
 @few(3)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @autocast
-def test_compile_fullgraph(sample: Any, dynamic: bool, autocast: bool) -> None:
+def test_compile_fullgraph(sample: Any, dynamic: bool, autocast: bool, nightly: bool) -> None:
+    if not (dynamic and autocast):
+        skip_repetition(sample, nightly)
     torch.compiler.reset()
 
     def function(*tensors: Any) -> Any:

@@ -15,11 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from builds import ROOT, Builds, run
+from builds import ROOT, Builds, needs_nvrtc, run
 
 from nasfast.ops import _native, _nvrtc, deform_conv2d
 
-NEEDED = "needs cupy-cuda13x and nvidia-cuda-nvrtc, which pip install '.[test]' brings"
 # known spills of NVRTC 13.0: kernel, architectures, bytes stored and loaded
 SPILLED = (
     (r"columns_forward_kernel\w*float16", r"\w+", 8),
@@ -279,11 +278,15 @@ def kernels(module: Path) -> list[str]:
 def test_every_kernel(module: Path, arch: str, nightly: bool) -> None:
     """No error, and no spill but SPILLED within the registers of the launch bounds.
 
-    Without --nightly all of them for sm_90a alone, and the quickest to compile for the others.
+    Without --nightly one instance of each template: of all for sm_90a, and of the quickest to
+    compile for the others.
     """
-    pytest.importorskip("cupy_backends", reason=NEEDED)
+    needs_nvrtc()
     names = kernels(module)
     assert len(names) == len(set(names)) >= 100
+    if not nightly:
+        names = [*{name.partition("<")[0]: name for name in names}.values()]
+        assert len(names) >= 20
     if not nightly and arch != "sm_90a":
         quick = "backward_bias|columns|pad_kernel|pack_kernel|gather_kernel|nasfast::cuda"
         names = [name for name in names if re.match(rf"nasfast::(\w+::cuda::)?({quick})", name)]
@@ -403,6 +406,20 @@ def test_no_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(caught.value) == f"op: k: {message}"
 
 
+def test_a_missing_package_is_an_error_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_nvrtc.importlib.util, "find_spec", lambda name: None)
+    _nvrtc.nvrtc.cache_clear()
+    message = "built without nvcc, and cupy is not installed; pip install 'nasfast[cuda]'"
+    monkeypatch.delenv("NASFAST_CI", raising=False)
+    with pytest.raises(pytest.skip.Exception) as skipped:
+        needs_nvrtc()
+    assert str(skipped.value) == f"{message}, or '.[test]'"
+    monkeypatch.setenv("NASFAST_CI", "1")
+    with pytest.raises(RuntimeError) as caught:
+        needs_nvrtc()
+    assert str(caught.value) == message
+
+
 def test_no_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
     def version() -> None:
         raise OSError("libnvrtc.so.13: not found\nand more")
@@ -422,7 +439,7 @@ def test_no_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("cupy_backends", reason=NEEDED)
+    needs_nvrtc()
     monkeypatch.setenv("NASFAST_CACHE", str(tmp_path))
     with pytest.raises(RuntimeError) as caught:
         _nvrtc.kernel_code("op: k", "nasfast::cuda::nothing<float>", 9, 0)

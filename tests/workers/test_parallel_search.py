@@ -47,7 +47,10 @@ def test_results_do_not_depend_on_the_number_of_workers(tiny_search, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_killed_workers_and_a_signal_lose_nothing(number, tiny_search, tiny_run, tmp_path):
+def test_killed_workers_and_a_signal_lose_nothing(number, tiny_search, tiny_run, tmp_path, nightly):
+    """hardening/test_kills.py kills a search with two workers without --nightly, too."""
+    if number == signal.SIGKILL and not nightly:
+        pytest.skip("one signal is enough: --nightly")
     process = start([*tiny_search, "--workers", "2", "--runs", str(tmp_path)], group=True)
     run = wait_for_records(process, tmp_path, 1)
     first = workers_of(process)
