@@ -269,22 +269,30 @@ public:
     VectorOuter() = default;
     VectorOuter(Arena& arena, int64_t most_rows, int64_t most_columns, int64_t pixels) {
         const int64_t padded = Panels<T>(most_columns).padded();
-        packed_ = arena.take<T>(pixels * padded), sums_ = arena.take<T>(most_rows * padded);
+        packed_ = arena.take<T>(pixels * padded), own_ = arena.take<T>(most_rows * padded);
     }
+    // Elements of the sums.
+    static int64_t size(int64_t rows, int64_t columns) { return rows * Panels<T>(columns).padded(); }
+    // Begins with sums of zero.
     void start(int64_t rows, int64_t columns) {
-        rows_ = rows, columns_ = columns, padded_ = Panels<T>(columns).padded();
-        std::fill_n(sums_, rows * padded_, T(0));
+        resume(rows, columns, own_);
+        std::fill_n(sums_, size(rows, columns), T(0));
+    }
+    // Goes on with sums that are kept elsewhere.
+    void resume(int64_t rows, int64_t columns, T* sums) {
+        rows_ = rows, columns_ = columns, padded_ = Panels<T>(columns).padded(), sums_ = sums;
     }
     void add(int64_t pixels, const T* columns, int64_t columns_row, const T* grad, int64_t grad_row) {
         const Panels<T> panels(columns_);
-        pack(panels, pixels, 0, pixels, grad, grad_row, 1, packed_);
-        multiply(rows_, pixels, columns, 1, columns_row, panels, packed_, pixels, 0, Into::add, sums_,
-                 padded_);
+        const bool is_packed = panels.count == 1 && grad_row == padded_ && columns_ == padded_;
+        if (!is_packed) pack(panels, pixels, 0, pixels, grad, grad_row, 1, packed_);
+        multiply(rows_, pixels, columns, 1, columns_row, panels, is_packed ? grad : packed_, pixels, 0,
+                 Into::add, sums_, padded_);
     }
     T sum(int64_t i, int64_t j) const { return sums_[i * padded_ + j]; }
 
 private:
-    T *packed_ = nullptr, *sums_ = nullptr;
+    T *packed_ = nullptr, *own_ = nullptr, *sums_ = nullptr;
     int64_t rows_ = 0, columns_ = 0, padded_ = 0;
 };
 

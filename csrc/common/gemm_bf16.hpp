@@ -45,11 +45,20 @@ public:
         const int64_t depth = round_up(pixels, Product::kDepthMultiple);
         const int64_t columns = round_up(most_columns, Product::kRowMultiple);
         packed_ = arena.take<bfloat16>(depth * padded), transposed_ = arena.take<bfloat16>(columns * depth);
-        sums_ = arena.take<float>(columns * padded);
+        own_ = arena.take<float>(columns * padded);
     }
+    // Elements of the sums.
+    static int64_t size(int64_t rows, int64_t columns) {
+        return round_up(columns, Product::kRowMultiple) * typename Product::Panels(rows).padded();
+    }
+    // Begins with sums of zero.
     void start(int64_t rows, int64_t columns) {
-        rows_ = rows, columns_ = columns, padded_ = typename Product::Panels(rows).padded();
-        std::fill_n(sums_, round_up(columns, Product::kRowMultiple) * padded_, 0.0f);
+        resume(rows, columns, own_);
+        std::fill_n(sums_, size(rows, columns), 0.0f);
+    }
+    // Goes on with sums that are kept elsewhere.
+    void resume(int64_t rows, int64_t columns, float* sums) {
+        rows_ = rows, columns_ = columns, padded_ = typename Product::Panels(rows).padded(), sums_ = sums;
     }
     void add(int64_t pixels, const float* columns, int64_t columns_row, const bfloat16* grad,
              int64_t grad_row) {
@@ -80,7 +89,7 @@ public:
 
 private:
     bfloat16 *packed_ = nullptr, *transposed_ = nullptr;
-    float* sums_ = nullptr;
+    float *own_ = nullptr, *sums_ = nullptr;
     int64_t rows_ = 0, columns_ = 0, padded_ = 0;
 };
 

@@ -37,26 +37,38 @@ inline std::vector<Slice> slices(const Params& p, int64_t most) {
 }
 
 // How the backward pass is divided. A unit is a slice of channels of every `streams`-th image; a round is
-// some tiles of some images, after which the slices' parts of grad_offset and grad_mask are summed, and those
-// of grad_weight added to what is there. The sizes alone decide it, so that every sum has one order.
+// some tiles of some images, after which the slices' parts of grad_offset and grad_mask are summed. Where
+// each slice is alone in its offset group, there is nothing to sum, and one round. Streams sum grad_weight
+// each for itself; a single one adds every round's to what is there. The sizes alone decide it, so that every
+// sum has one order.
 struct Plan {
-    static constexpr int64_t kWeightBytes = 1 << 20;   // of all streams' weight gradients beyond the first
+    static constexpr int64_t kWeightBytes = 1 << 20;   // of all streams' sums beyond the first's
     static constexpr int64_t kPartialBytes = 2 << 20;  // of a round's parts, unless one tile needs more
     static constexpr int64_t kUnits = 8;
 
     Tiling tiling;
     int64_t pixels;  // of a tile, at most
-    int64_t streams;
     std::vector<Slice> parts;
+    int64_t streams, stream_size;  // sums of a stream for grad_weight
+    bool alone;
     int64_t images, tiles;  // of a round
 
-    Plan(const Params& p, int64_t element)
+    // size(slice): the sums of a slice for grad_weight, of so many bytes each.
+    template <class Size>
+    Plan(const Params& p, int64_t element, const Size& size)
         : tiling(p, kBackwardTile), pixels(std::min(kBackwardTile, p.out_height * p.out_width)) {
         const int64_t taps = p.kernel_h * p.kernel_w;
-        const int64_t weight_bytes = p.out_channels * p.channels / p.groups * taps * element;
-        streams = std::max<int64_t>(1, std::min(p.batch, 1 + kWeightBytes / weight_bytes));
-        parts = slices(p, 64);
-        if (streams * count() < kUnits) parts = slices(p, 32);
+        const auto divide = [&](int64_t most) {
+            parts = slices(p, most), stream_size = 0;
+            for (const Slice& slice : parts) stream_size += size(slice);
+            streams = std::clamp<int64_t>(1 + kWeightBytes / (stream_size * element), 1,
+                                          std::max<int64_t>(p.batch, 1));
+        };
+        divide(64);
+        if (streams * count() < kUnits) divide(32);
+        alone = count() == p.offset_groups;
+        images = p.batch, tiles = tiling.per_image();
+        if (alone) return;
         const int64_t most = std::max<int64_t>(1, kPartialBytes / (count() * pixels * taps * 3 * element));
         streams = std::min(streams, most);
         images = std::min(most / streams * streams, round_up(std::max<int64_t>(p.batch, 1), streams));
@@ -207,18 +219,17 @@ public:
           out(p.out_channels / p.groups),
           weight_size(p.out_channels * in * taps),
           wanted{t.grad_input != nullptr, t.grad_offset || t.grad_mask, t.grad_weight != nullptr},
-          plan(p, sizeof(A)),
+          plan(p, sizeof(A), [this](const Slice& slice) { return size_of(slice); }),
           steps(p),
           stride(round_up(plan.pixels * taps, kWidth<A>)),
-          streams(wanted.weight ? (plan.streams - 1) * weight_size : 0),
-          derivatives(wanted.position ? plan.images * plan.tiles * plan.count() * 3 * stride : 0),
+          apart(wanted.weight && plan.streams > 1),
+          streams(apart ? plan.streams * plan.stream_size : 0),
+          derivatives(wanted.position && !plan.alone ? plan.images * plan.tiles * plan.count() * 3 * stride
+                                                     : 0),
           widened(wanted.input && !std::is_same_v<T, A> ? input_size() : 0) {}
 
     void run() {
-        A* const grad_input = input_sums();
-        clear(grad_input, grad_input ? input_size() : 0);
-        clear(t.grad_weight, wanted.weight ? weight_size : 0);
-        clear(streams.get(), streams.size());
+        if (wanted.weight && !apart) std::fill_n(t.grad_weight, weight_size, A(0));
         const int64_t tiles = plan.tiling.per_image();
         for (int64_t image = 0; image < p.batch; image += plan.images)
             for (int64_t tile = 0; tile < tiles; tile += plan.tiles) {
@@ -228,15 +239,19 @@ public:
                     std::min(plan.streams, round.images) * plan.count(),
                     [&](Arena& arena) { return Scratch(arena, *this); },
                     [&](int64_t unit, Scratch& s) { slice_of_stream(round, unit, s); });
-                if (wanted.position)
+                if (wanted.position && !plan.alone)
                     parallel_for(round.images * round.tiles,
                                  [&](int64_t unit) { sum_positions(round, unit); });
             }
-        if (wanted.weight) parallel_for(p.out_channels, [&](int64_t unit) { sum_streams(unit); });
+        if (apart) {
+            const int64_t blocks = ceil_div(out, kOutputs);
+            parallel_for(plan.count() * blocks,
+                         [&](int64_t unit) { sum_streams(unit / blocks, unit % blocks * kOutputs); });
+        }
         if constexpr (!std::is_same_v<T, A>)
             if (wanted.input)
                 by_pieces(input_size(), [&](int64_t begin, int64_t count) {
-                    convert(grad_input + begin, count, t.grad_input + begin);
+                    convert(widened.get() + begin, count, t.grad_input + begin);
                 });
     }
 
@@ -247,7 +262,7 @@ private:
 
     struct Scratch {
         Samples<A, true> samples;
-        A *sums, *columns;
+        A *sums, *derivatives, *columns;
         Operand *grad, *weight;
         T* row;
         Outer outer;
@@ -258,7 +273,8 @@ private:
             const typename Product::Panels panels(pass.taps * widest);
             const int64_t rows = round_up(pass.plan.pixels, Product::kRowMultiple);
             const int64_t depth = round_up(pass.out, Product::kDepthMultiple);
-            sums = arena.take<A>(4 * pass.stride), columns = arena.take<A>(rows * panels.padded());
+            sums = arena.take<A>(4 * pass.stride), derivatives = arena.take<A>(3 * pass.stride);
+            columns = arena.take<A>(rows * panels.padded());
             grad = arena.take<Operand>(rows * depth), weight = arena.take<Operand>(depth * panels.padded());
             row = arena.take<T>(pass.taps * widest);
             if (pass.wanted.weight) outer = Outer(arena, pass.taps * widest, pass.out, pass.plan.pixels);
@@ -281,14 +297,41 @@ private:
         return derivatives.get() + ((image * round.tiles + tile) * plan.count() + part) * 3 * stride;
     }
 
+    int64_t size_of(const Slice& slice) const { return Outer::size(taps * slice.count, out); }
+    // Sums of a stream and a slice for grad_weight.
+    A* sums_of(int64_t stream, int64_t part) const {
+        int64_t before = 0;
+        for (int64_t i = 0; i < part; ++i) before += size_of(plan.parts[i]);
+        return streams.get() + stream * plan.stream_size + before;
+    }
+
     template <class Body>
     static void by_pieces(int64_t count, const Body& body) {
         constexpr int64_t piece = 1 << 14;
         parallel_for(ceil_div(count, piece),
                      [&](int64_t unit) { body(unit * piece, std::min(piece, count - unit * piece)); });
     }
-    static void clear(A* memory, int64_t count) {
-        by_pieces(count, [&](int64_t begin, int64_t size) { std::fill_n(memory + begin, size, A(0)); });
+    // The slice of grad_input of an image, by the thread that adds to it next and then has it in its cache.
+    void clear(A* image, const Slice& slice) {
+        const int64_t pixels = p.height * p.width;
+        if (slice.count == p.channels)
+            std::fill_n(image, pixels * p.channels, A(0));
+        else
+            for (int64_t i = 0; i < pixels; ++i)
+                std::fill_n(image + i * p.channels + slice.begin, slice.count, A(0));
+    }
+    // Asks for what a slice of the tile `next` reads, and its part of grad_input.
+    NASFAST_INLINE void prefetch_tile(const Slice& slice, const Tile& tile, const Tile& next) const {
+        by_new_pixels(p, tile, next, [&](int64_t pixel, int64_t run) NASFAST_INLINE_LAMBDA {
+            for (int64_t i = pixel; i < pixel + run; ++i) {
+                prefetch(t.input + i * p.channels + slice.begin, slice.count);
+                if (wanted.input) prefetch(input_sums() + i * p.channels + slice.begin, slice.count);
+            }
+        });
+        const int64_t skip = offset_group_of(slice) * taps;
+        prefetch_pixels(p, next, t.offset + 2 * skip, p.offset_step, 2 * taps);
+        if (t.mask) prefetch_pixels(p, next, t.mask + skip, p.mask_step, taps);
+        prefetch_pixels(p, next, t.grad + slice.begin / in * out, p.out_channels, out);
     }
 
     void slice_of_stream(const Round& round, int64_t unit, Scratch& s) {
@@ -306,9 +349,17 @@ private:
             Product::pack(panels, depth, k, 1, s.row, 0, 1, s.weight);
         }
         Product::clear(panels, depth, out, depth, s.weight);
-        if (wanted.weight) s.outer.start(width, out);
+        if (apart) {
+            A* const sums = sums_of(stream, part);
+            s.outer.resume(width, out, sums);
+            if (!round.image && !round.tile) std::fill_n(sums, size_of(slice), A(0));
+        } else if (wanted.weight) {
+            s.outer.start(width, out);
+        }
         for (int64_t n = stream; n < round.images; n += plan.streams) {
             const int64_t image = (round.image + n) * p.height * p.width * p.channels;
+            A* const grad_image = wanted.input ? input_sums() + image : nullptr;
+            if (wanted.input && !round.tile) clear(grad_image, slice);
             for (int64_t i = 0; i < round.tiles; ++i) {
                 const Tile tile = tile_of(round, n, i);
                 const int64_t pixels = tile.pixels();
@@ -318,27 +369,49 @@ private:
                     convert(t.grad + tile.pixel(p, pixel) * p.out_channels + group * out, out, row);
                     std::fill(row + out, row + depth, Operand());
                 }
+                if (i + 1 < round.tiles) prefetch_tile(slice, tile, tile_of(round, n, i + 1));
                 // where only the weight's gradient is wanted, the columns have none
                 for (int64_t k = 0; k < (wanted.input || wanted.position ? depth : 0); k += Product::kDepth)
                     Product::multiply(pixels, std::min(Product::kDepth, depth - k), s.grad + k, depth, panels,
                                       s.weight, depth, k, k ? Into::add : Into::assign, s.columns,
                                       panels.padded());
-                scatter(t.input + image, wanted.input ? input_sums() + image : nullptr, s.samples, pixels,
-                        slice, wanted, s.columns, panels.padded(), s.sums);
-                if (wanted.position)
-                    differentiate(s.samples, pixels * taps, s.sums, part_of(round, n, i, part), stride);
+                scatter(t.input + image, grad_image, s.samples, pixels, slice, wanted, s.columns,
+                        panels.padded(), s.sums);
+                if (wanted.position) {
+                    A* const to = plan.alone ? s.derivatives : part_of(round, n, i, part);
+                    differentiate(s.samples, pixels * taps, s.sums, to, stride);
+                    if (plan.alone) store_positions(tile, part, to);
+                }
                 if (wanted.weight) s.outer.add(pixels, s.columns, panels.padded(), s.grad, depth);
             }
         }
-        if (!wanted.weight) return;
-        A* const target = (stream ? streams.get() + (stream - 1) * weight_size : t.grad_weight) + corner;
-        constexpr int64_t block = 16;  // output channels at a time, for the caches
-        for (int64_t k = 0; k < out; k += block)
+        if (!wanted.weight || apart) return;
+        for (int64_t k = 0; k < out; k += kOutputs)
             for (int64_t tap = 0; tap < taps; ++tap)
                 for (int64_t c = 0; c < slice.count; ++c)
-                    for (int64_t j = k; j < std::min(k + block, out); ++j)
-                        target[j * steps.out + tap * steps.tap + c * steps.channel] +=
+                    for (int64_t j = k; j < std::min(k + kOutputs, out); ++j)
+                        t.grad_weight[corner + j * steps.out + tap * steps.tap + c * steps.channel] +=
                             s.outer.sum(tap * slice.count + c, j);
+    }
+
+    // grad_weight of a slice, of the outputs of its group from k on: sums over the streams, in order.
+    void sum_streams(int64_t part, int64_t k) {
+        const Slice slice = plan.parts[part];
+        const int64_t count = std::min(kOutputs, out - k), width = taps * slice.count;
+        A* const to =
+            t.grad_weight + (slice.begin / in * out + k) * steps.out + slice.begin % in * steps.channel;
+        A* const first = sums_of(0, part);
+        Outer outer;
+        for (int64_t tap = 0; tap < taps; ++tap)
+            for (int64_t c = 0; c < slice.count; ++c) {
+                A sums[kOutputs] = {};
+                for (int64_t stream = 0; stream < plan.streams; ++stream) {
+                    outer.resume(width, out, first + stream * plan.stream_size);
+                    for (int64_t j = 0; j < count; ++j) sums[j] += outer.sum(tap * slice.count + c, k + j);
+                }
+                for (int64_t j = 0; j < count; ++j)
+                    to[j * steps.out + tap * steps.tap + c * steps.channel] = sums[j];
+            }
     }
 
     // Sums the parts of the slices, in order.
@@ -352,26 +425,26 @@ private:
                 const A* const other = part_of(round, n, i, part);
                 for (int64_t j = 0; j < 3 * stride; ++j) sum[j] += other[j];
             }
-            for (int64_t pixel = 0; pixel < tile.pixels(); ++pixel) {
-                const int64_t at = (tile.pixel(p, pixel) * p.offset_groups + group) * taps;
-                for (int64_t tap = 0; tap < taps; ++tap) {
-                    const A* const from = sum + pixel * taps + tap;
-                    if (t.grad_offset) {
-                        t.grad_offset[2 * (at + tap)] = from[0];
-                        t.grad_offset[2 * (at + tap) + 1] = from[stride];
-                    }
-                    if (t.grad_mask) t.grad_mask[at + tap] = from[2 * stride];
+            store_positions(tile, group, sum);
+        }
+    }
+
+    // grad_offset and grad_mask of a tile and an offset group, from [3, stride] gradients.
+    void store_positions(const Tile& tile, int64_t group, const A* gradients) {
+        for (int64_t pixel = 0; pixel < tile.pixels(); ++pixel) {
+            const int64_t at = (tile.pixel(p, pixel) * p.offset_groups + group) * taps;
+            for (int64_t tap = 0; tap < taps; ++tap) {
+                const A* const from = gradients + pixel * taps + tap;
+                if (t.grad_offset) {
+                    t.grad_offset[2 * (at + tap)] = from[0];
+                    t.grad_offset[2 * (at + tap) + 1] = from[stride];
                 }
+                if (t.grad_mask) t.grad_mask[at + tap] = from[2 * stride];
             }
         }
     }
 
-    void sum_streams(int64_t unit) {
-        const int64_t row = in * taps;
-        for (int64_t stream = 1; stream < plan.streams; ++stream)
-            for (int64_t i = unit * row; i < (unit + 1) * row; ++i)
-                t.grad_weight[i] += streams.get()[(stream - 1) * weight_size + i];
-    }
+    static constexpr int64_t kOutputs = 16;  // output channels of grad_weight at a time, for the caches
 
     const Params& p;
     const Backward<T>& t;
@@ -379,8 +452,9 @@ private:
     const Wanted wanted;
     const Plan plan;
     const WeightSteps steps;
-    const int64_t stride;    // of the derivatives of a tile
-    const Array<A> streams;  // weight gradients of the streams after the first
+    const int64_t stride;  // of the derivatives of a tile
+    const bool apart;      // whether each stream has sums of its own
+    const Array<A> streams;
     const Array<A> derivatives;
     const Array<A> widened;  // grad_input, where its own type cannot hold sums
 };

@@ -107,7 +107,15 @@ void forward_impl(const Params& p, const Forward<T>& t) {
                 if (rows > count * taps)
                     for (int64_t i = 0; i < pixels; ++i)
                         std::fill(s.columns + i * rows + count * taps, s.columns + (i + 1) * rows, Operand());
-                if (whole && unit + 1 < tiles) prefetch_tile(p, t, tile, tiling[unit + 1]);
+                if (whole && unit + 1 < tiles) {
+                    const Tile next = tiling[unit + 1];
+                    by_new_pixels(p, tile, next, [&](int64_t pixel, int64_t run) NASFAST_INLINE_LAMBDA {
+                        prefetch(t.input + pixel * p.channels, run * p.channels);
+                    });
+                    prefetch_pixels(p, next, t.offset, p.offset_step, 2 * p.offset_groups * taps);
+                    if (t.mask) prefetch_pixels(p, next, t.mask, p.mask_step, p.offset_groups * taps);
+                    prefetch_pixels(p, next, t.output, p.out_channels, out);
+                }
                 for (int64_t k = 0; k < rows; k += Product::kDepth)
                     Product::multiply(pixels, std::min(Product::kDepth, rows - k), s.columns + k, rows,
                                       panels, weights.get() + group * size, total, block * block_rows + k,

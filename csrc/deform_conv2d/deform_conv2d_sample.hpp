@@ -104,11 +104,11 @@ NASFAST_INLINE void prefetch(const T* from, int64_t count) {
         __builtin_prefetch(begin + i, 0, 2);
 }
 
-// Asks for what `next` reads if its offsets are small, and for the memory of its output, before a matrix
-// product that leaves the memory idle: the runs of a tile are too short for the prefetchers of processors.
-// The tile before it has read some columns of the image already.
-template <class T>
-NASFAST_INLINE void prefetch_tile(const Params& p, const Forward<T>& t, const Tile& tile, const Tile& next) {
+// Calls body(pixel, count) for the runs of input pixels in [N, H, W] that the tile `next` reads if its
+// offsets are small, without the columns that the tile before it has read. They are to be fetched before a
+// matrix product, which leaves the memory idle: the runs are too short for the prefetchers of processors.
+template <class Body>
+NASFAST_INLINE void by_new_pixels(const Params& p, const Tile& tile, const Tile& next, const Body& body) {
     struct Range {  // of the image, along one dimension: below the taps, and a pixel on each side
         int64_t begin, end;
 
@@ -123,13 +123,17 @@ NASFAST_INLINE void prefetch_tile(const Params& p, const Forward<T>& t, const Ti
     Range row = across(next);
     if (tile.image == next.image && tile.row == next.row) row.begin = std::max(row.begin, across(tile).end);
     for (int64_t y = down.begin; y < down.end; ++y)
-        prefetch(t.input + ((next.image * p.height + y) * p.width + row.begin) * p.channels,
-                 (row.end - row.begin) * p.channels);
-    for (int64_t i = 0; i < next.rows; ++i) {
-        const int64_t pixel = next.pixel(p, i * next.columns);
-        prefetch(t.offset + pixel * p.offset_step, next.columns * p.offset_step);
-        if (t.mask) prefetch(t.mask + pixel * p.mask_step, next.columns * p.mask_step);
-        prefetch(t.output + pixel * p.out_channels, next.columns * p.out_channels);
+        body((next.image * p.height + y) * p.width + row.begin, row.end - row.begin);
+}
+
+// Asks for `count` elements at each pixel of a tile, of a map [N, Ho, Wo, step].
+template <class T>
+NASFAST_INLINE void prefetch_pixels(const Params& p, const Tile& tile, const T* map, int64_t step,
+                                    int64_t count) {
+    for (int64_t row = 0; row < tile.rows; ++row) {
+        const int64_t first = tile.pixel(p, row * tile.columns);
+        for (int64_t pixel = first; pixel < first + tile.columns; ++pixel)
+            prefetch(map + pixel * step, count);
     }
 }
 

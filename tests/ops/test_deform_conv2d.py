@@ -112,8 +112,10 @@ SAMPLES = [
     Sample("far", spread=50.0),
     Sample("strided", layout="strided"),
     Sample("channels-last", layout="channels_last", out_channels=5),
-    # backward in several rounds; weights that are large enough for large tiles
-    Sample("rounds", batch=3, channels=8, size=(50, 60), layout="channels_last"),
+    # backward of many tiles; in several rounds and by several streams of images; weights that are
+    # large enough for large tiles
+    Sample("tiles", batch=3, channels=8, size=(50, 60), layout="channels_last"),
+    Sample("rounds", batch=3, channels=40, size=(50, 60), layout="channels_last"),
     Sample("large-weight", batch=1, channels=200, out_channels=150, size=(17, 12)),
     Sample("many-offset-groups", channels=48, offset_groups=24, size=(7, 11)),
 ]
