@@ -278,8 +278,8 @@ def kernels(module: Path) -> list[str]:
 def test_every_kernel(module: Path, arch: str, nightly: bool) -> None:
     """No error, and no spill but SPILLED within the registers of the launch bounds.
 
-    Without --nightly all of them for sm_90a alone, and of the quickest to compile one instance of each
-    template for the others.
+    Without --nightly all of them for sm_90a alone, and for the others one instance of each template
+    that is quick to compile.
     """
     needs_nvrtc()
     names = kernels(module)
