@@ -224,7 +224,7 @@ def test_a_crop_does_not_depend_on_who_encodes_it(tmp_path, monkeypatch):
     assert not torch.equal(together["labels"][0], together["labels"][1])
 
 
-def test_distillation(cache_dir, evaluator, evaluation, tmp_path):
+def test_distillation(cache_dir, evaluator, tmp_path):
     encoder = make_encoder()
     teacher = build_segmenter(encoder, OTHER, 8, DecoderConfig(8, 1, False))
     own = tmp_path / "own"
@@ -236,7 +236,12 @@ def test_distillation(cache_dir, evaluator, evaluation, tmp_path):
     assert distilled.inputs == evaluator.inputs | {
         "teacher": tensors_fingerprint(teacher.state_dict())
     }
-    assert distilled(GENOTYPE, 4, {}).metrics["stage0"] != evaluation.metrics["stage0"]
+    # a network that has hardly learned may give all pixels one class, with the teacher and without
+    assert any(
+        distilled(GENOTYPE, seed, {}).metrics["stage0"]
+        != evaluator(GENOTYPE, seed, {}).metrics["stage0"]
+        for seed in range(4, 12)
+    )
     assert not any(p.requires_grad for p in teacher.parameters())
 
     changed = copy.deepcopy(teacher)
