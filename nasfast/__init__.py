@@ -14,12 +14,16 @@ if "OMP_WAIT_POLICY" not in _os.environ:
 # thread pool (two pools in a process cost about 1000x on small parallel regions).
 import torch as _torch  # noqa: F401
 
+from nasfast.utils.memory import keep_freed_memory as _keep_freed_memory
+
 if TYPE_CHECKING:
     from nasfast import models, ops
     from nasfast.api import model_info, profile, search, study, train
     from nasfast.cache import FeatureCache
     from nasfast.inference.model import load
     from nasfast.models.zoo import create_model, list_models
+
+_keep_freed_memory()
 
 __version__ = "0.1.0"
 __all__ = [

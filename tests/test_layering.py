@@ -39,7 +39,8 @@ LAYERS = (
 )
 # What these may import at most, beside themselves and the standard library.
 ONLY = {
-    "__init__": {"torch", "api", "cache", "inference", "models", "ops"},  # all but torch lazily
+    # all but torch and utils lazily
+    "__init__": {"torch", "api", "cache", "inference", "models", "ops", "utils"},
     "strategies": {"torch", "spaces", "utils"},
     "data": {"torch", "numpy", "PIL", "utils"},
     "spaces": {"utils"},

@@ -1,1 +1,1 @@
-"""Files, configuration, seeds, signals and the command line: what everything else stands on."""
+"""Files, configuration, seeds, signals, memory, the command line: what all else stands on."""
