@@ -177,40 +177,48 @@ struct Bf16Product : PairPacking<kPanelVectors> {
     static void multiply(int64_t rows, int64_t depth, const bfloat16* a, int64_t a_row, const Panels& panels,
                          const bfloat16* packed, int64_t total, int64_t first, Into into, float* c,
                          int64_t c_row) {
-        multiply(rows, depth, a, a_row, kTogether, panels, packed, total, first, into, c, c_row, [] {});
-    }
-    // The same, and calls between() after each block of sums.
-    template <class Between>
-    static void multiply(int64_t rows, int64_t depth, const bfloat16* a, int64_t a_row, const Panels& panels,
-                         const bfloat16* packed, int64_t total, int64_t first, Into into, float* c,
-                         int64_t c_row, const Between& between) {
-        multiply(rows, depth, a, a_row, kTogether, panels, packed, total, first, into, c, c_row, between);
+        multiply(rows, depth, a, a_row, kTogether, panels, packed, total, first,
+                 [&](int64_t row, int64_t column, const auto& sums)
+                     NASFAST_INLINE_LAMBDA { write(sums, into, c + row * c_row + column, c_row); });
     }
     // The same of an A that is packed in pairs as well, pairs of columns interleaved, `a_pair` elements a
     // pair.
     static void multiply_packed(int64_t rows, int64_t depth, const bfloat16* a, int64_t a_pair,
                                 const Panels& panels, const bfloat16* packed, Into into, float* c,
                                 int64_t c_row) {
-        multiply(rows, depth, a, kTogether, a_pair, panels, packed, depth, 0, into, c, c_row, [] {});
+        multiply(rows, depth, a, kTogether, a_pair, panels, packed, depth, 0,
+                 [&](int64_t row, int64_t column, const auto& sums)
+                     NASFAST_INLINE_LAMBDA { write(sums, into, c + row * c_row + column, c_row); });
+    }
+    // All of B. Calls put(row, column, sums) with blocks [rows][vectors] of the product, from that row and
+    // column on.
+    template <class Put>
+    static void multiply(int64_t rows, int64_t depth, const bfloat16* a, int64_t a_row, const Panels& panels,
+                         const bfloat16* packed, const Put& put) {
+        multiply(rows, depth, a, a_row, kTogether, panels, packed, depth, 0, put);
     }
 
 private:
     static constexpr std::integral_constant<int64_t, 2> kTogether = {};
 
     // Element (i, k) of A is at a[i * a_row + k / 2 * a_pair + k % 2].
-    template <class Row, class Pair, class Between>
+    template <class Row, class Pair, class Put>
     static void multiply(int64_t rows, int64_t depth, const bfloat16* a, Row a_row, Pair a_pair,
                          const Panels& panels, const bfloat16* packed, int64_t total, int64_t first,
-                         Into into, float* c, int64_t c_row, const Between& between) {
+                         const Put& put) {
         by_panel(panels, [&](auto vectors, int64_t begin) {
-            constexpr int count = decltype(vectors)::value;
+            constexpr int count = decltype(vectors)::value, full = panel_rows(count);
             const bfloat16* const b = packed + total * begin + first * count * 16;
-            multiply_panel<count>(rows, depth, a, a_row, a_pair, b, into, c + begin, c_row, between);
+            int64_t row = 0;
+            for (; row + full <= rows; row += full)
+                block<full, count>(depth, a + row * a_row, a_row, a_pair, b, row, begin, put);
+            for (; row < rows; ++row)
+                block<1, count>(depth, a + row * a_row, a_row, a_pair, b, row, begin, put);
         });
     }
-    template <int Rows, int Vectors, class Row, class Pair>
+    template <int Rows, int Vectors, class Row, class Pair, class Put>
     NASFAST_INLINE static void block(int64_t depth, const bfloat16* a, Row a_row, Pair a_pair,
-                                     const bfloat16* b, Into into, float* c, int64_t c_row) {
+                                     const bfloat16* b, int64_t at_row, int64_t at_column, const Put& put) {
         __m512 sum[Rows][Vectors];
 #pragma GCC unroll 16
         for (int i = 0; i < Rows; ++i)
@@ -230,6 +238,10 @@ private:
                 for (int j = 0; j < Vectors; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], factor, row[j]);
             }
         }
+        put(at_row, at_column, sum);
+    }
+    template <int Rows, int Vectors>
+    NASFAST_INLINE static void write(const __m512 (&sum)[Rows][Vectors], Into into, float* c, int64_t c_row) {
 #pragma GCC unroll 16
         for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
@@ -238,20 +250,6 @@ private:
                 const __m512 start = into == Into::add ? _mm512_loadu_ps(to) : _mm512_setzero_ps();
                 _mm512_storeu_ps(to, _mm512_add_ps(start, sum[i][j]));
             }
-    }
-
-    template <int Vectors, class Row, class Pair, class Between>
-    static void multiply_panel(int64_t rows, int64_t depth, const bfloat16* a, Row a_row, Pair a_pair,
-                               const bfloat16* b, Into into, float* c, int64_t c_row,
-                               const Between& between) {
-        constexpr int full = panel_rows(Vectors);
-        int64_t row = 0;
-        for (; row + full <= rows; row += full) {
-            block<full, Vectors>(depth, a + row * a_row, a_row, a_pair, b, into, c + row * c_row, c_row);
-            between();
-        }
-        for (; row < rows; ++row)
-            block<1, Vectors>(depth, a + row * a_row, a_row, a_pair, b, into, c + row * c_row, c_row);
     }
 };
 

@@ -13,11 +13,11 @@
 
 #include "batch_norm_relu/batch_norm_relu.hpp"
 #include "common/parallel.hpp"
-#include "common/product.hpp"
 #include "depthwise_conv2d/depthwise_conv2d.hpp"
 #include "sep_conv/bands.hpp"
 #include "sep_conv/outer.hpp"
 #include "sep_conv/pairs.hpp"
+#include "sep_conv/pointwise.hpp"
 #include "sep_conv/sep_conv.h"
 #include "sep_conv/slice.hpp"
 
@@ -54,105 +54,6 @@ inline depthwise_conv2d::Params turned(depthwise_conv2d::Params d) {
     return d;
 }
 
-// The pointwise weights as the right operand of a product, element (k, j) at weight[k * row + j * column].
-template <class Product, class A>
-class Weights {
-public:
-    using Operand = typename Product::Operand;
-    static constexpr int64_t kRowMultiple = Product::kRowMultiple;
-
-    Weights(const A* weight, int64_t depth, int64_t columns, int64_t row, int64_t column)
-        : panels(columns),
-          depth_(round_up(depth, Product::kDepthMultiple)),
-          packed_(depth_ * panels.padded()) {
-        const Array<Operand> converted(depth * columns);
-        convert(weight, depth * columns, converted.get());
-        Product::pack(panels, depth_, 0, depth, converted.get(), row, column, packed_.get());
-        Product::clear(panels, depth_, depth, depth_, packed_.get());
-    }
-    int64_t depth() const { return depth_; }  // elements of a row of the left operand
-    // c [pixels, padded columns] = a @ weights.
-    void multiply(int64_t pixels, const Operand* a, A* c, Ahead ahead) const {
-        const int64_t rows = panel_rows(ceil_div(panels.vectors, panels.count));
-        const auto part = [&](int64_t i, int64_t step, auto... between) {
-            for (int64_t k = 0; k < depth_; k += Product::kDepth)
-                Product::multiply(step, std::min(Product::kDepth, depth_ - k), a + i * depth_ + k, depth_,
-                                  panels, packed_.get(), depth_, k, k ? Into::add : Into::assign,
-                                  c + i * panels.padded(), panels.padded(), between...);
-        };
-#ifdef NASFAST_PAIRS
-        ahead.divide(
-            std::max<int64_t>(1, ceil_div(depth_, Product::kDepth) * panels.count * (pixels / rows)));
-        part(0, pixels, [&] { ahead(); });
-#else
-        const int64_t step = round_up(rows, Product::kRowMultiple);
-        ahead.divide(ceil_div(pixels, step));
-        for (int64_t i = 0; i < pixels; i += step) ahead(), part(i, std::min(step, pixels - i));
-#endif
-    }
-
-    const typename Product::Panels panels;
-
-private:
-    int64_t depth_;
-    Array<Operand> packed_;
-};
-
-// Rows of a left operand with room for what the product reads beyond them.
-template <class Product>
-auto take_rows(Arena& arena, int64_t depth) {
-    return arena.take<typename Product::Operand>(round_up(kTile, Product::kRowMultiple) * depth);
-}
-
-template <class Operand>
-void clear_columns(int64_t pixels, int64_t begin, int64_t end, Operand* rows) {
-    if (begin < end)
-        for (int64_t i = 0; i < pixels; ++i)
-            std::fill(rows + i * end + begin, rows + (i + 1) * end, Operand());
-}
-
-// A tile of a map as the left operand of a product: where it is, or in `rows`.
-template <class T, class Weights, class Operand>
-const Operand* operand(int64_t pixels, int64_t channels, const T* from, const Weights& weights,
-                       Operand* rows) {
-    if constexpr (std::is_same_v<T, Operand>)
-        if (weights.depth() == channels && Weights::kRowMultiple == 1) return from;
-    for (int64_t i = 0; i < pixels; ++i) convert(from + i * channels, channels, rows + i * weights.depth());
-    clear_columns(pixels, channels, weights.depth(), rows);
-    return rows;
-}
-
-// to [pixels, channels] = a tile of a product, rows of `step`.
-template <class T, class A>
-void store_product(int64_t pixels, int64_t channels, const A* from, int64_t step, T* to) {
-    if (step == channels) return convert(from, pixels * channels, to);
-    for (int64_t i = 0; i < pixels; ++i) convert(from + i * step, channels, to + i * channels);
-}
-
-// Stores a tile of the product, and of what is stored its sum and the sum of squares around its own mean,
-// [2, C]. They are taken around the first pixel, which is within the root of the number of pixels of standard
-// deviations from the mean: few digits are lost.
-template <class T, class A>
-void store_with_sums(int64_t pixels, int64_t channels, const A* from, int64_t step, T* to, A* sums) {
-    by_vectors<kWidth<A>>(channels, [&](auto width, int64_t c) NASFAST_INLINE_LAMBDA {
-        constexpr int w = decltype(width)::value;
-        const auto value = [&](int64_t i) NASFAST_INLINE_LAMBDA {
-            store_as<T, w>(to + i * channels + c, load<w>(from + i * step + c));
-            return load_as<A, w>(to + i * channels + c);
-        };
-        const Vector<A, w> first = value(0);
-        Vector<A, w> sum[bn::kLanes] = {}, squares[bn::kLanes] = {};
-        bn::by_lanes(0, pixels, [&](int lane, int64_t i) NASFAST_INLINE_LAMBDA {
-            const Vector<A, w> d = value(i) - first;
-            sum[lane] += d, squares[lane] += d * d;
-        });
-        const Vector<A, w> all = bn::total(sum);
-        const Vector<A, w> around = bn::total(squares) - all * all / static_cast<A>(pixels);
-        store<w>(sums + c, all + first * static_cast<A>(pixels));
-        store<w>(sums + channels + c, around < 0 ? Vector<A, w>{} : around);
-    });
-}
-
 template <class T, class Product = ProductOf<T>>
 void forward_impl(const Params& p, const Forward<T>& t) {
     using A = Accumulate<T>;
@@ -161,7 +62,6 @@ void forward_impl(const Params& p, const Forward<T>& t) {
     const auto taps = dw::arrange(d, t.depthwise, false);
     const Weights<Product, A> weights(t.pointwise, p.channels, p.out_channels, 1, p.channels);
     const Bands bands(p.batch, p.out_height, p.out_width);
-    const int64_t padded = weights.panels.padded();
     const Array<A> sums(bands.tiles * 2 * p.out_channels);
     struct Scratch {
         SliceOf<T> slice;
@@ -172,8 +72,7 @@ void forward_impl(const Params& p, const Forward<T>& t) {
     if (!sliced) dw::convolve(d, t.input, taps.get(), t.middle);
     const auto layout = [&](Arena& arena) {
         return Scratch{sliced ? SliceOf<T>(arena, d, bands.most_rows()) : SliceOf<T>(),
-                       take_rows<Product>(arena, weights.depth()),
-                       arena.take<A>(round_up(kTile, Product::kRowMultiple) * padded)};
+                       take_rows<Product>(arena, weights.depth()), arena.take<A>(weights.scratch())};
     };
     const int64_t input_size = p.batch * p.height * p.width * p.channels;
     const int64_t input_ahead = (bands.most_rows() + (p.kernel_h - 1) * p.dilation_h - p.pad_h) * p.width;
@@ -189,9 +88,8 @@ void forward_impl(const Params& p, const Forward<T>& t) {
                       pixels * p.channels);
             weights.multiply(pixels,
                              operand(pixels, p.channels, t.middle + first * p.channels, weights, s.rows),
-                             s.product, ahead);
-            store_with_sums(pixels, p.out_channels, s.product, padded, t.raw + first * p.out_channels,
-                            sums.get() + (band.tile + at / kTile) * 2 * p.out_channels);
+                             s.product, t.raw + first * p.out_channels,
+                             sums.get() + (band.tile + at / kTile) * 2 * p.out_channels, ahead);
         }
     });
     bn::combine(n, bands.tiles, [&](int64_t tile) { return bands.pixels(tile); }, sums.get(), t.statistics);
@@ -252,7 +150,7 @@ void backward_impl(const Params& p, const Backward<T>& t) {
         return Scratch{sliced ? SliceOf<T>(arena, back, bands.most_rows()) : SliceOf<T>(),
                        {arena, p.out_channels, p.channels},
                        take_rows<Product>(arena, weights.depth()),
-                       arena.take<A>(round_up(kTile, Product::kRowMultiple) * padded),
+                       arena.take<A>(weights.scratch()),
                        arena.take<T>(pixels * p.channels)};
     };
     // grad_middle, that of the depthwise convolution, of a part; and its share of grad_pointwise
@@ -279,8 +177,7 @@ void backward_impl(const Params& p, const Backward<T>& t) {
             ahead.add(t.raw, n.pixels * p.out_channels, (first + pixels) * p.out_channels,
                       kTile * p.out_channels);
             clear_columns(pixels, p.out_channels, weights.depth(), s.rows);
-            weights.multiply(pixels, s.rows, s.product, ahead);
-            store_product(pixels, p.channels, s.product, padded, grad_middle + at * p.channels);
+            weights.multiply(pixels, s.rows, s.product, grad_middle + at * p.channels, ahead);
             s.outer.add(pixels, p.out_channels, s.rows, weights.depth(), p.channels,
                         t.middle + first * p.channels, sums);
         }
