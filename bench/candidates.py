@@ -5,9 +5,12 @@ All of them train the same architectures on the same features in the same order.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -421,27 +424,63 @@ class Ours:
 
 
 class Plain:
-    """Candidates in the plain formulation, on the files of the problem."""
+    """Candidates in the plain formulation, on the files of the problem.
+
+    They run in a process of their own, in which the C library gives freed memory back as it does
+    without nasfast.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
+        # started by the first candidate
+        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
 
     def __call__(self, genotype: FastNASGenotype, index: int) -> Timed:
         problem = self.problem
         assert problem.files is not None
-        start = time.perf_counter()
-        reward, seconds = plain.candidate(
-            genotype,
-            problem.scale.classes,
-            problem.scale.decoder,
-            problem.scale.stage0,
-            *problem.files,
-            problem.device,
-            seed=derive_seed(SEED, index),
-            order_seed=derive_seed(SEED, index, "stage0"),
-        )
-        total = time.perf_counter() - start
-        return Timed(reward, {"build": total - sum(seconds.values()), **seconds})
+        with mock.patch.dict(os.environ, GLIBC_TUNABLES=DEFAULT_MEMORY):
+            found = self._pool.submit(
+                _plain,
+                genotype,
+                problem.scale,
+                problem.files,
+                problem.device,
+                index,
+                torch.get_num_threads(),
+            )
+        return found.result()
+
+    def close(self) -> None:
+        """End the process."""
+        self._pool.shutdown()
+
+
+DEFAULT_MEMORY = "glibc.malloc.tcache_count=7"
+"""The default, said so that `nasfast.utils.memory` changes nothing."""
+
+
+def _plain(
+    genotype: FastNASGenotype,
+    scale: Scale,
+    files: tuple[plain.Files, plain.Files],
+    device: torch.device,
+    index: int,
+    threads: int,
+) -> Timed:
+    torch.set_num_threads(threads)
+    start = time.perf_counter()
+    reward, seconds = plain.candidate(
+        genotype,
+        scale.classes,
+        scale.decoder,
+        scale.stage0,
+        *files,
+        device,
+        seed=derive_seed(SEED, index),
+        order_seed=derive_seed(SEED, index, "stage0"),
+    )
+    total = time.perf_counter() - start
+    return Timed(reward, {"build": total - sum(seconds.values()), **seconds})
 
 
 def evaluator_of(scale: Scale, folder: Path, device: str) -> Evaluator:

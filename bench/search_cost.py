@@ -215,13 +215,13 @@ def measure_segmentation(options: argparse.Namespace, device: torch.device) -> d
     genotypes = candidates.architectures(options.candidates)
     dtype = Runtime(device).dtype
     peaks = harness.measure_peaks(device, dtype)
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder, contextlib.ExitStack() as stack:
         problem = Problem(scale, device, Path(folder))
         kinds: dict[str, Callable[[FastNASGenotype, int], Timed]] = {"ours": Ours(problem)}
         if options.ablate:
             for name, variant in candidates.ABLATIONS.items():
                 kinds[f"without: {name}"] = Ours(problem, variant)
-        kinds["plain"] = Plain(problem)
+        kinds["plain"] = stack.enter_context(contextlib.closing(Plain(problem)))
         cases = {
             name: {kind: bind(call, genotype, i) for kind, call in kinds.items()}
             for i, (name, genotype) in enumerate(genotypes.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -52,6 +53,7 @@ from nasfast.searches.sampling import SamplingSettings  # noqa: E402
 from nasfast.spaces import FastNASSpace  # noqa: E402
 from nasfast.strategies import PredictorConfig, RandomSearch  # noqa: E402
 from nasfast.tasks.detection.nms import nms  # noqa: E402
+from nasfast.utils.memory import keep_freed_memory  # noqa: E402
 
 PROBLEM = deform.Problem(2, 6, 7, 9, 4, spread=3.0)
 
@@ -235,19 +237,28 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> candidates.Problem:
     return candidates.Problem(SMALL, torch.device("cpu"), tmp_path_factory.mktemp("problem"))
 
 
+@pytest.fixture(scope="module")
+def baseline(problem: candidates.Problem) -> Iterator[candidates.Plain]:
+    with contextlib.closing(candidates.Plain(problem)) as baseline:
+        yield baseline
+
+
 @pytest.mark.parametrize("name", GENOTYPES)
 def test_the_plain_formulation_trains_the_same_network(
-    problem: candidates.Problem, name: str
+    problem: candidates.Problem, baseline: candidates.Plain, name: str
 ) -> None:
     """In float32: the same reward, from weights, order, losses, optimizer and averages alike."""
     ours = candidates.Ours(problem, candidates.Variant(candidates.Float32))
-    baseline = candidates.Plain(problem)
     expected, got = (kind(GENOTYPES[name], 3) for kind in (ours, baseline))
     assert got.reward == pytest.approx(expected.reward, rel=1e-3)
     assert got.reward > 0
     for timed in (expected, got):
         assert timed.seconds.keys() == {"build", "stage0_train", "stage0_validate"}
         assert all(seconds > 0 for seconds in timed.seconds.values())
+
+
+def test_plain_candidates_run_with_the_memory_of_the_c_library() -> None:
+    assert not keep_freed_memory({"GLIBC_TUNABLES": candidates.DEFAULT_MEMORY})
 
 
 def test_weights_of_the_plain_formulation(problem: candidates.Problem) -> None:
