@@ -15,8 +15,9 @@ namespace nasfast::sep_conv::NASFAST_ISA {
 using namespace nasfast::NASFAST_ISA;
 namespace bn = batch_norm_relu::NASFAST_ISA;
 
-// Of a tile, per channel: what is added up, its sum, and the sum of squares around the first pixel. That is
-// within the root of the number of pixels of standard deviations from the mean: few digits are lost.
+// The total of a channel in a tile, and the sum of squares around its own mean, from the sums around its
+// first pixel. That is within the root of the number of pixels of standard deviations from the mean: few
+// digits are lost.
 template <class A, class V>
 NASFAST_INLINE void finish_sums(int64_t pixels, const V& first, const V& sum, const V& squares, V& total,
                                 V& around) {
