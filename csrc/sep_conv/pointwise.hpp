@@ -79,6 +79,45 @@ NASFAST_INLINE void store_block(const __m512 (&block)[Rows][Vectors], int64_t ch
         if constexpr (Rows % 2) put(Rows - 1, (__m256i)_mm512_cvtneps_pbh(block[Rows - 1][j]));
     }
 }
+
+// Of each column of a tile: its first pixel, and the sums around that, [3, padded columns].
+struct BlockSums {
+    float* values;
+    int64_t padded;
+
+    // Stores a block, from that row and column of the tile on, and adds what is stored.
+    template <int Rows, int Vectors>
+    NASFAST_INLINE void store(int64_t row, int64_t column, const __m512 (&block)[Rows][Vectors],
+                              int64_t channels, bfloat16* to) const {
+        __m512 first[Vectors], sum[Vectors], squares[Vectors];
+        float* const own = values + column;
+#pragma GCC unroll 4
+        for (int j = 0; j < Vectors; ++j) {
+            sum[j] = squares[j] = _mm512_setzero_ps();
+            if (row == 0) continue;
+            first[j] = _mm512_loadu_ps(own + j * 16);
+            sum[j] = _mm512_loadu_ps(own + padded + j * 16);
+            squares[j] = _mm512_loadu_ps(own + 2 * padded + j * 16);
+        }
+        store_block(block, channels, column, to, [&](int i, int j, __m512 value) NASFAST_INLINE_LAMBDA {
+            if (i == 0 && row == 0) first[j] = value;
+            const __m512 d = value - first[j];
+            sum[j] += d, squares[j] += d * d;
+        });
+#pragma GCC unroll 4
+        for (int j = 0; j < Vectors; ++j) {
+            _mm512_storeu_ps(own + j * 16, first[j]);
+            _mm512_storeu_ps(own + padded + j * 16, sum[j]);
+            _mm512_storeu_ps(own + 2 * padded + j * 16, squares[j]);
+        }
+    }
+    // sums [2, C] of a tile of so many pixels.
+    void finish(int64_t pixels, int64_t channels, float* sums) const {
+        for (int64_t c = 0; c < channels; ++c)
+            finish_sums<float>(pixels, values[c], values[padded + c], values[2 * padded + c], sums[c],
+                               sums[channels + c]);
+    }
+};
 #endif
 
 // The pointwise weights as the right operand of a product, element (k, j) at weight[k * row + j * column].
@@ -119,35 +158,12 @@ public:
     void multiply(int64_t pixels, const Operand* a, A* scratch, T* to, A* sums, Ahead ahead) const {
 #ifdef NASFAST_PAIRS
         if constexpr (std::is_same_v<T, Operand>) {
-            A *const first = scratch, *const sum = first + panels.padded(),
-                     *const squares = sum + panels.padded();
+            const BlockSums own = {scratch, panels.padded()};
             by_blocks(pixels, a, ahead,
                       [&](int64_t row, int64_t column, const auto& block) NASFAST_INLINE_LAMBDA {
-                          constexpr int vectors = std::extent_v<std::remove_reference_t<decltype(block)>, 1>;
-                          __m512 origin[vectors], total[vectors], square[vectors];
-#pragma GCC unroll 4
-                          for (int j = 0; j < vectors; ++j) {
-                              const int64_t c = column + j * 16;
-                              total[j] = row ? _mm512_loadu_ps(sum + c) : _mm512_setzero_ps();
-                              square[j] = row ? _mm512_loadu_ps(squares + c) : _mm512_setzero_ps();
-                              if (row) origin[j] = _mm512_loadu_ps(first + c);
-                          }
-                          store_block(block, panels.columns, column, to + row * panels.columns,
-                                      [&](int i, int j, __m512 value) NASFAST_INLINE_LAMBDA {
-                                          if (i == 0 && row == 0) origin[j] = value;
-                                          const __m512 d = value - origin[j];
-                                          total[j] += d, square[j] += d * d;
-                                      });
-#pragma GCC unroll 4
-                          for (int j = 0; j < vectors; ++j) {
-                              const int64_t c = column + j * 16;
-                              _mm512_storeu_ps(first + c, origin[j]), _mm512_storeu_ps(sum + c, total[j]);
-                              _mm512_storeu_ps(squares + c, square[j]);
-                          }
+                          own.store(row, column, block, panels.columns, to + row * panels.columns);
                       });
-            for (int64_t c = 0; c < panels.columns; ++c)
-                finish_sums<A>(pixels, first[c], sum[c], squares[c], sums[c], sums[panels.columns + c]);
-            return;
+            return own.finish(pixels, panels.columns, sums);
         }
 #endif
         product(pixels, a, scratch, ahead);
