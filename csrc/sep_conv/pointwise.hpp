@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "batch_norm_relu/batch_norm_relu.hpp"
 #include "common/parallel.hpp"
