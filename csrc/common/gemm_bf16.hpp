@@ -177,18 +177,14 @@ struct Bf16Product : PairPacking<kPanelVectors> {
     static void multiply(int64_t rows, int64_t depth, const bfloat16* a, int64_t a_row, const Panels& panels,
                          const bfloat16* packed, int64_t total, int64_t first, Into into, float* c,
                          int64_t c_row) {
-        multiply(rows, depth, a, a_row, kTogether, panels, packed, total, first,
-                 [&](int64_t row, int64_t column, const auto& sums)
-                     NASFAST_INLINE_LAMBDA { write(sums, into, c + row * c_row + column, c_row); });
+        multiply(rows, depth, a, a_row, kTogether, panels, packed, total, first, Write{into, c, c_row});
     }
     // The same of an A that is packed in pairs as well, pairs of columns interleaved, `a_pair` elements a
     // pair.
     static void multiply_packed(int64_t rows, int64_t depth, const bfloat16* a, int64_t a_pair,
                                 const Panels& panels, const bfloat16* packed, Into into, float* c,
                                 int64_t c_row) {
-        multiply(rows, depth, a, kTogether, a_pair, panels, packed, depth, 0,
-                 [&](int64_t row, int64_t column, const auto& sums)
-                     NASFAST_INLINE_LAMBDA { write(sums, into, c + row * c_row + column, c_row); });
+        multiply(rows, depth, a, kTogether, a_pair, panels, packed, depth, 0, Write{into, c, c_row});
     }
     // All of B. Calls put(row, column, sums) with blocks [rows][vectors] of the product, from that row and
     // column on.
@@ -240,17 +236,25 @@ private:
         }
         put(at_row, at_column, sum);
     }
-    template <int Rows, int Vectors>
-    NASFAST_INLINE static void write(const __m512 (&sum)[Rows][Vectors], Into into, float* c, int64_t c_row) {
+    // Puts blocks into C.
+    struct Write {
+        Into into;
+        float* c;
+        int64_t c_row;
+
+        template <int Rows, int Vectors>
+        NASFAST_INLINE void operator()(int64_t row, int64_t column,
+                                       const __m512 (&sum)[Rows][Vectors]) const {
 #pragma GCC unroll 16
-        for (int i = 0; i < Rows; ++i)
+            for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
-            for (int j = 0; j < Vectors; ++j) {
-                float* const to = c + i * c_row + j * 16;
-                const __m512 start = into == Into::add ? _mm512_loadu_ps(to) : _mm512_setzero_ps();
-                _mm512_storeu_ps(to, _mm512_add_ps(start, sum[i][j]));
-            }
-    }
+                for (int j = 0; j < Vectors; ++j) {
+                    float* const to = c + (row + i) * c_row + column + j * 16;
+                    const __m512 start = into == Into::add ? _mm512_loadu_ps(to) : _mm512_setzero_ps();
+                    _mm512_storeu_ps(to, _mm512_add_ps(start, sum[i][j]));
+                }
+        }
+    };
 };
 
 #endif

@@ -35,6 +35,13 @@ NASFAST_INLINE __m512i load_rows(const bfloat16* low, __mmask16 in_low, const bf
     return _mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(in_low, low)),
                                     _mm256_maskz_loadu_epi16(in_high, high), 1);
 }
+// The 16 channels from c on, as far as they exist.
+NASFAST_INLINE void store_row(bfloat16* to, int64_t c, int64_t channels, __m256i value) {
+    if (channels - c >= 16)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), value);
+    else
+        _mm256_mask_storeu_epi16(to, real_lanes(c, channels), value);
+}
 NASFAST_INLINE __m512 add_products(__m512 sum, __m512i a, __m512i b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }
@@ -285,11 +292,7 @@ private:
                                      bfloat16* band) {
         bfloat16* const row = band + y * d.out_width * d.channels + c;
         const auto put = [&](int64_t x, __m256i value) NASFAST_INLINE_LAMBDA {
-            if (x >= d.out_width) return;
-            if (d.channels - c >= kLanes)
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + x * d.channels), value);
-            else
-                _mm256_mask_storeu_epi16(row + x * d.channels, real_lanes(c, d.channels), value);
+            if (x < d.out_width) store_row(row + x * d.channels, c, d.channels, value);
         };
 #pragma GCC unroll 4
         for (int j = 0; j < Pairs; ++j) {

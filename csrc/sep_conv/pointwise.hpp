@@ -63,11 +63,7 @@ NASFAST_INLINE void store_block(const __m512 (&block)[Rows][Vectors], int64_t ch
     for (int j = 0; j < Vectors; ++j) {
         const int64_t c = column + j * 16;
         const auto put = [&](int row, __m256i value) NASFAST_INLINE_LAMBDA {
-            bfloat16* const at = to + row * channels + c;
-            if (channels - c >= 16)
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), value);
-            else
-                _mm256_mask_storeu_epi16(at, real_lanes(c, channels), value);
+            store_row(to + row * channels + c, c, channels, value);
             seen(row, j,
                  (__m512)_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, value), 16));
         };
